@@ -1,0 +1,1 @@
+"""Network pruning as a search over layer widths."""

@@ -1,0 +1,267 @@
+"""A study's configuration: one YAML, wholly validated before anything runs.
+
+Every error is one line that names the place, the rule and the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from widthsearch.data import TaskConfig
+from widthsearch.errors import StudyError
+from widthsearch.latency import LatencyConfig
+from widthsearch.proposers import PROPOSERS
+from widthsearch.training import Recipe
+
+Objective = Literal["accuracy", "macs", "params", "latency_ms"]
+
+_FROZEN = ConfigDict(extra="forbid", frozen=True)
+
+
+def _whole_above_one(amount: float) -> float:
+    if amount > 1 and amount != int(amount):
+        raise ValueError("must be a share of one or a whole number")
+    return amount
+
+
+class Resources(BaseModel):
+    """What one trial takes of the machine.
+
+    Attributes:
+        cpu: CPU cores; also the number of threads that it trains with (at least one).
+        gpu: GPUs; 0.5 lets two trials share one.
+    """
+
+    model_config = _FROZEN
+
+    cpu: Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)] = 1.0
+    gpu: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = 0.0
+
+
+class EarlyStopping(BaseModel):
+    """Successive halving by non-dominated rungs.
+
+    Attributes:
+        first_epoch: The epoch of the first rung; each next one is ``eta`` times as late.
+        eta: Of each rung, one in ``eta`` goes on.
+    """
+
+    model_config = _FROZEN
+
+    first_epoch: Annotated[int, Field(ge=1)] = 3
+    eta: Annotated[int, Field(ge=2)] = 3
+
+    def rungs(self, epochs: int) -> tuple[int, ...]:
+        """The epochs at which a trial may be stopped, out of ``epochs``."""
+        rungs = []
+        rung = self.first_epoch
+        while rung < epochs:
+            rungs.append(rung)
+            rung *= self.eta
+        return tuple(rungs)
+
+
+class ProposerConfig(BaseModel):
+    """A proposer by its name, with its fields beside it.
+
+    Attributes:
+        method: The proposer's name.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str
+
+    @model_validator(mode="after")
+    def _check(self) -> ProposerConfig:
+        if self.method not in PROPOSERS:
+            raise ValueError(
+                f"must name a proposer, but was {self.method!r}{_hint(self.method, PROPOSERS)}"
+            )
+        self.make()
+        return self
+
+    def make(self) -> Any:
+        """The proposer itself."""
+        proposer = PROPOSERS[self.method]
+        known = {field.name for field in dataclasses.fields(proposer)}
+        fields = self.model_extra or {}
+        for key in fields:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}{_hint(key, known)}")
+        try:
+            return TypeAdapter(proposer).validate_python(fields)
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
+
+
+def _named(key: str) -> BeforeValidator:
+    """Accept a bare name where a mapping with that name under ``key`` is meant."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class StudyConfig(BaseModel):
+    """Everything that a study is: what is searched, trained, measured, and how much of it.
+
+    Attributes:
+        name: The study's name, and its folder's.
+        space: A reference to the space; None when a Python user gives the object itself.
+        input: The input's shape (C, H, W), for spaces that leave it open.
+        task: The data; None when a Python user gives the object itself.
+        recipe: How each candidate is trained.
+        proposers: The methods whose proposals are scaled into families.
+        budgets: The share of the base model's MACs of each family member.
+        objectives: What the front is of; latency_ms is measured.
+        latency: How latency is measured.
+        early_stopping: The rungs, or None to train everything to its end.
+        trials: How many candidates there are in all: the base model, the families' members, and the
+            sampler's own for the rest. Failed ones count.
+        concurrency: How many train at once.
+        resources: What each of them takes.
+        device: Where they train.
+        seed: The seed that everything random in the study derives from.
+        storage: Any Optuna URL; None for a SQLite file in the study's folder.
+        ray_address: A Ray cluster's address; None to start Ray on this machine.
+    """
+
+    model_config = _FROZEN
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    space: str | None = None
+    input: tuple[int, int, int] | None = None
+    task: Annotated[TaskConfig, _named("name")] | None = None
+    recipe: Recipe = Recipe()
+    proposers: tuple[Annotated[ProposerConfig, _named("method")], ...] = (
+        ProposerConfig(method="sensitivity"),
+        ProposerConfig(method="uniform"),
+    )
+    budgets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        0.1,
+        0.2,
+        0.35,
+        0.5,
+        0.75,
+    )
+    objectives: tuple[Objective, ...] = ("accuracy", "macs")
+    latency: LatencyConfig | None = None
+    early_stopping: EarlyStopping | None = None
+    trials: Annotated[int, Field(ge=1)]
+    concurrency: Annotated[int, Field(ge=1)] = 1
+    resources: Resources = Resources()
+    device: str = "cpu"
+    seed: Annotated[int, Field(ge=0)] = 0
+    storage: str | None = None
+    ray_address: str | None = None
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise StudyError(_explain(error)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyConfig:
+        if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(
+                "objectives must hold accuracy and no name twice, but are "
+                f"[{', '.join(self.objectives)}]"
+            )
+        if self.latency is not None and "latency_ms" not in self.objectives:
+            raise ValueError(
+                "latency is measured where it is an objective, but objectives are "
+                f"[{', '.join(self.objectives)}]: add latency_ms, or leave the latency section out"
+            )
+        stopping = self.early_stopping
+        if stopping is not None and stopping.first_epoch >= self.recipe.epochs:
+            raise ValueError(
+                "early_stopping.first_epoch must be less than recipe.epochs, but they are "
+                f"{stopping.first_epoch} and {self.recipe.epochs}"
+            )
+        if self.device.startswith("cuda") and self.resources.gpu == 0:
+            raise ValueError(
+                f"device {self.device!r} needs resources.gpu above 0, but it is 0: 0.5 lets two "
+                "trials share one GPU"
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> StudyConfig:
+        """Read a study file.
+
+        Raises:
+            StudyError: It is not there, is not YAML, or breaks a rule: one line, with the place.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
+        except yaml.YAMLError as error:
+            raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
+        try:
+            return cls(**values)
+        except StudyError as error:
+            raise StudyError(f"{path}: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values, defaults included; ``StudyConfig(**...)`` reads it back."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The same as YAML."""
+        return yaml.safe_dump(self.to_json(), sort_keys=False)
+
+
+_SECTIONS: dict[str, type] = {
+    "task": TaskConfig,
+    "recipe": Recipe,
+    "latency": LatencyConfig,
+    "early_stopping": EarlyStopping,
+    "resources": Resources,
+}
+
+
+def _keys(section: type) -> list[str]:
+    if issubclass(section, BaseModel):
+        return list(section.model_fields)
+    return [field.name for field in dataclasses.fields(section)]
+
+
+def _hint(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(sorted(known))}"
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        section, _, key = place.rpartition(".")
+        known = _keys(_SECTIONS.get(section, StudyConfig))
+        return f"unknown key {place!r}{_hint(key, known)}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"key {place!r} is missing"
+    if first["type"] == "value_error":
+        return f"{place} {first['ctx']['error']}".strip()
+    rule = first["msg"].replace("Input should", "must").replace("must be a valid", "must be a")
+    return f"{place} {rule[0].lower()}{rule[1:]}, but was {first['input']!r}"

@@ -1,0 +1,127 @@
+"""What a width vector costs: exact quadratic forms, for a whole batch of vectors at once.
+
+A convolution or a linear layer multiplies two widths, so MACs, parameters and activation elements
+of a network are polynomials of degree two in its widths:
+``cost(W) = c + W·b + Σ (W·A) ∘ W``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_BLOCK = 4096
+_EXACT = 2**53  # every integer below is a float64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one architecture costs.
+
+    Attributes:
+        macs: Multiply-accumulates of one sample's forward pass; FLOPs are twice that.
+        params: Parameters.
+        activations: Output elements of all convolutions and matrix products, for one sample.
+    """
+
+    macs: int
+    params: int
+    activations: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticForm:
+    """An integer-valued polynomial of degree two in the widths.
+
+    Attributes:
+        constant: c.
+        linear: b, shape (axes,), int64.
+        quadratic: A, upper triangular, shape (axes, axes), int64.
+        units: Channels per unit of each variable, shape (axes,): the form is evaluated at
+            ``widths / units``, which is whole on every space's grid.
+    """
+
+    constant: int
+    linear: NDArray[np.int64]
+    quadratic: NDArray[np.int64]
+    units: NDArray[np.int64]
+
+    @classmethod
+    def from_poly(cls, poly: Mapping[tuple[int, ...], int], units: Sequence[int]) -> QuadraticForm:
+        """The form of a polynomial whose monomials are tuples of at most two axis indices."""
+        n = len(units)
+        linear = np.zeros(n, np.int64)
+        quadratic = np.zeros((n, n), np.int64)
+        for monomial, coefficient in poly.items():
+            if len(monomial) == 1:
+                linear[monomial[0]] = coefficient
+            elif len(monomial) == 2:
+                quadratic[min(monomial), max(monomial)] = coefficient
+            else:
+                assert not monomial, "at most quadratic"
+        return cls(poly.get((), 0), linear, quadratic, np.asarray(units, np.int64))
+
+    def __call__(self, widths: ArrayLike) -> NDArray[np.int64]:
+        """The exact value at each width vector.
+
+        Args:
+            widths: Integers, shape (N, axes) or (axes,), in channels.
+
+        Returns:
+            int64, shape (N,) or ().
+
+        Raises:
+            OverflowError: A value may not fit in 63 bits.
+        """
+        w = np.asarray(widths)
+        batch = np.atleast_2d(w)
+        out = np.empty(len(batch), np.int64)
+        largest = int(batch.max(initial=1))
+        bound = abs(self.constant) + int(np.abs(self.linear).sum()) * largest
+        bound += int(np.abs(self.quadratic).sum()) * largest**2
+        if bound >= 2**63:
+            raise OverflowError(f"a cost of up to {bound:.1e} does not fit in 63 bits")
+        exact: type[np.float64] | type[np.int64] = np.float64 if bound < _EXACT else np.int64
+        a, b = self.quadratic.astype(exact), self.linear.astype(exact)
+        grouped = bool((self.units != 1).any())
+        for start in range(0, len(batch), _BLOCK):
+            block = batch[start : start + _BLOCK]
+            x = (block // self.units if grouped else block).astype(exact)
+            y = x @ a
+            y += b
+            out[start : start + _BLOCK] = np.einsum("ij,ij->i", y, x)
+        out += self.constant
+        return out.reshape(w.shape[:-1])
+
+    def marginal(self, widths: ArrayLike) -> NDArray[np.float64]:
+        """The gradient: what one more channel of each axis costs, at its makers and its readers.
+
+        Args:
+            widths: Shape (N, axes) or (axes,), in channels; need not lie on the grid.
+
+        Returns:
+            float64 of the same shape, cost per channel.
+        """
+        x = np.asarray(widths, np.float64) / self.units
+        symmetric = (self.quadratic + self.quadratic.T).astype(np.float64)
+        gradient: NDArray[np.float64] = (x @ symmetric + self.linear) / self.units
+        return gradient
+
+    def share(self, widths: ArrayLike) -> NDArray[np.float64]:
+        """The share of the value at one width vector that would vanish with each axis.
+
+        Args:
+            widths: Shape (axes,).
+
+        Returns:
+            float64, shape (axes,). Shares overlap: a layer's cost depends on both its widths.
+        """
+        x = np.asarray(widths, np.float64) / self.units
+        symmetric = (self.quadratic + self.quadratic.T).astype(np.float64)
+        squares = np.diag(self.quadratic).astype(np.float64) * x * x
+        with_axis = x * (symmetric @ x + self.linear) - squares
+        total = float(self(widths))
+        return with_axis / total if total else with_axis

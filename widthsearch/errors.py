@@ -1,0 +1,55 @@
+"""The errors that a user can mend.
+
+::
+
+    WidthsearchError          shown by the command line as one line, exit code 2
+    ├── WidthsError           a width outside its axis or off the grid, an axis that does not exist
+    ├── TraceError            a model that cannot be traced: names the module and the operation
+    ├── SpaceError            a space reference that cannot be imported or gives no space
+    ├── DataError             a data folder or a dataset that cannot be used
+    ├── DeviceError           a device that is not there
+    ├── StudyError            a study's configuration, or a study that does not fit what is stored
+    ├── StorageError          a storage that cannot be opened
+    └── CheckpointError       a checkpoint that is corrupt or belongs to another run
+
+Every message says the rule, the culprit's name, its value, and what to do. Broken invariants of
+widthsearch itself are ``AssertionError``: those are bugs to report, not input to mend.
+"""
+
+from __future__ import annotations
+
+
+class WidthsearchError(Exception):
+    """Anything that a user can mend."""
+
+
+class WidthsError(WidthsearchError, ValueError):
+    """A width vector that does not fit its space."""
+
+
+class TraceError(WidthsearchError):
+    """A model that cannot be traced."""
+
+
+class SpaceError(WidthsearchError):
+    """A space that cannot be found or made."""
+
+
+class DataError(WidthsearchError):
+    """Data that cannot be used."""
+
+
+class DeviceError(WidthsearchError):
+    """A device that is not there."""
+
+
+class StudyError(WidthsearchError):
+    """A study that is configured wrongly, or does not fit what is stored under its name."""
+
+
+class StorageError(WidthsearchError):
+    """A storage that cannot be opened."""
+
+
+class CheckpointError(WidthsearchError):
+    """A checkpoint that is corrupt or belongs to another run."""

@@ -1,0 +1,79 @@
+"""Outcomes: what became of a candidate, as plain values.
+
+Nothing here needs torch, so a stored study can be read and its front drawn without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from widthsearch.cost import Cost
+    from widthsearch.latency import Latency
+    from widthsearch.training import EpochResult
+    from widthsearch.widths import Widths
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A candidate that is done: finished, stopped early, or failed.
+
+    Attributes:
+        id: The trial's number in the study.
+        widths: The architecture.
+        state: ``finished`` after the recipe's last epoch, ``stopped`` at a rung, or ``failed``.
+        origin: Where the widths came from, e.g. ``{"proposer": "sensitivity", "family": "linear",
+            "budget": 0.5}``, ``{"sampler": "tpe"}`` or ``{"base": True}``.
+        seed: The seed of its initialisation, order of images and augmentation.
+        cost: Its MACs, parameters and activation elements; exact.
+        latency: Its measured inference latency; None where the study measures none.
+        accuracy: Top-1 on the validation split after the last epoch, in percent; None unless
+            finished.
+        curve: One result per epoch that was trained.
+        error: Why it failed, in one line; None unless failed.
+    """
+
+    id: int
+    widths: Widths
+    state: Literal["finished", "stopped", "failed"]
+    origin: Mapping[str, Any]
+    seed: int
+    cost: Cost
+    latency: Latency | None
+    accuracy: float | None
+    curve: tuple[EpochResult, ...]
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.state == "finished") == (self.accuracy is not None), self
+        assert self.accuracy is None or math.isfinite(self.accuracy), self
+        assert (self.state == "failed") == (self.error is not None), self
+
+    @property
+    def latency_ms(self) -> float | None:
+        """The median measured latency in milliseconds, where there is one."""
+        return None if self.latency is None else self.latency.median_ms
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values, costs and latency flat; NaN (a diverged epoch) as null."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "origin": dict(self.origin),
+            "seed": self.seed,
+            "widths": self.widths.to_json(),
+            "accuracy": self.accuracy,
+            "macs": self.cost.macs,
+            "params": self.cost.params,
+            "activations": self.cost.activations,
+            "latency_ms": self.latency_ms,
+            "latency": None if self.latency is None else self.latency.to_json(),
+            "curve": [
+                {k: v if math.isfinite(v) else None for k, v in asdict(result).items()}
+                for result in self.curve
+            ],
+            "error": self.error,
+        }

@@ -1,0 +1,422 @@
+"""A model and the widths it may take."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from widthsearch.cost import Cost, QuadraticForm
+from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.initialisation import Recorder, Scheme
+from widthsearch.symbolic import Poly
+from widthsearch.trace import Pinned, Trace, clone, join, sync_attributes, tensors_of, trace
+from widthsearch.widths import Axis, Widths, fingerprint
+
+
+def default_step(base: int, unit: int = 1) -> int:
+    """The step of an axis for which none was given.
+
+    An eighth of the base rounded to a power of two, at most 8 (16 channels: 2, 32: 4, 64 and more:
+    8), since kernels work in such blocks; less where the base is not a multiple of it, and always
+    a multiple of ``unit``.
+    """
+    wanted = min(8, 2 ** max(0, round(math.log2(max(base, 1) / 8))))
+    step = unit
+    while step * 2 <= wanted and base % (step * 2) == 0:
+        step *= 2
+    return step
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """A model and, per axis, the widths it may take. Made by :meth:`from_model`.
+
+    Attributes:
+        name: What the space is called in files and tables.
+        axes: The free widths, in the order of every width vector.
+        input_shape: One sample's shape, e.g. ``(3, 32, 32)``.
+        trace: What one symbolic run of the model told.
+        template: The model as given, on the meta device (sizes without values).
+        scheme: How the model's constructor initialises it.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    input_shape: tuple[int, ...]
+    trace: Trace
+    template: nn.Module
+    scheme: Scheme
+    init: Callable[[nn.Module], Any] | None = None
+    _forms: dict[str, QuadraticForm] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module | Callable[[], nn.Module],
+        input_shape: Sequence[int],
+        *,
+        name: str | None = None,
+        least: float = 0.125,
+        most: float = 2.0,
+        step: int | None = None,
+        init: Callable[[nn.Module], Any] | None = None,
+    ) -> SearchSpace:
+        """The space of all widths of a model.
+
+        Args:
+            model: A module, or a function without arguments that makes one. A function is better:
+                its initialisation scheme is then recorded and applied at every width, while a
+                given module's layers fall back on their own ``reset_parameters``.
+            input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``.
+            name: The space's name; by default the function's or the class's.
+            least: The smallest width of each axis, as a share of its base.
+            most: The largest width of each axis, as a multiple of its base.
+            step: The distance of two widths on each axis's grid, in channels; by default
+                :func:`default_step`. Lowered where the base would not be on the grid.
+            init: Called on each network that is built, after the recorded scheme.
+
+        Raises:
+            TraceError: The model cannot be traced; names the module and the operation.
+            SpaceError: It has no free width, or ``least <= 1 <= most`` does not hold.
+        """
+        if not 0 < least <= 1 <= most:
+            raise SpaceError(
+                f"`0 < least <= 1 <= most` must hold (multiples of an axis's base width), but "
+                f"least={least}, most={most}"
+            )
+        recorder = None if isinstance(model, nn.Module) else Recorder()
+        made = model if isinstance(model, nn.Module) else recorder.construct(model)  # type: ignore[union-attr]
+        if not isinstance(made, nn.Module):
+            raise SpaceError(f"{model!r} must return a torch.nn.Module, but returned {made!r}")
+        traced = trace(made, tuple(input_shape))
+        if not traced.axes:
+            raise SpaceError(
+                f"{type(made).__name__} has no free width: each of its {len(traced.pinned)} widths "
+                "is fixed by its input, its output or its code"
+            )
+        axes = []
+        for axis in traced.axes:
+            if step is None:
+                s = default_step(axis.base, axis.unit)
+            else:
+                s = math.gcd(math.lcm(axis.unit, step), axis.base)
+            low = max(s, math.ceil(axis.base * least / s) * s)
+            high = max(axis.base, math.floor(axis.base * most / s) * s)
+            axes.append(Axis(axis.name, axis.base, low, high, s, axis.layers))
+        called = getattr(model, "__name__", type(made).__name__)
+        return cls(
+            name=name or called,
+            axes=tuple(axes),
+            input_shape=tuple(input_shape),
+            trace=traced,
+            template=clone(made, {id(t): _meta(t) for *_, t in tensors_of(made)}),
+            scheme=Scheme.of(made, recorder),
+            init=init,
+        )
+
+    # -- widths ------------------------------------------------------------------------------
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The axes' names."""
+        return tuple(axis.name for axis in self.axes)
+
+    @cached_property
+    def base(self) -> Widths:
+        """The widths of the model as given."""
+        return Widths(self.names, tuple(axis.base for axis in self.axes))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what gives a width vector its meaning: the space's name and its axes."""
+        return fingerprint(self.name, self.axes)
+
+    @property
+    def pinned(self) -> tuple[Pinned, ...]:
+        """The widths that are not free, each with its reason."""
+        return self.trace.pinned
+
+    def widths(self, spec: float | Mapping[str, int] | Sequence[int]) -> Widths:
+        """A width vector of this space.
+
+        Args:
+            spec: A multiplier of every base width, snapped to the grid; or widths by axis name
+                (axes left out keep their base width); or one integer per axis. Integers must be
+                on the grid.
+
+        Raises:
+            WidthsError: Names the axis, the value, and the nearest value that would do.
+        """
+        if isinstance(spec, bool) or spec is None:
+            raise WidthsError(f"widths are a multiplier, a mapping or integers, not {spec!r}")
+        if isinstance(spec, int | float | np.integer | np.floating):
+            if not (math.isfinite(spec) and spec > 0):
+                raise WidthsError(f"a width multiplier must be above 0, but is {spec!r}")
+            return self.nearest([axis.base * float(spec) for axis in self.axes])
+        if isinstance(spec, Mapping):
+            unknown = [name for name in spec if name not in self.base]
+            if unknown:
+                close = difflib.get_close_matches(str(unknown[0]), self.names, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"its axes are {self._listed()}"
+                raise WidthsError(f"space {self.name!r} has no axis {unknown[0]!r}; {hint}")
+            values: list[Any] = [spec.get(axis.name, axis.base) for axis in self.axes]
+        else:
+            values = list(spec)
+            if len(values) != len(self.axes):
+                raise WidthsError(
+                    f"space {self.name!r} has {len(self.axes)} axes, but was given {len(values)} "
+                    f"widths; its axes are {self._listed()}"
+                )
+        whole = [int(v) if isinstance(v, np.integer) else v for v in values]
+        return Widths(
+            self.names, tuple(a.check(v) for a, v in zip(self.axes, whole, strict=True))
+        )
+
+    def nearest(self, vector: Sequence[float] | NDArray[Any]) -> Widths:
+        """The width vector on the grid nearest to one real number per axis."""
+        return Widths(
+            self.names, tuple(a.nearest(float(v)) for a, v in zip(self.axes, vector, strict=True))
+        )
+
+    def _listed(self) -> str:
+        shown = ", ".join(self.names[:8])
+        return shown if len(self.names) <= 8 else f"{shown}, … ({len(self.names)} in all)"
+
+    # -- cost --------------------------------------------------------------------------------
+
+    def form(self, quantity: str) -> QuadraticForm:
+        """The quadratic form of ``macs``, ``params`` or ``activations``."""
+        if quantity not in self._forms:
+            poly: Poly = getattr(self.trace, quantity)
+            units = [axis.unit for axis in self.trace.axes]
+            self._forms[quantity] = QuadraticForm.from_poly(poly, units)
+        return self._forms[quantity]
+
+    def macs(self, widths: ArrayLike) -> NDArray[np.int64]:
+        """Multiply-accumulates of one sample's forward pass.
+
+        Args:
+            widths: Integers, shape (N, axes) or (axes,), in channels.
+
+        Returns:
+            int64, shape (N,) or (). Twice this is what ``FlopCounterMode`` counts.
+        """
+        return self.form("macs")(widths)
+
+    def params(self, widths: ArrayLike) -> NDArray[np.int64]:
+        """Number of parameters; shapes as in :meth:`macs`."""
+        return self.form("params")(widths)
+
+    def activations(self, widths: ArrayLike) -> NDArray[np.int64]:
+        """Output elements of all convolutions and matrix products; shapes as in :meth:`macs`."""
+        return self.form("activations")(widths)
+
+    def cost(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Cost:
+        """The exact cost of one architecture."""
+        vector = self._checked(widths).vector
+        return Cost(
+            int(self.macs(vector)), int(self.params(vector)), int(self.activations(vector))
+        )
+
+    def _checked(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Widths:
+        return self.widths(widths)
+
+    # -- networks ----------------------------------------------------------------------------
+
+    def build(
+        self,
+        widths: Widths | float | Mapping[str, int] | Sequence[int],
+        *,
+        seed: int | None = None,
+        device: str | torch.device = "cpu",
+        initialise: bool = True,
+    ) -> nn.Module:
+        """A new network of the model's own class at these widths, newly initialised.
+
+        Args:
+            widths: Anything that :meth:`widths` takes.
+            seed: Seeds the initialisation, and leaves the global random state as it was; without
+                it, the global random state is drawn from.
+            device: Where the tensors are made.
+            initialise: False leaves the values undefined, for weights that are loaded next.
+
+        Returns:
+            A module in training mode; its weights are never cut from the base model's.
+
+        Raises:
+            WidthsError: The widths do not fit the space.
+        """
+        vector = self._checked(widths).vector
+        units = [axis.unit for axis in self.trace.axes]
+        x = [w // unit for w, unit in zip(vector, units, strict=True)]
+        tensors: dict[int, Tensor] = {}
+        for _, layer, name, old in tensors_of(self.template):
+            shape = [_evaluate(poly, x) for poly in self.trace.shapes[join(layer, name)]]
+            new = torch.empty(shape, dtype=old.dtype, device=device)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            tensors[id(old)] = new
+        model = clone(self.template, tensors)
+        for layer, module in model.named_modules():
+            if layer in self.trace.groups:
+                module.groups = _evaluate(self.trace.groups[layer], x)  # type: ignore[assignment]
+            sync_attributes(module)
+        if initialise and torch.device(device).type != "meta":
+            if seed is None:
+                self._initialise(model)
+            else:
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    self._initialise(model)
+        return model.train()
+
+    def _initialise(self, model: nn.Module) -> None:
+        self.scheme.apply(model)
+        if self.init is not None:
+            self.init(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_forms"} | {"_forms": {}}
+
+
+def _evaluate(poly: Poly, x: Sequence[int]) -> int:
+    return sum(c * math.prod(x[i] for i in monomial) for monomial, c in poly.items())
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    meta = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(meta, requires_grad=tensor.requires_grad)
+    return meta
+
+
+# -- references ------------------------------------------------------------------------------
+
+
+def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
+    """The function behind ``package.module:function`` or ``path/to/file.py:function``.
+
+    Args:
+        reference: The text.
+        error: What is raised, with one line that says what is wrong and what to do.
+    """
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise error(
+            f"{reference!r} must be `package.module:function` or `path/to/file.py:function`"
+        )
+    module = _module_from_file(Path(where), reference, error) if where.endswith(".py") else None
+    if module is None:
+        try:
+            module = importlib.import_module(where)
+        except Exception as cause:
+            raise error(
+                f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}"
+            ) from cause
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
+        close = difflib.get_close_matches(name, public, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise error(f"{reference!r}: {where} has no function {name!r}{hint}")
+    return function  # type: ignore[no-any-return]
+
+
+def _module_from_file(path: Path, reference: str, error: type[Exception]) -> ModuleType:
+    if not path.is_file():
+        raise error(f"{reference!r}: there is no file {str(path)!r} (looked in {Path.cwd()})")
+    content = path.read_bytes()
+    digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
+    name = f"_widthsearch_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as cause:
+        del sys.modules[name]
+        raise error(f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
+    return module
+
+
+_loaded: dict[tuple[str, tuple[int, ...] | None, Any], SearchSpace] = {}
+
+
+def load_space(reference: str, input_shape: Sequence[int] | None = None) -> SearchSpace:
+    """The space behind a reference; traced once in a process.
+
+    Args:
+        reference: ``torchvision:NAME``, ``package.module:function`` or ``path/to/file.py:function``
+            (a function without required arguments that returns a :class:`SearchSpace`).
+        input_shape: One sample's shape; for ``torchvision:NAME`` alone, by default (3, 224, 224).
+
+    Raises:
+        SpaceError: One line that says what is wrong with the reference.
+    """
+    shape = tuple(input_shape) if input_shape is not None else None
+    prefix, _, name = reference.partition(":")
+    if prefix == "torchvision":
+        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, None)
+        if key not in _loaded:
+            _loaded[key] = _torchvision(name, shape or (3, 224, 224))
+        return _loaded[key]
+    if shape is not None:
+        raise SpaceError(
+            f"an input shape goes with `torchvision:NAME` alone; {reference!r} sets its own"
+        )
+    function = load_function(reference)
+    key = (reference, None, function)
+    if key not in _loaded:
+        required = [
+            p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if required:
+            raise SpaceError(
+                f"{reference!r} must need no arguments, but needs {', '.join(required)}"
+            )
+        space = function()
+        if not isinstance(space, SearchSpace):
+            raise SpaceError(
+                f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "
+                "wrap a model with SearchSpace.from_model(model, input_shape)"
+            )
+        _loaded[key] = space
+    return _loaded[key]
+
+
+def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"
+        raise SpaceError(f"torchvision has no classification model {name!r}; {hint}")
+    quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+
+    def make_model() -> nn.Module:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **quiet)
+        return model
+
+    return SearchSpace.from_model(make_model, input_shape, name=f"torchvision:{name}")

@@ -1,0 +1,414 @@
+"""A study's storage: the one source of truth, in any Optuna database.
+
+A trial's parameters are its widths by axis name; its user attributes are its origin, seed, cost,
+latency, per-epoch curve and error. It is inserted *with* all its widths in one transaction, so a
+kill at any moment leaves whole trials: finished ones, and running ones to be taken up again under
+their own number. Curves never go in as intermediate values: under several objectives Optuna's
+samplers raise on them.
+
+Only the driver opens the storage; a lease keeps a second driver out.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.distributions import IntDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from widthsearch.cost import Cost
+from widthsearch.errors import StorageError, StudyError
+from widthsearch.latency import Latency
+from widthsearch.outcomes import Outcome
+from widthsearch.training import EpochResult
+from widthsearch.widths import Axis, Widths
+
+BEAT_SECONDS = 5.0
+LEASE_SECONDS = 30.0
+
+_STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate under its number, as it is being trained.
+
+    Attributes:
+        number: Its number in the study.
+        widths: The architecture.
+        origin: Where the widths came from.
+        seed: The seed of its initialisation, order of images and augmentation.
+        cost: Its exact cost.
+        latency: Its measured latency; None until it is measured.
+        curve: One result per epoch so far.
+    """
+
+    number: int
+    widths: Widths
+    origin: Mapping[str, Any]
+    seed: int
+    cost: Cost
+    latency: Latency | None = None
+    curve: tuple[EpochResult, ...] = ()
+
+    def outcome(
+        self, state: Literal["finished", "stopped", "failed"], error: str | None = None
+    ) -> Outcome:
+        """What became of it."""
+        accuracy = self.curve[-1].accuracy if state == "finished" else None
+        return Outcome(
+            id=self.number,
+            widths=self.widths,
+            state=state,
+            origin=self.origin,
+            seed=self.seed,
+            cost=self.cost,
+            latency=self.latency,
+            accuracy=accuracy,
+            curve=self.curve,
+            error=error,
+        )
+
+
+def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
+    """The axes as Optuna knows them."""
+    return {axis.name: IntDistribution(axis.least, axis.most, step=axis.step) for axis in axes}
+
+
+def directions(objectives: Sequence[str]) -> list[str]:
+    """Which way each objective is to go: accuracy up, every cost down."""
+    return ["maximize" if name == "accuracy" else "minimize" for name in objectives]
+
+
+def _database_errors(
+    method: Callable[Concatenate[Store, P], R],
+) -> Callable[Concatenate[Store, P], R]:
+    """Turn what the database raises into one line that a user can act on."""
+
+    @functools.wraps(method)
+    def wrapped(self: Store, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            raise _storage_error(self.url, error) from error
+
+    return wrapped
+
+
+def _storage_error(url: str, error: Exception) -> StorageError:
+    cause: BaseException = error
+    while (deeper := getattr(cause, "orig", None) or cause.__cause__) is not None:
+        cause = deeper
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    try:
+        shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        shown = url
+    return StorageError(
+        f"the storage {shown!r} cannot be used: {reason}; check its address, its permissions "
+        "and the space left on its disk"
+    )
+
+
+def _set_pragmas(connection: Any, _: object) -> None:
+    """Readers never block the driver, and a commit does not wait for the disk to turn.
+
+    With WAL, ``synchronous=NORMAL`` keeps the database whole through any kill of the process; only
+    a power cut may take back the last commits.
+    """
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA busy_timeout=30000")
+    cursor.close()
+
+
+def _open(url: str) -> BaseStorage:
+    # Optuna tells every new study on stderr, in the middle of the user's table.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(url)
+        if storage.engine.dialect.name == "sqlite":
+            sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
+            storage.engine.dispose()  # the connection that made the tables has no pragmas yet
+            with storage.engine.connect():
+                pass
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.OptunaError,
+        ImportError,  # the database's driver is not installed
+        RuntimeError,  # tables of another version of Optuna
+    ) as error:
+        raise _storage_error(url, error) from error
+    return storage
+
+
+class Store:
+    """One study in a storage: trials in, outcomes out.
+
+    Attributes:
+        url: The storage, as any Optuna URL.
+        name: The study's name in it.
+    """
+
+    def __init__(self, url: str, name: str, storage: BaseStorage) -> None:
+        self.url = url
+        self.name = name
+        self._storage = storage
+        self._study = storage.get_study_id_from_name(name)
+
+    @classmethod
+    def create(cls, url: str, name: str, objectives: Sequence[str]) -> Store:
+        """Open the study, made anew where it does not exist yet.
+
+        Raises:
+            StorageError: The storage cannot be opened.
+        """
+        storage = _open(url)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=directions(objectives),
+            load_if_exists=True,
+        )
+        if len(study.directions) == len(objectives):  # else it is refused further up
+            with warnings.catch_warnings():
+                # Marked experimental; it only labels what optuna-dashboard shows.
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(objectives))
+        return cls(url, name, storage)
+
+    @classmethod
+    def open(cls, url: str, name: str) -> Store:
+        """Open a study that exists.
+
+        Raises:
+            StudyError: There is no such study in the storage.
+            StorageError: The storage cannot be opened.
+        """
+        missing = StudyError(f"study {name!r} has no outcomes yet: run it first")
+        if url.startswith("sqlite:///"):
+            file = sqlalchemy.engine.make_url(url).database
+            if file and not Path(file).exists():  # opening would make an empty one
+                raise missing
+        try:
+            return cls(url, name, _open(url))
+        except KeyError:
+            raise missing from None
+
+    @_database_errors
+    def attribute(self, key: str) -> Any:
+        """A JSON value that belongs to the whole study; None where it was never set."""
+        return self._storage.get_study_user_attrs(self._study).get(key)
+
+    @_database_errors
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Store a JSON value that belongs to the whole study."""
+        self._storage.set_study_user_attr(self._study, key, value)
+
+    @_database_errors
+    def begin(
+        self,
+        axes: Sequence[Axis],
+        widths: Widths,
+        *,
+        origin: Mapping[str, Any],
+        seed: int,
+        cost: Cost,
+        fingerprint: str,
+    ) -> Trial:
+        """Insert a running trial, whole or not at all."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=widths.to_json(),
+            distributions=dict(distributions(axes)),
+            user_attrs={
+                "origin": dict(origin),
+                "seed": seed,
+                "cost": asdict(cost),
+                "space": fingerprint,
+            },
+        )
+        key = self._storage.create_new_trial(self._study, template_trial=template)
+        number = self._storage.get_trial_number_from_id(key)
+        return Trial(number, widths, dict(origin), seed, cost)
+
+    @_database_errors
+    def record_latency(self, number: int, latency: Latency) -> None:
+        """Store a running trial's measured latency."""
+        self._storage.set_trial_user_attr(self._key(number), "latency", latency.to_json())
+
+    @_database_errors
+    def record_curve(self, number: int, curve: Sequence[EpochResult]) -> None:
+        """Store a running trial's curve so far."""
+        rows = [asdict(result) for result in curve]
+        self._storage.set_trial_user_attr(self._key(number), "curve", rows)
+
+    @_database_errors
+    def finish(self, number: int, values: Sequence[float]) -> None:
+        """Close a trial after its last epoch, with the value of each objective."""
+        self._storage.set_trial_state_values(self._key(number), TrialState.COMPLETE, values)
+
+    @_database_errors
+    def stop(self, number: int) -> None:
+        """Close a trial that a rung stopped; it has no values, so it is never on a front."""
+        self._storage.set_trial_state_values(self._key(number), TrialState.PRUNED)
+
+    @_database_errors
+    def fail(self, number: int, reason: str) -> None:
+        """Close a trial that cannot be trained."""
+        key = self._key(number)
+        self._storage.set_trial_user_attr(key, "error", reason)
+        self._storage.set_trial_state_values(key, TrialState.FAIL)
+
+    @_database_errors
+    def outcomes(self, names: Sequence[str]) -> list[Outcome]:
+        """Every trial that is done, by number; ``names`` are the axes in the space's order."""
+        return [
+            _trial(frozen, names).outcome(_STATES[frozen.state], frozen.user_attrs.get("error"))
+            for frozen in self._frozen(*_STATES)
+            if _is_whole(frozen, names)
+        ]
+
+    @_database_errors
+    def take_up(self, names: Sequence[str]) -> list[Trial]:
+        """The trials that a driver left running, by number, to go on under their own numbers.
+
+        A running trial without all its widths is not ours (someone asked this study by hand): it
+        fails, and does not count.
+        """
+        running = self._frozen(TrialState.RUNNING)
+        for frozen in running:
+            if not _is_whole(frozen, names):
+                self._storage.set_trial_state_values(self._key(frozen.number), TrialState.FAIL)
+        return [_trial(frozen, names) for frozen in running if _is_whole(frozen, names)]
+
+    def lease(self) -> Lease:
+        """The right to drive this study."""
+        return Lease(self)
+
+    def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+
+    def _key(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
+
+
+def _is_whole(frozen: FrozenTrial, names: Sequence[str]) -> bool:
+    return "cost" in frozen.user_attrs and all(name in frozen.params for name in names)
+
+
+def _trial(frozen: FrozenTrial, names: Sequence[str]) -> Trial:
+    attributes = frozen.user_attrs
+    latency = attributes.get("latency")
+    return Trial(
+        number=frozen.number,
+        widths=Widths(tuple(names), tuple(frozen.params[name] for name in names)),
+        origin=attributes["origin"],
+        seed=attributes["seed"],
+        cost=Cost(**attributes["cost"]),
+        latency=None if latency is None else Latency.from_json(latency),
+        curve=tuple(EpochResult(**row) for row in attributes.get("curve", [])),
+    )
+
+
+class Lease:
+    """The right to drive a study: one driver at a time, or trials would be trained twice.
+
+    It is a study attribute with the holder and a time, renewed every few seconds by a thread. A
+    holder that is dead (same host, no such process) or silent for ``LEASE_SECONDS`` has lost it.
+    Two drivers that take it in the same instant both write, and the one that was overwritten finds
+    out at its next beat.
+    """
+
+    KEY = "driver"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._token = secrets.token_hex(8)
+        self._ended = threading.Event()
+        self._lost = False
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        holder = self._store.attribute(self.KEY)
+        if holder is not None and not _is_gone(holder):
+            silent = time.time() - holder["time"]
+            raise StudyError(
+                f"a study has one driver at a time, but {self._store.name!r} is being run by "
+                f"process {holder['pid']} on {holder['host']} (last sign of life {silent:.0f} s "
+                f"ago): wait for it or stop it; if it was killed, run again in "
+                f"{max(1.0, LEASE_SECONDS - silent):.0f} s"
+            )
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if not self._lost:
+            self._store.set_attribute(self.KEY, None)
+
+    def check(self) -> None:
+        """Raise StudyError if another driver has taken over."""
+        if self._lost:
+            raise StudyError(
+                f"a study has one driver at a time, but another one took over "
+                f"{self._store.name!r}: this one stops"
+            )
+
+    def _write(self) -> None:
+        holder = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
+        self._store.set_attribute(self.KEY, holder)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            try:
+                holder = self._store.attribute(self.KEY)
+                if holder is None or holder["token"] != self._token:
+                    self._lost = True
+                    return
+                self._write()
+            except StorageError:
+                # A full disk or a network's hiccup: the driver's own next write says so aloud.
+                continue
+
+
+def _is_gone(holder: Mapping[str, Any]) -> bool:
+    if time.time() - holder["time"] > LEASE_SECONDS:
+        return True
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # alive, and another user's
+        return False
+    return False

@@ -1,0 +1,734 @@
+"""Integers that stand for unknown widths: what lets a model run once for all widths.
+
+torch lets a tensor's sizes be ``SymInt``, a thin shell around any object with the interface of a
+*symbolic node*. The nodes here are polynomials with integer coefficients in a few symbols. When
+the run needs to know whether two sizes are equal, and they are for the model as given, the
+equation is imposed on the :class:`System`, which solves it at once: that is how layers that must
+agree find each other. All equations that networks impose are linear (residual sums,
+concatenations, flattening); each is solved for its youngest symbol, so what remains free are the
+oldest symbols, and those become the axes.
+
+torch's own symbolic shapes do the same for the compiler with sympy. This is about a hundred times
+faster (``docs/log.md``), because a polynomial here is a small dictionary, and because a width has
+no need of ranges, guards to be replayed, or code generation.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Monomial = tuple[int, ...]
+"""The symbols of one term, ascending, repeated for powers; ``()`` for the constant."""
+Poly = dict[Monomial, int]
+"""A polynomial: the non-zero coefficient of each monomial. Never changed once it is made."""
+
+
+def constant(value: int) -> Poly:
+    """The polynomial that is ``value`` everywhere."""
+    return {(): value} if value else {}
+
+
+def as_constant(p: Poly) -> int | None:
+    """The value of ``p`` if it has no symbol, else None."""
+    if not p:
+        return 0
+    if len(p) == 1 and () in p:
+        return p[()]
+    return None
+
+
+def symbols_of(p: Poly) -> set[int]:
+    """Every symbol in ``p``."""
+    return {s for monomial in p for s in monomial}
+
+
+def add(a: Poly, b: Poly, factor: int = 1) -> Poly:
+    """``a + factor · b``."""
+    out = dict(a)
+    for monomial, coefficient in b.items():
+        total = out.get(monomial, 0) + factor * coefficient
+        if total:
+            out[monomial] = total
+        else:
+            out.pop(monomial, None)
+    return out
+
+
+def multiply(a: Poly, b: Poly) -> Poly:
+    """``a · b``."""
+    if (value := as_constant(b)) is not None:
+        return {m: c * value for m, c in a.items()} if value else {}
+    if (value := as_constant(a)) is not None:
+        return {m: c * value for m, c in b.items()} if value else {}
+    out: Poly = {}
+    for m, c in a.items():
+        for n, d in b.items():
+            product = tuple(sorted(m + n))
+            total = out.get(product, 0) + c * d
+            if total:
+                out[product] = total
+            else:
+                out.pop(product, None)
+    return out
+
+
+def divide(a: Poly, b: Poly) -> Poly | None:
+    """``a / b`` if that is a polynomial with integer coefficients, else None."""
+
+    def order(monomial: Monomial) -> tuple[int, Monomial]:
+        return len(monomial), monomial
+
+    if not b:
+        return None
+    lead = max(b, key=order)
+    quotient: Poly = {}
+    while a:
+        top = max(a, key=order)
+        rest = list(top)
+        for symbol in lead:
+            if symbol not in rest:
+                return None
+            rest.remove(symbol)
+        if a[top] % b[lead]:
+            return None
+        term = {tuple(rest): a[top] // b[lead]}
+        quotient = add(quotient, term)
+        a = add(a, multiply(term, b), -1)
+    return quotient
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Why one symbol lost its freedom.
+
+    Attributes:
+        symbol: The symbol.
+        reason: The line of code that needed its value, or what it is tied to.
+    """
+
+    symbol: int
+    reason: str
+
+
+@dataclass
+class System:
+    """Symbols, their values in the model as given, and every equation solved so far.
+
+    Attributes:
+        hints: The value of each symbol in the model as given.
+        solution: For each symbol that is no longer free, the affine form it equals.
+        pins: Each symbol that became a constant, and why.
+        parents: For each solved symbol, the symbols that its equation tied it to.
+        opaque: Symbols that stand for a non-zero remainder, each with what it came from. They may
+            be compared; where one would reach a shape, what it came from is pinned.
+        reason: Says which code is running; asked when an equation takes a symbol's freedom.
+    """
+
+    hints: list[int] = field(default_factory=list)
+    solution: dict[int, Poly] = field(default_factory=dict)
+    pins: list[Pin] = field(default_factory=list)
+    parents: dict[int, frozenset[int]] = field(default_factory=dict)
+    opaque: dict[int, Poly] = field(default_factory=dict)
+    reason: Callable[[], str] = field(default=lambda: "")
+
+    def fresh(self, hint: int) -> int:
+        """A new free symbol."""
+        self.hints.append(hint)
+        return len(self.hints) - 1
+
+    def canonical(self, p: Poly) -> Poly:
+        """``p`` in free symbols alone."""
+        solution = self.solution
+        if solution:
+            for monomial in p:
+                for symbol in monomial:
+                    if symbol in solution:
+                        return self._substitute(p)
+        return p
+
+    def _substitute(self, p: Poly) -> Poly:
+        out: Poly = {}
+        for monomial, coefficient in p.items():
+            term = {(): coefficient}
+            for symbol in monomial:
+                term = multiply(term, self.value(symbol))
+            out = add(out, term)
+        return out
+
+    def value(self, symbol: int) -> Poly:
+        """What ``symbol`` equals, in free symbols alone."""
+        if symbol not in self.solution:
+            return {(symbol,): 1}
+        known = self.solution[symbol]
+        resolved = self.canonical(known)
+        if resolved is not known:
+            self.solution[symbol] = resolved
+        return resolved
+
+    def hint(self, p: Poly) -> int:
+        """The value of ``p`` in the model as given."""
+        total = 0
+        for monomial, coefficient in p.items():
+            total += coefficient * math.prod(self.hints[s] for s in monomial)
+        return total
+
+    def pin(self, symbols: Iterable[int], reason: str) -> None:
+        """Fix each free symbol in ``symbols`` at its value in the model as given."""
+        for symbol in symbols:
+            if symbol not in self.solution:
+                self.solution[symbol] = constant(self.hints[symbol])
+                self.pins.append(Pin(symbol, reason))
+
+    def pin_value(self, p: Poly, reason: str) -> int:
+        """Fix every free symbol that ``p`` depends on, and return its value."""
+        p = self.canonical(p)
+        self.pin(sorted(symbols_of(p)), reason)
+        return self.hint(p)
+
+    def impose(self, p: Poly) -> None:
+        """Impose ``p = 0``, which holds for the model as given."""
+        p = self.transparent(p)
+        assert self.hint(p) == 0, "an equation that does not hold for the model as given"
+        if not p:
+            return
+        shared = set.intersection(*(set(m) for m in p))
+        for symbol in shared:  # sizes are never 0: x·f = 0 means f = 0
+            p = {_without(m, symbol): c for m, c in p.items()}
+        divisor = math.gcd(*p.values())
+        p = {m: c // divisor for m, c in p.items()}
+        if any(len(m) > 1 for m in p):
+            self.pin(sorted(symbols_of(p)), self.reason())
+            return
+        linear = {m[0]: c for m, c in p.items() if m}
+        if len(linear) == 1:
+            self.pin(linear, self.reason())
+            return
+        units = [s for s, c in linear.items() if abs(c) == 1]
+        if units:
+            youngest = max(units)
+            c = linear[youngest]
+            self._solve(youngest, {m: -d * c for m, d in p.items() if m != (youngest,)})
+        elif len(p) == 2:  # c·x = d·y with c and d coprime: x = d·t, y = c·t
+            (x, c), (y, d) = sorted(linear.items())
+            t = self.fresh(self.hints[x] // abs(d))
+            self._solve(x, {(t,): abs(d)})
+            self._solve(y, {(t,): abs(c)})
+        else:
+            self.pin(sorted(linear), self.reason())
+
+    def _solve(self, symbol: int, value: Poly) -> None:
+        self.solution[symbol] = value
+        self.parents[symbol] = frozenset(symbols_of(value))
+
+    def transparent(self, p: Poly) -> Poly:
+        """``p`` in free symbols alone, none of them opaque."""
+        p = self.canonical(p)
+        while hidden := [s for s in symbols_of(p) if s in self.opaque]:
+            for symbol in hidden:
+                self.pin_value(self.opaque[symbol], self.reason())
+                self.pin([symbol], self.reason())
+            p = self.canonical(p)
+        return p
+
+    def remainder(self, a: Poly, b: Poly) -> Poly:
+        """``a % b``: divisibility that holds for the model as given is imposed."""
+        a, b = self.canonical(a), self.canonical(b)
+        left = self.hint(a) % self.hint(b)
+        if left == 0:
+            self.quotient(a, b)
+            return {}
+        if as_constant(a) is not None and as_constant(b) is not None:
+            return constant(left)
+        symbol = self.fresh(left)
+        self.opaque[symbol] = {(s,): 1 for s in symbols_of(a) | symbols_of(b)}
+        return {(symbol,): 1}
+
+    def quotient(self, a: Poly, b: Poly) -> Poly:
+        """``a // b``, with the remainder that it has for the model as given imposed."""
+        a, b = self.canonical(a), self.canonical(b)
+        exact = divide(a, b)
+        if exact is not None:
+            return exact
+        q, r = divmod(self.hint(a), self.hint(b))
+        divisor = as_constant(b)
+        if divisor is None or as_constant(a) is not None:
+            out = constant(q)
+        else:
+            out = {(self.fresh(q),): 1}
+        self.impose(add(a, add(multiply(out, b), constant(r)), -1))
+        return self.canonical(out)
+
+
+def _without(monomial: Monomial, symbol: int) -> Monomial:
+    i = monomial.index(symbol)
+    return monomial[:i] + monomial[i + 1 :]
+
+
+class _Expression:
+    """Answers torch's questions about free sympy symbols: there are none."""
+
+    free_symbols: frozenset[Any] = frozenset()
+    is_number = is_Boolean = is_Symbol = False
+    args = ()
+
+
+class _Node:
+    """What torch asks of every symbolic node."""
+
+    shape_env = None
+    constant = None
+    _hint = None
+    expr = _Expression()
+    kind = ""
+
+    def is_int(self) -> bool:
+        return self.kind == "int"
+
+    def is_float(self) -> bool:
+        return self.kind == "float"
+
+    def is_bool(self) -> bool:
+        return self.kind == "bool"
+
+    def is_nested_int(self) -> bool:
+        return False
+
+    def is_symbolic(self) -> bool:
+        return True
+
+    def is_constant(self) -> bool:
+        return False
+
+    def has_hint(self) -> bool:
+        return True
+
+    def maybe_as_int(self) -> int | None:
+        return None
+
+    def maybe_as_float(self) -> float | None:
+        return None
+
+    def maybe_as_bool(self) -> bool | None:
+        return None
+
+    def nested_int(self) -> None:
+        return None
+
+    nested_int_coeff = nested_int
+
+    def clone(self) -> _Node:
+        return self
+
+    def str(self) -> str:  # noqa: A003
+        return repr(self)
+
+    _graph_repr = __str__ = str
+
+
+class SizeNode(_Node):
+    """A size: a polynomial in the symbols of a system."""
+
+    kind = "int"
+
+    def __init__(self, system: System, poly: Poly) -> None:
+        self.system = system
+        self._poly = poly
+
+    @property
+    def poly(self) -> Poly:
+        """The size in free symbols alone."""
+        self._poly = self.system.canonical(self._poly)
+        return self._poly
+
+    @property
+    def hint(self) -> int:
+        """The size in the model as given."""
+        return self.system.hint(self.poly)
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{c}·{m}" for m, c in self.poly.items()) or "0"
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def wrap_float(self, value: float) -> RatioNode:
+        return RatioNode(self.system, value)
+
+    def wrap_bool(self, value: bool) -> TruthNode:
+        return TruthNode(self.system, value)
+
+    def maybe_as_int(self) -> int | None:
+        return as_constant(self.poly)
+
+    constant_int = maybe_as_int
+
+    def guard_int(self, _file: str = "", _line: int = 0) -> int:
+        return self.system.pin_value(self.poly, self.system.reason())
+
+    int_ = guard_int
+
+    def _new(self, poly: Poly) -> SizeNode:
+        return SizeNode(self.system, poly)
+
+    def add(self, other: SizeNode) -> SizeNode:
+        return self._new(add(self.poly, other.poly))
+
+    def sub(self, other: SizeNode) -> SizeNode:
+        return self._new(add(self.poly, other.poly, -1))
+
+    def mul(self, other: SizeNode) -> SizeNode:
+        return self._new(multiply(self.poly, other.poly))
+
+    def neg(self) -> SizeNode:
+        return self._new(multiply(self.poly, constant(-1)))
+
+    def pos(self) -> SizeNode:
+        return self
+
+    round = floor = ceil = trunc = sym_int = pos
+
+    def abs(self) -> SizeNode:
+        return self if self.hint >= 0 else self.neg()
+
+    def sym_sum(self, nodes: Sequence[SizeNode]) -> SizeNode:
+        total: Poly = {}
+        for node in nodes:
+            total = add(total, node.poly)
+        return self._new(total)
+
+    def pow(self, other: SizeNode) -> SizeNode:
+        out = constant(1)
+        for _ in range(other.guard_int()):
+            out = multiply(out, self.poly)
+        return self._new(out)
+
+    pow_by_natural = pow
+
+    def int_floordiv(self, other: SizeNode) -> SizeNode:
+        return self._new(self.system.quotient(self.poly, other.poly))
+
+    floordiv = int_floordiv
+
+    def mod(self, other: SizeNode) -> SizeNode:
+        return self._new(self.system.remainder(self.poly, other.poly))
+
+    python_mod = mod
+
+    def truediv(self, other: SizeNode) -> RatioNode:
+        return RatioNode(self.system, self.hint / other.hint, (self.poly, other.poly))
+
+    int_truediv = float_truediv = truediv
+
+    def sym_float(self) -> RatioNode:
+        return RatioNode(self.system, float(self.hint), (self.poly, constant(1)))
+
+    def sym_max(self, other: SizeNode) -> SizeNode:
+        return self if self.hint >= other.hint else other
+
+    def sym_min(self, other: SizeNode) -> SizeNode:
+        return self if self.hint <= other.hint else other
+
+    def _compare(self, other: SizeNode, relation: str) -> TruthNode:
+        return TruthNode(self.system, (relation, add(self.poly, other.poly, -1)))
+
+    def eq(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "eq")
+
+    def ne(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "ne")
+
+    def lt(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "lt")
+
+    def le(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "le")
+
+    def gt(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "gt")
+
+    def ge(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "ge")
+
+    # Memory formats: answered from what is known, without imposing anything.
+
+    def _dense_in(self, sizes: list[Any], strides: list[Any], order: Iterable[int]) -> TruthNode:
+        expected = constant(1)
+        for d in order:
+            size = _poly_of(sizes[d])
+            if size != {(): 1} and add(_poly_of(strides[d]), expected, -1):
+                return self.wrap_bool(False)
+            expected = multiply(expected, size)
+        return self.wrap_bool(True)
+
+    def is_contiguous(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        return self._dense_in(sizes, strides, reversed(range(len(sizes))))
+
+    def is_channels_last_contiguous_2d(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        if len(sizes) != 4:
+            return self.wrap_bool(False)
+        return self._dense_in(sizes, strides, (1, 3, 2, 0))
+
+    def is_channels_last_contiguous_3d(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        if len(sizes) != 5:
+            return self.wrap_bool(False)
+        return self._dense_in(sizes, strides, (1, 4, 3, 2, 0))
+
+    is_channels_last_strides_2d = is_channels_last_contiguous_2d
+    is_channels_last_strides_3d = is_channels_last_contiguous_3d
+
+    def is_non_overlapping_and_dense(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        by_stride = sorted(
+            range(len(sizes)), key=lambda d: self.system.hint(_poly_of(strides[d])), reverse=False
+        )
+        return self._dense_in(sizes, strides, by_stride)
+
+    is_non_overlapping_and_dense_indicator = is_non_overlapping_and_dense
+
+
+def _poly_of(size: Any) -> Poly:
+    if isinstance(size, int):
+        return constant(size)
+    node = size if isinstance(size, SizeNode) else size.node
+    poly: Poly = node.poly
+    return poly
+
+
+class RatioNode(_Node):
+    """A float made from sizes: its value in the model as given, and the quotient it came from.
+
+    Floats never reach a shape unless they are rounded; a plain quotient is rounded exactly, any
+    other float pins the symbols that it came from.
+    """
+
+    kind = "float"
+
+    def __init__(
+        self, system: System, value: float, quotient: tuple[Poly, Poly] | None = None,
+        symbols: frozenset[int] = frozenset(),
+    ) -> None:
+        self.system, self.value, self.quotient = system, value, quotient
+        if quotient is not None:
+            symbols = symbols | symbols_of(quotient[0]) | symbols_of(quotient[1])
+        self.symbols = symbols
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    hint = property(lambda self: self.value)
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def wrap_float(self, value: float) -> RatioNode:
+        return RatioNode(self.system, value)
+
+    def guard_float(self, _file: str = "", _line: int = 0) -> float:
+        return self.value
+
+    def sym_float(self) -> RatioNode:
+        return self
+
+    def _rounded(self, rounding: Callable[[float], int]) -> SizeNode:
+        if self.quotient is not None:
+            a, b = self.quotient
+            down = self.system.quotient(a, b)
+            gap = rounding(self.value) - math.floor(self.value)
+            return SizeNode(self.system, add(down, constant(gap)))
+        self.system.pin(sorted(self.symbols), self.system.reason())
+        return SizeNode(self.system, constant(rounding(self.value)))
+
+    def trunc(self) -> SizeNode:
+        return self._rounded(math.trunc)
+
+    sym_int = trunc
+
+    def floor(self) -> SizeNode:
+        return self._rounded(math.floor)
+
+    def ceil(self) -> SizeNode:
+        return self._rounded(math.ceil)
+
+    def round(self, _digits: Any = None) -> SizeNode:
+        return self._rounded(round)
+
+
+def _float_operation(name: str, function: Callable[[float, float], float]) -> None:
+    def method(self: RatioNode, other: Any) -> RatioNode:
+        value = other.value if isinstance(other, RatioNode) else float(other.hint)
+        symbols = getattr(other, "symbols", frozenset()) | self.symbols
+        return RatioNode(self.system, function(self.value, value), None, symbols)
+
+    setattr(RatioNode, name, method)
+
+
+for _name, _function in {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv,
+    "float_truediv": operator.truediv, "pow": math.pow, "float_pow": math.pow, "sym_max": max,
+    "sym_min": min,
+}.items():
+    _float_operation(_name, _function)
+
+
+def _float_comparison(name: str, function: Callable[[float, float], bool]) -> None:
+    def method(self: RatioNode, other: Any) -> TruthNode:
+        return TruthNode(self.system, function(self.value, float(other.hint)))
+
+    setattr(RatioNode, name, method)
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _float_comparison(_name, getattr(operator, _name))
+for _name, _unary in {"neg": operator.neg, "abs": abs, "sqrt": math.sqrt}.items():
+    setattr(
+        RatioNode, _name if _name != "sqrt" else "sym_sqrt",
+        lambda self, f=_unary: RatioNode(self.system, f(self.value), None, self.symbols),
+    )
+
+
+_RELATIONS: dict[str, Callable[[int, int], bool]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+
+
+class TruthNode(_Node):
+    """A comparison of sizes, or a combination of comparisons.
+
+    When the run branches on it, it takes the branch of the model as given; an equality that holds
+    is imposed on the system, an inequality is taken to hold at every width (``SearchSpace.check``
+    proves it).
+    """
+
+    kind = "bool"
+
+    def __init__(self, system: System, content: Any) -> None:
+        self.system, self.content = system, content
+
+    def __repr__(self) -> str:
+        return repr(self.content)
+
+    @property
+    def hint(self) -> bool:
+        """Whether it holds for the model as given."""
+        return self._evaluate()
+
+    def wrap_bool(self, value: bool) -> TruthNode:
+        return TruthNode(self.system, value)
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def known(self) -> bool | None:
+        """Its truth if that is the same at every width, else None."""
+        content = self.content
+        if isinstance(content, bool):
+            return content
+        name, *parts = content
+        if name == "not":
+            inner = parts[0].known()
+            return None if inner is None else not inner
+        if name in ("and", "or"):
+            known = [part.known() for part in parts]
+            decisive = name == "or"
+            if decisive in known:
+                return decisive
+            return None if None in known else not decisive
+        value = as_constant(self.system.canonical(parts[0]))
+        return None if value is None else _RELATIONS[name](value, 0)
+
+    def _evaluate(self) -> bool:
+        content = self.content
+        if isinstance(content, bool):
+            return content
+        name, *parts = content
+        if name == "not":
+            return not parts[0]._evaluate()
+        if name == "and":
+            return all(part._evaluate() for part in parts)
+        if name == "or":
+            return any(part._evaluate() for part in parts)
+        return _RELATIONS[name](self.system.hint(self.system.canonical(parts[0])), 0)
+
+    def _assume(self, truth: bool) -> None:
+        """Impose the equalities that make this node ``truth``, as it is for the model as given."""
+        if isinstance(self.content, bool) or self.known() is not None:
+            return
+        name, *parts = self.content
+        if name == "not":
+            parts[0]._assume(not truth)
+        elif (name == "and") == truth and name in ("and", "or"):
+            for part in parts:
+                part._assume(truth)
+        elif name in ("and", "or"):
+            next(part for part in parts if part._evaluate() is truth)._assume(truth)
+        elif (name == "eq") == truth and name in ("eq", "ne"):
+            self.system.impose(parts[0])
+
+    def guard_bool(self, _file: str = "", _line: int = 0) -> bool:
+        truth = self._evaluate()
+        self._assume(truth)
+        return truth
+
+    expect_true = bool_ = guard_bool
+
+    def guard_or_false(self, _file: str = "", _line: int = 0) -> bool:
+        known = self.known()
+        if known is not None:
+            return known
+        equality = isinstance(self.content, tuple) and self.content[0] == "eq"
+        return False if equality else self._evaluate()
+
+    guard_size_oblivious = statically_known_true = guard_or_false
+
+    def guard_or_true(self, _file: str = "", _line: int = 0) -> bool:
+        return self.known() is not False
+
+    def sym_not(self) -> TruthNode:
+        return TruthNode(self.system, ("not", self))
+
+    not_ = sym_not
+
+    def sym_and(self, other: TruthNode) -> TruthNode:
+        return TruthNode(self.system, ("and", self, other))
+
+    and_ = sym_and
+
+    def sym_or(self, other: TruthNode) -> TruthNode:
+        return TruthNode(self.system, ("or", self, other))
+
+    or_ = sym_or
+
+    def sym_ite(self, then: _Node, otherwise: _Node) -> _Node:
+        return then if self.guard_bool() else otherwise
+
+
+def size(system: System, poly: Poly) -> torch.SymInt | int:
+    """A size for torch: an int where it is known, else a ``SymInt``."""
+    value = as_constant(poly)
+    return torch.SymInt(SizeNode(system, poly)) if value is None else value
+
+
+def poly_of(value: torch.SymInt | int) -> Poly:
+    """The polynomial behind a size."""
+    return constant(value) if isinstance(value, int) else _poly_of(value.node)
+
+
+def calling_line(skip: Sequence[str]) -> str:
+    """``file:line`` and the text of the innermost running line outside the ``skip`` folders."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith("<") and not any(filename.startswith(s) for s in skip):
+            import linecache
+
+            text = linecache.getline(filename, frame.f_lineno).strip()
+            short = "/".join(filename.replace("\\", "/").split("/")[-2:])
+            return f"{short}:{frame.f_lineno} `{text}`"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "unknown code"

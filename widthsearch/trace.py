@@ -1,0 +1,508 @@
+"""One symbolic run of a model: its axes, the shape of every tensor, and its cost.
+
+Every parameter and buffer gets symbols for sizes, the model runs once on meta tensors, and what
+the run had to equate *is* the coupling of its layers (``symbolic.py``). FLOPs are counted on the
+way with torch's own formulas, so they come out as polynomials in the widths.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from widthsearch.errors import TraceError
+from widthsearch.symbolic import (
+    Poly,
+    System,
+    add,
+    as_constant,
+    calling_line,
+    constant,
+    multiply,
+    poly_of,
+    size,
+    symbols_of,
+)
+
+aten = torch.ops.aten
+
+_SKIP = tuple(
+    f"{Path(spec.origin).parent}{os.sep}"
+    for name in ("torch", "widthsearch")
+    if (spec := importlib.util.find_spec(name)) and spec.origin
+)
+_BATCH_NORMS = frozenset(
+    getattr(aten, name)
+    for name in (
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit_functional",
+        "_batch_norm_with_update",
+        "_batch_norm_no_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+    )
+    if hasattr(aten, name)
+)
+
+
+@dataclass(frozen=True)
+class TracedAxis:
+    """An axis as the run found it.
+
+    Attributes:
+        name: The first layer that makes the width.
+        base: The width in the model as given, in channels.
+        unit: Channels per unit of the polynomials' variable; widths are multiples of it
+            (groups of a grouped convolution, heads).
+        layers: Every layer with a tensor whose shape depends on the axis.
+    """
+
+    name: str
+    base: int
+    unit: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A width that is not free.
+
+    Attributes:
+        name: The first layer with this width.
+        size: Its value, in channels.
+        reason: What fixes it.
+        layers: Every layer whose shape depends on it.
+    """
+
+    name: str
+    size: int
+    reason: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one symbolic run of a model tells.
+
+    Polynomials are over the axes' indices; variable ``i`` is ``width_i / axes[i].unit``.
+
+    Attributes:
+        axes: The free widths.
+        pinned: The widths that are not free, each with its reason.
+        shapes: Per parameter and buffer, its sizes as polynomials.
+        groups: Per convolution whose ``groups`` follows a width, that number.
+        macs: Multiply-accumulates of one sample's forward pass in eval mode (half of what
+            ``FlopCounterMode`` counts as FLOPs).
+        params: Number of parameters.
+        activations: Output elements of every operation that multiplies (convolutions, matrix
+            products) for one sample; "activations" of Radosavovic et al. 2020 (RegNet, section 2).
+        layer_macs: The MACs of each layer.
+        layouts: How sizes that are made of several parts are laid out: for a size, its parts in
+            order, each with the number of consecutive elements that one channel has.
+    """
+
+    axes: tuple[TracedAxis, ...]
+    pinned: tuple[Pinned, ...]
+    shapes: Mapping[str, tuple[Poly, ...]]
+    groups: Mapping[str, Poly]
+    macs: Poly
+    params: Poly
+    activations: Poly
+    layer_macs: Mapping[str, Poly]
+    layouts: tuple[tuple[Poly, tuple[tuple[Poly, int], ...]], ...]
+
+
+def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of ``model`` in which each tensor ``t`` is replaced by ``tensors[id(t)]``."""
+    return copy.deepcopy(model, dict(tensors))
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """Every parameter and buffer once: its module, the module's name, its own name, itself."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield module, module_name, name, tensor
+
+
+def join(module_name: str, name: str) -> str:
+    """The name of a module's tensor in the state dict."""
+    return f"{module_name}.{name}" if module_name else name
+
+
+def sync_attributes(module: nn.Module) -> None:
+    """Set the attributes in which torch's layers repeat their tensors' sizes."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        own, other = module.weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = own, other * module.groups
+        else:
+            module.out_channels, module.in_channels = own, other * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = weight if weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = sized.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.shape[0]
+
+
+@dataclass
+class _Symbol:
+    """Where a symbol stands."""
+
+    layer: str
+    tensor: str
+    makes: bool
+    """Whether it is the output width of a layer's weight."""
+
+
+class _Run(TorchDispatchMode):
+    """Counts, stands in for batch norm, and remembers what is running."""
+
+    def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.system = system
+        self.inputs = {id(x) for x in inputs}
+        self.layers: list[str] = []
+        self.operation = ""
+        self.of_input = False
+        self.used: set[int] = set()
+        self.flops: dict[str, Poly] = {}
+        self.activations: Poly = {}
+        self.joins: list[tuple[Poly, list[tuple[Poly, int]]]] = []
+
+    def reason(self) -> str:
+        """Why an equation that is imposed now holds."""
+        if self.of_input:
+            return "input of the model"
+        return calling_line(_SKIP)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        self.operation = str(func)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        self.of_input = any(id(a) in self.inputs for a in tensors)
+        self.used.update(map(id, tensors))
+        if any(a.device.type != "meta" for a in tensors):
+            args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+        if packet in _BATCH_NORMS:
+            return self._batch_norm(len(func._schema.returns), *args)
+        if packet is aten.convolution and args[2] is not None:  # its meta kernel does not ask
+            weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
+            torch._check(bias.shape[0] == (weight.shape[1] * groups if transposed else weight.shape[0]))
+        elif packet is aten.native_group_norm and args[1] is not None:
+            torch._check(args[1].shape[0] == args[0].shape[1])
+        out = func(*args, **kwargs)
+        if packet in flop_registry:
+            self._count(flop_registry[packet](*args, **kwargs, out_val=out), out)
+        elif packet is aten.cat:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            parts = [(poly_of(x.shape[dim]), 1) for x in args[0]]
+            self.joins.append((poly_of(out.shape[dim]), parts))
+        elif packet in (aten.view, aten._unsafe_view, aten.reshape):
+            self._flatten(args[0].shape, out.shape)
+        return out
+
+    def _batch_norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """Batch norm keeps shapes; all it asks is that its vectors have x's channels."""
+        for vector in rest:
+            if isinstance(vector, Tensor) and vector.dim() == 1:
+                self.used.add(id(vector))
+                torch._check(vector.shape[0] == x.shape[1])
+        nothing = torch.empty((0,), device="meta")
+        return (torch.empty_like(x), *([nothing] * (returns - 1)))
+
+    def _count(self, flops: Any, out: Any) -> None:
+        layer = self.layers[-1] if self.layers else ""
+        self.flops[layer] = add(self.flops.get(layer, {}), poly_of(flops))
+        first = out if isinstance(out, Tensor) else out[0]
+        self.activations = add(self.activations, poly_of(first.numel()))
+
+    def _flatten(self, before: torch.Size, after: torch.Size) -> None:
+        """Note (N, C, H, W) → (N, C·H·W): each channel becomes H·W consecutive elements."""
+        if len(before) <= len(after) or len(after) < 2:
+            return
+        inner = 1
+        for n in before[2:]:
+            value = as_constant(self.system.canonical(poly_of(n)))
+            if value is None:
+                return
+            inner *= value
+        channels = poly_of(before[1])
+        merged = poly_of(after[1])
+        if merged == multiply(channels, constant(inner)) and inner > 1:
+            self.joins.append((merged, [(channels, inner)]))
+
+
+@contextmanager
+def _explained(model: nn.Module, run: _Run) -> Iterator[None]:
+    """Name the module and the operation in whatever goes wrong."""
+    try:
+        yield
+    except Exception as error:
+        layer = run.layers[-1] if run.layers else ""
+        kind = type(model.get_submodule(layer)).__name__
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TraceError(
+            f"cannot trace {type(model).__name__}: module {layer or '(the model itself)'!r} "
+            f"({kind}) failed at {calling_line_of(error)} in operation {run.operation or 'none'}: "
+            f"{first_line}. A model must run on tensors without values (device 'meta') for an "
+            f"input of the shape given; move what reads values out of forward"
+        ) from error
+
+
+def calling_line_of(error: BaseException) -> str:
+    """``file:line`` of the innermost frame of ``error`` that is not torch's or ours."""
+    place = "unknown code"
+    traceback = error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if not filename.startswith(_SKIP):
+            place = f"{Path(filename).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
+
+
+def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
+    """Run ``model`` once on symbolic widths.
+
+    Args:
+        model: Any module; neither it nor its tensors are changed, and their values are not read.
+        input_shape: One sample's shape, e.g. ``(3, 224, 224)``.
+
+    Raises:
+        TraceError: The model cannot run on meta tensors; names the module and the operation.
+    """
+    system = System()
+    symbols: dict[int, _Symbol] = {}
+    copies: dict[int, Tensor] = {}
+    sized: dict[str, Tensor] = {}
+    for module, layer, name, tensor in tensors_of(model):
+        shape: list[torch.SymInt | int] = []
+        convolution = isinstance(module, nn.modules.conv._ConvNd)
+        output = 1 if convolution and module.transposed else 0
+        for dim, n in enumerate(tensor.shape):
+            if n > 1 and not (convolution and dim > 1):
+                symbol = system.fresh(n)
+                makes = dim == output and tensor.dim() > 1
+                symbols[symbol] = _Symbol(layer, name, makes)
+                shape.append(size(system, {(symbol,): 1}))
+            else:
+                shape.append(n)
+        meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=False)
+        copies[id(tensor)] = sized[join(layer, name)] = meta
+
+    symbolic = clone(model, copies)
+    groups: dict[str, Poly] = {}
+    for layer, module in symbolic.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels:
+            groups[layer] = {(system.fresh(module.groups),): 1}
+            module.groups = size(system, groups[layer])  # type: ignore[assignment]
+        sync_attributes(module)
+
+    with _no_fast_path():
+        run = _execute(symbolic, system, input_shape, train=False)
+        called = run.used
+        if any(id(tensor) not in called for tensor in sized.values()):
+            # Some layers run in training alone (auxiliary classifiers): let them say what they tie.
+            called = called | _execute(symbolic, system, input_shape, train=True).used
+    for symbol, where in symbols.items():
+        if id(sized[join(where.layer, where.tensor)]) not in called:
+            system.pin_value({(symbol,): 1}, "never used in forward")
+    for name, tensor in model.named_buffers():
+        if tensor.device.type != "meta" and tensor.numel() > 1 and tensor.min() != tensor.max():
+            for n in sized[name].shape if name in sized else ():
+                system.pin_value(poly_of(n), f"size of buffer {name!r}, whose content is fixed")
+    for poly in (run.activations, *run.flops.values()):
+        system.transparent(poly)
+    _lower_degree(system, run.flops)
+    return _collect(system, symbols, sized, groups, run)
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Attention's fused inference path hides its products from the counter."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _execute(
+    symbolic: nn.Module, system: System, input_shape: tuple[int, ...], *, train: bool
+) -> _Run:
+    # Training mode refuses batches of one sample in batch norm.
+    x = torch.empty((2 if train else 1, *input_shape), device="meta")
+    run = _Run(system, (x,))
+    system.reason = run.reason
+    hooks = []
+    for layer, module in symbolic.named_modules():
+        hooks.append(module.register_forward_pre_hook(_entering(run, layer)))
+        hooks.append(module.register_forward_hook(_leaving(run)))
+    symbolic.train(train)
+    with (
+        _explained(symbolic, run),
+        torch.device("meta"),
+        enable_python_dispatcher(),
+        torch.no_grad(),
+        run,
+    ):
+        out = symbolic(x)
+    for hook in hooks:
+        hook.remove()
+    for tensor in _tensors_in(out):
+        for n in tensor.shape:
+            system.pin_value(poly_of(n), "output of the model")
+    return run
+
+
+def _entering(run: _Run, layer: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any) -> None:
+        run.layers.append(layer)
+
+    return hook
+
+
+def _leaving(run: _Run) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, _out: Any) -> None:
+        run.layers.pop()
+
+    return hook
+
+
+def _tensors_in(out: Any) -> Iterator[Tensor]:
+    return (x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor))
+
+
+def _lower_degree(system: System, polys: Mapping[str, Poly]) -> None:
+    """Pin symbols until every polynomial is at most quadratic (convolutions and linears are)."""
+    for layer, poly in polys.items():
+        while high := [m for m in system.canonical(poly) if len(m) > 2]:
+            system.pin_value({(high[0][-1],): 1}, f"cost of {layer!r} is not quadratic in it")
+
+
+def _collect(
+    system: System,
+    symbols: Mapping[int, _Symbol],
+    sized: Mapping[str, Tensor],
+    groups: Mapping[str, Poly],
+    run: _Run,
+) -> Trace:
+    owners: dict[int, list[int]] = {}  # free symbol -> the symbols that are a multiple of it
+    layers: dict[int, dict[str, None]] = {}  # free symbol -> the layers it shapes
+    for symbol, where in symbols.items():
+        value = system.value(symbol)
+        for free in symbols_of(value):
+            layers.setdefault(free, {})[where.layer] = None
+            if len(value) == 1 and len(next(iter(value))) == 1:
+                owners.setdefault(free, []).append(symbol)
+
+    ordered: list[tuple[int, int]] = []  # (symbol that names the axis, free symbol)
+    for free in layers:
+        named = owners.get(free) or [min(s for s in symbols if free in symbols_of(system.value(s)))]
+        makers = [s for s in named if symbols[s].makes]
+        ordered.append((min(makers or named), free))
+    ordered.sort()
+    axes: list[TracedAxis] = []
+    for namer, free in ordered:
+        where = symbols[namer]
+        name = where.layer or where.tensor
+        if any(axis.name == name for axis in axes):
+            name = join(where.layer, where.tensor)
+        count = sum(axis.name.split("#")[0] == name for axis in axes)
+        name = f"{name}#{count + 1}" if count else name
+        unit = system.value(namer).get((free,), 1) if namer in owners.get(free, ()) else 1
+        axes.append(TracedAxis(name, system.hints[free] * unit, unit, tuple(layers[free])))
+
+    index = {free: i for i, (_, free) in enumerate(ordered)}
+
+    def over_axes(poly: Poly) -> Poly:
+        canonical = system.canonical(poly)
+        return {tuple(sorted(index[s] for s in m)): c for m, c in canonical.items()}
+
+    flops: Poly = {}
+    for poly in run.flops.values():
+        flops = add(flops, poly)
+    params: Poly = {}
+    for tensor in sized.values():
+        if isinstance(tensor, nn.Parameter):
+            count_ = constant(1)
+            for n in tensor.shape:
+                count_ = multiply(count_, poly_of(n))
+            params = add(params, count_)
+    layouts = {
+        tuple(sorted(key.items())): (key, tuple((over_axes(part), k) for part, k in parts))
+        for whole, parts in run.joins
+        if any(key := over_axes(whole))
+    }
+    return Trace(
+        axes=tuple(axes),
+        pinned=_pinned(system, symbols),
+        shapes={name: tuple(over_axes(poly_of(n)) for n in t.shape) for name, t in sized.items()},
+        groups={layer: over_axes(poly) for layer, poly in groups.items()},
+        macs=_halved(over_axes(flops)),
+        params=over_axes(params),
+        activations=over_axes(run.activations),
+        layer_macs={layer: _halved(over_axes(poly)) for layer, poly in run.flops.items()},
+        layouts=tuple(layouts.values()),
+    )
+
+
+def _halved(flops: Poly) -> Poly:
+    assert all(c % 2 == 0 for c in flops.values()), "torch counts two FLOPs a MAC"
+    return {m: c // 2 for m, c in flops.items()}
+
+
+def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...]:
+    reasons = {pin.symbol: pin.reason for pin in system.pins}
+    grouped: dict[int, list[int]] = {}
+    for symbol in symbols:
+        if as_constant(system.value(symbol)) is not None:
+            root = symbol
+            while root not in reasons:
+                root = min(system.parents[root], key=lambda s: s not in reasons)
+            grouped.setdefault(root, []).append(symbol)
+    out = []
+    for root, members in grouped.items():
+        first = symbols[members[0]]
+        out.append(
+            Pinned(
+                name=first.layer or first.tensor,
+                size=system.hints[members[0]],
+                reason=reasons[root],
+                layers=tuple(dict.fromkeys(symbols[s].layer for s in members)),
+            )
+        )
+    return tuple(out)
+

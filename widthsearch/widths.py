@@ -1,0 +1,141 @@
+"""Axes and widths: pure values, no torch.
+
+An *axis* is one free width of a model; *widths* are one integer per axis, and that is an
+architecture. Both are frozen and compared by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from widthsearch.errors import WidthsError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One free width of a model, with the grid of values it may take.
+
+    The grid is ``range(least, most + 1, step)``; ``least``, ``base`` and ``most`` lie on it.
+
+    Attributes:
+        name: The first layer that makes this width, e.g. ``layer1.0.conv1``.
+        base: The width in the model as it was given, in channels.
+        least: The smallest width allowed, in channels.
+        most: The largest width allowed, in channels.
+        step: The distance of two widths on the grid; every width is a multiple of it.
+        layers: Every layer with a parameter or buffer whose shape depends on this axis.
+    """
+
+    name: str
+    base: int
+    least: int
+    most: int
+    step: int = 1
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.step < 1 or self.least < 1:
+            raise WidthsError(
+                f"`step >= 1` and `least >= 1` must hold, but axis {self.name!r} has "
+                f"step={self.step}, least={self.least}"
+            )
+        if not self.least <= self.base <= self.most:
+            raise WidthsError(
+                f"`least <= base <= most` must hold, but axis {self.name!r} has "
+                f"least={self.least}, base={self.base}, most={self.most}"
+            )
+        for bound in ("least", "base", "most"):
+            value = getattr(self, bound)
+            if value % self.step:
+                raise WidthsError(
+                    f"`{bound}` must be a multiple of `step`, but axis {self.name!r} has "
+                    f"{bound}={value}, step={self.step}"
+                )
+
+    @property
+    def grid(self) -> range:
+        """Every width this axis may take, ascending."""
+        return range(self.least, self.most + 1, self.step)
+
+    def nearest(self, width: float) -> int:
+        """The grid value nearest to ``width`` (ties go up); idempotent."""
+        snapped = math.floor(width / self.step + 0.5) * self.step
+        return min(max(snapped, self.least), self.most)
+
+    def check(self, width: int) -> int:
+        """Return ``width`` if it is on the grid.
+
+        Raises:
+            WidthsError: It is outside ``least .. most`` or not a multiple of ``step``.
+        """
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise WidthsError(
+                f"a width must be an integer, but axis {self.name!r} was given {width!r}"
+            )
+        if not self.least <= width <= self.most:
+            raise WidthsError(
+                f"axis {self.name!r} takes {self.least} to {self.most} channels, but was given "
+                f"{width}; the nearest it takes is {self.nearest(width)}"
+            )
+        if width % self.step:
+            raise WidthsError(
+                f"axis {self.name!r} takes multiples of {self.step}, but was given {width}; the "
+                f"nearest it takes is {self.nearest(width)}"
+            )
+        return width
+
+
+@dataclass(frozen=True)
+class Widths(Mapping[str, int]):
+    """One integer per axis: an architecture. Hashable, ordered like the space's axes.
+
+    Attributes:
+        names: The axes' names, in the space's order.
+        vector: The width of each axis, in channels, in the same order.
+    """
+
+    names: tuple[str, ...]
+    vector: tuple[int, ...]
+    _index: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.vector)
+        index = {name: i for i, name in enumerate(self.names)}
+        object.__setattr__(self, "_index", index)
+
+    def __getitem__(self, name: str) -> int:
+        return self.vector[self._index[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.vector))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Widths):
+            return self.names == other.names and self.vector == other.vector
+        return NotImplemented
+
+    def __repr__(self) -> str:
+        return f"Widths({dict(self)})"
+
+    def to_json(self) -> dict[str, int]:
+        """The widths as a plain mapping, in axis order."""
+        return dict(self)
+
+
+def fingerprint(name: str, axes: Sequence[Axis]) -> str:
+    """A short hash of what makes a width vector meaningful: the space's name and its axes' names.
+
+    The bounds and steps are left out: they say what a search may visit, not what a vector means.
+    """
+    content = json.dumps([name, [[axis.name, axis.base] for axis in axes]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
