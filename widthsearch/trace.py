@@ -214,9 +214,8 @@ class _Run(TorchDispatchMode):
             args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
         if packet in _BATCH_NORMS:
             return self._batch_norm(len(func._schema.returns), *args)
-        if packet is aten.convolution and args[2] is not None:  # its meta kernel does not ask
-            weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
-            torch._check(bias.shape[0] == (weight.shape[1] * groups if transposed else weight.shape[0]))
+        if packet is aten.convolution:
+            self._convolution(*args)
         elif packet is aten.native_group_norm and args[1] is not None:
             torch._check(args[1].shape[0] == args[0].shape[1])
         out = func(*args, **kwargs)
@@ -229,6 +228,16 @@ class _Run(TorchDispatchMode):
         elif packet in (aten.view, aten._unsafe_view, aten.reshape):
             self._flatten(args[0].shape, out.shape)
         return out
+
+    def _convolution(
+        self, _x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    ) -> None:
+        """What convolutions ask of their weights and biases, but not on the meta device."""
+        transposed, groups = options[3], options[5]
+        torch._check(weight.shape[0] % groups == 0)
+        if bias is not None:
+            outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+            torch._check(bias.shape[0] == outputs)
 
     def _batch_norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """Batch norm keeps shapes; all it asks is that its vectors have x's channels."""

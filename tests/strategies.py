@@ -1,0 +1,133 @@
+"""Hypothesis strategies and small models that several tests share."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.space import SearchSpace
+from widthsearch.widths import Axis
+
+
+class Plain(nn.Module):
+    """Two convolutions and a linear layer behind a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.fc = nn.Linear(16 * 4 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.fc(torch.flatten(x, 1))
+
+
+class Residual(nn.Module):
+    """A stem and one residual block with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = F.relu(self.bn(self.stem(x)))
+        x = F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Concatenated(nn.Module):
+    """Two branches, concatenated, normalised and read together (as in DenseNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.grow = nn.Conv2d(8, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(12)
+        self.last = nn.Conv2d(12, 16, 1, bias=False)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = F.relu(self.stem(x))
+        x = F.relu(self.bn(torch.cat([x, self.grow(x)], 1)))
+        return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """An inverted residual (as in MobileNetV2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.expand = nn.Conv2d(8, 32, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.project = nn.Conv2d(32, 8, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = self.stem(x)
+        y = F.relu6(self.bn1(self.expand(x)))
+        y = F.relu6(self.bn2(self.depthwise(y)))
+        return self.fc((x + self.bn3(self.project(y))).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A convolution in four groups between two plain ones (as in ResNeXt)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1, bias=False)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
+        self.last = nn.Conv2d(24, 8, 1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = F.relu(self.grouped(F.relu(self.stem(x))))
+        return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+
+MODELS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls for cls in (Plain, Residual, Concatenated, Depthwise, Grouped)
+}
+
+
+@cache
+def space_of(name: str) -> SearchSpace:
+    """The space of one of the small models above."""
+    return SearchSpace.from_model(MODELS[name], (3, 8, 8))
+
+
+spaces = st.sampled_from(sorted(MODELS)).map(space_of)
+"""The spaces of the small models."""
+
+
+@st.composite
+def axes(draw: st.DrawFn) -> Axis:
+    """Any axis whose bounds lie on its grid."""
+    step = draw(st.integers(1, 16))
+    least, more, most = sorted(draw(st.tuples(*[st.integers(1, 64)] * 3)))
+    return Axis("layer", more * step, least * step, most * step, step)
+
+
+@st.composite
+def widths_of(draw: st.DrawFn, space: SearchSpace) -> tuple[int, ...]:
+    """Widths on a space's grid."""
+    return tuple(draw(st.sampled_from(axis.grid)) for axis in space.axes)

@@ -1,0 +1,77 @@
+"""Families: on the grid, within the budget, and as wide as it allows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import space_of, spaces, widths_of
+
+from widthsearch.errors import WidthsError
+from widthsearch.families import LinearFamily, along, candidates
+from widthsearch.proposers import Proposal
+from widthsearch.space import SearchSpace
+from widthsearch.widths import Widths
+
+
+@settings(max_examples=50)
+@given(st.data(), spaces, st.sampled_from(["macs", "params"]))
+def test_a_budget_is_solved_exactly(data: st.DataObject, space: SearchSpace, quantity: str) -> None:
+    """The member is on the grid, within the budget, and the next one is not."""
+    family = LinearFamily(space, Widths(space.names, data.draw(widths_of(space))))
+    costs = space.form(quantity)(family.members)
+    budget = data.draw(st.floats(float(costs[0]), float(costs[-1]) * 1.1))
+    solved = family.solve(budget, quantity)
+    assert space.widths(solved) == solved
+    cost = int(space.form(quantity)(solved.vector))
+    assert cost <= budget
+    beyond = costs[costs > cost]
+    assert not len(beyond) or beyond.min() > budget
+
+
+@settings(max_examples=50)
+@given(st.data(), spaces)
+def test_members_climb_one_step_of_one_axis_at_a_time(
+    data: st.DataObject, space: SearchSpace
+) -> None:
+    """From the narrowest to the widest network of the space, through the profile itself."""
+    profile = Widths(space.names, data.draw(widths_of(space)))
+    members = LinearFamily(space, profile).members
+    assert members[0].tolist() == [axis.least for axis in space.axes]
+    assert members[-1].tolist() == [axis.most for axis in space.axes]
+    steps = np.diff(members, axis=0)
+    assert ((steps > 0).sum(1) == 1).all()
+    assert (steps.sum(0) == [axis.most - axis.least for axis in space.axes]).all()
+    assert list(profile.vector) in members.tolist()
+
+
+def test_scaling_the_base_by_a_half() -> None:
+    """By hand: nearest(τ · base) passes through every width halved, and doubled."""
+    space = space_of("Residual")
+    members = LinearFamily(space, space.base).members.tolist()
+    assert [8, 16] in members
+    assert [32, 64] in members
+
+
+def test_a_budget_below_the_space_is_refused() -> None:
+    """Names the budget, the space and the least it can do."""
+    space = space_of("Residual")
+    least = int(space.macs([2, 4]))
+    with pytest.raises(WidthsError) as error:
+        LinearFamily(space, space.base).solve(least - 1)
+    assert "is below the narrowest network of space 'Residual'" in str(error.value)
+    assert f"{least:,}" in str(error.value)
+
+
+def test_candidates_are_distinct_and_know_their_origin() -> None:
+    """Two proposals that agree at a budget give one candidate, of the first."""
+    space = space_of("Residual")
+    a = Proposal("a", (space.base, space.widths(0.5)), {})
+    b = Proposal("b", (space.base, space.widths([4, 24])), {})
+    found = candidates(space, [a, b], [0.25, 1.0])
+    assert [(w.vector, o["proposer"], o["budget"]) for w, o in found] == [
+        (along(space, a, 0.25 * space.cost(1.0).macs).vector, "a", 0.25),
+        (along(space, b, 0.25 * space.cost(1.0).macs).vector, "b", 0.25),
+        ((16, 32), "a", 1.0),
+    ]

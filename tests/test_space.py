@@ -1,0 +1,311 @@
+"""Spaces: widths in, networks and exact costs out."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import MODELS, Residual, space_of, spaces, widths_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.space import SearchSpace, default_step, load_space
+
+TORCHVISION = {
+    "resnet18": 64,
+    "resnet50": 64,
+    "resnext50_32x4d": 64,
+    "wide_resnet50_2": 64,
+    "vgg11": 64,
+    "vgg16_bn": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "mobilenet_v3_large": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "regnet_x_400mf": 64,
+    "regnet_y_400mf": 64,
+    "densenet121": 64,
+    "squeezenet1_1": 64,
+    "mnasnet0_5": 64,
+    "convnext_tiny": 64,
+}
+EVERY = (
+    "resnet34 resnet101 resnet152 resnext101_32x8d resnext101_64x4d wide_resnet101_2 vgg11_bn "
+    "vgg13 vgg13_bn vgg16 vgg19 vgg19_bn efficientnet_b1 efficientnet_b2 efficientnet_b3 "
+    "efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_m "
+    "efficientnet_v2_l regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf "
+    "regnet_x_32gf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf "
+    "regnet_y_32gf regnet_y_128gf densenet161 densenet169 densenet201 squeezenet1_0 mnasnet0_75 "
+    "mnasnet1_0 mnasnet1_3 convnext_small convnext_base convnext_large alexnet googlenet"
+).split()
+
+
+def counted_flops(net: nn.Module, input_shape: tuple[int, ...], device: str = "cpu") -> int:
+    """What torch counts for one sample."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(torch.zeros(1, *input_shape, device=device))
+    return counter.get_total_flops()
+
+
+def random_widths(space: SearchSpace, seed: int) -> list[list[int]]:
+    """Three vectors: narrower, wider, and mixed."""
+    rng = random.Random(seed)
+    return [
+        [rng.choice([w for w in axis.grid if within(w, axis.base)]) for axis in space.axes]
+        for within in (lambda w, b: w <= b, lambda w, b: w >= b, lambda w, b: True)
+    ]
+
+
+def check_torchvision(name: str, side: int, backward_on: str) -> None:
+    """Three random networks run forward and backward and cost what the space says."""
+    space = load_space(f"torchvision:{name}", (3, side, side))
+    for widths in random_widths(space, seed=len(name)):
+        cost = space.cost(widths)
+        net = space.build(widths, device=backward_on, seed=0)
+        out = net(torch.zeros(2, *space.input_shape, device=backward_on))
+        out = out if isinstance(out, torch.Tensor) else sum(o.sum() for o in out)
+        out.sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        assert sum(p.numel() for p in net.parameters()) == cost.params
+        assert counted_flops(net, space.input_shape, backward_on) == 2 * cost.macs
+
+
+@pytest.mark.parametrize(("name", "side"), TORCHVISION.items())
+def test_torchvision_models_are_exact(name: str, side: int) -> None:
+    """One model of each family and variant, forward and backward, integer for integer."""
+    # On the meta device kernels only check shapes, as strictly as the real ones.
+    check_torchvision(name, side, "meta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_every_other_torchvision_model_is_exact(name: str) -> None:
+    """All other models of these families."""
+    check_torchvision(name, 96, "meta")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
+def test_networks_run_on_real_tensors(name: str) -> None:
+    """What fits on the meta device runs for real."""
+    check_torchvision(name, 64, "cpu")
+
+
+@settings(max_examples=25)
+@given(st.data(), spaces)
+def test_small_networks_are_exact(data: st.DataObject, space: SearchSpace) -> None:
+    """At any widths on the grid, the built network has the predicted counts and trains."""
+    widths = data.draw(widths_of(space))
+    net = space.build(widths, seed=0)
+    cost = space.cost(widths)
+    assert sum(p.numel() for p in net.parameters()) == cost.params
+    assert counted_flops(net, space.input_shape) == 2 * cost.macs
+    net.train()(torch.randn(2, *space.input_shape)).sum().backward()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_built_network_is_of_the_users_class_with_its_attributes_set(name: str) -> None:
+    """Attributes that repeat a size follow it."""
+    space = space_of(name)
+    net = space.build(0.5)
+    assert type(net) is MODELS[name]
+    assert net.training
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.out_channels == module.weight.shape[0]
+            assert module.in_channels == module.weight.shape[1] * module.groups
+            assert module.in_channels % module.groups == 0
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.weight) == len(module.running_mean)
+        elif isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tuple(module.weight.shape)
+
+
+class Scaled(Residual):
+    """A constructor with a scheme of its own, in every style that is met in practice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.conv2.weight, 0.0, math.sqrt(2 / (9 * self.conv2.out_channels)))
+        self.stem.weight.data.normal_(0, 0.03)
+        nn.init.zeros_(self.bn2.weight)
+        self.scale = nn.Parameter(torch.full((16, 1, 1), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As before, with a scale on the stem."""
+        return super().forward(x) * self.scale.mean()
+
+
+def test_the_constructors_initialisation_is_followed_at_every_width() -> None:
+    """Scales that depend on fans follow the new fans; constants and defaults stay."""
+    space = SearchSpace.from_model(Scaled, (3, 8, 8), most=16.0)
+    net = space.build(16.0, seed=0)
+    stem, inner = 256, 512
+    assert net.stem.weight.std().item() == pytest.approx(0.03, rel=0.05)
+    assert net.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * inner)), rel=0.02)
+    assert net.conv2.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * stem)), rel=0.02)
+    assert bool((net.bn2.weight == 0).all())
+    assert bool((net.bn1.weight == 1).all())
+    assert bool((net.scale == 0.1).all())
+    bound = 1 / math.sqrt(stem)  # nn.Linear's own default
+    assert net.fc.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+
+
+def test_a_given_module_is_initialised_by_its_layers() -> None:
+    """Weights are never cut from the model that was given."""
+    model = Residual()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    space = SearchSpace.from_model(model, (3, 8, 8))
+    net = space.build(1.0, seed=0)
+    assert not any(bool((p == 7.0).any()) for p in net.parameters())
+    assert net.conv1.weight.abs().max().item() <= 1 / math.sqrt(9 * 16)
+    assert bool((next(model.parameters()) == 7.0).all())
+
+
+def test_init_is_called_last() -> None:
+    """A user's own scheme has the last word."""
+    space = SearchSpace.from_model(
+        Residual, (3, 8, 8), init=lambda net: nn.init.ones_(net.conv1.weight)
+    )
+    assert bool((space.build(0.5).conv1.weight == 1).all())
+
+
+def test_building_is_seeded_and_leaves_the_global_state_alone() -> None:
+    """The same seed gives the same network."""
+    space = space_of("Residual")
+    state = torch.get_rng_state()
+    a, b, c = (space.build(0.5, seed=s).state_dict() for s in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+    space.build(0.5)
+    assert not torch.equal(state, torch.get_rng_state())
+
+
+def test_networks_share_nothing() -> None:
+    """Training one leaves the next as it was."""
+    space = space_of("Residual")
+    a, b = space.build(0.5, seed=0), space.build(0.5, seed=0)
+    with torch.no_grad():
+        a.conv1.weight.zero_()
+    assert bool(b.conv1.weight.any())
+
+
+def test_widths_from_a_multiplier_a_mapping_or_integers() -> None:
+    """Multipliers snap; a mapping may be partial; integers are one an axis."""
+    space = space_of("Residual")
+    assert space.widths(0.5).vector == (8, 16)
+    assert space.widths(0.51).vector == (8, 16)
+    assert space.widths({"conv1": 20}).vector == (16, 20)
+    assert space.widths([4, 8]) == space.widths(np.array([4, 8]))
+    assert space.widths(space.base) == space.base
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"conv2": 8}, "space 'Residual' has no axis 'conv2'; did you mean 'conv1'?"),
+        ({"zzz": 8}, "space 'Residual' has no axis 'zzz'; its axes are stem, conv1"),
+        ([16], "space 'Residual' has 2 axes, but was given 1 widths; its axes are stem, conv1"),
+        (
+            [16, 30],
+            "axis 'conv1' takes multiples of 4, but was given 30; the nearest it takes is 32",
+        ),
+        (
+            {"stem": 640},
+            "axis 'stem' takes 2 to 32 channels, but was given 640; the nearest it takes is 32",
+        ),
+        (0.0, "a width multiplier must be above 0, but is 0.0"),
+        (float("nan"), "a width multiplier must be above 0, but is nan"),
+        ({"stem": "16"}, "a width must be an integer, but axis 'stem' was given '16'"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(spec: object, message: str) -> None:
+    """Each refusal names the culprit and the remedy."""
+    with pytest.raises(WidthsError) as error:
+        space_of("Residual").widths(spec)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("base", "unit", "step"),
+    [(16, 1, 2), (32, 1, 4), (64, 1, 8), (512, 1, 8), (24, 1, 4), (30, 1, 2), (7, 1, 1)]
+    + [(256, 32, 32), (12, 4, 4), (20, 1, 2)],
+)
+def test_default_steps(base: int, unit: int, step: int) -> None:
+    """An eighth of the base as a power of two, at most 8; a divisor of the base."""
+    assert default_step(base, unit) == step
+
+
+def test_a_given_step_keeps_the_base_on_the_grid() -> None:
+    """A step of 16 does not fit 24 channels; 8 is the most that does."""
+
+    def make_model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 24, 1), nn.Conv2d(24, 64, 1), nn.Conv2d(64, 10, 1))
+
+    space = SearchSpace.from_model(make_model, (3, 8, 8), step=16)
+    assert [(a.base, a.step) for a in space.axes] == [(24, 8), (64, 16)]
+
+
+def test_a_space_travels_to_workers() -> None:
+    """It is pickled without weights, and builds the same networks there."""
+    space = space_of("Depthwise")
+    packed = cloudpickle.dumps(space)
+    again = cloudpickle.loads(packed)
+    a, b = (s.build(0.5, seed=3).state_dict() for s in (space, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert again.fingerprint == space.fingerprint
+    assert again.cost(0.5) == space.cost(0.5)
+
+
+def test_spaces_are_found_by_reference(tmp_path: Path) -> None:
+    """A file's function, loaded and traced once."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\nfrom widthsearch import SearchSpace\n"
+        "def tiny():\n"
+        "    return SearchSpace.from_model(\n"
+        "        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), (3, 8, 8), name='tiny'\n"
+        "    )\n"
+        "def needs(width): ...\n"
+        "def gives(): return 3\n"
+    )
+    space = load_space(f"{file}:tiny")
+    assert space.names == ("0",)
+    assert load_space(f"{file}:tiny") is space
+    for reference, message in {
+        f"{file}:tinny": f"{file} has no function 'tinny'; did you mean 'tiny'?",
+        f"{file}:needs": "must need no arguments, but needs width",
+        f"{file}:gives": "must return a SearchSpace, but returned int",
+        f"{tmp_path}/other.py:tiny": "there is no file",
+        "no_such_package.spaces:tiny": "cannot be imported: ModuleNotFoundError",
+        "torchvision:resnet19": "did you mean 'resnet18'?",
+        "resnet18": "must be `package.module:function` or `path/to/file.py:function`",
+    }.items():
+        with pytest.raises(SpaceError) as error:
+            load_space(reference)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_an_input_shape_goes_with_torchvision_alone() -> None:
+    """Other references set their own."""
+    with pytest.raises(SpaceError, match="goes with `torchvision:NAME` alone"):
+        load_space("search_spaces/quickstart.py:digits_resnet", (1, 8, 8))
+
+
+def test_a_model_without_freedom_is_refused() -> None:
+    """There is nothing to search."""
+    with pytest.raises(SpaceError, match="has no free width"):
+        SearchSpace.from_model(lambda: nn.Conv2d(3, 10, 1), (3, 8, 8))

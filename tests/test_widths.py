@@ -1,0 +1,107 @@
+"""Axes and widths."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import axes
+
+from widthsearch.errors import WidthsError
+from widthsearch.widths import Axis, Widths, fingerprint
+
+
+@given(axes(), st.floats(-1e6, 1e6))
+def test_nearest_is_idempotent_and_on_the_grid(axis: Axis, width: float) -> None:
+    """Snapping gives a grid value, and snapping that changes nothing."""
+    snapped = axis.nearest(width)
+    assert snapped in axis.grid
+    assert axis.nearest(snapped) == snapped
+
+
+@given(axes(), st.floats(-1e4, 1e4))
+def test_no_grid_value_is_nearer_than_nearest(axis: Axis, width: float) -> None:
+    """Snapping is to the nearest."""
+    distance = abs(axis.nearest(width) - width)
+    assert distance == min(abs(value - width) for value in axis.grid)
+
+
+@given(axes())
+def test_bounds_and_base_are_on_the_grid(axis: Axis) -> None:
+    """Least, base and most are widths that check accepts."""
+    for width in (axis.least, axis.base, axis.most):
+        assert axis.check(width) == width
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"base": 48, "least": 64, "most": 32},
+            "`least <= base <= most` must hold, but axis 'a' has least=64, base=48, most=32",
+        ),
+        (
+            {"base": 16, "least": 4, "most": 32, "step": 8},
+            "`least` must be a multiple of `step`, but axis 'a' has least=4, step=8",
+        ),
+        (
+            {"base": 16, "least": 0, "most": 32},
+            "`step >= 1` and `least >= 1` must hold, but axis 'a' has step=1, least=0",
+        ),
+    ],
+)
+def test_an_impossible_axis_is_refused(fields: dict[str, int], message: str) -> None:
+    """Bad values cannot be constructed; the message says rule, culprit and value."""
+    with pytest.raises(WidthsError) as error:
+        Axis("a", **fields)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (4, "axis 'a' takes 8 to 64 channels, but was given 4; the nearest it takes is 8"),
+        (12, "axis 'a' takes multiples of 8, but was given 12; the nearest it takes is 16"),
+        (8.0, "a width must be an integer, but axis 'a' was given 8.0"),
+        (True, "a width must be an integer, but axis 'a' was given True"),
+    ],
+)
+def test_a_width_off_the_grid_is_refused(width: int, message: str) -> None:
+    """The message says what the axis takes and the nearest that would do."""
+    with pytest.raises(WidthsError) as error:
+        Axis("a", 32, 8, 64, 8).check(width)
+    assert str(error.value) == message
+
+
+names = st.lists(st.text(min_size=1), min_size=1, max_size=8, unique=True)
+
+
+@given(names, st.data())
+def test_widths_survive_json(names: list[str], data: st.DataObject) -> None:
+    """A mapping in axis order that JSON gives back as it was."""
+    vector = data.draw(st.tuples(*[st.integers(1, 4096)] * len(names)))
+    widths = Widths(tuple(names), vector)
+    again = json.loads(json.dumps(widths.to_json()))
+    assert Widths(tuple(again), tuple(again.values())) == widths
+    assert list(again) == names
+
+
+def test_widths_are_values() -> None:
+    """Equal content is equal, hashes equally, and survives pickling for workers."""
+    a, b = Widths(("x", "y"), (1, 2)), Widths(("x", "y"), (1, 2))
+    assert a == b
+    assert len({a, b}) == 1
+    assert a != Widths(("y", "x"), (1, 2))
+    assert pickle.loads(pickle.dumps(a)) == a
+    assert a["y"] == 2
+    assert dict(a) == {"x": 1, "y": 2}
+
+
+def test_the_fingerprint_depends_on_meaning_alone() -> None:
+    """Bounds and steps may change; names and order may not."""
+    a, b = Axis("a", 16, 8, 32, 8), Axis("b", 16, 8, 32, 8)
+    assert fingerprint("s", [a, b]) == fingerprint("s", [Axis("a", 16, 2, 64, 2), b])
+    assert len({fingerprint("s", [a, b]), fingerprint("s", [b, a]), fingerprint("t", [a, b])}) == 3

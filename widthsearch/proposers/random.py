@@ -1,0 +1,40 @@
+"""Random widths: the other baseline, and a strong one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from widthsearch.data import Task
+from widthsearch.proposers.protocol import Proposal
+from widthsearch.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Random:
+    """A random profile: each axis's share of its base is drawn anew, then all are scaled.
+
+    Attributes:
+        lowest: Shares are drawn log-uniformly between this and 1.
+        members: Multiples of the profile, evenly spaced, from the first that needs no axis beyond
+            its base down to the narrowest.
+    """
+
+    lowest: float = 0.25
+    members: int = 16
+
+    def __call__(self, space: SearchSpace, task: Task, *, seed: int, device: str) -> Proposal:
+        """Depends on the seed alone."""
+        generator = random.Random(seed)
+        shares = [self.lowest ** generator.random() for _ in space.axes]
+        top = max(shares)
+        trajectory = {}
+        for i in range(self.members):
+            scale = (1 - i / self.members) / top
+            vector = [a.base * s * scale for a, s in zip(space.axes, shares, strict=True)]
+            trajectory[space.nearest(vector)] = None
+        return Proposal(
+            "random",
+            tuple(trajectory),
+            {"seed": seed, "lowest": self.lowest, "members": self.members},
+        )

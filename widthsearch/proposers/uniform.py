@@ -1,0 +1,29 @@
+"""Uniform width scaling: the baseline that every comparison needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from widthsearch.data import Task
+from widthsearch.proposers.protocol import Proposal
+from widthsearch.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every axis times one multiplier (MobileNets, Howard et al. 2017, section 3.3).
+
+    Attributes:
+        members: Multipliers from 1 down to the narrowest, evenly spaced.
+    """
+
+    members: int = 16
+
+    def __call__(self, space: SearchSpace, task: Task, *, seed: int, device: str) -> Proposal:
+        """The base, scaled; depends on neither data nor seed."""
+        lowest = min(axis.least / axis.base for axis in space.axes)
+        multipliers = [
+            1 - (1 - lowest) * i / max(1, self.members - 1) for i in range(self.members)
+        ]
+        trajectory = dict.fromkeys(space.widths(m) for m in multipliers)
+        return Proposal("uniform", tuple(trajectory), {"members": self.members})
