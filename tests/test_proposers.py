@@ -41,7 +41,7 @@ class TestConformance:
     """What every proposer promises, on every kind of network."""
 
     def test_it_stays_on_the_grid_and_never_widens(self, method: str, model: str) -> None:
-        """Every member is of the space; the trajectory is monotone; it starts no wider than base."""
+        """Every member is of the space; the trajectory is monotone, from base or below."""
         space = space_of(model)
         proposal = PROPOSERS[method]()(space, small_task(), seed=0, device="cpu")
         path = np.array([space.widths(w).vector for w in proposal.trajectory])

@@ -38,15 +38,16 @@ TORCHVISION = {
     "mnasnet0_5": 64,
     "convnext_tiny": 64,
 }
-EVERY = (
-    "resnet34 resnet101 resnet152 resnext101_32x8d resnext101_64x4d wide_resnet101_2 vgg11_bn "
-    "vgg13 vgg13_bn vgg16 vgg19 vgg19_bn efficientnet_b1 efficientnet_b2 efficientnet_b3 "
-    "efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_m "
-    "efficientnet_v2_l regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf "
-    "regnet_x_32gf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf "
-    "regnet_y_32gf regnet_y_128gf densenet161 densenet169 densenet201 squeezenet1_0 mnasnet0_75 "
-    "mnasnet1_0 mnasnet1_3 convnext_small convnext_base convnext_large alexnet googlenet"
-).split()
+EVERY = """
+resnet34 resnet101 resnet152 resnext101_32x8d resnext101_64x4d wide_resnet101_2 vgg11_bn
+vgg13 vgg13_bn vgg16 vgg19 vgg19_bn efficientnet_b1 efficientnet_b2 efficientnet_b3
+efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_m
+efficientnet_v2_l regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf
+regnet_x_32gf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf
+regnet_y_32gf regnet_y_128gf densenet161 densenet169 densenet201 squeezenet1_0
+mnasnet0_75 mnasnet1_0 mnasnet1_3 convnext_small convnext_base convnext_large alexnet
+googlenet
+""".split()  # noqa: SIM905 - one name a line is a long file
 
 
 def counted_flops(net: nn.Module, input_shape: tuple[int, ...], device: str = "cpu") -> int:
@@ -240,8 +241,10 @@ def test_widths_that_do_not_fit_are_refused(spec: object, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("base", "unit", "step"),
-    [(16, 1, 2), (32, 1, 4), (64, 1, 8), (512, 1, 8), (24, 1, 4), (30, 1, 2), (7, 1, 1)]
-    + [(256, 32, 32), (12, 4, 4), (20, 1, 2)],
+    [
+        *((16, 1, 2), (32, 1, 4), (64, 1, 8), (512, 1, 8), (24, 1, 4), (30, 1, 2), (7, 1, 1)),
+        *((256, 32, 32), (12, 4, 4), (20, 1, 2)),
+    ],
 )
 def test_default_steps(base: int, unit: int, step: int) -> None:
     """An eighth of the base as a power of two, at most 8; a divisor of the base."""
@@ -276,7 +279,8 @@ def test_spaces_are_found_by_reference(tmp_path: Path) -> None:
         "from torch import nn\nfrom widthsearch import SearchSpace\n"
         "def tiny():\n"
         "    return SearchSpace.from_model(\n"
-        "        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), (3, 8, 8), name='tiny'\n"
+        "        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)),\n"
+        "        (3, 8, 8), name='tiny',\n"
         "    )\n"
         "def needs(width): ...\n"
         "def gives(): return 3\n"

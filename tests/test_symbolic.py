@@ -7,15 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from widthsearch.symbolic import (
-    Poly,
-    System,
-    add,
-    divide,
-    multiply,
-    poly_of,
-    size,
-)
+from widthsearch.polynomials import Poly, System, add, divide, multiply
+from widthsearch.symbolic import poly_of, size
 
 polys = st.dictionaries(
     st.lists(st.integers(0, 3), max_size=2).map(lambda m: tuple(sorted(m))),

@@ -1,7 +1,12 @@
 """Network pruning as a search over layer widths.
 
->>> space = widthsearch.SearchSpace.from_model(make_model, input_shape=(3, 32, 32))
->>> net = space.build(space.widths(0.5))
+A pruned CNN is a width vector: one integer per free width. A space says which there are; a study
+trains candidates from scratch and keeps the Pareto set::
+
+    space = widthsearch.SearchSpace.from_model(make_model, input_shape=(3, 32, 32))
+    study = widthsearch.Study.load("studies/quickstart.yaml")
+    study.run()
+    widthsearch.train(study, study.front()[-1])
 
 Importing the package imports neither torch nor Ray nor Optuna; each name is loaded on first use.
 """
@@ -12,10 +17,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from widthsearch.config import StudyConfig as StudyConfig
     from widthsearch.cost import Cost as Cost
+    from widthsearch.data import Task as Task
+    from widthsearch.data import TaskConfig as TaskConfig
+    from widthsearch.data import load_task as load_task
     from widthsearch.errors import WidthsearchError as WidthsearchError
+    from widthsearch.export import load as load
+    from widthsearch.export import train as train
+    from widthsearch.latency import Latency as Latency
+    from widthsearch.latency import LatencyConfig as LatencyConfig
+    from widthsearch.outcomes import Outcome as Outcome
     from widthsearch.space import SearchSpace as SearchSpace
     from widthsearch.space import load_space as load_space
+    from widthsearch.study import Study as Study
+    from widthsearch.training import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
 
@@ -24,10 +40,21 @@ __version__ = "0.1.0"
 _WHERE = {
     "Axis": "widths",
     "Cost": "cost",
+    "Latency": "latency",
+    "LatencyConfig": "latency",
+    "Outcome": "outcomes",
+    "Recipe": "training",
     "SearchSpace": "space",
+    "Study": "study",
+    "StudyConfig": "config",
+    "Task": "data",
+    "TaskConfig": "data",
     "Widths": "widths",
     "WidthsearchError": "errors",
+    "load": "export",
     "load_space": "space",
+    "load_task": "data",
+    "train": "export",
 }
 
 __all__ = [*_WHERE, "__version__"]

@@ -10,13 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from widthsearch.polynomials import Poly, as_constant, constant, multiply
 from widthsearch.space import SearchSpace
-from widthsearch.symbolic import Poly, as_constant, constant, multiply
 from widthsearch.trace import Trace, join
 from widthsearch.widths import Widths
 
 Positions = Mapping[int, NDArray[np.int64]]
 """Per axis index, shape (channels, k): the k positions along one dim that channel i has."""
+
+
+_Key = tuple[tuple[tuple[int, ...], int], ...]
 
 
 def positions(trace: Trace, dim: Poly, widths: Widths) -> Positions | None:
@@ -39,13 +42,13 @@ def positions(trace: Trace, dim: Poly, widths: Widths) -> Positions | None:
     return {axis: np.concatenate(parts, axis=1) for axis, parts in found.items()}
 
 
-def _key(poly: Poly) -> tuple[tuple[tuple[int, ...], int], ...]:
+def _key(poly: Poly) -> _Key:
     return tuple(sorted(poly.items()))
 
 
 def _place(
     trace: Trace,
-    layouts: Mapping[object, tuple[tuple[Poly, int], ...]],
+    layouts: Mapping[_Key, tuple[tuple[Poly, int], ...]],
     dim: Poly,
     widths: Widths,
     start: int,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,8 +36,17 @@ _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 def _whole_above_one(amount: float) -> float:
     if amount > 1 and amount != int(amount):
-        raise ValueError("must be a share of one or a whole number")
+        raise ValueError(f"must be a share of one or a whole number, but was {amount:g}")
     return amount
+
+
+def _fit_for_a_folder(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            "must be letters, digits, '.', '_' and '-', and begin with a letter or digit, but was "
+            f"{name!r}"
+        )
+    return name
 
 
 class Resources(BaseModel):
@@ -98,7 +108,7 @@ class ProposerConfig(BaseModel):
 
     def make(self) -> Any:
         """The proposer itself."""
-        proposer = PROPOSERS[self.method]
+        proposer: Any = PROPOSERS[self.method]
         known = {field.name for field in dataclasses.fields(proposer)}
         fields = self.model_extra or {}
         for key in fields:
@@ -141,7 +151,7 @@ class StudyConfig(BaseModel):
 
     model_config = _FROZEN
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, AfterValidator(_fit_for_a_folder)]
     space: str | None = None
     input: tuple[int, int, int] | None = None
     task: Annotated[TaskConfig, _named("name")] | None = None
@@ -211,8 +221,10 @@ class StudyConfig(BaseModel):
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
-        except yaml.YAMLError as error:
-            raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+            raise StudyError(f"{path} is not safe YAML: {error.problem}{place}") from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
         try:
@@ -229,7 +241,7 @@ class StudyConfig(BaseModel):
         return yaml.safe_dump(self.to_json(), sort_keys=False)
 
 
-_SECTIONS: dict[str, type] = {
+_SECTIONS: dict[str, Any] = {
     "task": TaskConfig,
     "recipe": Recipe,
     "latency": LatencyConfig,
@@ -238,7 +250,7 @@ _SECTIONS: dict[str, type] = {
 }
 
 
-def _keys(section: type) -> list[str]:
+def _keys(section: Any) -> list[str]:
     if issubclass(section, BaseModel):
         return list(section.model_fields)
     return [field.name for field in dataclasses.fields(section)]
@@ -263,5 +275,5 @@ def _explain(error: ValidationError) -> str:
         return f"key {place!r} is missing"
     if first["type"] == "value_error":
         return f"{place} {first['ctx']['error']}".strip()
-    rule = first["msg"].replace("Input should", "must").replace("must be a valid", "must be a")
+    rule = first["msg"].replace("Input should", "must")
     return f"{place} {rule[0].lower()}{rule[1:]}, but was {first['input']!r}"

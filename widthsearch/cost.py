@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -89,10 +90,8 @@ class QuadraticForm:
         grouped = bool((self.units != 1).any())
         for start in range(0, len(batch), _BLOCK):
             block = batch[start : start + _BLOCK]
-            x = (block // self.units if grouped else block).astype(exact)
-            y = x @ a
-            y += b
-            out[start : start + _BLOCK] = np.einsum("ij,ij->i", y, x)
+            x: NDArray[Any] = (block // self.units if grouped else block).astype(exact)
+            out[start : start + _BLOCK] = np.einsum("ij,ij->i", x @ a + b, x)
         out += self.constant
         return out.reshape(w.shape[:-1])
 

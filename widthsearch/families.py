@@ -92,7 +92,7 @@ def along(space: SearchSpace, proposal: Proposal, budget: float) -> Widths:
 def candidates(
     space: SearchSpace, proposals: Sequence[Proposal], budgets: Sequence[float]
 ) -> list[tuple[Widths, Mapping[str, object]]]:
-    """Every proposal at every budget, without repeats, in the order budgets × proposals.
+    """Every proposal at every budget, without repeats, the uniform baseline first.
 
     Args:
         space: The space.
@@ -107,8 +107,10 @@ def candidates(
     """
     base = space.cost(space.base).macs
     out: dict[Widths, Mapping[str, object]] = {}
+    # Where two agree, the baseline keeps its member: comparisons need it whole.
+    baseline_first = sorted(proposals, key=lambda proposal: proposal.method != "uniform")
     for budget in budgets:
-        for proposal in proposals:
+        for proposal in baseline_first:
             widths = along(space, proposal, budget * base)
             origin = {"proposer": proposal.method, "family": "linear", "budget": budget}
             out.setdefault(widths, origin)

@@ -50,11 +50,11 @@ _RESET = Step("reset_parameters", "reset")
 _UNKNOWN = Step("", "unknown")
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records how tensors are initialised while a model is constructed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._writes: dict[int, list[Step]] = {}
         self._inits: list[Step] = []
         self._resets: list[Any] = []
@@ -94,7 +94,11 @@ class Recorder(TorchDispatchMode):
             (self._inits if kind == "init" else self._resets).pop()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
@@ -124,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _owns(module: Any, key: int) -> bool:
@@ -168,9 +172,12 @@ class Scheme:
             resettable = callable(getattr(module, "reset_parameters", None))
             if recorded and all(step.kind in ("init", "method") for step in recorded):
                 steps[key] = recorded
-            elif recorded == (_RESET,) or (recorder is None and resettable):
-                steps[key] = (_RESET,)
-            elif tensor.device.type == "meta" or tensor.numel() == 0:
+            elif (
+                recorded == (_RESET,)
+                or (recorder is None and resettable)
+                or tensor.device.type == "meta"
+                or tensor.numel() == 0
+            ):
                 steps[key] = (_RESET,)
             elif bool((tensor == tensor.flatten()[0]).all()):
                 constants[key] = float(tensor.detach().flatten()[0])
@@ -185,12 +192,13 @@ class Scheme:
     def apply(self, model: nn.Module) -> None:
         """Initialise every tensor of ``model``, from the global random state."""
         reset: set[int] = set()
-        for module, layer, name, tensor in tensors_of(model):
+        for module, layer, name, _ in tensors_of(model):
             key = join(layer, name)
             if _RESET in self.steps.get(key, ()) and id(module) not in reset:
                 reset.add(id(module))
-                if callable(getattr(module, "reset_parameters", None)):
-                    module.reset_parameters()
+                reset_parameters = getattr(module, "reset_parameters", None)
+                if callable(reset_parameters):
+                    reset_parameters()
         for _, layer, name, tensor in tensors_of(model):
             key = join(layer, name)
             if key in self.constants:

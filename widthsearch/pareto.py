@@ -125,18 +125,24 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
 
 
 def ranks(points: ArrayLike) -> NDArray[np.int64]:
-    """Each point's front in non-dominated sorting, (N,): 0 is the front, 1 the front without it, ...
+    """Each point's place in non-dominated sorting, (N,): 0 on the front, 1 on the next, and so on.
 
     In lexicographic order each point joins the first front that does not dominate it. Where a front
-    dominates a point, so do all before it, so that front is found by bisection (ENS-BS, Zhang et
-    al., An Efficient Approach to Nondominated Sorting, IEEE TEC 19(2), 2015).
+    dominates a point so do all before it, so bisection finds that front (ENS-BS: Zhang et al., An
+    Efficient Approach to Nondominated Sorting, IEEE TEC 19(2), 2015).
     """
     array = _checked(points)
     rows, inverse = _distinct(array)
     fronts: list[_Cover] = []
     rank = np.zeros(len(rows), dtype=np.int64)
     for i, row in enumerate(rows):
-        joined = bisect_left(fronts, True, key=lambda front, row=row: not front.covers(row))  # type: ignore[misc]
+        joined, above = 0, len(fronts)
+        while joined < above:
+            middle = (joined + above) // 2
+            if fronts[middle].covers(row):
+                joined = middle + 1
+            else:
+                above = middle
         if joined == len(fronts):
             fronts.append(_cover(array.shape[1]))
         fronts[joined].add(row)
@@ -152,8 +158,11 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     better than the reference in every column count for nothing.
     """
     array, corner = _checked(points), np.asarray(reference, dtype=np.float64)
+    assert np.isfinite(array).all() and np.isfinite(corner).all()
     assert corner.shape == (array.shape[1],), (corner.shape, array.shape)
     inside = array[(array < corner).all(axis=1)]
+    if not len(inside):
+        return 0.0
     padding = max(0, 3 - array.shape[1])  # a line or a plane is a sweep through slabs 1 thick
     inside = np.pad(inside, ((0, 0), (padding, 0)))
     return _volume(inside, np.pad(corner, (padding, 0), constant_values=1.0))
@@ -180,9 +189,9 @@ def _volume(points: Points, corner: Points) -> float:
 def knee(points: ArrayLike) -> int:
     """The index of the front's point of greatest bulge, first of equals.
 
-    With each column scaled to 0 .. 1 over the front, the point whose columns' sum is least: with two
-    columns, the point farthest below the line through the two ends (Das, On characterizing the
-    "knee" of the Pareto curve, Structural Optimization 18, 1999).
+    With each column scaled to 0 .. 1 over the front, the point whose columns' sum is least. With
+    two columns that is the point farthest below the line through the two ends (Das, On
+    Characterizing the "Knee" of the Pareto Curve, Structural Optimization 18, 1999).
     """
     array = _checked(points)
     members = np.flatnonzero(non_dominated(array))
@@ -314,7 +323,7 @@ def _limit(spec: str) -> tuple[str, float]:
         limit = math.nan
     if objective not in OBJECTIVES[1:] or math.isnan(limit):
         raise StudyError(
-            "a pick must be a trial's ID, best, knee, or a limit on macs, params or latency_ms such "
-            f"as 'macs<=2e6', but was {spec!r}"
+            "a pick must be a trial's ID, best, knee, or a limit on macs, params or latency_ms "
+            f"such as 'macs<=2e6', but was {spec!r}"
         )
     return objective, limit

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from widthsearch.widths import Widths
 FAILURES_IN_A_ROW = 5
 """So many, and the study stops: a broken machine would burn the whole queue."""
 
-Candidate = tuple[Widths, dict[str, Any]]
+Candidate = tuple[Widths, Mapping[str, Any]]
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class Progress:
         best_accuracy: The best finished trial's, in percent.
         front_size: Members of the front.
         elapsed: Seconds since this run began.
-        remaining: Seconds to go, from the trials done in this run; None before the first.
+        remaining: Seconds to go at the pace since the first epoch of this run; None before a trial
+            is done in it.
         message: What just happened; may be empty.
     """
 
@@ -71,10 +72,10 @@ class Progress:
 class Search:
     """The state of a study that is being driven.
 
-    With ``measure``, trials come in generations: all of one are measured while nothing else of the
-    study runs, then they train, and only when all are done the next one is asked. The first is the
-    whole queue; the sampler's have twice as many trials as train at once, so that a slow one keeps
-    few waiting.
+    With ``measure`` (of a trial; it is given the base model's latency once that is known), trials
+    come in generations: all of one are measured while nothing else of the study runs, then they
+    train, and only when all are done the next one is asked. The first is the whole queue; the
+    sampler's have twice as many trials as train at once, so that a slow one keeps few waiting.
 
     Attributes:
         config: The study's configuration.
@@ -90,7 +91,7 @@ class Search:
         lease: Lease,
         *,
         candidates: Iterable[Candidate],
-        measure: Callable[[Trial], Latency] | None = None,
+        measure: Callable[[Trial, float | None], Latency] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config = config
@@ -104,16 +105,227 @@ class Search:
         self._rungs = stopping.rungs(config.recipe.epochs) if stopping else ()
 
         self.outcomes = {outcome.id: outcome for outcome in store.outcomes(self._names)}
-        self._taken_up = store.take_up(self._names)
-        self._open = {trial.number: trial for trial in self._taken_up}  # begun and not done
-        self._ready: deque[Trial] = deque()  # of these, those that no engine has been given
-        self._seen = {trial.widths for trial in (*self.outcomes.values(), *self._taken_up)}
-        base: Candidate = (space.base, {"base": True})
-        unseen = {widths: origin for widths, origin in [*candidates, base]}
-        unseen = {base[0]: base[1], **unseen, base[0]: base[1]}
-        self._queue = deque(item for item in unseen.items() if item[0] not in self._seen)
+        self._open = {trial.number: trial for trial in store.take_up(self._names)}
+        self._taken_up = list(self._open.values())  # begun by a driver that was killed
+        self._ready: deque[Trial] = deque()  # those of _open that no engine has been given yet
+        self._seen = {trial.widths for trial in self._taken_up}
+        self._seen |= {outcome.widths for outcome in self.outcomes.values()}
+        queue: dict[Widths, Mapping[str, Any]] = {}
+        for widths, origin in [(space.base, {"base": True}), *candidates]:
+            queue.setdefault(widths, origin)
+        self._queue = deque(item for item in queue.items() if item[0] not in self._seen)
         self._exhausted = False
         self._failures = 0
         self._started = time.monotonic()
+        self._first_epoch: float | None = None
         self._done_before = len(self.outcomes)
-        self._front: tuple[int, int] = (-1, 0)  # (outcomes it was drawn from, its size)
+        self._front_of = (-1, 0)  # how many outcomes the front was drawn from, and its size
+
+    @property
+    def done(self) -> bool:
+        """Whether every trial is done."""
+        return not self._open and not self._may_begin()
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """The numbers of the trials that have begun and are not done."""
+        return tuple(self._open)
+
+    def ask(self) -> Trial | None:
+        """The next trial to train; None while there is none before another one is done, or at all.
+
+        Raises:
+            StudyError: Another driver took over, or too many trials failed in a row.
+        """
+        self._lease.check()
+        if self._taken_up:
+            self._make_ready(self._taken_up)
+            self._taken_up = []
+        while not self._ready and self._may_begin():
+            self._make_ready(self._generation())
+        return self._ready.popleft() if self._ready else None
+
+    def report(self, number: int, curve: Sequence[EpochResult]) -> bool:
+        """Tell of an epoch; ``curve`` is all of them so far. Returns whether the trial goes on.
+
+        An epoch may be reported again after a restart; its rung is then decided anew.
+        """
+        self._lease.check()
+        self._first_epoch = self._first_epoch or time.monotonic()
+        trial = self._open[number] = replace(self._open[number], curve=tuple(curve))
+        self._store.record_curve(number, trial.curve)
+        last = trial.curve[-1]
+        if not math.isfinite(last.accuracy):
+            self.fail(number, f"training diverged in epoch {last.epoch}: its loss is {last.loss}")
+            return False
+        if last.epoch >= self.config.recipe.epochs:
+            self._store.finish(number, self._values(trial))
+            self._close(trial.outcome("finished"))
+            return False
+        if last.epoch in self._rungs and not self._passes(trial, last.epoch):
+            self._store.stop(number)
+            self._close(trial.outcome("stopped"))
+            return False
+        self.notify()
+        return True
+
+    def fail(self, number: int, reason: str) -> None:
+        """Tell that a trial cannot be trained, with the reason in one line.
+
+        Raises:
+            StudyError: It is the last straw: ``FAILURES_IN_A_ROW``.
+        """
+        self._store.fail(number, reason)
+        self._close(self._open[number].outcome("failed", reason))
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise StudyError(
+                f"{self._failures} candidates failed in a row, so study {self.config.name!r} "
+                f"stops; the last one, trial {number}: {reason}"
+            )
+
+    def notify(self, message: str = "") -> None:
+        """Let whoever watches know where the study stands."""
+        if message:
+            _logger.info(message)
+        if self._on_progress is not None:
+            self._on_progress(self._progress(message))
+
+    @property
+    def _begun(self) -> int:
+        return len(self.outcomes) + len(self._open)
+
+    def _may_begin(self) -> bool:
+        if self._exhausted or self._begun >= self.config.trials:
+            return False
+        return self._measure is None or not self._open
+
+    def _generation(self) -> list[Trial]:
+        """Begin the trials that are next; one, where no latency is to be measured."""
+        size = 1
+        if self._measure is not None:
+            size = len(self._queue) or 2 * self.config.concurrency
+        generation = []
+        for _ in range(min(size, self.config.trials - self._begun)):
+            candidate = self._queue.popleft() if self._queue else self._drawn()
+            if candidate is None:
+                self._exhausted = True
+                self.notify("every width vector of the space has been tried")
+                break
+            generation.append(self._begin(*candidate))
+        return generation
+
+    def _drawn(self) -> Candidate | None:
+        known = [
+            Known(done.widths, self._values(done) if done.state == "finished" else None)
+            for done in self.outcomes.values()
+            if done.state != "failed"
+        ]
+        known += [Known(trial.widths) for trial in self._open.values()]
+        seed = self._seed("sampler")
+        widths = draw(self.space.axes, self.config.objectives, known, self._seen, seed)
+        return None if widths is None else (widths, {"sampler": "tpe"})
+
+    def _begin(self, widths: Widths, origin: Mapping[str, Any]) -> Trial:
+        trial = self._store.begin(
+            self.space.axes,
+            widths,
+            origin=origin,
+            seed=self._seed("trial"),
+            cost=self.space.cost(widths),
+            fingerprint=self.space.fingerprint,
+        )
+        self._open[trial.number] = trial
+        self._seen.add(widths)
+        return trial
+
+    def _seed(self, purpose: str) -> int:
+        """A seed for the trial that begins next: of the study's seed and the count of trials."""
+        entropy = (self.config.seed, self._begun, *purpose.encode())
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _make_ready(self, trials: Sequence[Trial]) -> None:
+        """Measure the trials' latency where that is asked for; nothing else of the study runs."""
+        for i, trial in enumerate(trials):
+            if self._measure is not None and trial.latency is None:
+                self.notify(f"measuring the latency of candidate {i + 1} of {len(trials)}")
+                try:
+                    latency = self._measure(trial, self._base_ms())
+                except WidthsearchError:
+                    raise  # the device, not the candidate
+                except Exception as error:
+                    _logger.info("trial %d cannot be measured", trial.number, exc_info=True)
+                    self.fail(trial.number, one_line(error))
+                    continue
+                self._store.record_latency(trial.number, latency)
+                trial = self._open[trial.number] = replace(trial, latency=latency)
+            self._ready.append(trial)
+
+    def _base_ms(self) -> float | None:
+        """The base model's latency as this study measured it once: all others are on its scale."""
+        known = [outcome.latency for outcome in self.outcomes.values()]
+        known += [trial.latency for trial in self._open.values()]
+        return next((latency.base_ms for latency in known if latency is not None), None)
+
+    def _values(self, trial: Trial | Outcome) -> tuple[float, ...]:
+        """The value of each objective as a person reads it, with the last epoch's accuracy."""
+        return tuple(self._value(trial, name, -1) for name in self.config.objectives)
+
+    def _value(self, trial: Trial | Outcome, objective: str, index: int) -> float:
+        if objective == "accuracy":
+            return trial.curve[index].accuracy
+        if objective == "latency_ms":
+            assert trial.latency is not None
+            return trial.latency.median_ms
+        return float(getattr(trial.cost, objective))
+
+    def _passes(self, trial: Trial, epoch: int) -> bool:
+        """Whether a rung lets a trial go on: never by accuracy alone.
+
+        Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
+        not. The base model and the uniform baseline are what the front is compared with: they are
+        always trained to the end.
+        """
+        if trial.origin.get("base") or trial.origin.get("proposer") == "uniform":
+            return True
+        rung: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
+        rung = [peer for peer in (*rung, *self._open.values()) if len(peer.curve) >= epoch]
+        signs = [-1.0 if name == "accuracy" else 1.0 for name in self.config.objectives]
+        points = np.array(
+            [[self._value(peer, n, epoch - 1) for n in self.config.objectives] for peer in rung]
+        )
+        stopping = self.config.early_stopping
+        assert stopping is not None
+        return pareto.promoted(points * signs, rung.index(trial), stopping.eta)
+
+    def _close(self, outcome: Outcome) -> None:
+        del self._open[outcome.id]
+        self.outcomes[outcome.id] = outcome
+        failed = outcome.state == "failed"
+        self._failures = self._failures + 1 if failed else 0
+        self.notify(f"trial {outcome.id} failed: {outcome.error}" if failed else "")
+
+    def _progress(self, message: str) -> Progress:
+        done = list(self.outcomes.values())
+        if self._front_of[0] != len(done):
+            self._front_of = (len(done), len(pareto.front(done, self.config.objectives)))
+        accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
+        now = time.monotonic()
+        total = self._begun if self._exhausted else max(self.config.trials, self._begun)
+        lately = len(done) - self._done_before
+        training = now - (self._first_epoch or now)
+        return Progress(
+            done=len(done),
+            running=len(self._open),
+            total=total,
+            best_accuracy=max(accuracies, default=None),
+            front_size=self._front_of[1],
+            elapsed=now - self._started,
+            remaining=training / lately * (total - len(done)) if lately else None,
+            message=message,
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.initialisation import Recorder, Scheme
-from widthsearch.symbolic import Poly
+from widthsearch.polynomials import Poly
 from widthsearch.trace import Pinned, Trace, clone, join, sync_attributes, tensors_of, trace
 from widthsearch.widths import Axis, Widths, fingerprint
 
@@ -184,9 +184,7 @@ class SearchSpace:
                     f"widths; its axes are {self._listed()}"
                 )
         whole = [int(v) if isinstance(v, np.integer) else v for v in values]
-        return Widths(
-            self.names, tuple(a.check(v) for a, v in zip(self.axes, whole, strict=True))
-        )
+        return Widths(self.names, tuple(a.check(v) for a, v in zip(self.axes, whole, strict=True)))
 
     def nearest(self, vector: Sequence[float] | NDArray[Any]) -> Widths:
         """The width vector on the grid nearest to one real number per axis."""
@@ -230,9 +228,7 @@ class SearchSpace:
     def cost(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Cost:
         """The exact cost of one architecture."""
         vector = self._checked(widths).vector
-        return Cost(
-            int(self.macs(vector)), int(self.params(vector)), int(self.activations(vector))
-        )
+        return Cost(int(self.macs(vector)), int(self.params(vector)), int(self.activations(vector)))
 
     def _checked(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Widths:
         return self.widths(widths)
@@ -275,7 +271,7 @@ class SearchSpace:
         model = clone(self.template, tensors)
         for layer, module in model.named_modules():
             if layer in self.trace.groups:
-                module.groups = _evaluate(self.trace.groups[layer], x)  # type: ignore[assignment]
+                module.groups = _evaluate(self.trace.groups[layer], x)
             sync_attributes(module)
         if initialise and torch.device(device).type != "meta":
             if seed is None:

@@ -11,6 +11,7 @@ Only the driver opens the storage; a lease keeps a second driver out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -21,12 +22,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
 import sqlalchemy
 from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from widthsearch.cost import Cost
@@ -45,8 +47,7 @@ _STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
     TrialState.FAIL: "failed",
 }
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -95,24 +96,23 @@ def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
     return {axis.name: IntDistribution(axis.least, axis.most, step=axis.step) for axis in axes}
 
 
-def directions(objectives: Sequence[str]) -> list[str]:
+def directions(objectives: Sequence[str]) -> list[StudyDirection]:
     """Which way each objective is to go: accuracy up, every cost down."""
-    return ["maximize" if name == "accuracy" else "minimize" for name in objectives]
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    return [up if name == "accuracy" else down for name in objectives]
 
 
-def _database_errors(
-    method: Callable[Concatenate[Store, P], R],
-) -> Callable[Concatenate[Store, P], R]:
+def _database_errors(method: Method) -> Method:
     """Turn what the database raises into one line that a user can act on."""
 
     @functools.wraps(method)
-    def wrapped(self: Store, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(self: Store, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             raise _storage_error(self.url, error) from error
 
-    return wrapped
+    return cast("Method", wrapped)
 
 
 def _storage_error(url: str, error: Exception) -> StorageError:
@@ -183,6 +183,7 @@ class Store:
 
         Raises:
             StorageError: The storage cannot be opened.
+            StudyError: It has a stranger's study of that name.
         """
         storage = _open(url)
         study = optuna.create_study(
@@ -191,12 +192,19 @@ class Store:
             directions=directions(objectives),
             load_if_exists=True,
         )
-        if len(study.directions) == len(objectives):  # else it is refused further up
-            with warnings.catch_warnings():
-                # Marked experimental; it only labels what optuna-dashboard shows.
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(list(objectives))
-        return cls(url, name, storage)
+        store = cls(url, name, storage)
+        if store.attribute("space") is not None:
+            return store
+        if study.directions != directions(objectives):
+            raise StudyError(
+                f"the storage already has an Optuna study {name!r} that is not of widthsearch: "
+                "give the study another name"
+            )
+        with warnings.catch_warnings():
+            # Marked experimental; it only labels what optuna-dashboard shows.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(objectives))
+        return store
 
     @classmethod
     def open(cls, url: str, name: str) -> Store:
@@ -368,7 +376,9 @@ class Lease:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            self._store.set_attribute(self.KEY, None)
+            # Where the storage is what broke, that error is on its way; the lease runs out.
+            with contextlib.suppress(StorageError):
+                self._store.set_attribute(self.KEY, None)
 
     def check(self) -> None:
         """Raise StudyError if another driver has taken over."""
@@ -377,6 +387,14 @@ class Lease:
                 f"a study has one driver at a time, but another one took over "
                 f"{self._store.name!r}: this one stops"
             )
+
+    def renew(self) -> None:
+        """Give a sign of life, unless another driver has taken over."""
+        holder = self._store.attribute(self.KEY)
+        if holder is None or holder["token"] != self._token:
+            self._lost = True
+        else:
+            self._write()
 
     def _write(self) -> None:
         holder = {
@@ -388,16 +406,10 @@ class Lease:
         self._store.set_attribute(self.KEY, holder)
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
-            try:
-                holder = self._store.attribute(self.KEY)
-                if holder is None or holder["token"] != self._token:
-                    self._lost = True
-                    return
-                self._write()
-            except StorageError:
-                # A full disk or a network's hiccup: the driver's own next write says so aloud.
-                continue
+        while not self._lost and not self._ended.wait(BEAT_SECONDS):
+            # A full disk or a network's hiccup: the driver's own next write says so aloud.
+            with contextlib.suppress(StorageError):
+                self.renew()
 
 
 def _is_gone(holder: Mapping[str, Any]) -> bool:

@@ -1,12 +1,7 @@
 """Integers that stand for unknown widths: what lets a model run once for all widths.
 
 torch lets a tensor's sizes be ``SymInt``, a thin shell around any object with the interface of a
-*symbolic node*. The nodes here are polynomials with integer coefficients in a few symbols. When
-the run needs to know whether two sizes are equal, and they are for the model as given, the
-equation is imposed on the :class:`System`, which solves it at once: that is how layers that must
-agree find each other. All equations that networks impose are linear (residual sums,
-concatenations, flattening); each is solved for its youngest symbol, so what remains free are the
-oldest symbols, and those become the axes.
+*symbolic node*. The nodes here are polynomials in a few symbols (``polynomials.py``).
 
 torch's own symbolic shapes do the same for the compiler with sympy. This is about a hundred times
 faster (``docs/log.md``), because a polynomial here is a small dictionary, and because a width has
@@ -15,267 +10,24 @@ no need of ranges, guards to be replayed, or code generation.
 
 from __future__ import annotations
 
+import linecache
 import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 
-Monomial = tuple[int, ...]
-"""The symbols of one term, ascending, repeated for powers; ``()`` for the constant."""
-Poly = dict[Monomial, int]
-"""A polynomial: the non-zero coefficient of each monomial. Never changed once it is made."""
-
-
-def constant(value: int) -> Poly:
-    """The polynomial that is ``value`` everywhere."""
-    return {(): value} if value else {}
-
-
-def as_constant(p: Poly) -> int | None:
-    """The value of ``p`` if it has no symbol, else None."""
-    if not p:
-        return 0
-    if len(p) == 1 and () in p:
-        return p[()]
-    return None
-
-
-def symbols_of(p: Poly) -> set[int]:
-    """Every symbol in ``p``."""
-    return {s for monomial in p for s in monomial}
-
-
-def add(a: Poly, b: Poly, factor: int = 1) -> Poly:
-    """``a + factor · b``."""
-    out = dict(a)
-    for monomial, coefficient in b.items():
-        total = out.get(monomial, 0) + factor * coefficient
-        if total:
-            out[monomial] = total
-        else:
-            out.pop(monomial, None)
-    return out
-
-
-def multiply(a: Poly, b: Poly) -> Poly:
-    """``a · b``."""
-    if (value := as_constant(b)) is not None:
-        return {m: c * value for m, c in a.items()} if value else {}
-    if (value := as_constant(a)) is not None:
-        return {m: c * value for m, c in b.items()} if value else {}
-    out: Poly = {}
-    for m, c in a.items():
-        for n, d in b.items():
-            product = tuple(sorted(m + n))
-            total = out.get(product, 0) + c * d
-            if total:
-                out[product] = total
-            else:
-                out.pop(product, None)
-    return out
-
-
-def divide(a: Poly, b: Poly) -> Poly | None:
-    """``a / b`` if that is a polynomial with integer coefficients, else None."""
-
-    def order(monomial: Monomial) -> tuple[int, Monomial]:
-        return len(monomial), monomial
-
-    if not b:
-        return None
-    lead = max(b, key=order)
-    quotient: Poly = {}
-    while a:
-        top = max(a, key=order)
-        rest = list(top)
-        for symbol in lead:
-            if symbol not in rest:
-                return None
-            rest.remove(symbol)
-        if a[top] % b[lead]:
-            return None
-        term = {tuple(rest): a[top] // b[lead]}
-        quotient = add(quotient, term)
-        a = add(a, multiply(term, b), -1)
-    return quotient
-
-
-@dataclass(frozen=True)
-class Pin:
-    """Why one symbol lost its freedom.
-
-    Attributes:
-        symbol: The symbol.
-        reason: The line of code that needed its value, or what it is tied to.
-    """
-
-    symbol: int
-    reason: str
-
-
-@dataclass
-class System:
-    """Symbols, their values in the model as given, and every equation solved so far.
-
-    Attributes:
-        hints: The value of each symbol in the model as given.
-        solution: For each symbol that is no longer free, the affine form it equals.
-        pins: Each symbol that became a constant, and why.
-        parents: For each solved symbol, the symbols that its equation tied it to.
-        opaque: Symbols that stand for a non-zero remainder, each with what it came from. They may
-            be compared; where one would reach a shape, what it came from is pinned.
-        reason: Says which code is running; asked when an equation takes a symbol's freedom.
-    """
-
-    hints: list[int] = field(default_factory=list)
-    solution: dict[int, Poly] = field(default_factory=dict)
-    pins: list[Pin] = field(default_factory=list)
-    parents: dict[int, frozenset[int]] = field(default_factory=dict)
-    opaque: dict[int, Poly] = field(default_factory=dict)
-    reason: Callable[[], str] = field(default=lambda: "")
-
-    def fresh(self, hint: int) -> int:
-        """A new free symbol."""
-        self.hints.append(hint)
-        return len(self.hints) - 1
-
-    def canonical(self, p: Poly) -> Poly:
-        """``p`` in free symbols alone."""
-        solution = self.solution
-        if solution:
-            for monomial in p:
-                for symbol in monomial:
-                    if symbol in solution:
-                        return self._substitute(p)
-        return p
-
-    def _substitute(self, p: Poly) -> Poly:
-        out: Poly = {}
-        for monomial, coefficient in p.items():
-            term = {(): coefficient}
-            for symbol in monomial:
-                term = multiply(term, self.value(symbol))
-            out = add(out, term)
-        return out
-
-    def value(self, symbol: int) -> Poly:
-        """What ``symbol`` equals, in free symbols alone."""
-        if symbol not in self.solution:
-            return {(symbol,): 1}
-        known = self.solution[symbol]
-        resolved = self.canonical(known)
-        if resolved is not known:
-            self.solution[symbol] = resolved
-        return resolved
-
-    def hint(self, p: Poly) -> int:
-        """The value of ``p`` in the model as given."""
-        total = 0
-        for monomial, coefficient in p.items():
-            total += coefficient * math.prod(self.hints[s] for s in monomial)
-        return total
-
-    def pin(self, symbols: Iterable[int], reason: str) -> None:
-        """Fix each free symbol in ``symbols`` at its value in the model as given."""
-        for symbol in symbols:
-            if symbol not in self.solution:
-                self.solution[symbol] = constant(self.hints[symbol])
-                self.pins.append(Pin(symbol, reason))
-
-    def pin_value(self, p: Poly, reason: str) -> int:
-        """Fix every free symbol that ``p`` depends on, and return its value."""
-        p = self.canonical(p)
-        self.pin(sorted(symbols_of(p)), reason)
-        return self.hint(p)
-
-    def impose(self, p: Poly) -> None:
-        """Impose ``p = 0``, which holds for the model as given."""
-        p = self.transparent(p)
-        assert self.hint(p) == 0, "an equation that does not hold for the model as given"
-        if not p:
-            return
-        shared = set.intersection(*(set(m) for m in p))
-        for symbol in shared:  # sizes are never 0: x·f = 0 means f = 0
-            p = {_without(m, symbol): c for m, c in p.items()}
-        divisor = math.gcd(*p.values())
-        p = {m: c // divisor for m, c in p.items()}
-        if any(len(m) > 1 for m in p):
-            self.pin(sorted(symbols_of(p)), self.reason())
-            return
-        linear = {m[0]: c for m, c in p.items() if m}
-        if len(linear) == 1:
-            self.pin(linear, self.reason())
-            return
-        units = [s for s, c in linear.items() if abs(c) == 1]
-        if units:
-            youngest = max(units)
-            c = linear[youngest]
-            self._solve(youngest, {m: -d * c for m, d in p.items() if m != (youngest,)})
-        elif len(p) == 2:  # c·x = d·y with c and d coprime: x = d·t, y = c·t
-            (x, c), (y, d) = sorted(linear.items())
-            t = self.fresh(self.hints[x] // abs(d))
-            self._solve(x, {(t,): abs(d)})
-            self._solve(y, {(t,): abs(c)})
-        else:
-            self.pin(sorted(linear), self.reason())
-
-    def _solve(self, symbol: int, value: Poly) -> None:
-        self.solution[symbol] = value
-        self.parents[symbol] = frozenset(symbols_of(value))
-
-    def transparent(self, p: Poly) -> Poly:
-        """``p`` in free symbols alone, none of them opaque."""
-        p = self.canonical(p)
-        while hidden := [s for s in symbols_of(p) if s in self.opaque]:
-            for symbol in hidden:
-                self.pin_value(self.opaque[symbol], self.reason())
-                self.pin([symbol], self.reason())
-            p = self.canonical(p)
-        return p
-
-    def remainder(self, a: Poly, b: Poly) -> Poly:
-        """``a % b``: divisibility that holds for the model as given is imposed."""
-        a, b = self.canonical(a), self.canonical(b)
-        left = self.hint(a) % self.hint(b)
-        if left == 0:
-            self.quotient(a, b)
-            return {}
-        if as_constant(a) is not None and as_constant(b) is not None:
-            return constant(left)
-        symbol = self.fresh(left)
-        self.opaque[symbol] = {(s,): 1 for s in symbols_of(a) | symbols_of(b)}
-        return {(symbol,): 1}
-
-    def quotient(self, a: Poly, b: Poly) -> Poly:
-        """``a // b``, with the remainder that it has for the model as given imposed."""
-        a, b = self.canonical(a), self.canonical(b)
-        exact = divide(a, b)
-        if exact is not None:
-            return exact
-        q, r = divmod(self.hint(a), self.hint(b))
-        divisor = as_constant(b)
-        if divisor is None or as_constant(a) is not None:
-            out = constant(q)
-        else:
-            out = {(self.fresh(q),): 1}
-        self.impose(add(a, add(multiply(out, b), constant(r)), -1))
-        return self.canonical(out)
-
-
-def _without(monomial: Monomial, symbol: int) -> Monomial:
-    i = monomial.index(symbol)
-    return monomial[:i] + monomial[i + 1 :]
+from widthsearch.polynomials import Poly, System, add, as_constant, constant, multiply, symbols_of
 
 
 class _Expression:
     """Answers torch's questions about free sympy symbols: there are none."""
 
     free_symbols: frozenset[Any] = frozenset()
-    is_number = is_Boolean = is_Symbol = False
+    is_number = is_Boolean = is_Symbol = False  # noqa: N815 - sympy's names
     args = ()
 
 
@@ -326,7 +78,7 @@ class _Node:
     def clone(self) -> _Node:
         return self
 
-    def str(self) -> str:  # noqa: A003
+    def str(self) -> str:
         return repr(self)
 
     _graph_repr = __str__ = str
@@ -510,7 +262,10 @@ class RatioNode(_Node):
     kind = "float"
 
     def __init__(
-        self, system: System, value: float, quotient: tuple[Poly, Poly] | None = None,
+        self,
+        system: System,
+        value: float,
+        quotient: tuple[Poly, Poly] | None = None,
         symbols: frozenset[int] = frozenset(),
     ) -> None:
         self.system, self.value, self.quotient = system, value, quotient
@@ -559,7 +314,7 @@ class RatioNode(_Node):
         return self._rounded(round)
 
 
-def _float_operation(name: str, function: Callable[[float, float], float]) -> None:
+def _float_operation(name: str, function: Callable[..., float]) -> None:
     def method(self: RatioNode, other: Any) -> RatioNode:
         value = other.value if isinstance(other, RatioNode) else float(other.hint)
         symbols = getattr(other, "symbols", frozenset()) | self.symbols
@@ -569,8 +324,14 @@ def _float_operation(name: str, function: Callable[[float, float], float]) -> No
 
 
 for _name, _function in {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv,
-    "float_truediv": operator.truediv, "pow": math.pow, "float_pow": math.pow, "sym_max": max,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "float_truediv": operator.truediv,
+    "pow": math.pow,
+    "float_pow": math.pow,
+    "sym_max": max,
     "sym_min": min,
 }.items():
     _float_operation(_name, _function)
@@ -587,7 +348,8 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _float_comparison(_name, getattr(operator, _name))
 for _name, _unary in {"neg": operator.neg, "abs": abs, "sqrt": math.sqrt}.items():
     setattr(
-        RatioNode, _name if _name != "sqrt" else "sym_sqrt",
+        RatioNode,
+        _name if _name != "sqrt" else "sym_sqrt",
         lambda self, f=_unary: RatioNode(self.system, f(self.value), None, self.symbols),
     )
 
@@ -631,7 +393,7 @@ class TruthNode(_Node):
             return content
         name, *parts = content
         if name == "not":
-            inner = parts[0].known()
+            inner: bool | None = parts[0].known()
             return None if inner is None else not inner
         if name in ("and", "or"):
             known = [part.known() for part in parts]
@@ -711,7 +473,9 @@ class TruthNode(_Node):
 def size(system: System, poly: Poly) -> torch.SymInt | int:
     """A size for torch: an int where it is known, else a ``SymInt``."""
     value = as_constant(poly)
-    return torch.SymInt(SizeNode(system, poly)) if value is None else value
+    if value is not None:
+        return value
+    return torch.SymInt(SizeNode(system, poly))  # type: ignore[arg-type]  # any node will do
 
 
 def poly_of(value: torch.SymInt | int) -> Poly:
@@ -721,14 +485,12 @@ def poly_of(value: torch.SymInt | int) -> Poly:
 
 def calling_line(skip: Sequence[str]) -> str:
     """``file:line`` and the text of the innermost running line outside the ``skip`` folders."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
         if not filename.startswith("<") and not any(filename.startswith(s) for s in skip):
-            import linecache
-
             text = linecache.getline(filename, frame.f_lineno).strip()
             short = "/".join(filename.replace("\\", "/").split("/")[-2:])
             return f"{short}:{frame.f_lineno} `{text}`"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "unknown code"

@@ -23,18 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from widthsearch.errors import TraceError
-from widthsearch.symbolic import (
-    Poly,
-    System,
-    add,
-    as_constant,
-    calling_line,
-    constant,
-    multiply,
-    poly_of,
-    size,
-    symbols_of,
-)
+from widthsearch.polynomials import Poly, System, add, as_constant, constant, multiply, symbols_of
+from widthsearch.symbolic import calling_line, poly_of, size
 
 aten = torch.ops.aten
 
@@ -180,11 +170,11 @@ class _Symbol:
     """Whether it is the output width of a layer's weight."""
 
 
-class _Run(TorchDispatchMode):
+class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, stands in for batch norm, and remembers what is running."""
 
     def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.system = system
         self.inputs = {id(x) for x in inputs}
         self.layers: list[str] = []
@@ -202,7 +192,11 @@ class _Run(TorchDispatchMode):
         return calling_line(_SKIP)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
@@ -229,9 +223,7 @@ class _Run(TorchDispatchMode):
             self._flatten(args[0].shape, out.shape)
         return out
 
-    def _convolution(
-        self, _x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
-    ) -> None:
+    def _convolution(self, _x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
         """What convolutions ask of their weights and biases, but not on the meta device."""
         transposed, groups = options[3], options[5]
         torch._check(weight.shape[0] % groups == 0)
@@ -514,4 +506,3 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
             )
         )
     return tuple(out)
-

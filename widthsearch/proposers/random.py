@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from widthsearch.data import Task
 from widthsearch.proposers.protocol import Proposal
 from widthsearch.space import SearchSpace
+from widthsearch.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Random:
         generator = random.Random(seed)
         shares = [self.lowest ** generator.random() for _ in space.axes]
         top = max(shares)
-        trajectory = {}
+        trajectory: dict[Widths, None] = {}
         for i in range(self.members):
             scale = (1 - i / self.members) / top
             vector = [a.base * s * scale for a, s in zip(space.axes, shares, strict=True)]

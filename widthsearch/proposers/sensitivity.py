@@ -65,7 +65,7 @@ class Sensitivity:
             torch.manual_seed(seed)  # dropout
             # Train mode: before training, batch norm's running statistics say nothing. The gates
             # stand after it, so that it does not undo them.
-            F.cross_entropy(model(x), y).backward()
+            F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         gradients = gate_gradients(space, space.base, model)
         return [g.abs().double().cpu().numpy() for g in gradients]
 

@@ -1,0 +1,308 @@
+"""The command line: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+
+import widthsearch
+from widthsearch import cli, pareto
+from widthsearch.study import Study
+
+ROOT = Path(__file__).parent.parent
+SPACE = f"{ROOT / 'search_spaces' / 'quickstart.py'}:digits_resnet"
+
+
+def study_file(folder: Path, **changes: Any) -> Path:
+    """A study's YAML in a folder."""
+    values: dict[str, Any] = {
+        "name": "small",
+        "space": SPACE,
+        "task": "digits",
+        "recipe": {"epochs": 2},
+        "proposers": ["uniform", "random"],
+        "budgets": [0.1, 0.3],
+        "objectives": ["accuracy", "macs"],
+        "trials": 7,
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs that holds one study that is done, with made-up accuracies."""
+    folder = tmp_path_factory.mktemp("cli")
+    study = Study.load(study_file(folder), folder / "runs")
+    with study.search() as search:
+        tiny.drive(search)
+    return folder / "runs"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints; it must succeed."""
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def test_space_shows_axes_shares_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every axis with its grid and its share of MACs; every pinned width with its reason."""
+    out = printed(capsys, "space", "torchvision:resnet18", "--input", "3x64x64")
+    assert "torchvision:resnet18: 12 axes, input 3×64×64" in out
+    assert "layer4.1.conv1" in out
+    assert "input of the model" in out
+    assert "output of the model" in out
+    assert "MACs (" in out
+
+
+def test_space_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same as data."""
+    content = json.loads(printed(capsys, "space", SPACE, "--json"))
+    assert content["macs"] == 763520
+    assert [axis["name"] for axis in content["axes"]][:2] == ["conv1", "block1.conv1"]
+    assert 0 < content["axes"][0]["share_of_macs"] < 1
+    assert content["pinned"][0]["reason"] == "output of the model"
+
+
+def test_pareto_prints_the_front_and_the_baseline(
+    capsys: pytest.CaptureFixture[str], runs: Path
+) -> None:
+    """Tables, widths and the hypervolume of both; front.json and front.png are written."""
+    out = printed(capsys, "pareto", "small", "--runs", str(runs))
+    assert "front of small" in out
+    assert "uniform baseline" in out
+    assert "widths by id, in the order conv1, block1.conv1" in out
+    assert "7 trials: 7 finished" in out
+    assert (runs / "small" / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((runs / "small" / "front.json").read_text())["study"] == "small"
+
+
+def test_pareto_as_json(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
+    """The promised keys; the front is non-dominated; base and uniform are named."""
+    content = json.loads(printed(capsys, "pareto", "small", "--json", "--runs", str(runs)))
+    keys = {"id", "widths", "accuracy", "macs", "params", "latency_ms", "origin"}
+    assert content["front"]
+    for member in [*content["front"], content["base"], *content["uniform"]]:
+        assert keys <= set(member)
+    points = [[-m["accuracy"], m["macs"]] for m in content["front"]]
+    assert pareto.non_dominated(points).all()
+    assert content["base"]["origin"] == {"base": True}
+    assert len(content["uniform"]) == 2
+
+
+def test_pareto_as_csv(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
+    """One row a member, one column an axis, that agree with the JSON."""
+    rows = list(
+        csv.DictReader(
+            printed(capsys, "pareto", "small", "--csv", "--runs", str(runs)).splitlines()
+        )
+    )
+    content = json.loads(printed(capsys, "pareto", "small", "--json", "--runs", str(runs)))
+    assert [int(row["id"]) for row in rows] == [m["id"] for m in content["front"]]
+    assert [int(row["block3.conv2"]) for row in rows] == [
+        m["widths"]["block3.conv2"] for m in content["front"]
+    ]
+
+
+def test_train_writes_a_folder_that_loads(
+    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+) -> None:
+    """Widths, weights and a card; the loaded network is the trained one."""
+    out_folder = str(tmp_path / "picked")
+    out = printed(
+        capsys, "train", "small", "--pick", "macs<=2e5", "--seeds", "2", "--epochs", "1",
+        "--runs", str(runs), "--out", out_folder,
+    )  # fmt: skip
+    assert "over 2 seeds" in out
+    card = json.loads((tmp_path / "picked" / "card.json").read_text())
+    content = json.loads((tmp_path / "picked" / "widths.json").read_text())
+    net = widthsearch.load(out_folder)
+    assert not net.training
+    assert net.conv1.out_channels == content["widths"]["conv1"]
+    assert sum(p.numel() for p in net.parameters()) == card["params"]
+    assert card["recipe"]["epochs"] == 1
+    assert len(card["test_accuracy"]["by_seed"]) == 2
+    from widthsearch.data import load_task
+    from widthsearch.training import evaluate
+
+    accuracy = evaluate(net, load_task("digits"), "test")
+    assert accuracy == pytest.approx(card["test_accuracy"]["of_weights"])
+
+
+def test_train_goes_on_where_it_was_interrupted(runs: Path, tmp_path: Path) -> None:
+    """After a kill, finished epochs are not trained again and the result is the same."""
+    study = Study.load("small", runs)
+    outcome = study.front()[0]
+    whole = widthsearch.train(study, outcome, seeds=1, epochs=3, folder=tmp_path / "a")
+    trained = []
+
+    def interrupt(_number: int, result: Any) -> None:
+        trained.append(result.epoch)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        widthsearch.train(
+            study, outcome, seeds=1, epochs=3, folder=tmp_path / "b", on_epoch=interrupt
+        )
+    again = widthsearch.train(
+        study, outcome, seeds=1, epochs=3, folder=tmp_path / "b",
+        on_epoch=lambda _number, result: trained.append(result.epoch),
+    )  # fmt: skip
+    assert trained == [1, 2, 3]
+    assert again["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_loading_refuses_another_space(runs: Path, tmp_path: Path) -> None:
+    """The message says what differs."""
+    study = Study.load("small", runs)
+    widthsearch.train(study, study.front()[0], seeds=1, epochs=1, folder=tmp_path)
+    with pytest.raises(widthsearch.WidthsearchError) as error:
+        widthsearch.load(tmp_path, tiny.space())
+    assert "is of 'digits_resnet' (6 axes) and the space given is 'tiny' (2 axes)" in str(
+        error.value
+    )
+    assert "it has no axis 'conv1'" in str(error.value)
+    (tmp_path / "weights.pt").write_bytes(b"nonsense")
+    with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
+        widthsearch.load(tmp_path)
+    content = json.loads((tmp_path / "widths.json").read_text())
+    content["widths"]["conv1"] = 7
+    (tmp_path / "widths.json").write_text(json.dumps(content))
+    with pytest.raises(widthsearch.WidthsearchError, match="axis 'conv1' takes multiples of 2"):
+        widthsearch.load(tmp_path)
+
+
+BAD: Mapping[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"trails": 3}, "unknown key 'trails'; did you mean 'trials'?"),
+    "a bad value": ({"trials": 0}, "trials"),
+    "a space that is not there": (
+        {"space": "no_such_package.x:y"},
+        "'no_such_package.x:y' cannot be imported: ModuleNotFoundError",
+    ),
+    "a missing data folder": (
+        {"task": {"name": "image_folder", "folder": "no/such/folder"}},
+        "no/such/folder",
+    ),
+    "a device that is not there": (
+        {"device": "cuda:99", "resources": {"gpu": 1}},
+        "'cuda:99' is not",
+    ),
+    "a storage that cannot be opened": ({"storage": "sqlite:////no/such/folder/x.db"}, "/no/such"),
+    "a budget below the space": ({"budgets": [1e-9]}, "is below the narrowest network"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The culprit by name, no traceback."""
+    changes, message = BAD[case]
+    file = study_file(tmp_path, **changes)
+    assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pareto", "nothing"], "there is no 'nothing'"),
+        (["space", "torchvision:resnet19"], "did you mean 'resnet18'?"),
+        (["train", "small", "--pick", "99"], "99 is not"),
+        (["train", "small", "--pick", "bets"], "'bets'"),
+        (["train", "small", "--pick", "macs<=1"], "leaves none"),
+        (["train", "small", "--seeds", "0"], "`seeds >= 1` must hold"),
+    ],
+)
+def test_bad_arguments_are_one_line_too(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], runs: Path
+) -> None:
+    """Every command refuses alike."""
+    where = [] if arguments[0] == "space" else ["--runs", str(runs)]
+    assert cli.main([*arguments, *where]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("arguments", [["spaec"], ["space", "x:y", "--input", "3,4"], []])
+def test_a_bad_command_line_is_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse's own errors as well."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupt_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    """Exit code 130, and the command to type."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "run", interrupted)
+    assert cli.main(["run", "small", "--runs", str(runs)]) == 130
+    assert "go on with: widthsearch run small" in capsys.readouterr().err
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """With each of its options."""
+    readme = (ROOT / "README.md").read_text()
+    parser = cli._parser()
+    (commands,) = [a.choices for a in parser._actions if a.dest == "command" or a.choices]
+    assert commands
+    for name, command in commands.items():
+        assert f"`widthsearch {name}" in readme
+        assert command.description
+        for action in command._actions:
+            assert action.help
+            if action.option_strings and action.dest not in ("help", "runs"):
+                assert action.option_strings[0] in readme
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """Neither does asking for help."""
+    code = (
+        "import sys, widthsearch, widthsearch.cli\n"
+        "assert not {'torch', 'ray', 'optuna', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_there() -> None:
+    """__all__ is what the package gives, and dir() shows it."""
+    for name in widthsearch.__all__:
+        assert getattr(widthsearch, name) is not None
+    assert dir(widthsearch) == sorted(widthsearch.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = widthsearch.nonsense
+
+
+def test_loading_weights_runs_no_code(tmp_path: Path, runs: Path) -> None:
+    """A weights file that holds code is refused."""
+    study = Study.load("small", runs)
+    widthsearch.train(study, study.front()[0], seeds=1, epochs=1, folder=tmp_path)
+    torch.save({"conv1.weight": print}, tmp_path / "weights.pt")
+    with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
+        widthsearch.load(tmp_path)

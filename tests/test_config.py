@@ -1,0 +1,199 @@
+"""The study's configuration: valid or refused in one line that names place, rule and value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from widthsearch.config import EarlyStopping, StudyConfig
+from widthsearch.errors import StudyError
+
+FULL = """
+name: quickstart
+space: search_spaces/quickstart.py:digits_resnet
+input: [3, 32, 32]
+task: digits
+recipe: {epochs: 10, batch_size: 64, lr: 1e-1}
+proposers: [sensitivity, {method: random}]
+budgets: [0.1, 2]
+objectives: [accuracy, macs, latency_ms]
+latency: {device: cpu, batch_size: 1, threads: 1}
+early_stopping: {first_epoch: 3, eta: 3}
+trials: 28
+concurrency: 2
+resources: {cpu: 1, gpu: 0.5}
+device: cuda
+seed: 3
+storage: null
+ray_address: null
+"""
+
+
+def test_a_full_study_file_is_read(tmp_path: Path) -> None:
+    """Names become mappings, ``1e-1`` (a string, to YAML) a number."""
+    path = tmp_path / "quickstart.yaml"
+    path.write_text(FULL)
+
+    config = StudyConfig.from_yaml(path)
+
+    assert config.task is not None
+    assert config.task.name == "digits"
+    assert config.recipe.lr == 0.1
+    assert [proposer.method for proposer in config.proposers] == ["sensitivity", "random"]
+    assert config.budgets == (0.1, 2.0)
+    assert config.early_stopping == EarlyStopping(first_epoch=3, eta=3)
+    assert config.resources.gpu == 0.5
+    assert config.latency is not None
+
+
+def test_it_goes_through_json_and_yaml_unchanged(tmp_path: Path) -> None:
+    """What is stored says all that was chosen, and reads back as the same configuration."""
+    path = tmp_path / "quickstart.yaml"
+    path.write_text(FULL)
+    config = StudyConfig.from_yaml(path)
+    assert StudyConfig(**config.to_json()) == config
+    path.write_text(config.to_yaml())
+    assert StudyConfig.from_yaml(path) == config
+
+
+def test_little_is_needed() -> None:
+    """A name and a number of trials; the rest has defaults."""
+    config = StudyConfig(name="a", trials=3)
+    assert config.objectives == ("accuracy", "macs")
+    assert config.early_stopping is None
+
+
+WRONG = {
+    "unknown key": (
+        {"trails": 3},
+        "unknown key 'trails'; did you mean 'trials'?",
+    ),
+    "unknown key in a section": (
+        {"recipe": {"epoch": 3}},
+        "unknown key 'recipe.epoch'; did you mean 'epochs'?",
+    ),
+    "unknown key like no other": (
+        {"resources": {"zzz": 3}},
+        "unknown key 'resources.zzz'; known are cpu, gpu",
+    ),
+    "missing key": (
+        {"trials": ...},
+        "key 'trials' is missing",
+    ),
+    "not a number": (
+        {"trials": "many"},
+        "trials must be a valid integer, unable to parse string as an integer, but was 'many'",
+    ),
+    "too small": (
+        {"concurrency": 0},
+        "concurrency must be greater than or equal to 1, but was 0",
+    ),
+    "bad budget": (
+        {"budgets": [0.5, -1]},
+        "budgets.1 must be greater than 0, but was -1",
+    ),
+    "rule of the recipe": (
+        {"recipe": {"epochs": 0}},
+        "`epochs >= 1` must hold, but the recipe has epochs=0",
+    ),
+    "unknown choice": (
+        {"recipe": {"schedule": "cos"}},
+        "recipe.schedule must be 'cosine' or 'one_cycle', but was 'cos'",
+    ),
+    "unknown objective": (
+        {"objectives": ["accuracy", "flops"]},
+        "objectives.1 must be 'accuracy', 'macs', 'params' or 'latency_ms', but was 'flops'",
+    ),
+    "no accuracy": (
+        {"objectives": ["macs"]},
+        "objectives must hold accuracy and no name twice, but are [macs]",
+    ),
+    "an objective twice": (
+        {"objectives": ["accuracy", "macs", "macs"]},
+        "objectives must hold accuracy and no name twice, but are [accuracy, macs, macs]",
+    ),
+    "latency for nothing": (
+        {"latency": {"threads": 2}},
+        "latency is measured where it is an objective, but objectives are [accuracy, macs]: add "
+        "latency_ms, or leave the latency section out",
+    ),
+    "unknown proposer": (
+        {"proposers": ["sensitivty"]},
+        "proposers.0 must name a proposer, but was 'sensitivty'; did you mean 'sensitivity'?",
+    ),
+    "unknown field of a proposer": (
+        {"proposers": [{"method": "sensitivity", "batchsize": 3}]},
+        "proposers.0 unknown key 'batchsize'; did you mean 'batch_size'?",
+    ),
+    "bad field of a proposer": (
+        {"proposers": [{"method": "sensitivity", "batch_size": "x"}]},
+        "proposers.0 batch_size must be a valid integer, unable to parse string as an integer, but "
+        "was 'x'",
+    ),
+    "late rung": (
+        {"recipe": {"epochs": 3}, "early_stopping": {"first_epoch": 3}},
+        "early_stopping.first_epoch must be less than recipe.epochs, but they are 3 and 3",
+    ),
+    "no GPU for a GPU": (
+        {"device": "cuda"},
+        "device 'cuda' needs resources.gpu above 0, but it is 0: 0.5 lets two trials share one GPU",
+    ),
+    "a GPU and a half": (
+        {"resources": {"gpu": 1.5}},
+        "resources.gpu must be a share of one or a whole number, but was 1.5",
+    ),
+    "a name that is no folder's": (
+        {"name": "../up"},
+        "name must be letters, digits, '.', '_' and '-', and begin with a letter or digit, but "
+        "was '../up'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path) -> None:
+    """The same from Python and, with the file's name before it, from YAML."""
+    changes, message = WRONG[case]
+    values = {"name": "a", "trials": 3, **changes}
+    values = {key: value for key, value in values.items() if value is not ...}
+    with pytest.raises(StudyError) as caught:
+        StudyConfig(**values)
+    assert str(caught.value) == message
+
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(StudyError) as caught:
+        StudyConfig.from_yaml(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """With the system's reason."""
+    with pytest.raises(StudyError, match="cannot be read: No such file or directory"):
+        StudyConfig.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1", r"is not safe YAML: expected ',' or '\]', .* \(line 1, column 6\)"),
+        ("- a", "must be a mapping of keys to values"),
+        ("", "must be a mapping of keys to values"),
+        ("!!python/object/apply:os.getcwd []", "is not safe YAML: could not determine a constr"),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(text: str, said: str, tmp_path: Path) -> None:
+    """One line; and YAML's tags run no code."""
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(StudyError, match=said) as caught:
+        StudyConfig.from_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_rungs_are_a_power_apart() -> None:
+    """And none is at the last epoch, where there is nothing left to stop."""
+    assert EarlyStopping(first_epoch=3, eta=3).rungs(epochs=28) == (3, 9, 27)
+    assert EarlyStopping(first_epoch=3, eta=3).rungs(epochs=27) == (3, 9)

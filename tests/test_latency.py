@@ -1,0 +1,266 @@
+"""The latency meter: ratios that hold, BatchNorms that fold, networks that are left alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.errors import DeviceError, StudyError
+from widthsearch.latency import Latency, LatencyConfig, LatencyMeter, fold_batchnorm
+
+SHAPE = (3, 16, 16)
+
+
+def convnet(width: int) -> nn.Module:
+    """Two convolutions with BatchNorm and a linear layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 10),
+    )
+
+
+def randomise_statistics(model: nn.Module) -> nn.Module:
+    """Give every BatchNorm statistics and weights that matter."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            shape = (module.num_features,)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.copy_(torch.randn(shape, generator=generator) / 5)
+            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+            if module.affine:
+                module.weight.data = torch.rand(shape, generator=generator) + 0.5
+                module.bias.data = torch.randn(shape, generator=generator) / 5
+    return model
+
+
+# --- measuring ---
+
+
+def test_the_base_beside_itself_has_a_ratio_near_one() -> None:
+    """Even on a busy machine, and even though the meter's copy is not the candidate's."""
+    base = convnet(32)
+    latency = LatencyMeter(base, SHAPE, LatencyConfig(pairs=20)).measure(base)
+    assert 0.6 < latency.ratio < 1.6
+    assert latency.median_ms == latency.ratio * latency.base_ms > 0
+    assert latency.spread_ms == latency.ratio_spread * latency.base_ms >= 0
+
+
+def test_a_much_wider_network_is_slower_and_one_meter_has_one_scale() -> None:
+    """Sixteen times the channels take more than twice the time; the base's time is kept."""
+    meter = LatencyMeter(convnet(16), SHAPE, LatencyConfig(pairs=8))
+    wide, narrow = meter.measure(convnet(256)), meter.measure(convnet(16))
+    assert wide.ratio > 2
+    assert narrow.ratio < wide.ratio / 2
+    assert narrow.base_ms == wide.base_ms
+    given = LatencyMeter(convnet(16), SHAPE, LatencyConfig(pairs=4), base_ms=7.0)
+    latency = given.measure(convnet(16))
+    assert latency.base_ms == 7.0
+    assert latency.median_ms == latency.ratio * 7.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_measured_is_written_down(dtype: str) -> None:
+    """Device, hardware, backend, batch, dtype, layout, threads and pairs; JSON and back."""
+    config = LatencyConfig(batch_size=3, threads=2, dtype=dtype, pairs=4)  # type: ignore[arg-type]
+    threads = torch.get_num_threads()
+    latency = LatencyMeter(convnet(8), SHAPE, config).measure(convnet(8))
+    assert torch.get_num_threads() == threads
+    assert (latency.device, latency.backend, latency.dtype) == ("cpu", "eager", dtype)
+    assert (latency.batch_size, latency.threads, latency.pairs) == (3, 2, 4)
+    assert latency.memory_format == "channels_last"
+    assert latency.hardware
+    assert Latency.from_json(json.loads(json.dumps(latency.to_json()))) == latency
+
+
+def test_networks_run_as_at_inference_and_are_left_as_they_were() -> None:
+    """Eval mode, inference mode, the given threads and batch; the model itself never runs."""
+    seen = set()
+
+    class Watched(nn.Module):
+        """Notes how it is run; the note is shared by its copies."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = convnet(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """(N, 3, H, W) to (N, 10)."""
+            if torch.is_inference_mode_enabled():
+                seen.add((id(self), self.training, torch.get_num_threads(), tuple(x.shape)))
+            return self.net(x)
+
+    model = Watched()
+    before = copy.deepcopy(model.state_dict())
+    config = LatencyConfig(batch_size=2, threads=2, pairs=4)
+    LatencyMeter(convnet(8), SHAPE, config).measure(model)
+    ((ran, training, threads, shape),) = seen
+    assert ran != id(model)
+    assert (training, threads, shape) == (False, 2, (2, *SHAPE))
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model.net[0]._forward_hooks  # type: ignore[index, operator]
+
+
+@pytest.mark.gpu
+def test_latency_on_cuda() -> None:
+    """On a GPU too, a much wider network is slower."""
+    meter = LatencyMeter(convnet(16), (3, 64, 64), LatencyConfig("cuda", batch_size=64, pairs=8))
+    assert meter.measure(convnet(512)).ratio > 1.5
+    assert meter.measure(convnet(16)).hardware == torch.cuda.get_device_name()
+
+
+# --- folding ---
+
+
+def folded_count(model: nn.Module) -> int:
+    """How many BatchNorms pass their input on."""
+    return sum("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"),
+    [
+        ("resnet18", 20),
+        ("mobilenet_v2", 52),
+        # In a dense layer the second convolution's BatchNorm folds; before the first it cannot.
+        ("densenet121", 59),
+    ],
+)
+def test_folding_gives_the_same_outputs(name: str, folded: int) -> None:
+    """Every BatchNorm right after a convolution folds; outputs agree up to rounding."""
+    model = randomise_statistics(torchvision.models.get_model(name, weights=None)).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.double()(images.double())
+        fold_batchnorm(model, images.double())
+        result = model(images.double())
+    assert folded_count(model) == folded
+    assert torch.allclose(result, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+class Branches(nn.Module):
+    """One convolution and one BatchNorm, put together in a way that is given."""
+
+    def __init__(self, wire: Callable[[Branches, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+        self.wire = wire
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 3, H, W)."""
+        return self.wire(self, x)
+
+
+def _also_added(net: Branches, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return net.bn(y) + y
+
+
+def _changed_in_place(net: Branches, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    F.relu(y, inplace=True)
+    return net.bn(y)
+
+
+def _two_results(net: Branches, x: Tensor) -> list[Tensor]:
+    y = net.conv(x)
+    return [net.bn(y), y]
+
+
+@pytest.mark.parametrize(
+    ("wire", "folded"),
+    [
+        (lambda net, x: net.bn(net.conv(x)), 1),
+        (lambda net, x: net.bn(net.conv(x)).relu_() + len(x), 1),
+        (lambda net, x: net.bn(F.relu(net.conv(x))), 0),
+        (lambda net, x: net.conv(net.bn(x)), 0),
+        (lambda net, x: net.bn(net.conv(net.bn(net.conv(x)))), 0),
+        (lambda net, x: net.bn(net.conv(x)) + net.conv(2 * x), 0),
+        (_also_added, 0),
+        (_changed_in_place, 0),
+        (_two_results, 0),
+    ],
+)
+def test_only_what_can_fold_folds(wire: Callable[[Branches, Tensor], Tensor], folded: int) -> None:
+    """Used twice, changed on the way or wired the other way round: left alone, and still right."""
+    torch.manual_seed(0)
+    model = randomise_statistics(Branches(wire)).eval()
+    images = torch.randn(2, *SHAPE)
+    with torch.no_grad():
+        expected = model(images)
+        fold_batchnorm(model, images)
+        result = model(images)
+    assert folded_count(model) == folded
+    for got, wanted in zip(result, expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "batchnorm", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6, affine=False), (2, 4, 9)),
+        (nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), (2, 2, 5, 5, 5)),
+        (nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    ],
+)
+def test_other_convolutions_fold_too(
+    convolution: nn.Module, batchnorm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """One and three dimensions, groups, transposed, without weights of the BatchNorm."""
+    model = randomise_statistics(nn.Sequential(convolution, batchnorm)).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = model(x)
+        fold_batchnorm(model, x)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+    assert folded_count(model) == 1
+
+
+def test_a_batchnorm_without_statistics_does_not_fold() -> None:
+    """It normalises by the batch even in eval mode."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    fold_batchnorm(model, torch.randn(2, *SHAPE))
+    assert folded_count(model) == 0
+
+
+# --- what cannot be ---
+
+
+def test_a_device_that_is_not_there() -> None:
+    """The error lists the devices that are."""
+    with pytest.raises(DeviceError, match="'cuda:99' is not; this machine has cpu"):
+        LatencyMeter(convnet(8), SHAPE, LatencyConfig(device="cuda:99"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size >= 1` must hold, but latency has batch_size=0"),
+        ({"threads": 0}, "`threads >= 1` must hold, but latency has threads=0"),
+        ({"pairs": 3}, "`pairs >= 4` must hold, but latency has pairs=3"),
+        ({"backend": "onnx"}, "`backend` must be eager, but latency has backend='onnx'"),
+        ({"dtype": "int8"}, "`dtype` must be float32 or bfloat16, but latency has dtype='int8'"),
+    ],
+)
+def test_configurations_that_cannot_be(change: dict[str, object], message: str) -> None:
+    """Each is refused with the rule and the value."""
+    with pytest.raises(StudyError, match=message):
+        LatencyConfig(**change)  # type: ignore[arg-type]

@@ -1,0 +1,287 @@
+"""Ray Tune: what fails is survived, what is killed goes on, and nothing is trained twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import tiny
+
+from widthsearch import runner
+from widthsearch.errors import StorageError, StudyError
+from widthsearch.outcomes import Outcome
+from widthsearch.search import Progress
+from widthsearch.storage import Store, Trial
+from widthsearch.study import Study
+from widthsearch.widths import Widths
+
+pytestmark = pytest.mark.ray
+
+UNLUCKY = '''
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from widthsearch.space import SearchSpace
+
+ONCE = Path(__file__).with_name("once")
+
+
+class Net(nn.Module):
+    """Fails by its width, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.fc(self.conv(x).relu().mean((2, 3)))
+        if self.training and torch.is_grad_enabled() and len(x) > 2:
+            width = self.conv.out_channels
+            if width == 2:
+                raise RuntimeError("no kernel for 2 channels\\nreally")
+            if width == 4:
+                os._exit(1)
+            if width == 6:
+                return x * float("nan")
+            if width == 10 and not ONCE.exists():
+                ONCE.touch()
+                os._exit(1)
+        return x
+
+
+def unlucky():
+    return SearchSpace.from_model(Net, (1, 4, 4), least=0.25, most=1.25, step=2)
+'''
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """Ray in this process, which a study uses and leaves running."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def unlucky(
+    ray_here: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Study, list[Progress]]:
+    """A study in which everything goes wrong that can, run to its end.
+
+    Its space is in a file that no worker can import, and its first trial was left with a
+    checkpoint that is damaged.
+    """
+    folder = tmp_path_factory.mktemp("unlucky")
+    (folder / "space.py").write_text(UNLUCKY)
+    settings = tiny.config(space=f"{folder / 'space.py'}:unlucky", trials=5, concurrency=2)
+    study = Study(settings, task=tiny.task(), folder=folder)
+    with study.search() as search:
+        search.ask()
+    (folder / "checkpoints" / "0").mkdir(parents=True)
+    (folder / "checkpoints" / "0" / "training.ckpt").write_bytes(b"nonsense")
+    (folder / "checkpoints" / "9").mkdir()
+    told: list[Progress] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "RETRIES", 1)
+        study.run(told.append)
+    return study, told
+
+
+def errors(study: Study) -> dict[int, str | None]:
+    """Why each width failed."""
+    return {outcome.widths["conv"]: outcome.error for outcome in study.outcomes()}
+
+
+def test_an_exception_fails_the_candidate_at_once(unlucky: tuple[Study, list[Progress]]) -> None:
+    """Its reason is one line; the whole traceback is in the log."""
+    study, told = unlucky
+    assert errors(study)[2] == "RuntimeError: no kernel for 2 channels"
+    assert any("failed: RuntimeError: no kernel" in progress.message for progress in told)
+    log = (study.folder / "logs" / "run.log").read_text()
+    assert "Traceback" in log
+    assert 'raise RuntimeError("no kernel for 2 channels' in log
+
+
+def test_a_worker_that_dies_again_and_again_fails_the_candidate(
+    unlucky: tuple[Study, list[Progress]],
+) -> None:
+    """After the retries."""
+    study, _ = unlucky
+    assert str(errors(study)[4]).startswith("its worker process died 2 times")
+
+
+def test_nan_fails_the_candidate(unlucky: tuple[Study, list[Progress]]) -> None:
+    """The curve keeps the epoch in which it happened."""
+    study, _ = unlucky
+    assert errors(study)[6] == "training diverged in epoch 1: its loss is nan"
+
+
+def test_a_worker_that_dies_once_is_replaced(unlucky: tuple[Study, list[Progress]]) -> None:
+    """The trial finishes; whoever watches is told."""
+    study, told = unlucky
+    (outcome,) = [o for o in study.outcomes() if o.widths["conv"] == 10]
+    assert outcome.state == "finished"
+    assert [result.epoch for result in outcome.curve] == [1, 2, 3, 4]
+    message = f"trial {outcome.id}: its worker process died; another one goes on"
+    assert any(progress.message.startswith(message) for progress in told)
+
+
+def test_a_damaged_checkpoint_restarts_the_trial_and_says_so(
+    unlucky: tuple[Study, list[Progress]],
+) -> None:
+    """With the checkpoint's name."""
+    study, told = unlucky
+    assert study.outcomes()[0].state == "finished"
+    (said,) = [p.message for p in told if "starts from its first epoch" in p.message]
+    assert said.startswith("trial 0 starts from its first epoch: a checkpoint must be")
+    assert "training.ckpt is damaged" in said
+
+
+def test_nothing_is_left_behind(unlucky: tuple[Study, list[Progress]]) -> None:
+    """No checkpoint of a trial that is done, no lease, and Ray still there as it was."""
+    study, told = unlucky
+    assert list((study.folder / "checkpoints").iterdir()) == []
+    assert ray.is_initialized()
+    assert ray.available_resources()["CPU"] == 2.0
+    assert (told[-1].done, told[-1].running, told[-1].total) == (5, 0, 5)
+    with study.search() as search:
+        assert search.done
+
+
+def test_resources_that_no_machine_has_are_named(ray_here: None, tmp_path: Path) -> None:
+    """Tune would wait for ever."""
+    study = Study(tiny.config(resources={"cpu": 64}), tiny.space(), tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError) as caught:
+        study.run()
+    assert str(caught.value) == (
+        "resources must fit one machine, but a trial takes cpu: 64 and gpu: 0, and the largest has "
+        "2 CPUs and 0 GPUs"
+    )
+
+
+DRIVER = """
+import sys
+
+import test_runner
+
+try:
+    test_runner.long_study(sys.argv[1]).run()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+EPOCHS = 40
+
+
+def long_study(folder: str | Path) -> Study:
+    """Long enough to be killed in the middle."""
+    settings = tiny.config(
+        trials=8, concurrency=2, recipe={"epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
+    )
+    return Study(settings, tiny.space(), tiny.task(), folder=Path(folder))
+
+
+class Driver:
+    """A driver in a process of its own, and what its study's storage says meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.study = long_study(folder)
+        self.witness = folder / "witness"
+        paths = [Path(__file__).parent, Path(runner.__file__).parents[1]]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(folder)],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "WIDTHSEARCH_TEST_WITNESS": str(self.witness),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def outcomes(self) -> list[Outcome]:
+        """What is done."""
+        try:
+            return self.study.outcomes()
+        except (StudyError, StorageError):  # not there yet, or half made
+            return []
+
+    def running(self) -> list[Trial]:
+        """What is being trained."""
+        return Store.open(self.study.storage, "tiny").take_up(self.study.space.base.names)
+
+    def wait_for(self, done: int) -> None:
+        """Until so many trials are done and another one is in its middle."""
+        deadline = time.monotonic() + 120
+        while len(self.outcomes()) < done or not any(len(t.curve) > 2 for t in self.running()):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and all that it said."""
+        said, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, said
+
+
+def trained(witness: Path) -> Counter[Widths]:
+    """How many epochs each network was trained in all, as it told itself."""
+    lines = witness.read_text().split()
+    return Counter(tiny.widths(*map(int, line.split(","))) for line in lines)
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in the middle, SIGINT in the middle, then to the end, then once more."""
+    killed = Driver(tmp_path)
+    killed.wait_for(2)
+    killed.process.kill()
+    killed.end()
+    after_kill = killed.outcomes()
+    left = {trial.number: len(trial.curve) for trial in killed.running()}
+    assert 2 <= len(after_kill) < 8
+    assert left
+
+    interrupted = Driver(tmp_path)
+    interrupted.wait_for(len(after_kill) + 1)
+    before = time.monotonic()
+    interrupted.process.send_signal(signal.SIGINT)
+    assert interrupted.end() == (130, "")
+    assert time.monotonic() - before < 10
+    after_interrupt = interrupted.outcomes()
+    assert after_interrupt[: len(after_kill)] == after_kill
+    assert len(after_interrupt) < 8
+
+    last = Driver(tmp_path)
+    assert last.end() == (0, "")
+    outcomes = last.outcomes()
+    known = {outcome.id: outcome for outcome in outcomes}
+    assert [outcome.id for outcome in outcomes] == list(range(8))
+    assert len({outcome.widths for outcome in outcomes}) == 8
+    assert all(known[outcome.id] == outcome for outcome in after_interrupt)
+    assert {outcome.state for outcome in outcomes} == {"finished"}
+    assert last.running() == []
+
+    # Each stop costs a running trial at most the epoch that was not yet in its checkpoint.
+    epochs = trained(last.witness)
+    for outcome in outcomes:
+        assert len(outcome.curve) == EPOCHS
+        assert EPOCHS <= epochs[outcome.widths] <= EPOCHS + 2
+    assert all(epochs[outcome.widths] <= EPOCHS + 1 for outcome in after_interrupt)
+    assert all(epochs[o.widths] == EPOCHS for o in after_kill)
+
+    long_study(tmp_path).run()
+    assert trained(last.witness) == epochs
+    assert list((tmp_path / "checkpoints").iterdir()) == []

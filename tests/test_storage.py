@@ -1,0 +1,249 @@
+"""The storage: whole trials in, outcomes out, one driver at a time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import tiny
+from optuna.trial import TrialState
+
+from widthsearch.errors import StorageError, StudyError
+from widthsearch.storage import LEASE_SECONDS, Lease, Store, Trial
+
+NAMES = ("first", "second")
+OBJECTIVES = ("accuracy", "macs", "latency_ms")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+@pytest.fixture
+def store(url: str) -> Store:
+    """An empty study."""
+    return Store.create(url, "tiny", OBJECTIVES)
+
+
+def begin(store: Store, first: int = 4, second: int = 8) -> Trial:
+    """A trial that has just begun."""
+    return store.begin(
+        tiny.space().axes,
+        tiny.widths(first, second),
+        origin={"sampler": "tpe"},
+        seed=7,
+        cost=tiny.COST,
+        fingerprint="f",
+    )
+
+
+def test_outcomes_come_back_as_they_went_in(store: Store, url: str) -> None:
+    """Finished, stopped and failed: every field, from a storage that was opened anew."""
+    trials = [begin(store, first) for first in (4, 6, 8)]
+    for i, trial in enumerate(trials):
+        trials[i] = replace(trial, latency=tiny.latency(0.5 + i), curve=tiny.curve(50, 60 + i))
+        store.record_latency(trial.number, tiny.latency(0.5 + i))
+        store.record_curve(trial.number, tiny.curve(50, 60 + i))
+    store.finish(0, (60.0, 100.0, 0.5))
+    store.stop(1)
+    store.fail(2, "RuntimeError: no")
+
+    assert Store.open(url, "tiny").outcomes(NAMES) == [
+        trials[0].outcome("finished"),
+        trials[1].outcome("stopped"),
+        trials[2].outcome("failed", "RuntimeError: no"),
+    ]
+
+
+def test_a_running_trial_is_taken_up_as_it_was(store: Store, url: str) -> None:
+    """Under its own number, with its latency and curve; and it is no outcome."""
+    begin(store)
+    trial = begin(store, 6)
+    store.record_latency(trial.number, tiny.latency(0.5))
+    store.record_curve(trial.number, tiny.curve(50))
+
+    anew = Store.open(url, "tiny")
+
+    assert anew.outcomes(NAMES) == []
+    taken = anew.take_up(NAMES)
+    assert [t.number for t in taken] == [0, 1]
+    assert taken[1] == replace(trial, latency=tiny.latency(0.5), curve=tiny.curve(50))
+
+
+def test_a_half_written_trial_fails_and_does_not_count(store: Store, url: str) -> None:
+    """Someone asked this study by hand and was killed between two parameters."""
+    study = optuna.load_study(study_name="tiny", storage=url)
+    study.ask({"first": optuna.distributions.IntDistribution(2, 16, step=2)})
+
+    assert store.take_up(NAMES) == []
+    assert store.outcomes(NAMES) == []
+    assert optuna.load_study(study_name="tiny", storage=url).trials[0].state == TrialState.FAIL
+
+
+def test_a_trial_is_inserted_whole_or_not_at_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails between two parameters leaves nothing behind."""
+    insert = optuna.storages.RDBStorage._set_trial_param_without_commit
+
+    def fail_at_the_second(self: object, *args: object) -> None:
+        if "second" in args:
+            raise RuntimeError("killed")
+        insert(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(
+        optuna.storages.RDBStorage, "_set_trial_param_without_commit", fail_at_the_second
+    )
+    with pytest.raises(RuntimeError, match="killed"):
+        begin(store)
+    monkeypatch.undo()
+
+    assert store.take_up(NAMES) == []
+    assert begin(store).number == 0
+
+
+def test_the_dashboard_can_read_it(store: Store, url: str) -> None:
+    """Widths are parameters, objectives have names and directions, curves are no values."""
+    trial = begin(store)
+    store.record_curve(trial.number, tiny.curve(50, 60))
+    store.finish(trial.number, (60.0, 100.0, 0.5))
+
+    study = optuna.load_study(study_name="tiny", storage=url)
+
+    assert study.metric_names == list(OBJECTIVES)
+    assert [direction.name for direction in study.directions] == [
+        "MAXIMIZE",
+        "MINIMIZE",
+        "MINIMIZE",
+    ]
+    (frozen,) = study.trials
+    assert frozen.params == {"first": 4, "second": 8}
+    assert frozen.values == [60.0, 100.0, 0.5]
+    assert frozen.user_attrs["origin"] == {"sampler": "tpe"}
+    assert frozen.intermediate_values == {}
+
+
+def test_sqlite_is_in_wal_mode(store: Store, tmp_path: Path) -> None:
+    """Readers do not block the driver."""
+    store.set_attribute("key", 1)
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_a_study_that_was_never_run_is_named(url: str, tmp_path: Path) -> None:
+    """And asking for it makes no empty database."""
+    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet: run it first"):
+        Store.open(url, "tiny")
+    assert not (tmp_path / "study.db").exists()
+    Store.create(url, "other", OBJECTIVES)
+    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet"):
+        Store.open(url, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("sqlite:////nowhere/at/all/study.db", "unable to open database file"),
+        ("nonsense", "Could not parse SQLAlchemy URL"),
+        ("mysql://user:secret@localhost/study", "No module named"),
+        ("oracle9://localhost/study", "Can't load plugin"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_named(address: str, reason: str) -> None:
+    """One line: which, why, and what to check; never a password."""
+    with pytest.raises(StorageError) as caught:
+        Store.create(address, "tiny", OBJECTIVES)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("the storage '")
+    assert reason in message
+    assert "check its address" in message
+    assert "secret" not in message
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    """A text file under the database's name."""
+    (tmp_path / "study.db").write_text("hello, " * 100)
+    with pytest.raises(StorageError, match="file is not a database"):
+        Store.create(f"sqlite:///{tmp_path / 'study.db'}", "tiny", OBJECTIVES)
+
+
+def test_a_storage_that_breaks_later_is_named(store: Store, tmp_path: Path) -> None:
+    """The same one line when a write fails in the middle of a study."""
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute("DROP TABLE study_user_attributes")
+    connection.close()
+    with pytest.raises(StorageError, match=r"cannot be used: no such table"):
+        store.set_attribute("key", 1)
+
+
+def holder(**changes: object) -> dict[str, object]:
+    """The lease of this very process, with changes."""
+    alive = {"token": "t", "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    return {**alive, **changes}
+
+
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getpid())"],
+            capture_output=True,
+            check=True,
+        ).stdout
+    )
+
+
+def test_two_drivers_are_refused(store: Store, url: str) -> None:
+    """The second is told who the first is; when that one has ended, it may."""
+    second = Store.create(url, "tiny", OBJECTIVES)
+    with store.lease():
+        with pytest.raises(StudyError) as caught, second.lease():
+            pass
+        assert f"is being run by process {os.getpid()} on {socket.gethostname()}" in str(
+            caught.value
+        )
+        assert "\n" not in str(caught.value)
+    with second.lease():
+        pass
+
+
+def test_a_dead_drivers_lease_is_free_at_once(store: Store) -> None:
+    """A SIGKILL leaves the lease; on the same host it is seen that the process is gone."""
+    store.set_attribute(Lease.KEY, holder(pid=dead_process()))
+    with store.lease():
+        pass
+
+
+def test_a_silent_drivers_lease_runs_out(store: Store) -> None:
+    """On another host only its silence tells."""
+    store.set_attribute(Lease.KEY, holder(host="elsewhere"))
+    with pytest.raises(StudyError, match="on elsewhere"), store.lease():
+        pass
+    store.set_attribute(Lease.KEY, holder(host="elsewhere", time=time.time() - LEASE_SECONDS - 1))
+    with store.lease():
+        pass
+
+
+def test_a_lease_that_was_taken_over_is_lost(store: Store) -> None:
+    """The driver finds out at its next beat, and leaves the new one's lease alone."""
+    other = holder(token="other")
+    with store.lease() as lease:
+        lease.renew()
+        lease.check()
+        store.set_attribute(Lease.KEY, other)
+        lease.renew()
+        with pytest.raises(StudyError, match="another one took over 'tiny'"):
+            lease.check()
+    assert store.attribute(Lease.KEY) == other

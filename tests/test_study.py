@@ -1,0 +1,209 @@
+"""A study: found by name, claimed once, compared with what is stored, read without a space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import tiny
+import yaml
+
+from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
+from widthsearch.proposers import Proposal
+from widthsearch.proposers.uniform import Uniform
+from widthsearch.storage import Store
+from widthsearch.study import Study
+
+
+def make(folder: Path, **changes: Any) -> Study:
+    """A study of the tiny space in a folder."""
+    return Study(tiny.config(**changes), tiny.space(), tiny.task(), folder=folder)
+
+
+def drive(study: Study, trials: int | None = None) -> None:
+    """Run it by the plain loop."""
+    with study.search() as search:
+        tiny.drive(search, trials=trials)
+
+
+def test_outcomes_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
+    """A study that was made in Python, found again by its name."""
+    drive(make(tmp_path / "tiny"))
+    study = Study.load("tiny", runs=tmp_path)
+    assert [outcome.id for outcome in study.outcomes()] == list(range(6))
+    front = study.front()
+    assert [member.cost.macs for member in front] == sorted(m.cost.macs for m in front)
+    assert {member.id for member in front} <= set(range(6))
+    assert study.outcomes()[0].widths == tiny.space().base
+    with pytest.raises(StudyError, match=r"study 'tiny' names no space: add `space:`"):
+        study.run()
+
+
+def test_a_study_is_found_by_name_folder_or_yaml(tmp_path: Path) -> None:
+    """All three are the same study, with the same folder."""
+    runs = tmp_path / "runs"
+    file = tmp_path / "anything.yaml"
+    file.write_text(yaml.safe_dump({"name": "tiny", "trials": 3}))
+    study = Study.load(file, runs=runs)
+    assert study.folder == runs / "tiny"
+    drive(make(runs / "tiny", trials=3))
+    for reference in ("tiny", runs / "tiny", str(runs / "tiny")):
+        found = Study.load(reference, runs=runs)
+        assert found.folder == runs / "tiny"
+        assert len(found.outcomes()) == 3
+
+
+def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """With the name that it may have been."""
+    with pytest.raises(StudyError, match="there is no 'tiny'; give a study's YAML, name or folder"):
+        Study.load("tiny", runs=tmp_path)
+    drive(make(tmp_path / "tiny", trials=1))
+    with pytest.raises(StudyError, match="there is no 'tinny'; did you mean 'tiny'"):
+        Study.load("tinny", runs=tmp_path)
+
+
+def test_a_study_that_was_never_run_has_no_outcomes(tmp_path: Path) -> None:
+    """And asking makes no files."""
+    study = make(tmp_path / "tiny")
+    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet: run it first"):
+        study.outcomes()
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    """Nothing of the study changes by it."""
+    drive(make(tmp_path, trials=2))
+    before = (tmp_path / "study.yaml").read_text()
+    other = Study(tiny.config(trials=9), tiny.space("other"), tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError) as caught:
+        drive(other)
+    assert str(caught.value) == (
+        "a study keeps its space, but 'tiny' was begun with 'tiny' (2 axes) and is now given "
+        "'other' (2 axes): put the space back, or give the study another name"
+    )
+    assert (tmp_path / "study.yaml").read_text() == before
+    drive(make(tmp_path, trials=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"recipe": {"epochs": 5, "batch_size": 32}}, "recipe.epochs=4 and now has 5"),
+        ({"objectives": ["accuracy", "params"]}, r"objectives=\['accuracy', 'macs'\]"),
+        ({"seed": 1}, "seed=0 and now has 1"),
+        ({"task": "digits"}, "task=None and now has"),
+    ],
+)
+def test_what_would_make_outcomes_incomparable_is_refused(
+    tmp_path: Path, changes: dict[str, Any], place: str
+) -> None:
+    """With the place, what it was, and what it is now."""
+    drive(make(tmp_path, trials=2))
+    with pytest.raises(StudyError, match=place) as caught:
+        drive(make(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
+    """More trials, another concurrency, other rungs, other budgets, other bounds."""
+    drive(make(tmp_path, trials=2))
+    changed = tiny.config(
+        trials=7,
+        concurrency=2,
+        budgets=[0.3],
+        early_stopping={"first_epoch": 1, "eta": 2},
+        proposers=["random"],
+    )
+    study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
+    drive(study)
+    assert len(study.outcomes()) == 7
+
+
+def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
+    """Its costs would be another image's."""
+    study = Study(tiny.config(task="digits"), tiny.space(), folder=tmp_path / "x")
+    with pytest.raises(StudyError, match=r"traced at \(1, 4, 4\) and the images of 'digits' are"):
+        drive(study)
+    assert not (tmp_path / "x").exists()
+
+
+def test_two_drivers_are_refused(tmp_path: Path) -> None:
+    """The second one changes nothing."""
+    with (
+        make(tmp_path).search(),
+        pytest.raises(StudyError, match="is being run by process"),
+        make(tmp_path, trials=9).search(),
+    ):
+        pass
+    assert Study.load(tmp_path).config.trials == 6
+
+
+def test_proposers_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed study has their answers in its storage, unless they are configured anew."""
+    asked: list[int] = []
+
+    def counted(self: Uniform, space: Any, task: Any, *, seed: int, device: str) -> Proposal:
+        assert task.test is None
+        asked.append(seed)
+        return Proposal("uniform", (space.base,), {})
+
+    monkeypatch.setattr(Uniform, "__call__", counted)
+    drive(make(tmp_path, trials=2))
+    drive(make(tmp_path, trials=3))
+    assert asked == [0]
+
+
+def test_latency_is_measured_where_it_is_an_objective(tmp_path: Path) -> None:
+    """On the scale of one measurement of the base model, also after a resume."""
+    settings: dict[str, Any] = {
+        "objectives": ["accuracy", "macs", "latency_ms"],
+        "latency": {"pairs": 4},
+    }
+    drive(make(tmp_path, trials=2, **settings), trials=1)
+    study = make(tmp_path, trials=4, **settings)
+    drive(study)
+    latencies = [outcome.latency for outcome in study.outcomes()]
+    assert len({latency.base_ms for latency in latencies if latency is not None}) == 1
+    assert len(latencies) == 4
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Before any file is made."""
+    study = make(tmp_path / "tiny", device="cuda:77", resources={"gpu": 1})
+    with pytest.raises(DeviceError, match="cuda:77"):
+        drive(study)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_space_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    """The space's own error comes through."""
+    study = Study(tiny.config(space="nowhere.at:all"), task=tiny.task(), folder=tmp_path)
+    with pytest.raises(SpaceError, match="nowhere"):
+        drive(study)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """One line with the system's reason."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"'.*file/tiny' cannot be made: Not a directory"):
+        drive(make(tmp_path / "file" / "tiny"))
+
+
+def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
+    """Any Optuna URL; each study under its name."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    for name in ("one", "two"):
+        drive(make(tmp_path / name, name=name, storage=url, trials=2))
+    assert not (tmp_path / "one" / "study.db").exists()
+    assert len(Store.open(url, "one").outcomes(("first", "second"))) == 2
+    assert len(Study.load(tmp_path / "two").outcomes()) == 2
+
+
+def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
+    """An Optuna study that was not made here, in a database that is shared."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    optuna.create_study(storage=url, study_name="tiny")
+    with pytest.raises(StudyError, match="already has an Optuna study 'tiny' that is not"):
+        drive(make(tmp_path, storage=url))

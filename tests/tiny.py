@@ -1,0 +1,149 @@
+"""A study so small that it trains in milliseconds, and a plain loop to drive it without Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.config import StudyConfig
+from widthsearch.cost import Cost
+from widthsearch.data import Augmentation, Split, Task
+from widthsearch.latency import Latency
+from widthsearch.search import Search
+from widthsearch.space import SearchSpace
+from widthsearch.storage import Store, Trial
+from widthsearch.training import EpochResult
+from widthsearch.widths import Widths
+
+
+class Net(nn.Module):
+    """Two convolutions, two axes; tells a file of each training step where it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 4, 4) to (N, 4)."""
+        witness = os.environ.get("WIDTHSEARCH_TEST_WITNESS")
+        if witness and self.training and torch.is_grad_enabled() and len(x) > 2:
+            with Path(witness).open("a") as file:
+                file.write(f"{self.first.out_channels},{self.second.out_channels}\n")
+        return self.fc(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
+
+
+@cache
+def space(name: str = "tiny", least: float = 0.25) -> SearchSpace:
+    """A grid of 8 × 8 widths: 2, 4, ... 16 on both axes."""
+    return SearchSpace.from_model(Net, (1, 4, 4), name=name, least=least, most=2.0, step=2)
+
+
+@cache
+def task() -> Task:
+    """Four classes of 4 × 4 images that a tiny network learns; a batch of 32 is an epoch."""
+    rng = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        labels = np.arange(count, dtype=np.int64) % 4
+        images = rng.integers(0, 128, (count, 1, 4, 4))
+        images += labels[:, None, None, None] * 32
+        return Split(images.astype(np.uint8), labels)
+
+    return Task(
+        "tiny", split(32), split(40), split(8), 4, (0.5,), (0.25,), Augmentation(0, flip=False)
+    )
+
+
+def config(**changes: Any) -> StudyConfig:
+    """A configuration with the defaults of these tests."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "recipe": {"epochs": 4, "batch_size": 32},
+        "proposers": ["uniform"],
+        "budgets": [0.25, 0.5],
+        "trials": 6,
+    }
+    return StudyConfig(**{**values, **changes})
+
+
+def widths(first: int, second: int) -> Widths:
+    """Widths of the tiny space."""
+    return Widths(("first", "second"), (first, second))
+
+
+def latency(median_ms: float) -> Latency:
+    """A measurement, as if."""
+    return Latency(
+        median_ms=median_ms,
+        spread_ms=0.01,
+        base_ms=1.0,
+        ratio=median_ms,
+        ratio_spread=0.01,
+        device="cpu",
+        hardware="none",
+        backend="eager",
+        batch_size=1,
+        dtype="float32",
+        memory_format="contiguous",
+        threads=1,
+        pairs=4,
+    )
+
+
+def curve(*accuracies: float) -> tuple[EpochResult, ...]:
+    """A curve with these accuracies."""
+    return tuple(EpochResult(i, 1.0, a, 0.1) for i, a in enumerate(accuracies, 1))
+
+
+COST = Cost(macs=100, params=10, activations=5)
+
+CANDIDATES = [
+    (widths(4, 4), {"proposer": "uniform", "family": "linear", "budget": 0.25}),
+    (widths(2, 8), {"proposer": "sensitivity", "family": "linear", "budget": 0.25}),
+    (widths(6, 6), {"proposer": "uniform", "family": "linear", "budget": 0.5}),
+    (widths(4, 8), {"proposer": "sensitivity", "family": "linear", "budget": 0.5}),
+]
+
+
+@contextmanager
+def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[Search]:
+    """A search over the tiny space, with its storage in a folder."""
+    store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
+    with store.lease() as lease:
+        yield Search(settings, space(), store, lease, **{"candidates": CANDIDATES, **options})
+
+
+def wide_is_good(trial: Trial, epoch: int) -> float:
+    """An accuracy that grows with width and with training."""
+    return min(99.0, 2.0 * sum(trial.widths.vector) + epoch)
+
+
+def drive(
+    search: Search,
+    accuracy: Callable[[Trial, int], float] = wide_is_good,
+    trials: int | None = None,
+) -> list[Trial]:
+    """The plain loop: one trial after the other, up to so many; returns what was asked."""
+    asked: list[Trial] = []
+    while not search.done and (trials is None or len(asked) < trials):
+        trial = search.ask()
+        assert trial is not None
+        asked.append(trial)
+        done = list(trial.curve)
+        goes_on = True
+        while goes_on:
+            epoch = len(done) + 1
+            done.append(EpochResult(epoch, 1.0, accuracy(trial, epoch), 0.1))
+            goes_on = search.report(trial.number, done)
+    return asked

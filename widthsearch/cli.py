@@ -1,0 +1,200 @@
+"""The command line: parses, calls one function, prints.
+
+Exit codes: 0 all is well; 1 a stage failed (some candidate could not be trained); 2 bad input,
+said in one line; 130 interrupted, with how to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from widthsearch import __version__
+from widthsearch.errors import WidthsearchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except WidthsearchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: {options.again(options)}", file=sys.stderr)
+        return 130
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a study, or go on with it; ends by printing the front."""
+    from rich.console import Console
+
+    from widthsearch import report
+    from widthsearch.study import Study
+
+    study = Study.load(options.study, options.runs)
+    console = Console()
+    with report.LiveView(study.config.name, console) as view:
+        study.run(view)
+    as_json, as_png = report.write_front(study)
+    console.print(report.front_tables(study))
+    console.print(f"written: {as_json}, {as_png}", highlight=False, soft_wrap=True)
+    failed = [o for o in study.outcomes() if o.state == "failed"]
+    for o in failed:
+        console.print(f"failed: trial {o.id}: {o.error}", highlight=False, soft_wrap=True)
+    runs = "" if options.runs == "runs" else f" --runs {options.runs}"
+    console.print(
+        f"next: widthsearch train {study.config.name} --pick knee{runs}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if failed else 0
+
+
+def _space(options: argparse.Namespace) -> int:
+    """Show a space: its axes, their share of MACs, and what is pinned and why."""
+    from rich.console import Console
+
+    from widthsearch import report
+    from widthsearch.space import load_space
+
+    space = load_space(options.space, options.input)
+    if options.json:
+        print(json.dumps(report.space_json(space), indent=1))
+    else:
+        Console().print(report.space_tables(space))
+    return 0
+
+
+def _pareto(options: argparse.Namespace) -> int:
+    """Show a study's front and the uniform baseline; write front.json and front.png."""
+    from rich.console import Console
+
+    from widthsearch import report
+    from widthsearch.study import Study
+
+    study = Study.load(options.study, options.runs)
+    written = report.write_front(study)
+    if options.json:
+        print(json.dumps(report.front_json(study), indent=1))
+    elif options.csv:
+        print(report.front_csv(study), end="")
+    else:
+        console = Console()
+        console.print(report.front_tables(study))
+        console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Train a member of the front in full and test it; writes a folder to load it from."""
+    from rich.console import Console
+
+    from widthsearch import export, pareto
+    from widthsearch.study import Study
+    from widthsearch.training import EpochResult
+
+    study = Study.load(options.study, options.runs)
+    outcome = pareto.pick(study.front(), options.pick, study.config.objectives)
+    folder = Path(options.out) if options.out else study.folder / "trained" / str(outcome.id)
+    console = Console()
+    console.print(
+        f"training {study.config.name} {outcome.id} ({outcome.cost.macs:,} MACs): "
+        f"{' '.join(map(str, outcome.widths.vector))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+    def on_epoch(number: int, result: EpochResult) -> None:
+        console.print(
+            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: loss {result.loss:.4f}",
+            highlight=False,
+        )
+
+    card = export.train(
+        study,
+        outcome,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        device=options.device,
+        folder=folder,
+        on_epoch=on_epoch,
+    )
+    tested = card["test_accuracy"]
+    spread = "" if tested["std"] is None else f" ± {tested['std']:.2f}"
+    console.print(
+        f"test accuracy {tested['mean']:.2f}%{spread} over {options.seeds} seeds; written to "
+        f"{folder}; load it with widthsearch.load({str(folder)!r})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"an input shape is like 3x224x224, not {text!r}")
+    return shape
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error here."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="widthsearch", description="Network pruning as a search over layer widths."
+    )
+    parser.add_argument("--version", action="version", version=f"widthsearch {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: object, again: str) -> argparse.ArgumentParser:
+        line = str(function.__doc__).splitlines()[0]
+        made = commands.add_parser(name, help=line, description=line)
+        made.set_defaults(command=function, again=lambda o: again.format(**vars(o)))
+        return made
+
+    run = command("run", _run, "widthsearch run {study}")
+    run.add_argument("study", help="a study's YAML, name or folder")
+    space = command("space", _space, "widthsearch space {space}")
+    space.add_argument(
+        "space", help="torchvision:NAME, package.module:function or path/to/file.py:function"
+    )
+    space.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
+    space.add_argument("--json", action="store_true", help="print plain JSON")
+    pareto = command("pareto", _pareto, "widthsearch pareto {study}")
+    pareto.add_argument("study", help="a study's name, folder or YAML")
+    form = pareto.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print plain JSON")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    train = command("train", _train, "widthsearch train {study} --pick {pick!r}")
+    train.add_argument("study", help="a study's name, folder or YAML")
+    train.add_argument(
+        "--pick",
+        default="knee",
+        help="a trial's ID, best, knee, or a limit such as 'macs<=2e6' (default: knee)",
+    )
+    train.add_argument("--seeds", type=int, default=3, help="networks to train (default: 3)")
+    train.add_argument("--epochs", type=int, help="instead of the study's recipe's")
+    train.add_argument("--device", help="instead of the study's, e.g. cuda:0")
+    train.add_argument("--out", help="the folder to write (default: in the study's folder)")
+    for made in (run, pareto, train):
+        made.add_argument("--runs", default="runs", help="where studies live (default: runs)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

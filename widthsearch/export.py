@@ -1,0 +1,223 @@
+"""The end of the way: the chosen widths trained in full, as a folder that anyone can load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from widthsearch import __version__
+from widthsearch.checkpoints import write_atomically
+from widthsearch.data import Split, Task
+from widthsearch.errors import CheckpointError, StudyError
+from widthsearch.outcomes import Outcome
+from widthsearch.space import SearchSpace, load_space
+from widthsearch.study import Study
+from widthsearch.training import CHECKPOINT, EpochResult, TrainingRun, evaluate
+
+_logger = logging.getLogger(__name__)
+
+WIDTHS, WEIGHTS, CARD = "widths.json", "weights.pt", "card.json"
+
+
+def train(
+    study: Study,
+    outcome: Outcome,
+    *,
+    seeds: int = 3,
+    epochs: int | None = None,
+    device: str | None = None,
+    folder: Path | str | None = None,
+    on_epoch: Callable[[int, EpochResult], None] | None = None,
+) -> dict[str, Any]:
+    """Train an outcome's widths in full, once a seed, and test each network.
+
+    Networks learn from the training and validation splits together; the test split is read once a
+    network, after its last epoch. An interrupted call goes on where it ended.
+
+    Args:
+        study: The study.
+        outcome: Whose widths to train.
+        seeds: How many networks; the weights that are kept are the first's, whatever its accuracy.
+        epochs: Instead of the recipe's.
+        device: Instead of the study's.
+        folder: Where to write; by default ``trained/<id>`` in the study's folder.
+        on_epoch: Called with each network's number, from 0, and each epoch's result (whose
+            accuracy is on images that were trained on).
+
+    Returns:
+        What ``card.json`` holds.
+
+    Raises:
+        StudyError: The task has no test split, or training diverged.
+    """
+    task, space = study.task, study.space
+    if task.test is None:
+        raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
+    if seeds < 1:
+        raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
+    recipe = study.config.recipe if epochs is None else replace(study.config.recipe, epochs=epochs)
+    device = device or study.config.device
+    folder = Path(folder or study.folder / "trained" / str(outcome.id))
+    everything = replace(task, train=_joined(task.train, task.validation))
+    tested: dict[int, float] = {}
+    first: nn.Module | None = None
+    for i in range(seeds):
+        seed = int(np.random.SeedSequence((study.config.seed, 1, i)).generate_state(1)[0])
+        model = space.build(outcome.widths, seed=seed)
+        _train_one(model, everything, recipe, seed, device, folder, i, on_epoch)
+        tested[seed] = evaluate(model, task, "test", device, recipe.precision)
+        first = first or model
+    assert first is not None
+    card = {
+        "study": study.config.name,
+        "outcome": outcome.id,
+        "origin": dict(outcome.origin),
+        "space": {
+            "reference": study.config.space,
+            "input": study.config.input,
+            "name": space.name,
+            "fingerprint": space.fingerprint,
+        },
+        "task": task.name,
+        "recipe": asdict(recipe),
+        "device": device,
+        "macs": outcome.cost.macs,
+        "params": outcome.cost.params,
+        "activations": outcome.cost.activations,
+        "latency": None if outcome.latency is None else outcome.latency.to_json(),
+        "test_accuracy": {
+            "mean": statistics.fmean(tested.values()),
+            "std": statistics.stdev(tested.values()) if seeds > 1 else None,
+            "by_seed": {str(seed): accuracy for seed, accuracy in tested.items()},
+            "of_weights": next(iter(tested.values())),
+        },
+        "versions": versions(),
+    }
+    content = {
+        "space": space.name,
+        "fingerprint": space.fingerprint,
+        "widths": dict(outcome.widths),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / WIDTHS, content)
+    state = {key: value.cpu() for key, value in first.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda file: torch.save(state, file))
+    _write_json(folder / CARD, card)  # last: a folder with a card is whole
+    return card
+
+
+def _train_one(
+    model: nn.Module,
+    task: Task,
+    recipe: Any,
+    seed: int,
+    device: str,
+    folder: Path,
+    number: int,
+    on_epoch: Callable[[int, EpochResult], None] | None,
+) -> None:
+    checkpoints = folder / "checkpoints" / str(number)
+    run = TrainingRun(model, task, recipe, seed=seed, device=device)
+    if (checkpoints / CHECKPOINT).exists():
+        try:
+            run.load(checkpoints)
+        except CheckpointError as error:
+            _logger.warning("network %d is trained from the start: %s", number + 1, error)
+    while not run.finished:
+        result = run.run_epoch()
+        run.save(checkpoints)
+        if on_epoch is not None:
+            on_epoch(number, result)
+    if run.epoch < recipe.epochs:
+        raise StudyError(
+            f"training diverged in epoch {run.epoch} with seed {seed}: lower the recipe's lr "
+            f"(now {recipe.lr})"
+        )
+
+
+def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
+    """The network in a folder that :func:`train` wrote, in eval mode.
+
+    Nothing is unpickled but tensors (``weights_only=True``). The network's code comes from the
+    space that the card refers to, so that must be importable here.
+
+    Args:
+        folder: The folder.
+        space: The space, where the study was made from an object and not from a reference.
+
+    Raises:
+        StudyError: The folder is not whole, or its space is another one now.
+    """
+    folder = Path(folder)
+    card, content = _read_json(folder / CARD), _read_json(folder / WIDTHS)
+    if space is None:
+        about = card["space"]
+        if about["reference"] is None:
+            raise StudyError(
+                f"{str(folder)!r} was trained in a space without a reference ({about['name']!r}): "
+                "give the space, load(folder, space=...)"
+            )
+        space = load_space(about["reference"], about["input"])
+    if space.fingerprint != content["fingerprint"]:
+        raise StudyError(
+            f"widths must be loaded into their own space, but {str(folder / WIDTHS)!r} is of "
+            f"{content['space']!r} ({len(content['widths'])} axes) and the space given is "
+            f"{space.name!r} ({len(space.axes)} axes): {_first_difference(content, space)}"
+        )
+    model = space.build(content["widths"], initialise=False)
+    try:
+        state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StudyError(
+            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line}; train the pick again"
+        ) from error
+    return model.eval()
+
+
+def _first_difference(content: Mapping[str, Any], space: SearchSpace) -> str:
+    missing = [name for name in content["widths"] if name not in space.base]
+    if missing:
+        return f"it has no axis {missing[0]!r}"
+    added = [name for name in space.names if name not in content["widths"]]
+    return f"the file has no axis {added[0]!r}" if added else "their names or base widths differ"
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, the packages that matter, the machine."""
+    packages = ("torch", "torchvision", "optuna", "ray", "numpy")
+    found = {"widthsearch": __version__} | {name: version(name) for name in packages}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+def _joined(a: Split, b: Split) -> Split:
+    return Split(np.concatenate([a.images, b.images]), np.concatenate([a.labels, b.labels]))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"a trained folder must hold {WIDTHS}, {WEIGHTS} and {CARD}, but {str(path)!r} cannot "
+            f"be read: {error}"
+        ) from error
+    assert isinstance(content, dict)
+    return content

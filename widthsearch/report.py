@@ -1,0 +1,382 @@
+"""What a person sees: tables, the live view of a run, the front as JSON, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from widthsearch import pareto
+from widthsearch.outcomes import Outcome
+from widthsearch.search import Progress
+from widthsearch.space import SearchSpace
+from widthsearch.study import Study
+
+_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(value: float) -> str:
+    """A count with a unit: 1.82G, 23.5M, 412."""
+    for size, unit in _UNITS:
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+# -- spaces ----------------------------------------------------------------------------------
+
+
+def space_tables(space: SearchSpace) -> Group:
+    """A space as tables: its axes, with their share of MACs, and what is pinned and why."""
+    cost = space.cost(space.base)
+    shares = space.form("macs").share(space.base.vector)
+    axes = Table(
+        title=f"{space.name}: {len(space.axes)} axes, input {'×'.join(map(str, space.input_shape))}"
+    )
+    axes.add_column("axis")
+    for column in ("base", "least", "most", "step", "MACs"):
+        axes.add_column(column, justify="right")
+    axes.add_column("layers", no_wrap=True, overflow="ellipsis")
+    for axis, share in zip(space.axes, shares, strict=True):
+        axes.add_row(
+            Text(axis.name),
+            *(str(getattr(axis, field)) for field in ("base", "least", "most", "step")),
+            f"{share:.1%}",
+            Text(_shown(axis.layers)),
+        )
+    layer_macs = space.trace.layer_macs
+    base = [axis.base // axis.unit for axis in space.trace.axes]
+    pinned = Table(title="pinned")
+    for column in ("width of", "size", "MACs", "reason", "layers"):
+        pinned.add_column(column, justify="right" if column in ("size", "MACs") else "left")
+    for pin in space.pinned:
+        macs = sum(_at(layer_macs.get(layer, {}), base) for layer in pin.layers)
+        pinned.add_row(
+            Text(pin.name),
+            str(pin.size),
+            f"{macs / cost.macs:.1%}",
+            Text(pin.reason),
+            Text(_shown(pin.layers)),
+        )
+    total = Text(
+        f"base: {short(cost.macs)} MACs ({short(2 * cost.macs)} FLOPs), {short(cost.params)} "
+        f"parameters, {short(cost.activations)} activation elements a sample. An axis's share of "
+        "MACs is what would vanish with it; shares overlap, since a layer has two widths."
+    )
+    parts: list[RenderableType] = [axes]
+    if space.pinned:
+        parts.append(pinned)
+    return Group(*parts, total)
+
+
+def space_json(space: SearchSpace) -> dict[str, Any]:
+    """A space as plain JSON values."""
+    cost = space.cost(space.base)
+    shares = space.form("macs").share(space.base.vector)
+    return {
+        "name": space.name,
+        "fingerprint": space.fingerprint,
+        "input_shape": list(space.input_shape),
+        "macs": cost.macs,
+        "params": cost.params,
+        "activations": cost.activations,
+        "axes": [
+            {
+                "name": axis.name,
+                "base": axis.base,
+                "least": axis.least,
+                "most": axis.most,
+                "step": axis.step,
+                "share_of_macs": float(share),
+                "layers": list(axis.layers),
+            }
+            for axis, share in zip(space.axes, shares, strict=True)
+        ],
+        "pinned": [
+            {"name": p.name, "size": p.size, "reason": p.reason, "layers": list(p.layers)}
+            for p in space.pinned
+        ],
+    }
+
+
+def _at(poly: Mapping[tuple[int, ...], int], x: Sequence[int]) -> int:
+    return sum(c * int(np.prod([x[i] for i in m], dtype=np.int64)) for m, c in poly.items())
+
+
+def _shown(layers: Sequence[str]) -> str:
+    return f"{len(layers)}: {', '.join(layer or '(model)' for layer in layers)}"
+
+
+# -- fronts ----------------------------------------------------------------------------------
+
+
+def described(origin: Mapping[str, Any]) -> str:
+    """Where widths came from, in a word or two."""
+    if origin.get("base"):
+        return "base"
+    if "proposer" in origin:
+        return f"{origin['proposer']} ×{origin['budget']:g}"
+    return str(origin.get("sampler", "given"))
+
+
+def baseline(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The finished uniform baseline, the base model with it, fewest MACs first."""
+    found = [
+        o
+        for o in outcomes
+        if o.state == "finished" and (o.origin.get("base") or o.origin.get("proposer") == "uniform")
+    ]
+    return sorted(found, key=lambda o: o.cost.macs)
+
+
+def front_json(study: Study) -> dict[str, Any]:
+    """The front, the base model and the uniform baseline as plain JSON values."""
+    outcomes = study.outcomes()
+    front = pareto.front(outcomes, study.config.objectives)
+    base = next((o for o in outcomes if o.origin.get("base")), None)
+    return {
+        "study": study.config.name,
+        "objectives": list(study.config.objectives),
+        "front": [_member(o) for o in front],
+        "base": None if base is None else _member(base),
+        "uniform": [_member(o) for o in baseline(outcomes) if not o.origin.get("base")],
+    }
+
+
+def _member(outcome: Outcome) -> dict[str, Any]:
+    keys = ("id", "widths", "accuracy", "macs", "params", "latency_ms", "latency", "origin")
+    content = outcome.to_json()
+    return {key: content[key] for key in keys}
+
+
+def front_csv(study: Study) -> str:
+    """The front as CSV: one row a member, one column an axis."""
+    front = study.front()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = list(front[0].widths) if front else []
+    writer.writerow(["id", "accuracy", "macs", "params", "latency_ms", "origin", *names])
+    for o in front:
+        writer.writerow(
+            [
+                *(o.id, o.accuracy, o.cost.macs, o.cost.params, o.latency_ms),
+                described(o.origin),
+                *o.widths.values(),
+            ]
+        )
+    return out.getvalue()
+
+
+def front_tables(study: Study) -> Group:
+    """The front and the uniform baseline as tables, and what is worth knowing about them."""
+    outcomes = study.outcomes()
+    objectives = study.config.objectives
+    front = pareto.front(outcomes, objectives)
+    base = next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
+    finished = [o for o in outcomes if o.state == "finished"]
+    states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
+    parts: list[RenderableType] = [
+        _outcome_table(f"front of {study.config.name}", front, base),
+        _widths_listed(front),
+        _outcome_table("uniform baseline", baseline(outcomes), base),
+    ]
+    counted = ", ".join(f"{n} {state}" for state, n in states.items() if n)
+    volume = front_volume(front, finished, objectives)
+    uniform = front_volume(baseline(outcomes), finished, objectives)
+    parts.append(
+        Text(
+            f"{len(outcomes)} trials: {counted}. Hypervolume over {', '.join(objectives)}, as a "
+            f"share of the box that all finished trials span: front {volume:.3f}, uniform "
+            f"baseline {uniform:.3f}."
+        )
+    )
+    parts.extend(Text(remark) for remark in remarks(front, base))
+    return Group(*parts)
+
+
+def front_volume(
+    members: Sequence[Outcome], finished: Sequence[Outcome], objectives: Sequence[str]
+) -> float:
+    """The hypervolume of some outcomes, as a share of the box that all finished ones span."""
+    if not members:
+        return 0.0
+    every = pareto.objective_points(finished, objectives)
+    low, high = every.min(0), every.max(0)
+    span = np.where(high > low, high - low, 1.0)
+    points = (pareto.objective_points(members, objectives) - low) / span
+    return pareto.hypervolume(points, np.ones(len(objectives)))
+
+
+def _outcome_table(title: str, outcomes: Sequence[Outcome], base: Outcome | None) -> Table:
+    table = Table(title=title)
+    timed = any(o.latency is not None for o in outcomes)
+    columns = ["id", "origin", "acc %", "MACs", "×base", "params"]
+    columns += ["ms", "±", "×base"] if timed else []
+    for column in columns:
+        table.add_column(column, justify="left" if column == "origin" else "right", no_wrap=True)
+    for o in outcomes:
+        row = [str(o.id), described(o.origin), f"{o.accuracy:.2f}", short(o.cost.macs)]
+        row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else "", short(o.cost.params)]
+        if timed and o.latency is not None:
+            latency = o.latency
+            row += [f"{latency.median_ms:.3g}", f"{latency.spread_ms:.1g}", f"{latency.ratio:.2f}"]
+        elif timed:
+            row += ["", "", ""]
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _widths_listed(outcomes: Sequence[Outcome]) -> Text:
+    """The widths of some outcomes, a line each, under the names of their axes."""
+    if not outcomes:
+        return Text("nothing has finished yet")
+    digits = max(len(str(o.id)) for o in outcomes)
+    lines = [f"widths by id, in the order {', '.join(outcomes[0].widths)}:"]
+    lines += [f"  {o.id:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in outcomes]
+    return Text("\n".join(lines))
+
+
+def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
+    """For which members MACs fell but latency did not."""
+    out = []
+    for o in front:
+        if base is None or o.latency is None or o.cost.macs >= base.cost.macs:
+            continue
+        if o.latency.ratio + o.latency.ratio_spread >= 1:
+            saved = 1 - o.cost.macs / base.cost.macs
+            out.append(
+                f"{o.id}: {saved:.0%} fewer MACs than the base, but latency did not fall: "
+                f"{o.latency.ratio:.2f} ± {o.latency.ratio_spread:.2f} of the base's on "
+                f"{o.latency.hardware}."
+            )
+    return out
+
+
+def write_front(study: Study) -> tuple[Path, Path]:
+    """Write ``front.json`` and ``front.png`` into the study's folder; return where they are."""
+    as_json, as_png = study.folder / "front.json", study.folder / "front.png"
+    as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
+    plot_front(study, as_png)
+    return as_json, as_png
+
+
+def plot_front(study: Study, path: Path) -> None:
+    """Accuracy against each cost: every finished trial, the front, and the uniform baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    outcomes = study.outcomes()
+    finished = [o for o in outcomes if o.state == "finished"]
+    costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
+    figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
+    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+        front = pareto.front(finished, ("accuracy", cost))
+        for members, style in (
+            (finished, {"marker": ".", "linestyle": "", "color": "0.7", "label": "finished"}),
+            (
+                baseline(outcomes),
+                {"marker": "s", "linestyle": "--", "color": "tab:blue", "label": "uniform"},
+            ),
+            (front, {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"}),
+        ):
+            points = sorted(
+                (pareto.objective_value(o, cost), pareto.objective_value(o, "accuracy"))
+                for o in members
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), **style)
+        axes.set_xscale("log")
+        axes.set_xlabel(labels[cost])
+        axes.set_ylabel("validation accuracy (%)")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.suptitle(study.config.name)
+    figure.savefig(path, dpi=120)
+
+
+# -- a run -----------------------------------------------------------------------------------
+
+
+class LiveView:
+    """Shows a run: a live table in a terminal, one line per finished trial elsewhere."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._name = name
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._shown = -1
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show where the study stands."""
+        if self._console.is_terminal:
+            self._live.update(progress_table(self._name, progress), refresh=True)
+        elif progress.done != self._shown:
+            self._shown = progress.done
+            self._console.print(progress_line(progress), highlight=False)
+
+
+def progress_line(progress: Progress) -> str:
+    """Where a study stands, in one line."""
+    parts = [f"{progress.done}/{progress.total} trials"]
+    if progress.best_accuracy is not None:
+        parts.append(f"best {progress.best_accuracy:.2f}%")
+        parts.append(f"front {progress.front_size}")
+    parts.append(f"{_clock(progress.elapsed)} elapsed")
+    if progress.remaining is not None:
+        parts.append(f"{_clock(progress.remaining)} left")
+    if progress.message:
+        parts.append(progress.message)
+    return ", ".join(parts)
+
+
+def progress_table(name: str, progress: Progress) -> Table:
+    """Where a study stands, as a table."""
+    table = Table(title=name)
+    for column in ("trials", "running", "best %", "front", "elapsed", "left", ""):
+        table.add_column(column, justify="right")
+    best, left = progress.best_accuracy, progress.remaining
+    table.add_row(
+        f"{progress.done}/{progress.total}",
+        str(progress.running),
+        "" if best is None else f"{best:.2f}",
+        str(progress.front_size),
+        _clock(progress.elapsed),
+        "" if left is None else _clock(left),
+        ProgressBar(total=progress.total, completed=progress.done, width=24),
+    )
+    if progress.message:
+        table.caption = progress.message
+    return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,532 @@
+"""Ray Tune: trains a search's trials on this machine or on a cluster.
+
+Tune owns the processes and nothing else. What comes next, what stops and what is known is the
+search's, so no state of Tune's is ever restored: a restart is a fresh run over the same study.
+Workers train, keep their own checkpoints, and report; they never open the storage.
+
+Tune wraps or swallows what its callbacks raise. So an error is kept, and Tune is left from one safe
+place, the end of a step of its loop; an interrupt goes the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from widthsearch.data import Task
+from widthsearch.errors import (
+    CheckpointError,
+    DeviceError,
+    SpaceError,
+    StorageError,
+    StudyError,
+)
+from widthsearch.search import Search, one_line
+from widthsearch.space import SearchSpace
+from widthsearch.storage import Trial
+from widthsearch.training import EpochResult, Recipe, TrainingRun
+from widthsearch.widths import Widths
+
+# A cluster that was started where a token lies wants it, and Ray reads the mode as it is imported.
+if os.environ.get("RAY_AUTH_TOKEN") or Path.home().joinpath(".ray", "auth_token").exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import ray
+from ray import cloudpickle, tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+RETRIES = 2
+"""How often a trial whose worker died is started again."""
+
+TICK_SECONDS = 1.0
+
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: Tune prints nothing
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # no snapshots of a state that is never restored
+}
+
+_logger = logging.getLogger(__name__)
+
+
+class Trainee(tune.Trainable):
+    """One trial in a worker process: an epoch a step, a checkpoint an epoch."""
+
+    def setup(  # type: ignore[override]
+        self,
+        config: dict[str, Any],
+        *,
+        task: Task,
+        space: bytes,
+        recipe: Recipe,
+        device: str,
+        threads: int,
+        checkpoints: Path,
+    ) -> None:
+        """Take what all trials share; nothing here may fail, for Tune would retry it."""
+        # Ray sets OMP_NUM_THREADS, but a reused worker keeps torch's pool as it is.
+        torch.set_num_threads(threads)
+        self._task = task
+        self._pickled_space = space
+        self._space: SearchSpace | None = None
+        self._recipe = recipe
+        self._device = device
+        self._threads = threads
+        self._checkpoints = checkpoints
+        self.reset_config(config)
+
+    def reset_config(self, config: dict[str, Any]) -> bool:
+        """Take the next trial; Tune reuses the process."""
+        self._trial = config
+        self._folder = self._checkpoints / str(config["number"])
+        self._run: TrainingRun | None = None
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train an epoch; an exception is the candidate's failure and not worth a retry."""
+        try:
+            return self._advance()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                return {"fatal": f"{error.strerror} for the checkpoint {str(self._folder)!r}"}
+            return {"error": one_line(error), "traceback": traceback.format_exc()}
+        except DeviceError as error:
+            return {"fatal": str(error)}
+        except Exception as error:  # noqa: BLE001  it is reported, with its traceback
+            return {"error": one_line(error), "traceback": traceback.format_exc()}
+
+    def _advance(self) -> dict[str, Any]:
+        note = ""
+        if self._run is None:
+            self._run = self._begin()
+            if self._folder.exists():
+                try:
+                    self._run.load(self._folder)
+                    # Whoever was killed, the worker or the driver, may not have heard of it.
+                    return self._result(self._run)
+                except CheckpointError as error:
+                    note = f"trial {self._trial['number']} starts from its first epoch: {error}"
+        self._run.run_epoch()
+        self._run.save(self._folder)
+        return {**self._result(self._run), "note": note}
+
+    def _begin(self) -> TrainingRun:
+        if self._space is None:
+            self._space = cloudpickle.loads(self._pickled_space)
+        assert self._space is not None
+        widths = Widths(self._space.base.names, tuple(self._trial["widths"]))
+        seed = self._trial["seed"]
+        return TrainingRun(
+            self._space.build(widths, seed=seed),
+            self._task,
+            self._recipe,
+            seed=seed,
+            device=self._device,
+            threads=self._threads,
+        )
+
+    def _result(self, run: TrainingRun) -> dict[str, Any]:
+        return {"curve": [astuple(result) for result in run.curve]}
+
+
+def run(search: Search, task: Task, folder: Path) -> None:
+    """Train until the search is done.
+
+    Args:
+        search: Which trials there are.
+        task: The data.
+        folder: The study's folder, for checkpoints and logs; a cluster's nodes must share it for
+            trials to go on from their last epoch after their worker died.
+
+    Raises:
+        WidthsearchError: Something that a user can mend; running again goes on from there.
+        KeyboardInterrupt: SIGINT or SIGTERM; running again goes on from there.
+    """
+    if search.done:
+        return
+    logs = (folder / "logs").resolve()
+    logs.mkdir(exist_ok=True)
+    checkpoints = (folder / "checkpoints").resolve()
+    checkpoints.mkdir(exist_ok=True)
+    for left in checkpoints.iterdir():  # by a kill between a trial's end and its removal
+        if left.name not in map(str, search.running):
+            shutil.rmtree(left, ignore_errors=True)
+    with _logging_to(logs / "run.log"), _environment(), _Interrupts() as interrupts:
+        first = search.ask()  # its whole generation is measured before Ray wakes the machine up
+        with _ray(search, interrupts) as ours:
+            _Joint(search, first, checkpoints, interrupts, ours).fit(task, logs)
+
+
+class _Joint:
+    """What joins Tune's searcher, scheduler and callback to the search."""
+
+    def __init__(
+        self,
+        search: Search,
+        first: Trial | None,
+        checkpoints: Path,
+        interrupts: _Interrupts,
+        ours: bool,
+    ) -> None:
+        self.search = search
+        self.first = first
+        self.checkpoints = checkpoints
+        self.interrupts = interrupts
+        self.ours = ours
+        self.failure: BaseException | None = None
+        self.told = time.monotonic()
+
+    def fit(self, task: Task, logs: Path) -> None:
+        config = self.search.config
+        trainee = tune.with_parameters(
+            Trainee,
+            task=task.for_search(),
+            space=_pickled(self.search.space),
+            recipe=config.recipe,
+            device=config.device,
+            threads=max(1, int(config.resources.cpu)),
+            checkpoints=self.checkpoints,
+        )
+        shutil.rmtree(logs / "tune", ignore_errors=True)
+        try:
+            with self.interrupts.held():
+                tune.run(
+                    tune.with_resources(trainee, config.resources.model_dump()),
+                    name="tune",
+                    storage_path=str(logs),
+                    search_alg=_Searcher(self),
+                    scheduler=_Rungs(self),
+                    callbacks=[_Watch(self)],
+                    num_samples=-1,
+                    max_concurrent_trials=config.concurrency,
+                    reuse_actors=True,
+                    max_failures=RETRIES,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    trial_name_creator=_name,
+                    trial_dirname_creator=_name,
+                    raise_on_failed_trial=False,
+                    verbose=0,
+                )
+        except (_Left, _LeftGently):
+            pass
+        except Exception as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            self.failure = StorageError(f"{os.strerror(errno.ENOSPC)}: free some and run again")
+        if self.failure is not None:
+            raise self.failure
+        if self.interrupts.requested:
+            raise KeyboardInterrupt
+        assert self.search.done
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep an error from Tune, which would wrap or swallow it."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  raised again by fit
+            self.failure = self.failure or error
+
+    def next(self) -> dict[str, Any] | None:
+        """The next trial's configuration; None for now, or Tune's word for the end."""
+        trial, self.first = self.first, None
+        # Latency may be measured here, for long, and nothing else runs: interrupts may come in.
+        with self.kept(), self.interrupts.let_through():
+            trial = trial or self.search.ask()
+        if trial is not None:
+            widths = list(trial.widths.vector)
+            return {"number": trial.number, "widths": widths, "seed": trial.seed}
+        finished: Any = Searcher.FINISHED
+        return finished if self.failure is not None or self.search.done else None
+
+    def hear(self, number: int, result: dict[str, Any]) -> bool:
+        """Tell the search of a worker's report; returns whether the trial goes on."""
+        goes_on = False
+        with self.kept():
+            if "fatal" in result:
+                raise StorageError(f"{result['fatal']}: mend it and run again")
+            if result.get("note"):
+                self.search.notify(result["note"])
+            if "error" in result:
+                _logger.info("trial %d failed\n%s", number, result["traceback"])
+                self.search.fail(number, result["error"])
+            else:
+                curve = [EpochResult(*row) for row in result["curve"]]
+                goes_on = self.search.report(number, curve)
+        if number not in self.search.running:
+            shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
+        return goes_on
+
+    def lose(self, number: int) -> None:
+        """Give up a trial whose worker died again and again."""
+        with self.kept():
+            self.search.fail(
+                number,
+                f"its worker process died {RETRIES + 1} times (killed, or out of memory?); see "
+                "logs/run.log",
+            )
+        shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
+
+    def step(self) -> None:
+        """The one place from which Tune is left before its end."""
+        over = self.search.done and self.ours
+        if over or self.failure is not None or self.interrupts.requested:
+            # Ray of ours is shut down next, so Tune need not wait for its actors to end.
+            raise _Left if self.ours else _LeftGently
+        if time.monotonic() - self.told > TICK_SECONDS:
+            self.told = time.monotonic()
+            with self.kept():
+                self.search.notify()
+
+
+class _Left(BaseException):
+    """Leaves Tune at once: it only cleans up after an Exception."""
+
+
+class _LeftGently(Exception):  # noqa: N818  not an error
+    """Leaves Tune after its actors have ended."""
+
+
+class _Searcher(Searcher):
+    """Asks the search."""
+
+    def __init__(self, joint: _Joint) -> None:
+        super().__init__()
+        self._joint = joint
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        config = self._joint.next()
+        if isinstance(config, dict):
+            self._numbers[trial_id] = config["number"]
+        return config
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        if error:
+            self._joint.lose(self._numbers[trial_id])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the storage has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: never called."""
+
+
+class _Rungs(FIFOScheduler):
+    """Stops what the search stops."""
+
+    def __init__(self, joint: _Joint) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._joint = joint
+
+    def on_trial_result(
+        self, tune_controller: object, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        goes_on = self._joint.hear(trial.config["number"], result)
+        decision: str = TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+        return decision
+
+
+class _Watch(tune.Callback):
+    """Tune's loop, as it turns."""
+
+    def __init__(self, joint: _Joint) -> None:
+        self._joint = joint
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        self._joint.step()
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        with self._joint.kept():
+            self._joint.search.notify(
+                f"trial {trial.config['number']}: its worker process died; another one goes on "
+                "from the last epoch"
+            )
+
+
+def _name(trial: TuneTrial) -> str:
+    return f"trial-{trial.config['number']}"
+
+
+class _Interrupts:
+    """SIGINT and SIGTERM: at once where that is safe, else at the end of Tune's step.
+
+    A second one is at once anywhere.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._held = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():  # else signals are not ours
+            self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
+            self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Set the handlers, again where Ray has set its own."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        again, self.requested = self.requested, True
+        if again or not self._held:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep interrupts for the end of Tune's step."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    @contextlib.contextmanager
+    def let_through(self) -> Iterator[None]:
+        """Let interrupts in at once, within ``held``."""
+        self._held = False
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._held = True
+
+
+@contextlib.contextmanager
+def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
+    """Ray, started or joined; yields whether it is ours to shut down."""
+    config = search.config
+    ours = not ray.is_initialized()
+    address = config.ray_address
+    if address is not None and address.startswith("ray://"):
+        raise StudyError(
+            f"ray_address must be a cluster's own address such as 10.0.0.1:6379, but was "
+            f"{address!r}: Ray Client would run the driver inside the cluster"
+        )
+    try:
+        if ours:
+            search.notify("starting Ray" if address is None else f"joining Ray at {address}")
+            try:
+                ray.init(
+                    address=address or "local",
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level=logging.INFO,
+                )
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                if address is None:
+                    raise
+                raise StudyError(
+                    f"the Ray cluster at {address!r} cannot be joined: {one_line(error)}"
+                ) from error
+            interrupts.install()
+        _check_resources(config.resources.cpu, config.resources.gpu)
+        yield ours
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_resources(cpu: float, gpu: float) -> None:
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes: Sequence[dict[str, float]] = [node["Resources"] for node in alive]
+    if not any(node.get("CPU", 0) >= cpu and node.get("GPU", 0) >= gpu for node in nodes):
+        raise StudyError(
+            f"resources must fit one machine, but a trial takes cpu: {cpu:g} and gpu: {gpu:g}, and "
+            f"the largest has {max(node.get('CPU', 0) for node in nodes):g} CPUs and "
+            f"{max(node.get('GPU', 0) for node in nodes):g} GPUs"
+        )
+
+
+def _pickled(space: SearchSpace) -> bytes:
+    """The space for the workers, with code of the user's own modules inside.
+
+    A worker may be unable to import them: a file outside the path, or another machine.
+    """
+    installed = {Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")}
+    own = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is None or name.partition(".")[0] in ("__main__", "widthsearch"):
+            continue
+        if not any(Path(file).is_relative_to(folder) for folder in installed):
+            own.append(module)
+    for module in own:
+        cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    try:
+        pickled: bytes = cloudpickle.dumps(space)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise SpaceError(
+            f"space {space.name!r} cannot be sent to the workers: {one_line(error)}"
+        ) from error
+    finally:
+        for module in own:
+            cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    return pickled
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """Ray's and our own messages into a file, none of them to the terminal."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("ray", "widthsearch")]
+    before = [(log, log.handlers[:], log.propagate, log.level) for log in loggers]
+    for log in loggers:
+        log.handlers[:] = [handler]
+        log.propagate = False
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for log, handlers, propagate, level in before:
+            log.handlers[:] = handlers
+            log.propagate = propagate
+            log.setLevel(level)
+        handler.close()
