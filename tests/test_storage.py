@@ -1,13 +1,8 @@
-"""The storage: whole trials in, outcomes out, one driver at a time."""
+"""The storage: whole trials in, outcomes out."""
 
 from __future__ import annotations
 
-import os
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +12,7 @@ import tiny
 from optuna.trial import TrialState
 
 from widthsearch.errors import StorageError, StudyError
-from widthsearch.storage import LEASE_SECONDS, Lease, Store, Trial
+from widthsearch.storage import Store, Trial
 
 NAMES = ("first", "second")
 OBJECTIVES = ("accuracy", "macs", "latency_ms")
@@ -186,64 +181,3 @@ def test_a_storage_that_breaks_later_is_named(store: Store, tmp_path: Path) -> N
     connection.close()
     with pytest.raises(StorageError, match=r"cannot be used: no such table"):
         store.set_attribute("key", 1)
-
-
-def holder(**changes: object) -> dict[str, object]:
-    """The lease of this very process, with changes."""
-    alive = {"token": "t", "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    return {**alive, **changes}
-
-
-def dead_process() -> int:
-    """The number of a process that has ended."""
-    return int(
-        subprocess.run(
-            [sys.executable, "-c", "import os; print(os.getpid())"],
-            capture_output=True,
-            check=True,
-        ).stdout
-    )
-
-
-def test_two_drivers_are_refused(store: Store, url: str) -> None:
-    """The second is told who the first is; when that one has ended, it may."""
-    second = Store.create(url, "tiny", OBJECTIVES)
-    with store.lease():
-        with pytest.raises(StudyError) as caught, second.lease():
-            pass
-        assert f"is being run by process {os.getpid()} on {socket.gethostname()}" in str(
-            caught.value
-        )
-        assert "\n" not in str(caught.value)
-    with second.lease():
-        pass
-
-
-def test_a_dead_drivers_lease_is_free_at_once(store: Store) -> None:
-    """A SIGKILL leaves the lease; on the same host it is seen that the process is gone."""
-    store.set_attribute(Lease.KEY, holder(pid=dead_process()))
-    with store.lease():
-        pass
-
-
-def test_a_silent_drivers_lease_runs_out(store: Store) -> None:
-    """On another host only its silence tells."""
-    store.set_attribute(Lease.KEY, holder(host="elsewhere"))
-    with pytest.raises(StudyError, match="on elsewhere"), store.lease():
-        pass
-    store.set_attribute(Lease.KEY, holder(host="elsewhere", time=time.time() - LEASE_SECONDS - 1))
-    with store.lease():
-        pass
-
-
-def test_a_lease_that_was_taken_over_is_lost(store: Store) -> None:
-    """The driver finds out at its next beat, and leaves the new one's lease alone."""
-    other = holder(token="other")
-    with store.lease() as lease:
-        lease.renew()
-        lease.check()
-        store.set_attribute(Lease.KEY, other)
-        lease.renew()
-        with pytest.raises(StudyError, match="another one took over 'tiny'"):
-            lease.check()
-    assert store.attribute(Lease.KEY) == other

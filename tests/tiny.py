@@ -18,6 +18,7 @@ from widthsearch.config import StudyConfig
 from widthsearch.cost import Cost
 from widthsearch.data import Augmentation, Split, Task
 from widthsearch.latency import Latency
+from widthsearch.lease import Lease
 from widthsearch.search import Search
 from widthsearch.space import SearchSpace
 from widthsearch.storage import Store, Trial
@@ -120,7 +121,7 @@ CANDIDATES = [
 def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[Search]:
     """A search over the tiny space, with its storage in a folder."""
     store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
-    with store.lease() as lease:
+    with Lease(store) as lease:
         yield Search(settings, space(), store, lease, **{"candidates": CANDIDATES, **options})
 
 

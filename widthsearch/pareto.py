@@ -303,10 +303,14 @@ def pick(
     values = [objective_value(member, objective) for member in front]
     within = [member for member, value in zip(front, values, strict=True) if value <= limit]
     if not within:
-        least = np.nanmin(values) if not np.isnan(values).all() else math.nan
+        known = [value for value in values if not math.isnan(value)]
+        least = (
+            f"the least {objective} on the front is {min(known):g}"
+            if known
+            else (f"no member of the front has a {objective}")
+        )
         raise StudyError(
-            f"a pick's limit must leave a member of the front, but {spec!r} leaves none; "
-            f"the least {objective} on the front is {least:g}"
+            f"a pick's limit must leave a member of the front, but {spec!r} leaves none; {least}"
         )
     return _most_accurate(within)
 

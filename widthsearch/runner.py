@@ -20,30 +20,19 @@ import sys
 import sysconfig
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from widthsearch.data import Task
-from widthsearch.errors import (
-    CheckpointError,
-    DeviceError,
-    SpaceError,
-    StorageError,
-    StudyError,
-)
-from widthsearch.search import Search, one_line
+from widthsearch.errors import SpaceError, StorageError, StudyError
+from widthsearch.search import Search
 from widthsearch.space import SearchSpace
 from widthsearch.storage import Trial
-from widthsearch.training import EpochResult, Recipe, TrainingRun
-from widthsearch.widths import Widths
+from widthsearch.worker import Report, Worker, one_line
 
 # A cluster that was started where a token lies wants it, and Ray reads the mode as it is imported.
-if os.environ.get("RAY_AUTH_TOKEN") or Path.home().joinpath(".ray", "auth_token").exists():
+if "ray" not in sys.modules and Path.home().joinpath(".ray", "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
@@ -68,83 +57,23 @@ _logger = logging.getLogger(__name__)
 
 
 class Trainee(tune.Trainable):
-    """One trial in a worker process: an epoch a step, a checkpoint an epoch."""
+    """A worker as Tune knows it; one process trains one trial after the other."""
 
     def setup(  # type: ignore[override]
-        self,
-        config: dict[str, Any],
-        *,
-        task: Task,
-        space: bytes,
-        recipe: Recipe,
-        device: str,
-        threads: int,
-        checkpoints: Path,
+        self, config: dict[str, Any], **shared: Any
     ) -> None:
-        """Take what all trials share; nothing here may fail, for Tune would retry it."""
-        # Ray sets OMP_NUM_THREADS, but a reused worker keeps torch's pool as it is.
-        torch.set_num_threads(threads)
-        self._task = task
-        self._pickled_space = space
-        self._space: SearchSpace | None = None
-        self._recipe = recipe
-        self._device = device
-        self._threads = threads
-        self._checkpoints = checkpoints
+        """Take what all trials share, and the first trial."""
+        self._worker = Worker(**shared)
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
-        """Take the next trial; Tune reuses the process."""
-        self._trial = config
-        self._folder = self._checkpoints / str(config["number"])
-        self._run: TrainingRun | None = None
+        """Take the next trial."""
+        self._worker.take(**config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train an epoch; an exception is the candidate's failure and not worth a retry."""
-        try:
-            return self._advance()
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                return {"fatal": f"{error.strerror} for the checkpoint {str(self._folder)!r}"}
-            return {"error": one_line(error), "traceback": traceback.format_exc()}
-        except DeviceError as error:
-            return {"fatal": str(error)}
-        except Exception as error:  # noqa: BLE001  it is reported, with its traceback
-            return {"error": one_line(error), "traceback": traceback.format_exc()}
-
-    def _advance(self) -> dict[str, Any]:
-        note = ""
-        if self._run is None:
-            self._run = self._begin()
-            if self._folder.exists():
-                try:
-                    self._run.load(self._folder)
-                    # Whoever was killed, the worker or the driver, may not have heard of it.
-                    return self._result(self._run)
-                except CheckpointError as error:
-                    note = f"trial {self._trial['number']} starts from its first epoch: {error}"
-        self._run.run_epoch()
-        self._run.save(self._folder)
-        return {**self._result(self._run), "note": note}
-
-    def _begin(self) -> TrainingRun:
-        if self._space is None:
-            self._space = cloudpickle.loads(self._pickled_space)
-        assert self._space is not None
-        widths = Widths(self._space.base.names, tuple(self._trial["widths"]))
-        seed = self._trial["seed"]
-        return TrainingRun(
-            self._space.build(widths, seed=seed),
-            self._task,
-            self._recipe,
-            seed=seed,
-            device=self._device,
-            threads=self._threads,
-        )
-
-    def _result(self, run: TrainingRun) -> dict[str, Any]:
-        return {"curve": [astuple(result) for result in run.curve]}
+        """Train an epoch."""
+        return {"report": self._worker.step()}
 
 
 def run(search: Search, task: Task, folder: Path) -> None:
@@ -252,25 +181,24 @@ class _Joint:
         with self.kept(), self.interrupts.let_through():
             trial = trial or self.search.ask()
         if trial is not None:
-            widths = list(trial.widths.vector)
-            return {"number": trial.number, "widths": widths, "seed": trial.seed}
+            vector = list(trial.widths.vector)
+            return {"number": trial.number, "vector": vector, "seed": trial.seed}
         finished: Any = Searcher.FINISHED
         return finished if self.failure is not None or self.search.done else None
 
-    def hear(self, number: int, result: dict[str, Any]) -> bool:
+    def hear(self, number: int, report: Report) -> bool:
         """Tell the search of a worker's report; returns whether the trial goes on."""
         goes_on = False
         with self.kept():
-            if "fatal" in result:
-                raise StorageError(f"{result['fatal']}: mend it and run again")
-            if result.get("note"):
-                self.search.notify(result["note"])
-            if "error" in result:
-                _logger.info("trial %d failed\n%s", number, result["traceback"])
-                self.search.fail(number, result["error"])
+            if report.broken is not None:
+                raise StorageError(f"{report.broken}: mend it and run again")
+            if report.note:
+                self.search.notify(report.note)
+            if report.failure is not None:
+                _logger.info("trial %d failed\n%s", number, report.traceback)
+                self.search.fail(number, report.failure)
             else:
-                curve = [EpochResult(*row) for row in result["curve"]]
-                goes_on = self.search.report(number, curve)
+                goes_on = self.search.report(number, report.curve)
         if number not in self.search.running:
             shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
         return goes_on
@@ -342,7 +270,7 @@ class _Rungs(FIFOScheduler):
     def on_trial_result(
         self, tune_controller: object, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
-        goes_on = self._joint.hear(trial.config["number"], result)
+        goes_on = self._joint.hear(trial.config["number"], result["report"])
         decision: str = TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
         return decision
 

@@ -28,12 +28,14 @@ from widthsearch import pareto
 from widthsearch.config import StudyConfig
 from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.latency import Latency
+from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
 from widthsearch.sampler import Known, draw
 from widthsearch.space import SearchSpace
-from widthsearch.storage import Lease, Store, Trial
+from widthsearch.storage import Store, Trial
 from widthsearch.training import EpochResult
 from widthsearch.widths import Widths
+from widthsearch.worker import one_line
 
 FAILURES_IN_A_ROW = 5
 """So many, and the study stops: a broken machine would burn the whole queue."""
@@ -323,9 +325,3 @@ class Search:
             remaining=training / lately * (total - len(done)) if lately else None,
             message=message,
         )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

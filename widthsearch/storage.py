@@ -6,18 +6,12 @@ kill at any moment leaves whole trials: finished ones, and running ones to be ta
 their own number. Curves never go in as intermediate values: under several objectives Optuna's
 samplers raise on them.
 
-Only the driver opens the storage; a lease keeps a second driver out.
+Only the driver opens the storage, and it holds a lease (``lease.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import secrets
-import socket
-import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,9 +31,6 @@ from widthsearch.latency import Latency
 from widthsearch.outcomes import Outcome
 from widthsearch.training import EpochResult
 from widthsearch.widths import Axis, Widths
-
-BEAT_SECONDS = 5.0
-LEASE_SECONDS = 30.0
 
 _STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
     TrialState.COMPLETE: "finished",
@@ -143,11 +134,11 @@ def _set_pragmas(connection: Any, _: object) -> None:
     cursor.close()
 
 
-def _open(url: str) -> BaseStorage:
+def _open(url: str, *, make_tables: bool) -> BaseStorage:
     # Optuna tells every new study on stderr, in the middle of the user's table.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = optuna.storages.RDBStorage(url)
+        storage = optuna.storages.RDBStorage(url, skip_table_creation=not make_tables)
         if storage.engine.dialect.name == "sqlite":
             sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
             storage.engine.dispose()  # the connection that made the tables has no pragmas yet
@@ -185,7 +176,7 @@ class Store:
             StorageError: The storage cannot be opened.
             StudyError: It has a stranger's study of that name.
         """
-        storage = _open(url)
+        storage = _open(url, make_tables=True)
         study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -220,7 +211,7 @@ class Store:
             if file and not Path(file).exists():  # opening would make an empty one
                 raise missing
         try:
-            return cls(url, name, _open(url))
+            return cls(url, name, _open(url, make_tables=False))
         except KeyError:
             raise missing from None
 
@@ -311,10 +302,6 @@ class Store:
                 self._storage.set_trial_state_values(self._key(frozen.number), TrialState.FAIL)
         return [_trial(frozen, names) for frozen in running if _is_whole(frozen, names)]
 
-    def lease(self) -> Lease:
-        """The right to drive this study."""
-        return Lease(self)
-
     def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
 
@@ -338,89 +325,3 @@ def _trial(frozen: FrozenTrial, names: Sequence[str]) -> Trial:
         latency=None if latency is None else Latency.from_json(latency),
         curve=tuple(EpochResult(**row) for row in attributes.get("curve", [])),
     )
-
-
-class Lease:
-    """The right to drive a study: one driver at a time, or trials would be trained twice.
-
-    It is a study attribute with the holder and a time, renewed every few seconds by a thread. A
-    holder that is dead (same host, no such process) or silent for ``LEASE_SECONDS`` has lost it.
-    Two drivers that take it in the same instant both write, and the one that was overwritten finds
-    out at its next beat.
-    """
-
-    KEY = "driver"
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._token = secrets.token_hex(8)
-        self._ended = threading.Event()
-        self._lost = False
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-
-    def __enter__(self) -> Lease:
-        holder = self._store.attribute(self.KEY)
-        if holder is not None and not _is_gone(holder):
-            silent = time.time() - holder["time"]
-            raise StudyError(
-                f"a study has one driver at a time, but {self._store.name!r} is being run by "
-                f"process {holder['pid']} on {holder['host']} (last sign of life {silent:.0f} s "
-                f"ago): wait for it or stop it; if it was killed, run again in "
-                f"{max(1.0, LEASE_SECONDS - silent):.0f} s"
-            )
-        self._write()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        if not self._lost:
-            # Where the storage is what broke, that error is on its way; the lease runs out.
-            with contextlib.suppress(StorageError):
-                self._store.set_attribute(self.KEY, None)
-
-    def check(self) -> None:
-        """Raise StudyError if another driver has taken over."""
-        if self._lost:
-            raise StudyError(
-                f"a study has one driver at a time, but another one took over "
-                f"{self._store.name!r}: this one stops"
-            )
-
-    def renew(self) -> None:
-        """Give a sign of life, unless another driver has taken over."""
-        holder = self._store.attribute(self.KEY)
-        if holder is None or holder["token"] != self._token:
-            self._lost = True
-        else:
-            self._write()
-
-    def _write(self) -> None:
-        holder = {
-            "token": self._token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": time.time(),
-        }
-        self._store.set_attribute(self.KEY, holder)
-
-    def _beat(self) -> None:
-        while not self._lost and not self._ended.wait(BEAT_SECONDS):
-            # A full disk or a network's hiccup: the driver's own next write says so aloud.
-            with contextlib.suppress(StorageError):
-                self.renew()
-
-
-def _is_gone(holder: Mapping[str, Any]) -> bool:
-    if time.time() - holder["time"] > LEASE_SECONDS:
-        return True
-    if holder["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # alive, and another user's
-        return False
-    return False

@@ -21,6 +21,7 @@ from widthsearch.data import Task, load_task
 from widthsearch.devices import check_device
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter
+from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
 from widthsearch.proposers import Proposal
 from widthsearch.search import Progress, Search
@@ -163,7 +164,7 @@ class Study:
                 f"the study's folder {str(self.folder)!r} cannot be made: {error.strerror}"
             ) from None
         store = Store.create(self.storage, config.name, config.objectives)
-        with store.lease() as lease:
+        with Lease(store) as lease:
             self._claim(store)
             (self.folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
             proposals = [self._proposal(store, proposer, device) for proposer in config.proposers]

@@ -323,7 +323,7 @@ def _float_operation(name: str, function: Callable[..., float]) -> None:
     setattr(RatioNode, name, method)
 
 
-for _name, _function in {
+_ARITHMETIC: dict[str, Any] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -333,7 +333,8 @@ for _name, _function in {
     "float_pow": math.pow,
     "sym_max": max,
     "sym_min": min,
-}.items():
+}
+for _name, _function in _ARITHMETIC.items():
     _float_operation(_name, _function)
 
 
@@ -396,8 +397,8 @@ class TruthNode(_Node):
             inner: bool | None = parts[0].known()
             return None if inner is None else not inner
         if name in ("and", "or"):
-            known = [part.known() for part in parts]
-            decisive = name == "or"
+            known: list[bool | None] = [part.known() for part in parts]
+            decisive: bool = name == "or"
             if decisive in known:
                 return decisive
             return None if None in known else not decisive

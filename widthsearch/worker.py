@@ -1,0 +1,131 @@
+"""What a worker does: trains one trial after the other, an epoch a step, a checkpoint an epoch.
+
+A worker never opens the storage and knows no Ray: it reports, and whoever runs it tells the study.
+"""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from widthsearch.data import Task
+from widthsearch.errors import CheckpointError, DeviceError
+from widthsearch.space import SearchSpace
+from widthsearch.training import EpochResult, Recipe, TrainingRun
+from widthsearch.widths import Widths
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step came to.
+
+    Attributes:
+        curve: The trial's epochs so far.
+        note: What whoever watches should know; may be empty.
+        failure: Why the candidate cannot be trained, in one line.
+        traceback: All of that.
+        broken: What is wrong with the machine, where it is not the candidate's fault.
+    """
+
+    curve: tuple[EpochResult, ...] = ()
+    note: str = ""
+    failure: str | None = None
+    traceback: str = ""
+    broken: str | None = None
+
+
+class Worker:
+    """Trains trials in this process.
+
+    Args:
+        task: The data.
+        space: The space, pickled by the driver. It is unpickled with the first trial, so that what
+            goes wrong with that has a trial to be reported for.
+        recipe: How candidates are trained.
+        device: Where.
+        threads: With how many CPU threads.
+        checkpoints: The folder in which each trial has its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        space: bytes,
+        recipe: Recipe,
+        device: str,
+        threads: int,
+        checkpoints: Path,
+    ) -> None:
+        # Ray sets OMP_NUM_THREADS, but torch's pool may be there already.
+        torch.set_num_threads(threads)
+        self._task = task
+        self._pickled = space
+        self._space: SearchSpace | None = None
+        self._recipe = recipe
+        self._device = device
+        self._threads = threads
+        self._checkpoints = checkpoints
+
+    def take(self, number: int, vector: Sequence[int], seed: int) -> None:
+        """Take the next trial; the last one is let go."""
+        self._number, self._vector, self._seed = number, tuple(vector), seed
+        self._folder = self._checkpoints / str(number)
+        self._run: TrainingRun | None = None
+
+    def step(self) -> Report:
+        """Train an epoch of the trial, or repeat the last one that a checkpoint has.
+
+        Whatever a network raises is its failure: it is reported, for it would come again.
+        """
+        try:
+            return self._step()
+        except DeviceError as error:
+            return Report(broken=str(error))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                return Report(broken=f"{error.strerror} for the checkpoint {str(self._folder)!r}")
+            return Report(failure=one_line(error), traceback=traceback.format_exc())
+        except Exception as error:  # noqa: BLE001  reported, with its traceback
+            return Report(failure=one_line(error), traceback=traceback.format_exc())
+
+    def _step(self) -> Report:
+        note = ""
+        if self._run is None:
+            self._run = self._begin()
+            if self._folder.exists():
+                try:
+                    self._run.load(self._folder)
+                    # Whoever was killed, the worker or the driver: it may not be in the storage.
+                    return Report(self._run.curve)
+                except CheckpointError as error:
+                    note = f"trial {self._number} starts from its first epoch: {error}"
+        self._run.run_epoch()
+        self._run.save(self._folder)
+        return Report(self._run.curve, note)
+
+    def _begin(self) -> TrainingRun:
+        if self._space is None:
+            self._space = pickle.loads(self._pickled)
+        assert self._space is not None
+        widths = Widths(self._space.base.names, self._vector)
+        return TrainingRun(
+            self._space.build(widths, seed=self._seed),
+            self._task,
+            self._recipe,
+            seed=self._seed,
+            device=self._device,
+            threads=self._threads,
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
