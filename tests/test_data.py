@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -303,6 +304,48 @@ def test_folders_that_cannot_be_used(
         return
     with pytest.raises(DataError, match=message) as error:
         folder_task(root / folder)
+    assert "\n" not in str(error.value)
+
+
+# --- cifar10 ---
+
+
+def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays become N, C, H, W; by default it lies in the cache, and crops and flips are on."""
+    asked = []
+
+    class Small:
+        """A CIFAR-10 of four images."""
+
+        def __init__(self, root: Path, train: bool, download: bool) -> None:
+            asked.append((root, train, download))
+            self.data = np.random.default_rng(train).integers(0, 256, (4, 32, 32, 3), np.uint8)
+            self.targets = [0, 1, 0, 1]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Small)
+    task = load_task("cifar10")
+    folder = tmp_path / "cache" / "widthsearch" / "cifar10"
+    assert asked == [(folder, True, True), (folder, False, True)]
+    assert task.test is not None
+    expected = np.random.default_rng(False).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    assert (task.test.images[2, 1] == expected[2, :, :, 1]).all()
+    assert task.test.labels.tolist() == [0, 1, 0, 1]
+    assert task.augmentation == Augmentation(crop_padding=4, flip=True)
+    plain = load_task(TaskConfig("cifar10", folder="~", crop_padding=0, flip=False))
+    assert asked[-1][0] == Path.home()
+    assert plain.augmentation == Augmentation(crop_padding=0, flip=False)
+
+
+def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says where it was looked for and what to put there."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no\nroute")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", unreachable)
+    message = r"must lie in .*mine or be .*no route.*put cifar-10-python\.tar\.gz there"
+    with pytest.raises(DataError, match=message) as error:
+        load_task(TaskConfig("cifar10", folder=str(tmp_path / "mine")))
     assert "\n" not in str(error.value)
 
 

@@ -57,7 +57,7 @@ def test_the_base_beside_itself_has_a_ratio_near_one() -> None:
     """Even on a busy machine, and even though the meter's copy is not the candidate's."""
     base = convnet(32)
     latency = LatencyMeter(base, SHAPE, LatencyConfig(pairs=20)).measure(base)
-    assert 0.6 < latency.ratio < 1.6
+    assert 0.5 < latency.ratio < 2
     assert latency.median_ms == latency.ratio * latency.base_ms > 0
     assert latency.spread_ms == latency.ratio_spread * latency.base_ms >= 0
 

@@ -94,7 +94,7 @@ def test_large_sets() -> None:
         sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
         assert pareto.non_dominated(-sphere).all()
         assert pareto.ranks(-sphere).max() == 0
-        line = np.repeat(rng.permutation(10_000.0)[:, None], columns, axis=1)
+        line = np.repeat(rng.permutation(10_000)[:, None], columns, axis=1)
         assert (pareto.ranks(line) == line[:, 0]).all()
 
 
@@ -174,7 +174,7 @@ def test_promotion_by_hand() -> None:
 
 @given(point_sets(), st.integers(2, 5))
 def test_promotion_keeps_the_best_share(points: Points, eta: int) -> None:
-    """At least ceil(N / eta) go on, more only by ties; whoever dominates one that goes on does too."""
+    """ceil(N / eta) go on, or more by ties; so does whoever dominates one of them."""
     quota = math.ceil(len(points) / eta)
     goes_on = [pareto.promoted(points, i, eta) for i in range(len(points))]
     assert sum(goes_on) >= quota

@@ -36,7 +36,7 @@ def test_a_flatten_multiplies() -> None:
 def test_a_depthwise_convolution_ties_its_groups() -> None:
     """Its groups, inputs and outputs are one axis."""
     traced = trace(MODELS["Depthwise"](), (3, 8, 8))
-    assert traced.groups == {"depthwise": {(1,): 1}}
+    assert traced.attributes == {("depthwise", "groups"): {(1,): 1}}
     assert traced.axes[1].layers == ("expand", "bn1", "depthwise", "bn2", "project")
 
 

@@ -106,7 +106,7 @@ def readers(space: SearchSpace, widths: Widths) -> list[Reader]:
             if module.transposed:
                 inputs = shape[0]
             else:
-                groups = space.trace.groups.get(layer, constant(module.groups))
+                groups = space.trace.attributes.get((layer, "groups"), constant(module.groups))
                 inputs = multiply(inputs, groups)
         where = positions(space.trace, inputs, widths)
         if where:

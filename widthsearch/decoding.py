@@ -78,8 +78,9 @@ def cifar10(folder: str | None) -> tuple[Split, Split]:
         halves = [CIFAR10(place, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"cifar10 must lie in {place} or be downloadable, but: {error}; put "
-            "cifar-10-python.tar.gz there, or give the images as an image_folder"
+            f"cifar10 must lie in {place} or be downloadable, but neither is so "
+            f"({' '.join(str(error).split())}); put cifar-10-python.tar.gz there, or give the "
+            "images as an image_folder"
         ) from error
     train, test = (
         Split(

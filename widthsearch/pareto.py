@@ -187,7 +187,7 @@ def _volume(points: Points, corner: Points) -> float:
 
 
 def knee(points: ArrayLike) -> int:
-    """The index of the front's point of greatest bulge, first of equals.
+    """The index of the front's point of greatest bulge; of equals, the one least in column 0.
 
     With each column scaled to 0 .. 1 over the front, the point whose columns' sum is least. With
     two columns that is the point farthest below the line through the two ends (Das, On
@@ -197,8 +197,8 @@ def knee(points: ArrayLike) -> int:
     members = np.flatnonzero(non_dominated(array))
     front = array[members]
     span = np.ptp(front, axis=0)
-    scaled = (front - front.min(axis=0)) / np.where(span > 0, span, 1.0)
-    return int(members[np.argmin(scaled.sum(axis=1))])
+    bulge = ((front - front.min(axis=0)) / np.where(span > 0, span, 1.0)).sum(axis=1)
+    return int(members[np.lexsort([*front.T[::-1], bulge])[0]])
 
 
 def crowding(points: ArrayLike) -> Points:

@@ -199,18 +199,62 @@ class System:
         if len(linear) == 1:
             self.pin(linear, self.reason())
             return
-        units = [s for s, c in linear.items() if abs(c) == 1]
-        if units:
-            youngest = max(units)
-            c = linear[youngest]
-            self._solve(youngest, {m: -d * c for m, d in p.items() if m != (youngest,)})
-        elif len(p) == 2:  # c·x = d·y with c and d coprime: x = d·t, y = c·t
-            (x, c), (y, d) = sorted(linear.items())
-            t = self.fresh(self.hints[x] // abs(d))
-            self._solve(x, {(t,): abs(d)})
-            self._solve(y, {(t,): abs(c)})
+        self._balance(linear, p.get((), 0))
+
+    def _balance(self, linear: dict[int, int], rest: int) -> None:
+        """Solve ``Σ linear[s]·s + rest = 0`` so that no size can become negative.
+
+        With the positive terms on one side and the negative ones on the other, a side that is one
+        symbol is solved for it: what it equals is then a sum. Where both sides are sums they are
+        matched part by part, which asks more than the equation does.
+        """
+        left = {s: c for s, c in linear.items() if c > 0}
+        right = {s: -c for s, c in linear.items() if c < 0}
+        alone = [
+            (symbol, factor, other)
+            for side, other, with_rest in ((left, right, rest > 0), (right, left, rest < 0))
+            for symbol, factor in side.items()
+            if len(side) == 1 and not with_rest
+        ]
+        units = [one for one in alone if one[1] == 1]
+        if units or alone:
+            symbol, factor, other = max(units or alone, key=lambda one: one[0])
+            self._solve_for(symbol, factor, other, abs(rest))
+        elif rest == 0 and (pairs := self._pairs(left, right)):
+            for a, b in pairs:
+                self.impose({(a,): left[a], (b,): -right[b]})
         else:
             self.pin(sorted(linear), self.reason())
+
+    def _solve_for(self, symbol: int, factor: int, other: dict[int, int], rest: int) -> None:
+        """Solve ``factor·symbol = Σ other[s]·s + rest``: every part becomes a multiple."""
+        if rest % factor:
+            self.pin(sorted([symbol, *other]), self.reason())
+            return
+        value: Poly = constant(rest // factor)
+        for s, c in other.items():
+            unit = factor // math.gcd(factor, c)
+            if unit == 1:
+                value = add(value, {(s,): c // factor})
+                continue
+            if self.hints[s] % unit:  # the parts are not multiples in the model as given
+                self.pin(sorted([symbol, *other]), self.reason())
+                return
+        for s, c in other.items():
+            unit = factor // math.gcd(factor, c)
+            if unit > 1:
+                t = self.fresh(self.hints[s] // unit)
+                self._solve(s, {(t,): unit})
+                value = add(value, {(t,): c * unit // factor})
+        self._solve(symbol, value)
+
+    def _pairs(self, left: dict[int, int], right: dict[int, int]) -> list[tuple[int, int]]:
+        """The terms of two sums matched in order of age, if each is worth the same."""
+        if len(left) != len(right):
+            return []
+        pairs = list(zip(sorted(left), sorted(right), strict=True))
+        same = all(left[a] * self.hints[a] == right[b] * self.hints[b] for a, b in pairs)
+        return pairs if same else []
 
     def _solve(self, symbol: int, value: Poly) -> None:
         self.solution[symbol] = value

@@ -59,9 +59,7 @@ _logger = logging.getLogger(__name__)
 class Trainee(tune.Trainable):
     """A worker as Tune knows it; one process trains one trial after the other."""
 
-    def setup(  # type: ignore[override]
-        self, config: dict[str, Any], **shared: Any
-    ) -> None:
+    def setup(self, config: dict[str, Any], **shared: Any) -> None:
         """Take what all trials share, and the first trial."""
         self._worker = Worker(**shared)
         self.reset_config(config)

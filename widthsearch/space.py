@@ -269,9 +269,9 @@ class SearchSpace:
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             tensors[id(old)] = new
         model = clone(self.template, tensors)
-        for layer, module in model.named_modules():
-            if layer in self.trace.groups:
-                module.groups = _evaluate(self.trace.groups[layer], x)
+        for (layer, attribute), poly in self.trace.attributes.items():
+            setattr(model.get_submodule(layer), attribute, _evaluate(poly, x))
+        for module in model.modules():
             sync_attributes(module)
         if initialise and torch.device(device).type != "meta":
             if seed is None:

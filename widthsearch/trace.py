@@ -94,7 +94,7 @@ class Trace:
         axes: The free widths.
         pinned: The widths that are not free, each with its reason.
         shapes: Per parameter and buffer, its sizes as polynomials.
-        groups: Per convolution whose ``groups`` follows a width, that number.
+        attributes: Per module and attribute that repeats a size, its value.
         macs: Multiply-accumulates of one sample's forward pass in eval mode (half of what
             ``FlopCounterMode`` counts as FLOPs).
         params: Number of parameters.
@@ -108,7 +108,7 @@ class Trace:
     axes: tuple[TracedAxis, ...]
     pinned: tuple[Pinned, ...]
     shapes: Mapping[str, tuple[Poly, ...]]
-    groups: Mapping[str, Poly]
+    attributes: Mapping[tuple[str, str], Poly]
     macs: Poly
     params: Poly
     activations: Poly
@@ -156,6 +156,11 @@ def sync_attributes(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm) and weight is not None:
         module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.MultiheadAttention):
+        module.embed_dim = module.out_proj.weight.shape[0]
+        module.head_dim = module.embed_dim // module.num_heads
+        if module._qkv_same_embed_dim:
+            module.kdim = module.vdim = module.embed_dim
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
 
@@ -183,12 +188,14 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.used: set[int] = set()
         self.flops: dict[str, Poly] = {}
         self.activations: Poly = {}
+        self.fixed_in: set[str] = set()
         self.joins: list[tuple[Poly, list[tuple[Poly, int]]]] = []
 
     def reason(self) -> str:
         """Why an equation that is imposed now holds."""
         if self.of_input:
             return "input of the model"
+        self.fixed_in.add(self.layers[-1] if self.layers else "")
         return calling_line(_SKIP)
 
     def __torch_dispatch__(
@@ -292,61 +299,135 @@ def calling_line_of(error: BaseException) -> str:
 
 
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
-    """Run ``model`` once on symbolic widths.
+    """Run ``model`` on symbolic widths.
+
+    Modules keep sizes in attributes of their own (``self.hidden_dim``) and use them in forward,
+    which fixes a width. Where a run met that, it is run again with those attributes symbolic, and
+    what that frees is kept.
 
     Args:
-        model: Any module; neither it nor its tensors are changed, and their values are not read.
+        model: Any module; neither it nor its tensors are changed.
         input_shape: One sample's shape, e.g. ``(3, 224, 224)``.
 
     Raises:
         TraceError: The model cannot run on meta tensors; names the module and the operation.
     """
-    system = System()
-    symbols: dict[int, _Symbol] = {}
-    copies: dict[int, Tensor] = {}
-    sized: dict[str, Tensor] = {}
-    for module, layer, name, tensor in tensors_of(model):
-        shape: list[torch.SymInt | int] = []
-        convolution = isinstance(module, nn.modules.conv._ConvNd)
-        output = 1 if convolution and module.transposed else 0
-        for dim, n in enumerate(tensor.shape):
-            if n > 1 and not (convolution and dim > 1):
-                symbol = system.fresh(n)
-                makes = dim == output and tensor.dim() > 1
-                symbols[symbol] = _Symbol(layer, name, makes)
-                shape.append(size(system, {(symbol,): 1}))
-            else:
-                shape.append(n)
-        meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            meta = nn.Parameter(meta, requires_grad=False)
-        copies[id(tensor)] = sized[join(layer, name)] = meta
+    best = _Attempt(model, input_shape, frozenset())
+    tried: frozenset[tuple[str, str]] = frozenset()
+    while repeated := best.repeated_sizes() - tried:
+        tried |= repeated
+        try:
+            freer = _Attempt(model, input_shape, best.attributes | repeated)
+        except TraceError:  # the code needs a number there
+            continue
+        if freer.freedom > best.freedom:
+            best = freer
+    return best.collect()
 
-    symbolic = clone(model, copies)
-    groups: dict[str, Poly] = {}
-    for layer, module in symbolic.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels:
-            groups[layer] = {(system.fresh(module.groups),): 1}
-            module.groups = size(system, groups[layer])  # type: ignore[assignment]
-        sync_attributes(module)
 
-    with _no_fast_path():
-        run = _execute(symbolic, system, input_shape, train=False)
-        called = run.used
-        if any(id(tensor) not in called for tensor in sized.values()):
-            # Some layers run in training alone (auxiliary classifiers): let them say what they tie.
-            called = called | _execute(symbolic, system, input_shape, train=True).used
-    for symbol, where in symbols.items():
-        if id(sized[join(where.layer, where.tensor)]) not in called:
-            system.pin_value({(symbol,): 1}, "never used in forward")
-    for name, tensor in model.named_buffers():
-        if tensor.device.type != "meta" and tensor.numel() > 1 and tensor.min() != tensor.max():
-            for n in sized[name].shape if name in sized else ():
-                system.pin_value(poly_of(n), f"size of buffer {name!r}, whose content is fixed")
-    for poly in (run.activations, *run.flops.values()):
-        system.transparent(poly)
-    _lower_degree(system, run.flops)
-    return _collect(system, symbols, sized, groups, run)
+class _Attempt:
+    """A run with certain attributes symbolic, and all that it told."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        attributes: frozenset[tuple[str, str]],
+    ) -> None:
+        self.model, self.attributes = model, attributes
+        self.system = System()
+        self.symbols: dict[int, _Symbol] = {}
+        self.sized: dict[str, Tensor] = {}
+        self.values: dict[tuple[str, str], Poly] = {}
+        symbolic = self._symbolic()
+        with _no_fast_path():
+            self.run = _execute(symbolic, self.system, input_shape, train=False)
+            used = self.run.used
+            if any(id(tensor) not in used for tensor in self.sized.values()):
+                # Some layers run in training alone (auxiliary heads): let them say what they tie.
+                used = used | _execute(symbolic, self.system, input_shape, train=True).used
+        self._settle(used)
+
+    @property
+    def freedom(self) -> int:
+        """How many sizes of tensors are not fixed."""
+        values = (self.system.value(symbol) for symbol in self.symbols)
+        return sum(as_constant(value) is None for value in values)
+
+    def repeated_sizes(self) -> frozenset[tuple[str, str]]:
+        """Attributes of modules in which a width was fixed that have such a width's value."""
+        fixed = {self.system.hints[pin.symbol] for pin in self.system.pins} - {1}
+        return frozenset(
+            (layer, name)
+            for layer in self.run.fixed_in
+            for module in [self.model.get_submodule(layer)]
+            if not type(module).__module__.startswith("torch.nn.")
+            for name, value in vars(module).items()
+            if type(value) is int and value in fixed
+        )
+
+    def _symbolic(self) -> nn.Module:
+        """A copy of the model on meta tensors with symbolic sizes."""
+        copies: dict[int, Tensor] = {}
+        for module, layer, name, tensor in tensors_of(self.model):
+            fixed = name in module._buffers and _has_content(tensor)
+            convolution = isinstance(module, nn.modules.conv._ConvNd)
+            output = 1 if convolution and module.transposed else 0
+            shape: list[torch.SymInt | int] = []
+            for dim, n in enumerate(tensor.shape):
+                if n == 1 or fixed or (convolution and dim > 1):
+                    shape.append(n)
+                    continue
+                symbol = self.system.fresh(n)
+                self.symbols[symbol] = _Symbol(layer, name, dim == output and tensor.dim() > 1)
+                shape.append(size(self.system, {(symbol,): 1}))
+            meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                meta = nn.Parameter(meta, requires_grad=False)
+            copies[id(tensor)] = self.sized[join(layer, name)] = meta
+        symbolic = clone(self.model, copies)
+        chosen = set(self.attributes)
+        for layer, module in symbolic.named_modules():
+            depthwise = isinstance(module, nn.modules.conv._ConvNd) and (
+                1 < module.groups == module.in_channels
+            )
+            if depthwise:
+                chosen.add((layer, "groups"))
+        for layer, name in sorted(chosen):
+            module = symbolic.get_submodule(layer)
+            symbol = self.system.fresh(getattr(module, name))
+            self.values[layer, name] = {(symbol,): 1}
+            setattr(module, name, size(self.system, self.values[layer, name]))
+        for module in symbolic.modules():
+            sync_attributes(module)
+        return symbolic
+
+    def _settle(self, used: set[int]) -> None:
+        """Pin what is left open: what nothing read, what is in no tensor, what is not quadratic."""
+        system = self.system
+        for symbol, where in self.symbols.items():
+            if id(self.sized[join(where.layer, where.tensor)]) not in used:
+                system.pin_value({(symbol,): 1}, "never used in forward")
+        for poly in (self.run.activations, *self.run.flops.values()):
+            system.transparent(poly)
+        shaping = {s for symbol in self.symbols for s in symbols_of(system.value(symbol))}
+        for (layer, name), poly in self.values.items():
+            loose = symbols_of(system.canonical(poly)) - shaping
+            system.pin(sorted(loose), f"attribute {join(layer, name)!r}, which no tensor repeats")
+        for layer, poly in self.run.flops.items():
+            while high := [m for m in system.canonical(poly) if len(m) > 2]:
+                system.pin_value({(high[0][-1],): 1}, f"cost of {layer!r} is not quadratic in it")
+
+    def collect(self) -> Trace:
+        """What the run told, in terms of axes."""
+        return _collect(self.system, self.symbols, self.sized, self.values, self.run)
+
+
+def _has_content(buffer: Tensor) -> bool:
+    """Whether a buffer holds more than one value, so that it has no like at other sizes."""
+    if not buffer.is_floating_point():
+        return True
+    return buffer.device.type != "meta" and bool((buffer != buffer.flatten()[:1]).any())
 
 
 @contextmanager
@@ -406,18 +487,11 @@ def _tensors_in(out: Any) -> Iterator[Tensor]:
     return (x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor))
 
 
-def _lower_degree(system: System, polys: Mapping[str, Poly]) -> None:
-    """Pin symbols until every polynomial is at most quadratic (convolutions and linears are)."""
-    for layer, poly in polys.items():
-        while high := [m for m in system.canonical(poly) if len(m) > 2]:
-            system.pin_value({(high[0][-1],): 1}, f"cost of {layer!r} is not quadratic in it")
-
-
 def _collect(
     system: System,
     symbols: Mapping[int, _Symbol],
     sized: Mapping[str, Tensor],
-    groups: Mapping[str, Poly],
+    attributes: Mapping[tuple[str, str], Poly],
     run: _Run,
 ) -> Trace:
     owners: dict[int, list[int]] = {}  # free symbol -> the symbols that are a multiple of it
@@ -471,7 +545,7 @@ def _collect(
         axes=tuple(axes),
         pinned=_pinned(system, symbols),
         shapes={name: tuple(over_axes(poly_of(n)) for n in t.shape) for name, t in sized.items()},
-        groups={layer: over_axes(poly) for layer, poly in groups.items()},
+        attributes={where: over_axes(poly) for where, poly in attributes.items()},
         macs=_halved(over_axes(flops)),
         params=over_axes(params),
         activations=over_axes(run.activations),

@@ -26,12 +26,12 @@ from widthsearch.data import DeviceLoader, Task
 from widthsearch.devices import (
     Precision,
     autocast,
+    check_device,
     deterministic_cudnn,
     fixed_threads,
     pick_memory_format,
     seeded,
 )
-from widthsearch.devices import check_device as check_device
 from widthsearch.errors import DataError, StudyError
 
 CHECKPOINT = "training.ckpt"

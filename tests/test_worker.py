@@ -1,0 +1,148 @@
+"""A worker, in this process: every step is a report, and a restart loses at most an epoch."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ray import cloudpickle
+from torch import Tensor, nn
+
+from widthsearch.space import SearchSpace
+from widthsearch.training import EpochResult, Recipe, TrainingRun
+from widthsearch.worker import Worker
+
+RECIPE = Recipe(epochs=4, batch_size=32)
+
+
+def worker(folder: Path, space: SearchSpace | None = None, **changes: Any) -> Worker:
+    """A worker for the tiny space."""
+    shared: dict[str, Any] = {
+        "task": tiny.task(),
+        "space": cloudpickle.dumps(space or tiny.space()),
+        "recipe": RECIPE,
+        "device": "cpu",
+        "threads": 1,
+        "checkpoints": folder,
+    }
+    return Worker(**{**shared, **changes})
+
+
+def same(curve: tuple[EpochResult, ...], other: tuple[EpochResult, ...]) -> bool:
+    """Equal but for the time that it took."""
+    return [(r.epoch, r.loss, r.accuracy) for r in curve] == [
+        (r.epoch, r.loss, r.accuracy) for r in other
+    ]
+
+
+def test_a_restart_repeats_the_last_epoch_and_goes_on(tmp_path: Path) -> None:
+    """Whoever was killed, the numbers are those of a worker that never was."""
+    whole = worker(tmp_path / "whole")
+    whole.take(3, [4, 6], seed=5)
+    reports = [whole.step() for _ in range(4)]
+    assert [len(report.curve) for report in reports] == [1, 2, 3, 4]
+
+    first = worker(tmp_path)
+    first.take(3, [4, 6], seed=5)
+    first.step()
+    told = first.step()
+    again = worker(tmp_path)
+    again.take(3, [4, 6], seed=5)
+    assert again.step() == told
+    assert same(again.step().curve, reports[2].curve)
+    assert same(again.step().curve, reports[3].curve)
+
+
+def test_one_worker_trains_one_trial_after_the_other(tmp_path: Path) -> None:
+    """What it trained before makes no difference."""
+    reused, fresh = worker(tmp_path / "reused"), worker(tmp_path / "fresh")
+    reused.take(1, [8, 8], seed=1)
+    reused.step()
+    for each in (reused, fresh):
+        each.take(2, [4, 6], seed=5)
+    assert same(reused.step().curve, fresh.step().curve)
+
+
+@pytest.mark.parametrize("content", [None, b"nonsense"])
+def test_a_lost_or_damaged_checkpoint_restarts_the_trial(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    """And says so."""
+    (tmp_path / "3").mkdir()
+    if content is not None:
+        (tmp_path / "3" / "training.ckpt").write_bytes(content)
+    one = worker(tmp_path)
+    one.take(3, [4, 6], seed=5)
+    report = one.step()
+    assert len(report.curve) == 1
+    assert report.note.startswith("trial 3 starts from its first epoch: a checkpoint must be")
+    assert one.step().note == ""
+
+
+class Picky(nn.Module):
+    """Trains with more than two channels only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 4, 4) to (N, 4)."""
+        if self.training and torch.is_grad_enabled() and self.first.out_channels == 2:
+            raise RuntimeError("two are\ntoo few")
+        return self.fc(self.first(x).mean((2, 3)))
+
+
+def test_what_a_network_raises_is_reported(tmp_path: Path) -> None:
+    """In one line, with all of it beside; the worker goes on to the next trial."""
+    one = worker(tmp_path, SearchSpace.from_model(Picky, (1, 4, 4), step=2))
+    one.take(0, [2], seed=0)
+    report = one.step()
+    assert report.failure == "RuntimeError: two are"
+    assert report.traceback.startswith("Traceback")
+    one.take(1, [4], seed=0)
+    assert one.step().failure is None
+
+
+def test_a_space_that_cannot_be_unpickled_is_reported(tmp_path: Path) -> None:
+    """As the trial's failure, with the reason."""
+    one = worker(tmp_path, space=None)
+    one._pickled = b"cnowhere\nthing\n."
+    one.take(0, [4, 4], seed=0)
+    assert one.step().failure == "ModuleNotFoundError: No module named 'nowhere'"
+
+
+def test_a_full_disk_is_not_the_candidates_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a device that is not there; other errors of the system may be."""
+
+    def full(self: TrainingRun, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def denied(self: TrainingRun, folder: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    one = worker(tmp_path)
+    one.take(0, [4, 4], seed=0)
+    monkeypatch.setattr(TrainingRun, "save", full)
+    assert str(one.step().broken).startswith("No space left on device for the checkpoint '")
+    monkeypatch.setattr(TrainingRun, "save", denied)
+    assert one.step().failure == "PermissionError: [Errno 13] Permission denied"
+    nowhere = worker(tmp_path, device="cuda:77")
+    nowhere.take(0, [4, 4], seed=0)
+    assert "cuda:77" in str(nowhere.step().broken)
+
+
+def test_reports_travel_between_processes(tmp_path: Path) -> None:
+    """They are plain values."""
+    one = worker(tmp_path)
+    one.take(0, [4, 4], seed=0)
+    report = one.step()
+    assert pickle.loads(pickle.dumps(report)) == report
