@@ -1,13 +1,16 @@
-"""Hypothesis strategies and small models that several tests share."""
+"""Hypothesis strategies, small models and counters that several tests share."""
 
 from __future__ import annotations
 
+import operator
+import random
 from functools import cache
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Axis
@@ -131,3 +134,19 @@ def axes(draw: st.DrawFn) -> Axis:
 def widths_of(draw: st.DrawFn, space: SearchSpace) -> tuple[int, ...]:
     """Widths on a space's grid."""
     return tuple(draw(st.sampled_from(axis.grid)) for axis in space.axes)
+
+
+def counted_flops(net: nn.Module, input_shape: tuple[int, ...], device: str = "cpu") -> int:
+    """What torch counts for one sample."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(torch.zeros(1, *input_shape, device=device))
+    return counter.get_total_flops()
+
+
+def random_widths(space: SearchSpace, seed: int, mixed: int = 3) -> list[list[int]]:
+    """Vectors on the grid: one narrower, one wider, and the rest mixed."""
+    rng = random.Random(seed)
+    return [
+        [rng.choice([w for w in axis.grid if within(w, axis.base)]) for axis in space.axes]
+        for within in (operator.le, operator.ge, *[lambda _w, _b: True] * mixed)
+    ]

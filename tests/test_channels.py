@@ -4,32 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
-from strategies import space_of
+from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import gate_gradients, positions, readers
+from widthsearch.channels import find_channels, gate_gradients, unit_sums
 
 
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
     """The second part starts where the first ends, at any widths."""
     space = space_of("Concatenated")
-    widths = space.widths({"stem": 6, "grow": 3})
-    where = positions(space.trace, space.trace.shapes["last.weight"][1], widths)
-    assert where is not None
-    assert where[0].tolist() == [[i] for i in range(6)]
-    assert where[1].tolist() == [[6], [7], [8]]
+    channels = find_channels(space, space.widths({"stem": 6, "grow": 3}))
+    assert channels.units == (6, 3, 16)
+    for key, dim in (("last.weight", 1), ("bn.weight", 0), ("bn.running_var", 0)):
+        assert channels.axis[key, dim].tolist() == [0] * 6 + [1] * 3
+        assert channels.unit[key, dim].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
 
 
 def test_channels_of_a_flatten_are_blocks() -> None:
     """(N, C, 4, 4) flattens to 16 consecutive elements a channel."""
     space = space_of("Plain")
-    where = positions(space.trace, space.trace.shapes["fc.weight"][1], space.base)
-    assert where is not None
-    assert np.array_equal(where[1], np.arange(16 * 16).reshape(16, 16))
+    channels = find_channels(space, space.base)
+    assert channels.unit["fc.weight", 1].tolist() == [i // 16 for i in range(256)]
+
+
+def test_a_unit_of_grouped_channels_is_one_of_each_group() -> None:
+    """Four groups of four: channel 0 goes with 4, 8 and 12."""
+    space = space_of("Grouped")
+    channels = find_channels(space, space.base)
+    assert channels.units == (4, 6, 8)
+    assert channels.unit["stem.weight", 0].tolist() == [0, 1, 2, 3] * 4
+    assert channels.unit["grouped.weight", 0].tolist() == [0, 1, 2, 3, 4, 5] * 4
+    assert channels.unit["grouped.weight", 1].tolist() == [0, 1, 2, 3]
+    assert channels.unit["last.weight", 1].tolist() == [0, 1, 2, 3, 4, 5] * 4
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_position_has_its_owner(name: str) -> None:
+    """Nothing is unknown, and every unit has as many positions as the shape says."""
+    space = space_of(name)
+    channels = find_channels(space, space.base)
+    assert channels.unknown == frozenset()
+    assert all((axes >= 0).all() for axes in channels.axis.values())
 
 
 # Per model and reading layer: per axis, its slice of the layer's input channels.
@@ -74,9 +92,9 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
         modules[layer].register_forward_pre_hook(gated(where))
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(x), torch.arange(16) % 10).backward()
-    ours = gate_gradients(space, space.base, model)
-    for gate, gradient in zip(gates, ours, strict=True):
+    channels = find_channels(space, space.base)
+    for i, (gate, gradient) in enumerate(zip(gates, gate_gradients(channels, model), strict=True)):
         assert gate.grad is not None
-        assert torch.allclose(gate.grad, gradient.double(), rtol=1e-5, atol=1e-8)
+        expected = unit_sums(channels, *space.trace.axes[i].maker, gate.grad)[i]
+        assert torch.allclose(expected, gradient.double(), rtol=1e-5, atol=1e-8)
         assert bool(gate.grad.any())
-    assert {reader.layer for reader in readers(space, space.base)} == set(GATES[name])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from strategies import MODELS, space_of
 
+from widthsearch.channels import find_channels, gate_gradients
 from widthsearch.data import Augmentation, Split, Task
 from widthsearch.proposers import PROPOSERS, Proposal, Random, Sensitivity, Uniform
 from widthsearch.proposers.sensitivity import balanced, remove_by_score
@@ -124,8 +125,6 @@ def test_dead_channels_go_first() -> None:
         model.conv2.weight[:, :12] = 0
     x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.nn.functional.cross_entropy(model(x), torch.arange(20) % 10).backward()
-    from widthsearch.channels import gate_gradients
-
-    inner = gate_gradients(space, space.base, model)[1]
+    inner = gate_gradients(find_channels(space, space.base), model)[1]
     assert not bool(inner[:12].any())
     assert bool((inner[12:] != 0).all())

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import MODELS, Residual, space_of, spaces, widths_of
+from strategies import (
+    MODELS,
+    Residual,
+    counted_flops,
+    random_widths,
+    space_of,
+    spaces,
+    widths_of,
+)
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.space import SearchSpace, default_step, load_space
@@ -37,37 +44,24 @@ TORCHVISION = {
     "squeezenet1_1": 64,
     "mnasnet0_5": 64,
     "convnext_tiny": 64,
+    "shufflenet_v2_x1_0": 64,
+    "googlenet": 64,
+    "vit_b_16": 224,
+    "swin_t": 64,
 }
-EVERY = """
-resnet34 resnet101 resnet152 resnext101_32x8d resnext101_64x4d wide_resnet101_2 vgg11_bn
-vgg13 vgg13_bn vgg16 vgg19 vgg19_bn efficientnet_b1 efficientnet_b2 efficientnet_b3
-efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_m
-efficientnet_v2_l regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf
-regnet_x_32gf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf
-regnet_y_32gf regnet_y_128gf densenet161 densenet169 densenet201 squeezenet1_0
-mnasnet0_75 mnasnet1_0 mnasnet1_3 convnext_small convnext_base convnext_large alexnet
-googlenet
-""".split()  # noqa: SIM905 - one name a line is a long file
+SIDES = {"vit": 224, "maxvit": 224, "inception_v3": 160}
+"""The inputs of models that do not take every size."""
 
 
-def counted_flops(net: nn.Module, input_shape: tuple[int, ...], device: str = "cpu") -> int:
-    """What torch counts for one sample."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net.eval()(torch.zeros(1, *input_shape, device=device))
-    return counter.get_total_flops()
-
-
-def random_widths(space: SearchSpace, seed: int) -> list[list[int]]:
-    """Three vectors: narrower, wider, and mixed."""
-    rng = random.Random(seed)
-    return [
-        [rng.choice([w for w in axis.grid if within(w, axis.base)]) for axis in space.axes]
-        for within in (lambda w, b: w <= b, lambda w, b: w >= b, lambda w, b: True)
-    ]
+def every_other_model() -> list[str]:
+    """The torchvision classification models that are not among the above: 80 in all."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    assert len(names) >= 80
+    return [name for name in names if name not in TORCHVISION]
 
 
 def check_torchvision(name: str, side: int, backward_on: str) -> None:
-    """Three random networks run forward and backward and cost what the space says."""
+    """Five random networks run forward and backward and cost what the space says."""
     space = load_space(f"torchvision:{name}", (3, side, side))
     for widths in random_widths(space, seed=len(name)):
         cost = space.cost(widths)
@@ -88,10 +82,11 @@ def test_torchvision_models_are_exact(name: str, side: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", every_other_model())
 def test_every_other_torchvision_model_is_exact(name: str) -> None:
-    """All other models of these families."""
-    check_torchvision(name, 96, "meta")
+    """All 80 classification models."""
+    side = next((side for prefix, side in SIDES.items() if name.startswith(prefix)), 96)
+    check_torchvision(name, side, "meta")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])

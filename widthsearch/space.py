@@ -268,11 +268,7 @@ class SearchSpace:
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             tensors[id(old)] = new
-        model = clone(self.template, tensors)
-        for (layer, attribute), poly in self.trace.attributes.items():
-            setattr(model.get_submodule(layer), attribute, _evaluate(poly, x))
-        for module in model.modules():
-            sync_attributes(module)
+        model = self.substituted(tensors, lambda poly: _evaluate(poly, x))
         if initialise and torch.device(device).type != "meta":
             if seed is None:
                 self._initialise(model)
@@ -281,6 +277,20 @@ class SearchSpace:
                     torch.manual_seed(seed)
                     self._initialise(model)
         return model.train()
+
+    def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
+        """The template with other tensors, and its attributes set to fit them.
+
+        Args:
+            tensors: For the id of each of the template's tensors, the one to put in its place.
+            value: What an attribute with this polynomial is set to.
+        """
+        model = clone(self.template, tensors)
+        for (layer, attribute), poly in self.trace.attributes.items():
+            setattr(model.get_submodule(layer), attribute, value(poly))
+        for module in model.modules():
+            sync_attributes(module)
+        return model
 
     def _initialise(self, model: nn.Module) -> None:
         self.scheme.apply(model)

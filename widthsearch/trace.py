@@ -33,7 +33,7 @@ _SKIP = tuple(
     for name in ("torch", "widthsearch")
     if (spec := importlib.util.find_spec(name)) and spec.origin
 )
-_BATCH_NORMS = frozenset(
+BATCH_NORMS = frozenset(
     getattr(aten, name)
     for name in (
         "native_batch_norm",
@@ -59,12 +59,14 @@ class TracedAxis:
         unit: Channels per unit of the polynomials' variable; widths are multiples of it
             (groups of a grouped convolution, heads).
         layers: Every layer with a tensor whose shape depends on the axis.
+        maker: The tensor and the dim that the axis is named after.
     """
 
     name: str
     base: int
     unit: int
     layers: tuple[str, ...]
+    maker: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,6 @@ class Trace:
         activations: Output elements of every operation that multiplies (convolutions, matrix
             products) for one sample; "activations" of Radosavovic et al. 2020 (RegNet, section 2).
         layer_macs: The MACs of each layer.
-        layouts: How sizes that are made of several parts are laid out: for a size, its parts in
-            order, each with the number of consecutive elements that one channel has.
     """
 
     axes: tuple[TracedAxis, ...]
@@ -113,7 +113,6 @@ class Trace:
     params: Poly
     activations: Poly
     layer_macs: Mapping[str, Poly]
-    layouts: tuple[tuple[Poly, tuple[tuple[Poly, int], ...]], ...]
 
 
 def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -171,6 +170,7 @@ class _Symbol:
 
     layer: str
     tensor: str
+    dim: int
     makes: bool
     """Whether it is the output width of a layer's weight."""
 
@@ -189,7 +189,6 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: dict[str, Poly] = {}
         self.activations: Poly = {}
         self.fixed_in: set[str] = set()
-        self.joins: list[tuple[Poly, list[tuple[Poly, int]]]] = []
 
     def reason(self) -> str:
         """Why an equation that is imposed now holds."""
@@ -213,7 +212,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
             args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
-        if packet in _BATCH_NORMS:
+        if packet in BATCH_NORMS:
             return self._batch_norm(len(func._schema.returns), *args)
         if packet is aten.convolution:
             self._convolution(*args)
@@ -222,12 +221,6 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if packet in flop_registry:
             self._count(flop_registry[packet](*args, **kwargs, out_val=out), out)
-        elif packet is aten.cat:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            parts = [(poly_of(x.shape[dim]), 1) for x in args[0]]
-            self.joins.append((poly_of(out.shape[dim]), parts))
-        elif packet in (aten.view, aten._unsafe_view, aten.reshape):
-            self._flatten(args[0].shape, out.shape)
         return out
 
     def _convolution(self, _x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
@@ -252,21 +245,6 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops[layer] = add(self.flops.get(layer, {}), poly_of(flops))
         first = out if isinstance(out, Tensor) else out[0]
         self.activations = add(self.activations, poly_of(first.numel()))
-
-    def _flatten(self, before: torch.Size, after: torch.Size) -> None:
-        """Note (N, C, H, W) → (N, C·H·W): each channel becomes H·W consecutive elements."""
-        if len(before) <= len(after) or len(after) < 2:
-            return
-        inner = 1
-        for n in before[2:]:
-            value = as_constant(self.system.canonical(poly_of(n)))
-            if value is None:
-                return
-            inner *= value
-        channels = poly_of(before[1])
-        merged = poly_of(after[1])
-        if merged == multiply(channels, constant(inner)) and inner > 1:
-            self.joins.append((merged, [(channels, inner)]))
 
 
 @contextmanager
@@ -340,12 +318,11 @@ class _Attempt:
         self.sized: dict[str, Tensor] = {}
         self.values: dict[tuple[str, str], Poly] = {}
         symbolic = self._symbolic()
-        with _no_fast_path():
-            self.run = _execute(symbolic, self.system, input_shape, train=False)
-            used = self.run.used
-            if any(id(tensor) not in used for tensor in self.sized.values()):
-                # Some layers run in training alone (auxiliary heads): let them say what they tie.
-                used = used | _execute(symbolic, self.system, input_shape, train=True).used
+        self.run = _execute(symbolic, self.system, input_shape, train=False)
+        used = self.run.used
+        if any(id(tensor) not in used for tensor in self.sized.values()):
+            # Some layers run in training alone (auxiliary heads): let them say what they tie.
+            used = used | _execute(symbolic, self.system, input_shape, train=True).used
         self._settle(used)
 
     @property
@@ -379,7 +356,7 @@ class _Attempt:
                     shape.append(n)
                     continue
                 symbol = self.system.fresh(n)
-                self.symbols[symbol] = _Symbol(layer, name, dim == output and tensor.dim() > 1)
+                self.symbols[symbol] = _Symbol(layer, name, dim, dim == output and tensor.dim() > 1)
                 shape.append(size(self.system, {(symbol,): 1}))
             meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
             if isinstance(tensor, nn.Parameter):
@@ -441,6 +418,18 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
+    """Run a model whose tensors are on the meta device under a dispatch mode."""
+    with (
+        _no_fast_path(),
+        torch.device("meta"),
+        enable_python_dispatcher(),
+        torch.no_grad(),
+        mode,
+    ):
+        return model(x)
+
+
 def _execute(
     symbolic: nn.Module, system: System, input_shape: tuple[int, ...], *, train: bool
 ) -> _Run:
@@ -453,14 +442,8 @@ def _execute(
         hooks.append(module.register_forward_pre_hook(_entering(run, layer)))
         hooks.append(module.register_forward_hook(_leaving(run)))
     symbolic.train(train)
-    with (
-        _explained(symbolic, run),
-        torch.device("meta"),
-        enable_python_dispatcher(),
-        torch.no_grad(),
-        run,
-    ):
-        out = symbolic(x)
+    with _explained(symbolic, run):
+        out = run_on_meta(symbolic, x, run)
     for hook in hooks:
         hook.remove()
     for tensor in _tensors_in(out):
@@ -518,7 +501,9 @@ def _collect(
         count = sum(axis.name.split("#")[0] == name for axis in axes)
         name = f"{name}#{count + 1}" if count else name
         unit = system.value(namer).get((free,), 1) if namer in owners.get(free, ()) else 1
-        axes.append(TracedAxis(name, system.hints[free] * unit, unit, tuple(layers[free])))
+        maker = join(where.layer, where.tensor), where.dim
+        base = system.hints[free] * unit
+        axes.append(TracedAxis(name, base, unit, tuple(layers[free]), maker))
 
     index = {free: i for i, (_, free) in enumerate(ordered)}
 
@@ -536,11 +521,6 @@ def _collect(
             for n in tensor.shape:
                 count_ = multiply(count_, poly_of(n))
             params = add(params, count_)
-    layouts = {
-        tuple(sorted(key.items())): (key, tuple((over_axes(part), k) for part, k in parts))
-        for whole, parts in run.joins
-        if any(key := over_axes(whole))
-    }
     return Trace(
         axes=tuple(axes),
         pinned=_pinned(system, symbols),
@@ -550,7 +530,6 @@ def _collect(
         params=over_axes(params),
         activations=over_axes(run.activations),
         layer_macs={layer: _halved(over_axes(poly)) for layer, poly in run.flops.items()},
-        layouts=tuple(layouts.values()),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from widthsearch.channels import gate_gradients
+from widthsearch.channels import find_channels, gate_gradients
 from widthsearch.data import DeviceLoader, Split, Task
 from widthsearch.proposers.protocol import Proposal
 from widthsearch.space import SearchSpace
@@ -66,8 +66,12 @@ class Sensitivity:
             # Train mode: before training, batch norm's running statistics say nothing. The gates
             # stand after it, so that it does not undo them.
             F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        gradients = gate_gradients(space, space.base, model)
-        return [g.abs().double().cpu().numpy() for g in gradients]
+        gradients = gate_gradients(find_channels(space, space.base), model)
+        # A unit's saliency is shared by its channels (those that only go together).
+        return [
+            np.repeat(g.abs().double().cpu().numpy() / axis.unit, axis.unit)
+            for g, axis in zip(gradients, space.trace.axes, strict=True)
+        ]
 
 
 def balanced(
