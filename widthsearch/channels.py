@@ -498,25 +498,30 @@ def find_channels(space: SearchSpace, widths: Widths) -> Channels:
         copies[id(tensor)] = meta
     symbolic = space.substituted(copies, lambda poly: size(system, poly)).eval()
     run_on_meta(symbolic, torch.empty((1, *space.input_shape), device="meta"), run)
-    axis_of: dict[int, tuple[int, int]] = {}
-    units = []
-    for i, axis in enumerate(space.trace.axes):
-        roots = elements.find(own[axis.maker])
-        classes = list(dict.fromkeys(roots.tolist()))
-        units.append(widths.vector[i] // axis.unit)
-        if len(classes) == units[-1]:
-            axis_of.update({root: (i, u) for u, root in enumerate(classes)})
+    units = [w // a.unit for w, a in zip(widths.vector, space.trace.axes, strict=True)]
+    unit_of: list[dict[int, int]] = []  # per axis, the unit that a representative stands for
+    for axis, count in zip(space.trace.axes, units, strict=True):
+        classes = dict.fromkeys(elements.find(own[axis.maker]).tolist())
+        numbered = {root: u for u, root in enumerate(classes)}
+        unit_of.append(numbered if len(numbered) == count else {})
     axes: dict[tuple[str, int], NDArray[np.int64]] = {}
     unit: dict[tuple[str, int], NDArray[np.int64]] = {}
     unknown: set[int] = set()
     for (key, dim), made in own.items():
-        found = np.array([axis_of.get(root, (-1, -1)) for root in elements.find(made).tolist()])
+        length = space.trace.shapes[key][dim]
+        owners = sorted(symbols_of(length))
+        found = np.full((len(made), 2), -1)
+        for position, root in enumerate(elements.find(made).tolist()):
+            for number in owners:
+                if root in unit_of[number]:
+                    found[position] = number, unit_of[number][root]
         axes[key, dim], unit[key, dim] = found.T
-        shape = space.trace.shapes[key][dim]
-        for number in symbols_of(shape):
+        for number in owners:
             counts = np.bincount(found[found[:, 0] == number, 1], minlength=units[number])
-            if (counts != shape.get((number,), 0)).any():
+            if (counts != length.get((number,), 0)).any():
                 unknown.add(number)
+    for i, a in enumerate(unit_of):  # a channel of one axis that is also one of another's
+        unknown.update(n for k, b in enumerate(unit_of[:i]) if a.keys() & b.keys() for n in (i, k))
     return Channels(widths, tuple(units), axes, unit, run.readers, frozenset(unknown))
 
 

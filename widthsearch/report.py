@@ -46,8 +46,8 @@ def space_tables(space: SearchSpace) -> Group:
     )
     axes.add_column("axis")
     for column in ("base", "least", "most", "step", "MACs"):
-        axes.add_column(column, justify="right")
-    axes.add_column("layers", no_wrap=True, overflow="ellipsis")
+        axes.add_column(column, justify="right", no_wrap=True)
+    axes.add_column("layers")
     for axis, share in zip(space.axes, shares, strict=True):
         axes.add_row(
             Text(axis.name),
@@ -59,7 +59,8 @@ def space_tables(space: SearchSpace) -> Group:
     base = [axis.base // axis.unit for axis in space.trace.axes]
     pinned = Table(title="pinned")
     for column in ("width of", "size", "MACs", "reason", "layers"):
-        pinned.add_column(column, justify="right" if column in ("size", "MACs") else "left")
+        counted = column in ("size", "MACs")
+        pinned.add_column(column, justify="right" if counted else "left", no_wrap=counted)
     for pin in space.pinned:
         macs = sum(_at(layer_macs.get(layer, {}), base) for layer in pin.layers)
         pinned.add_row(
@@ -114,8 +115,14 @@ def _at(poly: Mapping[tuple[int, ...], int], x: Sequence[int]) -> int:
     return sum(c * int(np.prod([x[i] for i in m], dtype=np.int64)) for m, c in poly.items())
 
 
-def _shown(layers: Sequence[str]) -> str:
-    return f"{len(layers)}: {', '.join(layer or '(model)' for layer in layers)}"
+def _shown(layers: Sequence[str], room: int = 30) -> str:
+    """How many layers there are, and as many of their names as there is room for."""
+    names = [layer or "(model)" for layer in layers]
+    shown = names[:1]
+    while len(shown) < len(names) and len(", ".join([*shown, names[len(shown)]])) <= room:
+        shown.append(names[len(shown)])
+    more = ", …" if len(shown) < len(names) else ""
+    return f"{len(names)}: {', '.join(shown)}{more}"
 
 
 # -- fronts ----------------------------------------------------------------------------------

@@ -370,6 +370,9 @@ def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
     try:
         if ours:
             search.notify("starting Ray" if address is None else f"joining Ray at {address}")
+            # A terminal sends Ctrl-C to all processes of the driver's group. Were Ray's among them,
+            # leaving it would wait a minute for them; so they are born with SIGINT blocked.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 ray.init(
                     address=address or "local",
@@ -383,7 +386,9 @@ def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
                 raise StudyError(
                     f"the Ray cluster at {address!r} cannot be joined: {one_line(error)}"
                 ) from error
-            interrupts.install()
+            finally:
+                interrupts.install()
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _check_resources(config.resources.cpu, config.resources.gpu)
         yield ours
     finally:
