@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -10,7 +11,9 @@ from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels, gate_gradients, unit_sums
+from widthsearch.channels import find_channels, gate_gradients, inherit, masked, unit_sums
+from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.space import SearchSpace, load_space
 
 
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
@@ -98,3 +101,157 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
         expected = unit_sums(channels, *space.trace.axes[i].maker, gate.grad)[i]
         assert torch.allclose(expected, gradient.double(), rtol=1e-5, atol=1e-8)
         assert bool(gate.grad.any())
+
+
+def random_keep(space: SearchSpace, only: str, seed: int) -> dict[str, list[int]]:
+    """Channels to keep: a random number on each axis's grid, of random units."""
+    rng = random.Random(seed)
+    channels = find_channels(space, space.base)
+    keep = {}
+    for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
+        if i in channels.unknown or only not in axis.name:
+            continue
+        width = rng.choice([w for w in axis.grid if w <= axis.base])
+        units = set(rng.sample(range(channels.units[i]), width // traced.unit))
+        of_channel = channels.unit[traced.maker].tolist()
+        keep[axis.name] = [c for c, unit in enumerate(of_channel) if unit in units]
+    return keep
+
+
+def unsettle(model: nn.Module) -> None:
+    """Give every norm statistics and weights of its own, and every zero weight a value."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in [*model.parameters(), *model.buffers()]:
+            if p.is_floating_point() and p.dim() == 1:
+                p.uniform_(0.5, 1.5, generator=generator)
+            elif p.is_floating_point() and not p.any():
+                p.normal_(0, 0.02, generator=generator)
+
+
+def check_inheritance(space: SearchSpace, only: str = "") -> None:
+    """Masking channels in the full network and cutting them out give the same output."""
+    keep = random_keep(space, only, seed=0)
+    assert keep
+    model = space.build(space.base, seed=0).eval()
+    unsettle(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, *space.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model(x)
+        with masked(space, model, keep):
+            expected = model(x)
+        narrow = inherit(space, model, keep)
+        found = narrow(x)
+    scale = expected.abs().max()
+    assert scale > 0
+    assert ((found - expected).abs().max() / scale).item() <= 1e-5
+    assert not torch.allclose(full, expected, rtol=1e-3)  # the channels did something
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    counts = {name: len(channels) for name, channels in keep.items()}
+    assert sum(p.numel() for p in narrow.parameters()) == space.cost(counts).params
+
+
+class Normed(nn.Module):
+    """Layer norm over channels, and group norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.group = nn.GroupNorm(4, 16)
+        self.linear = nn.Linear(16, 24)
+        self.layer = nn.LayerNorm(24)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = F.gelu(self.group(self.stem(x)))
+        return self.fc(self.layer(self.linear(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_masking_and_cutting_agree(name: str) -> None:
+    """On every kind of small network."""
+    check_inheritance(space_of(name))
+
+
+def test_norms_over_channels_leave_the_masked_out() -> None:
+    """Layer and group norms compute their statistics over what is kept."""
+    check_inheritance(SearchSpace.from_model(Normed, (3, 8, 8), least=0.5))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_masking_and_cutting_agree_on_torchvision_models(name: str) -> None:
+    """Residual streams, squeeze-excite and depthwise, channel shuffle."""
+    check_inheritance(load_space(f"torchvision:{name}", (3, 64, 64)))
+
+
+LARGE = {
+    "resnext50_32x4d": 64,
+    "wide_resnet50_2": 64,
+    "regnet_x_400mf": 64,
+    "regnet_y_400mf": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "densenet121": 64,
+    "squeezenet1_1": 64,
+    "vgg11_bn": 64,
+    "mnasnet0_5": 64,
+    "mobilenet_v2": 64,
+    "googlenet": 64,
+    "inception_v3": 299,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "maxvit_t": 224,
+    "vit_b_16": 224,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), LARGE.items())
+def test_masking_and_cutting_agree_on_every_family(name: str, side: int) -> None:
+    """One model of each family; of ViT the MLPs, since its heads' width is in its softmax."""
+    only = "mlp" if name.startswith("vit") else ""
+    check_inheritance(load_space(f"torchvision:{name}", (3, side, side)), only)
+
+
+def test_what_is_kept_must_fit() -> None:
+    """Whole units of axes that exist, on the grid."""
+    grouped = space_of("Grouped")
+    model = grouped.build(1.0)
+    for keep, message in {
+        "axis": ({"nothing": [0]}, "has no axis 'nothing'"),
+        "channel": ({"stem": [16]}, "has channels 0 to 15, but 16 was to be kept"),
+        "unit": ({"stem": [0, 1, 2, 3]}, "go in units of 4 \\(groups or heads\\), but unit 0"),
+    }.values():
+        with pytest.raises(WidthsError, match=message):
+            inherit(grouped, model, keep)
+    residual = space_of("Residual")
+    with pytest.raises(WidthsError, match="takes multiples of 2, but was given 3"):
+        inherit(residual, residual.build(1.0), {"stem": [0, 1, 2]})
+
+
+class Padded(nn.Module):
+    """A parameter-free shortcut pads the narrower stream (He et al. 2016, option A)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(3, 8, 1)
+        self.wide = nn.Conv2d(8, 16, 1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = self.narrow(x)
+        y = self.wide(x)
+        x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        return self.fc((x + y).mean((2, 3)))
+
+
+def test_channels_that_two_axes_share_cannot_be_cut() -> None:
+    """Widths are free of each other, but channel i of one is channel i of the other."""
+    space = SearchSpace.from_model(Padded, (3, 8, 8))
+    assert find_channels(space, space.base).unknown == {0, 1}
+    with pytest.raises(SpaceError, match="cannot be told apart"):
+        inherit(space, space.build(1.0), {"narrow": [0, 1, 2, 3]})

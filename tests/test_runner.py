@@ -180,6 +180,23 @@ def test_resources_that_no_machine_has_are_named(ray_here: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:1", "the Ray cluster at '127.0.0.1:1' cannot be reached: Connection refused"),
+        ("ray://127.0.0.1:1", "ray_address must be a cluster's own address such as"),
+        ("somewhere", "ray_address must be a cluster's own address such as"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_named(address: str, said: str, tmp_path: Path) -> None:
+    """In one line, and at once."""
+    study = Study(tiny.config(ray_address=address), tiny.space(), tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError) as caught:
+        study.run()
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
 DRIVER = """
 import sys
 

@@ -9,21 +9,27 @@ removed together. A unit is a channel, or as many channels as the axis has group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widthsearch.polynomials import System, as_constant, symbols_of
-from widthsearch.space import SearchSpace
+from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.polynomials import System, as_constant, divide, symbols_of
 from widthsearch.symbolic import poly_of, size
 from widthsearch.trace import BATCH_NORMS, join, run_on_meta, tensors_of
 from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.space import SearchSpace
 
 aten = torch.ops.aten
 
@@ -55,10 +61,15 @@ class Channels:
 
 
 class _Elements:
-    """Elements, and which of them are one (union-find)."""
+    """Elements, and which of them are one (union-find).
+
+    Attributes:
+        wandering: Elements whose place depends on the widths.
+    """
 
     def __init__(self) -> None:
         self.parent = np.empty(0, np.int64)
+        self.wandering: list[NDArray[np.int64]] = []
 
     def new(self, count: int) -> NDArray[np.int64]:
         """So many new elements."""
@@ -79,20 +90,13 @@ class _Elements:
     def unite(self, a: Field, b: Field) -> None:
         """Make elements at the same place one; -1 is no element."""
         a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
-        pairs = torch.stack([a.reshape(-1), b.reshape(-1)])
-        pairs = pairs[:, (pairs >= 0).all(0)]
-        if pairs.shape[1] == 0:
-            return
-        for x, y in torch.unique(pairs, dim=1).T.tolist():
-            i, j = self._root(x), self._root(y)
-            if i != j:
-                self.parent[max(i, j)] = min(i, j)
-
-    def _root(self, x: int) -> int:
-        while self.parent[x] != x:
-            self.parent[x] = self.parent[self.parent[x]]
-            x = int(self.parent[x])
-        return x
+        x, y = a.reshape(-1).numpy(), b.reshape(-1).numpy()
+        both = (x >= 0) & (y >= 0)
+        x, y = self.find(x[both]), self.find(y[both])
+        while (apart := x != y).any():
+            x, y = x[apart], y[apart]
+            np.minimum.at(self.parent, np.maximum(x, y), np.minimum(x, y))
+            x, y = self.find(x), self.find(y)
 
 
 def _hinted(value: Any) -> Any:
@@ -284,6 +288,10 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for vector in args[1:3]:
                 if isinstance(vector, Tensor):
                     self._meet(args[0], vector, 1)
+            channels = self.along(args[0], 1)
+            if channels is not None:  # one can only go from all groups at once
+                grouped = channels.view(args[6], -1)
+                self.elements.unite(grouped, grouped[:1])
             self.put(out[0], self.of(args[0]))
         elif packet is aten.native_layer_norm:
             for vector in args[2:4]:
@@ -380,6 +388,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = func._schema.name.split("::")[1]
             if name in ("view", "_unsafe_view"):
                 moved: Any = full.reshape(_shape(out))
+                self._check_split(field, x, out)
             elif name in ("alias", "detach", "clone", "contiguous", "lift_fresh"):
                 moved = full
             else:
@@ -395,6 +404,13 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 fields.append(self._rigid(part, o))
         for o, fields in zip(outputs, collected, strict=True):
             self.put(o, fields)
+
+    def _check_split(self, field: Field, x: Tensor, out: Tensor) -> None:
+        """Parts of a sum that is split evenly cross the seams as their widths change."""
+        for dim in _varies(field):
+            whole = poly_of(x.shape[dim])
+            if len(whole) > 1 and all(divide(poly_of(n), whole) is None for n in out.shape):
+                self.elements.wandering.append(field.reshape(-1).numpy())
 
     def _rigid(self, field: Field, tensor: Tensor) -> Field:
         """Along a dim whose size is fixed nothing can go alone: all along it is one."""
@@ -499,19 +515,16 @@ def find_channels(space: SearchSpace, widths: Widths) -> Channels:
     symbolic = space.substituted(copies, lambda poly: size(system, poly)).eval()
     run_on_meta(symbolic, torch.empty((1, *space.input_shape), device="meta"), run)
     units = [w // a.unit for w, a in zip(widths.vector, space.trace.axes, strict=True)]
-    unit_of: list[dict[int, int]] = []  # per axis, the unit that a representative stands for
-    for axis, count in zip(space.trace.axes, units, strict=True):
-        classes = dict.fromkeys(elements.find(own[axis.maker]).tolist())
-        numbered = {root: u for u, root in enumerate(classes)}
-        unit_of.append(numbered if len(numbered) == count else {})
+    roots = {where: elements.find(made) for where, made in own.items()}
+    unit_of = [_numbered(space, i, count, roots) for i, count in enumerate(units)]
     axes: dict[tuple[str, int], NDArray[np.int64]] = {}
     unit: dict[tuple[str, int], NDArray[np.int64]] = {}
     unknown: set[int] = set()
-    for (key, dim), made in own.items():
+    for (key, dim), these in roots.items():
         length = space.trace.shapes[key][dim]
         owners = sorted(symbols_of(length))
-        found = np.full((len(made), 2), -1)
-        for position, root in enumerate(elements.find(made).tolist()):
+        found = np.full((len(these), 2), -1)
+        for position, root in enumerate(these.tolist()):
             for number in owners:
                 if root in unit_of[number]:
                     found[position] = number, unit_of[number][root]
@@ -520,9 +533,48 @@ def find_channels(space: SearchSpace, widths: Widths) -> Channels:
             counts = np.bincount(found[found[:, 0] == number, 1], minlength=units[number])
             if (counts != length.get((number,), 0)).any():
                 unknown.add(number)
+    lost = np.concatenate([np.empty(0, np.int64), *elements.wandering])
+    lost_roots = set(elements.find(lost[lost >= 0]).tolist())
+    unknown.update(i for i, a in enumerate(unit_of) if not lost_roots.isdisjoint(a))
     for i, a in enumerate(unit_of):  # a channel of one axis that is also one of another's
         unknown.update(n for k, b in enumerate(unit_of[:i]) if a.keys() & b.keys() for n in (i, k))
     return Channels(widths, tuple(units), axes, unit, run.readers, frozenset(unknown))
+
+
+def _numbered(
+    space: SearchSpace,
+    axis: int,
+    count: int,
+    roots: Mapping[tuple[str, int], NDArray[np.int64]],
+) -> dict[int, int]:
+    """The unit of an axis that each representative stands for.
+
+    An axis can hold several sets of channels that only have their number in common (the residual
+    stream of a transformer, and the heads of its attention). Each is numbered on its own, from the
+    axis's maker on. Where one has more channels than there are units, a unit is several of them.
+    """
+    followers = [
+        where for where in roots if space.trace.shapes[where[0]][where[1]].keys() == {(axis,)}
+    ]
+    followers.sort(key=lambda where: where != space.trace.axes[axis].maker)
+    numbered: dict[int, int] = {}
+    while followers:
+        together: dict[int, None] = {}
+        rest = followers
+        grown = True
+        while grown:  # all dims that share a channel with the first
+            mine = [
+                w for w in rest if not together or not together.keys().isdisjoint(roots[w].tolist())
+            ]
+            mine = mine if together else rest[:1]
+            grown = bool(mine)
+            rest = [w for w in rest if w not in mine]
+            together.update(dict.fromkeys(root for w in mine for root in roots[w].tolist()))
+        followers = rest
+        if len(together) % count == 0:
+            each = len(together) // count
+            numbered.update({root: i // each for i, root in enumerate(together)})
+    return numbered
 
 
 def unit_sums(channels: Channels, key: str, dim: int, values: Tensor) -> dict[int, Tensor]:
@@ -577,10 +629,9 @@ def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
             out[axis] = out[axis] + sums
 
     for key, dim in channels.readers.items():
-        if (key, dim) in channels.axis:
-            collect(key, dim)
-        elif (key, 0) in channels.axis and dim == 1 and parameters[key].shape[1] == 1:
-            collect(key, 0)  # depthwise: the filter is the channel
+        where = _read_dim(channels, parameters[key], key, dim)
+        if where is not None:
+            collect(*where)
     unread = set(range(len(out))) - read
     for layer, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
@@ -589,3 +640,203 @@ def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
                 if where in channels.axis and set(channels.axis[where].tolist()) <= unread:
                     collect(*where)
     return out
+
+
+# -- keeping some of them ----------------------------------------------------------------------
+
+Keep = Mapping[str, Iterable[int]]
+"""Per axis by name, the channels that are kept; axes left out keep all of theirs."""
+
+
+def kept_units(space: SearchSpace, channels: Channels, keep: Keep) -> list[NDArray[np.bool_]]:
+    """Per axis, which units are kept.
+
+    Raises:
+        WidthsError: An axis or a channel does not exist, or channels are kept without those of the
+            same unit (of a group, or a head).
+        SpaceError: The run did not show where an axis's channels lie.
+    """
+    out = [np.ones(n, bool) for n in channels.units]
+    for name, chosen in keep.items():
+        if name not in channels.widths:
+            raise WidthsError(f"space {space.name!r} has no axis {name!r} to keep channels of")
+        i = channels.widths.names.index(name)
+        width, unit = channels.widths.vector[i], space.trace.axes[i].unit
+        kept = np.zeros(width, bool)
+        for channel in chosen:
+            if not 0 <= channel < width:
+                raise WidthsError(
+                    f"axis {name!r} has channels 0 to {width - 1}, but {channel} was to be kept"
+                )
+            kept[channel] = True
+        if not kept.all() and i in channels.unknown:
+            raise SpaceError(
+                f"the channels of axis {name!r} cannot be told apart from those of others, so none "
+                "of them can be cut; leave the axis out"
+            )
+        counts = np.bincount(channels.unit[space.trace.axes[i].maker][kept], minlength=len(out[i]))
+        if not np.isin(counts, (0, unit)).all():
+            raise WidthsError(
+                f"channels of axis {name!r} go in units of {unit} (groups or heads), but unit "
+                f"{int(np.argmax((counts != 0) & (counts != unit)))} was to be kept in part"
+            )
+        out[i] = counts == unit
+    return out
+
+
+def _kept_positions(
+    channels: Channels, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
+) -> NDArray[np.bool_]:
+    axes, units = channels.axis[where], channels.unit[where]
+    return np.array([a < 0 or kept[a][u] for a, u in zip(axes, units, strict=True)], bool)
+
+
+def inherit(space: SearchSpace, model: nn.Module, keep: Keep) -> nn.Module:
+    """A narrower network with the weights that belong to the channels that are kept.
+
+    In eval mode it computes what ``model`` does with the other channels masked (:func:`masked`),
+    but where a width is part of the function itself (the 1/√d of attention).
+
+    Args:
+        space: The space.
+        model: A network of the space, at any of its widths; it is left as it is.
+        keep: Per axis by name, the channels to keep, in terms of the layer that the axis is named
+            after; axes left out keep all.
+
+    Raises:
+        WidthsError: The channels do not fit the axes, or their number is not on the grid.
+    """
+    channels = find_channels(space, _widths_of(space, model))
+    kept = kept_units(space, channels, keep)
+    counts = [int(k.sum()) * a.unit for k, a in zip(kept, space.trace.axes, strict=True)]
+    narrow = space.build(counts, initialise=False)
+    old = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(model)}
+    with torch.no_grad():
+        for _, layer, name, new in tensors_of(narrow):
+            key = join(layer, name)
+            values = old[key].detach()
+            for dim in range(values.dim()):
+                if (key, dim) in channels.axis:
+                    index = np.flatnonzero(_kept_positions(channels, kept, (key, dim)))
+                    values = values.index_select(dim, torch.from_numpy(index).to(values.device))
+            new.copy_(values)
+    return narrow.to(next(model.parameters()).device).train(model.training)
+
+
+def _widths_of(space: SearchSpace, model: nn.Module) -> Widths:
+    """The widths of a network of a space."""
+    sizes = {join(layer, name): tensor.shape for _, layer, name, tensor in tensors_of(model)}
+    vector = tuple(sizes[a.maker[0]][a.maker[1]] for a in space.trace.axes)
+    return Widths(tuple(axis.name for axis in space.trace.axes), vector)
+
+
+@contextmanager
+def masked(space: SearchSpace, model: nn.Module, keep: Keep) -> Iterator[nn.Module]:
+    """While it lasts, ``model`` computes as if only the channels that are kept were there.
+
+    Nobody reads the others: the weights that multiply them are zero meanwhile, and layer and group
+    norms leave them out of their statistics.
+
+    Args:
+        space: The space.
+        model: A network of the space.
+        keep: As for :func:`inherit`.
+
+    Yields:
+        The same network.
+    """
+    channels = find_channels(space, _widths_of(space, model))
+    kept = kept_units(space, channels, keep)
+    parameters = dict(model.named_parameters())
+    before: dict[str, Tensor] = {}
+    norms: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for key, dim in channels.readers.items():
+            where = _read_dim(channels, parameters[key], key, dim)
+            if where is not None:
+                mask = torch.from_numpy(_kept_positions(channels, kept, where))
+                before[key] = parameters[key].detach().clone()
+                shape = [-1 if d == where[1] else 1 for d in range(parameters[key].dim())]
+                parameters[key].mul_(mask.view(shape).to(parameters[key]))
+    for layer, module in model.named_modules():
+        where = join(layer, "weight"), 0
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and where in channels.axis:
+            norms[id(module.weight)] = torch.from_numpy(_kept_positions(channels, kept, where))
+    try:
+        with _MaskedNorms(norms):
+            yield model
+    finally:
+        with torch.no_grad():
+            for key, values in before.items():
+                parameters[key].copy_(values)
+
+
+def _read_dim(channels: Channels, parameter: Tensor, key: str, dim: int) -> tuple[str, int] | None:
+    """The dim of a reader along which it has the channels that it reads."""
+    if (key, dim) in channels.axis:
+        return key, dim
+    if dim == 1 and parameter.shape[1] == 1 and (key, 0) in channels.axis:
+        return key, 0  # depthwise: the filter is the channel
+    return None
+
+
+class _MaskedNorms(TorchFunctionMode):
+    """Layer and group norms over the channels that are kept."""
+
+    def __init__(self, masks: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        if func is F.group_norm:
+            return self._group_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _layer_norm(
+        self,
+        x: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mask = self.masks.get(id(weight))
+        if mask is None or mask.all():
+            return F.layer_norm(x, normalized_shape, weight, bias, eps)
+        inside = mask.to(x)
+        mean = (x * inside).sum(-1, keepdim=True) / inside.sum()
+        variance = ((x - mean).square() * inside).sum(-1, keepdim=True) / inside.sum()
+        out = (x - mean) / (variance + eps).sqrt()
+        out = out if weight is None else out * weight
+        return out if bias is None else out + bias
+
+    def _group_norm(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mask = self.masks.get(id(weight))
+        if mask is None or mask.all():
+            return F.group_norm(x, num_groups, weight, bias, eps)
+        grouped = x.view(len(x), num_groups, -1, *x.shape[2:])
+        inside = mask.to(x).view(1, num_groups, -1, *[1] * (x.dim() - 2)).expand_as(grouped)
+        dims = tuple(range(2, grouped.dim()))
+        count = inside.sum(dims, keepdim=True)
+        mean = (grouped * inside).sum(dims, keepdim=True) / count
+        variance = ((grouped - mean).square() * inside).sum(dims, keepdim=True) / count
+        out = ((grouped - mean) / (variance + eps).sqrt()).view_as(x)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        out = out if weight is None else out * weight.view(shape)
+        return out if bias is None else out + bias.view(shape)

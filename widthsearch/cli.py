@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from widthsearch import __version__
@@ -61,13 +62,28 @@ def _space(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from widthsearch import report
+    from widthsearch.devices import check_device
     from widthsearch.space import load_space
 
     space = load_space(options.space, options.input)
+    widths = None if options.widths is None else space.load_widths(options.widths)
     if options.json:
-        print(json.dumps(report.space_json(space), indent=1))
+        content = report.space_json(space)
+        if widths is not None:
+            content["widths"] = widths.to_json()
+            content["cost"] = asdict(space.cost(widths))
+        print(json.dumps(content, indent=1))
     else:
-        Console().print(report.space_tables(space))
+        console = Console()
+        console.print(report.space_tables(space))
+        if widths is not None:
+            line = f"{options.widths}: {report.cost_line(space, widths)}"
+            console.print(line, highlight=False, soft_wrap=True)
+    if options.check:
+        if options.device != "meta":
+            check_device(options.device)
+        checked = space.check(device=options.device)
+        print(checked, file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
@@ -174,6 +190,15 @@ def _parser() -> argparse.ArgumentParser:
         "space", help="torchvision:NAME, package.module:function or path/to/file.py:function"
     )
     space.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
+    space.add_argument("--widths", metavar="FILE", help="show what a widths file costs as well")
+    space.add_argument(
+        "--check",
+        action="store_true",
+        help="prove it: build the least, the most and random networks, run them, compare counts",
+    )
+    space.add_argument(
+        "--device", default="cpu", help="where --check runs; meta runs shapes alone (default: cpu)"
+    )
     space.add_argument("--json", action="store_true", help="print plain JSON")
     pareto = command("pareto", _pareto, "widthsearch pareto {study}")
     pareto.add_argument("study", help="a study's name, folder or YAML")

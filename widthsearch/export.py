@@ -104,13 +104,8 @@ def train(
         },
         "versions": versions(),
     }
-    content = {
-        "space": space.name,
-        "fingerprint": space.fingerprint,
-        "widths": dict(outcome.widths),
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / WIDTHS, content)
+    space.save_widths(folder / WIDTHS, outcome.widths)
     state = {key: value.cpu() for key, value in first.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda file: torch.save(state, file))
     _write_json(folder / CARD, card)  # last: a folder with a card is whole
@@ -157,10 +152,11 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
         space: The space, where the study was made from an object and not from a reference.
 
     Raises:
-        StudyError: The folder is not whole, or its space is another one now.
+        StudyError: The folder is not whole.
+        WidthsError: Its space is another one now, or its widths are not on the grid.
     """
     folder = Path(folder)
-    card, content = _read_json(folder / CARD), _read_json(folder / WIDTHS)
+    card = _read_json(folder / CARD)
     if space is None:
         about = card["space"]
         if about["reference"] is None:
@@ -169,13 +165,7 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
                 "give the space, load(folder, space=...)"
             )
         space = load_space(about["reference"], about["input"])
-    if space.fingerprint != content["fingerprint"]:
-        raise StudyError(
-            f"widths must be loaded into their own space, but {str(folder / WIDTHS)!r} is of "
-            f"{content['space']!r} ({len(content['widths'])} axes) and the space given is "
-            f"{space.name!r} ({len(space.axes)} axes): {_first_difference(content, space)}"
-        )
-    model = space.build(content["widths"], initialise=False)
+    model = space.build(space.load_widths(folder / WIDTHS), initialise=False)
     try:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
@@ -185,14 +175,6 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
             f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line}; train the pick again"
         ) from error
     return model.eval()
-
-
-def _first_difference(content: Mapping[str, Any], space: SearchSpace) -> str:
-    missing = [name for name in content["widths"] if name not in space.base]
-    if missing:
-        return f"it has no axis {missing[0]!r}"
-    added = [name for name in space.names if name not in content["widths"]]
-    return f"the file has no axis {added[0]!r}" if added else "their names or base widths differ"
 
 
 def versions() -> dict[str, str]:

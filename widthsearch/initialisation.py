@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from widthsearch.trace import join, tensors_of
+from widthsearch.modules import direction_of, is_estimate, join, owner_of, reset, tensors_of
 
 _INIT: dict[CodeType, str] = {
     function.__code__: name
@@ -37,7 +37,8 @@ class Step:
 
     Attributes:
         name: A function of ``torch.nn.init``, a tensor method, or ``reset_parameters``.
-        kind: ``init``, ``method`` or ``reset``.
+        kind: ``init``, ``method``, ``reset`` (by the layer), ``unit`` (a random unit vector) or
+            ``length`` (of a weight norm's directions).
         arguments: Positional arguments of a method, keyword arguments of an init function.
     """
 
@@ -47,6 +48,8 @@ class Step:
 
 
 _RESET = Step("reset_parameters", "reset")
+_UNIT = Step("", "unit")
+_LENGTH = Step("", "length")
 _UNKNOWN = Step("", "unknown")
 
 
@@ -169,12 +172,19 @@ class Scheme:
             key = join(layer, name)
             shapes[key] = tuple(tensor.shape)
             recorded = recorder.steps(tensor) if recorder else ()
-            resettable = callable(getattr(module, "reset_parameters", None))
-            if recorded and all(step.kind in ("init", "method") for step in recorded):
+            owner = model.get_submodule(owner_of(layer))
+            resettable = callable(getattr(owner, "reset_parameters", None))
+            if is_estimate(module, name):
+                steps[key] = (_UNIT,)
+            elif recorded and all(step.kind in ("init", "method") for step in recorded):
                 steps[key] = recorded
+            elif direction_of(module, name) is not None:
+                if bool((tensor == tensor.flatten()[0]).all()):
+                    constants[key] = float(tensor.detach().flatten()[0])
+                else:
+                    steps[key] = (_LENGTH,)
             elif (
-                recorded == (_RESET,)
-                or (recorder is None and resettable)
+                ((recorded == (_RESET,) or recorder is None) and resettable)
                 or tensor.device.type == "meta"
                 or tensor.numel() == 0
             ):
@@ -191,14 +201,12 @@ class Scheme:
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Initialise every tensor of ``model``, from the global random state."""
-        reset: set[int] = set()
-        for module, layer, name, _ in tensors_of(model):
-            key = join(layer, name)
-            if _RESET in self.steps.get(key, ()) and id(module) not in reset:
-                reset.add(id(module))
-                reset_parameters = getattr(module, "reset_parameters", None)
-                if callable(reset_parameters):
-                    reset_parameters()
+        done: set[str] = set()
+        for _, layer, name, _ in tensors_of(model):
+            owner = owner_of(layer)
+            if _RESET in self.steps.get(join(layer, name), ()) and owner not in done:
+                done.add(owner)
+                reset(model, owner)
         for _, layer, name, tensor in tensors_of(model):
             key = join(layer, name)
             if key in self.constants:
@@ -211,6 +219,11 @@ class Scheme:
             else:
                 for step in self.steps[key]:
                     _replay(step, tensor, self.shapes[key])
+        for module, layer, name, tensor in tensors_of(model):
+            if self.steps.get(join(layer, name)) == (_LENGTH,):
+                direction = direction_of(module, name)
+                assert direction is not None
+                tensor.copy_(torch.norm_except_dim(direction[0], 2, direction[1]))
 
 
 def _replay(step: Step, tensor: Tensor, base: tuple[int, ...]) -> None:
@@ -224,6 +237,9 @@ def _replay(step: Step, tensor: Tensor, base: tuple[int, ...]) -> None:
         if step.name in _SCALED:
             arguments = tuple(_rescaled(a, base, tuple(tensor.shape)) for a in arguments)
         getattr(tensor, step.name)(*arguments)
+    elif step.kind == "unit":
+        tensor.normal_()
+        tensor.div_(tensor.norm())
 
 
 def _rescaled(value: Any, base: tuple[int, ...], shape: tuple[int, ...]) -> Any:

@@ -168,6 +168,18 @@ class System:
             total += coefficient * math.prod(self.hints[s] for s in monomial)
         return total
 
+    def least(self, p: Poly) -> int | None:
+        """A bound that ``p`` is never below, as every size is 1 or more; None if there is none."""
+        p = self.canonical(p)
+        if any(c < 0 for m, c in p.items() if m) or any(s in self.opaque for s in symbols_of(p)):
+            return None
+        return sum(p.values())
+
+    def never_below(self, a: Poly, b: Poly) -> bool:
+        """Whether ``a >= b`` at every width."""
+        least = self.least(add(a, b, -1))
+        return least is not None and least >= 0
+
     def pin(self, symbols: Iterable[int], reason: str) -> None:
         """Fix each free symbol in ``symbols`` at its value in the model as given."""
         for symbol in symbols:
@@ -291,12 +303,20 @@ class System:
             return exact
         q, r = divmod(self.hint(a), self.hint(b))
         divisor = as_constant(b)
+        guess = constant(q) if divisor is None else _scaled_down(a, divisor)
+        rest = add(a, multiply(guess, b), -1)
+        if self.never_below(rest, {}) and self.never_below(b, add(rest, constant(1))):
+            return guess  # 0 <= rest < b at every width
         if divisor is None or as_constant(a) is not None:
             out = constant(q)
         else:
             out = {(self.fresh(q),): 1}
         self.impose(add(a, add(multiply(out, b), constant(r)), -1))
         return self.canonical(out)
+
+
+def _scaled_down(p: Poly, divisor: int) -> Poly:
+    return {m: c // divisor for m, c in p.items() if c // divisor}
 
 
 def _without(monomial: Monomial, symbol: int) -> Monomial:

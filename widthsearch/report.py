@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -22,6 +23,7 @@ from widthsearch.outcomes import Outcome
 from widthsearch.search import Progress
 from widthsearch.space import SearchSpace
 from widthsearch.study import Study
+from widthsearch.widths import Widths
 
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -42,7 +44,7 @@ def space_tables(space: SearchSpace) -> Group:
     cost = space.cost(space.base)
     shares = space.form("macs").share(space.base.vector)
     axes = Table(
-        title=f"{space.name}: {len(space.axes)} axes, input {'×'.join(map(str, space.input_shape))}"
+        title=f"{space.name}: {len(space.axes)} axes, input {_shape_text(space.input_shape)}"
     )
     axes.add_column("axis")
     for column in ("base", "least", "most", "step", "MACs"):
@@ -50,30 +52,28 @@ def space_tables(space: SearchSpace) -> Group:
     axes.add_column("layers")
     for axis, share in zip(space.axes, shares, strict=True):
         axes.add_row(
-            Text(axis.name),
+            Text(axis.name + (f" (with {len(axis.tied)} tied to it)" if axis.tied else "")),
             *(str(getattr(axis, field)) for field in ("base", "least", "most", "step")),
             f"{share:.1%}",
             Text(_shown(axis.layers)),
         )
-    layer_macs = space.trace.layer_macs
-    base = [axis.base // axis.unit for axis in space.trace.axes]
     pinned = Table(title="pinned")
     for column in ("width of", "size", "MACs", "reason", "layers"):
         counted = column in ("size", "MACs")
         pinned.add_column(column, justify="right" if counted else "left", no_wrap=counted)
-    for pin in space.pinned:
-        macs = sum(_at(layer_macs.get(layer, {}), base) for layer in pin.layers)
+    for pin, share in zip(space.pinned, _pinned_shares(space), strict=True):
         pinned.add_row(
             Text(pin.name),
             str(pin.size),
-            f"{macs / cost.macs:.1%}",
+            f"{share:.1%}",
             Text(pin.reason),
             Text(_shown(pin.layers)),
         )
     total = Text(
         f"base: {short(cost.macs)} MACs ({short(2 * cost.macs)} FLOPs), {short(cost.params)} "
         f"parameters, {short(cost.activations)} activation elements a sample. An axis's share of "
-        "MACs is what would vanish with it; shares overlap, since a layer has two widths."
+        "MACs is what would vanish with it, a pinned width's the MACs of its layers; shares "
+        "overlap, since a layer has two widths."
     )
     parts: list[RenderableType] = [axes]
     if space.pinned:
@@ -88,7 +88,7 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
     return {
         "name": space.name,
         "fingerprint": space.fingerprint,
-        "input_shape": list(space.input_shape),
+        "input_shape": _shapes(space.input_shape),
         "macs": cost.macs,
         "params": cost.params,
         "activations": cost.activations,
@@ -101,14 +101,52 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
                 "step": axis.step,
                 "share_of_macs": float(share),
                 "layers": list(axis.layers),
+                "tied": list(axis.tied),
             }
             for axis, share in zip(space.axes, shares, strict=True)
         ],
         "pinned": [
-            {"name": p.name, "size": p.size, "reason": p.reason, "layers": list(p.layers)}
-            for p in space.pinned
+            {
+                "name": pin.name,
+                "size": pin.size,
+                "reason": pin.reason,
+                "share_of_macs": share,
+                "layers": list(pin.layers),
+            }
+            for pin, share in zip(space.pinned, _pinned_shares(space), strict=True)
         ],
     }
+
+
+def cost_line(space: SearchSpace, widths: Widths) -> str:
+    """What a width vector costs, and beside the base."""
+    cost, base = space.cost(widths), space.cost(space.base)
+    return (
+        f"{short(cost.macs)} MACs ({cost.macs / base.macs:.3g} of the base), "
+        f"{short(cost.params)} parameters ({cost.params / base.params:.3g}), "
+        f"{short(cost.activations)} activation elements ({cost.activations / base.activations:.3g})"
+    )
+
+
+def _pinned_shares(space: SearchSpace) -> list[float]:
+    """Per pinned width, its layers' share of the base's MACs (it has no polynomial of its own)."""
+    base = [axis.base // axis.unit for axis in space.trace.axes]
+    of_layer = {layer: _at(poly, base) for layer, poly in space.trace.layer_macs.items()}
+    macs = sum(of_layer.values())
+    return [sum(of_layer.get(layer, 0) for layer in pin.layers) / macs for pin in space.pinned]
+
+
+def _shapes(inputs: Any) -> Any:
+    """What a model takes, as JSON values: shapes, by place or name."""
+    if isinstance(inputs, Mapping):
+        return {name: _shapes(value) for name, value in inputs.items()}
+    return [n if isinstance(n, int) else _shapes(n) for n in getattr(inputs, "shape", inputs)]
+
+
+def _shape_text(inputs: Any) -> str:
+    shapes = _shapes(inputs)
+    plain = isinstance(shapes, list) and all(isinstance(n, int) for n in shapes)
+    return "×".join(map(str, shapes)) if plain else json.dumps(shapes)
 
 
 def _at(poly: Mapping[tuple[int, ...], int], x: Sequence[int]) -> int:
@@ -226,7 +264,7 @@ def front_volume(
 
 
 def _outcome_table(title: str, outcomes: Sequence[Outcome], base: Outcome | None) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     timed = any(o.latency is not None for o in outcomes)
     columns = ["id", "origin", "acc %", "MACs", "×base", "params"]
     columns += ["ms", "±", "×base"] if timed else []

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import threading
@@ -24,22 +25,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import cloudpickle, tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
 from widthsearch.data import Task
 from widthsearch.errors import SpaceError, StorageError, StudyError
 from widthsearch.search import Search
 from widthsearch.space import SearchSpace
 from widthsearch.storage import Trial
 from widthsearch.worker import Report, Worker, one_line
-
-# A cluster that was started where a token lies wants it, and Ray reads the mode as it is imported.
-if "ray" not in sys.modules and Path.home().joinpath(".ray", "auth_token").exists():
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-import ray
-from ray import cloudpickle, tune
-from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 RETRIES = 2
 """How often a trial whose worker died is started again."""
@@ -362,11 +359,8 @@ def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
     config = search.config
     ours = not ray.is_initialized()
     address = config.ray_address
-    if address is not None and address.startswith("ray://"):
-        raise StudyError(
-            f"ray_address must be a cluster's own address such as 10.0.0.1:6379, but was "
-            f"{address!r}: Ray Client would run the driver inside the cluster"
-        )
+    if address is not None:
+        _check_address(address)
     try:
         if ours:
             search.notify("starting Ray" if address is None else f"joining Ray at {address}")
@@ -383,8 +377,11 @@ def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
             except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 if address is None:
                     raise
+                # Ray reads its mode as it is imported: too late to set it here. And token mode
+                # cannot be the default: in a cluster without tokens no worker would come up.
                 raise StudyError(
-                    f"the Ray cluster at {address!r} cannot be joined: {one_line(error)}"
+                    f"the Ray cluster at {address!r} cannot be joined: {one_line(error)}; if it "
+                    "was started with a token, set RAY_AUTH_MODE=token in the environment"
                 ) from error
             finally:
                 interrupts.install()
@@ -394,6 +391,23 @@ def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Knock at the cluster: Ray itself would try for minutes, and then abort the process."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://") or not (host and port.isdecimal()):
+        raise StudyError(
+            f"ray_address must be a cluster's own address such as 10.0.0.1:6379, but was "
+            f"{address!r} (Ray Client, ray://, would run the driver inside the cluster)"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise StudyError(
+            f"the Ray cluster at {address!r} cannot be reached: {error.strerror or error}; is it "
+            "running?"
+        ) from None
 
 
 def _check_resources(cpu: float, gpu: float) -> None:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,26 +22,34 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
+from widthsearch.counting import run_and_count
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.initialisation import Recorder, Scheme
+from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
 from widthsearch.polynomials import Poly
-from widthsearch.trace import Pinned, Trace, clone, join, sync_attributes, tensors_of, trace
-from widthsearch.widths import Axis, Widths, fingerprint
+from widthsearch.trace import Inputs, Pinned, Trace, as_inputs, trace
+from widthsearch.widths import Axis, Widths, fingerprint, read_widths, write_widths
 
 
-def default_step(base: int, unit: int = 1) -> int:
-    """The step of an axis for which none was given.
+@dataclass(frozen=True)
+class CheckReport:
+    """What :meth:`SearchSpace.check` built and ran, all of which cost what the space says.
 
-    An eighth of the base rounded to a power of two, at most 8 (16 channels: 2, 32: 4, 64 and more:
-    8), since kernels work in such blocks; less where the base is not a multiple of it, and always
-    a multiple of ``unit``.
+    Attributes:
+        networks: What each width vector is called, with the vector.
+        device: Where they ran.
     """
-    wanted = min(8, 2 ** max(0, round(math.log2(max(base, 1) / 8))))
-    step = unit
-    while step * 2 <= wanted and base % (step * 2) == 0:
-        step *= 2
-    return step
+
+    networks: Mapping[str, Widths]
+    device: str
+
+    def __str__(self) -> str:
+        return (
+            f"checked: {len(self.networks)} networks ({', '.join(self.networks)}) run forward and "
+            f"backward on {self.device}; MACs, parameters and activations are what the space says"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +59,7 @@ class SearchSpace:
     Attributes:
         name: What the space is called in files and tables.
         axes: The free widths, in the order of every width vector.
-        input_shape: One sample's shape, e.g. ``(3, 32, 32)``.
+        input_shape: One sample's shape, e.g. ``(3, 32, 32)``, or what several inputs are.
         trace: What one symbolic run of the model told.
         template: The model as given, on the meta device (sizes without values).
         scheme: How the model's constructor initialises it.
@@ -58,23 +67,27 @@ class SearchSpace:
 
     name: str
     axes: tuple[Axis, ...]
-    input_shape: tuple[int, ...]
+    input_shape: Any
     trace: Trace
     template: nn.Module
     scheme: Scheme
     init: Callable[[nn.Module], Any] | None = None
+    _free: SearchSpace | None = field(default=None, repr=False)
     _forms: dict[str, QuadraticForm] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_model(
         cls,
         model: nn.Module | Callable[[], nn.Module],
-        input_shape: Sequence[int],
+        input_shape: Inputs,
         *,
         name: str | None = None,
-        least: float = 0.125,
-        most: float = 2.0,
-        step: int | None = None,
+        least: float | Mapping[str, int | float] = 0.125,
+        most: float | Mapping[str, int | float] = 2.0,
+        step: int | Mapping[str, int] | None = None,
+        align: int | str | None = None,
+        pin: str | Sequence[str] = (),
+        tie: str | Sequence[str | Sequence[str]] = (),
         init: Callable[[nn.Module], Any] | None = None,
     ) -> SearchSpace:
         """The space of all widths of a model.
@@ -83,28 +96,32 @@ class SearchSpace:
             model: A module, or a function without arguments that makes one. A function is better:
                 its initialisation scheme is then recorded and applied at every width, while a
                 given module's layers fall back on their own ``reset_parameters``.
-            input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``.
+            input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``; for models
+                that take other things than one image, see :data:`~widthsearch.trace.Inputs`.
             name: The space's name; by default the function's or the class's.
-            least: The smallest width of each axis, as a share of its base.
-            most: The largest width of each axis, as a multiple of its base.
-            step: The distance of two widths on each axis's grid, in channels; by default
-                :func:`default_step`. Lowered where the base would not be on the grid.
+            least: The smallest width of each axis, as a share of its base; or by axis, see
+                :class:`~widthsearch.constraints.Constraints` (an eighth where nothing matches).
+            most: The largest width of each axis, as a multiple of its base; or by axis (twice
+                where nothing matches).
+            step: The distance of two widths on each axis's grid, in channels, or that by axis; by
+                default :func:`~widthsearch.constraints.default_step`. Lowered where the base would
+                not be on the grid.
+            align: ``cuda``, ``cpu`` or a number: steps in whole blocks of a device's kernels.
+            pin: Axes that are fixed at their base, by name or glob (``layer3.*``).
+            tie: Groups of axes that keep their bases' ratio; each becomes one axis.
             init: Called on each network that is built, after the recorded scheme.
 
         Raises:
             TraceError: The model cannot be traced; names the module and the operation.
-            SpaceError: It has no free width, or ``least <= 1 <= most`` does not hold.
+            SpaceError: It has no free width, or a constraint cannot be met.
         """
-        if not 0 < least <= 1 <= most:
-            raise SpaceError(
-                f"`0 < least <= 1 <= most` must hold (multiples of an axis's base width), but "
-                f"least={least}, most={most}"
-            )
+        asked = Constraints(pin, tie, least, most, step, align)
         recorder = None if isinstance(model, nn.Module) else Recorder()
         made = model if isinstance(model, nn.Module) else recorder.construct(model)  # type: ignore[union-attr]
         if not isinstance(made, nn.Module):
             raise SpaceError(f"{model!r} must return a torch.nn.Module, but returned {made!r}")
-        traced = trace(made, tuple(input_shape))
+        inputs = as_inputs(input_shape)
+        traced = trace(made, inputs)
         if not traced.axes:
             raise SpaceError(
                 f"{type(made).__name__} has no free width: each of its {len(traced.pinned)} widths "
@@ -112,23 +129,97 @@ class SearchSpace:
             )
         axes = []
         for axis in traced.axes:
-            if step is None:
-                s = default_step(axis.base, axis.unit)
-            else:
-                s = math.gcd(math.lcm(axis.unit, step), axis.base)
-            low = max(s, math.ceil(axis.base * least / s) * s)
-            high = max(axis.base, math.floor(axis.base * most / s) * s)
-            axes.append(Axis(axis.name, axis.base, low, high, s, axis.layers))
+            whole = Axis(axis.name, axis.base, axis.unit, axis.base, axis.unit, axis.layers)
+            s = default_step(axis.base, axis.unit)
+            axes.append(on_grid(whole, s, 0.125 * axis.base, 2 * axis.base))
         called = getattr(model, "__name__", type(made).__name__)
         return cls(
             name=name or called,
             axes=tuple(axes),
-            input_shape=tuple(input_shape),
+            input_shape=as_inputs(input_shape),
             trace=traced,
             template=clone(made, {id(t): _meta(t) for *_, t in tensors_of(made)}),
             scheme=Scheme.of(made, recorder),
             init=init,
+        )._constrained(asked)
+
+    # -- constraints -------------------------------------------------------------------------
+
+    def constrained(
+        self,
+        *,
+        pin: str | Sequence[str] = (),
+        tie: str | Sequence[str | Sequence[str]] = (),
+        least: float | Mapping[str, int | float] | None = None,
+        most: float | Mapping[str, int | float] | None = None,
+        step: int | Mapping[str, int] | None = None,
+        align: int | str | None = None,
+    ) -> SearchSpace:
+        """This space with less freedom; costs, shapes and networks stay exact.
+
+        The arguments are those of :meth:`from_model`; what is not given stays as it is here.
+
+        Raises:
+            SpaceError: A name matches no axis, a bound excludes the base, or nothing is left.
+        """
+        return self._constrained(Constraints(pin, tie, least, most, step, align))
+
+    def _constrained(self, asked: Constraints) -> SearchSpace:
+        trace, axes = asked.apply(self.trace, self.axes)
+        free = self._free if trace is self.trace else self.free
+        # Not dataclasses.replace: what else is cached on this space is of its own axes.
+        return SearchSpace(
+            self.name,
+            axes,
+            self.input_shape,
+            trace,
+            self.template,
+            self.scheme,
+            self.init,
+            free,
         )
+
+    @property
+    def free(self) -> SearchSpace:
+        """The space before any axis was pinned or tied by a user: every axis is a width of its own.
+
+        What looks at channels (saliency, masks) looks there: what is tied has its own channels.
+        """
+        return self if self._free is None else self._free
+
+    def freed(self, widths: Widths) -> Widths:
+        """The same architecture as widths of :attr:`free` (perhaps off that space's grid)."""
+        owners = {name: axis for axis in self.axes for name in (axis.name, *axis.tied)}
+        vector = []
+        for axis in self.free.axes:
+            owner = owners.get(axis.name)
+            width = axis.base if owner is None else widths[owner.name] * axis.base // owner.base
+            vector.append(width)
+        return Widths(self.free.names, tuple(vector))
+
+    def folded(self, scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+        """Scores of the channels of each axis of :attr:`free`, as scores of this space's channels.
+
+        A unit of tied axes is so many channels of each: the lowest-scored go together, and each of
+        the axis's own channels carries an equal part of their sum.
+
+        Args:
+            scores: Per axis of :attr:`free`, one score a channel of the base, shape (base,).
+
+        Returns:
+            Per axis of this space, shape (base,); untied axes' are as they were given.
+        """
+        index = {name: i for i, name in enumerate(self.free.names)}
+        out = []
+        for axis, traced in zip(self.axes, self.trace.axes, strict=True):
+            own = scores[index[axis.name]]
+            if axis.tied:
+                units = axis.base // traced.unit
+                members = [np.sort(scores[index[name]]) for name in (axis.name, *axis.tied)]
+                sums = np.sum([m.reshape(units, -1).sum(1) for m in members], axis=0)
+                own = np.repeat(sums / traced.unit, traced.unit)
+            out.append(own)
+        return out
 
     # -- widths ------------------------------------------------------------------------------
 
@@ -191,6 +282,29 @@ class SearchSpace:
         return Widths(
             self.names, tuple(a.nearest(float(v)) for a, v in zip(self.axes, vector, strict=True))
         )
+
+    def save_widths(
+        self, path: Path | str, widths: Widths | float | Mapping[str, int] | Sequence[int]
+    ) -> None:
+        """Write a width vector as JSON, with this space's name and fingerprint.
+
+        Args:
+            path: The file; its folder must be there.
+            widths: Anything that :meth:`widths` takes.
+
+        Raises:
+            WidthsError: The widths do not fit the space.
+        """
+        write_widths(Path(path), self.name, self.axes, self.widths(widths))
+
+    def load_widths(self, path: Path | str) -> Widths:
+        """The width vector in a file of :meth:`save_widths`, also where a person edited it.
+
+        Raises:
+            WidthsError: It cannot be read, is of another space (says what differs), or is not on
+                the grid.
+        """
+        return read_widths(Path(path), self.name, self.axes)
 
     def _listed(self) -> str:
         shown = ", ".join(self.names[:8])
@@ -287,7 +401,7 @@ class SearchSpace:
         """
         model = clone(self.template, tensors)
         for (layer, attribute), poly in self.trace.attributes.items():
-            setattr(model.get_submodule(layer), attribute, value(poly))
+            set_size(model, layer, attribute, value(poly))
         for module in model.modules():
             sync_attributes(module)
         return model
@@ -296,6 +410,57 @@ class SearchSpace:
         self.scheme.apply(model)
         if self.init is not None:
             self.init(model)
+
+    # -- proof -------------------------------------------------------------------------------
+
+    def check(
+        self, *, seed: int = 0, vectors: int = 3, device: str | torch.device = "cpu"
+    ) -> CheckReport:
+        """Prove the space: build networks, run them, and compare torch's counts with the cost.
+
+        The least, the most and random widths are built, run forward in eval mode, and forward and
+        backward in training mode. MACs are compared with ``FlopCounterMode``, integer for integer,
+        with attention's fused paths off, since they hide products from it.
+
+        Args:
+            seed: Of the random widths.
+            vectors: How many random width vectors.
+            device: Where the networks run; ``meta`` runs shapes without values, which takes no
+                memory and little time.
+
+        Raises:
+            SpaceError: Names the first widths for which something disagrees, and the quantity; or
+                the module and the operation that do not run.
+        """
+        rng = random.Random(seed)
+        asked = {
+            "least": [axis.least for axis in self.axes],
+            "most": [axis.most for axis in self.axes],
+        }
+        for i in range(vectors):
+            asked[f"random {i + 1}"] = [rng.choice(axis.grid) for axis in self.axes]
+        networks = {called: self.widths(vector) for called, vector in asked.items()}
+        for called, widths in networks.items():
+            said = self.cost(widths)
+            try:
+                counted = run_and_count(self._built(widths, seed, device), self.input_shape, device)
+                for quantity in ("macs", "params", "activations"):
+                    a, b = getattr(counted, quantity), getattr(said, quantity)
+                    if a != b:
+                        raise SpaceError(f"its {quantity} are {a:,}, but the space says {b:,}")
+            except SpaceError as error:
+                vector = ", ".join(map(str, widths.vector))
+                raise SpaceError(
+                    f"space {self.name!r} does not hold at its {called} widths [{vector}]: {error}"
+                ) from error
+        return CheckReport(networks, str(device))
+
+    def _built(self, widths: Widths, seed: int, device: str | torch.device) -> nn.Module:
+        try:
+            return self.build(widths, seed=seed, device=device)
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SpaceError(f"it cannot be built: {first_line}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_forms"} | {"_forms": {}}

@@ -402,8 +402,17 @@ class TruthNode(_Node):
             if decisive in known:
                 return decisive
             return None if None in known else not decisive
-        value = as_constant(self.system.canonical(parts[0]))
-        return None if value is None else _RELATIONS[name](value, 0)
+        p = self.system.canonical(parts[0])
+        value = as_constant(p)
+        if value is not None:
+            return _RELATIONS[name](value, 0)
+        for sign in (1, -1):
+            least = self.system.least(multiply(p, constant(sign)))
+            if least is not None and least >= 0:  # sign · p is never below 0, perhaps never 0
+                at_bound, beyond = _RELATIONS[name](0, 0), _RELATIONS[name](sign, 0)
+                if at_bound == beyond or least > 0:
+                    return beyond
+        return None
 
     def _evaluate(self) -> bool:
         content = self.content
@@ -447,7 +456,10 @@ class TruthNode(_Node):
         equality = isinstance(self.content, tuple) and self.content[0] == "eq"
         return False if equality else self._evaluate()
 
-    guard_size_oblivious = statically_known_true = guard_or_false
+    guard_size_oblivious = guard_or_false
+
+    def statically_known_true(self, _file: str = "", _line: int = 0) -> bool:
+        return self.known() is True
 
     def guard_or_true(self, _file: str = "", _line: int = 0) -> bool:
         return self.known() is not False

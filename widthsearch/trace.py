@@ -7,10 +7,11 @@ way with torch's own formulas, so they come out as polynomials in the widths.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from widthsearch.errors import TraceError
+from widthsearch.modules import clone, is_estimate, owner_of, set_size, sizes_in
+from widthsearch.modules import join as join
+from widthsearch.modules import sync_attributes as sync_attributes
+from widthsearch.modules import tensors_of as tensors_of
 from widthsearch.polynomials import Poly, System, add, as_constant, constant, multiply, symbols_of
 from widthsearch.symbolic import calling_line, poly_of, size
 
@@ -47,6 +54,41 @@ BATCH_NORMS = frozenset(
     )
     if hasattr(aten, name)
 )
+
+
+Inputs = Sequence[Any] | Mapping[str, Any] | Tensor
+"""One sample of what a model takes, without the batch: a shape, e.g. ``(3, 224, 224)``; a tensor
+where the dtype matters, e.g. ``torch.zeros(16, dtype=torch.long)`` for token ids; a sequence of
+those, one a positional argument; or a mapping, by keyword argument."""
+
+
+def as_inputs(inputs: Inputs) -> Any:
+    """The same in tuples, dictionaries and meta tensors: comparable, and small to send about."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().to("meta")
+    if isinstance(inputs, Mapping):
+        return {str(name): as_inputs(value) for name, value in inputs.items()}
+    if all(hasattr(value, "__index__") and not isinstance(value, Tensor) for value in inputs):
+        return tuple(map(operator.index, inputs))
+    return tuple(map(as_inputs, inputs))
+
+
+def sample(inputs: Any, batch: int, device: str | torch.device = "meta") -> Any:
+    """A batch of zeros: a tensor, a tuple of positional or a dictionary of keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return torch.zeros((batch, *inputs.shape), dtype=inputs.dtype, device=device)
+    if isinstance(inputs, Mapping):
+        return {name: sample(value, batch, device) for name, value in inputs.items()}
+    if all(isinstance(value, int) for value in inputs):
+        return torch.zeros((batch, *inputs), device=device)
+    return tuple(sample(value, batch, device) for value in inputs)
+
+
+def call(model: Callable[..., Any], x: Any) -> Any:
+    """``model`` of what :func:`sample` made."""
+    if isinstance(x, tuple):
+        return model(*x)
+    return model(**x) if isinstance(x, Mapping) else model(x)
 
 
 @dataclass(frozen=True)
@@ -115,64 +157,62 @@ class Trace:
     layer_macs: Mapping[str, Poly]
 
 
-def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A copy of ``model`` in which each tensor ``t`` is replaced by ``tensors[id(t)]``."""
-    return copy.deepcopy(model, dict(tensors))
-
-
-def tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
-    """Every parameter and buffer once: its module, the module's name, its own name, itself."""
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for group in (module._parameters, module._buffers):
-            for name, tensor in group.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield module, module_name, name, tensor
-
-
-def join(module_name: str, name: str) -> str:
-    """The name of a module's tensor in the state dict."""
-    return f"{module_name}.{name}" if module_name else name
-
-
-def sync_attributes(module: nn.Module) -> None:
-    """Set the attributes in which torch's layers repeat their tensors' sizes."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        own, other = module.weight.shape[:2]
-        if module.transposed:
-            module.in_channels, module.out_channels = own, other * module.groups
-        else:
-            module.out_channels, module.in_channels = own, other * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        sized = weight if weight is not None else module.running_mean
-        if sized is not None:
-            module.num_features = sized.shape[0]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.GroupNorm) and weight is not None:
-        module.num_channels = weight.shape[0]
-    elif isinstance(module, nn.MultiheadAttention):
-        module.embed_dim = module.out_proj.weight.shape[0]
-        module.head_dim = module.embed_dim // module.num_heads
-        if module._qkv_same_embed_dim:
-            module.kdim = module.vdim = module.embed_dim
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = module.weight.shape[0]
-
-
 @dataclass
 class _Symbol:
     """Where a symbol stands."""
 
     layer: str
-    tensor: str
+    tensor: str  # its name in the state dict
     dim: int
     makes: bool
     """Whether it is the output width of a layer's weight."""
+
+
+def _tensors_among(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_among(value)
+
+
+_LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
+    aten.embedding: lambda *_: iter((0,)),
+    aten._embedding_bag: lambda *_: iter((0,)),
+    aten._embedding_bag_forward_only: lambda *_: iter((0,)),
+    aten.index_select: lambda dim, *_: iter((dim,)),
+    aten.gather: lambda dim, *_: iter((dim,)),
+    aten.index: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
+    aten.index_put: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
+    aten.index_put_: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
+}
+"""Per operation that looks up by index, the dims in which it does, by its further arguments."""
+
+
+def in_numbers(tree: Any, system: System, reason: str) -> Any:
+    """``tree`` with every symbolic size fixed, or None if there is none."""
+    found = False
+
+    def fix(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, torch.SymInt):
+            found = True
+            return system.pin_value(poly_of(value), reason)
+        if isinstance(value, Tensor) and any(
+            isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride())
+        ):
+            found = True
+            shape, stride = ([fix(n) for n in numbers] for numbers in (value.shape, value.stride()))
+            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        return value
+
+    fixed = tree_map(fix, tree)
+    return fixed if found else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -181,7 +221,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.system = system
-        self.inputs = {id(x) for x in inputs}
+        self.inputs = {id(x): x for x in inputs}  # and what is made of them alone
         self.layers: list[str] = []
         self.operation = ""
         self.of_input = False
@@ -192,8 +232,10 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def reason(self) -> str:
         """Why an equation that is imposed now holds."""
-        if self.of_input:
-            return "input of the model"
+        return "input of the model" if self.of_input else self.line()
+
+    def line(self) -> str:
+        """The line that is running."""
         self.fixed_in.add(self.layers[-1] if self.layers else "")
         return calling_line(_SKIP)
 
@@ -207,25 +249,70 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         packet = func._overloadpacket
         self.operation = str(func)
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = list(_tensors_among(args))
         self.of_input = any(id(a) in self.inputs for a in tensors)
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
-            args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+            if all(a.device.type != "meta" for a in tensors):
+                return func(*args, **kwargs)  # plain tensors of the model's own keep their values
+            args = tree_map_only(Tensor, lambda a: a.to("meta"), args)
         if packet in BATCH_NORMS:
             return self._batch_norm(len(func._schema.returns), *args)
         if packet is aten.convolution:
             self._convolution(*args)
         elif packet is aten.native_group_norm and args[1] is not None:
             torch._check(args[1].shape[0] == args[0].shape[1])
-        out = func(*args, **kwargs)
+        elif func.namespace not in ("aten", "prims", "prim"):
+            why = f"{func} may check no sizes: {self.reason()}"
+            args, kwargs = in_numbers((args, kwargs), self.system, why) or (args, kwargs)
+        elif packet in _LOOK_UPS:
+            self._look_up(_LOOK_UPS[packet], *args)
+        elif packet in (aten.slice, aten.select):
+            self._cut(packet, *args)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            # Not every kernel takes symbolic sizes: go on with numbers for what enters this one.
+            why = f"{self.reason()} ({func} takes no symbolic sizes: {first_line(error)})"
+            numbers = in_numbers((args, kwargs), self.system, why)
+            if numbers is None:
+                raise
+            args, kwargs = numbers
+            out = func(*args, **kwargs)
+        if self.of_input and all(id(a) in self.inputs for a in tensors) and isinstance(out, Tensor):
+            self.inputs[id(out)] = out
         if packet in flop_registry:
             self._count(flop_registry[packet](*args, **kwargs, out_val=out), out)
         return out
 
-    def _convolution(self, _x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
+    def _look_up(self, dims: Callable[..., Iterator[int]], x: Tensor, *rest: Any) -> None:
+        """Positions that a model knows by number: another size would have no meaning there."""
+        for dim in dims(*rest):
+            if (n := poly_of(x.shape[dim])) and as_constant(n) is None:
+                self.system.pin_value(n, f"looked up by index: {self.line()}")
+
+    def _cut(self, packet: Any, x: Tensor, dim: int = 0, *place: Any) -> None:
+        """A slice or a choice at places that not every width may have: those are fixed."""
+        n = poly_of(x.shape[dim])
+        last = add(n, constant(1), -1) if packet is aten.select else n
+        for at in place[:2]:
+            if at is None or at == sys.maxsize:
+                continue
+            p = poly_of(at)
+            if self.system.hint(p) < 0:
+                p = add(p, n)
+            if not (self.system.never_below(p, {}) and self.system.never_below(last, p)):
+                for q in (n, p):
+                    self.system.pin_value(q, self.reason())
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
         """What convolutions ask of their weights and biases, but not on the meta device."""
         transposed, groups = options[3], options[5]
+        inputs = weight.shape[0] if transposed else weight.shape[1] * groups
+        torch._check(x.shape[1] == inputs)
+        for n in weight.shape[2:]:
+            if as_constant(poly_of(n)) is None:  # a weight from code of the model's own
+                self.system.pin_value(poly_of(n), "size of a convolution's kernel")
         torch._check(weight.shape[0] % groups == 0)
         if bias is not None:
             outputs = weight.shape[1] * groups if transposed else weight.shape[0]
@@ -247,6 +334,14 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.activations = add(self.activations, poly_of(first.numel()))
 
 
+class _Stopped(Exception):  # noqa: N818 - what it becomes depends on where it stopped
+    """A run that came to an end in some layer."""
+
+    def __init__(self, layer: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.layer, self.reason = layer, reason
+
+
 @contextmanager
 def _explained(model: nn.Module, run: _Run) -> Iterator[None]:
     """Name the module and the operation in whatever goes wrong."""
@@ -255,12 +350,14 @@ def _explained(model: nn.Module, run: _Run) -> Iterator[None]:
     except Exception as error:
         layer = run.layers[-1] if run.layers else ""
         kind = type(model.get_submodule(layer)).__name__
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TraceError(
+        place = calling_line_of(error)
+        raise _Stopped(
+            layer,
+            f"needs numbers at {place}: {first_line(error)}",
             f"cannot trace {type(model).__name__}: module {layer or '(the model itself)'!r} "
-            f"({kind}) failed at {calling_line_of(error)} in operation {run.operation or 'none'}: "
-            f"{first_line}. A model must run on tensors without values (device 'meta') for an "
-            f"input of the shape given; move what reads values out of forward"
+            f"({kind}) failed at {place} in operation {run.operation or 'none'}: "
+            f"{first_line(error)}. A model must run on tensors without values (device 'meta') for "
+            "an input of the shape given; move what reads values out of forward",
         ) from error
 
 
@@ -276,53 +373,84 @@ def calling_line_of(error: BaseException) -> str:
     return place
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Run ``model`` on symbolic widths.
 
     Modules keep sizes in attributes of their own (``self.hidden_dim``) and use them in forward,
     which fixes a width. Where a run met that, it is run again with those attributes symbolic, and
-    what that frees is kept.
+    what that frees is kept. A module whose code needs numbers is given numbers: its widths are
+    pinned, and the run goes on around it.
 
     Args:
         model: Any module; neither it nor its tensors are changed.
-        input_shape: One sample's shape, e.g. ``(3, 224, 224)``.
+        inputs: One sample's shape, e.g. ``(3, 224, 224)``; see :data:`Inputs` for several inputs.
 
     Raises:
         TraceError: The model cannot run on meta tensors; names the module and the operation.
     """
-    best = _Attempt(model, input_shape, frozenset())
+    inputs = as_inputs(inputs)
+    _refuse_lazy(model)
+    fixed: dict[str, str] = {}
+    while True:
+        try:
+            best = _Attempt(model, inputs, frozenset(), fixed)
+            break
+        except _Stopped as stop:
+            if not stop.layer or _within(stop.layer, fixed) is not None:
+                raise TraceError(str(stop)) from stop.__cause__
+            fixed = {**fixed, stop.layer: stop.reason}
     tried: frozenset[tuple[str, str]] = frozenset()
-    while repeated := best.repeated_sizes() - tried:
+    latest = best
+    while repeated := latest.repeated_sizes() - tried:
         tried |= repeated
         try:
-            freer = _Attempt(model, input_shape, best.attributes | repeated)
-        except TraceError:  # the code needs a number there
-            continue
-        if freer.freedom > best.freedom:
-            best = freer
+            latest = _Attempt(model, inputs, latest.attributes | repeated, fixed)
+        except _Stopped:  # the code needs a number there
+            latest = best
+        if latest.freedom > best.freedom:
+            best = latest
     return best.collect()
 
 
+def _within(layer: str, fixed: Mapping[str, str]) -> str | None:
+    """Why a layer is to be given numbers, if it is."""
+    for name, reason in fixed.items():
+        if layer == name or layer.startswith(f"{name}."):
+            return reason
+    return None
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for layer, module in model.named_modules():
+        if any(is_lazy(p) for p in module._parameters.values()):
+            raise TraceError(
+                f"a model's tensors must have sizes, but module {layer or '(the model itself)'!r} "
+                f"({type(module).__name__}) has none before its first run: run the model once on "
+                "a sample where it is made"
+            )
+
+
 class _Attempt:
-    """A run with certain attributes symbolic, and all that it told."""
+    """A run with certain attributes symbolic and certain layers in numbers, and all it told."""
 
     def __init__(
         self,
         model: nn.Module,
-        input_shape: tuple[int, ...],
+        inputs: Any,
         attributes: frozenset[tuple[str, str]],
+        fixed: Mapping[str, str],
     ) -> None:
-        self.model, self.attributes = model, attributes
+        self.model, self.attributes, self.fixed = model, attributes, fixed
         self.system = System()
         self.symbols: dict[int, _Symbol] = {}
         self.sized: dict[str, Tensor] = {}
         self.values: dict[tuple[str, str], Poly] = {}
         symbolic = self._symbolic()
-        self.run = _execute(symbolic, self.system, input_shape, train=False)
+        self.run = _execute(symbolic, self.system, inputs, fixed, train=False)
         used = self.run.used
         if any(id(tensor) not in used for tensor in self.sized.values()):
             # Some layers run in training alone (auxiliary heads): let them say what they tie.
-            used = used | _execute(symbolic, self.system, input_shape, train=True).used
+            used = used | _execute(symbolic, self.system, inputs, fixed, train=True).used
         self._settle(used)
 
     @property
@@ -338,43 +466,50 @@ class _Attempt:
             (layer, name)
             for layer in self.run.fixed_in
             for module in [self.model.get_submodule(layer)]
-            if not type(module).__module__.startswith("torch.nn.")
-            for name, value in vars(module).items()
-            if type(value) is int and value in fixed
+            if not type(module).__module__.startswith("torch.nn.") or not module._parameters
+            for name, value in sizes_in(module)
+            if value in fixed
         )
 
     def _symbolic(self) -> nn.Module:
         """A copy of the model on meta tensors with symbolic sizes."""
         copies: dict[int, Tensor] = {}
         for module, layer, name, tensor in tensors_of(self.model):
-            fixed = name in module._buffers and _has_content(tensor)
-            convolution = isinstance(module, nn.modules.conv._ConvNd)
-            output = 1 if convolution and module.transposed else 0
+            owner = owner_of(layer)
+            numbers = name in module._buffers and has_content(module, name, tensor)
+            why = _within(owner, self.fixed)
+            layer_of = self.model.get_submodule(owner) if owner != layer else module
+            convolution = isinstance(layer_of, nn.modules.conv._ConvNd) and tensor.dim() > 2
+            output = 1 if convolution and layer_of.transposed else 0
+            key = join(layer, name)
             shape: list[torch.SymInt | int] = []
             for dim, n in enumerate(tensor.shape):
-                if n == 1 or fixed or (convolution and dim > 1):
+                if n == 1 or numbers or (convolution and dim > 1):
                     shape.append(n)
                     continue
                 symbol = self.system.fresh(n)
-                self.symbols[symbol] = _Symbol(layer, name, dim, dim == output and tensor.dim() > 1)
-                shape.append(size(self.system, {(symbol,): 1}))
+                makes = dim == output and tensor.dim() > 1
+                self.symbols[symbol] = _Symbol(owner, key, dim, makes)
+                if why is not None:
+                    self.system.pin([symbol], why)
+                shape.append(size(self.system, self.system.value(symbol)))
             meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
             if isinstance(tensor, nn.Parameter):
                 meta = nn.Parameter(meta, requires_grad=False)
-            copies[id(tensor)] = self.sized[join(layer, name)] = meta
+            copies[id(tensor)] = self.sized[key] = meta
         symbolic = clone(self.model, copies)
         chosen = set(self.attributes)
         for layer, module in symbolic.named_modules():
             depthwise = isinstance(module, nn.modules.conv._ConvNd) and (
                 1 < module.groups == module.in_channels
             )
-            if depthwise:
+            if depthwise and _within(layer, self.fixed) is None:
                 chosen.add((layer, "groups"))
         for layer, name in sorted(chosen):
-            module = symbolic.get_submodule(layer)
-            symbol = self.system.fresh(getattr(module, name))
+            hint = dict(sizes_in(symbolic.get_submodule(layer)))[name]
+            symbol = self.system.fresh(hint)
             self.values[layer, name] = {(symbol,): 1}
-            setattr(module, name, size(self.system, self.values[layer, name]))
+            set_size(symbolic, layer, name, size(self.system, self.values[layer, name]))
         for module in symbolic.modules():
             sync_attributes(module)
         return symbolic
@@ -383,7 +518,7 @@ class _Attempt:
         """Pin what is left open: what nothing read, what is in no tensor, what is not quadratic."""
         system = self.system
         for symbol, where in self.symbols.items():
-            if id(self.sized[join(where.layer, where.tensor)]) not in used:
+            if id(self.sized[where.tensor]) not in used:
                 system.pin_value({(symbol,): 1}, "never used in forward")
         for poly in (self.run.activations, *self.run.flops.values()):
             system.transparent(poly)
@@ -400,8 +535,10 @@ class _Attempt:
         return _collect(self.system, self.symbols, self.sized, self.values, self.run)
 
 
-def _has_content(buffer: Tensor) -> bool:
+def has_content(module: nn.Module, name: str, buffer: Tensor) -> bool:
     """Whether a buffer holds more than one value, so that it has no like at other sizes."""
+    if is_estimate(module, name):
+        return False
     if not buffer.is_floating_point():
         return True
     return buffer.device.type != "meta" and bool((buffer != buffer.flatten()[:1]).any())
@@ -419,7 +556,7 @@ def _no_fast_path() -> Iterator[None]:
 
 
 def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
-    """Run a model whose tensors are on the meta device under a dispatch mode."""
+    """Run a model whose tensors are on the meta device, on :func:`sample`'s tensors, in a mode."""
     with (
         _no_fast_path(),
         torch.device("meta"),
@@ -427,20 +564,23 @@ def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
         torch.no_grad(),
         mode,
     ):
-        return model(x)
+        return call(model, x)
 
 
 def _execute(
-    symbolic: nn.Module, system: System, input_shape: tuple[int, ...], *, train: bool
+    symbolic: nn.Module, system: System, inputs: Any, fixed: Mapping[str, str], *, train: bool
 ) -> _Run:
     # Training mode refuses batches of one sample in batch norm.
-    x = torch.empty((2 if train else 1, *input_shape), device="meta")
-    run = _Run(system, (x,))
+    x = sample(inputs, 2 if train else 1)
+    run = _Run(system, tuple(_tensors_in(x)))
     system.reason = run.reason
     hooks = []
     for layer, module in symbolic.named_modules():
         hooks.append(module.register_forward_pre_hook(_entering(run, layer)))
         hooks.append(module.register_forward_hook(_leaving(run)))
+        if layer in fixed:
+            hook = _with_numbers(system, fixed[layer])
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     symbolic.train(train)
     with _explained(symbolic, run):
         out = run_on_meta(symbolic, x, run)
@@ -459,6 +599,13 @@ def _entering(run: _Run, layer: str) -> Callable[..., None]:
     return hook
 
 
+def _with_numbers(system: System, reason: str) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return in_numbers((args, kwargs), system, reason)
+
+    return hook
+
+
 def _leaving(run: _Run) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, _out: Any) -> None:
         run.layers.pop()
@@ -467,7 +614,7 @@ def _leaving(run: _Run) -> Callable[..., None]:
 
 
 def _tensors_in(out: Any) -> Iterator[Tensor]:
-    return (x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor))
+    return (x for x in tree_leaves(out) if isinstance(x, Tensor))
 
 
 def _collect(
@@ -497,11 +644,11 @@ def _collect(
         where = symbols[namer]
         name = where.layer or where.tensor
         if any(axis.name == name for axis in axes):
-            name = join(where.layer, where.tensor)
+            name = where.tensor
         count = sum(axis.name.split("#")[0] == name for axis in axes)
         name = f"{name}#{count + 1}" if count else name
         unit = system.value(namer).get((free,), 1) if namer in owners.get(free, ()) else 1
-        maker = join(where.layer, where.tensor), where.dim
+        maker = where.tensor, where.dim
         base = system.hints[free] * unit
         axes.append(TracedAxis(name, base, unit, tuple(layers[free]), maker))
 

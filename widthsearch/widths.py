@@ -6,11 +6,15 @@ architecture. Both are frozen and compared by content.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from widthsearch.errors import WidthsError
 
@@ -28,6 +32,7 @@ class Axis:
         most: The largest width allowed, in channels.
         step: The distance of two widths on the grid; every width is a multiple of it.
         layers: Every layer with a parameter or buffer whose shape depends on this axis.
+        tied: The axes that a user tied to this one: they keep their bases' ratio to it.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Axis:
     most: int
     step: int = 1
     layers: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.least < 1:
@@ -133,9 +139,109 @@ class Widths(Mapping[str, int]):
 
 
 def fingerprint(name: str, axes: Sequence[Axis]) -> str:
-    """A short hash of what makes a width vector meaningful: the space's name and its axes' names.
+    """A short hash of what makes a width vector meaningful: the space's name, and its axes' names.
 
-    The bounds and steps are left out: they say what a search may visit, not what a vector means.
+    With them go their bases and what is tied to them. The bounds and steps are left out: they say
+    what a search may visit, not what a vector means.
     """
-    content = json.dumps([name, [[axis.name, axis.base] for axis in axes]])
+    content = json.dumps([name, [[axis.name, axis.base, *axis.tied] for axis in axes]])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+# -- files -----------------------------------------------------------------------------------
+
+_KEYS = ("space", "fingerprint", "base", "widths")
+
+
+def write_widths(path: Path, name: str, axes: Sequence[Axis], widths: Widths) -> None:
+    """Write a width vector, with what it takes to know its space again.
+
+    Args:
+        path: The file; one that is there stays until the new one is whole.
+        name: The space's name.
+        axes: The space's axes.
+        widths: A width vector of it.
+    """
+    content = {
+        "space": name,
+        "fingerprint": fingerprint(name, axes),
+        "base": {axis.name: axis.base for axis in axes},
+        "widths": widths.to_json(),
+    }
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_widths(path: Path, name: str, axes: Sequence[Axis]) -> Widths:
+    """The width vector in a file that :func:`write_widths` wrote, or a person edited.
+
+    Args:
+        path: The file.
+        name: The name of the space that it is read for.
+        axes: That space's axes.
+
+    Raises:
+        WidthsError: It cannot be read, is of another space (says what differs), or holds what is
+            not on the grid.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        raise WidthsError(f"the widths file {str(path)!r} cannot be read: {reason}") from None
+    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise WidthsError(
+            f"a widths file must hold {', '.join(_KEYS)}, but {str(path)!r} has no {missing[0]!r}"
+        )
+    base, widths = content["base"], content["widths"]
+    for key, value in (("base", base), ("widths", widths)):
+        if not isinstance(value, dict):
+            raise WidthsError(
+                f"`{key}` must be one integer by axis name, but {str(path)!r} has {value!r}"
+            )
+    if difference := _difference(content["space"], content["fingerprint"], base, name, axes):
+        raise WidthsError(
+            f"widths must be loaded into their own space, but {str(path)!r} is of "
+            f"{content['space']!r} ({len(base)} axes) and the space given is {name!r} "
+            f"({len(axes)} axes): {difference}"
+        )
+    names = tuple(axis.name for axis in axes)
+    for key in widths:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise WidthsError(f"{str(path)!r}: the space has no axis {key!r}{hint}")
+    for axis in axes:
+        if axis.name not in widths:
+            raise WidthsError(
+                f"{str(path)!r}: axis {axis.name!r} has no width; its base is {axis.base}"
+            )
+        try:
+            axis.check(widths[axis.name])
+        except WidthsError as error:
+            raise WidthsError(f"{str(path)!r}: {error}") from None
+    return Widths(names, tuple(widths[name] for name in names))
+
+
+def _difference(
+    of: Any, fingerprinted: Any, base: Mapping[str, Any], name: str, axes: Sequence[Axis]
+) -> str | None:
+    """The first thing in which a file's space differs from another, if any."""
+    if fingerprinted == fingerprint(name, axes):
+        return None
+    bases = {axis.name: axis.base for axis in axes}
+    for axis in base:
+        if axis not in bases:
+            return f"it has no axis {axis!r}"
+    for axis in bases:
+        if axis not in base:
+            return f"the file has no axis {axis!r}"
+        if base[axis] != bases[axis]:
+            return f"the base of axis {axis!r} is {base[axis]} in the file and {bases[axis]} in it"
+    if of != name:
+        return "their names differ, though their axes are alike"
+    if list(base) != list(bases):
+        return "their axes are in another order"
+    return "other axes are tied to theirs"

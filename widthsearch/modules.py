@@ -1,0 +1,206 @@
+"""Module trees: their tensors, what else in them repeats the tensors' sizes, and copies of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_PARAMETRIZATIONS = ".parametrizations."
+_SUFFIX: dict[type, str] = {WeightNorm: "_v", SpectralNorm: "_orig"}
+"""What the older reparametrisations, which are hooks, append to a weight's name."""
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """Every parameter and buffer once: its module, the module's name, its own name, itself."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield module, module_name, name, tensor
+
+
+def join(module_name: str, name: str) -> str:
+    """The name of a module's tensor in the state dict."""
+    return f"{module_name}.{name}" if module_name else name
+
+
+def owner_of(layer: str) -> str:
+    """The layer whose tensor a parametrisation holds; any other layer is its own."""
+    return f".{layer}".split(_PARAMETRIZATIONS[:-1])[0].removeprefix(".")
+
+
+def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of ``model`` in which each tensor ``t`` is replaced by ``tensors[id(t)]``."""
+    memo: dict[int, Any] = dict(tensors)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
+                memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name, suffix in _hooked(module):
+            # What the hook computes anew in each forward; an alias, so that `reset_parameters`,
+            # which writes to it, reaches the parameter.
+            setattr(module, name, getattr(module, name + suffix).detach())
+    return copied
+
+
+def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
+    for hook in module._forward_pre_hooks.values():
+        if type(hook) in _SUFFIX:
+            yield hook.name, _SUFFIX[type(hook)]  # type: ignore[attr-defined]
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """A tensor with the shape of a module's weight, which a parametrisation may compute."""
+    if parametrize.is_parametrized(module, name):
+        held: Any = module.parametrizations[name]  # type: ignore[index]
+        if isinstance(held[0], _WeightNorm):
+            return _tensor(held.original1)
+        return _tensor(held.original if hasattr(held, "original") else getattr(module, name))
+    for hooked, suffix in _hooked(module):
+        if hooked == name:
+            return _tensor(getattr(module, name + suffix))
+    return _tensor(getattr(module, name, None))
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def is_estimate(module: nn.Module, name: str) -> bool:
+    """Whether a buffer is a singular vector that spectral norm estimates as it goes."""
+    if isinstance(module, _SpectralNorm):
+        return name in ("_u", "_v")
+    return any(
+        isinstance(hook, SpectralNorm) and name in (f"{hook.name}_u", f"{hook.name}_v")
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
+def sync_attributes(module: nn.Module) -> None:
+    """Set the attributes in which torch's layers repeat their tensors' sizes."""
+    if not isinstance(module, _SIZED):
+        return
+    weight: Any = weight_of(module)  # its sizes may be symbolic, which torch's types do not know
+    if isinstance(module, nn.modules.conv._ConvNd):
+        own, other = weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = own, other * module.groups
+        else:
+            module.out_channels, module.in_channels = own, other * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = weight if weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = sized.shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.MultiheadAttention):
+        module.embed_dim = module.out_proj.weight.shape[0]
+        module.head_dim = module.embed_dim // module.num_heads
+        if module._qkv_same_embed_dim:
+            module.kdim = module.vdim = module.embed_dim
+        else:
+            module.kdim = module.k_proj_weight.shape[1]
+            module.vdim = module.v_proj_weight.shape[1]
+    elif isinstance(module, nn.RNNBase):
+        recurrent: Any = module
+        recurrent.input_size = recurrent.weight_ih_l0.shape[1]
+        if module.proj_size:
+            recurrent.proj_size, recurrent.hidden_size = recurrent.weight_hr_l0.shape
+        else:
+            recurrent.hidden_size = recurrent.weight_hh_l0.shape[1]
+    elif isinstance(module, nn.RNNCellBase):
+        module.input_size = module.weight_ih.shape[1]
+        module.hidden_size = module.weight_hh.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.shape[0]
+
+
+_SIZED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.PReLU,
+)
+
+
+def sizes_in(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Every integer among a module's plain attributes: ``name``, or ``name[i]`` in a sequence."""
+    for name, value in vars(module).items():
+        if type(value) is int:
+            yield name, value
+        elif type(value) in (tuple, list, torch.Size):
+            for i, item in enumerate(value):
+                if type(item) is int:
+                    yield f"{name}[{i}]", item
+
+
+def set_size(model: nn.Module, layer: str, attribute: str, value: Any) -> None:
+    """Set an attribute that :func:`sizes_in` names."""
+    module = model.get_submodule(layer)
+    name, _, index = attribute.partition("[")
+    if index:
+        sequence = getattr(module, name)
+        items = list(sequence)
+        items[int(index[:-1])] = value
+        value = items if isinstance(sequence, list) else tuple(items)
+    setattr(module, name, value)
+
+
+@torch.no_grad()
+def reset(model: nn.Module, layer: str) -> None:
+    """A layer's own ``reset_parameters``, through whatever reparametrises its weights."""
+    module: Any = model.get_submodule(owner_of(layer))
+    if not callable(getattr(module, "reset_parameters", None)):
+        return
+    if not parametrize.is_parametrized(module):
+        module.reset_parameters()
+    else:
+        plain: Any = type(module).__bases__[0]
+        shadow = plain.__new__(plain)  # the same layer without its parametrisations
+        shadow.__dict__ = dict(vars(module))
+        held = module.parametrizations
+        fresh = {name: nn.Parameter(torch.empty_like(getattr(module, name))) for name in held}
+        shadow._parameters = {**module._parameters, **fresh}
+        shadow.reset_parameters()
+        for name, value in fresh.items():
+            setattr(module, name, value.detach())
+
+
+def direction_of(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
+    """What a weight norm's lengths are the lengths of, and along which dim; else None."""
+    if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], _WeightNorm):
+        held: Any = module
+        return (held.original1, held[0].dim) if name == "original0" else None
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and name == f"{hook.name}_g":
+            return getattr(module, f"{hook.name}_v"), hook.dim
+    return None
