@@ -7,6 +7,7 @@ import random
 from functools import cache
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -134,6 +135,19 @@ def axes(draw: st.DrawFn) -> Axis:
 def widths_of(draw: st.DrawFn, space: SearchSpace) -> tuple[int, ...]:
     """Widths on a space's grid."""
     return tuple(draw(st.sampled_from(axis.grid)) for axis in space.axes)
+
+
+@st.composite
+def constrained(draw: st.DrawFn, space: SearchSpace) -> SearchSpace:
+    """The space with some axes pinned and some tied, in any way that leaves one."""
+    labels = [draw(st.sampled_from(["free", "pin", "one", "other"])) for _ in space.axes]
+    assume(any(label != "pin" for label in labels))
+    named = {
+        label: [name for name, mine in zip(space.names, labels, strict=True) if mine == label]
+        for label in ("pin", "one", "other")
+    }
+    ties = [named[label] for label in ("one", "other") if len(named[label]) > 1]
+    return space.constrained(pin=named["pin"], tie=ties)
 
 
 def counted_flops(net: nn.Module, input_shape: tuple[int, ...], device: str = "cpu") -> int:

@@ -17,6 +17,7 @@ import yaml
 
 import widthsearch
 from widthsearch import cli, pareto
+from widthsearch.space import load_space
 from widthsearch.study import Study
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,28 @@ def test_space_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [axis["name"] for axis in content["axes"]][:2] == ["conv1", "block1.conv1"]
     assert 0 < content["axes"][0]["share_of_macs"] < 1
     assert content["pinned"][0]["reason"] == "output of the model"
+
+
+def test_space_is_proved_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks are built and run, and their counts compared."""
+    out = printed(capsys, "space", SPACE, "--check", "--device", "meta")
+    assert "checked: 5 networks (least, most, random 1, random 2, random 3)" in out
+
+
+def test_space_shows_what_a_widths_file_costs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A file that a person may have edited."""
+    path = tmp_path / "widths.json"
+    load_space(SPACE).save_widths(path, 0.5)
+    out = printed(capsys, "space", SPACE, "--widths", str(path))
+    assert f"{path}: 193k MACs (0.253 of the base), 19.8k parameters (0.255)" in out
+    content = json.loads(printed(capsys, "space", SPACE, "--widths", str(path), "--json"))
+    assert content["cost"]["macs"] == 193344
+    assert content["widths"]["conv1"] == 8
+    path.write_text(path.read_text().replace('"conv1": 8', '"conv1": 7'))
+    assert cli.main(["space", SPACE, "--widths", str(path)]) == 2
+    assert "axis 'conv1' takes multiples of 2" in capsys.readouterr().err
 
 
 def test_pareto_prints_the_front_and_the_baseline(

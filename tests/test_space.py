@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cloudpickle
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from strategies import (
     MODELS,
     Residual,
+    constrained,
     counted_flops,
     random_widths,
     space_of,
@@ -23,8 +26,9 @@ from strategies import (
 )
 from torch import nn
 
+from widthsearch.constraints import aligned_step, default_step
 from widthsearch.errors import SpaceError, WidthsError
-from widthsearch.space import SearchSpace, default_step, load_space
+from widthsearch.space import SearchSpace, load_space
 
 TORCHVISION = {
     "resnet18": 64,
@@ -308,3 +312,349 @@ def test_a_model_without_freedom_is_refused() -> None:
     """There is nothing to search."""
     with pytest.raises(SpaceError, match="has no free width"):
         SearchSpace.from_model(lambda: nn.Conv2d(3, 10, 1), (3, 8, 8))
+
+
+# -- constraints -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.data(), spaces)
+def test_constrained_spaces_are_exact(data: st.DataObject, whole: SearchSpace) -> None:
+    """However axes are pinned and tied, a network is what the free space makes of its widths."""
+    space = data.draw(constrained(whole))
+    widths = space.widths(data.draw(widths_of(space)))
+    net = space.build(widths, seed=0)
+    cost = space.cost(widths)
+    assert sum(p.numel() for p in net.parameters()) == cost.params
+    assert counted_flops(net, space.input_shape) == 2 * cost.macs
+    freed = space.freed(widths)
+    for quantity in ("macs", "params", "activations"):
+        assert whole.form(quantity)(freed.vector) == getattr(cost, quantity)
+    for name, width in freed.items():
+        maker = name if name in dict(net.named_modules()) else ""
+        assert net.get_submodule(maker).weight.shape[0] == width
+    assert space.freed(space.base) == whole.base
+    assert space.free.names == whole.names
+
+
+def test_a_pinned_axis_is_said_to_be() -> None:
+    """It leaves the axes for the pinned widths; the same base network remains."""
+    whole = space_of("Concatenated")
+    space = whole.constrained(pin=["gr*", "last"])
+    assert space.names == ("stem",)
+    assert [(p.name, p.size, p.reason) for p in space.pinned][-2:] == [
+        ("grow", 4, "pinned by the user"),
+        ("last", 16, "pinned by the user"),
+    ]
+    assert space.cost(1.0) == whole.cost(1.0)
+    assert space.cost({"stem": 5}) == whole.cost({"stem": 5})
+    assert space.fingerprint != whole.fingerprint
+    assert whole.names == ("stem", "grow", "last")
+
+
+def test_tied_axes_keep_their_ratio() -> None:
+    """They are one axis, named after the first, whose widths are whole units of each."""
+    whole = space_of("Grouped")  # widths 16 and 24 in four groups, and 8
+    space = whole.constrained(tie=[["last", "grouped"]])
+    stem, axis = space.axes
+    assert stem == whole.axes[0]
+    assert (axis.name, axis.base, axis.least, axis.most, axis.step, axis.tied) == (
+        *("grouped", 24, 12, 48, 12),
+        ("last",),
+    )
+    assert space.freed(space.widths({"grouped": 36})).vector == (16, 36, 12)
+    again = space.constrained(tie="*")
+    assert [(a.name, a.tied, list(a.grid)) for a in again.axes] == [
+        ("stem", ("grouped", "last"), [8, 16, 24, 32])
+    ]
+    assert again.freed(again.widths([8])).vector == (8, 12, 4)
+    pinned = {(a.name, *a.tied): a.base for a in whole.constrained(pin="last").axes}
+    assert whole.constrained(tie=[["stem", "grouped"]]).fingerprint not in {
+        whole.constrained(pin="grouped").fingerprint,
+        whole.fingerprint,
+    }
+    assert pinned == {("stem",): 16, ("grouped",): 24}
+
+
+def test_bounds_and_steps_by_axis_and_glob() -> None:
+    """Floats are multiples, integers channels; a name goes before a glob, a later glob first."""
+    space = SearchSpace.from_model(
+        Residual,
+        (3, 8, 8),
+        least={"*": 0.5, "stem": 4},
+        most={"*": 1.0, "s*": 1.5},
+        step={"*": 4, "conv1": 8},
+    )
+    assert [(a.least, a.base, a.most, a.step) for a in space.axes] == [
+        (4, 16, 24, 4),
+        (16, 32, 32, 8),
+    ]
+    narrower = space.constrained(most=1, least={"conv1": 0.75})
+    assert [(a.least, a.base, a.most, a.step) for a in narrower.axes] == [
+        (4, 16, 16, 4),
+        (24, 32, 32, 8),
+    ]
+    assert narrower.fingerprint == space.fingerprint
+    assert narrower.free is narrower
+
+
+@pytest.mark.parametrize(
+    ("base", "unit", "block", "step"),
+    [
+        *((64, 1, 8, 8), (64, 1, 16, 16), (16, 1, 16, 8), (24, 1, 16, 8), (8, 1, 8, 4)),
+        *((256, 32, 8, 32), (20, 1, 16, 4), (3, 1, 8, 1), (48, 1, 16, 16)),
+    ],
+)
+def test_aligned_steps(base: int, unit: int, block: int, step: int) -> None:
+    """Whole blocks, or halves of one where the axis could not get narrower otherwise."""
+    assert aligned_step(base, unit, block) == step
+
+
+def test_devices_have_their_alignment() -> None:
+    """What a step was given for keeps it."""
+    space = space_of("Residual")
+    assert [a.step for a in space.constrained(align="cuda").axes] == [8, 8]
+    assert [a.step for a in space.constrained(align="cpu").axes] == [8, 16]
+    assert [a.step for a in space.constrained(align=4, step={"stem": 1}).axes] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        ({"pin": "stemm"}, "no axis matches 'stemm'; did you mean 'stem'?"),
+        ({"pin": ["cnov*"]}, "no axis matches 'cnov*'; did you mean 'conv*'?"),
+        ({"least": {"zzz": 0.5}}, "no axis matches 'zzz'; the axes are stem, conv1"),
+        (
+            {"tie": [["stem", "fc"]]},
+            "no axis matches 'fc': the width of 'fc' is pinned (output of the model)",
+        ),
+        ({"pin": [3]}, "an axis is given by its name or a glob, but was 3"),
+        ({"pin": "*"}, "an axis must be left to search, but all 2 are pinned"),
+        (
+            {"tie": ["stem", "conv1"]},
+            "a tie takes two axes or more, but 'stem' is 'stem' alone; axes that keep their ratio "
+            "go into one list: tie=[['a', 'b']]",
+        ),
+        (
+            {"tie": "*", "pin": "stem"},
+            "an axis is tied once or pinned, but 'stem' is pinned too",
+        ),
+        (
+            {"tie": ["*", "*"]},
+            "an axis is tied once or pinned, but 'stem' is in another tie too",
+        ),
+        (
+            {"least": 1.5},
+            "`0 < least <= 1` must hold (multiples of an axis's base width), but least is 1.5",
+        ),
+        (
+            {"most": {"stem": 0.5}},
+            "`most >= 1` must hold (multiples of an axis's base width, or whole channels), but "
+            "most of 'stem' is 0.5",
+        ),
+        (
+            {"most": {"s*": 2}},
+            "`most >= base` must hold, but axis 'stem' has base=16 and was given most=2 channels; "
+            "a multiple of the base is written 2.0",
+        ),
+        ({"step": 0}, "`step >= 1` must hold, in whole channels, but step=0"),
+        ({"step": {"stem": 1.5}}, "`step >= 1` must hold, in whole channels, but step=1.5"),
+        ({"align": "gpu"}, "`align` must be cuda, cpu or a number of channels, but is 'gpu'"),
+        (
+            {"align": 8, "step": 4},
+            "one step for every axis leaves nothing to align, but step=4 and align=8: leave one "
+            "out",
+        ),
+    ],
+)
+def test_constraints_that_cannot_be_met_are_refused(
+    constraints: dict[str, object], message: str
+) -> None:
+    """Each refusal names the culprit and the rule or the close match."""
+    with pytest.raises(SpaceError) as error:
+        space_of("Residual").constrained(**constraints)
+    assert str(error.value) == message
+
+
+def test_a_tie_without_a_common_ratio_is_refused() -> None:
+    """16 and 9 channels have no narrower widths in that ratio."""
+
+    def make_model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 9, 1), nn.Conv2d(9, 10, 1))
+
+    with pytest.raises(SpaceError, match=r"'0' \(16\), '1' \(9\) have no narrower widths"):
+        SearchSpace.from_model(make_model, (3, 8, 8), tie=[["0", "1"]])
+
+
+def test_scores_of_channels_are_folded_over_ties() -> None:
+    """The lowest-scored channels of each tied axis go together."""
+    whole = space_of("Plain")  # 8 and 16 channels
+    space = whole.constrained(tie="conv*")
+    a, b = np.arange(8.0), np.arange(16.0)[::-1]
+    (folded,) = space.folded([a, b])
+    assert folded.tolist() == [i + (2 * i) + (2 * i + 1) for i in range(8)]
+    assert whole.folded([a, b])[1] is b
+
+
+# -- proof -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_small_spaces_are_proved(name: str) -> None:
+    """On real tensors."""
+    report = space_of(name).check(vectors=1)
+    assert list(report.networks) == ["least", "most", "random 1"]
+    assert str(report) == (
+        "checked: 3 networks (least, most, random 1) run forward and backward on cpu; MACs, "
+        "parameters and activations are what the space says"
+    )
+
+
+def test_attention_is_counted_in_full() -> None:
+    """Neither encoder layers' fast path nor fused attention hides its products."""
+    space = load_space("torchvision:vit_b_16", (3, 224, 224))
+    before = torch.backends.mha.get_fastpath_enabled()
+    space.check(vectors=0, device="meta")
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+class Branching(nn.Module):
+    """What a trace cannot see: code that asks how wide a layer is."""
+
+    def __init__(self, otherwise: str) -> None:
+        super().__init__()
+        self.otherwise = otherwise
+        self.first = nn.Conv2d(3, 16, 1)
+        self.second = nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 8, 8) to (N, 4, 8, 8)."""
+        x = self.first(x)
+        if x.shape[1] > 12:
+            x = x + self.second(x)
+        elif self.otherwise == "fail":
+            x = self.second(x) @ x[:, :, :1]
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "message"),
+    [
+        ("skip", "its macs are 896, but the space says 1,152"),
+        (
+            "fail",
+            "module '(the model itself)' (Branching) fails in forward in eval mode, operation "
+            "aten.bmm",
+        ),
+    ],
+)
+def test_a_space_that_does_not_hold_is_named(otherwise: str, message: str) -> None:
+    """With the first widths and the quantity, or the module and the operation."""
+    space = SearchSpace.from_model(lambda: Branching(otherwise), (3, 8, 8), name="branching")
+    with pytest.raises(SpaceError) as error:
+        space.check()
+    assert str(error.value).startswith("space 'branching' does not hold at its least widths [2]: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+@given(st.data(), spaces)
+def test_widths_files_load_where_they_were_saved(data: st.DataObject, space: SearchSpace) -> None:
+    """Any widths on the grid, as JSON that says whose they are."""
+    widths = space.widths(data.draw(widths_of(space)))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "widths.json")
+        space.save_widths(path, widths)
+        assert space.load_widths(path) == widths
+        content = json.loads(path.read_text())
+        assert [file.name for file in path.parent.iterdir()] == ["widths.json"]
+    assert content == {
+        "space": space.name,
+        "fingerprint": space.fingerprint,
+        "base": dict(space.base),
+        "widths": dict(widths),
+    }
+
+
+def test_widths_of_another_space_are_refused(tmp_path: Path) -> None:
+    """The message says what differs."""
+    path = tmp_path / "widths.json"
+    own = space_of("Residual")
+    own.save_widths(path, 0.5)
+    wide = SearchSpace.from_model(wider, (3, 8, 8), name="Residual")
+    named = SearchSpace.from_model(Residual, (3, 8, 8), name="other")
+    for space, difference in {
+        space_of("Plain"): "it has no axis 'stem'",
+        own.constrained(pin="conv1"): "it has no axis 'conv1'",
+        wide: "the base of axis 'conv1' is 32 in the file and 48 in it",
+        named: "their names differ, though their axes are alike",
+    }.items():
+        with pytest.raises(WidthsError) as error:
+            space.load_widths(path)
+        assert str(error.value) == (
+            f"widths must be loaded into their own space, but {str(path)!r} is of 'Residual' (2 "
+            f"axes) and the space given is {space.name!r} ({len(space.axes)} axes): {difference}"
+        )
+    own.constrained(pin="conv1").save_widths(path, 0.5)
+    with pytest.raises(WidthsError, match="the file has no axis 'conv1'"):
+        own.load_widths(path)
+    with pytest.raises(WidthsError, match="other axes are tied to theirs"):
+        own.constrained(tie="*").load_widths(path)
+
+
+def wider() -> nn.Module:
+    """The same names, another base."""
+    model = Residual()
+    model.conv1 = nn.Conv2d(16, 48, 3, padding=1, bias=False)
+    model.bn1 = nn.BatchNorm2d(48)
+    model.conv2 = nn.Conv2d(48, 16, 3, padding=1, bias=False)
+    return model
+
+
+EDITS: dict[str, tuple[object, str]] = {
+    "not JSON": ("{'a'", "cannot be read: it is not JSON: Expecting property name"),
+    "not a mapping": ("[1]", "must hold space, fingerprint, base, widths, but"),
+    "a missing key": ({"widths": ...}, "has no 'widths'"),
+    "widths in a list": ({"widths": [16, 32]}, "`widths` must be one integer by axis name"),
+    "an unknown axis": (
+        {"widths": {"stem": 8, "conv1": 8, "stemm": 8}},
+        "the space has no axis 'stemm'; did you mean 'stem'?",
+    ),
+    "an axis left out": ({"widths": {"stem": 8}}, "axis 'conv1' has no width; its base is 32"),
+    "off the grid": (
+        {"widths": {"stem": 8, "conv1": 9}},
+        "axis 'conv1' takes multiples of 4, but was given 9; the nearest it takes is 8",
+    ),
+    "no integer": (
+        {"widths": {"stem": 8.0, "conv1": 8}},
+        "a width must be an integer, but axis 'stem' was given 8.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_a_hand_edited_widths_file_is_checked(case: str, tmp_path: Path) -> None:
+    """One line that names the file and what is wrong in it."""
+    change, message = EDITS[case]
+    space, path = space_of("Residual"), tmp_path / "widths.json"
+    space.save_widths(path, 0.5)
+    if isinstance(change, dict):
+        content = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+    else:
+        path.write_text(str(change))
+    with pytest.raises(WidthsError) as error:
+        space.load_widths(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_widths_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """With the system's reason."""
+    with pytest.raises(WidthsError, match="cannot be read: No such file or directory"):
+        space_of("Residual").load_widths(tmp_path / "none.json")

@@ -105,3 +105,5 @@ def test_the_fingerprint_depends_on_meaning_alone() -> None:
     a, b = Axis("a", 16, 8, 32, 8), Axis("b", 16, 8, 32, 8)
     assert fingerprint("s", [a, b]) == fingerprint("s", [Axis("a", 16, 2, 64, 2), b])
     assert len({fingerprint("s", [a, b]), fingerprint("s", [b, a]), fingerprint("t", [a, b])}) == 3
+    tied = Axis("a", 16, 8, 32, 8, tied=("c",))
+    assert fingerprint("s", [tied, b]) != fingerprint("s", [a, b])

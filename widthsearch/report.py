@@ -264,7 +264,7 @@ def front_volume(
 
 
 def _outcome_table(title: str, outcomes: Sequence[Outcome], base: Outcome | None) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     timed = any(o.latency is not None for o in outcomes)
     columns = ["id", "origin", "acc %", "MACs", "×base", "params"]
     columns += ["ms", "±", "×base"] if timed else []

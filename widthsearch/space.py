@@ -136,7 +136,7 @@ class SearchSpace:
         return cls(
             name=name or called,
             axes=tuple(axes),
-            input_shape=as_inputs(input_shape),
+            input_shape=inputs,
             trace=traced,
             template=clone(made, {id(t): _meta(t) for *_, t in tensors_of(made)}),
             scheme=Scheme.of(made, recorder),

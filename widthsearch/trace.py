@@ -466,7 +466,8 @@ class _Attempt:
             (layer, name)
             for layer in self.run.fixed_in
             for module in [self.model.get_submodule(layer)]
-            if not type(module).__module__.startswith("torch.nn.") or not module._parameters
+            if not type(module).__module__.startswith("torch.nn.")
+            or all(p is None for p in module._parameters.values())  # else its tensors set them
             for name, value in sizes_in(module)
             if value in fixed
         )
@@ -694,15 +695,9 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
             while root not in reasons:
                 root = min(system.parents[root], key=lambda s: s not in reasons)
             grouped.setdefault(root, []).append(symbol)
-    out = []
+    rows: dict[tuple[str, int, str], dict[str, None]] = {}
     for root, members in grouped.items():
         first = symbols[members[0]]
-        out.append(
-            Pinned(
-                name=first.layer or first.tensor,
-                size=system.hints[members[0]],
-                reason=reasons[root],
-                layers=tuple(dict.fromkeys(symbols[s].layer for s in members)),
-            )
-        )
-    return tuple(out)
+        row = first.layer or first.tensor, system.hints[members[0]], reasons[root]
+        rows.setdefault(row, {}).update(dict.fromkeys(symbols[s].layer for s in members))
+    return tuple(Pinned(*row, tuple(layers)) for row, layers in rows.items())
