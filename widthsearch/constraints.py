@@ -54,6 +54,9 @@ class Constraints:
     align: int | str | None = None
 
     def __post_init__(self) -> None:
+        ties = (entry if isinstance(entry, str) else _listed(entry) for entry in _listed(self.tie))
+        object.__setattr__(self, "pin", _listed(self.pin))
+        object.__setattr__(self, "tie", tuple(ties))
         for bound in ("least", "most"):
             given = getattr(self, bound)
             for name, value in given.items() if isinstance(given, Mapping) else [("", given)]:
@@ -216,9 +219,9 @@ def matching(pattern: str, names: Sequence[str], trace: Trace) -> list[int]:
     raise SpaceError(f"no axis matches {pattern!r}; {hint}")
 
 
-def _listed(given: Any) -> Sequence[Any]:
+def _listed(given: Any) -> tuple[Any, ...]:
     single = isinstance(given, str) or not isinstance(given, Sequence)
-    return [given] if single else given
+    return (given,) if single else tuple(given)
 
 
 def _whole(value: Any) -> bool:

@@ -307,11 +307,14 @@ class System:
         rest = add(a, multiply(guess, b), -1)
         if self.never_below(rest, {}) and self.never_below(b, add(rest, constant(1))):
             return guess  # 0 <= rest < b at every width
-        if divisor is None or as_constant(a) is not None:
-            out = constant(q)
-        else:
-            out = {(self.fresh(q),): 1}
-        self.impose(add(a, add(multiply(out, b), constant(r)), -1))
+        remainder = constant(r)
+        if divisor is None and r == self.hint(b) - 1:  # (x + b - 1) // b, rounding up
+            remainder = add(b, constant(1), -1)
+        elif divisor is None and r:  # what is left of a narrower b is not known
+            return constant(self.pin_value(a, self.reason()) // self.pin_value(b, self.reason()))
+        fixed = divisor is None or as_constant(a) is not None
+        out = constant(q) if fixed else {(self.fresh(q),): 1}
+        self.impose(add(a, add(multiply(out, b), remainder), -1))
         return self.canonical(out)
 
 

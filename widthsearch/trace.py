@@ -11,7 +11,7 @@ import importlib.util
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +187,13 @@ _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
     aten.index_put_: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
 }
 """Per operation that looks up by index, the dims in which it does, by its further arguments."""
+_POSITIONAL = frozenset(
+    getattr(aten, name)
+    for name in dir(aten)
+    if name.startswith(("upsample_", "_upsample_", "max_pool", "avg_pool", "_adaptive_avg_pool"))
+    or name in ("adaptive_max_pool2d", "grid_sampler_2d", "grid_sampler_3d")
+)
+"""Operations on images of shape (N, C, ...)."""
 
 
 def in_numbers(tree: Any, system: System, reason: str) -> Any:
@@ -208,6 +215,14 @@ def in_numbers(tree: Any, system: System, reason: str) -> Any:
 
     fixed = tree_map(fix, tree)
     return fixed if found else None
+
+
+def numel(tensor: Tensor) -> Poly:
+    """A tensor's number of elements."""
+    out = constant(1)
+    for n in tensor.shape:
+        out = multiply(out, poly_of(n))
+    return out
 
 
 def first_line(error: BaseException) -> str:
@@ -267,6 +282,8 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = in_numbers((args, kwargs), self.system, why) or (args, kwargs)
         elif packet in _LOOK_UPS:
             self._look_up(_LOOK_UPS[packet], *args)
+        elif packet in _POSITIONAL:
+            self._position(args[0])
         elif packet in (aten.slice, aten.select):
             self._cut(packet, *args)
         try:
@@ -291,6 +308,12 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (n := poly_of(x.shape[dim])) and as_constant(n) is None:
                 self.system.pin_value(n, f"looked up by index: {self.line()}")
 
+    def _position(self, x: Tensor) -> None:
+        """The dims of an image are positions, not widths, even where a parameter is one."""
+        for n in x.shape[2:]:
+            if as_constant(p := poly_of(n)) is None:
+                self.system.pin_value(p, f"a position, not a channel: {self.line()}")
+
     def _cut(self, packet: Any, x: Tensor, dim: int = 0, *place: Any) -> None:
         """A slice or a choice at places that not every width may have: those are fixed."""
         n = poly_of(x.shape[dim])
@@ -310,6 +333,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         transposed, groups = options[3], options[5]
         inputs = weight.shape[0] if transposed else weight.shape[1] * groups
         torch._check(x.shape[1] == inputs)
+        self._position(x)
         for n in weight.shape[2:]:
             if as_constant(poly_of(n)) is None:  # a weight from code of the model's own
                 self.system.pin_value(poly_of(n), "size of a convolution's kernel")
@@ -403,13 +427,25 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     latest = best
     while repeated := latest.repeated_sizes() - tried:
         tried |= repeated
-        try:
-            latest = _Attempt(model, inputs, latest.attributes | repeated, fixed)
-        except _Stopped:  # the code needs a number there
-            latest = best
-        if latest.freedom > best.freedom:
-            best = latest
+        latest = _freer(latest, repeated)
+        if latest.freedom <= best.freedom:
+            # A product of two (heads and their width) cannot be followed; each alone can.
+            names = dict.fromkeys(name for _, name in sorted(repeated))
+            for name in names if len(names) > 1 else ():
+                one = _freer(best, {place for place in repeated if place[1] == name})
+                best = max(best, one, key=lambda attempt: attempt.freedom)
+        best = max(best, latest, key=lambda attempt: attempt.freedom)
     return best.collect()
+
+
+def _freer(attempt: _Attempt, attributes: Set[tuple[str, str]]) -> _Attempt:
+    """The attempt with more attributes symbolic, if the code does not need numbers there."""
+    try:
+        return _Attempt(
+            attempt.model, attempt.inputs, attempt.attributes | attributes, attempt.fixed
+        )
+    except _Stopped:
+        return attempt
 
 
 def _within(layer: str, fixed: Mapping[str, str]) -> str | None:
@@ -440,7 +476,7 @@ class _Attempt:
         attributes: frozenset[tuple[str, str]],
         fixed: Mapping[str, str],
     ) -> None:
-        self.model, self.attributes, self.fixed = model, attributes, fixed
+        self.model, self.inputs, self.attributes, self.fixed = model, inputs, attributes, fixed
         self.system = System()
         self.symbols: dict[int, _Symbol] = {}
         self.sized: dict[str, Tensor] = {}
@@ -527,9 +563,12 @@ class _Attempt:
         for (layer, name), poly in self.values.items():
             loose = symbols_of(system.canonical(poly)) - shaping
             system.pin(sorted(loose), f"attribute {join(layer, name)!r}, which no tensor repeats")
-        for layer, poly in self.run.flops.items():
+        costs = [(f"cost of {layer!r}", poly) for layer, poly in self.run.flops.items()]
+        costs += [("number of activations", self.run.activations)]
+        costs += [(f"size of {name!r}", numel(tensor)) for name, tensor in self.sized.items()]
+        for what, poly in costs:
             while high := [m for m in system.canonical(poly) if len(m) > 2]:
-                system.pin_value({(high[0][-1],): 1}, f"cost of {layer!r} is not quadratic in it")
+                system.pin_value({(high[0][-1],): 1}, f"{what} is not quadratic in it")
 
     def collect(self) -> Trace:
         """What the run told, in terms of axes."""
@@ -665,10 +704,7 @@ def _collect(
     params: Poly = {}
     for tensor in sized.values():
         if isinstance(tensor, nn.Parameter):
-            count_ = constant(1)
-            for n in tensor.shape:
-                count_ = multiply(count_, poly_of(n))
-            params = add(params, count_)
+            params = add(params, numel(tensor))
     return Trace(
         axes=tuple(axes),
         pinned=_pinned(system, symbols),
