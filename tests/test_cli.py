@@ -100,6 +100,29 @@ def test_space_shows_what_a_widths_file_costs(
     assert "axis 'conv1' takes multiples of 2" in capsys.readouterr().err
 
 
+def test_a_study_searches_its_constrained_space(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Pinned and bounded from YAML; pins are kept; the trained folder loads without the study."""
+    constraints = {"pin": ["block2.*"], "tie": ["block3.*"], "most": {"conv1": 16}}
+    file = study_file(tmp_path, constraints=constraints, trials=3, budgets=[0.8])
+    content = json.loads(printed(capsys, "space", str(file), "--json"))
+    assert [(a["name"], a["most"]) for a in content["axes"]] == [
+        *(("conv1", 16), ("block1.conv1", 24), ("block3.conv1", 96)),
+    ]
+    study = Study.load(file, tmp_path / "runs")
+    with study.search() as search:
+        tiny.drive(search)
+    outcome = study.front()[0]
+    assert list(outcome.widths) == ["conv1", "block1.conv1", "block3.conv1"]
+    widthsearch.train(study, outcome, seeds=1, epochs=1, folder=tmp_path / "trained")
+    net = widthsearch.load(tmp_path / "trained")
+    assert net.block3.conv2.out_channels == outcome.widths["block3.conv1"]
+    free = Study.load(study_file(tmp_path), tmp_path / "runs")
+    with pytest.raises(widthsearch.WidthsearchError, match="keeps its space"), free.search():
+        pass
+
+
 def test_pareto_prints_the_front_and_the_baseline(
     capsys: pytest.CaptureFixture[str], runs: Path
 ) -> None:

@@ -21,6 +21,7 @@ budgets: [0.1, 2]
 objectives: [accuracy, macs, latency_ms]
 latency: {device: cpu, batch_size: 1, threads: 1}
 early_stopping: {first_epoch: 3, eta: 3}
+constraints: {pin: [conv1], least: {"block3.*": 0.5, block2.conv1: 8}, most: 1, align: cpu}
 trials: 28
 concurrency: 2
 resources: {cpu: 1, gpu: 0.5}
@@ -43,6 +44,8 @@ def test_a_full_study_file_is_read(tmp_path: Path) -> None:
     assert config.recipe.lr == 0.1
     assert [proposer.method for proposer in config.proposers] == ["sensitivity", "random"]
     assert config.budgets == (0.1, 2.0)
+    assert config.constraints.least == {"block3.*": 0.5, "block2.conv1": 8}
+    assert config.constraints.most == 1.0
     assert config.early_stopping == EarlyStopping(first_epoch=3, eta=3)
     assert config.resources.gpu == 0.5
     assert config.latency is not None
@@ -73,6 +76,15 @@ WRONG = {
     "unknown key in a section": (
         {"recipe": {"epoch": 3}},
         "unknown key 'recipe.epoch'; did you mean 'epochs'?",
+    ),
+    "unknown constraint": (
+        {"constraints": {"pins": ["conv1"]}},
+        "unknown key 'constraints.pins'; did you mean 'pin'?",
+    ),
+    "rule of a constraint": (
+        {"constraints": {"least": 1.5}},
+        "constraints: `0 < least <= 1` must hold (multiples of an axis's base width), but least is "
+        "1.5",
     ),
     "unknown key like no other": (
         {"resources": {"zzz": 3}},

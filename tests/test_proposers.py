@@ -128,3 +128,17 @@ def test_dead_channels_go_first() -> None:
     inner = gate_gradients(find_channels(space, space.base), model)[1]
     assert not bool(inner[:12].any())
     assert bool((inner[12:] != 0).all())
+
+
+def test_tied_axes_lose_what_matters_least_in_each() -> None:
+    """The saliency of a tied axis is that of its axes, channel by channel in order of saliency."""
+    whole, task = space_of("Grouped"), small_task()
+    tied = whole.constrained(tie=[["stem", "last"]])
+    own = Sensitivity().saliency(whole, task, seed=0, device="cpu")
+    joined = Sensitivity().saliency(tied, task, seed=0, device="cpu")
+    assert [len(s) for s in joined] == [16, 24]
+    assert joined[0].sum() == pytest.approx(own[0].sum() + own[2].sum())
+    assert (np.diff(joined[0]) >= 0).all()
+    assert (joined[1] == own[1]).all()
+    proposal = Sensitivity()(tied, task, seed=0, device="cpu")
+    assert all(tied.widths(w) == w for w in proposal.trajectory)

@@ -64,8 +64,12 @@ def _space(options: argparse.Namespace) -> int:
     from widthsearch import report
     from widthsearch.devices import check_device
     from widthsearch.space import load_space
+    from widthsearch.study import Study
 
-    space = load_space(options.space, options.input)
+    if options.space.endswith((".yaml", ".yml")) and options.input is None:
+        space = Study.load(options.space).space
+    else:
+        space = load_space(options.space, options.input)
     widths = None if options.widths is None else space.load_widths(options.widths)
     if options.json:
         content = report.space_json(space)
@@ -187,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("study", help="a study's YAML, name or folder")
     space = command("space", _space, "widthsearch space {space}")
     space.add_argument(
-        "space", help="torchvision:NAME, package.module:function or path/to/file.py:function"
+        "space",
+        help="torchvision:NAME, package.module:function, path/to/file.py:function, or a study's "
+        "YAML",
     )
     space.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
     space.add_argument("--widths", metavar="FILE", help="show what a widths file costs as well")

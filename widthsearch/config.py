@@ -23,8 +23,9 @@ from pydantic import (
     model_validator,
 )
 
+from widthsearch.constraints import Constraints
 from widthsearch.data import TaskConfig
-from widthsearch.errors import StudyError
+from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency import LatencyConfig
 from widthsearch.proposers import PROPOSERS
 from widthsearch.training import Recipe
@@ -132,6 +133,7 @@ class StudyConfig(BaseModel):
         name: The study's name, and its folder's.
         space: A reference to the space; None when a Python user gives the object itself.
         input: The input's shape (C, H, W), for spaces that leave it open.
+        constraints: What is pinned, tied, bounded and aligned in the space.
         task: The data; None when a Python user gives the object itself.
         recipe: How each candidate is trained.
         proposers: The methods whose proposals are scaled into families.
@@ -154,6 +156,7 @@ class StudyConfig(BaseModel):
     name: Annotated[str, AfterValidator(_fit_for_a_folder)]
     space: str | None = None
     input: tuple[int, int, int] | None = None
+    constraints: Constraints = Constraints()
     task: Annotated[TaskConfig, _named("name")] | None = None
     recipe: Recipe = Recipe()
     proposers: tuple[Annotated[ProposerConfig, _named("method")], ...] = (
@@ -183,6 +186,8 @@ class StudyConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise StudyError(_explain(error)) from None
+        except SpaceError as error:
+            raise StudyError(f"constraints: {error}") from None
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
@@ -242,6 +247,7 @@ class StudyConfig(BaseModel):
 
 
 _SECTIONS: dict[str, Any] = {
+    "constraints": Constraints,
     "task": TaskConfig,
     "recipe": Recipe,
     "latency": LatencyConfig,

@@ -86,6 +86,7 @@ def train(
         "space": {
             "reference": study.config.space,
             "input": study.config.input,
+            "constraints": study.config.to_json()["constraints"],
             "name": space.name,
             "fingerprint": space.fingerprint,
         },
@@ -165,6 +166,7 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
                 "give the space, load(folder, space=...)"
             )
         space = load_space(about["reference"], about["input"])
+        space = space.constrained(**about["constraints"])
     model = space.build(space.load_widths(folder / WIDTHS), initialise=False)
     try:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)

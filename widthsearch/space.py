@@ -141,7 +141,7 @@ class SearchSpace:
             template=clone(made, {id(t): _meta(t) for *_, t in tensors_of(made)}),
             scheme=Scheme.of(made, recorder),
             init=init,
-        )._constrained(asked)
+        ).under(asked)
 
     # -- constraints -------------------------------------------------------------------------
 
@@ -162,9 +162,10 @@ class SearchSpace:
         Raises:
             SpaceError: A name matches no axis, a bound excludes the base, or nothing is left.
         """
-        return self._constrained(Constraints(pin, tie, least, most, step, align))
+        return self.under(Constraints(pin, tie, least, most, step, align))
 
-    def _constrained(self, asked: Constraints) -> SearchSpace:
+    def under(self, asked: Constraints) -> SearchSpace:
+        """The same for constraints that are a value, such as a study's."""
         trace, axes = asked.apply(self.trace, self.axes)
         free = self._free if trace is self.trace else self.free
         # Not dataclasses.replace: what else is cached on this space is of its own axes.

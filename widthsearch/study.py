@@ -51,7 +51,7 @@ class Study:
         self.config = config
         self.folder = Path("runs", config.name) if folder is None else Path(folder)
         if space is not None:
-            self.space = space
+            self.space = space.under(config.constraints)
         if task is not None:
             self.task = task
 
@@ -85,7 +85,8 @@ class Study:
                 f"study {self.config.name!r} names no space: add `space:` to its configuration, "
                 "or give the object: Study(config, space=...)"
             )
-        return load_space(self.config.space, self.config.input)
+        space = load_space(self.config.space, self.config.input)
+        return space.under(self.config.constraints)
 
     @cached_property
     def task(self) -> Task:

@@ -187,13 +187,6 @@ _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
     aten.index_put_: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
 }
 """Per operation that looks up by index, the dims in which it does, by its further arguments."""
-_POSITIONAL = frozenset(
-    getattr(aten, name)
-    for name in dir(aten)
-    if name.startswith(("upsample_", "_upsample_", "max_pool", "avg_pool", "_adaptive_avg_pool"))
-    or name in ("adaptive_max_pool2d", "grid_sampler_2d", "grid_sampler_3d")
-)
-"""Operations on images of shape (N, C, ...)."""
 
 
 def in_numbers(tree: Any, system: System, reason: str) -> Any:
@@ -282,7 +275,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = in_numbers((args, kwargs), self.system, why) or (args, kwargs)
         elif packet in _LOOK_UPS:
             self._look_up(_LOOK_UPS[packet], *args)
-        elif packet in _POSITIONAL:
+        elif packet.__name__.startswith(("upsample_", "_upsample_")):
             self._position(args[0])
         elif packet in (aten.slice, aten.select):
             self._cut(packet, *args)
@@ -309,7 +302,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.system.pin_value(n, f"looked up by index: {self.line()}")
 
     def _position(self, x: Tensor) -> None:
-        """The dims of an image are positions, not widths, even where a parameter is one."""
+        """What is resized to an image is a grid of positions, even where it is a parameter."""
         for n in x.shape[2:]:
             if as_constant(p := poly_of(n)) is None:
                 self.system.pin_value(p, f"a position, not a channel: {self.line()}")
@@ -333,7 +326,6 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         transposed, groups = options[3], options[5]
         inputs = weight.shape[0] if transposed else weight.shape[1] * groups
         torch._check(x.shape[1] == inputs)
-        self._position(x)
         for n in weight.shape[2:]:
             if as_constant(poly_of(n)) is None:  # a weight from code of the model's own
                 self.system.pin_value(poly_of(n), "size of a convolution's kernel")

@@ -55,7 +55,11 @@ class Sensitivity:
     def saliency(
         self, space: SearchSpace, task: Task, *, seed: int, device: str
     ) -> list[NDArray[np.float64]]:
-        """Per axis, the saliency of each channel of the base network at initialisation."""
+        """Per axis, the saliency of each channel of the base network at initialisation.
+
+        Of tied axes, the channels that matter least in each go together.
+        """
+        free = space.free
         generator = np.random.default_rng(seed)
         index = balanced(task.train.labels, task.classes, self.batch_size, generator)
         batch = Split(task.train.images[index], task.train.labels[index])
@@ -66,12 +70,14 @@ class Sensitivity:
             # Train mode: before training, batch norm's running statistics say nothing. The gates
             # stand after it, so that it does not undo them.
             F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        gradients = gate_gradients(find_channels(space, space.base), model)
+        gradients = gate_gradients(find_channels(free, free.base), model)
         # A unit's saliency is shared by its channels (those that only go together).
-        return [
-            np.repeat(g.abs().double().cpu().numpy() / axis.unit, axis.unit)
-            for g, axis in zip(gradients, space.trace.axes, strict=True)
-        ]
+        return space.folded(
+            [
+                np.repeat(g.abs().double().cpu().numpy() / axis.unit, axis.unit)
+                for g, axis in zip(gradients, free.trace.axes, strict=True)
+            ]
+        )
 
 
 def balanced(
