@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.polynomials import System, as_constant, divide, symbols_of
 from widthsearch.symbolic import poly_of, size
-from widthsearch.trace import BATCH_NORMS, join, run_on_meta, tensors_of
+from widthsearch.trace import BATCH_NORMS, join, run_on_meta, sample, tensors_of
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:
@@ -513,7 +513,7 @@ def find_channels(space: SearchSpace, widths: Widths) -> Channels:
         run.put(meta, fields)
         copies[id(tensor)] = meta
     symbolic = space.substituted(copies, lambda poly: size(system, poly)).eval()
-    run_on_meta(symbolic, torch.empty((1, *space.input_shape), device="meta"), run)
+    run_on_meta(symbolic, sample(space.input_shape, 1, "meta"), run)
     units = [w // a.unit for w, a in zip(widths.vector, space.trace.axes, strict=True)]
     roots = {where: elements.find(made) for where, made in own.items()}
     unit_of = [_numbered(space, i, count, roots) for i, count in enumerate(units)]

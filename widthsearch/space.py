@@ -10,7 +10,8 @@ import inspect
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from widthsearch import channels
 from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
@@ -406,6 +408,22 @@ class SearchSpace:
         for module in model.modules():
             sync_attributes(module)
         return model
+
+    def inherit(self, model: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:
+        """A narrower network with the weights of the channels that are kept.
+
+        See :func:`widthsearch.channels.inherit`.
+        """
+        return channels.inherit(self, model, keep)
+
+    def masked(
+        self, model: nn.Module, keep: Mapping[str, Iterable[int]]
+    ) -> AbstractContextManager[nn.Module]:
+        """While it lasts, ``model`` computes as if only the channels that are kept were there.
+
+        See :func:`widthsearch.channels.masked`.
+        """
+        return channels.masked(self, model, keep)
 
     def _initialise(self, model: nn.Module) -> None:
         self.scheme.apply(model)
