@@ -209,8 +209,9 @@ def main() -> None:
     else:
         groups = list(names_of(options.source, options.limit))
     print(
-        "| model | input | Mparams | axes | pinned | trace s | make ms | build ms: meta | empty | full | exact |"
-    )  # noqa: E501
+        "| model | input | Mparams | axes | pinned | trace s "
+        "| make ms | build ms: meta | empty | full | exact |"
+    )
     print("| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |", flush=True)
     worker = Worker()
     exact = tried = 0

@@ -53,7 +53,7 @@ TORCHVISION = {
     "vit_b_16": 224,
     "swin_t": 64,
 }
-SIDES = {"vit": 224, "maxvit": 224, "inception_v3": 160}
+SIDES = {"vit": 224, "maxvit": 224, "inception_v3": 299}
 """The inputs of models that do not take every size."""
 
 

@@ -161,3 +161,59 @@ def test_torch_runs_on_symbolic_sizes(name: str) -> None:
         }[name]()
     assert poly_of(out.shape[1]) == {(0,): 16 if name == "flatten" else 1}
     assert system.solution == {}
+
+
+def test_a_quotient_that_needs_no_equation_imposes_none() -> None:
+    """(2t + 1) // 2 is t, and (3t - 1) // t is 2, whatever t is."""
+    system = System()
+    (t,) = sizes(system, 8)
+    assert poly_of((2 * t + 1) // 2) == {(0,): 1}
+    assert poly_of((3 * t - 1) // t) == {(): 2}
+    assert system.solution == {}
+
+
+def test_rounding_up_imposes_divisibility() -> None:
+    """The number of splits of 112 channels by 14: another width has as many, of another size."""
+    system = System()
+    a, b = sizes(system, 112, 14)
+    assert poly_of((a + b - 1) // b) == {(): 8}
+    assert system.value(0) == {(1,): 8}
+
+
+def test_what_a_division_leaves_over_is_fixed() -> None:
+    """Of 100 channels by 14, two are left; at other widths one cannot know."""
+    system = System()
+    a, b = sizes(system, 100, 14)
+    assert poly_of(a // b) == {(): 7}
+    assert system.value(0) == {(): 100}
+    assert system.value(1) == {(): 14}
+
+
+def test_a_common_factor_is_taken_out() -> None:
+    """(5 + t)·a = (5 + t)·2·b says nothing about t: tokens, some of them parameters."""
+    system = System()
+    t, a, b = sizes(system, 4, 16, 8)
+    assert (5 + t) * a == (5 + t) * b * 2
+    assert system.value(1) == {(2,): 2}
+    assert 0 not in system.solution
+
+
+def test_of_a_product_the_larger_number_that_code_keeps_is_fixed() -> None:
+    """Heads times their width: the heads stay free."""
+    system = System(reason=lambda: "here")
+    a, heads, width = sizes(system, 48, 4, 12)
+    system.soft |= {1, 2}
+    assert a == heads * width
+    assert system.value(0) == {(1,): 12}
+    assert [(pin.symbol, pin.reason) for pin in system.pins] == [(2, "here")]
+
+
+def test_comparisons_are_known_where_sizes_of_one_or_more_decide_them() -> None:
+    """t + 1 > 1 always; t > 1 as the run goes."""
+    system = System()
+    (t,) = sizes(system, 8)
+    assert (t + 1 > 1).node.known() is True
+    assert (t < 1).node.known() is False
+    assert (t > 1).node.known() is None
+    assert (t == 0).node.known() is False
+    assert (t > 1).node.statically_known_true() is False

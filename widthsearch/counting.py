@@ -89,7 +89,11 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
     with countable(), where, torch.random.fork_rng(devices=own):
         try:
             with torch.no_grad(), FlopCounterMode(display=False) as flops, watch:
+                # The counter's own hooks stumble over parameters that are passed to a module.
+                learned = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
                 call(model.eval(), sample(inputs, 1, device))
+            for p in learned:
+                p.requires_grad_(True)
             watch.stage = "forward in training mode"
             with watch:
                 out = call(model.train(), sample(inputs, 2, device))

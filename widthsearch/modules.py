@@ -135,6 +135,13 @@ def sync_attributes(module: nn.Module) -> None:
         module.num_parameters = weight.shape[0]
 
 
+def is_synced(module: nn.Module) -> bool:
+    """Whether :func:`sync_attributes` sets all of a module's sizes from its tensors."""
+    torchs_own = type(module).__module__.startswith("torch.nn.")
+    sized = any(parameter is not None for parameter in module._parameters.values())
+    return sized and (torchs_own or isinstance(module, _SIZED))
+
+
 _SIZED = (
     nn.modules.conv._ConvNd,
     nn.Linear,

@@ -117,6 +117,7 @@ class System:
         parents: For each solved symbol, the symbols that its equation tied it to.
         opaque: Symbols that stand for a non-zero remainder, each with what it came from. They may
             be compared; where one would reach a shape, what it came from is pinned.
+        soft: Symbols of numbers that a model's code keeps, which are fixed before any tensor's.
         reason: Says which code is running; asked when an equation takes a symbol's freedom.
     """
 
@@ -125,6 +126,7 @@ class System:
     pins: list[Pin] = field(default_factory=list)
     parents: dict[int, frozenset[int]] = field(default_factory=dict)
     opaque: dict[int, Poly] = field(default_factory=dict)
+    soft: set[int] = field(default_factory=set)
     reason: Callable[[], str] = field(default=lambda: "")
 
     def fresh(self, hint: int) -> int:
@@ -205,13 +207,30 @@ class System:
         divisor = math.gcd(*p.values())
         p = {m: c // divisor for m, c in p.items()}
         if any(len(m) > 1 for m in p):
-            self.pin(sorted(symbols_of(p)), self.reason())
+            self._simplify(p)
             return
         linear = {m[0]: c for m, c in p.items() if m}
         if len(linear) == 1:
             self.pin(linear, self.reason())
             return
         self._balance(linear, p.get((), 0))
+
+    def _simplify(self, p: Poly) -> None:
+        """Impose ``p = 0``, which has products: those are made linear, or else all is fixed."""
+        for symbol in symbols_of(p):  # (x + c)·f = 0, with c >= 0, means f = 0
+            slope = {_without(m, symbol): c for m, c in p.items() if symbol in m}
+            rest = {m: c for m, c in p.items() if symbol not in m}
+            c = divide(rest, slope)
+            if c is not None and all(value >= 0 for value in c.values()):
+                self.impose(slope)
+                return
+        factors = {s for m in p if len(m) > 1 for s in m}
+        if soft := factors & self.soft:
+            # Of heads times their width, the smaller number stays free: that is the heads.
+            self.pin([max(soft, key=lambda s: (self.hints[s], s))], self.reason())
+            self.impose(p)
+        else:
+            self.pin(sorted(symbols_of(p)), self.reason())
 
     def _balance(self, linear: dict[int, int], rest: int) -> None:
         """Solve ``Σ linear[s]·s + rest = 0`` so that no size can become negative.
@@ -313,7 +332,7 @@ class System:
         elif divisor is None and r:  # what is left of a narrower b is not known
             return constant(self.pin_value(a, self.reason()) // self.pin_value(b, self.reason()))
         fixed = divisor is None or as_constant(a) is not None
-        out = constant(q) if fixed else {(self.fresh(q),): 1}
+        out: Poly = constant(q) if fixed else {(self.fresh(q),): 1}
         self.impose(add(a, add(multiply(out, b), remainder), -1))
         return self.canonical(out)
 

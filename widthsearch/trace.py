@@ -11,6 +11,7 @@ import importlib.util
 import operator
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from widthsearch.errors import TraceError
-from widthsearch.modules import clone, is_estimate, owner_of, set_size, sizes_in
+from widthsearch.modules import clone, is_estimate, is_synced, owner_of, set_size, sizes_in
 from widthsearch.modules import join as join
 from widthsearch.modules import sync_attributes as sync_attributes
 from widthsearch.modules import tensors_of as tensors_of
@@ -279,21 +280,39 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._position(args[0])
         elif packet in (aten.slice, aten.select):
             self._cut(packet, *args)
+        elif packet is aten.topk:
+            self._never_below(
+                poly_of(args[0].shape[args[2] if len(args) > 2 else -1]), poly_of(args[1])
+            )
         try:
             out = func(*args, **kwargs)
-        except Exception as error:
-            # Not every kernel takes symbolic sizes: go on with numbers for what enters this one.
-            why = f"{self.reason()} ({func} takes no symbolic sizes: {first_line(error)})"
-            numbers = in_numbers((args, kwargs), self.system, why)
-            if numbers is None:
-                raise
-            args, kwargs = numbers
-            out = func(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            out = self._in_numbers(func, args, kwargs, error)
         if self.of_input and all(id(a) in self.inputs for a in tensors) and isinstance(out, Tensor):
             self.inputs[id(out)] = out
         if packet in flop_registry:
             self._count(flop_registry[packet](*args, **kwargs, out_val=out), out)
         return out
+
+    def _in_numbers(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
+        """An operation without a kernel for symbolic sizes, or for tensors without values at all.
+
+        What enters it is fixed. Its outputs' sizes are then those for zeros, unless it is known
+        that they depend on values.
+        """
+        says = first_line(error).split(". ")[0][:160]
+        why = f"{self.line()} ({func} takes no symbolic sizes: {says})"
+        numbers = in_numbers((args, kwargs), self.system, why)
+        if numbers is None and not isinstance(error, NotImplementedError):
+            raise error
+        args, kwargs = numbers or (args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except NotImplementedError:
+            if torch.Tag.dynamic_output_shape in func.tags:
+                raise
+        zeros = tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), (args, kwargs))
+        return tree_map_only(Tensor, lambda t: t.to("meta"), func(*zeros[0], **zeros[1]))
 
     def _look_up(self, dims: Callable[..., Iterator[int]], x: Tensor, *rest: Any) -> None:
         """Positions that a model knows by number: another size would have no meaning there."""
@@ -308,7 +327,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.system.pin_value(p, f"a position, not a channel: {self.line()}")
 
     def _cut(self, packet: Any, x: Tensor, dim: int = 0, *place: Any) -> None:
-        """A slice or a choice at places that not every width may have: those are fixed."""
+        """A slice or a choice asks that its places are there at every width."""
         n = poly_of(x.shape[dim])
         last = add(n, constant(1), -1) if packet is aten.select else n
         for at in place[:2]:
@@ -317,9 +336,27 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             p = poly_of(at)
             if self.system.hint(p) < 0:
                 p = add(p, n)
-            if not (self.system.never_below(p, {}) and self.system.never_below(last, p)):
-                for q in (n, p):
-                    self.system.pin_value(q, self.reason())
+            for more, less in ((p, constant(0)), (last, p)):
+                self._never_below(more, less)
+
+    def _never_below(self, more: Poly, less: Poly) -> None:
+        system = self.system
+        if system.never_below(more, less):
+            return
+        more, less = system.canonical(more), system.canonical(less)
+        part: Poly = {}
+        for monomial in sorted(more):  # a number that the code keeps may be some of the parts
+            part = add(part, {monomial: more[monomial]})
+            if symbols_of(less) <= system.soft and system.hint(part) == system.hint(less):
+                system.impose(add(less, part, -1))
+                return
+        rest = system.hint(more) - system.hint(less)
+        if rest > 0 and symbols_of(less):  # the larger is the smaller and something else
+            less = add(less, {(system.fresh(rest),): 1})
+            system.impose(add(more, less, -1))
+        else:
+            system.pin_value(more, self.reason())
+            system.pin_value(less, self.reason())
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
         """What convolutions ask of their weights and biases, but not on the meta device."""
@@ -417,27 +454,15 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             fixed = {**fixed, stop.layer: stop.reason}
     tried: frozenset[tuple[str, str]] = frozenset()
     latest = best
-    while repeated := latest.repeated_sizes() - tried:
+    while repeated := latest.repeated_sizes(tried):
         tried |= repeated
-        latest = _freer(latest, repeated)
-        if latest.freedom <= best.freedom:
-            # A product of two (heads and their width) cannot be followed; each alone can.
-            names = dict.fromkeys(name for _, name in sorted(repeated))
-            for name in names if len(names) > 1 else ():
-                one = _freer(best, {place for place in repeated if place[1] == name})
-                best = max(best, one, key=lambda attempt: attempt.freedom)
-        best = max(best, latest, key=lambda attempt: attempt.freedom)
+        try:
+            latest = _Attempt(model, inputs, latest.attributes | repeated, fixed)
+        except _Stopped:  # the code needs a number there
+            continue
+        if latest.freedom > best.freedom:
+            best = latest
     return best.collect()
-
-
-def _freer(attempt: _Attempt, attributes: Set[tuple[str, str]]) -> _Attempt:
-    """The attempt with more attributes symbolic, if the code does not need numbers there."""
-    try:
-        return _Attempt(
-            attempt.model, attempt.inputs, attempt.attributes | attributes, attempt.fixed
-        )
-    except _Stopped:
-        return attempt
 
 
 def _within(layer: str, fixed: Mapping[str, str]) -> str | None:
@@ -487,18 +512,22 @@ class _Attempt:
         values = (self.system.value(symbol) for symbol in self.symbols)
         return sum(as_constant(value) is None for value in values)
 
-    def repeated_sizes(self) -> frozenset[tuple[str, str]]:
-        """Attributes of modules in which a width was fixed that have such a width's value."""
+    def repeated_sizes(self, tried: Set[tuple[str, str]]) -> Set[tuple[str, str]]:
+        """Attributes of modules in which a width was fixed that may be sizes.
+
+        First those that have such a width's value, then any other number.
+        """
         fixed = {self.system.hints[pin.symbol] for pin in self.system.pins} - {1}
-        return frozenset(
-            (layer, name)
+        numbers = {
+            (layer, name): value
             for layer in self.run.fixed_in
             for module in [self.model.get_submodule(layer)]
-            if not type(module).__module__.startswith("torch.nn.")
-            or all(p is None for p in module._parameters.values())  # else its tensors set them
+            if not is_synced(module)
             for name, value in sizes_in(module)
-            if value in fixed
-        )
+            if value > 1 and (layer, name) not in tried
+        }
+        likely = {place for place, value in numbers.items() if value in fixed}
+        return likely or numbers.keys()
 
     def _symbolic(self) -> nn.Module:
         """A copy of the model on meta tensors with symbolic sizes."""
@@ -538,6 +567,7 @@ class _Attempt:
             hint = dict(sizes_in(symbolic.get_submodule(layer)))[name]
             symbol = self.system.fresh(hint)
             self.values[layer, name] = {(symbol,): 1}
+            self.system.soft.add(symbol)
             set_size(symbolic, layer, name, size(self.system, self.values[layer, name]))
         for module in symbolic.modules():
             sync_attributes(module)
@@ -555,12 +585,12 @@ class _Attempt:
         for (layer, name), poly in self.values.items():
             loose = symbols_of(system.canonical(poly)) - shaping
             system.pin(sorted(loose), f"attribute {join(layer, name)!r}, which no tensor repeats")
-        costs = [(f"cost of {layer!r}", poly) for layer, poly in self.run.flops.items()]
-        costs += [("number of activations", self.run.activations)]
-        costs += [(f"size of {name!r}", numel(tensor)) for name, tensor in self.sized.items()]
-        for what, poly in costs:
-            while high := [m for m in system.canonical(poly) if len(m) > 2]:
-                system.pin_value({(high[0][-1],): 1}, f"{what} is not quadratic in it")
+        costs = [*self.run.flops.values(), self.run.activations, *map(numel, self.sized.values())]
+        while high := [m for poly in costs for m in system.canonical(poly) if len(m) > 2]:
+            # Most often a number of tokens that are parameters, which every layer multiplies.
+            powers = Counter(s for monomial in high for s in monomial)
+            worst = max(powers, key=lambda s: (powers[s], s))
+            system.pin([worst], "the cost is not quadratic in it")
 
     def collect(self) -> Trace:
         """What the run told, in terms of axes."""

@@ -1,0 +1,603 @@
+"""Whatever a model does is followed, or pinned with its reason; never silently wrong.
+
+Each model is traced, built at five random width vectors, and must cost exactly what the space says;
+networks also run forward and backward on real tensors, as kernels without values check less.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from strategies import random_widths
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torchvision.models import segmentation
+from torchvision.models.detection import backbone_utils
+from torchvision.ops import DeformConv2d, FrozenBatchNorm2d
+
+from widthsearch.counting import run_and_count
+from widthsearch.errors import TraceError
+from widthsearch.modules import direction_of, tensors_of
+from widthsearch.space import SearchSpace
+from widthsearch.trace import as_inputs, trace
+
+IMAGE = (3, 8, 8)
+TOKENS = torch.zeros(7, dtype=torch.long)
+
+
+class Model(nn.Module):
+    """Named layers and a function of them and the inputs."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: Any) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.function = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the function does."""
+        return self.function(self, *args, **kwargs)
+
+
+def exact_space(make: Any, inputs: Any, device: str = "meta") -> SearchSpace:
+    """The model's space, once five networks cost what it says and run on real tensors."""
+    space = SearchSpace.from_model(make, inputs, step=1)
+    for widths in random_widths(space, seed=1):
+        # Of width 1, torch's einsum makes a product without a kernel, which is not counted.
+        wide = [max(w, 2 * axis.step) for w, axis in zip(widths, space.axes, strict=True)]
+        counted = run_and_count(space.build(wide, device=device, seed=0), space.input_shape, device)
+        assert counted == space.cost(wide)
+        if device == "meta":
+            run_and_count(space.build(wide, seed=0), space.input_shape, "cpu")
+    return space
+
+
+def bases(space: SearchSpace) -> dict[str, tuple[int, int]]:
+    """Each axis's base and unit."""
+    return {axis.name: (axis.base, axis.unit) for axis in space.trace.axes}
+
+
+def reasons(space: SearchSpace) -> dict[tuple[str, int], str]:
+    """Why what is pinned is, but for inputs and outputs."""
+    return {
+        (p.name, p.size): p.reason
+        for p in space.pinned
+        if p.reason not in ("input of the model", "output of the model")
+    }
+
+
+# -- models of torchvision ---------------------------------------------------------------------
+
+
+def backbone(name: str) -> nn.Module:
+    """A detection backbone with a feature pyramid and frozen batch norm."""
+    options: dict[str, Any] = {"weights": None, "norm_layer": FrozenBatchNorm2d}
+    if name == "mobilenet_v3_large":
+        return backbone_utils.mobilenet_backbone(backbone_name=name, fpn=True, **options)
+    return backbone_utils.resnet_fpn_backbone(backbone_name=name, trainable_layers=3, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fcn_resnet50", marks=pytest.mark.slow),
+        pytest.param("fcn_resnet101", marks=pytest.mark.slow),
+        pytest.param("deeplabv3_resnet50", marks=pytest.mark.slow),
+        pytest.param("deeplabv3_resnet101", marks=pytest.mark.slow),
+        "deeplabv3_mobilenet_v3_large",
+        "lraspp_mobilenet_v3_large",
+    ],
+)
+def test_segmentation_models_are_exact(name: str) -> None:
+    """Outputs are dictionaries, and auxiliary heads run too."""
+    auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
+
+    def make() -> nn.Module:
+        function = getattr(segmentation, name)
+        model: nn.Module = function(weights=None, weights_backbone=None, num_classes=5, **auxiliary)
+        return model
+
+    space = SearchSpace.from_model(make, (3, 64, 64))
+    for widths in random_widths(space, seed=1):
+        net = space.build(widths, device="meta")
+        assert run_and_count(net, space.input_shape, "meta") == space.cost(widths)
+    assert reasons(space) == {}
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "resnet18"])
+def test_detection_backbones_are_exact(name: str) -> None:
+    """A pyramid's outputs are pinned, and nothing else."""
+    space = SearchSpace.from_model(lambda: backbone(name), (3, 64, 64))
+    for widths in random_widths(space, seed=1):
+        net = space.build(widths, device="meta")
+        assert run_and_count(net, space.input_shape, "meta") == space.cost(widths)
+    assert reasons(space) == {}
+
+
+# -- inputs and outputs ------------------------------------------------------------------------
+
+
+def test_several_inputs() -> None:
+    """A tuple of shapes is one a positional argument; outputs may be nested."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> Any:
+        z = m.a(x).mean(1) + m.b(y)
+        return {"out": m.c(z), "other": [z.sum(), None]}
+
+    def make() -> nn.Module:
+        return Model(forward, a=nn.Linear(6, 16), b=nn.Linear(5, 16), c=nn.Linear(16, 3))
+
+    assert bases(exact_space(make, ((4, 6), (5,)))) == {"a": (16, 1)}
+
+
+def test_inputs_by_name_and_of_other_types() -> None:
+    """A mapping is keyword arguments; a tensor says its dtype."""
+
+    def forward(m: Any, *, image: Tensor, tokens: Tensor) -> Tensor:
+        both = torch.cat([m.a(image).mean((2, 3)), m.e(tokens).mean(1)], 1)
+        return m.c(F.relu(m.b(both)))
+
+    def make() -> nn.Module:
+        a, e = nn.Conv2d(3, 16, 3), nn.Embedding(20, 16)
+        return Model(forward, a=a, e=e, b=nn.Linear(32, 24), c=nn.Linear(24, 3))
+
+    space = exact_space(make, {"image": IMAGE, "tokens": TOKENS})
+    assert bases(space) == {"a": (16, 1), "e": (16, 1), "b": (24, 1)}
+    assert reasons(space)["e", 20].startswith("looked up by index: ")
+
+
+def test_a_dictionary_as_one_argument() -> None:
+    """Inputs nest."""
+
+    def forward(m: Any, batch: dict[str, Tensor]) -> Tensor:
+        return m.c(m.a(batch["image"]).mean((2, 3)) + m.b(batch["other"]))
+
+    def make() -> nn.Module:
+        return Model(forward, a=nn.Conv2d(3, 16, 3), b=nn.Linear(5, 16), c=nn.Linear(16, 3))
+
+    assert bases(exact_space(make, ({"image": IMAGE, "other": (5,)},))) == {"a": (16, 1)}
+
+
+def test_one_shape_stays_as_it_is() -> None:
+    """Lists, numpy integers and tuples are one shape."""
+    assert as_inputs([3, 8, 8]) == (3, 8, 8)
+    assert as_inputs({"x": [3]}) == {"x": (3,)}
+    assert as_inputs(TOKENS).device.type == "meta"
+
+
+# -- sharing and reparametrisation -------------------------------------------------------------
+
+
+def test_a_parameter_used_by_two_layers_counts_once() -> None:
+    """And it stays shared in what is built."""
+
+    def make() -> nn.Module:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return m.o(F.relu(m.c(F.relu(m.b(F.relu(m.a(x)))))).mean((2, 3)))
+
+        b, c = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        c.weight = b.weight
+        return Model(forward, a=nn.Conv2d(3, 16, 1), b=b, c=c, o=nn.Linear(16, 4))
+
+    space = exact_space(make, IMAGE)
+    assert bases(space) == {"a": (16, 1)}
+    net: Any = space.build(0.5)
+    assert net.b.weight is net.c.weight
+
+
+def test_tied_embeddings() -> None:
+    """The vocabulary is pinned, the embedding is an axis."""
+
+    def make() -> nn.Module:
+        def forward(m: Any, tokens: Tensor) -> Tensor:
+            x = m.e(tokens)
+            return m.head(x + m.g(F.gelu(m.f(x))))
+
+        e, head = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)
+        head.weight = e.weight
+        return Model(forward, e=e, f=nn.Linear(16, 32), g=nn.Linear(32, 16), head=head)
+
+    space = exact_space(make, TOKENS)
+    assert sorted(bases(space).values()) == [(16, 1), (32, 1)]
+    assert ("e", 50) in reasons(space)
+    net: Any = space.build(0.5)
+    assert net.e.weight is net.head.weight
+    assert net.e.embedding_dim == net.head.in_features == 8
+
+
+def reparametrised(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Every layer's weight is computed from other tensors."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(F.relu(m.b(F.relu(m.a(x)))).mean((2, 3)))
+
+    a, b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3)
+    return Model(forward, a=wrap(a), b=wrap(b), o=wrap(nn.Linear(24, 10)))
+
+
+REPARAMETRISATIONS = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm, older": torch.nn.utils.weight_norm,
+    "spectral norm, older": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """torch deprecates its older weight norm, which models still use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@pytest.mark.parametrize("name", REPARAMETRISATIONS)
+@pytest.mark.parametrize("constructed", [True, False])
+def test_norms_of_weights_are_followed(name: str, constructed: bool, quiet: None) -> None:
+    """Shapes, attributes, and initialisation: weights of the layer's own scale at every width."""
+
+    def make() -> nn.Module:
+        return reparametrised(REPARAMETRISATIONS[name])
+
+    space = exact_space(make if constructed else make(), IMAGE)
+    assert bases(space) == {"a": (16, 1), "b": (24, 1)}
+    net: Any = space.build([8, 40], seed=0)
+    assert (net.b.in_channels, net.b.out_channels, net.o.in_features) == (8, 40, 40)
+    for module, _, tensor_name, tensor in tensors_of(net):
+        assert bool(torch.isfinite(tensor).all())
+        if (of := direction_of(module, tensor_name)) is not None:
+            assert torch.allclose(tensor, torch.norm_except_dim(of[0], 2, of[1]))
+    if "weight norm" in name:
+        net(torch.zeros(1, *IMAGE))
+        bound = 1 / (9 * 8) ** 0.5  # nn.Conv2d's own default
+        assert net.b.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+
+
+# -- modules and operations --------------------------------------------------------------------
+
+
+class Square(torch.autograd.Function):
+    """A custom function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x²."""
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """2x."""
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def conv(**more: Any) -> dict[str, nn.Module]:
+    """A stem of 16 channels, and what else."""
+    return {"a": nn.Conv2d(3, 16, 1), **more}
+
+
+def created(m: Any, x: Tensor) -> Tensor:
+    """Makes tensors of sizes that it reads."""
+    x = m.a(x)
+    n, c, h, w = x.shape
+    row = torch.linspace(-1, 1, w, device=x.device).expand(n, 1, h, w)
+    x = torch.cat([x, row], 1) * torch.ones(c + 1, 1, 1, device=x.device)
+    grid = F.affine_grid(torch.eye(2, 3, device=x.device).expand(n, 2, 3), x.shape, False)
+    return m.o(m.b(F.grid_sample(x, grid, align_corners=False)).mean((2, 3)))
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    """Written by hand, with numbers that the module keeps."""
+    n, _, h, w = x.shape
+    q, k, v = m.qkv(x).reshape(n, 3, m.heads, m.head_dim, h * w).unbind(1)
+    scores = (q.transpose(-1, -2) @ k) * m.head_dim**-0.5
+    x = v @ scores.softmax(-1).transpose(-1, -2)
+    return m.o(x.reshape(n, m.dim, h, w).mean((2, 3)))
+
+
+def fused_attention(m: Any, x: Tensor) -> Tensor:
+    """Torch's own function."""
+    x = x.flatten(2).transpose(1, 2)
+    q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    return m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+def functional(m: Any, x: Tensor) -> Tensor:
+    """Parameters of its own."""
+    x = F.conv2d(F.relu_(F.conv2d(x, m.w, m.bias, padding=1)), m.w2, stride=2)
+    return torch.einsum("nchw,cd->ndhw", x, m.w3).mean((2, 3)) @ m.w4
+
+
+def upsampling(m: Any, x: Tensor) -> Tensor:
+    """Transposed, shuffled, and normalised in every way."""
+    x = m.norm2(m.norm(m.group(m.act(m.t2(m.t(m.a(x)))))))
+    return m.o(m.down(m.d(m.up(m.c(x)))))
+
+
+def random_parameter(*shape: int) -> nn.Parameter:
+    """Small values."""
+    return nn.Parameter(torch.randn(shape) / 10)
+
+
+FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, tuple[int, int]]]] = {
+    "a custom autograd function": (
+        lambda: Model(
+            lambda m, x: m.o(Square.apply(m.a(x)).mean((2, 3))), **conv(o=nn.Linear(16, 4))
+        ),
+        IMAGE,
+        {"a": (16, 1)},
+    ),
+    "chunks": (
+        lambda: Model(
+            lambda m, x: m.o(torch.mul(*m.a(x).chunk(2, 1)).mean((2, 3))), **conv(o=nn.Linear(8, 4))
+        ),
+        IMAGE,
+        {"a": (16, 2)},
+    ),
+    "a slice by a number that the module keeps": (
+        lambda: Model(
+            lambda m, x: m.o(m.b(m.a(x)[:, m.first :]).mean((2, 3))),
+            **conv(b=nn.Conv2d(12, 8, 1), o=nn.Linear(8, 4)),
+            first=4,
+        ),
+        IMAGE,
+        {"a": (4, 1), "b": (8, 1), "b.weight": (12, 1)},
+    ),
+    "a split by numbers that the module keeps": (
+        lambda: Model(
+            lambda m, x: m.o(torch.cat([m.b(y) for y in m.a(x).split(m.parts, 1)], 1).mean((2, 3))),
+            **conv(b=nn.Conv2d(8, 8, 1), o=nn.Linear(16, 4)),
+            parts=(8, 8),
+        ),
+        IMAGE,
+        {"a": (16, 2), "b": (8, 1)},
+    ),
+    "tensors made in forward": (
+        lambda: Model(created, **conv(b=nn.Conv2d(17, 12, 1), o=nn.Linear(12, 4))),
+        IMAGE,
+        {"a": (16, 1), "b": (12, 1)},
+    ),
+    "weights of the model's own": (
+        lambda: Model(
+            functional,
+            w=random_parameter(16, 3, 3, 3),
+            bias=random_parameter(16),
+            w2=random_parameter(24, 16, 3, 3),
+            w3=random_parameter(24, 12),
+            w4=random_parameter(12, 5),
+        ),
+        IMAGE,
+        {"w": (16, 1), "w2": (24, 1), "w4": (12, 1)},
+    ),
+    "weights sliced in forward": (
+        lambda: Model(
+            lambda m, x: m.o(F.linear(m.a(x).mean((2, 3)), m.b.weight[:, : x.shape[1] + 13])),
+            **conv(b=nn.Linear(16, 12), o=nn.Linear(12, 4)),
+        ),
+        IMAGE,
+        {"b": (12, 1)},
+    ),
+    "upsampling and norms": (
+        lambda: Model(
+            upsampling,
+            a=nn.Conv2d(3, 16, 3, stride=2, padding=1),
+            t=nn.ConvTranspose2d(16, 24, 4, 2, 1),
+            t2=nn.ConvTranspose2d(24, 24, 3, 1, 1, groups=24),
+            act=nn.PReLU(24),
+            group=nn.GroupNorm(4, 24),
+            norm=nn.InstanceNorm2d(24, affine=True),
+            norm2=nn.InstanceNorm2d(24),
+            c=nn.Conv2d(24, 8, 3, padding=1),
+            up=nn.PixelShuffle(2),
+            d=nn.Conv2d(2, 6, 1),
+            down=nn.PixelUnshuffle(2),
+            o=nn.Conv2d(24, 4, 1),
+        ),
+        IMAGE,
+        {"a": (16, 1), "t": (24, 4), "c": (8, 4), "d": (6, 1)},
+    ),
+    "norms without parameters": (
+        lambda: Model(
+            lambda m, x: m.o(m.rms(m.ln(m.b(m.bn(m.a(x)).mean((2, 3)))))),
+            **conv(
+                bn=nn.BatchNorm2d(16, affine=False),
+                b=nn.Linear(16, 24),
+                ln=nn.LayerNorm(24, elementwise_affine=False),
+                rms=nn.RMSNorm(24, elementwise_affine=False),
+                o=nn.Linear(24, 4),
+            ),
+        ),
+        IMAGE,
+        {"a": (16, 1), "b": (24, 1)},
+    ),
+    "attention by hand": (
+        lambda: Model(
+            attention, qkv=nn.Conv2d(3, 96, 1), o=nn.Linear(32, 4), heads=4, head_dim=8, dim=32
+        ),
+        IMAGE,
+        {"qkv": (96, 24)},
+    ),
+    "fused attention": (
+        lambda: Model(
+            fused_attention,
+            q=nn.Linear(3, 32),
+            k=nn.Linear(3, 32),
+            v=nn.Linear(3, 16),
+            o=nn.Linear(16, 4),
+        ),
+        IMAGE,
+        {"q": (32, 4), "v": (16, 4)},
+    ),
+    "a transformer": (
+        lambda: Model(
+            lambda m, x, y: m.o(m.t(m.i(x), m.i(y))),
+            i=nn.Linear(16, 32),
+            t=nn.Transformer(32, 4, 1, 1, 64, batch_first=True),
+            o=nn.Linear(32, 4),
+        ),
+        ((10, 16), (7, 16)),
+        {
+            "i": (32, 4),
+            "t.encoder.layers.0.linear1": (64, 1),
+            "t.decoder.layers.0.linear1": (64, 1),
+        },
+    ),
+    "an LSTM": (
+        lambda: Model(
+            lambda m, x: m.o(m.r(m.e(x))[0][:, -1]),
+            e=nn.Embedding(20, 12),
+            r=nn.LSTM(12, 16, 2, batch_first=True, bidirectional=True),
+            o=nn.Linear(32, 4),
+        ),
+        TOKENS,
+        {"e": (12, 1), "r": (64, 4)},
+    ),
+    "a GRU": (
+        lambda: Model(
+            lambda m, x: m.o(m.r(m.e(x))[0][:, -1]),
+            e=nn.Embedding(20, 12),
+            r=nn.GRU(12, 16, batch_first=True),
+            o=nn.Linear(16, 4),
+        ),
+        TOKENS,
+        {"e": (12, 1), "r": (48, 3)},
+    ),
+    "bags and three dimensions": (
+        lambda: Model(
+            lambda m, x, y: m.o(torch.cat([m.b(m.a(x).mean((3, 4)).flatten(1)), m.e(y)], 1)),
+            a=nn.Conv3d(2, 16, 3),
+            b=nn.Linear(16 * 4, 12),
+            e=nn.EmbeddingBag(9, 16),
+            o=nn.Linear(28, 4),
+        ),
+        ((2, 6, 6, 6), TOKENS),
+        {"a": (16, 1), "b": (12, 1), "e": (16, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_is_followed(name: str) -> None:
+    """These leave widths free."""
+    make, inputs, expected = FOLLOWED[name]
+    assert bases(exact_space(make, inputs)) == expected
+
+
+def test_plain_tensors_keep_their_values() -> None:
+    """They may be read; only what a network computes has no values."""
+
+    def make() -> nn.Module:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return m.o((m.a(x) * m.scale).mean((2, 3)) + m.offsets[2].item())
+
+        tensors = {"scale": torch.tensor([2.0]), "offsets": torch.linspace(0, 1, 4)}
+        return Model(forward, **conv(o=nn.Linear(16, 4)), **tensors)
+
+    assert bases(exact_space(make, IMAGE, device="cpu")) == {"a": (16, 1)}
+
+
+class Numbers(nn.Module):
+    """Looks a width up in a dictionary, which takes numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(16, 16, 1)
+        self.table = {16: 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scaled by what the table says."""
+        return self.c(x) * self.table[x.shape[1]]
+
+
+PINNED: dict[str, tuple[Callable[[], nn.Module], tuple[str, int], str]] = {
+    "code that needs numbers": (
+        lambda: Model(
+            lambda m, x: m.o(m.b(m.n(m.a(x))).mean((2, 3))),
+            **conv(n=Numbers(), b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
+        ),
+        ("a", 16),
+        "needs numbers at test_generality.py:",
+    ),
+    "an operation without symbolic sizes": (
+        lambda: Model(
+            lambda m, x: m.o(
+                m.b(torch.fake_quantize_per_tensor_affine(m.a(x), 0.1, 0, 0, 255)).mean((2, 3))
+            ),
+            **conv(b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
+        ),
+        ("a", 16),
+        "takes no symbolic sizes: ",
+    ),
+    "an operation that checks no sizes": (
+        lambda: Model(
+            lambda m, x: m.o(m.b(m.d(m.a(x), m.offset(x))).mean((2, 3))),
+            **conv(
+                offset=nn.Conv2d(3, 18, 3, padding=1),
+                d=DeformConv2d(16, 8, 3, padding=1),
+                b=nn.Conv2d(8, 24, 1),
+                o=nn.Linear(24, 4),
+            ),
+        ),
+        ("a", 16),
+        "torchvision.deform_conv2d.default may check no sizes: ",
+    ),
+    "channels in a fixed order": (
+        lambda: Model(
+            lambda m, x: m.o(m.b(m.a(x)[:, torch.arange(15, -1, -1)]).mean((2, 3))),
+            **conv(b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
+        ),
+        ("a", 16),
+        "looked up by index: ",
+    ),
+    "a slice that narrower networks do not have": (
+        lambda: Model(
+            lambda m, x: m.o(m.b(m.a(x)[:, :16]).mean((2, 3))),
+            **conv(b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
+        ),
+        ("a", 16),
+        "tests/test_generality.py:",
+    ),
+    "as many channels as a choice needs": (
+        lambda: Model(
+            lambda m, x: m.o(m.b(m.a(x).mean((2, 3)).topk(8)[0])),
+            **conv(b=nn.Linear(8, 24), o=nn.Linear(24, 4)),
+        ),
+        ("a", 16),
+        "tests/test_generality.py:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_what_is_pinned_with_its_reason(name: str) -> None:
+    """The model is not refused, and its other widths are free."""
+    make, pinned, reason = PINNED[name]
+    space = exact_space(make, IMAGE, device="cpu")
+    assert bases(space) == {"b": (24, 1)}
+    assert reason in reasons(space)[pinned]
+
+
+def test_parametrisations_that_cannot_be_followed_are_pinned() -> None:
+    """An orthogonal weight is computed with a basis of a fixed size."""
+    traced = trace(reparametrised(parametrizations.orthogonal), IMAGE)
+    assert traced.axes == ()
+    assert all(p.reason for p in traced.pinned)
+
+
+def test_lazy_modules_are_refused_by_name() -> None:
+    """They have no sizes yet; the message says what to do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyConv2d(8, 1))
+    with pytest.raises(TraceError) as error:
+        trace(model, IMAGE)
+    assert str(error.value) == (
+        "a model's tensors must have sizes, but module '1' (LazyConv2d) has none before its first "
+        "run: run the model once on a sample where it is made"
+    )
