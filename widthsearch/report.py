@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -298,7 +299,9 @@ def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
     for o in front:
         if base is None or o.latency is None or o.cost.macs >= base.cost.macs:
             continue
-        if o.latency.ratio + o.latency.ratio_spread >= 1:
+        # Two standard errors of a median, from the half interquartile range of the pairs.
+        error = 2 * 1.86 * o.latency.ratio_spread / math.sqrt(o.latency.pairs)
+        if o.latency.ratio + error >= 1:
             saved = 1 - o.cost.macs / base.cost.macs
             out.append(
                 f"{o.id}: {saved:.0%} fewer MACs than the base, but latency did not fall: "
