@@ -22,9 +22,10 @@ from torchvision.ops import DeformConv2d, FrozenBatchNorm2d
 
 from widthsearch.counting import run_and_count
 from widthsearch.errors import TraceError
+from widthsearch.inputs import as_inputs
 from widthsearch.modules import direction_of, tensors_of
 from widthsearch.space import SearchSpace
-from widthsearch.trace import as_inputs, trace
+from widthsearch.trace import trace
 
 IMAGE = (3, 8, 8)
 TOKENS = torch.zeros(7, dtype=torch.long)

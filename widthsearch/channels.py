@@ -23,9 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.inputs import sample
+from widthsearch.modules import join, tensors_of
 from widthsearch.polynomials import System, as_constant, divide, symbols_of
+from widthsearch.running import BATCH_NORMS, run_on_meta
 from widthsearch.symbolic import poly_of, size
-from widthsearch.trace import BATCH_NORMS, join, run_on_meta, sample, tensors_of
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:

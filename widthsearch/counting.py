@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from widthsearch.cost import Cost
 from widthsearch.errors import SpaceError
-from widthsearch.trace import call, sample
+from widthsearch.inputs import call, sample
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -73,7 +73,7 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
 
     Args:
         model: A network on the device; it is left in training mode, with gradients.
-        inputs: One sample, as :func:`~widthsearch.trace.sample` takes it.
+        inputs: One sample, as :func:`~widthsearch.inputs.sample` takes it.
         device: Where to run; ``meta`` runs shapes without values.
 
     Returns:

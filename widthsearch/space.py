@@ -29,9 +29,10 @@ from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.initialisation import Recorder, Scheme
+from widthsearch.inputs import Inputs, as_inputs
 from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
 from widthsearch.polynomials import Poly
-from widthsearch.trace import Inputs, Pinned, Trace, as_inputs, trace
+from widthsearch.trace import Pinned, Trace, trace
 from widthsearch.widths import Axis, Widths, fingerprint, read_widths, write_widths
 
 
@@ -99,7 +100,7 @@ class SearchSpace:
                 its initialisation scheme is then recorded and applied at every width, while a
                 given module's layers fall back on their own ``reset_parameters``.
             input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``; for models
-                that take other things than one image, see :data:`~widthsearch.trace.Inputs`.
+                that take other things than one image, see :data:`~widthsearch.inputs.Inputs`.
             name: The space's name; by default the function's or the class's.
             least: The smallest width of each axis, as a share of its base; or by axis, see
                 :class:`~widthsearch.constraints.Constraints` (an eighth where nothing matches).

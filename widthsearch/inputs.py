@@ -1,0 +1,44 @@
+"""What a model takes: shapes, and the samples that are made of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Sequence[Any] | Mapping[str, Any] | Tensor
+"""One sample of what a model takes, without the batch: a shape, e.g. ``(3, 224, 224)``; a tensor
+where the dtype matters, e.g. ``torch.zeros(16, dtype=torch.long)`` for token ids; a sequence of
+those, one a positional argument; or a mapping, by keyword argument."""
+
+
+def as_inputs(inputs: Inputs) -> Any:
+    """The same in tuples, dictionaries and meta tensors: comparable, and small to send about."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().to("meta")
+    if isinstance(inputs, Mapping):
+        return {str(name): as_inputs(value) for name, value in inputs.items()}
+    if all(hasattr(value, "__index__") and not isinstance(value, Tensor) for value in inputs):
+        return tuple(map(operator.index, inputs))
+    return tuple(map(as_inputs, inputs))
+
+
+def sample(inputs: Any, batch: int, device: str | torch.device = "meta") -> Any:
+    """A batch of zeros: a tensor, a tuple of positional or a dictionary of keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return torch.zeros((batch, *inputs.shape), dtype=inputs.dtype, device=device)
+    if isinstance(inputs, Mapping):
+        return {name: sample(value, batch, device) for name, value in inputs.items()}
+    if all(isinstance(value, int) for value in inputs):
+        return torch.zeros((batch, *inputs), device=device)
+    return tuple(sample(value, batch, device) for value in inputs)
+
+
+def call(model: Callable[..., Any], x: Any) -> Any:
+    """``model`` of what :func:`sample` made."""
+    if isinstance(x, tuple):
+        return model(*x)
+    return model(**x) if isinstance(x, Mapping) else model(x)
