@@ -352,3 +352,61 @@ def test_loading_weights_runs_no_code(tmp_path: Path, runs: Path) -> None:
     torch.save({"conv1.weight": print}, tmp_path / "weights.pt")
     with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
         widthsearch.load(tmp_path)
+
+
+def test_images_have_the_strides_that_torch_expects() -> None:
+    """With one channel odd strides are legal, and would be taken for channels_last."""
+    from widthsearch.data import load_task
+
+    task = load_task("digits")
+    for split in (task.train, task.validation, task.test):
+        assert split is not None
+        assert split.images.strides == (64, 64, 8, 1)
+
+
+def test_networks_that_cost_something_else_are_another_space(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The same axes do not make the same networks."""
+    code = (
+        "from torch import nn\nfrom widthsearch import SearchSpace\n"
+        "def tiny():\n"
+        "    return SearchSpace.from_model(\n"
+        "        lambda: nn.Sequential(nn.Conv2d(1, 8, K, padding=K // 2),"
+        " nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)), (1, 8, 8), name='t')\n"
+    )
+    space = tmp_path / "space.py"
+    space.write_text("K = 3\n" + code)
+    file = study_file(tmp_path, space=f"{space}:tiny", trials=2, budgets=[0.5])
+    study = Study.load(file, tmp_path / "runs")
+    with study.search() as search:
+        tiny.drive(search)
+    space.write_text("K = 5\n" + code)
+    assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
+    assert "cost something else now than when 'small' was begun" in capsys.readouterr().err
+
+
+def test_a_function_that_raises_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a space or of a task."""
+    (tmp_path / "boom.py").write_text("def boom():\n    raise FileNotFoundError('no data')\n")
+    assert cli.main(["space", f"{tmp_path / 'boom.py'}:boom"]) == 2
+    file = study_file(tmp_path, task=f"{tmp_path / 'boom.py'}:boom")
+    assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("boom:boom" in x or "failed: FileNotFoundError: no data" in x for x in lines)
+
+
+def test_early_stopping_is_never_by_accuracy_alone(tmp_path: Path) -> None:
+    """A study of one objective refuses it."""
+    with pytest.raises(widthsearch.WidthsearchError, match="never by accuracy alone"):
+        Study.load(
+            study_file(
+                tmp_path,
+                objectives=["accuracy"],
+                recipe={"epochs": 4},
+                early_stopping={"first_epoch": 2, "eta": 2},
+            )
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,14 +20,16 @@ from widthsearch.errors import WidthsearchError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
+    again = shlex.join(["widthsearch", *arguments])
     try:
         code: int = options.command(options)
     except WidthsearchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: {options.again(options)}", file=sys.stderr)
+        print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
         return 130
     return code
 
@@ -181,15 +184,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"widthsearch {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, function: object, again: str) -> argparse.ArgumentParser:
+    def command(name: str, function: object) -> argparse.ArgumentParser:
         line = str(function.__doc__).splitlines()[0]
         made = commands.add_parser(name, help=line, description=line)
-        made.set_defaults(command=function, again=lambda o: again.format(**vars(o)))
+        made.set_defaults(command=function)
         return made
 
-    run = command("run", _run, "widthsearch run {study}")
+    run = command("run", _run)
     run.add_argument("study", help="a study's YAML, name or folder")
-    space = command("space", _space, "widthsearch space {space}")
+    space = command("space", _space)
     space.add_argument(
         "space",
         help="torchvision:NAME, package.module:function, path/to/file.py:function, or a study's "
@@ -206,12 +209,12 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="cpu", help="where --check runs; meta runs shapes alone (default: cpu)"
     )
     space.add_argument("--json", action="store_true", help="print plain JSON")
-    pareto = command("pareto", _pareto, "widthsearch pareto {study}")
+    pareto = command("pareto", _pareto)
     pareto.add_argument("study", help="a study's name, folder or YAML")
     form = pareto.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print plain JSON")
     form.add_argument("--csv", action="store_true", help="print CSV")
-    train = command("train", _train, "widthsearch train {study} --pick {pick!r}")
+    train = command("train", _train)
     train.add_argument("study", help="a study's name, folder or YAML")
     train.add_argument(
         "--pick",

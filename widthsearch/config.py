@@ -177,7 +177,7 @@ class StudyConfig(BaseModel):
     concurrency: Annotated[int, Field(ge=1)] = 1
     resources: Resources = Resources()
     device: str = "cpu"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     storage: str | None = None
     ray_address: str | None = None
 
@@ -202,6 +202,11 @@ class StudyConfig(BaseModel):
                 f"[{', '.join(self.objectives)}]: add latency_ms, or leave the latency section out"
             )
         stopping = self.early_stopping
+        if stopping is not None and len(self.objectives) == 1:
+            raise ValueError(
+                "early_stopping is never by accuracy alone, but objectives are [accuracy]: add "
+                "macs, or leave early_stopping out"
+            )
         if stopping is not None and stopping.first_epoch >= self.recipe.epochs:
             raise ValueError(
                 "early_stopping.first_epoch must be less than recipe.epochs, but they are "

@@ -148,7 +148,13 @@ def load_task(config: TaskConfig | str) -> Task:
             "a task must be digits, cifar10, image_folder, package.module:function or "
             f"path/to/file.py:function, but was {config.name!r}"
         )
-    pair = load_function(config.name, DataError)()
+    function = load_function(config.name, DataError)
+    try:
+        pair = function()
+    except Exception as error:
+        raise DataError(
+            f"task {config.name!r} failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(
             f"task {config.name!r} must return two datasets (train, test), but returned {pair!r}"

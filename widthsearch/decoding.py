@@ -42,6 +42,9 @@ class Split:
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, self.images.shape
         assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
+        # Strides of dims of size 1 are free, and torch would take odd ones for channels_last.
+        canonical = self.images.reshape(-1).reshape(self.images.shape)
+        object.__setattr__(self, "images", canonical)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -27,7 +27,7 @@ from widthsearch import channels
 from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
-from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.errors import SpaceError, WidthsearchError, WidthsError
 from widthsearch.initialisation import Recorder, Scheme
 from widthsearch.inputs import Inputs, as_inputs
 from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
@@ -508,6 +508,10 @@ def load_function(reference: str, error: type[Exception] = SpaceError) -> Callab
         error: What is raised, with one line that says what is wrong and what to do.
     """
     where, _, name = reference.rpartition(":")
+    beside = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
+    for folder in (str(Path.cwd()), *beside):  # an installed command has neither on its path
+        if folder not in sys.path:
+            sys.path.append(folder)
     if not where or not name:
         raise error(
             f"{reference!r} must be `package.module:function` or `path/to/file.py:function`"
@@ -586,7 +590,13 @@ def load_space(reference: str, input_shape: Sequence[int] | None = None) -> Sear
             raise SpaceError(
                 f"{reference!r} must need no arguments, but needs {', '.join(required)}"
             )
-        space = function()
+        try:
+            space = function()
+        except WidthsearchError:
+            raise
+        except Exception as cause:
+            said = " ".join(str(cause).split())
+            raise SpaceError(f"{reference!r} failed: {type(cause).__name__}: {said}") from cause
         if not isinstance(space, SearchSpace):
             raise SpaceError(
                 f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "

@@ -156,6 +156,8 @@ class Study:
         device = config.device
         if config.ray_address is None:
             check_device(device)
+            if "latency_ms" in config.objectives:
+                check_device((config.latency or LatencyConfig()).device)
         else:
             device = "cpu"  # for the proposers: a cluster's head need not have the workers' device
         try:
@@ -190,9 +192,21 @@ class Study:
                 for axis in space.axes
             ]
             store.set_attribute(
-                "space", {"name": space.name, "fingerprint": space.fingerprint, "axes": axes}
+                "space",
+                {
+                    "name": space.name,
+                    "fingerprint": space.fingerprint,
+                    "costs": _costs(space),
+                    "axes": axes,
+                },
             )
             return
+        if stored["fingerprint"] == space.fingerprint and stored["costs"] != _costs(space):
+            raise StudyError(
+                f"a study keeps its space, but the networks of {space.name!r} cost something else "
+                f"now than when {name!r} was begun (base {stored['costs']['macs']:,} MACs then, "
+                f"{_costs(space)['macs']:,} now): put the code back, or give the study another name"
+            )
         if stored["fingerprint"] != space.fingerprint:
             raise StudyError(
                 f"a study keeps its space, but {name!r} was begun with {stored['name']!r} "
@@ -234,6 +248,14 @@ class Study:
             return meter.measure(space.build(trial.widths, seed=trial.seed))
 
         return measure
+
+
+def _costs(space: SearchSpace) -> dict[str, Any]:
+    """What tells networks with the same axes apart: their costs at every width, as a hash."""
+    trace = space.trace
+    forms = [sorted(p.items()) for p in (trace.macs, trace.params, trace.activations)]
+    digest = hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
+    return {"macs": space.cost(space.base).macs, "digest": digest}
 
 
 def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
