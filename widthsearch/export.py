@@ -84,7 +84,7 @@ def train(
         "outcome": outcome.id,
         "origin": dict(outcome.origin),
         "space": {
-            "reference": study.config.space,
+            "reference": _from_anywhere(study.config.space),
             "input": study.config.input,
             "constraints": study.config.to_json()["constraints"],
             "name": space.name,
@@ -177,6 +177,12 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
             f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line}; train the pick again"
         ) from error
     return model.eval()
+
+
+def _from_anywhere(reference: str | None) -> str | None:
+    """A reference to a file as one that holds in any folder of this machine."""
+    where, _, function = (reference or "").rpartition(":")
+    return f"{Path(where).resolve()}:{function}" if where.endswith(".py") else reference
 
 
 def versions() -> dict[str, str]:
