@@ -23,7 +23,7 @@ from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
-from widthsearch.proposers import Proposal
+from widthsearch.proposers import Proposal, Setting
 from widthsearch.search import Progress, Search
 from widthsearch.space import SearchSpace, load_space
 from widthsearch.storage import Store, Trial
@@ -228,9 +228,10 @@ class Study:
         key = f"proposal:{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
         stored = store.attribute(key)
         if stored is None:
-            made: Proposal = proposer.make()(
-                self.space, self.task.for_search(), seed=self.config.seed, device=device
+            setting = Setting(
+                self.config.seed, device, self.config.recipe, min(self.config.budgets)
             )
+            made: Proposal = proposer.make()(self.space, self.task.for_search(), setting)
             store.set_attribute(key, made.to_json())
             return made
         return Proposal.from_json(stored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from widthsearch.proposers.protocol import Proposal, Proposer
+from widthsearch.proposers.protocol import Proposal, Proposer, Setting
 from widthsearch.proposers.random import Random
 from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.proposers.uniform import Uniform
@@ -15,4 +15,4 @@ PROPOSERS: Mapping[str, Callable[..., Proposer]] = MappingProxyType(
 )
 """Every method by the name that studies use; its fields are its hyperparameters."""
 
-__all__ = ["PROPOSERS", "Proposal", "Proposer", "Random", "Sensitivity", "Uniform"]
+__all__ = ["PROPOSERS", "Proposal", "Proposer", "Random", "Sensitivity", "Setting", "Uniform"]

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from widthsearch.data import Task
 from widthsearch.space import SearchSpace
+from widthsearch.training import Recipe
 from widthsearch.widths import Widths
+
+PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""Predicted latency in ms of width vectors: shape (N, axes) to (N,)."""
+
+
+def _say_nothing(message: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is given beside the space and the data.
+
+    Attributes:
+        seed: The same seed on the same device gives the same proposal.
+        device: Where to compute, e.g. ``cpu`` or ``cuda:0``.
+        recipe: How the study trains its candidates; methods that train follow it where they have
+            no settings of their own.
+        lowest: The smallest network that is wanted, as a share of the base's MACs: methods that
+            train need not go on below it.
+        latency: Predicted latency of this space, where that is known.
+        report: Is told how far the method is, a line each time.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    recipe: Recipe = field(default_factory=Recipe)
+    lowest: float = 0.1
+    latency: PredictedLatency | None = None
+    report: Callable[[str], None] = _say_nothing
 
 
 @dataclass(frozen=True)
@@ -48,15 +82,17 @@ class Proposal:
 
 
 class Proposer(Protocol):
-    """Looks at a model and data, and returns a trajectory of widths."""
+    """Looks at a model and data, and returns a trajectory of widths.
 
-    def __call__(self, space: SearchSpace, task: Task, *, seed: int, device: str) -> Proposal:
+    A user's own is any function with these arguments, or a dataclass whose instances are.
+    """
+
+    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """Propose.
 
         Args:
-            space: The space; proposals lie on its grid.
+            space: The space; every member of the proposal lies on its grid.
             task: The data; only its train and validation splits are read.
-            seed: The same seed on the same device gives the same proposal.
-            device: Where to compute, e.g. ``cpu`` or ``cuda:0``.
+            setting: The seed, the device, and what else there is to know.
         """
         ...

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from widthsearch.data import Task
-from widthsearch.proposers.protocol import Proposal
+from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
 
@@ -24,9 +24,9 @@ class Random:
     lowest: float = 0.25
     members: int = 16
 
-    def __call__(self, space: SearchSpace, task: Task, *, seed: int, device: str) -> Proposal:
+    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """Depends on the seed alone."""
-        generator = random.Random(seed)
+        generator = random.Random(setting.seed)
         shares = [self.lowest ** generator.random() for _ in space.axes]
         top = max(shares)
         trajectory: dict[Widths, None] = {}
@@ -37,5 +37,5 @@ class Random:
         return Proposal(
             "random",
             tuple(trajectory),
-            {"seed": seed, "lowest": self.lowest, "members": self.members},
+            {"seed": setting.seed, "lowest": self.lowest, "members": self.members},
         )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from widthsearch.channels import find_channels, gate_gradients
 from widthsearch.data import DeviceLoader, Split, Task
-from widthsearch.proposers.protocol import Proposal
+from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
 
@@ -35,15 +35,15 @@ class Sensitivity:
     cost: Literal["recomputed", "fixed"] = "recomputed"
     members: int = 32
 
-    def __call__(self, space: SearchSpace, task: Task, *, seed: int, device: str) -> Proposal:
+    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """One batch, one backward pass, then channels go one step of an axis at a time."""
-        saliency = self.saliency(space, task, seed=seed, device=device)
+        saliency = self.saliency(space, task, setting)
         trajectory = remove_by_score(space, saliency, cost=self.cost, members=self.members)
         return Proposal(
             "sensitivity",
             trajectory,
             {
-                "seed": seed,
+                "seed": setting.seed,
                 "batch_size": self.batch_size,
                 "cost": self.cost,
                 "saliency_per_axis": {
@@ -53,13 +53,13 @@ class Sensitivity:
         )
 
     def saliency(
-        self, space: SearchSpace, task: Task, *, seed: int, device: str
+        self, space: SearchSpace, task: Task, setting: Setting
     ) -> list[NDArray[np.float64]]:
         """Per axis, the saliency of each channel of the base network at initialisation.
 
         Of tied axes, the channels that matter least in each go together.
         """
-        free = space.free
+        free, seed, device = space.free, setting.seed, setting.device
         generator = np.random.default_rng(seed)
         index = balanced(task.train.labels, task.classes, self.batch_size, generator)
         batch = Split(task.train.images[index], task.train.labels[index])

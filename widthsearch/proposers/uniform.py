@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from widthsearch.data import Task
-from widthsearch.proposers.protocol import Proposal
+from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space import SearchSpace
 
 
@@ -19,7 +19,7 @@ class Uniform:
 
     members: int = 16
 
-    def __call__(self, space: SearchSpace, task: Task, *, seed: int, device: str) -> Proposal:
+    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """The base, scaled; depends on neither data nor seed."""
         lowest = min(axis.least / axis.base for axis in space.axes)
         multipliers = [1 - (1 - lowest) * i / max(1, self.members - 1) for i in range(self.members)]

@@ -1,0 +1,141 @@
+"""What every proposer promises, on every kind of network: a new one subclasses this."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from strategies import MODELS, space_of
+from torch import nn
+
+from widthsearch.data import Augmentation, Split, Task
+from widthsearch.families import along
+from widthsearch.proposers import Proposal, Proposer, Setting
+from widthsearch.space import SearchSpace
+from widthsearch.training import Recipe
+
+
+@cache
+def small_task() -> Task:
+    """Coloured 8×8 images of ten classes that a network can tell apart."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200, dtype=np.int64) % 10
+    images = rng.integers(0, 128, (200, 3, 8, 8), dtype=np.uint8)
+    images += (labels * 12).astype(np.uint8)[:, None, None, None]
+    half = Split(images[:100], labels[:100]), Split(images[100:], labels[100:])
+    return Task(
+        name="small",
+        train=half[0],
+        validation=half[1],
+        test=None,
+        classes=10,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        augmentation=Augmentation(),
+    )
+
+
+RECIPE = Recipe(epochs=2, batch_size=50, lr=0.05)
+
+
+def setting(seed: int = 0, device: str = "cpu") -> Setting:
+    """Two short epochs."""
+    return Setting(seed=seed, device=device, recipe=RECIPE, lowest=0.3)
+
+
+class ProposerConformance:
+    """Subclass it as ``Test<Method>`` with the two attributes.
+
+    Attributes:
+        method: The proposer's name in the mapping.
+        proposer: An instance that is quick.
+    """
+
+    method: ClassVar[str]
+    proposer: ClassVar[Proposer]
+
+    def propose(self, space: SearchSpace, seed: int = 0, device: str = "cpu") -> Proposal:
+        """What the instance proposes."""
+        return type(self).proposer(space, small_task(), setting(seed, device))
+
+    @pytest.mark.parametrize("model", sorted(MODELS))
+    def test_it_proposes_members_of_the_space(self, model: str) -> None:
+        """On the grid, monotone in every axis and in MACs, from the base or below to `lowest`."""
+        space = space_of(model)
+        proposal = self.propose(space)
+        assert proposal.method == self.method
+        path = np.array([space.widths(w).vector for w in proposal.trajectory])
+        assert (np.diff(path, axis=0) <= 0).all()
+        assert (np.diff(space.macs(path)) < 0).all()
+        assert (path[0] <= space.base.vector).all()
+        assert len(path) >= 2
+
+    @pytest.mark.parametrize("model", sorted(MODELS))
+    def test_its_family_meets_budgets_from_below(self, model: str) -> None:
+        """Within one step of one axis."""
+        space = space_of(model)
+        proposal = self.propose(space)
+        base = space.cost(space.base).macs
+        for share in (0.35, 0.6, 1.2):
+            widths = along(space, proposal, share * base)
+            assert space.cost(widths).macs <= share * base
+            wider = [
+                (*widths.vector[:i], w + axis.step, *widths.vector[i + 1 :])
+                for i, (w, axis) in enumerate(zip(widths.vector, space.axes, strict=True))
+                if w < axis.most
+            ]
+            assert any(space.macs(v) > share * base for v in wider)
+
+    def test_it_stays_inside_constraints(self) -> None:
+        """Bounds, steps, pinned and tied axes."""
+        free = space_of("Grouped")
+        space = free.constrained(least=0.5, tie=[["stem", "last"]])
+        for widths in self.propose(space).trajectory:
+            assert space.widths(widths) == widths
+        pinned = space_of("Residual").constrained(pin="stem", step=8)
+        for widths in self.propose(pinned).trajectory:
+            assert pinned.widths(widths) == widths
+
+    def test_it_is_deterministic_and_disturbs_nothing(self) -> None:
+        """The same seed gives the same proposal; all global random states stay."""
+        space = space_of("Residual")
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+        threads, template = torch.get_num_threads(), str(space.template.state_dict())
+        first = self.propose(space, seed=7)
+        assert first == self.propose(space, seed=7)
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+        assert before[:2] == after[:2]
+        assert torch.equal(before[2], after[2])
+        assert (threads, template) == (
+            torch.get_num_threads(),
+            str(space.template.state_dict()),
+        )
+
+    def test_it_leaves_the_users_model_alone(self) -> None:
+        """A model given as an object keeps its values, gradients and mode."""
+        model = MODELS["Residual"]()
+        assert isinstance(model, nn.Module)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.propose(SearchSpace.from_model(model, (3, 8, 8)))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+        assert model.training
+
+    def test_its_provenance_is_plain_json(self) -> None:
+        """It survives a storage, and names the seed."""
+        proposal = self.propose(space_of("Concatenated"))
+        assert Proposal.from_json(json.loads(json.dumps(proposal.to_json()))) == proposal
+        assert proposal.provenance
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("model", sorted(MODELS))
+    def test_it_works_on_cuda(self, model: str) -> None:
+        """The same promises there."""
+        space = space_of(model)
+        for widths in self.propose(space, device="cuda").trajectory:
+            assert space.widths(widths) == widths
