@@ -112,7 +112,7 @@ WRONG = {
     ),
     "unknown choice": (
         {"recipe": {"schedule": "cos"}},
-        "recipe.schedule must be 'cosine' or 'one_cycle', but was 'cos'",
+        "recipe.schedule must be 'cosine', 'one_cycle' or 'constant', but was 'cos'",
     ),
     "unknown objective": (
         {"objectives": ["accuracy", "flops"]},
@@ -133,7 +133,7 @@ WRONG = {
     ),
     "unknown proposer": (
         {"proposers": ["sensitivty"]},
-        "proposers.0 must name a proposer, but was 'sensitivty'; did you mean 'sensitivity'?",
+        "proposers.0 must name a proposer or be `module:name`, but was 'sensitivty'; did you mean 'sensitivity'?",
     ),
     "unknown field of a proposer": (
         {"proposers": [{"method": "sensitivity", "batchsize": 3}]},

@@ -11,7 +11,7 @@ import tiny
 import yaml
 
 from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
-from widthsearch.proposers import Proposal
+from widthsearch.proposers import Proposal, Setting
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.storage import Store
 from widthsearch.study import Study
@@ -144,9 +144,9 @@ def test_proposers_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A resumed study has their answers in its storage, unless they are configured anew."""
     asked: list[int] = []
 
-    def counted(self: Uniform, space: Any, task: Any, *, seed: int, device: str) -> Proposal:
+    def counted(self: Uniform, space: Any, task: Any, setting: Setting) -> Proposal:
         assert task.test is None
-        asked.append(seed)
+        asked.append(setting.seed)
         return Proposal("uniform", (space.base,), {})
 
     monkeypatch.setattr(Uniform, "__call__", counted)

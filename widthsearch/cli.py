@@ -51,13 +51,15 @@ def _run(options: argparse.Namespace) -> int:
     failed = [o for o in study.outcomes() if o.state == "failed"]
     for o in failed:
         console.print(f"failed: trial {o.id}: {o.error}", highlight=False, soft_wrap=True)
+    for method, reason in study.failures.items():
+        console.print(f"failed: proposer {method}: {reason}", highlight=False, soft_wrap=True)
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
     console.print(
         f"next: widthsearch train {study.config.name} --pick knee{runs}",
         highlight=False,
         soft_wrap=True,
     )
-    return 1 if failed else 0
+    return 1 if failed or study.failures else 0
 
 
 def _space(options: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +29,8 @@ from widthsearch.constraints import Constraints
 from widthsearch.data import TaskConfig
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency import LatencyConfig
-from widthsearch.proposers import PROPOSERS
+from widthsearch.proposers import PROPOSERS, Proposer
+from widthsearch.space import load_function
 from widthsearch.training import Recipe
 
 Objective = Literal["accuracy", "macs", "params", "latency_ms"]
@@ -91,7 +94,9 @@ class ProposerConfig(BaseModel):
     """A proposer by its name, with its fields beside it.
 
     Attributes:
-        method: The proposer's name.
+        method: The proposer's name; or a user's own as ``package.module:name`` or
+            ``path/to/file.py:name``: a dataclass or a function, see
+            :class:`~widthsearch.proposers.Proposer`. That one is imported when it is asked.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -100,25 +105,45 @@ class ProposerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ProposerConfig:
+        if ":" in self.method:
+            return self
         if self.method not in PROPOSERS:
             raise ValueError(
-                f"must name a proposer, but was {self.method!r}{_hint(self.method, PROPOSERS)}"
+                f"must name a proposer or be `module:name`, but was {self.method!r}"
+                f"{_hint(self.method, PROPOSERS)}"
             )
         self.make()
         return self
 
-    def make(self) -> Any:
-        """The proposer itself."""
-        proposer: Any = PROPOSERS[self.method]
+    def make(self) -> Proposer:
+        """The proposer itself.
+
+        Raises:
+            StudyError: A user's own cannot be imported or does not take the fields.
+            ValueError: One of ours does not take the fields.
+        """
+        if ":" not in self.method:
+            return self._filled(PROPOSERS[self.method])
+        own: Any = load_function(self.method, StudyError)
+        try:
+            if dataclasses.is_dataclass(own):
+                return self._filled(own)
+            inspect.signature(own).bind(None, None, None, **(self.model_extra or {}))
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"proposer {self.method!r}: {error}") from None
+        return functools.partial(own, **(self.model_extra or {}))
+
+    def _filled(self, proposer: Any) -> Proposer:
         known = {field.name for field in dataclasses.fields(proposer)}
         fields = self.model_extra or {}
         for key in fields:
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{_hint(key, known)}")
         try:
-            return TypeAdapter(proposer).validate_python(fields)
+            made: Proposer = TypeAdapter(proposer).validate_python(fields)
         except ValidationError as error:
             raise ValueError(_explain(error)) from None
+        return made
 
 
 def _named(key: str) -> BeforeValidator:

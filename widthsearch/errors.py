@@ -53,3 +53,9 @@ class StorageError(WidthsearchError):
 
 class CheckpointError(WidthsearchError):
     """A checkpoint that is corrupt or belongs to another run."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from widthsearch.config import StudyConfig
 from widthsearch.data import Task
-from widthsearch.errors import SpaceError, StorageError, StudyError
+from widthsearch.errors import SpaceError, StorageError, StudyError, one_line
+from widthsearch.proposing import Answer, Failure, Question, Say
 from widthsearch.search import Search
-from widthsearch.space import SearchSpace
 from widthsearch.storage import Trial
-from widthsearch.worker import Report, Worker, one_line
+from widthsearch.worker import Report, Worker
 
 RETRIES = 2
 """How often a trial whose worker died is started again."""
@@ -53,32 +54,133 @@ _ENVIRONMENT = {
 _logger = logging.getLogger(__name__)
 
 
-def run(search: Search, task: Task, folder: Path) -> None:
-    """Train until the search is done.
+class Session:
+    """Ray for a study, from ``with`` to its end; it is started when first needed.
 
     Args:
-        search: Which trials there are.
-        task: The data.
+        config: The study's configuration.
         folder: The study's folder, for checkpoints and logs; a cluster's nodes must share it for
             trials to go on from their last epoch after their worker died.
-
-    Raises:
-        WidthsearchError: Something that a user can mend; running again goes on from there.
-        KeyboardInterrupt: SIGINT or SIGTERM; running again goes on from there.
     """
-    if search.done:
-        return
-    logs = (folder / "logs").resolve()
-    logs.mkdir(exist_ok=True)
-    checkpoints = (folder / "checkpoints").resolve()
-    checkpoints.mkdir(exist_ok=True)
-    for left in checkpoints.iterdir():  # by a kill between a trial's end and its removal
-        if left.name not in map(str, search.running):
-            shutil.rmtree(left, ignore_errors=True)
-    with _logging_to(logs / "run.log"), _environment(), _Interrupts() as interrupts:
-        first = search.ask()  # its whole generation is measured before Ray wakes the machine up
-        with _ray(search, interrupts) as ours:
-            _Joint(search, first, checkpoints, interrupts, ours).fit(task, logs)
+
+    def __init__(self, config: StudyConfig, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._interrupts = _Interrupts()
+        self._stack = contextlib.ExitStack()
+        self._ray: contextlib.ExitStack | None = None
+        self._ours = False
+        self._logging = False
+
+    def __enter__(self) -> Session:
+        self._stack.enter_context(self._interrupts)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self._stack.close()
+
+    def close(self) -> None:
+        """Let Ray go, and shut it down if it was started here."""
+        if self._ray is not None:
+            self._ray.close()
+            self._ray = None
+
+    def propose(
+        self, questions: Sequence[Question], task: Task, say: Say
+    ) -> Iterator[tuple[int, Answer]]:
+        """Ask proposers side by side, as Ray tasks with a trial's resources each."""
+        if not questions:
+            return
+        self._start(say)
+        run: Any = ray.remote(_answering())
+        resources = self._config.resources
+        options = run.options(
+            num_cpus=resources.cpu,
+            num_gpus=resources.gpu,
+            num_returns="streaming",
+            max_retries=0,
+        )
+        shared = ray.put(task)
+        streams: dict[Any, int] = {}
+        try:
+            for i, question in enumerate(questions):
+                pickled = _pickled(question, f"proposer {question.label!r}")
+                streams[options.remote(pickled, shared)] = i
+            while streams:
+                ready, _ = ray.wait(list(streams), num_returns=1, timeout=TICK_SECONDS)
+                for stream in ready:
+                    message = _next(stream)
+                    if isinstance(message, str):
+                        say(f"{questions[streams[stream]].label}: {message}")
+                    else:
+                        yield streams.pop(stream), message
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if not self._ours:
+                for stream in streams:
+                    ray.cancel(stream, force=True)
+
+    def train(self, search: Search, task: Task) -> None:
+        """Train until the search is done; then Ray is let go.
+
+        Raises:
+            WidthsearchError: Something that a user can mend; running again goes on from there.
+            KeyboardInterrupt: SIGINT or SIGTERM; running again goes on from there.
+        """
+        if search.done:
+            return
+        checkpoints = (self._folder / "checkpoints").resolve()
+        checkpoints.mkdir(exist_ok=True)
+        for left in checkpoints.iterdir():  # by a kill between a trial's end and its removal
+            if left.name not in map(str, search.running):
+                shutil.rmtree(left, ignore_errors=True)
+        logs = self._logs()
+        try:
+            first = search.ask()  # its whole generation is measured before anything trains
+            self._start(search.notify)
+            _Joint(search, first, checkpoints, self._interrupts, self._ours).fit(task, logs)
+        finally:
+            self.close()  # before the lease ends: no worker of ours trains on
+
+    def _logs(self) -> Path:
+        """The folder for logs; from now on ours are there."""
+        logs = (self._folder / "logs").resolve()
+        if not self._logging:
+            logs.mkdir(exist_ok=True)
+            self._stack.enter_context(_logging_to(logs / "run.log"))
+            self._logging = True
+        return logs
+
+    def _start(self, say: Say) -> None:
+        if self._ray is None:
+            self._logs()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_environment())
+                self._ours = stack.enter_context(_ray(self._config, say, self._interrupts))
+                self._ray = stack.pop_all()
+
+
+def _answering() -> Callable[[bytes, Task], Iterator[str | Answer]]:
+    """What a task runs; made in a function for the same reason as :func:`_trainee`."""
+
+    def answering(pickled: bytes, task: Task) -> Iterator[str | Answer]:
+        from widthsearch.worker import answer
+
+        yield from answer(pickled, task)
+
+    return answering
+
+
+def _next(stream: Any) -> str | Answer:
+    """The next message of a task; that it died is one too."""
+    try:
+        message: str | Answer = ray.get(next(stream))
+    except ray.exceptions.RayError as error:
+        return Failure(f"its worker process died (killed, or out of memory?): {one_line(error)}")
+    return message
 
 
 class _Joint:
@@ -105,7 +207,7 @@ class _Joint:
         trainee = tune.with_parameters(
             _trainee(),
             task=task.for_search(),
-            space=_pickled(self.search.space),
+            space=_pickled(self.search.space, f"space {self.search.space.name!r}"),
             recipe=config.recipe,
             device=config.device,
             threads=max(1, int(config.resources.cpu)),
@@ -354,16 +456,15 @@ class _Interrupts:
 
 
 @contextlib.contextmanager
-def _ray(search: Search, interrupts: _Interrupts) -> Iterator[bool]:
+def _ray(config: StudyConfig, say: Say, interrupts: _Interrupts) -> Iterator[bool]:
     """Ray, started or joined; yields whether it is ours to shut down."""
-    config = search.config
     ours = not ray.is_initialized()
     address = config.ray_address
     if address is not None:
         _check_address(address)
     try:
         if ours:
-            search.notify("starting Ray" if address is None else f"joining Ray at {address}")
+            say("starting Ray" if address is None else f"joining Ray at {address}")
             # A terminal sends Ctrl-C to all processes of the driver's group. Were Ray's among them,
             # leaving it would wait a minute for them; so they are born with SIGINT blocked.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -421,8 +522,8 @@ def _check_resources(cpu: float, gpu: float) -> None:
         )
 
 
-def _pickled(space: SearchSpace) -> bytes:
-    """The space for the workers, with code of the user's own modules inside.
+def _pickled(value: object, called: str) -> bytes:
+    """A space or a question for the workers, with code of the user's own modules inside.
 
     A worker may be unable to import them: a file outside the path, or another machine.
     """
@@ -437,11 +538,9 @@ def _pickled(space: SearchSpace) -> bytes:
     for module in own:
         cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     try:
-        pickled: bytes = cloudpickle.dumps(space)  # type: ignore[no-untyped-call]
+        pickled: bytes = cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise SpaceError(
-            f"space {space.name!r} cannot be sent to the workers: {one_line(error)}"
-        ) from error
+        raise SpaceError(f"{called} cannot be sent to the workers: {one_line(error)}") from error
     finally:
         for module in own:
             cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]

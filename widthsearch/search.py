@@ -26,7 +26,7 @@ import numpy as np
 
 from widthsearch import pareto
 from widthsearch.config import StudyConfig
-from widthsearch.errors import StudyError, WidthsearchError
+from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency import Latency
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
@@ -35,7 +35,6 @@ from widthsearch.space import SearchSpace
 from widthsearch.storage import Store, Trial
 from widthsearch.training import EpochResult
 from widthsearch.widths import Widths
-from widthsearch.worker import one_line
 
 FAILURES_IN_A_ROW = 5
 """So many, and the study stops: a broken machine would burn the whole queue."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,6 +24,7 @@ from widthsearch.latency import Latency, LatencyConfig, LatencyMeter
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
 from widthsearch.proposers import Proposal, Setting
+from widthsearch.proposing import Engine, Question, Say, in_turn, proposals
 from widthsearch.search import Progress, Search
 from widthsearch.space import SearchSpace, load_space
 from widthsearch.storage import Store, Trial
@@ -38,6 +39,7 @@ class Study:
     Attributes:
         config: The configuration.
         folder: Where the study's files are.
+        failures: Why proposers have no proposal, by method, after a run.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Study:
     ) -> None:
         self.config = config
         self.folder = Path("runs", config.name) if folder is None else Path(folder)
+        self.failures: dict[str, str] = {}
         if space is not None:
             self.space = space.under(config.constraints)
         if task is not None:
@@ -112,8 +115,11 @@ class Study:
         """
         from widthsearch import runner  # below this file: the one engine, imported when it runs
 
-        with self.search(on_progress) as search:
-            runner.run(search, self.task, self.folder)
+        with (
+            runner.Session(self.config, self.folder) as session,
+            self.search(on_progress, session.propose) as search,
+        ):
+            session.train(search, self.task)
         finished = [done for done in search.outcomes.values() if done.state == "finished"]
         if not finished:
             reasons = [done.error for done in search.outcomes.values() if done.error]
@@ -139,8 +145,16 @@ class Study:
         return pareto.front(self.outcomes(), self.config.objectives)
 
     @contextmanager
-    def search(self, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Search]:
+    def search(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        engine: Engine = in_turn,
+    ) -> Iterator[Search]:
         """Drive the study: claim its storage, make what it lacks, and hand out the loop's state.
+
+        Args:
+            on_progress: Is told where the study stands.
+            engine: Who asks the proposers.
 
         Raises:
             StudyError: Another driver holds it, or what is stored does not fit the configuration.
@@ -153,13 +167,10 @@ class Study:
                 f"{tuple(space.input_shape)} and the images of {self.task.name!r} are "
                 f"{tuple(self.task.input_shape)}: make the space with the task's shape"
             )
-        device = config.device
         if config.ray_address is None:
-            check_device(device)
+            check_device(config.device)
             if "latency_ms" in config.objectives:
                 check_device((config.latency or LatencyConfig()).device)
-        else:
-            device = "cpu"  # for the proposers: a cluster's head need not have the workers' device
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -170,13 +181,13 @@ class Study:
         with Lease(store) as lease:
             self._claim(store)
             (self.folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            proposals = [self._proposal(store, proposer, device) for proposer in config.proposers]
+            found = self._proposals(store, engine, self._sayer(store, on_progress))
             yield Search(
                 config,
                 space,
                 store,
                 lease,
-                candidates=families.candidates(space, proposals, config.budgets),
+                candidates=families.candidates(space, found, config.budgets),
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 on_progress=on_progress,
             )
@@ -222,19 +233,43 @@ class Study:
                 )
         store.set_attribute("config", config)
 
-    def _proposal(self, store: Store, proposer: ProposerConfig, device: str) -> Proposal:
-        """A proposer's answer, from the storage where it was asked before."""
-        asked = json.dumps(proposer.model_dump(mode="json"), sort_keys=True)
-        key = f"proposal:{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-        stored = store.attribute(key)
-        if stored is None:
-            setting = Setting(
-                self.config.seed, device, self.config.recipe, min(self.config.budgets)
-            )
-            made: Proposal = proposer.make()(self.space, self.task.for_search(), setting)
-            store.set_attribute(key, made.to_json())
-            return made
-        return Proposal.from_json(stored)
+    def _proposals(
+        self, store: Store, engine: Engine, say: Callable[[str], None]
+    ) -> list[Proposal]:
+        config = self.config
+        setting = Setting(config.seed, config.device, config.recipe, min(config.budgets))
+        threads = max(1, int(config.resources.cpu))
+
+        def question(proposer: ProposerConfig) -> Question:
+            return Question(proposer.method, proposer.make(), self.space, setting, threads)
+
+        found, self.failures = proposals(
+            store, config.proposers, question, self.task.for_search(), engine, say
+        )
+        return found
+
+    def _sayer(self, store: Store, on_progress: Callable[[Progress], None] | None) -> Say:
+        """Tells whoever watches what happens before there is a search."""
+        begun = time.monotonic()
+        done = store.outcomes(self.space.names)
+        accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
+
+        def say(message: str) -> None:
+            if on_progress is not None:
+                on_progress(
+                    Progress(
+                        done=len(done),
+                        running=0,
+                        total=max(self.config.trials, len(done)),
+                        best_accuracy=max(accuracies, default=None),
+                        front_size=len(pareto.front(done, self.config.objectives)),
+                        elapsed=time.monotonic() - begun,
+                        remaining=None,
+                        message=message,
+                    )
+                )
+
+        return say
 
     def _meter(self) -> Callable[[Trial, float | None], Latency]:
         """Measure a trial's latency beside the base model, which is built when first needed."""

@@ -1,4 +1,5 @@
-"""What a worker does: trains one trial after the other, an epoch a step, a checkpoint an epoch.
+"""What a worker does: trains one trial after the other, an epoch a step, a checkpoint an epoch;
+or asks a proposer.
 
 A worker never opens the storage and knows no Ray: it reports, and whoever runs it tells the study.
 """
@@ -8,14 +9,15 @@ from __future__ import annotations
 import errno
 import pickle
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from widthsearch.data import Task
-from widthsearch.errors import CheckpointError, DeviceError
+from widthsearch.errors import CheckpointError, DeviceError, one_line
+from widthsearch.proposing import Answer, Failure, Question, told
 from widthsearch.space import SearchSpace
 from widthsearch.training import EpochResult, Recipe, TrainingRun
 from widthsearch.widths import Widths
@@ -125,7 +127,14 @@ class Worker:
         )
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+def answer(pickled: bytes, task: Task) -> Iterator[str | Answer]:
+    """Ask a proposer whose question was pickled by the driver; yields its reports, then its answer.
+
+    What goes wrong with unpickling is the proposer's failure as well.
+    """
+    try:
+        question: Question = pickle.loads(pickled)
+    except Exception as error:  # noqa: BLE001  reported, with its traceback
+        yield Failure(one_line(error), traceback.format_exc())
+        return
+    yield from told(question, task)

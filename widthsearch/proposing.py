@@ -1,0 +1,163 @@
+"""Asking the proposers of a study: each of them once, its answer in the storage.
+
+Whoever computes is an :data:`Engine`: the runner's asks on Ray, side by side; :func:`in_turn` here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from widthsearch.data import Task
+from widthsearch.devices import fixed_threads
+from widthsearch.errors import StudyError, WidthsError, one_line
+from widthsearch.proposers import Proposal, Proposer, Setting
+from widthsearch.space import SearchSpace
+
+if TYPE_CHECKING:  # a worker imports this file, and neither of those
+    from widthsearch.config import ProposerConfig
+    from widthsearch.storage import Store
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A proposer, and what it is given beside the data.
+
+    Attributes:
+        label: What it is called in messages.
+        proposer: The method.
+        space: The space.
+        setting: The rest.
+        threads: CPU threads that it computes with; None leaves torch's number.
+    """
+
+    label: str
+    proposer: Proposer
+    space: SearchSpace
+    setting: Setting
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no proposal.
+
+    Attributes:
+        reason: In one line.
+        traceback: All of it.
+    """
+
+    reason: str
+    traceback: str = ""
+
+
+Say = Callable[[str], None]
+Answer = Proposal | Failure
+Engine = Callable[[Sequence[Question], Task, Say], Iterator[tuple[int, Answer]]]
+"""Answers questions about a task, by their index, in any order; says how far each is meanwhile."""
+
+
+def propose(question: Question, task: Task, report: Say) -> Answer:
+    """Ask; whatever the method raises is its failure."""
+    setting = replace(question.setting, report=report)
+    try:
+        with fixed_threads(question.threads):
+            proposal = question.proposer(question.space, task, setting)
+        return _checked(proposal, question.space)
+    except Exception as error:  # noqa: BLE001  reported, with its traceback
+        return Failure(one_line(error), traceback.format_exc())
+
+
+def _checked(proposal: object, space: SearchSpace) -> Proposal:
+    """The proposal, if it is one and of this space."""
+    if not isinstance(proposal, Proposal):
+        raise StudyError(f"a proposer must return a Proposal, but returned {proposal!r}")
+    for widths in proposal.trajectory:
+        if widths.names != space.names:
+            raise WidthsError(f"a proposal's axes must be the space's, but are {widths.names}")
+        space.widths(widths)
+    json.dumps(proposal.to_json())
+    return proposal
+
+
+def told(question: Question, task: Task) -> Iterator[str | Answer]:
+    """Ask, and yield what the method reports on its way; the answer comes last."""
+    messages: queue.Queue[str | Answer] = queue.Queue()
+    thread = threading.Thread(
+        target=lambda: messages.put(propose(question, task, messages.put)), daemon=True
+    )
+    thread.start()
+    while True:
+        message = messages.get()
+        yield message
+        if not isinstance(message, str):
+            thread.join()
+            return
+
+
+def in_turn(questions: Sequence[Question], task: Task, say: Say) -> Iterator[tuple[int, Answer]]:
+    """The plain engine: one after the other, in this process."""
+    for i, question in enumerate(questions):
+        yield i, propose(question, task, partial(_labelled, say, question.label))
+
+
+def _labelled(say: Say, label: str, line: str) -> None:
+    say(f"{label}: {line}")
+
+
+def proposals(
+    store: Store,
+    configs: Sequence[ProposerConfig],
+    question: Callable[[ProposerConfig], Question],
+    task: Task,
+    engine: Engine,
+    say: Say,
+) -> tuple[list[Proposal], dict[str, str]]:
+    """Every proposer's answer: from the storage, where it was asked before for networks as small.
+
+    Args:
+        store: The study's storage.
+        configs: The proposers.
+        question: Makes what a proposer is asked.
+        task: The data, without a test split.
+        engine: Who computes.
+        say: Is told how far each is, what failed, and what is done.
+
+    Returns:
+        The proposals, in the order of ``configs``, and the reasons why some are missing, by the
+        proposer's label. A missing one is asked again by the next run.
+    """
+    found: dict[int, Proposal] = {}
+    asked: list[tuple[int, str, Question]] = []
+    for i, config in enumerate(configs):
+        content = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+        key = f"proposal:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        stored, made = store.attribute(key), question(config)
+        if stored is not None and stored["lowest"] <= made.setting.lowest:
+            found[i] = Proposal.from_json(stored)
+        else:
+            asked.append((i, key, made))
+    failures = {}
+    begun = time.monotonic()
+    for index, answer in engine([made for *_, made in asked], task, say):
+        i, key, made = asked[index]
+        if isinstance(answer, Failure):
+            failures[made.label] = answer.reason
+            _logger.info("proposer %s failed\n%s", made.label, answer.traceback or answer.reason)
+            say(f"proposer {made.label} failed: {answer.reason}")
+        else:
+            store.set_attribute(key, {**answer.to_json(), "lowest": made.setting.lowest})
+            found[i] = answer
+            say(f"proposer {made.label} answered after {time.monotonic() - begun:.1f} s")
+    return [found[i] for i in sorted(found)], failures
