@@ -410,3 +410,81 @@ def test_early_stopping_is_never_by_accuracy_alone(tmp_path: Path) -> None:
                 early_stopping={"first_epoch": 2, "eta": 2},
             )
         )
+
+
+def proposed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What `propose --json` says of the quickstart's space."""
+    return json.loads(printed(capsys, "propose", SPACE, "--json", *arguments))
+
+
+def test_propose_meets_a_share_or_a_number_of_macs(capsys: pytest.CaptureFixture[str]) -> None:
+    """From below, with exact costs."""
+    space = load_space(SPACE)
+    share = proposed(capsys, "--method", "uniform", "--budget", "0.5")
+    assert share["cost"]["macs"] <= 0.5 * share["base"]["macs"]
+    assert share["cost"]["macs"] == space.cost(share["widths"]).macs
+    absolute = proposed(capsys, "--method", "uniform", "--budget", str(share["base"]["macs"] * 0.5))
+    assert absolute["widths"] == share["widths"]
+    wider = proposed(capsys, "--method", "uniform", "--budget", "2")
+    assert share["base"]["macs"] < wider["cost"]["macs"] <= 2 * share["base"]["macs"]
+
+
+def test_propose_passes_task_fields_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that a method can be told."""
+    asked = ("--method", "sensitivity", "--budget", "0.4", "--task", "digits")
+    first = proposed(capsys, *asked, "--set", "batch_size=32", "--seed", "3")
+    assert first["proposal"]["provenance"]["batch_size"] == 32
+    assert first["proposal"]["provenance"]["seed"] == 3
+    assert first == proposed(capsys, *asked, "--set", "batch_size=32", "--seed", "3")
+
+
+def test_propose_takes_a_studys_space_task_and_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its constraints too."""
+    pinned = next(iter(load_space(SPACE).names))
+    file = study_file(tmp_path, constraints={"pin": [pinned]}, seed=5)
+    said = json.loads(
+        printed(
+            capsys, *("propose", str(file), "--method", "sensitivity", "--budget", "0.4", "--json")
+        )
+    )
+    assert pinned not in said["widths"]
+    assert said["proposal"]["provenance"]["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--method", "unifrm"), "must name a proposer or be `module:name`, but was 'unifrm'"),
+        (("--method", "uniform", "--set", "member=3"), "unknown key 'member'; did you mean"),
+        (("--method", "sensitivity"), "method 'sensitivity' reads data, but no task was given"),
+        (("--method", "uniform", "--budget", "1e-9"), "is below the narrowest network"),
+        (("--method", "uniform", "--task", "digitz"), "digitz"),
+    ],
+)
+def test_propose_refuses_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    """Bad input is said in one line, with exit code 2."""
+    budget = () if "--budget" in arguments else ("--budget", "0.5")
+    assert cli.main(["propose", SPACE, *arguments, *budget]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_propose_shows_and_writes_widths(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Bars in the terminal; a widths file that its space reads, and a picture beside it."""
+    out = tmp_path / "widths.json"
+    shown = printed(
+        capsys,
+        *("propose", SPACE, "--method", "random", "--budget", "0.3", "--out", str(out)),
+    )
+    space = load_space(SPACE)
+    widths = space.load_widths(out)
+    assert all(name in shown for name in space.names)
+    assert space.cost(widths).macs <= 0.3 * space.cost(space.base).macs
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from widthsearch import __version__
 from widthsearch.errors import WidthsearchError
+
+SHARES = 16
+"""Budgets up to this are shares of the base's MACs; larger ones are MACs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +100,60 @@ def _space(options: argparse.Namespace) -> int:
     return 0
 
 
+def _propose(options: argparse.Namespace) -> int:
+    """Ask one method for widths at a budget; shows them beside the base."""
+    import yaml
+    from rich.console import Console
+
+    from widthsearch import report
+    from widthsearch.config import ProposerConfig
+    from widthsearch.data import TaskConfig, load_task
+    from widthsearch.proposers import Setting
+    from widthsearch.proposing import suggest
+    from widthsearch.space import load_space
+    from widthsearch.study import Study
+    from widthsearch.training import Recipe
+
+    study = Study.load(options.space) if options.space.endswith((".yaml", ".yml")) else None
+    space = load_space(options.space, options.input) if study is None else study.space
+    task, recipe = None, Recipe() if study is None else study.config.recipe
+    if options.task is not None:
+        task = load_task(TaskConfig(options.task, options.folder))
+    elif study is not None:
+        task = study.task
+    if options.epochs is not None:
+        recipe = replace(recipe, epochs=options.epochs)
+    fields = {key: yaml.safe_load(value) for key, value in options.set}
+    config = ProposerConfig.of(options.method, fields)
+    base = space.cost(space.base).macs
+    budget = options.budget * (base if options.budget <= SHARES else 1)
+    console = Console(stderr=options.json)
+    seed = options.seed if options.seed is not None or study is None else study.config.seed
+    with console.status(options.method) as status:
+        setting = Setting(
+            seed or 0,
+            options.device,
+            recipe,
+            report=lambda line: status.update(f"{options.method}: {line}"),
+        )
+        widths, proposal = suggest(config, space, budget, task, setting)
+    if options.json:
+        print(json.dumps(report.proposal_json(space, widths, proposal), indent=1))
+    else:
+        from widthsearch import pictures
+
+        console.print(pictures.width_bars(space, widths))
+        console.print(report.cost_line(space, widths), highlight=False, soft_wrap=True)
+    if options.out is not None:
+        from widthsearch import pictures
+
+        picture = Path(options.out).with_suffix(".png")
+        space.save_widths(options.out, widths)
+        pictures.save_width_bars(space, widths, picture)
+        console.print(f"written: {options.out}, {picture}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def _pareto(options: argparse.Namespace) -> int:
     """Show a study's front and the uniform baseline; write front.json and front.png."""
     from rich.console import Console
@@ -171,6 +229,25 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _budget(text: str) -> float:
+    try:
+        budget = float(text)
+    except ValueError:
+        budget = 0.0
+    if not 0 < budget < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"a budget is a share of the base's MACs such as 0.5, or MACs such as 4e6, not {text!r}"
+        )
+    return budget
+
+
+def _field(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"a field is like batch_size=64, not {text!r}")
+    return key, value
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error here."""
 
@@ -211,6 +288,35 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="cpu", help="where --check runs; meta runs shapes alone (default: cpu)"
     )
     space.add_argument("--json", action="store_true", help="print plain JSON")
+    propose = command("propose", _propose)
+    propose.add_argument("space", help="as for `space`; a study's YAML brings its task and recipe")
+    propose.add_argument(
+        "--method",
+        required=True,
+        help="e.g. sensitivity or uniform (another name lists all), or your own as module:name",
+    )
+    propose.add_argument(
+        "--budget",
+        type=_budget,
+        required=True,
+        help=f"a share of the base's MACs (up to {SHARES}), or MACs, e.g. 0.5 or 4e6",
+    )
+    propose.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
+    propose.add_argument("--task", help="the data, e.g. digits or module:function")
+    propose.add_argument("--folder", help="where the task's data is")
+    propose.add_argument(
+        "--set",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the method",
+    )
+    propose.add_argument("--epochs", type=int, help="of the recipe of methods that train")
+    propose.add_argument("--seed", type=int, help="default: the study's, or 0")
+    propose.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    propose.add_argument("--json", action="store_true", help="print plain JSON")
+    propose.add_argument("--out", metavar="FILE", help="write the widths, and a PNG beside them")
     pareto = command("pareto", _pareto)
     pareto.add_argument("study", help="a study's name, folder or YAML")
     form = pareto.add_mutually_exclusive_group()

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,6 +115,18 @@ class ProposerConfig(BaseModel):
             )
         self.make()
         return self
+
+    @classmethod
+    def of(cls, method: str, fields: Mapping[str, Any]) -> ProposerConfig:
+        """The same from Python.
+
+        Raises:
+            StudyError: One line that says which rule is broken.
+        """
+        try:
+            return cls(method=method, **fields)
+        except ValidationError as error:
+            raise StudyError(_explain(error)) from None
 
     def make(self) -> Proposer:
         """The proposer itself.

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 from widthsearch.data import Task
 from widthsearch.devices import fixed_threads
 from widthsearch.errors import StudyError, WidthsError, one_line
+from widthsearch.families import along
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.space import SearchSpace
+from widthsearch.widths import Widths
 
 if TYPE_CHECKING:  # a worker imports this file, and neither of those
     from widthsearch.config import ProposerConfig
@@ -68,12 +70,13 @@ Engine = Callable[[Sequence[Question], Task, Say], Iterator[tuple[int, Answer]]]
 """Answers questions about a task, by their index, in any order; says how far each is meanwhile."""
 
 
-def propose(question: Question, task: Task, report: Say) -> Answer:
+def propose(question: Question, task: Task | None, report: Say) -> Answer:
     """Ask; whatever the method raises is its failure."""
     setting = replace(question.setting, report=report)
     try:
         with fixed_threads(question.threads):
-            proposal = question.proposer(question.space, task, setting)
+            # None is for those that read no data.
+            proposal = question.proposer(question.space, task, setting)  # type: ignore[arg-type]
         return _checked(proposal, question.space)
     except Exception as error:  # noqa: BLE001  reported, with its traceback
         return Failure(one_line(error), traceback.format_exc())
@@ -161,3 +164,45 @@ def proposals(
             found[i] = answer
             say(f"proposer {made.label} answered after {time.monotonic() - begun:.1f} s")
     return [found[i] for i in sorted(found)], failures
+
+
+def suggest(
+    config: ProposerConfig,
+    space: SearchSpace,
+    budget: float,
+    task: Task | None = None,
+    setting: Setting | None = None,
+) -> tuple[Widths, Proposal]:
+    """One method's widths at one budget.
+
+    Args:
+        config: The method and its fields.
+        space: The space.
+        budget: In MACs; met from below within one step of one axis.
+        task: The data; None for methods that read none (their ``reads_data`` is False).
+        setting: The rest; by default a :class:`Setting` down to this budget.
+
+    Returns:
+        The widths, and the proposal whose linear family they are from.
+
+    Raises:
+        StudyError: The method reads data and there is none, or it fails.
+        WidthsError: The budget is below the narrowest network of the space.
+    """
+    proposer = config.make()
+    if task is None and getattr(proposer, "reads_data", True):
+        raise StudyError(
+            f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
+        )
+    if task is not None and tuple(space.input_shape) != task.input_shape:
+        raise StudyError(
+            f"a space must take the task's images, but {space.name!r} takes {space.input_shape} "
+            f"and those of {task.name!r} are {task.input_shape}"
+        )
+    lowest = min(1.0, budget / space.cost(space.base).macs)
+    setting = setting or Setting()
+    question = Question(config.method, proposer, space, replace(setting, lowest=lowest))
+    answer = propose(question, task and task.for_search(), setting.report)
+    if isinstance(answer, Failure):
+        raise StudyError(f"method {config.method!r} failed: {answer.reason}")
+    return along(space, answer, budget), answer

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from widthsearch import pareto
 from widthsearch.outcomes import Outcome
+from widthsearch.proposers import Proposal
 from widthsearch.search import Progress
 from widthsearch.space import SearchSpace
 from widthsearch.study import Study
@@ -127,6 +129,19 @@ def cost_line(space: SearchSpace, widths: Widths) -> str:
         f"{short(cost.params)} parameters ({cost.params / base.params:.3g}), "
         f"{short(cost.activations)} activation elements ({cost.activations / base.activations:.3g})"
     )
+
+
+def proposal_json(space: SearchSpace, widths: Widths, proposal: Proposal) -> dict[str, Any]:
+    """Proposed widths with their costs and where they came from, as plain JSON values."""
+    return {
+        "space": space.name,
+        "fingerprint": space.fingerprint,
+        "method": proposal.method,
+        "widths": dict(widths),
+        "cost": asdict(space.cost(widths)),
+        "base": asdict(space.cost(space.base)),
+        "proposal": proposal.to_json(),
+    }
 
 
 def _pinned_shares(space: SearchSpace) -> list[float]:
@@ -383,7 +398,9 @@ class LiveView:
 
     def __call__(self, progress: Progress) -> None:
         """Show where the study stands."""
-        if progress.message.startswith(("trial ", "proposer ")):  # something befell it: that stays to be read
+        if progress.message.startswith(
+            ("trial ", "proposer ")
+        ):  # something befell it: that stays to be read
             self._console.print(progress.message, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
             self._live.update(progress_table(self._name, progress), refresh=True)

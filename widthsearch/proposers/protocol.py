@@ -84,7 +84,8 @@ class Proposal:
 class Proposer(Protocol):
     """Looks at a model and data, and returns a trajectory of widths.
 
-    A user's own is any function with these arguments, or a dataclass whose instances are.
+    A user's own is any function with these arguments, or a dataclass whose instances are. One with
+    ``reads_data = False`` may also be asked without a task.
     """
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 from widthsearch.data import Task
 from widthsearch.proposers.protocol import Proposal, Setting
@@ -23,6 +24,7 @@ class Random:
 
     lowest: float = 0.25
     members: int = 16
+    reads_data: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """Depends on the seed alone."""

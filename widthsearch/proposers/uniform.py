@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from widthsearch.data import Task
 from widthsearch.proposers.protocol import Proposal, Setting
@@ -18,6 +19,7 @@ class Uniform:
     """
 
     members: int = 16
+    reads_data: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """The base, scaled; depends on neither data nor seed."""
