@@ -1,0 +1,56 @@
+"""A Ray cluster of two nodes on this machine, one of which dies in the middle of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import tiny
+from ray.cluster_utils import Cluster
+
+from widthsearch.search import Progress
+from widthsearch.study import Study
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head with a place for one trial; nodes can be added."""
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    yield made
+    made.shutdown()
+
+
+def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> None:
+    """Its trial goes on elsewhere; the study ends with every trial finished."""
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    settings = tiny.config(
+        ray_address=cluster.address,
+        trials=6,
+        concurrency=2,
+        recipe={"epochs": 12, "batch_size": 32, "lr": 0.01},
+    )
+    study = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
+    heard: list[Progress] = []
+
+    def hear(progress: Progress) -> None:
+        heard.append(progress)
+        if node is not None and progress.running == 2 and progress.done == 1 and alive():
+            cluster.remove_node(node)
+
+    def alive() -> bool:
+        return sum(n["Alive"] for n in ray.nodes()) == 2
+
+    study.run(hear)
+    assert not ray.is_initialized()
+    outcomes = study.outcomes()
+    assert [outcome.state for outcome in outcomes] == ["finished"] * 6
+    assert all(len(outcome.curve) == 12 for outcome in outcomes)
+    assert len({outcome.widths for outcome in outcomes}) == 6
+    assert any("worker process died" in progress.message for progress in heard)
