@@ -130,7 +130,7 @@ def test_pareto_prints_the_front_and_the_baseline(
     out = printed(capsys, "pareto", "small", "--runs", str(runs))
     assert "front of small" in out
     assert "uniform baseline" in out
-    assert "widths by id, in the order conv1, block1.conv1" in out
+    assert "by id, in the order conv1, block1.conv1" in out
     assert "7 trials: 7 finished" in out
     assert (runs / "small" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((runs / "small" / "front.json").read_text())["study"] == "small"

@@ -133,7 +133,8 @@ WRONG = {
     ),
     "unknown proposer": (
         {"proposers": ["sensitivty"]},
-        "proposers.0 must name a proposer or be `module:name`, but was 'sensitivty'; did you mean 'sensitivity'?",
+        "proposers.0 must name a proposer or be `module:name`, but was 'sensitivty'; did you mean "
+        "'sensitivity'?",
     ),
     "unknown field of a proposer": (
         {"proposers": [{"method": "sensitivity", "batchsize": 3}]},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import space_of, spaces, widths_of
 
 from widthsearch.errors import WidthsError
-from widthsearch.families import LinearFamily, along, candidates
+from widthsearch.families import LinearFamily, along, baselines, candidates
 from widthsearch.proposers import Proposal
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
@@ -69,9 +69,43 @@ def test_candidates_are_distinct_and_know_their_origin() -> None:
     space = space_of("Residual")
     a = Proposal("a", (space.base, space.widths(0.5)), {})
     b = Proposal("b", (space.base, space.widths([4, 24])), {})
-    found = candidates(space, [a, b], [0.25, 1.0])
-    assert [(w.vector, o["proposer"], o["budget"]) for w, o in found] == [
+    found = candidates({"Residual": space}, {"Residual": [a, b]}, [0.25, 1.0])
+    assert [(c.widths.vector, c.origin["proposer"], c.origin["budget"]) for c in found] == [
         (along(space, a, 0.25 * space.cost(1.0).macs).vector, "a", 0.25),
         (along(space, b, 0.25 * space.cost(1.0).macs).vector, "b", 0.25),
         ((16, 32), "a", 1.0),
     ]
+
+
+def test_several_spaces_share_their_budgets_in_macs() -> None:
+    """Shares are of the first base; a space without a network of a budget takes no part there."""
+    spaces = {name: space_of(name) for name in ("Grouped", "Residual")}  # 71k and 618k MACs
+    proposed = {name: [Proposal("p", (s.base,), {})] for name, s in spaces.items()}
+    base = 70_736
+    found = candidates(spaces, proposed, [0.1, 0.5, 3.9, 8.0])
+    assert [(c.space, c.origin["budget"]) for c in found] == [
+        ("Grouped", 0.1),  # Residual has 12,692 MACs at least
+        ("Grouped", 0.5),
+        ("Residual", 0.5),
+        ("Grouped", 3.9),
+        ("Residual", 3.9),
+        ("Grouped", 8.0),  # its widest, 276,640 MACs: the first space takes part
+        ("Residual", 8.0),
+    ]
+    for c in found:
+        assert spaces[c.space].cost(c.widths).macs <= float(str(c.origin["budget"])) * base
+
+
+def test_baselines_are_uniform_then_random() -> None:
+    """At every budget in every space; fewer are spread over them; never more than asked."""
+    spaces = {name: space_of(name) for name in ("Grouped", "Depthwise")}
+    whole = baselines(spaces, [0.3, 0.6], 10, seed=0)
+    assert [c.origin["proposer"] for c in whole] == ["uniform"] * 4 + ["random"] * 6
+    assert len({(c.space, c.widths) for c in whole}) == 10
+    assert all(c.origin["baseline"] for c in whole)
+    assert whole == baselines(spaces, [0.3, 0.6], 10, seed=0)
+    assert whole[4:] != baselines(spaces, [0.3, 0.6], 10, seed=1)[4:]
+    few = baselines(spaces, [0.2, 0.3, 0.6], 2, seed=0)
+    ends = [("Grouped", 0.2), ("Depthwise", 0.6)]
+    assert [(c.space, c.origin["budget"]) for c in few] == ends
+    assert baselines(spaces, [0.3], 0, seed=0) == []

@@ -199,6 +199,7 @@ def make_outcome(
         )
     outcome = Outcome(
         id=id,
+        space="tiny",
         widths=Widths(("conv1",), (id + 1,)),
         state="finished" if accuracy is not None else "stopped",
         origin={"sampler": "tpe"},

@@ -19,6 +19,7 @@ def outcome(number: int, macs: int, accuracy: float, milliseconds: float) -> Out
     """A finished outcome."""
     return Outcome(
         id=number,
+        space="tiny",
         widths=tiny.widths(number + 2, 8),
         state="finished",
         origin={"base": True} if number == 0 else {"sampler": "tpe"},

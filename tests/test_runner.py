@@ -244,7 +244,7 @@ class Driver:
 
     def running(self) -> list[Trial]:
         """What is being trained."""
-        return Store.open(self.study.storage, "tiny").take_up(self.study.space.base.names)
+        return Store.open(self.study.storage, "tiny").take_up({"tiny": self.study.space.names})
 
     def wait_for(self, done: int) -> None:
         """Until so many trials are done and another one is in its middle.

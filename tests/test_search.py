@@ -24,10 +24,13 @@ def test_base_then_families_then_the_samplers_own(tmp_path: Path) -> None:
         assert search.ask() is None
         assert search.done
     assert [trial.number for trial in asked] == list(range(9))
-    assert [trial.widths for trial in asked[:5]] == [tiny.widths(8, 8), *dict(tiny.CANDIDATES)]
+    assert [trial.widths for trial in asked[:5]] == [
+        tiny.widths(8, 8),
+        *[candidate.widths for candidate in tiny.CANDIDATES],
+    ]
     assert [trial.origin for trial in asked[:5]] == [
         {"base": True},
-        *dict(tiny.CANDIDATES).values(),
+        *[candidate.origin for candidate in tiny.CANDIDATES],
     ]
     assert all(trial.origin == {"sampler": "tpe"} for trial in asked[5:])
     assert len({trial.widths for trial in asked}) == 9
@@ -248,7 +251,7 @@ def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
 
     By accuracy alone the small one would be stopped.
     """
-    candidates = [(tiny.widths(w, w), {"proposer": "random"}) for w in (12, 10, 2, 14)]
+    candidates = [tiny.candidate(w, w, "random", 1.0) for w in (12, 10, 2, 14)]
     settings = tiny.config(early_stopping=STOPPING, trials=5)
     accuracy = {8: 50.0, 12: 60.0, 10: 40.0, 2: 20.0, 14: 30.0}
     with tiny.searching(tmp_path, settings, candidates=candidates) as search:
@@ -264,14 +267,14 @@ def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
     assert search.outcomes[2].accuracy is None
 
 
-def test_base_and_uniform_are_never_stopped(tmp_path: Path) -> None:
+def test_base_and_baselines_are_never_stopped(tmp_path: Path) -> None:
     """They are what the front is compared with, however poor they are."""
     settings = tiny.config(early_stopping=STOPPING, trials=5)
     candidates = [
-        (tiny.widths(2, 2), {"proposer": "random"}),
-        (tiny.widths(2, 4), {"proposer": "random"}),
-        (tiny.widths(12, 12), {"proposer": "uniform"}),
-        (tiny.widths(14, 14), {"proposer": "random"}),
+        tiny.candidate(2, 2, "random", 1.0),
+        tiny.candidate(2, 4, "random", 1.0),
+        tiny.candidate(12, 12, "uniform", 1.0),
+        tiny.candidate(14, 14, "random", 1.0),
     ]
     with tiny.searching(tmp_path, settings, candidates=candidates) as search:
         tiny.drive(search, lambda trial, epoch: 90.0 if trial.number in (1, 2) else 10.0)

@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.storage import Store, Trial
+from widthsearch.widths import Widths
 
-NAMES = ("first", "second")
+SPACES = {"tiny": ("first", "second")}
 OBJECTIVES = ("accuracy", "macs", "latency_ms")
 
 
@@ -33,12 +34,12 @@ def store(url: str) -> Store:
 def begin(store: Store, first: int = 4, second: int = 8) -> Trial:
     """A trial that has just begun."""
     return store.begin(
+        "tiny",
         tiny.space().axes,
         tiny.widths(first, second),
         origin={"sampler": "tpe"},
         seed=7,
         cost=tiny.COST,
-        fingerprint="f",
     )
 
 
@@ -53,7 +54,7 @@ def test_outcomes_come_back_as_they_went_in(store: Store, url: str) -> None:
     store.stop(1)
     store.fail(2, "RuntimeError: no")
 
-    assert Store.open(url, "tiny").outcomes(NAMES) == [
+    assert Store.open(url, "tiny").outcomes(SPACES) == [
         trials[0].outcome("finished"),
         trials[1].outcome("stopped"),
         trials[2].outcome("failed", "RuntimeError: no"),
@@ -69,8 +70,8 @@ def test_a_running_trial_is_taken_up_as_it_was(store: Store, url: str) -> None:
 
     anew = Store.open(url, "tiny")
 
-    assert anew.outcomes(NAMES) == []
-    taken = anew.take_up(NAMES)
+    assert anew.outcomes(SPACES) == []
+    taken = anew.take_up(SPACES)
     assert [t.number for t in taken] == [0, 1]
     assert taken[1] == replace(trial, latency=tiny.latency(0.5), curve=tiny.curve(50))
 
@@ -80,8 +81,8 @@ def test_a_half_written_trial_fails_and_does_not_count(store: Store, url: str) -
     study = optuna.load_study(study_name="tiny", storage=url)
     study.ask({"first": optuna.distributions.IntDistribution(2, 16, step=2)})
 
-    assert store.take_up(NAMES) == []
-    assert store.outcomes(NAMES) == []
+    assert store.take_up(SPACES) == []
+    assert store.outcomes(SPACES) == []
     assert optuna.load_study(study_name="tiny", storage=url).trials[0].state == TrialState.FAIL
 
 
@@ -103,7 +104,7 @@ def test_a_trial_is_inserted_whole_or_not_at_all(
         begin(store)
     monkeypatch.undo()
 
-    assert store.take_up(NAMES) == []
+    assert store.take_up(SPACES) == []
     assert begin(store).number == 0
 
 
@@ -181,3 +182,17 @@ def test_a_storage_that_breaks_later_is_named(store: Store, tmp_path: Path) -> N
     connection.close()
     with pytest.raises(StorageError, match=r"cannot be used: no such table"):
         store.set_attribute("key", 1)
+
+
+def test_several_spaces_share_a_study(store: Store) -> None:
+    """Their axes may have the same names: parameters are `space/axis`."""
+    both = {"tiny": ("first", "second"), "other": ("second",)}
+    (axis,) = [axis for axis in tiny.space().axes if axis.name == "second"]
+    for space, axes, widths in (
+        ("tiny", tiny.space().axes, tiny.widths(4, 8)),
+        ("other", [axis], Widths(("second",), (6,))),
+    ):
+        store.begin(space, axes, widths, origin={}, seed=0, cost=tiny.COST, alone=False)
+    first, second = store.take_up(both)
+    assert (first.space, first.widths) == ("tiny", tiny.widths(4, 8))
+    assert (second.space, dict(second.widths)) == ("other", {"second": 6})

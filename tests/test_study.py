@@ -11,8 +11,7 @@ import tiny
 import yaml
 
 from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
-from widthsearch.proposers import Proposal, Setting
-from widthsearch.proposers.uniform import Uniform
+from widthsearch.proposers import Proposal, Sensitivity, Setting
 from widthsearch.storage import Store
 from widthsearch.study import Study
 
@@ -144,14 +143,14 @@ def test_proposers_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A resumed study has their answers in its storage, unless they are configured anew."""
     asked: list[int] = []
 
-    def counted(self: Uniform, space: Any, task: Any, setting: Setting) -> Proposal:
+    def counted(self: Sensitivity, space: Any, task: Any, setting: Setting) -> Proposal:
         assert task.test is None
         asked.append(setting.seed)
-        return Proposal("uniform", (space.base,), {})
+        return Proposal("sensitivity", (space.base,), {})
 
-    monkeypatch.setattr(Uniform, "__call__", counted)
-    drive(make(tmp_path, trials=2))
-    drive(make(tmp_path, trials=3))
+    monkeypatch.setattr(Sensitivity, "__call__", counted)
+    drive(make(tmp_path, trials=2, proposers=["sensitivity"]))
+    drive(make(tmp_path, trials=3, proposers=["sensitivity"]))
     assert asked == [0]
 
 
@@ -197,7 +196,7 @@ def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
     for name in ("one", "two"):
         drive(make(tmp_path / name, name=name, storage=url, trials=2))
     assert not (tmp_path / "one" / "study.db").exists()
-    assert len(Store.open(url, "one").outcomes(("first", "second"))) == 2
+    assert len(Store.open(url, "one").outcomes({"tiny": ("first", "second")})) == 2
     assert len(Study.load(tmp_path / "two").outcomes()) == 2
 
 
@@ -207,3 +206,26 @@ def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
     optuna.create_study(storage=url, study_name="tiny")
     with pytest.raises(StudyError, match="already has an Optuna study 'tiny' that is not"):
         drive(make(tmp_path, storage=url))
+
+
+def test_several_spaces_make_one_front(tmp_path: Path) -> None:
+    """Each base, its own candidates at the first one's budgets, and outcomes that know theirs."""
+    spaces = [tiny.space(), tiny.space("other", least=0.5)]
+    study = Study(tiny.config(trials=9), spaces, tiny.task(), folder=tmp_path)
+    drive(study)
+    outcomes = study.outcomes()
+    assert [o.space for o in outcomes[:2]] == ["tiny", "other"]
+    assert all(o.origin == {"base": True} for o in outcomes[:2])
+    assert len({(o.space, o.widths) for o in outcomes}) == 9
+    assert {o.space for o in outcomes if "sampler" in o.origin} == {"tiny", "other"}
+    assert [o.id for o in Study.load(tmp_path).outcomes()] == list(range(9))
+    drive(Study(tiny.config(trials=10), spaces, tiny.task(), folder=tmp_path))
+    with pytest.raises(StudyError, match="begun with tiny, other and is now given tiny: put them"):
+        drive(make(tmp_path, trials=11))
+
+
+def test_spaces_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Outcomes would not know theirs."""
+    study = Study(tiny.config(), [tiny.space(), tiny.space()], tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError, match="must have different names, but are tiny, tiny"):
+        drive(study)

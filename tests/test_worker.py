@@ -24,7 +24,7 @@ def worker(folder: Path, space: SearchSpace | None = None, **changes: Any) -> Wo
     """A worker for the tiny space."""
     shared: dict[str, Any] = {
         "task": tiny.task(),
-        "space": cloudpickle.dumps(space or tiny.space()),
+        "spaces": {"tiny": cloudpickle.dumps(space or tiny.space())},
         "recipe": RECIPE,
         "device": "cpu",
         "threads": 1,
@@ -43,16 +43,16 @@ def same(curve: tuple[EpochResult, ...], other: tuple[EpochResult, ...]) -> bool
 def test_a_restart_repeats_the_last_epoch_and_goes_on(tmp_path: Path) -> None:
     """Whoever was killed, the numbers are those of a worker that never was."""
     whole = worker(tmp_path / "whole")
-    whole.take(3, [4, 6], seed=5)
+    whole.take(3, "tiny", [4, 6], seed=5)
     reports = [whole.step() for _ in range(4)]
     assert [len(report.curve) for report in reports] == [1, 2, 3, 4]
 
     first = worker(tmp_path)
-    first.take(3, [4, 6], seed=5)
+    first.take(3, "tiny", [4, 6], seed=5)
     first.step()
     told = first.step()
     again = worker(tmp_path)
-    again.take(3, [4, 6], seed=5)
+    again.take(3, "tiny", [4, 6], seed=5)
     assert again.step() == told
     assert same(again.step().curve, reports[2].curve)
     assert same(again.step().curve, reports[3].curve)
@@ -61,10 +61,10 @@ def test_a_restart_repeats_the_last_epoch_and_goes_on(tmp_path: Path) -> None:
 def test_one_worker_trains_one_trial_after_the_other(tmp_path: Path) -> None:
     """What it trained before makes no difference."""
     reused, fresh = worker(tmp_path / "reused"), worker(tmp_path / "fresh")
-    reused.take(1, [8, 8], seed=1)
+    reused.take(1, "tiny", [8, 8], seed=1)
     reused.step()
     for each in (reused, fresh):
-        each.take(2, [4, 6], seed=5)
+        each.take(2, "tiny", [4, 6], seed=5)
     assert same(reused.step().curve, fresh.step().curve)
 
 
@@ -77,7 +77,7 @@ def test_a_lost_or_damaged_checkpoint_restarts_the_trial(
     if content is not None:
         (tmp_path / "3" / "training.ckpt").write_bytes(content)
     one = worker(tmp_path)
-    one.take(3, [4, 6], seed=5)
+    one.take(3, "tiny", [4, 6], seed=5)
     report = one.step()
     assert len(report.curve) == 1
     assert report.note.startswith("trial 3 starts from its first epoch: a checkpoint must be")
@@ -102,19 +102,19 @@ class Picky(nn.Module):
 def test_what_a_network_raises_is_reported(tmp_path: Path) -> None:
     """In one line, with all of it beside; the worker goes on to the next trial."""
     one = worker(tmp_path, SearchSpace.from_model(Picky, (1, 4, 4), step=2))
-    one.take(0, [2], seed=0)
+    one.take(0, "tiny", [2], seed=0)
     report = one.step()
     assert report.failure == "RuntimeError: two are"
     assert report.traceback.startswith("Traceback")
-    one.take(1, [4], seed=0)
+    one.take(1, "tiny", [4], seed=0)
     assert one.step().failure is None
 
 
 def test_a_space_that_cannot_be_unpickled_is_reported(tmp_path: Path) -> None:
     """As the trial's failure, with the reason."""
     one = worker(tmp_path, space=None)
-    one._pickled = b"cnowhere\nthing\n."
-    one.take(0, [4, 4], seed=0)
+    one._pickled = {"tiny": b"cnowhere\nthing\n."}
+    one.take(0, "tiny", [4, 4], seed=0)
     assert one.step().failure == "ModuleNotFoundError: No module named 'nowhere'"
 
 
@@ -130,19 +130,19 @@ def test_a_full_disk_is_not_the_candidates_fault(
         raise OSError(errno.EACCES, "Permission denied")
 
     one = worker(tmp_path)
-    one.take(0, [4, 4], seed=0)
+    one.take(0, "tiny", [4, 4], seed=0)
     monkeypatch.setattr(TrainingRun, "save", full)
     assert str(one.step().broken).startswith("No space left on device for the checkpoint '")
     monkeypatch.setattr(TrainingRun, "save", denied)
     assert one.step().failure == "PermissionError: [Errno 13] Permission denied"
     nowhere = worker(tmp_path, device="cuda:77")
-    nowhere.take(0, [4, 4], seed=0)
+    nowhere.take(0, "tiny", [4, 4], seed=0)
     assert "cuda:77" in str(nowhere.step().broken)
 
 
 def test_reports_travel_between_processes(tmp_path: Path) -> None:
     """They are plain values."""
     one = worker(tmp_path)
-    one.take(0, [4, 4], seed=0)
+    one.take(0, "tiny", [4, 4], seed=0)
     report = one.step()
     assert pickle.loads(pickle.dumps(report)) == report

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from widthsearch.config import StudyConfig
 from widthsearch.cost import Cost
 from widthsearch.data import Augmentation, Split, Task
+from widthsearch.families import Candidate
 from widthsearch.latency import Latency
 from widthsearch.lease import Lease
 from widthsearch.search import Search
@@ -109,11 +110,20 @@ def curve(*accuracies: float) -> tuple[EpochResult, ...]:
 
 COST = Cost(macs=100, params=10, activations=5)
 
+
+def candidate(first: int, second: int, proposer: str, budget: float) -> Candidate:
+    """A family's member; the uniform ones are baselines."""
+    origin: dict[str, object] = {"proposer": proposer, "family": "linear", "budget": budget}
+    if proposer == "uniform":
+        origin["baseline"] = True
+    return Candidate("tiny", widths(first, second), origin)
+
+
 CANDIDATES = [
-    (widths(4, 4), {"proposer": "uniform", "family": "linear", "budget": 0.25}),
-    (widths(2, 8), {"proposer": "sensitivity", "family": "linear", "budget": 0.25}),
-    (widths(6, 6), {"proposer": "uniform", "family": "linear", "budget": 0.5}),
-    (widths(4, 8), {"proposer": "sensitivity", "family": "linear", "budget": 0.5}),
+    candidate(4, 4, "uniform", 0.25),
+    candidate(2, 8, "sensitivity", 0.25),
+    candidate(6, 6, "uniform", 0.5),
+    candidate(4, 8, "sensitivity", 0.5),
 ]
 
 
@@ -122,7 +132,8 @@ def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[S
     """A search over the tiny space, with its storage in a folder."""
     store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
     with Lease(store) as lease:
-        yield Search(settings, space(), store, lease, **{"candidates": CANDIDATES, **options})
+        spaces = {"tiny": space()}
+        yield Search(settings, spaces, store, lease, **{"candidates": CANDIDATES, **options})
 
 
 def wide_is_good(trial: Trial, epoch: int) -> float:

@@ -170,12 +170,16 @@ class StudyConfig(BaseModel):
     Attributes:
         name: The study's name, and its folder's.
         space: A reference to the space; None when a Python user gives the object itself.
+        spaces: References to several, instead: depth × width, say, in one front. What is relative
+            to a base is relative to the first's.
         input: The input's shape (C, H, W), for spaces that leave it open.
         constraints: What is pinned, tied, bounded and aligned in the space.
         task: The data; None when a Python user gives the object itself.
         recipe: How each candidate is trained.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
+        baselines: The share of the trials that are baselines: uniform widths at each budget (in
+            every space: depth × width), then random ones.
         objectives: What the front is of; latency_ms is measured.
         latency: How latency is measured.
         early_stopping: The rungs, or None to train everything to its end.
@@ -193,13 +197,13 @@ class StudyConfig(BaseModel):
 
     name: Annotated[str, AfterValidator(_fit_for_a_folder)]
     space: str | None = None
+    spaces: tuple[str, ...] = ()
     input: tuple[int, int, int] | None = None
     constraints: Constraints = Constraints()
     task: Annotated[TaskConfig, _named("name")] | None = None
     recipe: Recipe = Recipe()
     proposers: tuple[Annotated[ProposerConfig, _named("method")], ...] = (
         ProposerConfig(method="sensitivity"),
-        ProposerConfig(method="uniform"),
     )
     budgets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
         0.1,
@@ -208,6 +212,7 @@ class StudyConfig(BaseModel):
         0.5,
         0.75,
     )
+    baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
     objectives: tuple[Objective, ...] = ("accuracy", "macs")
     latency: LatencyConfig | None = None
     early_stopping: EarlyStopping | None = None
@@ -229,6 +234,11 @@ class StudyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
+        if self.space is not None and self.spaces:
+            raise ValueError(
+                f"a study has a space or spaces, but was given both ({self.space!r} and "
+                f"{', '.join(self.spaces)})"
+            )
         if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(
                 "objectives must hold accuracy and no name twice, but are "

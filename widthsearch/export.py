@@ -61,7 +61,7 @@ def train(
     Raises:
         StudyError: The task has no test split, or training diverged.
     """
-    task, space = study.task, study.space
+    task, space = study.task, study.spaces[outcome.space]
     if task.test is None:
         raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
     if seeds < 1:
@@ -84,7 +84,7 @@ def train(
         "outcome": outcome.id,
         "origin": dict(outcome.origin),
         "space": {
-            "reference": _from_anywhere(study.config.space),
+            "reference": _from_anywhere(study.reference(space.name)),
             "input": study.config.input,
             "constraints": study.config.to_json()["constraints"],
             "name": space.name,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.errors import WidthsError
-from widthsearch.proposers import Proposal
+from widthsearch.proposers import Proposal, Random, Setting, Uniform
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
 
@@ -89,29 +89,102 @@ def along(space: SearchSpace, proposal: Proposal, budget: float) -> Widths:
     return LinearFamily(space, proposal.trajectory[nearest]).solve(budget)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Widths that are worth a training.
+
+    Attributes:
+        space: The name of their space.
+        widths: The architecture.
+        origin: Where they came from, as plain JSON values.
+    """
+
+    space: str
+    widths: Widths
+    origin: Mapping[str, object]
+
+
 def candidates(
-    space: SearchSpace, proposals: Sequence[Proposal], budgets: Sequence[float]
-) -> list[tuple[Widths, Mapping[str, object]]]:
-    """Every proposal at every budget, without repeats, the uniform baseline first.
+    spaces: Mapping[str, SearchSpace],
+    proposals: Mapping[str, Sequence[Proposal]],
+    budgets: Sequence[float],
+) -> list[Candidate]:
+    """Every proposal at every budget, without repeats.
 
     Args:
-        space: The space.
-        proposals: What the proposers returned.
-        budgets: Shares of the base's MACs.
+        spaces: The spaces by name.
+        proposals: What the proposers returned, by space.
+        budgets: Shares of the first space's base's MACs.
 
     Returns:
-        Widths with their origin: ``{"proposer", "family", "budget"}``.
+        Candidates whose origin is ``{"proposer", "family", "budget"}``.
 
     Raises:
-        WidthsError: A budget is below the narrowest network of the space.
+        WidthsError: A budget is below the narrowest network of every space.
     """
-    base = space.cost(space.base).macs
-    out: dict[Widths, Mapping[str, object]] = {}
-    # Where two agree, the baseline keeps its member: comparisons need it whole.
-    baseline_first = sorted(proposals, key=lambda proposal: proposal.method != "uniform")
+    out: dict[tuple[str, Widths], Candidate] = {}
     for budget in budgets:
-        for proposal in baseline_first:
-            widths = along(space, proposal, budget * base)
-            origin = {"proposer": proposal.method, "family": "linear", "budget": budget}
-            out.setdefault(widths, origin)
-    return list(out.items())
+        for space, macs in _within(spaces, budget):
+            for proposal in proposals[space.name]:
+                widths = along(space, proposal, macs)
+                origin = {"proposer": proposal.method, "family": "linear", "budget": budget}
+                out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
+    return list(out.values())
+
+
+def baselines(
+    spaces: Mapping[str, SearchSpace], budgets: Sequence[float], count: int, seed: int
+) -> list[Candidate]:
+    """What every search is compared with, at the same budgets: uniform widths, then random ones.
+
+    With several spaces the uniform ones are the grid of depth × width. Where ``count`` is less than
+    there are of those, they are spread evenly over the grid.
+
+    Args:
+        spaces: The spaces by name.
+        budgets: Shares of the first space's base's MACs.
+        count: How many; fewer where widths repeat.
+        seed: Of the random widths.
+
+    Returns:
+        Candidates whose origin is that of :func:`candidates`, and ``"baseline": True``.
+    """
+    places = [(budget, *place) for budget in budgets for place in _within(spaces, budget)]
+    if count < len(places):
+        spread = np.linspace(0, len(places) - 1, count).round().astype(int)
+        places = [places[i] for i in spread]
+    out: dict[tuple[str, Widths], Candidate] = {}
+    for turn in range(count):  # the first is uniform; each gives one at least, or widths repeat
+        for i, (budget, space, macs) in enumerate(places):
+            if len(out) == count:
+                break
+            own = int(np.random.SeedSequence((seed, turn, i)).generate_state(1)[0])
+            method = Random() if turn else Uniform()
+            proposal = method(space, None, Setting(own))  # type: ignore[arg-type]  # reads no data
+            origin = {
+                "proposer": proposal.method,
+                "family": "linear",
+                "budget": budget,
+                "baseline": True,
+            }
+            widths = along(space, proposal, macs)
+            out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
+    return list(out.values())
+
+
+def _within(spaces: Mapping[str, SearchSpace], budget: float) -> list[tuple[SearchSpace, float]]:
+    """The spaces that have a network of a budget, with the budget in MACs.
+
+    The first one always takes part, up to its widest network.
+    """
+    first = next(iter(spaces.values()))
+    macs = budget * first.cost(first.base).macs
+    found = []
+    for space in spaces.values():
+        ends = [[axis.least for axis in space.axes], [axis.most for axis in space.axes]]
+        narrowest, widest = space.macs(ends)
+        if narrowest <= macs and (macs <= widest or space is first):
+            found.append((space, macs))
+    if not found:
+        LinearFamily(first, first.base).solve(macs)  # says why
+    return found

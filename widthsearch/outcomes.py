@@ -23,6 +23,7 @@ class Outcome:
 
     Attributes:
         id: The trial's number in the study.
+        space: The name of the space that the widths are of.
         widths: The architecture.
         state: ``finished`` after the recipe's last epoch, ``stopped`` at a rung, or ``failed``.
         origin: Where the widths came from, e.g. ``{"proposer": "sensitivity", "family": "linear",
@@ -37,6 +38,7 @@ class Outcome:
     """
 
     id: int
+    space: str
     widths: Widths
     state: Literal["finished", "stopped", "failed"]
     origin: Mapping[str, Any]
@@ -64,6 +66,7 @@ class Outcome:
             "state": self.state,
             "origin": dict(self.origin),
             "seed": self.seed,
+            "space": self.space,
             "widths": self.widths.to_json(),
             "accuracy": self.accuracy,
             "macs": self.cost.macs,

@@ -270,6 +270,28 @@ def front(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcom
     return sorted(members, key=lambda o: (o.cost.macs, o.id))
 
 
+def gains(outcomes: Sequence[Outcome], rivals: Sequence[Outcome], cost: str) -> list[float]:
+    """By how many points the best of some outcomes beats each rival at no more of a cost.
+
+    Args:
+        outcomes: Those that may be chosen from; the rivals' own may be among them (a gain of 0).
+        rivals: Finished outcomes, e.g. a baseline.
+        cost: ``macs``, ``params`` or ``latency_ms``.
+
+    Returns:
+        One number for each rival that has the cost and is not beaten by absence: some outcome
+        costs no more.
+    """
+    chosen = [o for o in outcomes if o.accuracy is not None]
+    found = []
+    for rival in rivals:
+        limit = objective_value(rival, cost)
+        within = [o.accuracy for o in chosen if objective_value(o, cost) <= limit]
+        if within and rival.accuracy is not None:
+            found.append(max(a for a in within if a is not None) - rival.accuracy)
+    return found
+
+
 def pick(
     front: Sequence[Outcome],
     spec: str | int,

@@ -121,49 +121,54 @@ def _labelled(say: Say, label: str, line: str) -> None:
 
 def proposals(
     store: Store,
-    configs: Sequence[ProposerConfig],
-    question: Callable[[ProposerConfig], Question],
+    asked: Sequence[tuple[ProposerConfig, Question]],
     task: Task,
     engine: Engine,
     say: Say,
-) -> tuple[list[Proposal], dict[str, str]]:
-    """Every proposer's answer: from the storage, where it was asked before for networks as small.
+) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
+    """The answer to each question: from the storage, where it was asked for networks as small.
 
     Args:
         store: The study's storage.
-        configs: The proposers.
-        question: Makes what a proposer is asked.
+        asked: The questions, each with its proposer's configuration.
         task: The data, without a test split.
         engine: Who computes.
         say: Is told how far each is, what failed, and what is done.
 
     Returns:
-        The proposals, in the order of ``configs``, and the reasons why some are missing, by the
-        proposer's label. A missing one is asked again by the next run.
+        The proposals in the order of the questions, by the space's name, and the reasons why some
+        are missing, by the question's label. A missing one is asked again by the next run.
     """
     found: dict[int, Proposal] = {}
-    asked: list[tuple[int, str, Question]] = []
-    for i, config in enumerate(configs):
-        content = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-        key = f"proposal:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        stored, made = store.attribute(key), question(config)
-        if stored is not None and stored["lowest"] <= made.setting.lowest:
+    keys = [_key(config, question.space) for config, question in asked]
+    for i, (key, (_, question)) in enumerate(zip(keys, asked, strict=True)):
+        stored = store.attribute(key)
+        if stored is not None and stored["lowest"] <= question.setting.lowest:
             found[i] = Proposal.from_json(stored)
-        else:
-            asked.append((i, key, made))
+    missing = [i for i in range(len(asked)) if i not in found]
     failures = {}
     begun = time.monotonic()
-    for index, answer in engine([made for *_, made in asked], task, say):
-        i, key, made = asked[index]
+    for index, answer in engine([asked[i][1] for i in missing], task, say):
+        i = missing[index]
+        question = asked[i][1]
         if isinstance(answer, Failure):
-            failures[made.label] = answer.reason
-            _logger.info("proposer %s failed\n%s", made.label, answer.traceback or answer.reason)
-            say(f"proposer {made.label} failed: {answer.reason}")
+            failures[question.label] = answer.reason
+            _logger.info("proposer %s failed\n%s", question.label, answer.traceback)
+            say(f"proposer {question.label} failed: {answer.reason}")
         else:
-            store.set_attribute(key, {**answer.to_json(), "lowest": made.setting.lowest})
+            store.set_attribute(keys[i], {**answer.to_json(), "lowest": question.setting.lowest})
             found[i] = answer
-            say(f"proposer {made.label} answered after {time.monotonic() - begun:.1f} s")
-    return [found[i] for i in sorted(found)], failures
+            say(f"proposer {question.label} answered after {time.monotonic() - begun:.1f} s")
+    by_space: dict[str, list[Proposal]] = {question.space.name: [] for _, question in asked}
+    for i in sorted(found):
+        by_space[asked[i][1].space.name].append(found[i])
+    return by_space, failures
+
+
+def _key(config: ProposerConfig, space: SearchSpace) -> str:
+    """Where the storage has a proposer's answer."""
+    content = json.dumps([config.model_dump(mode="json"), space.fingerprint], sort_keys=True)
+    return f"proposal:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def suggest(

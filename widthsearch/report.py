@@ -191,14 +191,37 @@ def described(origin: Mapping[str, Any]) -> str:
     return str(origin.get("sampler", "given"))
 
 
-def baseline(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The finished uniform baseline, the base model with it, fewest MACs first."""
+def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outcome]:
+    """A finished baseline, ``uniform`` (the bases with it) or ``random``, fewest MACs first."""
     found = [
         o
         for o in outcomes
-        if o.state == "finished" and (o.origin.get("base") or o.origin.get("proposer") == "uniform")
+        if o.state == "finished"
+        and (o.origin.get("proposer") == method or (method == "uniform" and o.origin.get("base")))
     ]
     return sorted(found, key=lambda o: o.cost.macs)
+
+
+def comparisons(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[str]:
+    """By how much the front beats each baseline, at equal cost of each kind; a line a baseline."""
+    lines = []
+    for method in ("uniform", "random"):
+        said = []
+        for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
+            if cost not in objectives:
+                continue
+            gains = pareto.gains(outcomes, baseline(outcomes, method), cost)
+            if gains:
+                mean = sum(gains) / len(gains)
+                said.append(
+                    f"{mean:+.2f} points at equal {named} ({min(gains):+.2f} to {max(gains):+.2f})"
+                )
+        if said:
+            count = len(baseline(outcomes, method))
+            lines.append(
+                f"Beside {method} widths ({count} of them) the front has {', '.join(said)}."
+            )
+    return lines
 
 
 def front_json(study: Study) -> dict[str, Any]:
@@ -216,7 +239,8 @@ def front_json(study: Study) -> dict[str, Any]:
 
 
 def _member(outcome: Outcome) -> dict[str, Any]:
-    keys = ("id", "widths", "accuracy", "macs", "params", "latency_ms", "latency", "origin")
+    keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
+    keys += ("origin",)
     content = outcome.to_json()
     return {key: content[key] for key in keys}
 
@@ -226,14 +250,14 @@ def front_csv(study: Study) -> str:
     front = study.front()
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = list(front[0].widths) if front else []
-    writer.writerow(["id", "accuracy", "macs", "params", "latency_ms", "origin", *names])
+    names = list(dict.fromkeys(name for o in front for name in o.widths))
+    writer.writerow(["id", "space", "accuracy", "macs", "params", "latency_ms", "origin", *names])
     for o in front:
         writer.writerow(
             [
-                *(o.id, o.accuracy, o.cost.macs, o.cost.params, o.latency_ms),
+                *(o.id, o.space, o.accuracy, o.cost.macs, o.cost.params, o.latency_ms),
                 described(o.origin),
-                *o.widths.values(),
+                *(o.widths.get(name, "") for name in names),
             ]
         )
     return out.getvalue()
@@ -262,6 +286,7 @@ def front_tables(study: Study) -> Group:
             f"baseline {uniform:.3f}."
         )
     )
+    parts.extend(Text(line) for line in comparisons(outcomes, objectives))
     parts.extend(Text(remark) for remark in remarks(front, base))
     return Group(*parts)
 
@@ -282,12 +307,15 @@ def front_volume(
 def _outcome_table(title: str, outcomes: Sequence[Outcome], base: Outcome | None) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     timed = any(o.latency is not None for o in outcomes)
-    columns = ["id", "origin", "acc %", "MACs", "×base", "params"]
+    several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
+    columns = ["id", *(["space"] if several else []), "origin", "acc %", "MACs", "×base", "params"]
     columns += ["ms", "±", "×base"] if timed else []
     for column in columns:
-        table.add_column(column, justify="left" if column == "origin" else "right", no_wrap=True)
+        left = column in ("space", "origin")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for o in outcomes:
-        row = [str(o.id), described(o.origin), f"{o.accuracy:.2f}", short(o.cost.macs)]
+        row = [str(o.id), *([o.space] if several else []), described(o.origin)]
+        row += [f"{o.accuracy:.2f}", short(o.cost.macs)]
         row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else "", short(o.cost.params)]
         if timed and o.latency is not None:
             latency = o.latency
@@ -303,8 +331,11 @@ def _widths_listed(outcomes: Sequence[Outcome]) -> Text:
     if not outcomes:
         return Text("nothing has finished yet")
     digits = max(len(str(o.id)) for o in outcomes)
-    lines = [f"widths by id, in the order {', '.join(outcomes[0].widths)}:"]
-    lines += [f"  {o.id:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in outcomes]
+    lines = []
+    for space in dict.fromkeys(o.space for o in outcomes):
+        own = [o for o in outcomes if o.space == space]
+        lines.append(f"widths of {space} by id, in the order {', '.join(own[0].widths)}:")
+        lines += [f"  {o.id:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in own]
     return Text("\n".join(lines))
 
 

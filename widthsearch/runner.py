@@ -207,7 +207,10 @@ class _Joint:
         trainee = tune.with_parameters(
             _trainee(),
             task=task.for_search(),
-            space=_pickled(self.search.space, f"space {self.search.space.name!r}"),
+            spaces={
+                name: _pickled(space, f"space {name!r}")
+                for name, space in self.search.spaces.items()
+            },
             recipe=config.recipe,
             device=config.device,
             threads=max(1, int(config.resources.cpu)),
@@ -260,8 +263,12 @@ class _Joint:
         with self.kept(), self.interrupts.let_through():
             trial = trial or self.search.ask()
         if trial is not None:
-            vector = list(trial.widths.vector)
-            return {"number": trial.number, "vector": vector, "seed": trial.seed}
+            return {
+                "number": trial.number,
+                "space": trial.space,
+                "vector": list(trial.widths.vector),
+                "seed": trial.seed,
+            }
         finished: Any = Searcher.FINISHED
         return finished if self.failure is not None or self.search.done else None
 

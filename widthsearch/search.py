@@ -20,13 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from widthsearch import pareto
 from widthsearch.config import StudyConfig
 from widthsearch.errors import StudyError, WidthsearchError, one_line
+from widthsearch.families import Candidate
 from widthsearch.latency import Latency
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
@@ -38,8 +38,6 @@ from widthsearch.widths import Widths
 
 FAILURES_IN_A_ROW = 5
 """So many, and the study stops: a broken machine would burn the whole queue."""
-
-Candidate = tuple[Widths, Mapping[str, Any]]
 
 _logger = logging.getLogger(__name__)
 
@@ -80,41 +78,42 @@ class Search:
 
     Attributes:
         config: The study's configuration.
-        space: The space.
+        spaces: The spaces by name.
         outcomes: The trials that are done, by number.
     """
 
     def __init__(
         self,
         config: StudyConfig,
-        space: SearchSpace,
+        spaces: Mapping[str, SearchSpace],
         store: Store,
         lease: Lease,
         *,
-        candidates: Iterable[Candidate],
+        candidates: Iterable[Candidate] = (),
         measure: Callable[[Trial, float | None], Latency] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config = config
-        self.space = space
+        self.spaces = spaces
         self._store = store
         self._lease = lease
         self._measure = measure
         self._on_progress = on_progress
-        self._names = tuple(axis.name for axis in space.axes)
+        names = {name: space.names for name, space in spaces.items()}
         stopping = config.early_stopping
         self._rungs = stopping.rungs(config.recipe.epochs) if stopping else ()
 
-        self.outcomes = {outcome.id: outcome for outcome in store.outcomes(self._names)}
-        self._open = {trial.number: trial for trial in store.take_up(self._names)}
+        self.outcomes = {outcome.id: outcome for outcome in store.outcomes(names)}
+        self._open = {trial.number: trial for trial in store.take_up(names)}
         self._taken_up = list(self._open.values())  # begun by a driver that was killed
         self._ready: deque[Trial] = deque()  # those of _open that no engine has been given yet
-        self._seen = {trial.widths for trial in self._taken_up}
-        self._seen |= {outcome.widths for outcome in self.outcomes.values()}
-        queue: dict[Widths, Mapping[str, Any]] = {}
-        for widths, origin in [(space.base, {"base": True}), *candidates]:
-            queue.setdefault(widths, origin)
-        self._queue = deque(item for item in queue.items() if item[0] not in self._seen)
+        self._seen = {(trial.space, trial.widths) for trial in self._taken_up}
+        self._seen |= {(outcome.space, outcome.widths) for outcome in self.outcomes.values()}
+        queue: dict[tuple[str, Widths], Candidate] = {}
+        bases = [Candidate(name, space.base, {"base": True}) for name, space in spaces.items()]
+        for candidate in (*bases, *candidates):
+            queue.setdefault((candidate.space, candidate.widths), candidate)
+        self._queue = deque(c for key, c in queue.items() if key not in self._seen)
         self._exhausted = False
         self._failures = 0
         self._started = time.monotonic()
@@ -212,31 +211,39 @@ class Search:
                 self._exhausted = True
                 self.notify("every width vector of the space has been tried")
                 break
-            generation.append(self._begin(*candidate))
+            generation.append(self._begin(candidate))
         return generation
 
     def _drawn(self) -> Candidate | None:
-        known = [
-            Known(done.widths, self._values(done) if done.state == "finished" else None)
-            for done in self.outcomes.values()
-            if done.state != "failed"
-        ]
-        known += [Known(trial.widths) for trial in self._open.values()]
         seed = self._seed("sampler")
-        widths = draw(self.space.axes, self.config.objectives, known, self._seen, seed)
-        return None if widths is None else (widths, {"sampler": "tpe"})
+        for turn in range(len(self.spaces)):  # the spaces in turn, but those that are used up
+            name = list(self.spaces)[(self._begun + turn) % len(self.spaces)]
+            known = [
+                Known(done.widths, self._values(done) if done.state == "finished" else None)
+                for done in self.outcomes.values()
+                if done.state != "failed" and done.space == name
+            ]
+            known += [Known(trial.widths) for trial in self._open.values() if trial.space == name]
+            seen = {widths for space, widths in self._seen if space == name}
+            axes = self.spaces[name].axes
+            widths = draw(axes, self.config.objectives, known, seen, seed)
+            if widths is not None:
+                return Candidate(name, widths, {"sampler": "tpe"})
+        return None
 
-    def _begin(self, widths: Widths, origin: Mapping[str, Any]) -> Trial:
+    def _begin(self, candidate: Candidate) -> Trial:
+        space = self.spaces[candidate.space]
         trial = self._store.begin(
-            self.space.axes,
-            widths,
-            origin=origin,
+            space.name,
+            space.axes,
+            candidate.widths,
+            origin=candidate.origin,
             seed=self._seed("trial"),
-            cost=self.space.cost(widths),
-            fingerprint=self.space.fingerprint,
+            cost=space.cost(candidate.widths),
+            alone=len(self.spaces) == 1,
         )
         self._open[trial.number] = trial
-        self._seen.add(widths)
+        self._seen.add((candidate.space, candidate.widths))
         return trial
 
     def _seed(self, purpose: str) -> int:
@@ -283,10 +290,10 @@ class Search:
         """Whether a rung lets a trial go on: never by accuracy alone.
 
         Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
-        not. The base model and the uniform baseline are what the front is compared with: they are
-        always trained to the end.
+        not. The bases and the baselines are what the front is compared with: they are always
+        trained to the end.
         """
-        if trial.origin.get("base") or trial.origin.get("proposer") == "uniform":
+        if trial.origin.get("base") or trial.origin.get("baseline"):
             return True
         rung: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
         rung = [peer for peer in (*rung, *self._open.values()) if len(peer.curve) >= epoch]

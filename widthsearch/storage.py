@@ -1,10 +1,10 @@
 """A study's storage: the one source of truth, in any Optuna database.
 
-A trial's parameters are its widths by axis name; its user attributes are its origin, seed, cost,
-latency, per-epoch curve and error. It is inserted *with* all its widths in one transaction, so a
-kill at any moment leaves whole trials: finished ones, and running ones to be taken up again under
-their own number. Curves never go in as intermediate values: under several objectives Optuna's
-samplers raise on them.
+A trial's parameters are its widths by axis name (``space/axis`` in a study of several spaces); its
+user attributes are its space, origin, seed, cost, latency, per-epoch curve and error. It is
+inserted *with* all its widths in one transaction, so a kill at any moment leaves whole trials:
+finished ones, and running ones to be taken up again under their own number. Curves never go in as
+intermediate values: under several objectives Optuna's samplers raise on them.
 
 Only the driver opens the storage, and it holds a lease (``lease.py``).
 """
@@ -40,6 +40,9 @@ _STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+Spaces = Mapping[str, Sequence[str]]
+"""The axes of each space of a study, in order, by the space's name."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -47,6 +50,7 @@ class Trial:
 
     Attributes:
         number: Its number in the study.
+        space: The name of its space.
         widths: The architecture.
         origin: Where the widths came from.
         seed: The seed of its initialisation, order of images and augmentation.
@@ -56,6 +60,7 @@ class Trial:
     """
 
     number: int
+    space: str
     widths: Widths
     origin: Mapping[str, Any]
     seed: int
@@ -70,6 +75,7 @@ class Trial:
         accuracy = self.curve[-1].accuracy if state == "finished" else None
         return Outcome(
             id=self.number,
+            space=self.space,
             widths=self.widths,
             state=state,
             origin=self.origin,
@@ -184,7 +190,7 @@ class Store:
             load_if_exists=True,
         )
         store = cls(url, name, storage)
-        if store.attribute("space") is not None:
+        if store.attribute("spaces") is not None:
             return store
         if study.directions != directions(objectives):
             raise StudyError(
@@ -228,29 +234,41 @@ class Store:
     @_database_errors
     def begin(
         self,
+        space: str,
         axes: Sequence[Axis],
         widths: Widths,
         *,
         origin: Mapping[str, Any],
         seed: int,
         cost: Cost,
-        fingerprint: str,
+        alone: bool = True,
     ) -> Trial:
-        """Insert a running trial, whole or not at all."""
+        """Insert a running trial, whole or not at all.
+
+        Args:
+            space: The name of its space.
+            axes: That space's axes.
+            widths: The architecture.
+            origin: Where the widths came from.
+            seed: The trial's seed.
+            cost: Its exact cost.
+            alone: Whether the study has this one space.
+        """
+        own = dict(zip(widths.names, _parameters(space, widths.names, alone), strict=True))
         template = create_trial(
             state=TrialState.RUNNING,
-            params=widths.to_json(),
-            distributions=dict(distributions(axes)),
+            params={own[name]: width for name, width in widths.items()},
+            distributions={own[name]: d for name, d in distributions(axes).items()},
             user_attrs={
                 "origin": dict(origin),
                 "seed": seed,
                 "cost": asdict(cost),
-                "space": fingerprint,
+                "space": space,
             },
         )
         key = self._storage.create_new_trial(self._study, template_trial=template)
         number = self._storage.get_trial_number_from_id(key)
-        return Trial(number, widths, dict(origin), seed, cost)
+        return Trial(number, space, widths, dict(origin), seed, cost)
 
     @_database_errors
     def record_latency(self, number: int, latency: Latency) -> None:
@@ -281,16 +299,16 @@ class Store:
         self._storage.set_trial_state_values(key, TrialState.FAIL)
 
     @_database_errors
-    def outcomes(self, names: Sequence[str]) -> list[Outcome]:
-        """Every trial that is done, by number; ``names`` are the axes in the space's order."""
+    def outcomes(self, spaces: Spaces) -> list[Outcome]:
+        """Every trial that is done, by number; ``spaces`` has the axes of each space in order."""
         return [
-            _trial(frozen, names).outcome(_STATES[frozen.state], frozen.user_attrs.get("error"))
+            _trial(frozen, spaces).outcome(_STATES[frozen.state], frozen.user_attrs.get("error"))
             for frozen in self._frozen(*_STATES)
-            if _is_whole(frozen, names)
+            if _is_whole(frozen, spaces)
         ]
 
     @_database_errors
-    def take_up(self, names: Sequence[str]) -> list[Trial]:
+    def take_up(self, spaces: Spaces) -> list[Trial]:
         """The trials that a driver left running, by number, to go on under their own numbers.
 
         A running trial without all its widths is not ours (someone asked this study by hand): it
@@ -298,9 +316,9 @@ class Store:
         """
         running = self._frozen(TrialState.RUNNING)
         for frozen in running:
-            if not _is_whole(frozen, names):
+            if not _is_whole(frozen, spaces):
                 self._storage.set_trial_state_values(self._key(frozen.number), TrialState.FAIL)
-        return [_trial(frozen, names) for frozen in running if _is_whole(frozen, names)]
+        return [_trial(frozen, spaces) for frozen in running if _is_whole(frozen, spaces)]
 
     def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
@@ -309,16 +327,29 @@ class Store:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
 
 
-def _is_whole(frozen: FrozenTrial, names: Sequence[str]) -> bool:
-    return "cost" in frozen.user_attrs and all(name in frozen.params for name in names)
+def _parameters(space: str, names: Sequence[str], alone: bool) -> list[str]:
+    """What Optuna calls the axes of a space."""
+    return list(names) if alone else [f"{space}/{name}" for name in names]
 
 
-def _trial(frozen: FrozenTrial, names: Sequence[str]) -> Trial:
+def _is_whole(frozen: FrozenTrial, spaces: Spaces) -> bool:
+    space = frozen.user_attrs.get("space", "")
+    if "cost" not in frozen.user_attrs or space not in spaces:
+        return False
+    keys = _parameters(space, spaces[space], len(spaces) == 1)
+    return all(key in frozen.params for key in keys)
+
+
+def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
     attributes = frozen.user_attrs
     latency = attributes.get("latency")
+    space = attributes["space"]
+    names = tuple(spaces[space])
+    keys = _parameters(space, names, len(spaces) == 1)
     return Trial(
         number=frozen.number,
-        widths=Widths(tuple(names), tuple(frozen.params[name] for name in names)),
+        space=space,
+        widths=Widths(names, tuple(frozen.params[key] for key in keys)),
         origin=attributes["origin"],
         seed=attributes["seed"],
         cost=Cost(**attributes["cost"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ class Study:
     def __init__(
         self,
         config: StudyConfig,
-        space: SearchSpace | None = None,
+        space: SearchSpace | Sequence[SearchSpace] | None = None,
         task: Task | None = None,
         *,
         folder: Path | str | None = None,
@@ -53,8 +53,8 @@ class Study:
         self.config = config
         self.folder = Path("runs", config.name) if folder is None else Path(folder)
         self.failures: dict[str, str] = {}
-        if space is not None:
-            self.space = space.under(config.constraints)
+        given = [space] if isinstance(space, SearchSpace) else space
+        self._given: Sequence[SearchSpace] = given or ()
         if task is not None:
             self.task = task
 
@@ -81,15 +81,37 @@ class Study:
         )
 
     @cached_property
-    def space(self) -> SearchSpace:
-        """The space: the one that was given, or what the configuration refers to."""
-        if self.config.space is None:
+    def spaces(self) -> dict[str, SearchSpace]:
+        """The spaces by name: those that were given, or what the configuration refers to."""
+        config = self.config
+        spaces = self._given
+        if not spaces:
+            references = config.spaces or ((config.space,) if config.space else ())
+            spaces = [load_space(reference, config.input) for reference in references]
+        if not spaces:
             raise StudyError(
-                f"study {self.config.name!r} names no space: add `space:` to its configuration, "
+                f"study {config.name!r} names no space: add `space:` to its configuration, "
                 "or give the object: Study(config, space=...)"
             )
-        space = load_space(self.config.space, self.config.input)
-        return space.under(self.config.constraints)
+        named = {space.name: space.under(config.constraints) for space in spaces}
+        if len(named) < len(spaces):
+            raise StudyError(
+                "the spaces of a study must have different names, but are "
+                f"{', '.join(space.name for space in spaces)}: give from_model a `name`"
+            )
+        return named
+
+    @property
+    def space(self) -> SearchSpace:
+        """The first space; what is relative to a base is relative to its base."""
+        return next(iter(self.spaces.values()))
+
+    def reference(self, name: str) -> str | None:
+        """What the configuration calls a space; None for one that was given as an object."""
+        if self._given:
+            return None
+        references = self.config.spaces or (self.config.space,)
+        return dict(zip(self.spaces, references, strict=True))[name]
 
     @cached_property
     def task(self) -> Task:
@@ -135,10 +157,10 @@ class Study:
             StudyError: The study was never run.
         """
         store = Store.open(self.storage, self.config.name)
-        space = store.attribute("space")
-        if space is None:
+        spaces = store.attribute("spaces")
+        if spaces is None:
             raise StudyError(f"study {self.config.name!r} has no outcomes yet: run it first")
-        return store.outcomes([axis["name"] for axis in space["axes"]])
+        return store.outcomes({s["name"]: [a["name"] for a in s["axes"]] for s in spaces})
 
     def front(self) -> list[Outcome]:
         """The finished outcomes that no other dominates, fewest MACs first."""
@@ -160,13 +182,14 @@ class Study:
             StudyError: Another driver holds it, or what is stored does not fit the configuration.
             StorageError: The storage cannot be opened.
         """
-        config, space = self.config, self.space
-        if tuple(space.input_shape) != tuple(self.task.input_shape):
-            raise StudyError(
-                f"a space's costs are for one input shape, but {space.name!r} was traced at "
-                f"{tuple(space.input_shape)} and the images of {self.task.name!r} are "
-                f"{tuple(self.task.input_shape)}: make the space with the task's shape"
-            )
+        config = self.config
+        for space in self.spaces.values():
+            if tuple(space.input_shape) != tuple(self.task.input_shape):
+                raise StudyError(
+                    f"a space's costs are for one input shape, but {space.name!r} was traced at "
+                    f"{tuple(space.input_shape)} and the images of {self.task.name!r} are "
+                    f"{tuple(self.task.input_shape)}: make the space with the task's shape"
+                )
         if config.ray_address is None:
             check_device(config.device)
             if "latency_ms" in config.objectives:
@@ -182,76 +205,78 @@ class Study:
             self._claim(store)
             (self.folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
             found = self._proposals(store, engine, self._sayer(store, on_progress))
+            share = round(config.baselines * config.trials)
             yield Search(
                 config,
-                space,
+                self.spaces,
                 store,
                 lease,
-                candidates=families.candidates(space, found, config.budgets),
+                candidates=[
+                    *families.baselines(self.spaces, config.budgets, share, config.seed),
+                    *families.candidates(self.spaces, found, config.budgets),
+                ],
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 on_progress=on_progress,
             )
 
     def _claim(self, store: Store) -> None:
         """Write what the study is into its storage, or check that it is what it was."""
-        name, space, config = self.config.name, self.space, self.config.to_json()
-        stored = store.attribute("space")
+        name, config = self.config.name, self.config.to_json()
+        stored = store.attribute("spaces")
         if stored is None:
             store.set_attribute("config", config)
-            axes = [
-                {key: getattr(axis, key) for key in ("name", "base", "least", "most", "step")}
-                for axis in space.axes
-            ]
-            store.set_attribute(
-                "space",
-                {
-                    "name": space.name,
-                    "fingerprint": space.fingerprint,
-                    "costs": _costs(space),
-                    "axes": axes,
-                },
-            )
+            store.set_attribute("spaces", [_described(space) for space in self.spaces.values()])
             return
-        if stored["fingerprint"] == space.fingerprint and stored["costs"] != _costs(space):
+        begun, given = ([s["name"] for s in stored], list(self.spaces))
+        if begun != given and len(begun) + len(given) > 2:
             raise StudyError(
-                f"a study keeps its space, but the networks of {space.name!r} cost something else "
-                f"now than when {name!r} was begun (base {stored['costs']['macs']:,} MACs then, "
-                f"{_costs(space)['macs']:,} now): put the code back, or give the study another name"
+                f"a study keeps its spaces, but {name!r} was begun with {', '.join(begun)} and is "
+                f"now given {', '.join(given)}: put them back, or give the study another name"
             )
-        if stored["fingerprint"] != space.fingerprint:
-            raise StudyError(
-                f"a study keeps its space, but {name!r} was begun with {stored['name']!r} "
-                f"({len(stored['axes'])} axes) and is now given {space.name!r} "
-                f"({len(space.axes)} axes): put the space back, or give the study another name"
-            )
+        for was, space in zip(stored, self.spaces.values(), strict=True):
+            now = _described(space)
+            if was["fingerprint"] != now["fingerprint"]:
+                raise StudyError(
+                    f"a study keeps its space, but {name!r} was begun with {was['name']!r} "
+                    f"({len(was['axes'])} axes) and is now given {space.name!r} "
+                    f"({len(space.axes)} axes): put the space back, or give the study another name"
+                )
+            if was["costs"] != now["costs"]:
+                raise StudyError(
+                    f"a study keeps its space, but the networks of {space.name!r} cost something "
+                    f"else now than when {name!r} was begun (base {was['costs']['macs']:,} MACs "
+                    f"then, {now['costs']['macs']:,} now): put the code back, or give the study "
+                    "another name"
+                )
         was = store.attribute("config")
         for key in _FIXED:
-            for place, before, now in _differences(key, was.get(key), config[key]):
+            for place, before, after in _differences(key, was.get(key), config[key]):
                 raise StudyError(
                     f"a study keeps its {key}, but {name!r} was begun with {place}={before!r} and "
-                    f"now has {now!r}: put it back, or give the study another name"
+                    f"now has {after!r}: put it back, or give the study another name"
                 )
         store.set_attribute("config", config)
 
-    def _proposals(
-        self, store: Store, engine: Engine, say: Callable[[str], None]
-    ) -> list[Proposal]:
+    def _proposals(self, store: Store, engine: Engine, say: Say) -> dict[str, list[Proposal]]:
+        """Each space's proposals."""
         config = self.config
         setting = Setting(config.seed, config.device, config.recipe, min(config.budgets))
         threads = max(1, int(config.resources.cpu))
-
-        def question(proposer: ProposerConfig) -> Question:
-            return Question(proposer.method, proposer.make(), self.space, setting, threads)
-
-        found, self.failures = proposals(
-            store, config.proposers, question, self.task.for_search(), engine, say
-        )
+        asked = [
+            (method, Question(self._label(method, space), method.make(), space, setting, threads))
+            for space in self.spaces.values()
+            for method in config.proposers
+        ]
+        found, self.failures = proposals(store, asked, self.task.for_search(), engine, say)
         return found
+
+    def _label(self, proposer: ProposerConfig, space: SearchSpace) -> str:
+        return proposer.method if len(self.spaces) == 1 else f"{proposer.method} of {space.name}"
 
     def _sayer(self, store: Store, on_progress: Callable[[Progress], None] | None) -> Say:
         """Tells whoever watches what happens before there is a search."""
         begun = time.monotonic()
-        done = store.outcomes(self.space.names)
+        done = store.outcomes({name: space.names for name, space in self.spaces.items()})
         accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
 
         def say(message: str) -> None:
@@ -273,17 +298,29 @@ class Study:
 
     def _meter(self) -> Callable[[Trial, float | None], Latency]:
         """Measure a trial's latency beside the base model, which is built when first needed."""
-        space, settings = self.space, self.config.latency or LatencyConfig()
+        spaces, settings = self.spaces, self.config.latency or LatencyConfig()
         meter: LatencyMeter | None = None
 
         def measure(trial: Trial, base_ms: float | None) -> Latency:
             nonlocal meter
             if meter is None:
-                base = space.build(space.base, seed=self.config.seed)
-                meter = LatencyMeter(base, space.input_shape, settings, base_ms)
-            return meter.measure(space.build(trial.widths, seed=trial.seed))
+                first = self.space
+                base = first.build(first.base, seed=self.config.seed)
+                meter = LatencyMeter(base, first.input_shape, settings, base_ms)
+            return meter.measure(spaces[trial.space].build(trial.widths, seed=trial.seed))
 
         return measure
+
+
+def _described(space: SearchSpace) -> dict[str, Any]:
+    """What a storage keeps of a space."""
+    fields = ("name", "base", "least", "most", "step")
+    return {
+        "name": space.name,
+        "fingerprint": space.fingerprint,
+        "costs": _costs(space),
+        "axes": [{key: getattr(axis, key) for key in fields} for axis in space.axes],
+    }
 
 
 def _costs(space: SearchSpace) -> dict[str, Any]:

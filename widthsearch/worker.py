@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import pickle
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +47,8 @@ class Worker:
 
     Args:
         task: The data.
-        space: The space, pickled by the driver. It is unpickled with the first trial, so that what
-            goes wrong with that has a trial to be reported for.
+        spaces: The spaces by name, each pickled by the driver. One is unpickled with its first
+            trial, so that what goes wrong with that has a trial to be reported for.
         recipe: How candidates are trained.
         device: Where.
         threads: With how many CPU threads.
@@ -59,7 +59,7 @@ class Worker:
         self,
         *,
         task: Task,
-        space: bytes,
+        spaces: Mapping[str, bytes],
         recipe: Recipe,
         device: str,
         threads: int,
@@ -68,16 +68,16 @@ class Worker:
         # Ray sets OMP_NUM_THREADS, but torch's pool may be there already.
         torch.set_num_threads(threads)
         self._task = task
-        self._pickled = space
-        self._space: SearchSpace | None = None
+        self._pickled = spaces
+        self._spaces: dict[str, SearchSpace] = {}
         self._recipe = recipe
         self._device = device
         self._threads = threads
         self._checkpoints = checkpoints
 
-    def take(self, number: int, vector: Sequence[int], seed: int) -> None:
+    def take(self, number: int, space: str, vector: Sequence[int], seed: int) -> None:
         """Take the next trial; the last one is let go."""
-        self._number, self._vector, self._seed = number, tuple(vector), seed
+        self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
         self._folder = self._checkpoints / str(number)
         self._run: TrainingRun | None = None
 
@@ -113,12 +113,11 @@ class Worker:
         return Report(self._run.curve, note)
 
     def _begin(self) -> TrainingRun:
-        if self._space is None:
-            self._space = pickle.loads(self._pickled)
-        assert self._space is not None
-        widths = Widths(self._space.base.names, self._vector)
+        if self._space not in self._spaces:
+            self._spaces[self._space] = pickle.loads(self._pickled[self._space])
+        space = self._spaces[self._space]
         return TrainingRun(
-            self._space.build(widths, seed=self._seed),
+            space.build(Widths(space.names, self._vector), seed=self._seed),
             self._task,
             self._recipe,
             seed=self._seed,
