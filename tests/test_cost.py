@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -90,3 +92,14 @@ def test_large_costs_stay_exact() -> None:
     assert int(form([w, w])) == w * w + 1
     with pytest.raises(OverflowError, match="63 bits"):
         form([2**32, 2**32])
+
+
+@given(st.data(), spaces)
+def test_a_form_survives_json(data: st.DataObject, space: SearchSpace) -> None:
+    """As plain values; the same costs at any widths."""
+    widths = data.draw(widths_of(space))
+    for quantity in ("macs", "params", "activations"):
+        form = space.form(quantity)
+        again = QuadraticForm.from_json(json.loads(json.dumps(form.to_json())))
+        assert int(again(widths)) == int(form(widths))
+        assert (again.marginal(widths) == form.marginal(widths)).all()

@@ -181,6 +181,8 @@ class StudyConfig(BaseModel):
         baselines: The share of the trials that are baselines: uniform widths at each budget (in
             every space: depth × width), then random ones.
         objectives: What the front is of; latency_ms is measured.
+        limits: The least and most of a cost (``macs``, ``params``, ``latency_ms``) that matter: the
+            sampler asks for no network outside.
         latency: How latency is measured.
         early_stopping: The rungs, or None to train everything to its end.
         trials: How many candidates there are in all: the base model, the families' members, and the
@@ -214,6 +216,7 @@ class StudyConfig(BaseModel):
     )
     baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
     objectives: tuple[Objective, ...] = ("accuracy", "macs")
+    limits: Mapping[Literal["macs", "params", "latency_ms"], tuple[float, float]] = {}
     latency: LatencyConfig | None = None
     early_stopping: EarlyStopping | None = None
     trials: Annotated[int, Field(ge=1)]
@@ -249,6 +252,11 @@ class StudyConfig(BaseModel):
                 "latency is measured where it is an objective, but objectives are "
                 f"[{', '.join(self.objectives)}]: add latency_ms, or leave the latency section out"
             )
+        for name, (low, high) in self.limits.items():
+            if not 0 <= low < high:
+                raise ValueError(f"limits.{name} must be [least, most], but is [{low:g}, {high:g}]")
+            if name == "latency_ms" and name not in self.objectives:
+                raise ValueError("limits of latency_ms need it among the objectives")
         stopping = self.early_stopping
         if stopping is not None and len(self.objectives) == 1:
             raise ValueError(

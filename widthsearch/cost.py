@@ -65,6 +65,24 @@ class QuadraticForm:
                 assert not monomial, "at most quadratic"
         return cls(poly.get((), 0), linear, quadratic, np.asarray(units, np.int64))
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_json` reads them back."""
+        rows, columns = np.nonzero(self.quadratic)
+        values = self.quadratic[rows, columns]
+        return {
+            "constant": self.constant,
+            "linear": self.linear.tolist(),
+            "quadratic": np.stack([rows, columns, values], axis=1).tolist(),
+            "units": self.units.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> QuadraticForm:
+        """The form behind :meth:`to_json`'s values."""
+        poly = {(i, j): value for i, j, value in content["quadratic"]}
+        linear = {(i,): value for i, value in enumerate(content["linear"])}
+        return cls.from_poly({**poly, **linear, (): content["constant"]}, content["units"])
+
     def __call__(self, widths: ArrayLike) -> NDArray[np.int64]:
         """The exact value at each width vector.
 

@@ -30,7 +30,7 @@ from widthsearch.families import Candidate
 from widthsearch.latency import Latency
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
-from widthsearch.sampler import Known, draw
+from widthsearch.sampler import Known, WidthSampler
 from widthsearch.space import SearchSpace
 from widthsearch.storage import Store, Trial
 from widthsearch.training import EpochResult
@@ -114,6 +114,16 @@ class Search:
         for candidate in (*bases, *candidates):
             queue.setdefault((candidate.space, candidate.widths), candidate)
         self._queue = deque(c for key, c in queue.items() if key not in self._seen)
+        self._samplers = {
+            name: WidthSampler.of(
+                space,
+                config.objectives,
+                seed=config.seed,
+                limits=config.limits,
+                profiles=[c.widths for c in queue.values() if c.space == name],
+            )
+            for name, space in spaces.items()
+        }
         self._exhausted = False
         self._failures = 0
         self._started = time.monotonic()
@@ -215,21 +225,35 @@ class Search:
         return generation
 
     def _drawn(self) -> Candidate | None:
-        seed = self._seed("sampler")
-        for turn in range(len(self.spaces)):  # the spaces in turn, but those that are used up
-            name = list(self.spaces)[(self._begun + turn) % len(self.spaces)]
-            known = [
-                Known(done.widths, self._values(done) if done.state == "finished" else None)
+        """The candidate of greatest expected gain, of all spaces."""
+        found: list[tuple[float, int, Candidate]] = []
+        for name, sampler in self._samplers.items():
+            known = self._known(name)
+            seen = [widths for space, widths in self._seen if space == name]
+            rivals = [
+                self._values(done)
                 for done in self.outcomes.values()
-                if done.state != "failed" and done.space == name
+                if done.state == "finished" and done.space != name
             ]
-            known += [Known(trial.widths) for trial in self._open.values() if trial.space == name]
-            seen = {widths for space, widths in self._seen if space == name}
-            axes = self.spaces[name].axes
-            widths = draw(axes, self.config.objectives, known, seen, seed)
-            if widths is not None:
-                return Candidate(name, widths, {"sampler": "tpe"})
-        return None
+            for asked in sampler.propose(known, seen=seen, rivals=rivals):
+                candidate = Candidate(name, asked.widths, {"sampler": "width"})
+                found.append((asked.gain, -len(known), candidate))
+        return max(found, key=lambda each: each[:2])[2] if found else None
+
+    def _known(self, space: str) -> list[Known]:
+        """What a space's sampler learns from, by number."""
+        trials: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
+        trials += self._open.values()
+        return [
+            Known(
+                trial.widths,
+                self._values(trial) if isinstance(trial, Outcome) and trial.accuracy else None,
+                tuple(result.accuracy for result in trial.curve),
+                isinstance(trial, Trial),
+            )
+            for trial in sorted(trials, key=_number)
+            if trial.space == space
+        ]
 
     def _begin(self, candidate: Candidate) -> Trial:
         space = self.spaces[candidate.space]
@@ -331,3 +355,7 @@ class Search:
             remaining=training / lately * (total - len(done)) if lately else None,
             message=message,
         )
+
+
+def _number(trial: Trial | Outcome) -> int:
+    return trial.number if isinstance(trial, Trial) else trial.id

@@ -320,6 +320,7 @@ def _described(space: SearchSpace) -> dict[str, Any]:
         "fingerprint": space.fingerprint,
         "costs": _costs(space),
         "axes": [{key: getattr(axis, key) for key in fields} for axis in space.axes],
+        "forms": {name: space.form(name).to_json() for name in ("macs", "params")},
     }
 
 
