@@ -133,7 +133,9 @@ def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[S
     store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
     with Lease(store) as lease:
         spaces = {"tiny": space()}
-        yield Search(settings, spaces, store, lease, **{"candidates": CANDIDATES, **options})
+        base = Candidate("tiny", space().base, {"base": True})
+        options["candidates"] = [base, *options.get("candidates", CANDIDATES)]
+        yield Search(settings, spaces, store, lease, **options)
 
 
 def wide_is_good(trial: Trial, epoch: int) -> float:

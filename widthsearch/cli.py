@@ -174,6 +174,23 @@ def _pareto(options: argparse.Namespace) -> int:
     return 0
 
 
+def _confirm(options: argparse.Namespace) -> int:
+    """Train the front again with fresh seeds where it is undecided; ends by printing it."""
+    from rich.console import Console
+
+    from widthsearch import report
+    from widthsearch.study import Study
+
+    study = Study.load(options.study, options.runs)
+    console = Console()
+    with report.LiveView(study.config.name, console) as view:
+        study.confirm(options.seeds, view)
+    written = report.write_front(study)
+    console.print(report.front_tables(study))
+    console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def _train(options: argparse.Namespace) -> int:
     """Train a member of the front in full and test it; writes a folder to load it from."""
     from rich.console import Console
@@ -183,7 +200,9 @@ def _train(options: argparse.Namespace) -> int:
     from widthsearch.training import EpochResult
 
     study = Study.load(options.study, options.runs)
-    outcome = pareto.pick(study.front(), options.pick, study.config.objectives)
+    beliefs = study.beliefs()
+    objectives = study.config.objectives
+    outcome = pareto.pick(beliefs.front(), options.pick, objectives, beliefs.accuracy)
     folder = Path(options.out) if options.out else study.folder / "trained" / str(outcome.id)
     console = Console()
     console.print(
@@ -322,6 +341,11 @@ def _parser() -> argparse.ArgumentParser:
     form = pareto.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print plain JSON")
     form.add_argument("--csv", action="store_true", help="print CSV")
+    confirm = command("confirm", _confirm)
+    confirm.add_argument("study", help="a study's name, folder or YAML")
+    confirm.add_argument(
+        "--seeds", type=int, default=3, help="trainings a member of the front, in the mean"
+    )
     train = command("train", _train)
     train.add_argument("study", help="a study's name, folder or YAML")
     train.add_argument(
@@ -333,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=int, help="instead of the study's recipe's")
     train.add_argument("--device", help="instead of the study's, e.g. cuda:0")
     train.add_argument("--out", help="the folder to write (default: in the study's folder)")
-    for made in (run, pareto, train):
+    for made in (run, pareto, confirm, train):
         made.add_argument("--runs", default="runs", help="where studies live (default: runs)")
     return parser
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -270,25 +270,29 @@ def front(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcom
     return sorted(members, key=lambda o: (o.cost.macs, o.id))
 
 
-def gains(outcomes: Sequence[Outcome], rivals: Sequence[Outcome], cost: str) -> list[float]:
+def gains(
+    chosen: Sequence[Outcome],
+    rivals: Sequence[Outcome],
+    cost: str,
+    accuracy: Callable[[Outcome], float],
+) -> list[float]:
     """By how many points the best of some outcomes beats each rival at no more of a cost.
 
     Args:
-        outcomes: Those that may be chosen from; the rivals' own may be among them (a gain of 0).
+        chosen: Finished outcomes, e.g. a front; rivals may be among them.
         rivals: Finished outcomes, e.g. a baseline.
         cost: ``macs``, ``params`` or ``latency_ms``.
+        accuracy: What is believed of an outcome.
 
     Returns:
-        One number for each rival that has the cost and is not beaten by absence: some outcome
-        costs no more.
+        One number for each rival that some outcome can be compared with: one that costs no more.
     """
-    chosen = [o for o in outcomes if o.accuracy is not None]
     found = []
     for rival in rivals:
         limit = objective_value(rival, cost)
-        within = [o.accuracy for o in chosen if objective_value(o, cost) <= limit]
-        if within and rival.accuracy is not None:
-            found.append(max(a for a in within if a is not None) - rival.accuracy)
+        within = [accuracy(o) for o in chosen if objective_value(o, cost) <= limit]
+        if within:
+            found.append(max(within) - accuracy(rival))
     return found
 
 
@@ -296,23 +300,32 @@ def pick(
     front: Sequence[Outcome],
     spec: str | int,
     objectives: Sequence[str] = ("accuracy", "macs"),
+    accuracy: Callable[[Outcome], float] | None = None,
 ) -> Outcome:
     """The front's member that ``spec`` asks for.
 
     ``best`` is the most accurate, ``knee`` the one of greatest bulge over ``objectives``, a number
     the trial of that ID, and a limit such as ``macs<=2e6``, ``params<=1e5`` or ``latency_ms<=0.5``
-    the most accurate within it.
+    the most accurate within it. ``accuracy`` is what is believed of a member; None for what one
+    training came to.
 
     Raises:
         StudyError: The spec is none of these, or no member fits it.
     """
     if not front:
         raise StudyError(f"a pick needs a front, but {spec!r} picks from none: run the study first")
+    of = accuracy or (lambda outcome: outcome.accuracy or 0.0)
+
+    def most_accurate(members: Sequence[Outcome]) -> Outcome:
+        return max(members, key=lambda o: (of(o), -o.cost.macs, -o.id))
+
     spec = str(spec).strip()
     if spec == "knee":
-        return front[knee(objective_points(front, objectives))]
+        points = objective_points(front, objectives)
+        points[:, list(objectives).index("accuracy")] = [-of(member) for member in front]
+        return front[knee(points)]
     if spec == "best":
-        return _most_accurate(front)
+        return most_accurate(front)
     if spec.isdecimal():
         for member in front:
             if member.id == int(spec):
@@ -334,11 +347,7 @@ def pick(
         raise StudyError(
             f"a pick's limit must leave a member of the front, but {spec!r} leaves none; {least}"
         )
-    return _most_accurate(within)
-
-
-def _most_accurate(members: Sequence[Outcome]) -> Outcome:
-    return max(members, key=lambda o: (o.accuracy or 0.0, -o.cost.macs, -o.id))
+    return most_accurate(within)
 
 
 def _limit(spec: str) -> tuple[str, float]:

@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from widthsearch import pareto
+from widthsearch.beliefs import INTERVAL, Beliefs
 from widthsearch.outcomes import Outcome
 from widthsearch.proposers import Proposal
 from widthsearch.search import Progress
@@ -186,6 +189,8 @@ def described(origin: Mapping[str, Any]) -> str:
     """Where widths came from, in a word or two."""
     if origin.get("base"):
         return "base"
+    if "confirms" in origin:
+        return f"confirms {origin['confirms']}"
     if "proposer" in origin:
         return f"{origin['proposer']} ×{origin['budget']:g}"
     return str(origin.get("sampler", "given"))
@@ -202,60 +207,66 @@ def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outco
     return sorted(found, key=lambda o: o.cost.macs)
 
 
-def comparisons(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[str]:
-    """By how much the front beats each baseline, at equal cost of each kind; a line a baseline."""
+def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
+    """By how much the front beats each baseline at equal cost of each kind; a line a baseline."""
     lines = []
     for method in ("uniform", "random"):
+        rivals = baseline(outcomes, method)
         said = []
         for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
-            if cost not in objectives:
+            if cost not in beliefs.objectives:
                 continue
-            gains = pareto.gains(outcomes, baseline(outcomes, method), cost)
+            gains = pareto.gains(beliefs.front(), rivals, cost, beliefs.accuracy)
             if gains:
-                mean = sum(gains) / len(gains)
-                said.append(
-                    f"{mean:+.2f} points at equal {named} ({min(gains):+.2f} to {max(gains):+.2f})"
-                )
+                mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
+                said.append(f"{mean:+.2f} points at equal {named} ({low:+.2f} to {high:+.2f})")
         if said:
-            count = len(baseline(outcomes, method))
             lines.append(
-                f"Beside {method} widths ({count} of them) the front has {', '.join(said)}."
+                f"Beside {method} widths ({len(rivals)} of them) the front has {', '.join(said)}, "
+                "by believed accuracy."
             )
     return lines
 
 
 def front_json(study: Study) -> dict[str, Any]:
     """The front, the base model and the uniform baseline as plain JSON values."""
-    outcomes = study.outcomes()
-    front = pareto.front(outcomes, study.config.objectives)
-    base = next((o for o in outcomes if o.origin.get("base")), None)
+    outcomes, beliefs = study.outcomes(), study.beliefs()
+    base = _base(outcomes)
     return {
         "study": study.config.name,
         "objectives": list(study.config.objectives),
-        "front": [_member(o) for o in front],
-        "base": None if base is None else _member(base),
-        "uniform": [_member(o) for o in baseline(outcomes) if not o.origin.get("base")],
+        "front": [_member(o, beliefs) for o in beliefs.front()],
+        "base": None if base is None else _member(base, beliefs),
+        "uniform": [_member(o, beliefs) for o in baseline(outcomes) if not o.origin.get("base")],
     }
 
 
-def _member(outcome: Outcome) -> dict[str, Any]:
+def _base(outcomes: Sequence[Outcome]) -> Outcome | None:
+    return next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
+
+
+def _member(outcome: Outcome, beliefs: Beliefs) -> dict[str, Any]:
     keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
-    keys += ("origin",)
     content = outcome.to_json()
-    return {key: content[key] for key in keys}
+    member = {key: content[key] for key in (*keys, "origin")}
+    return {**member, "believed": asdict(beliefs[outcome])}
 
 
 def front_csv(study: Study) -> str:
     """The front as CSV: one row a member, one column an axis."""
-    front = study.front()
+    beliefs = study.beliefs()
+    front = beliefs.front()
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = list(dict.fromkeys(name for o in front for name in o.widths))
-    writer.writerow(["id", "space", "accuracy", "macs", "params", "latency_ms", "origin", *names])
+    columns = ["id", "space", "accuracy", "believed", "sd", "trainings", "dominated"]
+    writer.writerow([*columns, "macs", "params", "latency_ms", "origin", *names])
     for o in front:
+        belief = beliefs[o]
         writer.writerow(
             [
-                *(o.id, o.space, o.accuracy, o.cost.macs, o.cost.params, o.latency_ms),
+                *(o.id, o.space, o.accuracy, belief.accuracy, belief.sd, belief.trainings),
+                *(belief.dominated, o.cost.macs, o.cost.params, o.latency_ms),
                 described(o.origin),
                 *(o.widths.get(name, "") for name in names),
             ]
@@ -265,57 +276,88 @@ def front_csv(study: Study) -> str:
 
 def front_tables(study: Study) -> Group:
     """The front and the uniform baseline as tables, and what is worth knowing about them."""
-    outcomes = study.outcomes()
-    objectives = study.config.objectives
-    front = pareto.front(outcomes, objectives)
-    base = next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
-    finished = [o for o in outcomes if o.state == "finished"]
+    outcomes, beliefs = study.outcomes(), study.beliefs()
+    front, base = beliefs.front(), _base(outcomes)
     states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
     parts: list[RenderableType] = [
-        _outcome_table(f"front of {study.config.name}", front, base),
+        _outcome_table(f"front of {study.config.name}", front, base, beliefs),
         _widths_listed(front),
-        _outcome_table("uniform baseline", baseline(outcomes), base),
+        _outcome_table("uniform baseline", baseline(outcomes), base, beliefs),
     ]
     counted = ", ".join(f"{n} {state}" for state, n in states.items() if n)
-    volume = front_volume(front, finished, objectives)
-    uniform = front_volume(baseline(outcomes), finished, objectives)
+    volume = front_volume(front, beliefs)
+    uniform = front_volume(baseline(outcomes), beliefs)
     parts.append(
         Text(
-            f"{len(outcomes)} trials: {counted}. Hypervolume over {', '.join(objectives)}, as a "
-            f"share of the box that all finished trials span: front {volume:.3f}, uniform "
+            f"{len(outcomes)} trials: {counted}. Hypervolume over {', '.join(beliefs.objectives)}, "
+            f"as a share of the box that all finished trials span: front {volume:.3f}, uniform "
             f"baseline {uniform:.3f}."
         )
     )
-    parts.extend(Text(line) for line in comparisons(outcomes, objectives))
+    parts.extend(Text(line) for line in (*comparisons(beliefs, outcomes), *_doubts(front, beliefs)))
     parts.extend(Text(remark) for remark in remarks(front, base))
     return Group(*parts)
 
 
-def front_volume(
-    members: Sequence[Outcome], finished: Sequence[Outcome], objectives: Sequence[str]
-) -> float:
-    """The hypervolume of some outcomes, as a share of the box that all finished ones span."""
-    if not members:
+def _doubts(front: Sequence[Outcome], beliefs: Beliefs) -> list[str]:
+    """How far the accuracies can be trusted."""
+    lines = []
+    if beliefs.coverage is not None:
+        share, count = beliefs.coverage
+        noise = ", ".join(f"{s.noise:.2f}" for s in beliefs.surrogates.values())
+        lines.append(
+            f"Believed accuracy is over seeds, with its 90% interval; one training scatters by "
+            f"{noise} points (standard deviation). Left out, {share:.0%} of {count} trainings lie "
+            "in their 90% interval."
+        )
+    doubtful = [o for o in front if (beliefs[o].dominated or 0.0) > 0.5]
+    if doubtful:
+        lines.append(
+            f"Marked ?: dominated by another trained network with probability above one half "
+            f"({', '.join(str(o.id) for o in doubtful)}); widthsearch confirm trains them again."
+        )
+    return lines
+
+
+def front_volume(members: Sequence[Outcome], beliefs: Beliefs) -> float:
+    """The hypervolume of some outcomes, as a share of the box that all finished ones span.
+
+    By believed accuracy.
+    """
+    if not members or not beliefs.members:
         return 0.0
-    every = pareto.objective_points(finished, objectives)
+
+    def points(of: Sequence[Outcome]) -> NDArray[np.float64]:
+        found = pareto.objective_points(of, beliefs.objectives)
+        found[:, beliefs.objectives.index("accuracy")] = [-beliefs.accuracy(o) for o in of]
+        return found
+
+    every = points(beliefs.members)
     low, high = every.min(0), every.max(0)
     span = np.where(high > low, high - low, 1.0)
-    points = (pareto.objective_points(members, objectives) - low) / span
-    return pareto.hypervolume(points, np.ones(len(objectives)))
+    return pareto.hypervolume((points(members) - low) / span, np.ones(len(beliefs.objectives)))
 
 
-def _outcome_table(title: str, outcomes: Sequence[Outcome], base: Outcome | None) -> Table:
+def _outcome_table(
+    title: str, outcomes: Sequence[Outcome], base: Outcome | None, beliefs: Beliefs
+) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     timed = any(o.latency is not None for o in outcomes)
     several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
-    columns = ["id", *(["space"] if several else []), "origin", "acc %", "MACs", "×base", "params"]
+    columns = ["id", *(["space"] if several else []), "origin", "acc %"]
+    columns += ["believed", "MACs", "×base", "params"]
     columns += ["ms", "±", "×base"] if timed else []
     for column in columns:
-        left = column in ("space", "origin")
+        left = column in ("space", "origin", "believed")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for o in outcomes:
+        belief = beliefs[o]
+        believed = f"{belief.accuracy:.2f}"
+        believed += "" if belief.sd is None else f" ± {INTERVAL * belief.sd:.2f}"
+        believed += f" ({belief.trainings}×)" if belief.trainings > 1 else ""
+        believed += " ?" if (belief.dominated or 0.0) > 0.5 else ""
         row = [str(o.id), *([o.space] if several else []), described(o.origin)]
-        row += [f"{o.accuracy:.2f}", short(o.cost.macs)]
+        row += [f"{o.accuracy:.2f}", believed, short(o.cost.macs)]
         row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else "", short(o.cost.params)]
         if timed and o.latency is not None:
             latency = o.latency
@@ -370,16 +412,26 @@ def plot_front(study: Study, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    outcomes = study.outcomes()
+    outcomes, beliefs = study.outcomes(), study.beliefs()
     finished = [o for o in outcomes if o.state == "finished"]
     costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
     figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
     FigureCanvasAgg(figure)
     labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        front = pareto.front(finished, ("accuracy", cost))
+        value = partial(pareto.objective_value, objective=cost)
+        flat = [(value(o), -beliefs.accuracy(o)) for o in beliefs.members]
+        kept = pareto.non_dominated(np.array(flat).reshape(-1, 2))
+        front = [o for o, keep in zip(beliefs.members, kept, strict=True) if keep]
+        axes.plot(
+            [value(o) for o in finished],
+            [o.accuracy for o in finished],
+            marker=".",
+            linestyle="",
+            color="0.7",
+            label="one training",
+        )
         for members, style in (
-            (finished, {"marker": ".", "linestyle": "", "color": "0.7", "label": "finished"}),
             (
                 baseline(outcomes),
                 {"marker": "s", "linestyle": "--", "color": "tab:blue", "label": "uniform"},
@@ -387,16 +439,17 @@ def plot_front(study: Study, path: Path) -> None:
             (front, {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"}),
         ):
             points = sorted(
-                (pareto.objective_value(o, cost), pareto.objective_value(o, "accuracy"))
-                for o in members
+                (value(o), beliefs.accuracy(o), INTERVAL * (beliefs[o].sd or 0.0)) for o in members
             )
             if points:
-                axes.plot(*zip(*points, strict=True), **style)
+                x, y, error = zip(*points, strict=True)
+                axes.errorbar(x, y, error, capsize=2, **style)
         axes.set_xscale("log")
         axes.set_xlabel(labels[cost])
-        axes.set_ylabel("validation accuracy (%)")
+        axes.set_ylabel("validation accuracy (%), believed with 90% interval")
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        if finished:
+            axes.legend()
     figure.suptitle(study.config.name)
     figure.savefig(path, dpi=120)
 
@@ -429,9 +482,8 @@ class LiveView:
 
     def __call__(self, progress: Progress) -> None:
         """Show where the study stands."""
-        if progress.message.startswith(
-            ("trial ", "proposer ")
-        ):  # something befell it: that stays to be read
+        # Something befell one of them: that stays to be read.
+        if progress.message.startswith(("trial ", "proposer ")):
             self._console.print(progress.message, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
             self._live.update(progress_table(self._name, progress), refresh=True)

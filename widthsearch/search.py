@@ -110,8 +110,7 @@ class Search:
         self._seen = {(trial.space, trial.widths) for trial in self._taken_up}
         self._seen |= {(outcome.space, outcome.widths) for outcome in self.outcomes.values()}
         queue: dict[tuple[str, Widths], Candidate] = {}
-        bases = [Candidate(name, space.base, {"base": True}) for name, space in spaces.items()]
-        for candidate in (*bases, *candidates):
+        for candidate in candidates:
             queue.setdefault((candidate.space, candidate.widths), candidate)
         self._queue = deque(c for key, c in queue.items() if key not in self._seen)
         self._samplers = {
@@ -202,10 +201,17 @@ class Search:
 
     @property
     def _begun(self) -> int:
-        return len(self.outcomes) + len(self._open)
+        """How many of this search's trials have begun."""
+        trials: list[Trial | Outcome] = [*self.outcomes.values(), *self._open.values()]
+        return sum("confirms" not in trial.origin for trial in trials)
+
+    @property
+    def _total(self) -> int:
+        """How many of them there will be."""
+        return self.config.trials
 
     def _may_begin(self) -> bool:
-        if self._exhausted or self._begun >= self.config.trials:
+        if self._exhausted or self._begun >= self._total:
             return False
         return self._measure is None or not self._open
 
@@ -215,7 +221,7 @@ class Search:
         if self._measure is not None:
             size = len(self._queue) or 2 * self.config.concurrency
         generation = []
-        for _ in range(min(size, self.config.trials - self._begun)):
+        for _ in range(min(size, self._total - self._begun)):
             candidate = self._queue.popleft() if self._queue else self._drawn()
             if candidate is None:
                 self._exhausted = True
@@ -272,7 +278,8 @@ class Search:
 
     def _seed(self, purpose: str) -> int:
         """A seed for the trial that begins next: of the study's seed and the count of trials."""
-        entropy = (self.config.seed, self._begun, *purpose.encode())
+        begun = len(self.outcomes) + len(self._open)
+        entropy = (self.config.seed, begun, *purpose.encode())
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _make_ready(self, trials: Sequence[Trial]) -> None:
@@ -314,10 +321,10 @@ class Search:
         """Whether a rung lets a trial go on: never by accuracy alone.
 
         Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
-        not. The bases and the baselines are what the front is compared with: they are always
-        trained to the end.
+        not. The bases and the baselines are what the front is compared with, and what confirms a
+        network is compared with its first training: they are always trained to the end.
         """
-        if trial.origin.get("base") or trial.origin.get("baseline"):
+        if not trial.origin.keys().isdisjoint(("base", "baseline", "confirms")):
             return True
         rung: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
         rung = [peer for peer in (*rung, *self._open.values()) if len(peer.curve) >= epoch]
@@ -342,7 +349,9 @@ class Search:
             self._front_of = (len(done), len(pareto.front(done, self.config.objectives)))
         accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
         now = time.monotonic()
-        total = self._begun if self._exhausted else max(self.config.trials, self._begun)
+        total = len(done) + len(self._open)
+        if not self._exhausted:
+            total += max(0, self._total - self._begun)
         lately = len(done) - self._done_before
         training = now - (self._first_epoch or now)
         return Progress(

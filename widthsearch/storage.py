@@ -25,10 +25,11 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from widthsearch.cost import Cost
+from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency import Latency
 from widthsearch.outcomes import Outcome
+from widthsearch.space import SearchSpace
 from widthsearch.training import EpochResult
 from widthsearch.widths import Axis, Widths
 
@@ -85,6 +86,50 @@ class Trial:
             accuracy=accuracy,
             curve=self.curve,
             error=error,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SpaceRecord:
+    """What a storage keeps of a space: enough to tell what its widths cost.
+
+    Attributes:
+        name: The space's name.
+        axes: Its axes, without their layers.
+        macs: Its MACs.
+        params: Its parameters.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    macs: QuadraticForm
+    params: QuadraticForm
+
+    @classmethod
+    def of(cls, space: SearchSpace) -> SpaceRecord:
+        """The record of a space."""
+        fields = ("name", "base", "least", "most", "step")
+        axes = tuple(Axis(**{f: getattr(axis, f) for f in fields}) for axis in space.axes)
+        return cls(space.name, axes, space.form("macs"), space.form("params"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_json` reads them back."""
+        fields = ("name", "base", "least", "most", "step")
+        return {
+            "name": self.name,
+            "axes": [{f: getattr(axis, f) for f in fields} for axis in self.axes],
+            "forms": {"macs": self.macs.to_json(), "params": self.params.to_json()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> SpaceRecord:
+        """The record behind a study's attribute."""
+        forms = content["forms"]
+        return cls(
+            content["name"],
+            tuple(Axis(**axis) for axis in content["axes"]),
+            QuadraticForm.from_json(forms["macs"]),
+            QuadraticForm.from_json(forms["params"]),
         )
 
 

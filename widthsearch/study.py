@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from widthsearch import families, pareto
+from widthsearch.beliefs import Beliefs
 from widthsearch.config import ProposerConfig, StudyConfig
+from widthsearch.confirmation import Confirmation
 from widthsearch.data import Task, load_task
 from widthsearch.devices import check_device
 from widthsearch.errors import StorageError, StudyError
+from widthsearch.families import Candidate
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
@@ -27,7 +30,7 @@ from widthsearch.proposers import Proposal, Setting
 from widthsearch.proposing import Engine, Question, Say, in_turn, proposals
 from widthsearch.search import Progress, Search
 from widthsearch.space import SearchSpace, load_space
-from widthsearch.storage import Store, Trial
+from widthsearch.storage import SpaceRecord, Store, Trial
 
 _FIXED = ("task", "recipe", "objectives", "latency", "seed")
 """What makes outcomes comparable: it cannot change once a study has begun. The rest may."""
@@ -156,15 +159,29 @@ class Study:
         Raises:
             StudyError: The study was never run.
         """
-        store = Store.open(self.storage, self.config.name)
-        spaces = store.attribute("spaces")
-        if spaces is None:
-            raise StudyError(f"study {self.config.name!r} has no outcomes yet: run it first")
-        return store.outcomes({s["name"]: [a["name"] for a in s["axes"]] for s in spaces})
+        return self._stored()[0]
+
+    def beliefs(self) -> Beliefs:
+        """What is believed of the networks that were trained.
+
+        Raises:
+            StudyError: The study was never run.
+        """
+        return Beliefs(*self._stored(), self.config.objectives)
 
     def front(self) -> list[Outcome]:
-        """The finished outcomes that no other dominates, fewest MACs first."""
-        return pareto.front(self.outcomes(), self.config.objectives)
+        """The finished outcomes that no other dominates by believed accuracy, fewest MACs first."""
+        return self.beliefs().front()
+
+    def _stored(self) -> tuple[list[Outcome], dict[str, SpaceRecord]]:
+        """What the storage has, without the space's code."""
+        store = Store.open(self.storage, self.config.name)
+        stored = store.attribute("spaces")
+        if stored is None:
+            raise StudyError(f"study {self.config.name!r} has no outcomes yet: run it first")
+        records = {space["name"]: SpaceRecord.from_json(space) for space in stored}
+        names = {name: [a.name for a in record.axes] for name, record in records.items()}
+        return store.outcomes(names), records
 
     @contextmanager
     def search(
@@ -182,6 +199,64 @@ class Study:
             StudyError: Another driver holds it, or what is stored does not fit the configuration.
             StorageError: The storage cannot be opened.
         """
+        with self._driving() as (store, lease):
+            config, say = self.config, self._sayer(store, on_progress)
+            found = self._proposals(store, engine, say)
+            share = round(config.baselines * config.trials)
+            yield Search(
+                config,
+                self.spaces,
+                store,
+                lease,
+                candidates=[
+                    *[Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()],
+                    *families.baselines(self.spaces, config.budgets, share, config.seed),
+                    *families.candidates(self.spaces, found, config.budgets),
+                ],
+                measure=self._meter() if "latency_ms" in config.objectives else None,
+                on_progress=on_progress,
+            )
+
+    def confirm(
+        self, seeds: int = 3, on_progress: Callable[[Progress], None] | None = None
+    ) -> None:
+        """Train finalists again with fresh seeds, where the front is undecided, on Ray.
+
+        Args:
+            seeds: How many trainings the members of the front are to have in the mean; they go to
+                whichever network they decide most about.
+            on_progress: Is told where it stands.
+
+        Raises:
+            WidthsearchError: Something that a user can mend; running again goes on from there.
+            KeyboardInterrupt: SIGINT or SIGTERM; running again goes on from there.
+        """
+        from widthsearch import runner  # as in `run`
+
+        with (
+            runner.Session(self.config, self.folder) as session,
+            self.confirmation(seeds, on_progress) as search,
+        ):
+            session.train(search, self.task)
+
+    @contextmanager
+    def confirmation(
+        self, seeds: int = 3, on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[Confirmation]:
+        """Drive :meth:`confirm` by another engine."""
+        if seeds < 2:
+            raise StudyError(f"`seeds >= 2` must hold to confirm anything, but seeds={seeds}")
+        if not self.front():
+            raise StudyError(f"study {self.config.name!r} has no front to confirm: run it first")
+        with self._driving() as (store, lease):
+            records = {name: SpaceRecord.of(space) for name, space in self.spaces.items()}
+            yield Confirmation(
+                self.config, self.spaces, store, lease, records, seeds, on_progress=on_progress
+            )
+
+    @contextmanager
+    def _driving(self) -> Iterator[tuple[Store, Lease]]:
+        """Check what can be checked, and claim the storage."""
         config = self.config
         for space in self.spaces.values():
             if tuple(space.input_shape) != tuple(self.task.input_shape):
@@ -204,20 +279,7 @@ class Study:
         with Lease(store) as lease:
             self._claim(store)
             (self.folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            found = self._proposals(store, engine, self._sayer(store, on_progress))
-            share = round(config.baselines * config.trials)
-            yield Search(
-                config,
-                self.spaces,
-                store,
-                lease,
-                candidates=[
-                    *families.baselines(self.spaces, config.budgets, share, config.seed),
-                    *families.candidates(self.spaces, found, config.budgets),
-                ],
-                measure=self._meter() if "latency_ms" in config.objectives else None,
-                on_progress=on_progress,
-            )
+            yield store, lease
 
     def _claim(self, store: Store) -> None:
         """Write what the study is into its storage, or check that it is what it was."""
@@ -314,13 +376,10 @@ class Study:
 
 def _described(space: SearchSpace) -> dict[str, Any]:
     """What a storage keeps of a space."""
-    fields = ("name", "base", "least", "most", "step")
     return {
-        "name": space.name,
+        **SpaceRecord.of(space).to_json(),
         "fingerprint": space.fingerprint,
         "costs": _costs(space),
-        "axes": [{key: getattr(axis, key) for key in fields} for axis in space.axes],
-        "forms": {name: space.form(name).to_json() for name in ("macs", "params")},
     }
 
 

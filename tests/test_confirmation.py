@@ -1,0 +1,85 @@
+"""Confirming a front: fresh seeds where they decide most, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from widthsearch.errors import StudyError
+from widthsearch.storage import Trial
+from widthsearch.study import Study
+
+
+def lucky(trial: Trial, epoch: int) -> float:
+    """Accuracy that depends on the widths, and on the seed by luck."""
+    first, second = trial.widths.vector
+    luck = np.random.default_rng(trial.seed).standard_normal()
+    return min(99.0, 60 + 4 * float(np.log2(first)) + 2 * float(np.log2(second)) + luck)
+
+
+def make(folder: Path, trials: int = 16) -> Study:
+    """A study of the tiny space that has been run."""
+    study = Study(tiny.config(trials=trials), tiny.space(), tiny.task(), folder=folder)
+    with study.search() as search:
+        tiny.drive(search, lucky)
+    return study
+
+
+def test_finalists_are_trained_again(tmp_path: Path) -> None:
+    """As often as asked in the mean, with seeds that nobody had, at the same costs."""
+    study = make(tmp_path)
+    before = study.outcomes()
+    beliefs, front = study.beliefs(), study.front()
+    finalists = {member.id for member in (*front, *beliefs.undecided)}
+    with study.confirmation(seeds=3) as search:
+        asked = tiny.drive(search, lucky)
+    assert len(asked) == 2 * len(front)
+    after = study.outcomes()
+    assert after[: len(before)] == before
+    again = after[len(before) :]
+    assert all(o.origin["confirms"] is not None for o in again)
+    assert len({o.seed for o in after}) == len(after)
+    by_id = {o.id: o for o in after}
+    assert all(by_id[int(o.origin["confirms"])].widths == o.widths for o in again)
+    assert {int(o.origin["confirms"]) for o in again[:1]} <= finalists
+    trained = Counter(o.widths for o in after)
+    assert max(trained.values()) > 1
+    assert study.beliefs()[again[0]].trainings == trained[again[0].widths]
+
+
+def test_a_confirmed_front_may_still_be_searched(tmp_path: Path) -> None:
+    """Repeats are not counted as the study's own trials."""
+    study = make(tmp_path, trials=10)
+    with study.confirmation(seeds=2) as search:
+        repeats = len(tiny.drive(search, lucky))
+    assert repeats > 0
+    more = Study(tiny.config(trials=12), tiny.space(), tiny.task(), folder=tmp_path)
+    with more.search() as search:
+        assert len(tiny.drive(search, lucky)) == 2
+
+
+def test_a_killed_confirmation_goes_on(tmp_path: Path) -> None:
+    """What is left is about what was missing; no trial is lost."""
+    study = make(tmp_path)
+    with study.confirmation(seeds=3) as search:
+        total = search._total - search._begun
+        tiny.drive(search, lucky, trials=2)
+        search.ask()  # begun, and killed
+    with study.confirmation(seeds=3) as search:
+        tiny.drive(search, lucky)
+    assert all(o.state == "finished" for o in study.outcomes())
+    assert len(study.outcomes()) >= 16 + min(total, 3)
+
+
+def test_a_study_without_a_front_has_nothing_to_confirm(tmp_path: Path) -> None:
+    """And one seed confirms nothing."""
+    study = Study(tiny.config(), tiny.space(), tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError, match="run it first"), study.confirmation():
+        pass
+    study = make(tmp_path / "other", trials=2)
+    with pytest.raises(StudyError, match="`seeds >= 2` must hold"), study.confirmation(seeds=1):
+        pass

@@ -1,0 +1,112 @@
+"""The grid of a space as arrays: random networks, families, mutations, crossings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widthsearch.widths import Axis
+
+Batch = NDArray[np.int64]
+"""Width vectors, (N, axes), in channels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """All width vectors of some axes.
+
+    Attributes:
+        axes: The axes.
+    """
+
+    axes: Sequence[Axis]
+
+    @cached_property
+    def least(self) -> Batch:
+        """The narrowest network, (axes,)."""
+        return np.array([axis.least for axis in self.axes])
+
+    @cached_property
+    def most(self) -> Batch:
+        """The widest network, (axes,)."""
+        return np.array([axis.most for axis in self.axes])
+
+    @cached_property
+    def step(self) -> Batch:
+        """Each axis's step, (axes,)."""
+        return np.array([axis.step for axis in self.axes])
+
+    @property
+    def size(self) -> int:
+        """The number of width vectors."""
+        return math.prod(len(axis.grid) for axis in self.axes)
+
+    def whole(self) -> Batch:
+        """Every width vector, (size, axes)."""
+        levels = np.meshgrid(*[np.array(axis.grid) for axis in self.axes], indexing="ij")
+        return np.stack([level.reshape(-1) for level in levels], axis=1)
+
+    def nearest(self, widths: NDArray[Any]) -> Batch:
+        """The width vectors on the grid nearest to real numbers, (N, axes)."""
+        steps = np.floor((widths - self.least) / self.step + 0.5).astype(np.int64)
+        return self._inside(steps * self.step + self.least)
+
+    def random(self, rng: np.random.Generator, count: int) -> Batch:
+        """Networks of all sizes and shapes: half uniform, half around one multiplier."""
+        span = np.log(self.most / self.least)
+        size = rng.random((count, 1))
+        around = size + rng.normal(0, 0.25, (count, len(self.axes)))
+        scaled = self.least * np.exp(np.clip(around, 0, 1) * span)
+        uniform = self.least + rng.random(scaled.shape) * (self.most - self.least)
+        return self.nearest(np.where(rng.random((count, 1)) < 0.5, uniform, scaled))
+
+    def families(self, profiles: Batch, count: int) -> Batch:
+        """Each profile times so many multipliers, from all axes at least to all at most."""
+        low, high = (self.least / profiles).min(), (self.most / profiles).max()
+        multipliers = np.geomspace(low, high, count)
+        scaled = multipliers[:, None, None] * profiles
+        return self.nearest(scaled.reshape(-1, len(self.axes)))
+
+    def mixtures(self, rng: np.random.Generator, parents: Batch, count: int) -> Batch:
+        """Between two parents and a little beyond, along the line in log widths."""
+        first, second = np.log(self._pairs(rng, parents, count))
+        share = rng.uniform(-0.25, 1.25, (count, 1))
+        return self.nearest(np.exp(first + share * (second - first)))
+
+    def crossings(self, rng: np.random.Generator, parents: Batch, count: int) -> Batch:
+        """Each axis from one of two parents."""
+        first, second = self._pairs(rng, parents, count)
+        crossed: Batch = np.where(rng.random(first.shape) < rng.random((count, 1)), first, second)
+        return crossed
+
+    def mutations(self, rng: np.random.Generator, parents: Batch, count: int) -> Batch:
+        """Parents with one to three axes moved, by a step or anywhere."""
+        child = parents[rng.integers(len(parents), size=count)].copy()
+        for moves in range(3):
+            who = np.flatnonzero(rng.random(count) < 1 / (1 + moves))
+            axis = rng.integers(len(self.axes), size=len(who))
+            near = child[who, axis] + rng.choice((-1, 1), len(who)) * self.step[axis]
+            levels = (self.most - self.least)[axis] // self.step[axis] + 1
+            far = self.least[axis] + rng.integers(levels) * self.step[axis]
+            child[who, axis] = np.where(rng.random(len(who)) < 0.5, near, far)
+        return self._inside(child)
+
+    def neighbours(self, parents: Batch) -> Batch:
+        """Parents with one axis moved by one step, up and down."""
+        moves = np.concatenate([np.diag(self.step), -np.diag(self.step)])
+        moved = parents[:, None] + moves
+        return self._inside(moved.reshape(-1, len(self.axes)))
+
+    def _pairs(self, rng: np.random.Generator, parents: Batch, count: int) -> Batch:
+        pairs: Batch = parents[rng.integers(len(parents), size=(2, count))]
+        return pairs
+
+    def _inside(self, widths: Batch) -> Batch:
+        inside: Batch = np.clip(widths, self.least, self.most)
+        return inside
