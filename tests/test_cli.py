@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -488,3 +489,18 @@ def test_propose_shows_and_writes_widths(
     assert all(name in shown for name in space.names)
     assert space.cost(widths).macs <= 0.3 * space.cost(space.base).macs
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.ray
+def test_confirm_trains_the_front_again(
+    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+) -> None:
+    """And prints it with how often each was trained."""
+    shutil.copytree(runs, tmp_path / "runs")
+    out = printed(capsys, "confirm", "small", "--seeds", "2", "--runs", str(tmp_path / "runs"))
+    assert "front of small" in out
+    again = [o for o in Study.load("small", tmp_path / "runs").outcomes() if "confirms" in o.origin]
+    assert again
+    assert "(2×)" in out
+    assert cli.main(["confirm", "small", "--seeds", "1", "--runs", str(tmp_path / "runs")]) == 2
+    assert "`seeds >= 2` must hold" in capsys.readouterr().err

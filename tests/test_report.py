@@ -10,9 +10,11 @@ import tiny
 from rich.console import Console
 
 from widthsearch import report
+from widthsearch.beliefs import Beliefs
 from widthsearch.cost import Cost
 from widthsearch.outcomes import Outcome
 from widthsearch.search import Progress
+from widthsearch.storage import SpaceRecord
 
 
 def outcome(number: int, macs: int, accuracy: float, milliseconds: float) -> Outcome:
@@ -51,10 +53,26 @@ def test_the_front_volume_by_hand() -> None:
     low, high = outcome(1, 100, 80.0, 1.0), outcome(2, 200, 90.0, 1.0)
     middle = outcome(3, 150, 88.0, 1.0)
     every = [low, high, middle]
-    objectives = ("accuracy", "macs")
-    assert report.front_volume([low, high], every, objectives) == pytest.approx(0.0)
-    assert report.front_volume([low, middle, high], every, objectives) == pytest.approx(0.8 * 0.5)
-    assert report.front_volume([], every, objectives) == 0.0
+    beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
+    assert report.front_volume([low, high], beliefs) == pytest.approx(0.0)
+    assert report.front_volume([low, middle, high], beliefs) == pytest.approx(0.8 * 0.5)
+    assert report.front_volume([], beliefs) == 0.0
+
+
+def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
+    """By hand: at 100 MACs 80% against 78%, at 200 MACs 90% against 85%."""
+    mine = [outcome(1, 100, 80.0, 1.0), outcome(2, 200, 90.0, 1.0)]
+    uniform = {"proposer": "uniform", "budget": 0.5, "baseline": True}
+    rivals = [
+        replace(outcome(3, 100, 78.0, 1.0), origin=uniform),
+        replace(outcome(4, 200, 85.0, 1.0), origin=uniform),
+        replace(outcome(5, 50, 70.0, 1.0), origin=uniform),
+    ]
+    every = [*mine, *rivals]
+    beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
+    (line,) = report.comparisons(beliefs, every)
+    gains = "+2.33 points at equal MACs (+0.00 to +5.00)"  # nobody else has 50 MACs
+    assert line.startswith(f"Beside uniform widths (3 of them) the front has {gains}")
 
 
 @pytest.mark.parametrize(
