@@ -408,7 +408,7 @@ def test_early_stopping_is_never_by_accuracy_alone(tmp_path: Path) -> None:
                 tmp_path,
                 objectives=["accuracy"],
                 recipe={"epochs": 4},
-                early_stopping={"first_epoch": 2, "eta": 2},
+                early_stopping={"kind": "rungs", "first_epoch": 2, "eta": 2},
             )
         )
 

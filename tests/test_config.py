@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from widthsearch.config import EarlyStopping, StudyConfig
+from widthsearch.config import Rungs, StudyConfig
 from widthsearch.errors import StudyError
 
 FULL = """
@@ -20,7 +20,7 @@ proposers: [sensitivity, {method: random}]
 budgets: [0.1, 2]
 objectives: [accuracy, macs, latency_ms]
 latency: {device: cpu, batch_size: 1, threads: 1}
-early_stopping: {first_epoch: 3, eta: 3}
+early_stopping: {kind: rungs, first_epoch: 3, eta: 3}
 constraints: {pin: [conv1], least: {"block3.*": 0.5, block2.conv1: 8}, most: 1, align: cpu}
 trials: 28
 concurrency: 2
@@ -46,7 +46,7 @@ def test_a_full_study_file_is_read(tmp_path: Path) -> None:
     assert config.budgets == (0.1, 2.0)
     assert config.constraints.least == {"block3.*": 0.5, "block2.conv1": 8}
     assert config.constraints.most == 1.0
-    assert config.early_stopping == EarlyStopping(first_epoch=3, eta=3)
+    assert config.early_stopping == Rungs(first_epoch=3, eta=3)
     assert config.resources.gpu == 0.5
     assert config.latency is not None
 
@@ -146,8 +146,16 @@ WRONG = {
         "was 'x'",
     ),
     "late rung": (
+        {"recipe": {"epochs": 3}, "early_stopping": {"kind": "rungs", "first_epoch": 3}},
+        "early_stopping.first_epoch must be less than recipe.epochs, but they are 3 and 3",
+    ),
+    "late front": (
         {"recipe": {"epochs": 3}, "early_stopping": {"first_epoch": 3}},
         "early_stopping.first_epoch must be less than recipe.epochs, but they are 3 and 3",
+    ),
+    "a key of the other kind": (
+        {"early_stopping": {"eta": 3}},
+        "unknown key 'early_stopping.front.eta'; known are chance, finished, first_epoch, kind",
     ),
     "no GPU for a GPU": (
         {"device": "cuda"},
@@ -208,5 +216,5 @@ def test_a_file_that_is_no_study_is_named(text: str, said: str, tmp_path: Path) 
 
 def test_rungs_are_a_power_apart() -> None:
     """And none is at the last epoch, where there is nothing left to stop."""
-    assert EarlyStopping(first_epoch=3, eta=3).rungs(epochs=28) == (3, 9, 27)
-    assert EarlyStopping(first_epoch=3, eta=3).rungs(epochs=27) == (3, 9)
+    assert Rungs(first_epoch=3, eta=3).rungs(epochs=28) == (3, 9, 27)
+    assert Rungs(first_epoch=3, eta=3).rungs(epochs=27) == (3, 9)

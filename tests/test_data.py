@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -163,6 +164,45 @@ def test_augmenting_a_batch_equals_augmenting_image_by_image(
             bool(mirrored[i]),
         )
         assert torch.equal((image * 255).round().to(torch.uint8), expected)
+
+
+def test_flips_alternate_from_epoch_to_epoch() -> None:
+    """Of two epochs in a row each image is mirrored in one; without flip in none."""
+    split = random_split(40, 1, 4, 4)
+    for flip in (True, False):
+        loader = DeviceLoader(split, make_task(split, 0, flip), batch_size=8)
+        mirrored = []
+        for epoch in range(4):
+            draws = loader.draws(torch.Generator().manual_seed(epoch), epoch)
+            mirrored.append(dict(zip(draws[0].tolist(), draws[3].tolist(), strict=True)))
+        first, second, third, _ = mirrored
+        assert first == third
+        assert all(first[i] + second[i] == flip for i in range(40))
+        assert (5 < sum(first.values()) < 35) == flip
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(2, 7), st.integers(2, 7), st.integers(0, 99))
+def test_cutout_blanks_one_square(side: int, height: int, width: int, seed: int) -> None:
+    """Around its centre, cut off at the rim, in every channel; the rest is as without it."""
+    split = random_split(6, 3, height, width, seed)
+    task = make_task(split, 1, flip=True)
+    cut = replace(task, augmentation=replace(task.augmentation, cutout=side))
+    loader, whole = DeviceLoader(split, cut, 6), DeviceLoader(split, task, 6)
+    draws = loader.draws(torch.Generator().manual_seed(seed))
+    images, labels = loader.augmented(draws)
+    expected, same = whole.augmented(draws)
+    assert torch.equal(labels, same)
+    assert len(whole.draws(torch.Generator())) == len(draws) == 6
+    for i in range(6):
+        row, column = (int(draws[k, i]) for k in (4, 5))
+        assert 0 <= row < height
+        assert 0 <= column < width
+        top, left = row - side // 2, column - side // 2
+        rows = slice(max(top, 0), top + side)
+        columns = slice(max(left, 0), left + side)
+        expected[i, :, rows, columns] = 0
+    assert torch.equal(images, expected)
 
 
 def test_batches_in_order_give_every_image_once() -> None:
@@ -445,6 +485,7 @@ def test_classes_must_be_complete() -> None:
         ({"name": "mnist"}, "a task must be digits, cifar10, .*but was 'mnist'"),
         ({"name": "digits", "validation": 1.0}, "`0 < validation < 1` must hold.*validation=1.0"),
         ({"name": "digits", "crop_padding": -1}, "`crop_padding >= 0` must hold.*crop_padding=-1"),
+        ({"name": "digits", "cutout": -1}, "`cutout >= 0` must hold.*cutout=-1"),
         ({"name": "digits", "crop_padding": 8}, "less than the image's side.*crop_padding=8"),
         ({"name": "digits", "folder": "x"}, "`folder` is for cifar10 and image_folder alone"),
         ({"name": "cifar10", "image_size": 8}, "`image_size` is for image_folder alone"),

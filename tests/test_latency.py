@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import tempfile
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +129,111 @@ def test_latency_on_cuda() -> None:
     meter = LatencyMeter(convnet(16), (3, 64, 64), LatencyConfig("cuda", batch_size=64, pairs=8))
     assert meter.measure(convnet(512)).ratio > 1.5
     assert meter.measure(convnet(16)).hardware == torch.cuda.get_device_name()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_graph_is_faster_than_eager_launches(dtype: str, batch_size: int) -> None:
+    """In both precisions, at batch 1 and at a larger one; the clock is read."""
+    times = {}
+    for backend in ("eager", "graph"):
+        config = LatencyConfig(
+            "cuda",
+            backend,  # type: ignore[arg-type]
+            batch_size,
+            dtype=dtype,  # type: ignore[arg-type]
+            pairs=8,
+        )
+        latency = LatencyMeter(convnet(16), SHAPE, config).measure(convnet(16))
+        assert (latency.backend, latency.dtype, latency.batch_size) == (backend, dtype, batch_size)
+        assert 0.5 < latency.ratio < 2
+        assert latency.clock_mhz is None or latency.clock_mhz > 0
+        times[backend] = latency.base_ms
+    assert times["graph"] < times["eager"]
+
+
+@pytest.mark.gpu
+def test_a_network_that_branches_on_values_has_no_graph() -> None:
+    """One line with the way out; eager it can be timed."""
+
+    class Branching(nn.Module):
+        """Control flow by data."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = convnet(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """(N, 3, H, W) to (N, 10)."""
+            return self.net(x if x.mean() > 0 else -x)
+
+    config = LatencyConfig("cuda", "graph", pairs=4)
+    meter = LatencyMeter(convnet(8), SHAPE, config)
+    with pytest.raises(StudyError, match=r"as a CUDA graph: .*; set latency's backend to eager"):
+        meter.measure(Branching())
+    eager = LatencyConfig("cuda", pairs=4)
+    assert LatencyMeter(convnet(8), SHAPE, eager).measure(Branching()).ratio > 0
+
+
+# --- other backends ---
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's own
+def test_compiled_networks_are_timed_as_such() -> None:
+    """Nine of one class, which is one more than torch compiles beside each other."""
+    config = LatencyConfig(backend="compile", pairs=4)
+    meter = LatencyMeter(convnet(8), SHAPE, config)
+    for _ in range(9):
+        latency = meter.measure(convnet(8))
+        assert latency.backend == "compile"
+        assert 0.3 < latency.ratio < 3
+
+
+@pytest.mark.filterwarnings("default")  # the exporter's
+def test_onnx_runtime_is_timed_or_asked_for() -> None:
+    """Where it is missing, one line says what to install."""
+    config = LatencyConfig(backend="onnxruntime", pairs=4, batch_size=2)
+    if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx")):
+        with pytest.raises(StudyError, match=r"missing \(onnx\w*\): python -m pip install onnxr"):
+            LatencyMeter(convnet(8), SHAPE, config)
+        return
+    meter = LatencyMeter(convnet(8), SHAPE, config)
+    wide, same = meter.measure(convnet(128)), meter.measure(convnet(8))
+    assert (wide.backend, wide.memory_format) == ("onnxruntime", "contiguous")
+    assert wide.ratio > 2 * same.ratio
+
+
+def test_one_measurement_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one measures, another one waits for the lock of the device."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    running, together = 0, 0
+
+    class Watched(nn.Module):
+        """Notes whether another one runs."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """The same."""
+            nonlocal running, together
+            if torch.is_inference_mode_enabled():
+                running += 1
+                together = max(together, running)
+                time.sleep(0.001)
+                running -= 1
+            return x
+
+    def measure() -> None:
+        meter = LatencyMeter(Watched(), SHAPE, LatencyConfig(pairs=4))
+        meter.measure(Watched())
+
+    threads = [threading.Thread(target=measure) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == 1
+    assert len(list(tmp_path.glob("*-latency-cpu.lock"))) == 1
 
 
 # --- folding ---
@@ -256,7 +366,14 @@ def test_a_device_that_is_not_there() -> None:
         ({"batch_size": 0}, "`batch_size >= 1` must hold, but latency has batch_size=0"),
         ({"threads": 0}, "`threads >= 1` must hold, but latency has threads=0"),
         ({"pairs": 3}, "`pairs >= 4` must hold, but latency has pairs=3"),
-        ({"backend": "onnx"}, "`backend` must be eager, but latency has backend='onnx'"),
+        (
+            {"backend": "onnx"},
+            "`backend` must be eager or graph or compile or onnxruntime, but latency has "
+            "backend='onnx'",
+        ),
+        ({"backend": "graph"}, "backend 'graph' needs a CUDA device, but latency has device='cpu'"),
+        ({"backend": "onnxruntime", "device": "cuda"}, "'onnxruntime' needs device='cpu'"),
+        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "'onnxruntime' needs dtype='float32'"),
         ({"dtype": "int8"}, "`dtype` must be float32 or bfloat16, but latency has dtype='int8'"),
     ],
 )

@@ -301,5 +301,7 @@ def test_outcomes_are_json() -> None:
     assert stored["widths"] == {"conv1": 8}
     assert (stored["macs"], stored["params"], stored["activations"]) == (1000, 100, 200)
     assert (stored["latency_ms"], stored["latency"]["pairs"]) == (0.5, 40)
-    assert stored["curve"] == [{"epoch": 1, "loss": None, "accuracy": None, "seconds": 0.5}]
+    assert stored["curve"] == [
+        {"epoch": 1, "loss": None, "accuracy": None, "seconds": 0.5, "mode": ""}
+    ]
     assert (stored["state"], stored["accuracy"], stored["error"]) == ("failed", None, "diverged")

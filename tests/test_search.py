@@ -243,7 +243,7 @@ def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
         search.ask()
 
 
-STOPPING = {"first_epoch": 1, "eta": 2}
+STOPPING = {"kind": "rungs", "first_epoch": 1, "eta": 2}
 
 
 def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
@@ -338,3 +338,32 @@ def test_a_driver_that_lost_its_lease_stops(tmp_path: Path) -> None:
             search.ask()
         with pytest.raises(StudyError, match="another one took over"):
             search.report(trial.number, tiny.curve(1))
+
+
+def test_the_front_stops_what_will_not_reach_it(tmp_path: Path) -> None:
+    """A network that is far below what no larger ones reached ends early; good ones do not.
+
+    Nothing is stopped before some are finished, and never the base and the baselines.
+    """
+    settings = tiny.config(
+        early_stopping={"kind": "front", "finished": 3}, trials=7, recipe={"epochs": 8}
+    )
+    candidates = [
+        tiny.candidate(4, 4, "random", 0.2),
+        tiny.candidate(6, 6, "random", 0.4),
+        tiny.candidate(10, 10, "random", 1.4),
+        tiny.candidate(8, 10, "random", 1.2),
+        tiny.candidate(12, 12, "uniform", 2.0),
+        tiny.candidate(12, 10, "random", 1.8),
+    ]
+    final = {(8, 10): 45.0, (12, 12): 45.0, (12, 10): 92.0}
+
+    def accuracy(trial: Trial, epoch: int) -> float:
+        ours = 3.0 * sum(trial.widths.vector) + 30.0
+        return final.get(trial.widths.vector, ours) - 20.0 * 0.6**epoch
+
+    with tiny.searching(tmp_path, settings, candidates=candidates) as search:
+        tiny.drive(search, accuracy)
+    states = {o.widths.vector: (o.state, len(o.curve) < 8) for o in search.outcomes.values()}
+    assert states.pop((8, 10)) == ("stopped", True)
+    assert set(states.values()) == {("finished", False)}

@@ -10,8 +10,10 @@ import pytest
 import tiny
 import yaml
 
+import widthsearch.study
 from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
 from widthsearch.proposers import Proposal, Sensitivity, Setting
+from widthsearch.speed import PrecisionProbe
 from widthsearch.storage import Store
 from widthsearch.study import Study
 
@@ -112,7 +114,7 @@ def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
         trials=7,
         concurrency=2,
         budgets=[0.3],
-        early_stopping={"first_epoch": 1, "eta": 2},
+        early_stopping={"kind": "rungs", "first_epoch": 1, "eta": 2},
         proposers=["random"],
     )
     study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
@@ -166,6 +168,27 @@ def test_latency_is_measured_where_it_is_an_objective(tmp_path: Path) -> None:
     latencies = [outcome.latency for outcome in study.outcomes()]
     assert len({latency.base_ms for latency in latencies if latency is not None}) == 1
     assert len(latencies) == 4
+
+
+def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one probe, for all trials, proposers and the final training; one that is named stays."""
+
+    def probe(*_: Any, **__: Any) -> PrecisionProbe:
+        monkeypatch.setattr(widthsearch.study, "probe_precision", None)  # never again
+        return PrecisionProbe("bf16", 2.0, 5, "cpu", 1)
+
+    monkeypatch.setattr(widthsearch.study, "probe_precision", probe)
+    study = make(tmp_path / "a", trials=4)
+    drive(study, trials=1)
+    for again in (study, make(tmp_path / "a", trials=4)):
+        with again.search() as search:
+            assert search.config.recipe.precision == again.recipe.precision == "bf16"
+        assert again.config.recipe.precision == "auto"
+    stored = Store.open(study.storage, "tiny").attribute("precision")
+    assert (stored["precision"], stored["speedup"]) == ("bf16", 2.0)
+    recipe = {**tiny.config().to_json()["recipe"], "precision": "fp32"}
+    with make(tmp_path / "b", recipe=recipe).search() as search:
+        assert search.config.recipe.precision == "fp32"
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:

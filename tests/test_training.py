@@ -127,7 +127,7 @@ def test_weight_decay_is_for_weights_alone() -> None:
 
 
 def test_learning_rates_by_hand() -> None:
-    """Warm-up to the peak, then half a cosine or a line to zero."""
+    """Warm-up to the peak, then half a cosine or a line to zero, or none."""
     cosine = Recipe(epochs=2, lr=1.0, warmup_epochs=0.5)
     rates = [cosine.learning_rate(step, 4) for step in range(8)]
     falls = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
@@ -135,6 +135,9 @@ def test_learning_rates_by_hand() -> None:
     line = replace(cosine, schedule="one_cycle")
     rates = [line.learning_rate(step, 4) for step in range(8)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    held = replace(cosine, schedule="constant")
+    rates = [held.learning_rate(step, 4) for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *[1] * 6])
     assert Recipe(epochs=20).warmup == 2
     assert Recipe(epochs=20, schedule="one_cycle").warmup == 6
 
@@ -212,6 +215,16 @@ def test_cuda_repeats_and_resumes_exactly(tmp_path: Path) -> None:
         resumed.run_epoch()
     assert untimed(resumed.curve) == untimed(curve)
     assert weights(model) == weights(whole)
+
+
+@pytest.mark.parametrize(("precision", "shown"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_a_run_says_how_it_trains(precision: Any, shown: str) -> None:
+    """Precision, memory format, and that a CPU has no graphs."""
+    run = TrainingRun(convnet(), few(), replace(QUICK, precision=precision), seed=0)
+    run.run_epoch()
+    assert run.mode == run.curve[-1].mode == f"{shown}, channels_last, eager"
+    viewing = TrainingRun(Viewing(), few(), replace(QUICK, precision=precision), seed=0)
+    assert viewing.mode == f"{shown}, contiguous, eager"
 
 
 def test_threads_are_set_while_training_alone() -> None:

@@ -32,6 +32,7 @@ from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency import LatencyConfig
 from widthsearch.proposers import PROPOSERS, Proposer
 from widthsearch.space import load_function
+from widthsearch.stopping import FrontStopping
 from widthsearch.training import Recipe
 
 Objective = Literal["accuracy", "macs", "params", "latency_ms"]
@@ -68,16 +69,18 @@ class Resources(BaseModel):
     gpu: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = 0.0
 
 
-class EarlyStopping(BaseModel):
-    """Successive halving by non-dominated rungs.
+class Rungs(BaseModel):
+    """Early stopping by successive halving, with non-dominated rungs.
 
     Attributes:
+        kind: ``rungs``.
         first_epoch: The epoch of the first rung; each next one is ``eta`` times as late.
         eta: Of each rung, one in ``eta`` goes on.
     """
 
     model_config = _FROZEN
 
+    kind: Literal["rungs"] = "rungs"
     first_epoch: Annotated[int, Field(ge=1)] = 3
     eta: Annotated[int, Field(ge=2)] = 3
 
@@ -159,9 +162,20 @@ class ProposerConfig(BaseModel):
         return made
 
 
-def _named(key: str) -> BeforeValidator:
-    """Accept a bare name where a mapping with that name under ``key`` is meant."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+Stopping = Annotated[FrontStopping | Rungs, Field(discriminator="kind")]
+
+
+def _named(key: str, default: str | None = None) -> BeforeValidator:
+    """Accept a bare name where a mapping with that name under ``key`` is meant, or no name."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        if default is not None and isinstance(value, Mapping):
+            return {key: default, **value}
+        return value
+
+    return BeforeValidator(whole)
 
 
 class StudyConfig(BaseModel):
@@ -184,7 +198,8 @@ class StudyConfig(BaseModel):
         limits: The least and most of a cost (``macs``, ``params``, ``latency_ms``) that matter: the
             sampler asks for no network outside.
         latency: How latency is measured.
-        early_stopping: The rungs, or None to train everything to its end.
+        early_stopping: ``front`` stops what will hardly reach the front at its own costs, ``rungs``
+            all but the best of each rung; None trains everything to its end.
         trials: How many candidates there are in all: the base model, the families' members, and the
             sampler's own for the rest. Failed ones count.
         concurrency: How many train at once.
@@ -218,7 +233,7 @@ class StudyConfig(BaseModel):
     objectives: tuple[Objective, ...] = ("accuracy", "macs")
     limits: Mapping[Literal["macs", "params", "latency_ms"], tuple[float, float]] = {}
     latency: LatencyConfig | None = None
-    early_stopping: EarlyStopping | None = None
+    early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
     trials: Annotated[int, Field(ge=1)]
     concurrency: Annotated[int, Field(ge=1)] = 1
     resources: Resources = Resources()
@@ -312,7 +327,8 @@ _SECTIONS: dict[str, Any] = {
     "task": TaskConfig,
     "recipe": Recipe,
     "latency": LatencyConfig,
-    "early_stopping": EarlyStopping,
+    "early_stopping.front": FrontStopping,
+    "early_stopping.rungs": Rungs,
     "resources": Resources,
 }
 

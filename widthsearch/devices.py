@@ -61,6 +61,11 @@ def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def format_name(layout: torch.memory_format) -> str:
+    """``channels_last`` or ``contiguous``."""
+    return str(layout).removeprefix("torch.").removesuffix("_format")
+
+
 @contextmanager
 def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Generator]:
     """A CPU generator of an epoch's own; torch's generators are seeded too, and put back after."""

@@ -66,7 +66,7 @@ def train(
         raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
     if seeds < 1:
         raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
-    recipe = study.config.recipe if epochs is None else replace(study.config.recipe, epochs=epochs)
+    recipe = study.recipe if epochs is None else replace(study.recipe, epochs=epochs)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(outcome.id))
     everything = replace(task, train=_joined(task.train, task.validation))

@@ -9,19 +9,29 @@ of the study may use the device in the meantime: the caller sees to that.
 A trap is met by doing so: oneDNN keeps the last 1,024 primitives it made, and going round many
 candidates, a run each, makes all of them anew (+69% for 40 candidates). Here two networks take
 turns, and the first run of each block, which finds the caches full of the other, does not count.
+
+On a GPU a run is timed by CUDA events and waited for: that is latency, launches included. So a
+small network is as slow as Python launches it (``eager``), unless a CUDA graph does (``graph``).
 """
 
 from __future__ import annotations
 
 import copy
+import fcntl
+import importlib
 import math
+import os
 import platform
+import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,8 +41,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from widthsearch.devices import check_device, fixed_threads, pick_memory_format
-from widthsearch.errors import StudyError
+from widthsearch.capture import WARM, beside, capture
+from widthsearch.devices import check_device, fixed_threads, format_name, pick_memory_format
+from widthsearch.errors import StudyError, one_line
 
 _BLOCK_MS = 2.0  # a block runs for at least so long, well above what the clock and the loop cost
 _CONVOLUTIONS = (
@@ -45,13 +56,18 @@ _CONVOLUTIONS = (
 )
 
 
+Backend = Literal["eager", "graph", "compile", "onnxruntime"]
+
+
 @dataclass(frozen=True)
 class LatencyConfig:
     """How latency is measured.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: What runs the network; ``eager`` is PyTorch as it is.
+        backend: What runs the network: ``eager`` is PyTorch as it is, ``graph`` a CUDA graph of it,
+            ``compile`` torch.compile (it takes up to a minute a network, and a C++ compiler on a
+            CPU), ``onnxruntime`` ONNX Runtime on a CPU in float32.
         batch_size: Images a run.
         threads: CPU threads.
         dtype: Of weights and images.
@@ -59,7 +75,7 @@ class LatencyConfig:
     """
 
     device: str = "cpu"
-    backend: Literal["eager"] = "eager"
+    backend: Backend = "eager"
     batch_size: int = 1
     threads: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -72,13 +88,24 @@ class LatencyConfig:
                     f"`{name} >= {least}` must hold, but latency has {name}={getattr(self, name)}"
                 )
         for name, choices in {
-            "backend": ("eager",),
+            "backend": get_args(Backend),
             "dtype": ("float32", "bfloat16"),
         }.items():
             if getattr(self, name) not in choices:
                 raise StudyError(
                     f"`{name}` must be {' or '.join(choices)}, but latency has "
                     f"{name}={getattr(self, name)!r}"
+                )
+        on_cpu, fp32 = self.device == "cpu", self.dtype == "float32"
+        for backend, rule, holds in (
+            ("graph", "needs a CUDA device", not on_cpu),
+            ("onnxruntime", "needs device='cpu'", on_cpu),
+            ("onnxruntime", "needs dtype='float32'", fp32),
+        ):
+            if self.backend == backend and not holds:
+                raise StudyError(
+                    f"latency's backend {backend!r} {rule}, but latency has "
+                    f"device={self.device!r} and dtype={self.dtype!r}"
                 )
 
 
@@ -104,6 +131,7 @@ class Latency:
         memory_format: ``channels_last`` where the network can take it, else ``contiguous``.
         threads: CPU threads.
         pairs: How often the two took turns.
+        clock_mhz: The GPU's clock after measuring, where it can be read; it is never set.
     """
 
     median_ms: float
@@ -119,6 +147,7 @@ class Latency:
     memory_format: str
     threads: int
     pairs: int
+    clock_mhz: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name."""
@@ -142,6 +171,7 @@ class LatencyMeter:
 
     Raises:
         DeviceError: The device is not there.
+        StudyError: The backend is not installed, or cannot run the network.
     """
 
     def __init__(
@@ -159,9 +189,12 @@ class LatencyMeter:
         self._base = self._prepared(base)
 
     def measure(self, model: nn.Module) -> Latency:
-        """Time a network; the model that is given is left as it is (mode, device, weights)."""
+        """Time a network; the model that is given is left as it is (mode, device, weights).
+
+        One measurement at a time on a device, whoever asks for it on this machine.
+        """
         candidate = self._prepared(model)
-        with fixed_threads(self._config.threads), torch.inference_mode():
+        with _alone(self._device), fixed_threads(self._config.threads), torch.inference_mode():
             runs = [math.ceil(_BLOCK_MS / net.settle()) for net in (self._base, candidate)]
             blocks = np.empty((self._config.pairs, 2))
             for pair in blocks:
@@ -182,33 +215,46 @@ class LatencyMeter:
             backend=self._config.backend,
             batch_size=self._config.batch_size,
             dtype=self._config.dtype,
-            memory_format=str(candidate.memory_format)
-            .removeprefix("torch.")
-            .removesuffix("_format"),
+            memory_format=format_name(candidate.memory_format),
             threads=self._config.threads,
             pairs=self._config.pairs,
+            clock_mhz=_clock(self._device),
         )
 
     def _prepared(self, model: nn.Module) -> _Timed:
         net = copy.deepcopy(model).to(self._device).eval()
         fold_batchnorm(net, self._images[:1].float())
-        return _Timed(net.to(self._images.dtype), self._images)
+        net = net.to(self._images.dtype)
+        with fixed_threads(self._config.threads):
+            return _Timed(net, self._images, self._config.backend)
 
 
 class _Timed:
     """A network that is ready to run, with its input."""
 
-    def __init__(self, net: nn.Module, images: Tensor) -> None:
-        self.memory_format = pick_memory_format(net, images)
-        self._net = net.to(memory_format=self.memory_format)
-        self._images = images.to(memory_format=self.memory_format)
+    def __init__(self, net: nn.Module, images: Tensor, backend: Backend) -> None:
+        self.memory_format = torch.contiguous_format
+        if backend != "onnxruntime":  # it lays out tensors itself
+            self.memory_format = pick_memory_format(net, images)
+        net = net.to(memory_format=self.memory_format)
+        images = images.to(memory_format=self.memory_format)
+        self._call = _ready(net, images, backend)
+        self._device = images.device
+        if self._device.type == "cuda":
+            timed = partial(torch.cuda.Event, enable_timing=True)
+            self._events = timed(), timed()
 
     def _run(self) -> float:
         """One run in milliseconds."""
+        if self._device.type == "cuda":
+            before, after = self._events
+            before.record(torch.cuda.current_stream(self._device))
+            self._call()
+            after.record(torch.cuda.current_stream(self._device))
+            after.synchronize()
+            return float(before.elapsed_time(after))
         started = time.perf_counter()
-        self._net(self._images)
-        if self._images.is_cuda:
-            torch.cuda.synchronize(self._images.device)
+        self._call()
         return 1000 * (time.perf_counter() - started)
 
     def settle(self) -> float:
@@ -225,6 +271,87 @@ class _Timed:
         """The median time of so many runs in a row, in ms, after one that does not count."""
         self._run()
         return float(np.median([self._run() for _ in range(runs)]))
+
+
+def _ready(net: nn.Module, images: Tensor, backend: Backend) -> Callable[[], object]:
+    """What runs the network on the images once.
+
+    Raises:
+        StudyError: The backend is not installed, or cannot run the network.
+    """
+    if backend == "eager":
+        return partial(net, images)
+    if backend == "onnxruntime":
+        return _onnxruntime(net, images)
+    with torch.inference_mode():
+        if backend == "compile":
+            # Anew each time (the base too, when next called): torch runs the ninth network of a
+            # class eagerly, and looks through what it has compiled at every call.
+            torch.compiler.reset()
+            compiled = torch.compile(net, dynamic=False)
+            try:
+                compiled(images)
+            except Exception as error:
+                raise StudyError(
+                    f"torch.compile cannot run a network: {one_line(error)}; set latency's backend "
+                    "to eager"
+                ) from error
+            return partial(compiled, images)
+        with beside(images.device):
+            for _ in range(WARM):
+                net(images)
+            graph, reason = capture(lambda: net(images), images.device)
+    if graph is None:
+        raise StudyError(
+            f"a network cannot be timed as a CUDA graph: {reason}; set latency's backend to eager"
+        )
+    # The graph knows addresses alone: the tensors live as long as it does.
+    return partial(_replay, graph, net, images)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, *_: object) -> None:
+    graph.replay()
+
+
+def _onnxruntime(net: nn.Module, images: Tensor) -> Callable[[], object]:
+    """A session that runs the network with as many threads as torch has now."""
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+        importlib.import_module("onnx")  # the exporter's
+    except ImportError as error:
+        raise StudyError(
+            f"latency's backend 'onnxruntime' needs a package that is missing ({error.name}): "
+            "python -m pip install onnxruntime onnx"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        file = Path(folder, "network.onnx")
+        try:
+            torch.onnx.export(net, (images,), file, input_names=["images"], dynamo=False)
+        except Exception as error:
+            raise StudyError(f"a network cannot be exported to ONNX: {one_line(error)}") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {"images": images.numpy()})
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """Hold the machine's lock for measurements on a device; the kernel lets go of it with us."""
+    name = f"widthsearch-{os.getuid()}-latency-{device}.lock"
+    with (Path(tempfile.gettempdir()) / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _clock(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.clock_rate(device)
+    except (RuntimeError, ModuleNotFoundError):  # without nvidia-ml-py, or not permitted
+        return None
 
 
 def fold_batchnorm(model: nn.Module, images: Tensor) -> None:

@@ -75,7 +75,10 @@ class Outcome:
             "latency_ms": self.latency_ms,
             "latency": None if self.latency is None else self.latency.to_json(),
             "curve": [
-                {k: v if math.isfinite(v) else None for k, v in asdict(result).items()}
+                {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v
+                    for k, v in asdict(result).items()
+                }
                 for result in self.curve
             ],
             "error": self.error,

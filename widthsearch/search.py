@@ -18,13 +18,13 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from widthsearch import pareto
-from widthsearch.config import StudyConfig
+from widthsearch.config import Rungs, StudyConfig
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.families import Candidate
 from widthsearch.latency import Latency
@@ -32,6 +32,7 @@ from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
 from widthsearch.sampler import Known, WidthSampler
 from widthsearch.space import SearchSpace
+from widthsearch.stopping import Curve, FrontStopping
 from widthsearch.storage import Store, Trial
 from widthsearch.training import EpochResult
 from widthsearch.widths import Widths
@@ -101,7 +102,9 @@ class Search:
         self._on_progress = on_progress
         names = {name: space.names for name, space in spaces.items()}
         stopping = config.early_stopping
-        self._rungs = stopping.rungs(config.recipe.epochs) if stopping else ()
+        self._rungs: Collection[int] = range(1, config.recipe.epochs)
+        if isinstance(stopping, Rungs):
+            self._rungs = stopping.rungs(config.recipe.epochs)
 
         self.outcomes = {outcome.id: outcome for outcome in store.outcomes(names)}
         self._open = {trial.number: trial for trial in store.take_up(names)}
@@ -171,7 +174,7 @@ class Search:
             self._store.finish(number, self._values(trial))
             self._close(trial.outcome("finished"))
             return False
-        if last.epoch in self._rungs and not self._passes(trial, last.epoch):
+        if last.epoch in self._rungs and not self._goes_on(trial, last.epoch):
             self._store.stop(number)
             self._close(trial.outcome("stopped"))
             return False
@@ -317,23 +320,39 @@ class Search:
             return trial.latency.median_ms
         return float(getattr(trial.cost, objective))
 
-    def _passes(self, trial: Trial, epoch: int) -> bool:
-        """Whether a rung lets a trial go on: never by accuracy alone.
+    def _goes_on(self, trial: Trial, epoch: int) -> bool:
+        """Whether a trial may go on after an epoch: never by accuracy alone.
 
-        Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
-        not. The bases and the baselines are what the front is compared with, and what confirms a
+        The bases and the baselines are what the front is compared with, and what confirms a
         network is compared with its first training: they are always trained to the end.
         """
-        if not trial.origin.keys().isdisjoint(("base", "baseline", "confirms")):
+        stopping = self.config.early_stopping
+        if stopping is None or not trial.origin.keys().isdisjoint(("base", "baseline", "confirms")):
             return True
+        if isinstance(stopping, FrontStopping):
+            finished = [o for o in self.outcomes.values() if o.state == "finished"]
+            if len(finished) < stopping.finished:
+                return True
+            peers = [self._curve(peer) for peer in finished]
+            return not stopping(self._curve(trial), peers)
+        return self._passes(trial, epoch, stopping)
+
+    def _curve(self, trial: Trial | Outcome) -> Curve:
+        costs = [self._value(trial, n, -1) for n in self.config.objectives if n != "accuracy"]
+        return Curve(tuple(result.accuracy for result in trial.curve), tuple(costs))
+
+    def _passes(self, trial: Trial, epoch: int, stopping: Rungs) -> bool:
+        """Whether a rung lets a trial go on.
+
+        Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
+        not.
+        """
         rung: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
         rung = [peer for peer in (*rung, *self._open.values()) if len(peer.curve) >= epoch]
         signs = [-1.0 if name == "accuracy" else 1.0 for name in self.config.objectives]
         points = np.array(
             [[self._value(peer, n, epoch - 1) for n in self.config.objectives] for peer in rung]
         )
-        stopping = self.config.early_stopping
-        assert stopping is not None
         return pareto.promoted(points * signs, rung.index(trial), stopping.eta)
 
     def _close(self, outcome: Outcome) -> None:

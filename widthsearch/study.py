@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from widthsearch.proposers import Proposal, Setting
 from widthsearch.proposing import Engine, Question, Say, in_turn, proposals
 from widthsearch.search import Progress, Search
 from widthsearch.space import SearchSpace, load_space
+from widthsearch.speed import probe_precision
 from widthsearch.storage import SpaceRecord, Store, Trial
+from widthsearch.training import Recipe
 
 _FIXED = ("task", "recipe", "objectives", "latency", "seed")
 """What makes outcomes comparable: it cannot change once a study has begun. The rest may."""
@@ -200,8 +203,8 @@ class Study:
             StorageError: The storage cannot be opened.
         """
         with self._driving() as (store, lease):
-            config, say = self.config, self._sayer(store, on_progress)
-            found = self._proposals(store, engine, say)
+            config, say = self._settled(store), self._sayer(store, on_progress)
+            found = self._proposals(store, config.recipe, engine, say)
             share = round(config.baselines * config.trials)
             yield Search(
                 config,
@@ -251,7 +254,13 @@ class Study:
         with self._driving() as (store, lease):
             records = {name: SpaceRecord.of(space) for name, space in self.spaces.items()}
             yield Confirmation(
-                self.config, self.spaces, store, lease, records, seeds, on_progress=on_progress
+                self._settled(store),
+                self.spaces,
+                store,
+                lease,
+                records,
+                seeds,
+                on_progress=on_progress,
             )
 
     @contextmanager
@@ -319,10 +328,31 @@ class Study:
                 )
         store.set_attribute("config", config)
 
-    def _proposals(self, store: Store, engine: Engine, say: Say) -> dict[str, list[Proposal]]:
+    @property
+    def recipe(self) -> Recipe:
+        """How its candidates are trained, in the precision that was decided when it was begun."""
+        return self._settled(Store.open(self.storage, self.config.name)).recipe
+
+    def _settled(self, store: Store) -> StudyConfig:
+        """The configuration with a precision: on a CPU probed once, for all the study's trials."""
+        config, space = self.config, self.space
+        if config.recipe.precision != "auto" or config.device != "cpu":
+            return config
+        probe = store.attribute("precision")
+        if probe is None:
+            model = space.build(space.base, seed=config.seed)
+            threads = max(1, int(config.resources.cpu))
+            probe = probe_precision(model, self.task, config.recipe, threads=threads).to_json()
+            store.set_attribute("precision", probe)
+        recipe = replace(config.recipe, precision=probe["precision"])
+        return config.model_copy(update={"recipe": recipe})
+
+    def _proposals(
+        self, store: Store, recipe: Recipe, engine: Engine, say: Say
+    ) -> dict[str, list[Proposal]]:
         """Each space's proposals."""
         config = self.config
-        setting = Setting(config.seed, config.device, config.recipe, min(config.budgets))
+        setting = Setting(config.seed, config.device, recipe, min(config.budgets))
         threads = max(1, int(config.resources.cpu))
         asked = [
             (method, Question(self._label(method, space), method.make(), space, setting, threads))
@@ -394,7 +424,7 @@ def _costs(space: SearchSpace) -> dict[str, Any]:
 def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ, down to the leaves of their mappings."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in now:
-            yield from _differences(f"{place}.{key}", before.get(key), now[key])
+        for key in now.keys() & before.keys():  # what is new since then has its default
+            yield from _differences(f"{place}.{key}", before[key], now[key])
     elif before != now:
         yield place, before, now

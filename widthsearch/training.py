@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widthsearch.capture import Repeated
 from widthsearch.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.data import DeviceLoader, Task
 from widthsearch.devices import (
@@ -29,6 +30,7 @@ from widthsearch.devices import (
     check_device,
     deterministic_cudnn,
     fixed_threads,
+    format_name,
     pick_memory_format,
     seeded,
 )
@@ -52,11 +54,13 @@ class Recipe:
         weight_decay: L2 penalty of parameters with two dimensions or more; BatchNorm and biases
             have none.
         schedule: After the linear warm-up the learning rate falls to zero, along half a cosine
-            (``cosine``) or a line (``one_cycle``; the momentum stays).
-        warmup_epochs: Length of the warm-up; None for a tenth of the epochs with ``cosine`` and
-            three tenths with ``one_cycle``.
+            (``cosine``) or a line (``one_cycle``; the momentum stays), or stays (``constant``).
+        warmup_epochs: Length of the warm-up; None for three tenths of the epochs with
+            ``one_cycle`` and a tenth with the others.
         label_smoothing: Share of each label that is spread over all classes.
-        precision: ``bf16`` is autocast; ``auto`` is bf16 on a CUDA device that has it, else fp32.
+        precision: ``bf16`` is autocast; ``auto`` is bf16 on a CUDA device that has it in hardware,
+            else fp32; a study on a CPU tries which is faster, once (:mod:`widthsearch.speed`).
+        capture: Whether a step is run as one CUDA graph, on a GPU and where the network allows it.
     """
 
     epochs: int = 10
@@ -65,10 +69,11 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     warmup_epochs: float | None = None
     label_smoothing: float = 0.0
     precision: Precision = "auto"
+    capture: bool = True
 
     def __post_init__(self) -> None:
         for field, rule, holds in (
@@ -80,8 +85,8 @@ class Recipe:
             ("weight_decay", "0 <= weight_decay < inf", 0 <= self.weight_decay < math.inf),
             (
                 "schedule",
-                "schedule in ('cosine', 'one_cycle')",
-                self.schedule in ("cosine", "one_cycle"),
+                "schedule in ('cosine', 'one_cycle', 'constant')",
+                self.schedule in ("cosine", "one_cycle", "constant"),
             ),
             ("warmup_epochs", "0 <= warmup_epochs < epochs", 0 <= self.warmup < self.epochs),
             ("label_smoothing", "0 <= label_smoothing < 1", 0 <= self.label_smoothing < 1),
@@ -100,18 +105,20 @@ class Recipe:
         """The length of the warm-up in epochs."""
         if self.warmup_epochs is not None:
             return self.warmup_epochs
-        return self.epochs * (0.1 if self.schedule == "cosine" else 0.3)
+        return self.epochs * (0.3 if self.schedule == "one_cycle" else 0.1)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over the whole run.
 
         With W steps of warm-up it is ``lr (step + 1) / (W + 1)`` before step W, ``lr`` at step W,
-        and falls from there to the 0 that the step after the last would have.
+        and falls from there to the 0 that the step after the last would have, or stays.
         """
         total = self.epochs * steps_per_epoch
         warm = round(self.warmup * steps_per_epoch)
         if step < warm:
             return self.lr * (step + 1) / (warm + 1)
+        if self.schedule == "constant":
+            return self.lr
         left = (total - step) / (total - warm)
         if self.schedule == "cosine":
             return self.lr * (1 - math.cos(math.pi * left)) / 2
@@ -127,12 +134,14 @@ class EpochResult:
         loss: Mean training loss, label smoothing included.
         accuracy: Top-1 on the validation split after it, in percent; NaN once training diverged.
         seconds: Wall time of training, without evaluation.
+        mode: How it was trained, see :attr:`TrainingRun.mode`; empty where that is not known.
     """
 
     epoch: int
     loss: float
     accuracy: float
     seconds: float
+    mode: str = ""
 
 
 class TrainingRun:
@@ -166,16 +175,33 @@ class TrainingRun:
         self._model = model.to(self._device)
         with seeded(seed, 0, self._device), fixed_threads(threads):
             layout = _check_model(model, task, self._device)
+        self._layout = layout
         self._model.to(memory_format=layout)
+        self._cast = autocast(self._device, recipe.precision)
         self._train = DeviceLoader(task.train, task, recipe.batch_size, self._device, layout)
-        self._validation = _whole_split(task, "validation", self._device, layout)
+        self._validation = _Evaluation(
+            model,
+            _whole_split(task, "validation", self._device, layout),
+            self._cast,
+            self._device,
+            recipe.capture,
+        )
+        # What a step reads and writes stays where it is, so that a CUDA graph can repeat the step.
+        images = self._train.steps * self._train.batch_size
+        self._batch = torch.arange(self._train.batch_size, device=self._device)
+        self._draws = torch.zeros(6, images, dtype=torch.int64, device=self._device)
+        self._rates = torch.zeros(self._train.steps, device=self._device)
+        self._rate = torch.tensor(recipe.lr, device=self._device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._optimizer = torch.optim.SGD(
             parameter_groups(model, recipe.weight_decay),
-            lr=recipe.lr,
+            lr=self._rate,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
             fused=True,
         )
+        self._steps = Repeated(model, self._device, recipe.capture)
         self._curve: list[EpochResult] = []
         shapes = [(k, list(v.shape), str(v.dtype)) for k, v in model.state_dict().items()]
         self._identity = {
@@ -201,6 +227,16 @@ class TrainingRun:
         diverged = bool(self._curve) and math.isnan(self._curve[-1].accuracy)
         return diverged or self.epoch >= self._recipe.epochs
 
+    @property
+    def mode(self) -> str:
+        """How it trains: precision, memory format, and whether steps are a CUDA graph or eager.
+
+        For example ``bf16, channels_last, graph``, or ``fp32, contiguous, eager (why not as a
+        graph)``. A graph is there after the first few steps.
+        """
+        precision = "bf16" if self._cast._enabled else "fp32"
+        return f"{precision}, {format_name(self._layout)}, {self._steps.mode}"
+
     def run_epoch(self) -> EpochResult:
         """Train for one epoch and evaluate on the validation split."""
         assert not self.finished
@@ -213,32 +249,38 @@ class TrainingRun:
             started = time.perf_counter()
             loss = self._train_epoch(generator)
             seconds = time.perf_counter() - started
-            accuracy = math.nan
-            if math.isfinite(loss):
-                cast = autocast(self._device, self._recipe.precision)
-                accuracy = _accuracy(self._model, self._validation, cast)
-        self._curve.append(EpochResult(number, loss, accuracy, seconds))
+            accuracy = self._validation() if math.isfinite(loss) else math.nan
+        self._curve.append(EpochResult(number, loss, accuracy, seconds, self.mode))
         return self._curve[-1]
 
     def _train_epoch(self, generator: torch.Generator) -> float:
         """One pass over the training split; the mean loss. The host waits for the device once."""
-        model, recipe, optimizer = self._model, self._recipe, self._optimizer
         steps = self._train.steps
-        cast = autocast(self._device, recipe.precision)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        model.train()
-        batches = self._train.batches(augment=True, generator=generator)
-        for step, (images, labels) in enumerate(batches, self.epoch * steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(step, steps)
-            with cast:
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            total += loss.detach()
-        return total.item() / steps
+        first = self.epoch * steps
+        rates = [self._recipe.learning_rate(first + i, steps) for i in range(steps)]
+        draws = self._train.draws(generator, self.epoch)
+        self._draws.copy_(draws[:, : self._draws.shape[1]])
+        self._rates.copy_(torch.tensor(rates))
+        self._at.zero_()
+        self._loss.zero_()
+        self._model.train()
+        self._steps.run(self._step, steps)
+        self._optimizer.zero_grad()  # a graph's gradients would keep its memory
+        return self._loss.item() / steps
+
+    def _step(self) -> None:
+        """The next step: batch, learning rate, forward, loss, backward, optimizer."""
+        columns = self._at * self._train.batch_size + self._batch
+        images, labels = self._train.augmented(self._draws.index_select(1, columns))
+        self._rate.copy_(self._rates.index_select(0, self._at).squeeze())
+        with self._cast:
+            logits = self._model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._recipe.label_smoothing)
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        self._loss.add_(loss.detach())
+        self._at.add_(1)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into the folder; the last one stays until the new one is whole."""
@@ -259,6 +301,9 @@ class TrainingRun:
         state = read_checkpoint(folder / CHECKPOINT, self._identity, self._device)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
+        self._steps.forget()  # momentum lies elsewhere now
         self._curve = [EpochResult(*result) for result in state["curve"]]
 
 
@@ -301,7 +346,7 @@ def evaluate(
     with seeded(0, 0, place), deterministic_cudnn():
         layout = _check_model(model, task, place)
         loader = _whole_split(task, split, place, layout)
-        return _accuracy(model, loader, autocast(place, precision))
+        return _Evaluation(model, loader, autocast(place, precision), place)()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -356,16 +401,47 @@ def _whole_split(
     return DeviceLoader(split, task, batch_size, device, layout)
 
 
-def _accuracy(model: nn.Module, loader: DeviceLoader, cast: torch.autocast) -> float:
-    training = model.training
-    model.eval()
-    hits, finite, count = [], [], 0
-    with torch.inference_mode(), cast:
-        for images, labels in loader.batches():
-            logits = model(images)
-            hits.append((logits.argmax(dim=1) == labels).sum())
-            finite.append(logits.isfinite().all())
-            count += len(labels)
-        correct, sound = torch.stack(hits).sum().item(), torch.stack(finite).all().item()
-    model.train(training)
-    return 100 * correct / count if sound else math.nan
+class _Evaluation:
+    """Top-1 accuracy of a network on a split, as often as it is called."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: DeviceLoader,
+        cast: torch.autocast,
+        device: torch.device,
+        capture: bool = False,
+    ) -> None:
+        self._model, self._loader, self._cast = model, loader, cast
+        self._batch = torch.arange(loader.batch_size, device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._steps = Repeated(model, device, capture)
+
+    def __call__(self) -> float:
+        """In percent; NaN if a logit is not finite."""
+        model, loader = self._model, self._loader
+        self._at.zero_()
+        self._hits.zero_()
+        self._finite.fill_(True)
+        training = model.training
+        model.eval()
+        with torch.inference_mode():
+            self._steps.run(self._step, loader.steps)
+            if rest := len(loader) % loader.batch_size:
+                self._count(len(loader) - rest + self._batch[:rest])
+        model.train(training)
+        return 100 * self._hits.item() / len(loader) if self._finite.item() else math.nan
+
+    def _step(self) -> None:
+        """The next whole batch."""
+        self._count(self._at * self._loader.batch_size + self._batch)
+        self._at.add_(1)
+
+    def _count(self, chosen: Tensor) -> None:
+        images, labels = self._loader.plain(chosen)
+        with self._cast:  # here, for what it casts once must not outlive a captured step
+            logits = self._model(images)
+        self._hits.add_((logits.argmax(dim=1) == labels).sum())
+        self._finite.logical_and_(logits.isfinite().all())

@@ -1,0 +1,191 @@
+"""A step that is repeated: as one CUDA graph, where it can be one.
+
+A small network's step is some hundreds of kernels of a few microseconds each, which Python launches
+more slowly than a GPU runs them. A CUDA graph is launched once for all of them. What it repeats
+are the kernels with their addresses: no line of Python, no other tensor. So the step takes and
+gives nothing; it reads and writes tensors that stay where they are. What would be wrong in a graph
+is looked for before one is made, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as every_module
+
+from widthsearch.errors import one_line
+
+WARM = 3
+"""How many steps are run before one is captured: lazy state is made, kernels are loaded."""
+
+
+class Repeated:
+    """Runs a step again and again: on a GPU, after :data:`WARM` times, as a CUDA graph.
+
+    No step is run twice or left out: the first ones are steps as any other, and capturing runs
+    nothing. Random numbers go on from where torch's generator is, captured or not. A graph belongs
+    to the tensors it was captured with; :meth:`forget` it when they are replaced.
+
+    Args:
+        model: What runs in the step.
+        device: Where.
+        wanted: Whether to capture at all.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, wanted: bool = True) -> None:
+        self._model, self._device = model, device
+        self._possible = wanted and can_capture(device)
+        self._refusal: str | None = None
+        self.forget()
+
+    @property
+    def mode(self) -> str:
+        """How steps are run: ``eager``, ``graph``, or ``eager (why not as a graph)``."""
+        if self._refusal is not None:
+            return f"eager ({self._refusal})"
+        return "eager" if self._graph is None else "graph"
+
+    def forget(self) -> None:
+        """Drop the graph; the next step is the first again."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._before = 0
+
+    def run(self, step: Callable[[], None], times: int) -> None:
+        """Run the step so often. It is not kept: every call gets the same one."""
+        if self._possible and self._refusal is None:
+            self._refusal = hooked(self._model)  # each time: they come and go between epochs
+        if not self._possible or self._refusal is not None:
+            self._graph = None
+            for _ in range(times):
+                step()
+            return
+        with beside(self._device):
+            for _ in range(times):
+                if self._graph is None and self._refusal is None and self._before >= WARM:
+                    self._graph, self._refusal = capture(step, self._device)
+                if self._graph is not None:
+                    self._graph.replay()
+                elif self._before == WARM - 1:
+                    self._refusal = watched(step, self._model)
+                else:
+                    step()
+                self._before += 1
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether the device has graphs."""
+    return device.type == "cuda"
+
+
+def capture(
+    step: Callable[[], None], device: torch.device
+) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
+    """The step as a graph, or why it cannot be one; in neither case has it been run.
+
+    To be called :func:`beside` the default stream, after steps that were run there.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # What autograd's thread launches is captured; what other threads do must not end it.
+        with torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(device), capture_error_mode="thread_local"
+        ):
+            step()
+    except Exception as error:  # noqa: BLE001  kept as the reason
+        graph.reset()  # or the generator would stay in its capturing state
+        # The first error is the cause; ending the capture fails only in its wake.
+        return None, f"capture failed: {one_line(error.__context__ or error)}"
+    return graph, None
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Run on the one stream of this process for captured work, in turn with the current one.
+
+    Graphs cannot be captured on the default stream, and autograd stays on the stream of a
+    parameter's first use. One stream for all, since each has its own cache of free memory.
+    """
+    stream, outer = _stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def hooked(model: nn.Module) -> str | None:
+    """Why a model with hooks cannot be captured: they would run once, whatever they count."""
+    for name, module in model.named_modules():
+        if any(getattr(module, kind) for kind in _HOOKS):
+            return f"module {name!r} has hooks"
+    for name, tensor in model.named_parameters():
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            return f"parameter {name!r} has hooks"
+    if any(getattr(every_module, kind) for kind in _GLOBAL_HOOKS):
+        return "hooks on all modules"
+    return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _HOOKS)
+
+
+def watched(step: Callable[[], None], model: nn.Module) -> str | None:
+    """Run the step once, and say why it cannot be captured.
+
+    A step that waits for the device may branch on what it reads; what Python draws or counts would
+    be the same in every repetition.
+    """
+    before = _python_state(model)
+    with waiting() as waits:
+        step()
+    after = _python_state(model)
+    for what, value in before.items():
+        if after.get(what) != value:
+            return f"each step changes {what}"
+    return f"the step waits for the device: {waits[0]}" if waits else None
+
+
+@contextmanager
+def waiting() -> Iterator[list[str]]:
+    """Where host code waits for the device, as torch knows it: a line for each wait."""
+    lines: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lines
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            lines.append(f"{warning.filename}:{warning.lineno}")
+
+
+def _python_state(model: nn.Module) -> dict[str, Any]:
+    """What host code may change: generators, and plain values kept in modules."""
+    state: dict[str, Any] = {
+        "torch's generator of the CPU": torch.get_rng_state().tolist(),
+        "Python's generator": random.getstate(),
+        "numpy's generator": repr(np.random.get_state()),  # noqa: NPY002  whatever a model uses
+    }
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str):
+                state[f"{key!r} of module {name!r}"] = value
+    return state
