@@ -18,7 +18,7 @@ import yaml
 
 import widthsearch
 from widthsearch import cli, pareto
-from widthsearch.space import load_space
+from widthsearch.references import load_space
 from widthsearch.study import Study
 
 ROOT = Path(__file__).parent.parent
@@ -504,3 +504,28 @@ def test_confirm_trains_the_front_again(
     assert "(2×)" in out
     assert cli.main(["confirm", "small", "--seeds", "1", "--runs", str(tmp_path / "runs")]) == 2
     assert "`seeds >= 2` must hold" in capsys.readouterr().err
+
+
+def test_profile_measures_once_and_tells_where_width_is_free(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call measures nothing anew; a study with that latency finds it."""
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path))
+    asked = ("profile", SPACE, "--vectors", "4", "--pairs", "4", "--batch-size", "2")
+    first = printed(capsys, *asked)
+    assert "predicted latency" in first
+    (file,) = (tmp_path / "latency").iterdir()
+    before = json.loads(file.read_text())
+    assert len(before["vectors"]) == 4
+    printed(capsys, *asked)
+    assert json.loads(file.read_text())["ms"] == before["ms"]
+    study = Study.load(
+        study_file(
+            tmp_path,
+            objectives=["accuracy", "macs", "latency_ms"],
+            latency={"batch_size": 2, "pairs": 40},
+        )
+    )
+    assert set(study._profiles) == {study.space.name}
+    assert cli.main(["profile", SPACE, "--vectors", "0"]) == 2
+    assert cli.main(["profile", SPACE, "--backend", "fast"]) == 2

@@ -72,7 +72,7 @@ def _space(options: argparse.Namespace) -> int:
 
     from widthsearch import report
     from widthsearch.devices import check_device
-    from widthsearch.space import load_space
+    from widthsearch.references import load_space
     from widthsearch.study import Study
 
     if options.space.endswith((".yaml", ".yml")) and options.input is None:
@@ -110,7 +110,7 @@ def _propose(options: argparse.Namespace) -> int:
     from widthsearch.data import TaskConfig, load_task
     from widthsearch.proposers import Setting
     from widthsearch.proposing import suggest
-    from widthsearch.space import load_space
+    from widthsearch.references import load_space
     from widthsearch.study import Study
     from widthsearch.training import Recipe
 
@@ -151,6 +151,43 @@ def _propose(options: argparse.Namespace) -> int:
         space.save_widths(options.out, widths)
         pictures.save_width_bars(space, widths, picture)
         console.print(f"written: {options.out}, {picture}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    """Measure networks of a space on a device, and learn to predict the latency of all others."""
+    from rich.console import Console
+
+    from widthsearch import profiling
+    from widthsearch.latency import LatencyConfig
+    from widthsearch.references import load_space
+    from widthsearch.study import Study
+
+    config = LatencyConfig()
+    if options.space.endswith((".yaml", ".yml")):
+        study = Study.load(options.space)
+        config = study.config.latency or config
+        spaces = list(study.spaces.values())
+    else:
+        spaces = [load_space(options.space, options.input)]
+    given = {
+        key: getattr(options, key)
+        for key in ("device", "backend", "batch_size", "threads", "dtype", "pairs")
+        if getattr(options, key) is not None
+    }
+    config = replace(config, **given)
+    console = Console()
+    for space in spaces:
+        with console.status(f"measuring {space.name}") as status:
+            model = profiling.profile(
+                space,
+                config,
+                vectors=options.vectors,
+                on_progress=lambda done, all_: status.update(f"measured {done} of {all_} networks"),
+            )
+        console.print(profiling.report(model))
+        path = profiling.profile_path(space, config)
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -336,6 +373,20 @@ def _parser() -> argparse.ArgumentParser:
     propose.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     propose.add_argument("--json", action="store_true", help="print plain JSON")
     propose.add_argument("--out", metavar="FILE", help="write the widths, and a PNG beside them")
+    profile = command("profile", _profile)
+    profile.add_argument(
+        "space", help="as for `space`; a study's YAML brings how it measures latency"
+    )
+    profile.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
+    profile.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu, or the study's)")
+    profile.add_argument("--backend", help="eager, graph, compile or onnxruntime (default: eager)")
+    profile.add_argument("--batch-size", type=int, help="images a run (default: 1)")
+    profile.add_argument("--threads", type=int, help="CPU threads (default: 1)")
+    profile.add_argument("--dtype", help="float32 or bfloat16 (default: float32)")
+    profile.add_argument("--pairs", type=int, help="turns with the base a network (default: 40)")
+    profile.add_argument(
+        "--vectors", type=int, default=40, help="networks the profile is to have (default: 40)"
+    )
     pareto = command("pareto", _pareto)
     pareto.add_argument("study", help="a study's name, folder or YAML")
     form = pareto.add_mutually_exclusive_group()

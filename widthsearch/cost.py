@@ -79,9 +79,10 @@ class QuadraticForm:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> QuadraticForm:
         """The form behind :meth:`to_json`'s values."""
-        poly = {(i, j): value for i, j, value in content["quadratic"]}
-        linear = {(i,): value for i, value in enumerate(content["linear"])}
-        return cls.from_poly({**poly, **linear, (): content["constant"]}, content["units"])
+        poly: dict[tuple[int, ...], int] = {(): content["constant"]}
+        poly |= {(i,): value for i, value in enumerate(content["linear"])}
+        poly |= {(i, j): value for i, j, value in content["quadratic"]}
+        return cls.from_poly(poly, content["units"])
 
     def __call__(self, widths: ArrayLike) -> NDArray[np.int64]:
         """The exact value at each width vector.

@@ -20,16 +20,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from widthsearch import pareto
 from widthsearch.config import Rungs, StudyConfig
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.families import Candidate
 from widthsearch.latency import Latency
+from widthsearch.latency_model import LatencyModel
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
+from widthsearch.pareto import Points
+from widthsearch.profiling import standard_error
 from widthsearch.sampler import Known, WidthSampler
 from widthsearch.space import SearchSpace
 from widthsearch.stopping import Curve, FrontStopping
@@ -92,6 +97,7 @@ class Search:
         *,
         candidates: Iterable[Candidate] = (),
         measure: Callable[[Trial, float | None], Latency] | None = None,
+        profiles: Mapping[str, LatencyModel] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config = config
@@ -99,6 +105,8 @@ class Search:
         self._store = store
         self._lease = lease
         self._measure = measure
+        self._profiles = profiles or {}
+        self._latency_models: dict[str, tuple[int, LatencyModel]] = {}
         self._on_progress = on_progress
         names = {name: space.names for name, space in spaces.items()}
         stopping = config.early_stopping
@@ -122,6 +130,7 @@ class Search:
                 config.objectives,
                 seed=config.seed,
                 limits=config.limits,
+                latency=partial(self._predicted, name),
                 profiles=[c.widths for c in queue.values() if c.space == name],
             )
             for name, space in spaces.items()
@@ -248,6 +257,28 @@ class Search:
                 candidate = Candidate(name, asked.widths, {"sampler": "width"})
                 found.append((asked.gain, -len(known), candidate))
         return max(found, key=lambda each: each[:2])[2] if found else None
+
+    def _predicted(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
+        """Predicted latency of a space's networks: from its profile and from what was measured."""
+        trials: list[Trial | Outcome] = [*self.outcomes.values(), *self._open.values()]
+        own = [(t.widths.vector, t.latency) for t in trials if t.space == space]
+        measured = [(vector, latency) for vector, latency in own if latency is not None]
+        count, model = self._latency_models.get(space, (-1, None))
+        if model is None or count != len(measured):
+            rows = [(v, m.median_ms, standard_error(m)) for v, m in measured]
+            profile, base_ms = self._profiles.get(space), self._base_ms()
+            if profile is not None:  # on the scale of this study's base
+                base = np.array([self.spaces[space].base.vector])
+                scale = 1.0 if base_ms is None else base_ms / float(profile.predicted(base)[0])
+                rows += [
+                    (tuple(vector), ms * scale, sd * scale)
+                    for vector, ms, sd in zip(
+                        profile.vectors.tolist(), profile.ms, profile.sd, strict=True
+                    )
+                ]
+            model = LatencyModel.fit(self.spaces[space], *zip(*rows, strict=True))
+            self._latency_models[space] = len(measured), model
+        return model(vectors)
 
     def _known(self, space: str) -> list[Known]:
         """What a space's sampler learns from, by number."""

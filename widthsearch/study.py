@@ -25,12 +25,15 @@ from widthsearch.devices import check_device
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.families import Candidate
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter
+from widthsearch.latency_model import LatencyModel
 from widthsearch.lease import Lease
 from widthsearch.outcomes import Outcome
+from widthsearch.profiling import load_profile
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.proposing import Engine, Question, Say, in_turn, proposals
+from widthsearch.references import load_space
 from widthsearch.search import Progress, Search
-from widthsearch.space import SearchSpace, load_space
+from widthsearch.space import SearchSpace
 from widthsearch.speed import probe_precision
 from widthsearch.storage import SpaceRecord, Store, Trial
 from widthsearch.training import Recipe
@@ -217,6 +220,7 @@ class Study:
                     *families.candidates(self.spaces, found, config.budgets),
                 ],
                 measure=self._meter() if "latency_ms" in config.objectives else None,
+                profiles=self._profiles,
                 on_progress=on_progress,
             )
 
@@ -347,6 +351,15 @@ class Study:
         recipe = replace(config.recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})
 
+    @cached_property
+    def _profiles(self) -> dict[str, LatencyModel]:
+        """What `widthsearch profile` measured of the spaces as this study measures latency."""
+        settings = self.config.latency or LatencyConfig()
+        if self.config.ray_address is None or "latency_ms" in self.config.objectives:
+            found = {name: load_profile(s, settings) for name, s in self.spaces.items()}
+            return {name: model for name, model in found.items() if model is not None}
+        return {}
+
     def _proposals(
         self, store: Store, recipe: Recipe, engine: Engine, say: Say
     ) -> dict[str, list[Proposal]]:
@@ -354,11 +367,13 @@ class Study:
         config = self.config
         setting = Setting(config.seed, config.device, recipe, min(config.budgets))
         threads = max(1, int(config.resources.cpu))
-        asked = [
-            (method, Question(self._label(method, space), method.make(), space, setting, threads))
-            for space in self.spaces.values()
-            for method in config.proposers
-        ]
+        asked = []
+        for space in self.spaces.values():
+            profile = self._profiles.get(space.name)
+            own = setting if profile is None else replace(setting, latency=profile.predicted)
+            for method in config.proposers:
+                label = self._label(method, space)
+                asked.append((method, Question(label, method.make(), space, own, threads)))
         found, self.failures = proposals(store, asked, self.task.for_search(), engine, say)
         return found
 
