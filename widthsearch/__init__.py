@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from widthsearch.latency import Latency as Latency
     from widthsearch.latency import LatencyConfig as LatencyConfig
     from widthsearch.outcomes import Outcome as Outcome
+    from widthsearch.proposers import Proposal as Proposal
+    from widthsearch.proposers import Setting as Setting
+    from widthsearch.references import load_space as load_space
+    from widthsearch.sampler import WidthSampler as WidthSampler
     from widthsearch.space import SearchSpace as SearchSpace
-    from widthsearch.space import load_space as load_space
     from widthsearch.study import Study as Study
     from widthsearch.training import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
@@ -43,16 +46,19 @@ _WHERE = {
     "Latency": "latency",
     "LatencyConfig": "latency",
     "Outcome": "outcomes",
+    "Proposal": "proposers",
     "Recipe": "training",
     "SearchSpace": "space",
+    "Setting": "proposers",
     "Study": "study",
     "StudyConfig": "config",
     "Task": "data",
     "TaskConfig": "data",
+    "WidthSampler": "sampler",
     "Widths": "widths",
     "WidthsearchError": "errors",
     "load": "export",
-    "load_space": "space",
+    "load_space": "references",
     "load_task": "data",
     "train": "export",
 }
