@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from widthsearch.channels import find_channels, gate_gradients, inherit, unit_sums
 from widthsearch.errors import SpaceError, WidthsError
-from widthsearch.space import SearchSpace, load_space
+from widthsearch.references import load_space
+from widthsearch.space import SearchSpace
 
 
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
@@ -247,3 +248,18 @@ def test_channels_that_two_axes_share_cannot_be_cut() -> None:
     assert find_channels(space, space.base).unknown == {0, 1}
     with pytest.raises(SpaceError, match="cannot be told apart"):
         inherit(space, space.build(1.0), {"narrow": [0, 1, 2, 3]})
+
+
+def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
+    """It reads one channel of the image, and none of its own."""
+    grey = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 4),
+    )
+    space = SearchSpace.from_model(grey, (1, 8, 8))
+    channels = find_channels(space, space.base)
+    assert set(channels.readers) == {"2.weight", "5.weight"}

@@ -225,8 +225,15 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         base = weight if id(weight) in self.parameters else self.origin.get(id(weight), weight)
         if id(base) in self.parameters:
             name = self.parameters[id(base)]
-            turned = base is not weight and base.dim() == 2
-            self.readers[name] = 1 - dim % 2 if turned else dim
+            if base is not weight:  # a view of it, turned or repeated for a batch
+                own = self.along(weight, dim)
+                held = [self.along(base, d) for d in range(base.dim())]
+                if base.dim() == 2:
+                    dim = 1 - (dim + base.dim() - weight.dim())  # with one channel: turned
+                for d, elements in enumerate(held):
+                    if own is not None and elements is not None and torch.equal(own, elements):
+                        dim = d
+            self.readers[name] = dim
 
     origin: dict[int, Tensor]
 
@@ -312,7 +319,8 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         own, other = self.along(weight, 0), self.along(weight, 1)
         channels = self.along(x, 1)
         inputs, outputs = _shape(x)[1], _shape(out)[1]
-        self.read(weight, 0 if transposed else 1)
+        if channels is not None or other is not None:  # a stem reads no axis
+            self.read(weight, 0 if transposed else 1)
         if transposed:
             made = other
             if channels is not None and own is not None:
@@ -321,7 +329,8 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = own
             if channels is not None and other is not None:
                 self.elements.unite(channels.view(groups, -1), other.view(1, -1))
-        if channels is not None and made is not None and inputs == groups and inputs > 1:
+        follows = not isinstance(options[5], int)  # else so many groups at any widths
+        if channels is not None and made is not None and inputs == groups > 1 and follows:
             # depthwise: each filter has a channel of its own
             self.elements.unite(channels.view(-1, 1), made.view(inputs, -1))
         if made is not None and transposed and groups > 1:
@@ -625,7 +634,8 @@ def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
         parameter = parameters[key]
         if parameter.grad is None:
             return
-        products = (parameter.detach() * parameter.grad).movedim(dim, 0).flatten(1).sum(1)
+        products = (parameter.detach() * parameter.grad).movedim(dim, 0)
+        products = products.reshape(len(products), -1).sum(1)
         for axis, sums in unit_sums(channels, key, dim, products).items():
             read.add(axis)
             out[axis] = out[axis] + sums
@@ -693,7 +703,9 @@ def _kept_positions(
     return np.array([a < 0 or kept[a][u] for a, u in zip(axes, units, strict=True)], bool)
 
 
-def inherit(space: SearchSpace, model: nn.Module, keep: Keep) -> nn.Module:
+def inherit(
+    space: SearchSpace, model: nn.Module, keep: Keep, channels: Channels | None = None
+) -> nn.Module:
     """A narrower network with the weights that belong to the channels that are kept.
 
     In eval mode it computes what ``model`` does with the other channels masked (:func:`masked`),
@@ -704,11 +716,12 @@ def inherit(space: SearchSpace, model: nn.Module, keep: Keep) -> nn.Module:
         model: A network of the space, at any of its widths; it is left as it is.
         keep: Per axis by name, the channels to keep, in terms of the layer that the axis is named
             after; axes left out keep all.
+        channels: Where the units lie in ``model``, if that is known.
 
     Raises:
         WidthsError: The channels do not fit the axes, or their number is not on the grid.
     """
-    channels = find_channels(space, _widths_of(space, model))
+    channels = channels or find_channels(space, _widths_of(space, model))
     kept = kept_units(space, channels, keep)
     counts = [int(k.sum()) * a.unit for k, a in zip(kept, space.trace.axes, strict=True)]
     narrow = space.build(counts, initialise=False)

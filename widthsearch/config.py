@@ -31,7 +31,7 @@ from widthsearch.data import TaskConfig
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency import LatencyConfig
 from widthsearch.proposers import PROPOSERS, Proposer
-from widthsearch.space import load_function
+from widthsearch.references import load_function
 from widthsearch.stopping import FrontStopping
 from widthsearch.training import Recipe
 

@@ -125,7 +125,7 @@ class Constraints:
             Pinned(axes[i].name, axes[i].base, "pinned by the user", axes[i].layers)
             for i in sorted(pinned)
         ]
-        return _substituted(trace, kept_traced, by_user, values), tuple(kept)
+        return substituted(trace, kept_traced, by_user, values), tuple(kept)
 
     def _gridded(self, trace: Trace, axes: Sequence[Axis]) -> list[Axis]:
         """Each axis with the bounds and the step that it is given."""
@@ -310,7 +310,7 @@ def _joined(axes: Sequence[Axis], units: Sequence[int]) -> tuple[int, Axis]:
     return ratio * multiple(units), on_grid(tied, ratio * multiple(steps), least, most)
 
 
-def _substituted(
+def substituted(
     trace: Trace, axes: Sequence[TracedAxis], pinned: Sequence[Pinned], values: Sequence[Poly]
 ) -> Trace:
     """The trace with each of its variables replaced by a polynomial of those of ``axes``."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from widthsearch import decoding
 from widthsearch.decoding import Split as Split
 from widthsearch.errors import DataError
-from widthsearch.space import load_function
+from widthsearch.references import load_function
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from widthsearch import __version__
 from widthsearch.checkpoints import write_atomically
+from widthsearch.constraints import Constraints
 from widthsearch.data import Split, Task
 from widthsearch.errors import CheckpointError, StudyError
+from widthsearch.hashing import hash_of_code
 from widthsearch.outcomes import Outcome
-from widthsearch.space import SearchSpace, load_space
+from widthsearch.references import load_space
+from widthsearch.space import SearchSpace
 from widthsearch.study import Study
 from widthsearch.training import CHECKPOINT, EpochResult, TrainingRun, evaluate
 
@@ -43,7 +50,8 @@ def train(
     """Train an outcome's widths in full, once a seed, and test each network.
 
     Networks learn from the training and validation splits together; the test split is read once a
-    network, after its last epoch. An interrupted call goes on where it ended.
+    network, after its last epoch. An interrupted call goes on where it ended. What the folder holds
+    stays loadable until the new networks are trained.
 
     Args:
         study: The study.
@@ -59,7 +67,7 @@ def train(
         What ``card.json`` holds.
 
     Raises:
-        StudyError: The task has no test split, or training diverged.
+        StudyError: The task has no test split, training diverged, or the folder cannot be written.
     """
     task, space = study.task, study.spaces[outcome.space]
     if task.test is None:
@@ -69,6 +77,8 @@ def train(
     recipe = study.recipe if epochs is None else replace(study.recipe, epochs=epochs)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(outcome.id))
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     everything = replace(task, train=_joined(task.train, task.validation))
     tested: dict[int, float] = {}
     first: nn.Module | None = None
@@ -105,11 +115,13 @@ def train(
         },
         "versions": versions(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    space.save_widths(folder / WIDTHS, outcome.widths)
-    state = {key: value.cpu() for key, value in first.state_dict().items()}
-    write_atomically(folder / WEIGHTS, lambda file: torch.save(state, file))
-    _write_json(folder / CARD, card)  # last: a folder with a card is whole
+    weights = io.BytesIO()
+    torch.save({key: value.cpu() for key, value in first.state_dict().items()}, weights)
+    with _writing(folder):
+        _remove(folder / CARD)  # first, and written last: a folder with a card is whole
+        space.save_widths(folder / WIDTHS, outcome.widths)
+        write_atomically(folder / WEIGHTS, lambda file: file.write(weights.getbuffer()))
+        _write_json(folder / CARD, card)
     return card
 
 
@@ -124,7 +136,8 @@ def _train_one(
     on_epoch: Callable[[int, EpochResult], None] | None,
 ) -> None:
     checkpoints = folder / "checkpoints" / str(number)
-    run = TrainingRun(model, task, recipe, seed=seed, device=device)
+    code = hash_of_code(model)
+    run = TrainingRun(model, task, recipe, seed=seed, device=device, code=code)
     if (checkpoints / CHECKPOINT).exists():
         try:
             run.load(checkpoints)
@@ -132,7 +145,8 @@ def _train_one(
             _logger.warning("network %d is trained from the start: %s", number + 1, error)
     while not run.finished:
         result = run.run_epoch()
-        run.save(checkpoints)
+        with _writing(folder):
+            run.save(checkpoints)
         if on_epoch is not None:
             on_epoch(number, result)
     if run.epoch < recipe.epochs:
@@ -140,6 +154,28 @@ def _train_one(
             f"training diverged in epoch {run.epoch} with seed {seed}: lower the recipe's lr "
             f"(now {recipe.lr})"
         )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(
+            f"the folder {str(folder)!r} must be writable, but {error.filename or 'a file'} is "
+            f"not: {error.strerror}; name another folder, or go on when that is mended"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, if it is there, before anything that is written after is on disk."""
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
@@ -157,16 +193,9 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
         WidthsError: Its space is another one now, or its widths are not on the grid.
     """
     folder = Path(folder)
-    card = _read_json(folder / CARD)
+    about = _read_json(folder / CARD).get("space")
     if space is None:
-        about = card["space"]
-        if about["reference"] is None:
-            raise StudyError(
-                f"{str(folder)!r} was trained in a space without a reference ({about['name']!r}): "
-                "give the space, load(folder, space=...)"
-            )
-        space = load_space(about["reference"], about["input"])
-        space = space.constrained(**about["constraints"])
+        space = _space_of(about, folder)
     model = space.build(space.load_widths(folder / WIDTHS), initialise=False)
     try:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
@@ -177,6 +206,31 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
             f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line}; train the pick again"
         ) from error
     return model.eval()
+
+
+def _space_of(about: Any, folder: Path) -> SearchSpace:
+    """The space that a card tells of."""
+    card = str(folder / CARD)
+    keys = ("reference", "name", "input", "constraints")
+    missing = [key for key in keys if not isinstance(about, dict) or key not in about]
+    if missing:
+        raise StudyError(f"{card!r} does not say the space's {missing[0]!r}; train the pick again")
+    reference, name, shape, constraints = (about[key] for key in keys)
+    if reference is None:
+        raise StudyError(
+            f"{str(folder)!r} was trained in a space without a reference ({name!r}): give the "
+            "space, load(folder, space=...)"
+        )
+    try:
+        asked = TypeAdapter(Constraints).validate_python(constraints)
+        shape = TypeAdapter(tuple[int, ...] | None).validate_python(shape)
+        reference = TypeAdapter(str).validate_python(reference)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise StudyError(
+            f"{card!r} is damaged: {first['msg']}, but was {first['input']!r}; train the pick again"
+        ) from None
+    return load_space(reference, shape).under(asked)
 
 
 def _from_anywhere(reference: str | None) -> str | None:
@@ -204,10 +258,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(content, dict):
+            raise ValueError("it is not a mapping")
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(
             f"a trained folder must hold {WIDTHS}, {WEIGHTS} and {CARD}, but {str(path)!r} cannot "
             f"be read: {error}"
         ) from error
-    assert isinstance(content, dict)
     return content

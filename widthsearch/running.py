@@ -117,7 +117,7 @@ class Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def line(self) -> str:
         """The line that is running."""
         self.fixed_in.add(self.layers[-1] if self.layers else "")
-        return calling_line(_SKIP)
+        return _line()
 
     def __torch_dispatch__(
         self,
@@ -189,13 +189,13 @@ class Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Positions that a model knows by number: another size would have no meaning there."""
         for dim in dims(*rest):
             if (n := poly_of(x.shape[dim])) and as_constant(n) is None:
-                self.system.pin_value(n, f"looked up by index: {calling_line(_SKIP)}")
+                self.system.pin_value(n, f"looked up by index: {_line()}")
 
     def _position(self, x: Tensor) -> None:
         """What is resized to an image is a grid of positions, even where it is a parameter."""
         for n in x.shape[2:]:
             if as_constant(p := poly_of(n)) is None:
-                self.system.pin_value(p, f"a position, not a channel: {calling_line(_SKIP)}")
+                self.system.pin_value(p, f"a position, not a channel: {_line()}")
 
     def _cut(self, packet: Any, x: Tensor, dim: int = 0, *place: Any) -> None:
         """A slice or a choice asks that its places are there at every width."""
@@ -258,6 +258,11 @@ class Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.activations = add(self.activations, poly_of(first.numel()))
 
 
+def _line() -> str:
+    """The line of the model's code that is running."""
+    return calling_line(_SKIP, run_on_meta.__code__)
+
+
 class Stopped(Exception):  # noqa: N818 - what it becomes depends on where it stopped
     """A run that came to an end in some layer."""
 
@@ -287,7 +292,7 @@ def _explained(model: nn.Module, run: Run) -> Iterator[None]:
 
 def calling_line_of(error: BaseException) -> str:
     """``file:line`` of the innermost frame of ``error`` that is not torch's or ours."""
-    place = "unknown code"
+    place = "torch's own code"
     traceback = error.__traceback__
     while traceback is not None:
         filename = traceback.tb_frame.f_code.co_filename

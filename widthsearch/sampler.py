@@ -8,24 +8,24 @@ one.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler, TPESampler
-from optuna.study import Study, create_study
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
+from threadpoolctl import ThreadpoolController
 
 from widthsearch.acquisition import Gain
 from widthsearch.grid import Batch, Grid
 from widthsearch.pareto import non_dominated
-from widthsearch.space import SearchSpace
 from widthsearch.storage import directions, distributions
 from widthsearch.surrogate import (
     Array,
@@ -36,15 +36,20 @@ from widthsearch.surrogate import (
 )
 from widthsearch.widths import Axis, Widths
 
+if TYPE_CHECKING:
+    from widthsearch.space import SearchSpace
+
+_blas = functools.cache(ThreadpoolController)
+"""Small matrices: threads would wait for cores that train."""
+
 LatencyPredictor = Callable[[Batch], tuple[Array, Array]]
 """Latency of networks and the standard deviation of that prediction, (N,), in milliseconds."""
 
 FIRST = 8
 """Networks that are trained before the surrogate is asked."""
-REPEATS = 20
 WHOLE = 4096
 """Networks of a space that are still all looked at, each time."""
-_PARENTS = 32  # of the front, at most, that candidates are made of
+_PARENTS = 32  # of the front, at most, that candidates are made of; and of given profiles
 _EACH = 300  # candidates of each kind
 
 
@@ -138,6 +143,8 @@ class WidthSampler(BaseSampler):
                 "objectives must hold accuracy, and each name of objectives and limits must be of "
                 f"accuracy, latency_ms, {', '.join(costs)}, but they are {', '.join(named)}"
             )
+        if "latency_ms" in (limits or {}) and "latency_ms" not in objectives and latency is None:
+            raise ValueError("limits of latency_ms need it among the objectives, or a `latency`")
         self.axes = tuple(axes)
         self.objectives = tuple(objectives)
         self.coordinates = Coordinates(self.axes, costs)
@@ -288,6 +295,16 @@ class WidthSampler(BaseSampler):
         Returns:
             Fewer than ``count`` where no widths within the limits are left.
         """
+        with _blas().limit(limits=1, user_api="blas"):
+            return self._propose(known, count, seen, rivals)
+
+    def _propose(
+        self,
+        known: Sequence[Known],
+        count: int,
+        seen: Collection[Widths],
+        rivals: Sequence[tuple[float, ...]],
+    ) -> list[Proposed]:
         barred = {widths.vector for widths in seen}
         if not self._repeats:
             barred |= {trial.widths.vector for trial in known}
@@ -332,11 +349,15 @@ class WidthSampler(BaseSampler):
             return None
         return _Pool.of(self.coordinates, widths)
 
+    @cached_property
+    def _allowed_rows(self) -> set[bytes]:
+        return set() if self._allowed is None else {row.tobytes() for row in self._allowed}
+
     def _pool(self, batch: Batch) -> _Pool:
         """Those of some widths that may be asked for."""
         batch = np.unique(batch, axis=0)
         if self._allowed is not None:
-            batch = batch[np.isin(_rows(batch), _rows(self._allowed))]
+            batch = batch[[row.tobytes() in self._allowed_rows for row in batch]]
         return _Pool.of(self.coordinates, batch)
 
     def _view(self, trials: Sequence[Known], rivals: Sequence[tuple[float, ...]]) -> _View:
@@ -360,7 +381,7 @@ class WidthSampler(BaseSampler):
             window=window.reshape(-1, 2).T,
             floor=float(min(mean.min(), narrowest[0])),
         )
-        front = widths[non_dominated(np.column_stack([-mean, costs]))]
+        front = self._grid.nearest(widths[non_dominated(np.column_stack([-mean, costs]))])
         view = _View(tuple(names), self._limits, surrogate, latency, gain, front)
         running = [trial.widths.vector for trial in trials if trial.running]
         if running:
@@ -384,7 +405,9 @@ class WidthSampler(BaseSampler):
         if pool is None:
             batch = self._random(rng)
             if number < 2 or self._limits:
-                lines = self._grid.families(np.array([*self._profiles, *batch[:16]]), 64)
+                lines = self._grid.families(
+                    np.array([*self._profiles[-_PARENTS:], *batch[:16]]), 64
+                )
                 batch = np.concatenate([batch, lines])
             pool = self._pool(batch)
         within = np.flatnonzero(self._within(pool))
@@ -402,12 +425,16 @@ class WidthSampler(BaseSampler):
         if whole is not None:
             return self._unbarred(*_descending(whole.widths, self._gains(view, whole)), barred)
         grid, parents = self._grid, view.front
-        if len(parents) > _PARENTS:
-            parents = parents[np.sort(rng.permutation(len(parents))[:_PARENTS])]
-        lines = [np.array(self._profiles), parents[:: max(1, len(parents) // 8)]]
+        parents, given = (
+            some[np.sort(rng.permutation(len(some))[:_PARENTS])]
+            for some in (parents, np.array(self._profiles))
+        )
+        profiles = [given, parents[:: max(1, len(parents) // 8)]]
+        if self._limits:
+            profiles.append(self._random(rng)[:16])
         batch = np.concatenate(
             [
-                grid.families(np.concatenate(lines), 32),
+                grid.families(np.concatenate(profiles), 64 if self._limits else 32),
                 grid.mixtures(rng, parents, _EACH),
                 grid.crossings(rng, parents, _EACH),
                 grid.mutations(rng, parents, 2 * _EACH),
@@ -460,7 +487,7 @@ class _View:
         surrogate: Of accuracy.
         latency: Predicts latency, where anything needs it.
         gain: Of hypervolume over the front so far.
-        front: The front's widths, (F, axes).
+        front: The front's widths on the grid, (F, axes); its members may be of other bounds.
     """
 
     costs: tuple[str, ...]
@@ -520,63 +547,6 @@ def learned_latency(coordinates: Coordinates, widths: Batch, ms: Array) -> Laten
     return predict
 
 
-def _rows(batch: Batch) -> NDArray[np.void]:
-    """Each width vector as one value, (N,)."""
-    packed = np.ascontiguousarray(batch)
-    rows: NDArray[np.void] = packed.view([("", packed.dtype)] * packed.shape[1]).reshape(-1)
-    return rows
-
-
 def _descending(widths: Batch, gains: Array) -> tuple[Batch, Array]:
     order = np.argsort(-gains, kind="stable")
     return widths[order], gains[order]
-
-
-def draw(
-    axes: Sequence[Axis],
-    objectives: Sequence[str],
-    known: Sequence[Known],
-    seen: Collection[Widths],
-    seed: int,
-) -> Widths | None:
-    """Widths that are not among ``seen``; None when the whole grid is.
-
-    TPE repeats itself on small grids (46 of 60 draws were distinct in one trial of it): after
-    ``REPEATS`` repeats in a row the widths are drawn uniformly.
-    """
-    if _all_seen(axes, seen):
-        return None
-    names = tuple(axis.name for axis in axes)
-    space = distributions(axes)
-    sampler = TPESampler(multivariate=True, seed=seed)
-    study = create_study(directions=directions(objectives), sampler=sampler)
-    study.add_trials([_frozen(axes, trial) for trial in known if _on_grid(axes, trial.widths)])
-    for _ in range(REPEATS):
-        trial = study.ask(dict(space))
-        widths = Widths(names, tuple(trial.params[name] for name in names))
-        if widths not in seen:
-            return widths
-        study.tell(trial, state=TrialState.FAIL)
-    rng = np.random.default_rng(seed)
-    while True:
-        widths = Widths(names, tuple(int(rng.choice(axis.grid)) for axis in axes))
-        if widths not in seen:
-            return widths
-
-
-def _frozen(axes: Sequence[Axis], trial: Known) -> FrozenTrial:
-    return create_trial(
-        state=TrialState.PRUNED if trial.values is None else TrialState.COMPLETE,
-        values=trial.values,
-        params=trial.widths.to_json(),
-        distributions=dict(distributions(axes)),
-    )
-
-
-def _on_grid(axes: Sequence[Axis], widths: Widths) -> bool:
-    return all(width in axis.grid for axis, width in zip(axes, widths.vector, strict=True))
-
-
-def _all_seen(axes: Sequence[Axis], seen: Collection[Widths]) -> bool:
-    size = math.prod(len(axis.grid) for axis in axes)
-    return size <= len(seen) and sum(_on_grid(axes, widths) for widths in seen) >= size

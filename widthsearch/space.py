@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
-import inspect
 import math
 import random
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,10 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from widthsearch import channels
+from widthsearch.cache import cached_trace
 from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
-from widthsearch.errors import SpaceError, WidthsearchError, WidthsError
+from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.initialisation import Recorder, Scheme
 from widthsearch.inputs import Inputs, as_inputs
 from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
@@ -92,6 +87,7 @@ class SearchSpace:
         pin: str | Sequence[str] = (),
         tie: str | Sequence[str | Sequence[str]] = (),
         init: Callable[[nn.Module], Any] | None = None,
+        cache: bool = True,
     ) -> SearchSpace:
         """The space of all widths of a model.
 
@@ -113,6 +109,8 @@ class SearchSpace:
             pin: Axes that are fixed at their base, by name or glob (``layer3.*``).
             tie: Groups of axes that keep their bases' ratio; each becomes one axis.
             init: Called on each network that is built, after the recorded scheme.
+            cache: Whether a trace of the same model may be read from disk, and this one be kept
+                there; see :mod:`widthsearch.cache`.
 
         Raises:
             TraceError: The model cannot be traced; names the module and the operation.
@@ -124,7 +122,7 @@ class SearchSpace:
         if not isinstance(made, nn.Module):
             raise SpaceError(f"{model!r} must return a torch.nn.Module, but returned {made!r}")
         inputs = as_inputs(input_shape)
-        traced = trace(made, inputs)
+        traced = cached_trace(made, inputs) if cache else trace(made, inputs)
         if not traced.axes:
             raise SpaceError(
                 f"{type(made).__name__} has no free width: each of its {len(traced.pinned)} widths "
@@ -324,24 +322,67 @@ class SearchSpace:
             self._forms[quantity] = QuadraticForm.from_poly(poly, units)
         return self._forms[quantity]
 
-    def macs(self, widths: ArrayLike) -> NDArray[np.int64]:
-        """Multiply-accumulates of one sample's forward pass.
+    def macs(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
+        """Multiply-accumulates of one sample's forward pass, for many width vectors at once.
 
         Args:
-            widths: Integers, shape (N, axes) or (axes,), in channels.
+            widths: Whole numbers, shape (N, axes) or (axes,), in channels; or :class:`Widths`, or
+                a sequence of them. They need not be on the grid: what they would cost is counted
+                in whole units of each axis (groups, heads), rounded down.
 
         Returns:
             int64, shape (N,) or (). Twice this is what ``FlopCounterMode`` counts.
+
+        Raises:
+            WidthsError: They have another shape, or are not whole numbers from 0 on.
         """
-        return self.form("macs")(widths)
+        return self.form("macs")(self._vectors(widths))
 
-    def params(self, widths: ArrayLike) -> NDArray[np.int64]:
-        """Number of parameters; shapes as in :meth:`macs`."""
-        return self.form("params")(widths)
+    def params(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
+        """Number of parameters; arguments, shapes and errors as in :meth:`macs`."""
+        return self.form("params")(self._vectors(widths))
 
-    def activations(self, widths: ArrayLike) -> NDArray[np.int64]:
-        """Output elements of all convolutions and matrix products; shapes as in :meth:`macs`."""
-        return self.form("activations")(widths)
+    def activations(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
+        """Output elements of all convolutions and matrix products; the rest as in :meth:`macs`."""
+        return self.form("activations")(self._vectors(widths))
+
+    def _vectors(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
+        """Width vectors as integers, shape (N, axes) or (axes,)."""
+        if isinstance(widths, Widths):
+            vectors: Any = self._vector(widths)
+        elif isinstance(widths, Sequence):
+            vectors = [self._vector(w) if isinstance(w, Widths) else w for w in widths]
+        else:
+            vectors = widths
+        try:
+            array = np.asarray(vectors)
+        except ValueError:
+            raise WidthsError("width vectors must have one length, but have several") from None
+        if array.shape == (0,):
+            array = np.empty((0, len(self.axes)), np.int64)
+        if array.ndim not in (1, 2) or array.shape[-1] != len(self.axes):
+            raise WidthsError(
+                f"the widths of space {self.name!r} have shape ({len(self.axes)},) or "
+                f"(N, {len(self.axes)}), but were given with shape {array.shape}"
+            )
+        if array.dtype.kind == "f":
+            broken = array[~np.isfinite(array) | (array != np.floor(array))]
+            if broken.size:
+                raise WidthsError(f"widths must be whole numbers, but one is {broken[0]}")
+            array = array.astype(np.int64)
+        if array.dtype.kind not in "iu":
+            raise WidthsError(f"widths must be whole numbers, but are of type {array.dtype}")
+        if array.size and array.min() < 0:
+            raise WidthsError(f"widths must not be negative, but one is {array.min()}")
+        return array
+
+    def _vector(self, widths: Widths) -> tuple[int, ...]:
+        if widths.names != self.names:
+            raise WidthsError(
+                f"widths must be of the axes {self._listed()} of space {self.name!r}, but are of "
+                f"{', '.join(widths.names[:8])}"
+            )
+        return widths.vector
 
     def cost(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Cost:
         """The exact cost of one architecture."""
@@ -495,129 +536,3 @@ def _meta(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(meta, requires_grad=tensor.requires_grad)
     return meta
-
-
-# -- references ------------------------------------------------------------------------------
-
-
-def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
-    """The function behind ``package.module:function`` or ``path/to/file.py:function``.
-
-    Args:
-        reference: The text.
-        error: What is raised, with one line that says what is wrong and what to do.
-    """
-    where, _, name = reference.rpartition(":")
-    beside = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
-    for folder in (str(Path.cwd()), *beside):  # an installed command has neither on its path
-        if folder not in sys.path:
-            sys.path.append(folder)
-    if not where or not name:
-        raise error(
-            f"{reference!r} must be `package.module:function` or `path/to/file.py:function`"
-        )
-    module = _module_from_file(Path(where), reference, error) if where.endswith(".py") else None
-    if module is None:
-        try:
-            module = importlib.import_module(where)
-        except Exception as cause:
-            raise error(
-                f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}"
-            ) from cause
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
-        close = difflib.get_close_matches(name, public, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise error(f"{reference!r}: {where} has no function {name!r}{hint}")
-    return function  # type: ignore[no-any-return]
-
-
-def _module_from_file(path: Path, reference: str, error: type[Exception]) -> ModuleType:
-    if not path.is_file():
-        raise error(f"{reference!r}: there is no file {str(path)!r} (looked in {Path.cwd()})")
-    content = path.read_bytes()
-    digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
-    name = f"_widthsearch_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as cause:
-        del sys.modules[name]
-        raise error(f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
-    return module
-
-
-_loaded: dict[tuple[str, tuple[int, ...] | None, Any], SearchSpace] = {}
-
-
-def load_space(reference: str, input_shape: Sequence[int] | None = None) -> SearchSpace:
-    """The space behind a reference; traced once in a process.
-
-    Args:
-        reference: ``torchvision:NAME``, ``package.module:function`` or ``path/to/file.py:function``
-            (a function without required arguments that returns a :class:`SearchSpace`).
-        input_shape: One sample's shape; for ``torchvision:NAME`` alone, by default (3, 224, 224).
-
-    Raises:
-        SpaceError: One line that says what is wrong with the reference.
-    """
-    shape = tuple(input_shape) if input_shape is not None else None
-    prefix, _, name = reference.partition(":")
-    if prefix == "torchvision":
-        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, None)
-        if key not in _loaded:
-            _loaded[key] = _torchvision(name, shape or (3, 224, 224))
-        return _loaded[key]
-    if shape is not None:
-        raise SpaceError(
-            f"an input shape goes with `torchvision:NAME` alone; {reference!r} sets its own"
-        )
-    function = load_function(reference)
-    key = (reference, None, function)
-    if key not in _loaded:
-        required = [
-            p.name
-            for p in inspect.signature(function).parameters.values()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-        if required:
-            raise SpaceError(
-                f"{reference!r} must need no arguments, but needs {', '.join(required)}"
-            )
-        try:
-            space = function()
-        except WidthsearchError:
-            raise
-        except Exception as cause:
-            said = " ".join(str(cause).split())
-            raise SpaceError(f"{reference!r} failed: {type(cause).__name__}: {said}") from cause
-        if not isinstance(space, SearchSpace):
-            raise SpaceError(
-                f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "
-                "wrap a model with SearchSpace.from_model(model, input_shape)"
-            )
-        _loaded[key] = space
-    return _loaded[key]
-
-
-def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
-    import torchvision
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"
-        raise SpaceError(f"torchvision has no classification model {name!r}; {hint}")
-    quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-
-    def make_model() -> nn.Module:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **quiet)
-        return model
-
-    return SearchSpace.from_model(make_model, input_shape, name=f"torchvision:{name}")

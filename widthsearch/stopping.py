@@ -90,7 +90,7 @@ class FrontStopping:
     """
 
     kind: Literal["front"] = "front"
-    chance: float = 0.1
+    chance: float = 0.15
     finished: int = 8
     first_epoch: int = 1
 
@@ -171,7 +171,7 @@ def extrapolate(
 def logit(accuracy: float | Sequence[float]) -> Array:
     """The logit of accuracies in percent, half a point from 0 and 100 so that all are finite."""
     a = np.asarray(accuracy, np.float64)
-    return np.log((a + 0.5) / (100.5 - a))  # type: ignore[no-any-return]
+    return np.log((a + 0.5) / (100.5 - a))
 
 
 def _regressors(curve: Curve, epoch: int) -> Array:

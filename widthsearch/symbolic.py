@@ -15,7 +15,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -496,14 +496,17 @@ def poly_of(value: torch.SymInt | int) -> Poly:
     return constant(value) if isinstance(value, int) else _poly_of(value.node)
 
 
-def calling_line(skip: Sequence[str]) -> str:
-    """``file:line`` and the text of the innermost running line outside the ``skip`` folders."""
+def calling_line(skip: Sequence[str], within: CodeType) -> str:
+    """``file:line`` and the text of the innermost line that runs ``within`` some function.
+
+    Lines of files in the ``skip`` folders are passed over.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not within:
         filename = frame.f_code.co_filename
         if not filename.startswith("<") and not any(filename.startswith(s) for s in skip):
             text = linecache.getline(filename, frame.f_lineno).strip()
             short = "/".join(filename.replace("\\", "/").split("/")[-2:])
             return f"{short}:{frame.f_lineno} `{text}`"
         frame = frame.f_back
-    return "unknown code"
+    return "torch's own code"

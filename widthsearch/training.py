@@ -154,6 +154,7 @@ class TrainingRun:
         seed: For the order of images, augmentation and dropout. The initialisation is the model's.
         device: Where, e.g. ``cpu`` or ``cuda:0``; the model is moved there.
         threads: CPU threads while it trains; None leaves torch's number.
+        code: What tells the model's code from other code: checkpoints are of the same alone.
 
     Raises:
         DeviceError: The device is not there.
@@ -169,6 +170,7 @@ class TrainingRun:
         seed: int,
         device: str = "cpu",
         threads: int | None = None,
+        code: str | None = None,
     ) -> None:
         self._device = check_device(device)
         self._recipe, self._seed, self._threads = recipe, seed, threads
@@ -209,6 +211,7 @@ class TrainingRun:
             "seed": seed,
             "task": [task.name, len(task.train), len(task.validation), *task.input_shape],
             "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+            **({} if code is None else {"code": code}),
         }
 
     @property

@@ -1,0 +1,262 @@
+"""Prune-and-tune: channels leave a trained network, which is fine-tuned in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain, islice, repeat
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.channels import Channels, find_channels, inherit
+from widthsearch.data import DeviceLoader, Task
+from widthsearch.devices import (
+    autocast,
+    check_device,
+    deterministic_cudnn,
+    pick_memory_format,
+    seeded,
+)
+from widthsearch.errors import SpaceError, StudyError
+from widthsearch.proposers.protocol import Setting
+from widthsearch.proposers.scores import Per, Removal
+from widthsearch.space import SearchSpace
+from widthsearch.training import Recipe, evaluate, fit, parameter_groups
+from widthsearch.widths import Widths
+
+
+class Tuning:
+    """A network of a space that is fine-tuned at a constant learning rate, and cut in between.
+
+    Args:
+        space: The space.
+        model: A trained network of it.
+        channels: Where the units lie in ``model``.
+        task: The data.
+        recipe: Whose batches, momentum, weight decay, label smoothing and precision to use.
+        every: Steps of a stretch.
+        lr: The learning rate.
+        seed: For the order of images, augmentation and dropout.
+        device: Where it trains.
+
+    Attributes:
+        model: The network as it is now.
+        channels: Where each axis's units lie in it.
+        images: How many images a stretch sees.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        model: nn.Module,
+        channels: Channels,
+        task: Task,
+        recipe: Recipe,
+        *,
+        every: int,
+        lr: float,
+        seed: int,
+        device: str,
+    ) -> None:
+        self.model = model
+        self.channels = channels
+        self._space, self._task, self._recipe = space, task, recipe
+        self._every, self._lr, self._seed, self._stretch = every, lr, seed, 0
+        self._device = check_device(device)
+        blank = torch.zeros(2, *task.input_shape, device=self._device)
+        self._layout = pick_memory_format(model, blank)
+        self._loader = DeviceLoader(task.train, task, recipe.batch_size, self._device, self._layout)
+        self.images = every * min(recipe.batch_size, len(task.train))
+
+    def train(self, after_backward: Callable[[int], None] | None = None) -> None:
+        """Fine-tune for a stretch, with momentum that starts anew.
+
+        Args:
+            after_backward: Is called, with the number of images, before the weights move.
+
+        Raises:
+            StudyError: The loss is no longer finite.
+        """
+        model, recipe = self.model.train(), self._recipe
+        optimizer = torch.optim.SGD(
+            parameter_groups(model, recipe.weight_decay),
+            lr=self._lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            fused=True,
+        )
+        cast = autocast(self._device, recipe.precision)
+        total = torch.zeros((), device=self._device)
+        self._stretch += 1
+        with seeded(self._seed, self._stretch, self._device) as generator, deterministic_cudnn():
+            epochs = (self._loader.batches(augment=True, generator=generator) for _ in repeat(None))
+            for images, labels in islice(chain.from_iterable(epochs), self._every):
+                with cast:
+                    logits = model(images)
+                loss = F.cross_entropy(
+                    logits.float(), labels, label_smoothing=recipe.label_smoothing
+                )
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                if after_backward is not None:
+                    after_backward(len(labels))
+                optimizer.step()
+                total += loss.detach()
+        if not math.isfinite(total.item()):
+            raise StudyError(
+                f"fine-tuning must keep a finite loss, but with lr={self._lr} it diverged; lower it"
+            )
+
+    def accuracy(self) -> float:
+        """Top-1 on the validation split in percent."""
+        return evaluate(
+            self.model, self._task, "validation", str(self._device), self._recipe.precision
+        )
+
+    def cut(self, axis: int, units: NDArray[np.intp]) -> None:
+        """Go on with a narrower network, without those units of an axis.
+
+        Args:
+            axis: The axis, by index.
+            units: Units of the network as it is now.
+        """
+        of_channel = self.channels.unit[self._space.trace.axes[axis].maker]
+        keep = np.flatnonzero(~np.isin(of_channel, units)).tolist()
+        narrow = inherit(self._space, self.model, {self._space.names[axis]: keep}, self.channels)
+        self.model = narrow.to(memory_format=self._layout)
+        self.channels = without(self.channels, axis, units)
+
+
+def without(channels: Channels, axis: int, units: NDArray[np.intp]) -> Channels:
+    """Where units lie in a network from which those units of an axis were cut."""
+    left = np.ones(channels.units[axis], bool)
+    left[units] = False
+    number = np.cumsum(left) - 1
+    axes, unit = {}, {}
+    for where, of_position in channels.axis.items():
+        mine, of_axis = of_position == axis, channels.unit[where].copy()
+        stays = ~mine
+        stays[mine] = left[of_axis[mine]]
+        of_axis[mine] = number[of_axis[mine]]
+        axes[where], unit[where] = of_position[stays], of_axis[stays]
+    counts = list(channels.units)
+    each = channels.widths.vector[axis] // counts[axis]
+    counts[axis] = int(left.sum())
+    vector = list(channels.widths.vector)
+    vector[axis] = each * counts[axis]
+    widths = Widths(channels.widths.names, tuple(vector))
+    return replace(channels, widths=widths, units=tuple(counts), axis=axes, unit=unit)
+
+
+def check_rate(lr: float) -> None:
+    """Raise :class:`StudyError` unless it is a learning rate."""
+    if not 0 < lr < math.inf:
+        raise StudyError(f"`0 < lr < inf` must hold, but fine-tuning has lr={lr!r}")
+
+
+def prune_and_tune(
+    space: SearchSpace,
+    task: Task,
+    setting: Setting,
+    score: Callable[[Tuning], list[Tensor]],
+    *,
+    every: int,
+    lr: float,
+    per: Per,
+    pretrain: Recipe,
+) -> tuple[tuple[Widths, ...], dict[str, Any]]:
+    """Train the base; then, by turns, score channels while fine-tuning, and remove one grid step.
+
+    It ends at ``setting.lowest`` of the base's MACs, or when nothing may go. Every network on the
+    way really is the narrower one, and is fine-tuned for a stretch before it is measured. Axes
+    whose channels cannot be cut alone keep their base width; of axes that a user tied, units of the
+    same number go together.
+
+    Args:
+        space: The space.
+        task: The data.
+        setting: The seed, the device, the smallest network.
+        score: Fine-tunes for a stretch and says, per axis, what each unit is worth; inf for axes
+            that it cannot score, which keep their base width.
+        every: Fine-tuning steps of a stretch.
+        lr: Their learning rate.
+        per: What scores are divided by.
+        pretrain: How the base is trained; also fine-tuning's batches and regularisation.
+
+    Returns:
+        The trajectory, and for provenance ``members``: for each of the trajectory's its ``macs``,
+        its ``accuracy`` (pruned and tuned, top-1 on the validation split in percent), and the
+        ``epochs`` of training that it took so far, in epochs of the base network by MACs.
+
+    Raises:
+        StudyError: Training diverged, or predicted latency is wanted but not known.
+        SpaceError: No axis can be cut.
+    """
+    base = space.cost(space.base).macs
+    whole = find_channels(space, space.base)
+    removal = Removal(space, per=per, latency=setting.latency, kept=whole.unknown)
+    # How many units make a step of each axis.
+    counts = [axis.step // t.unit for axis, t in zip(space.axes, space.trace.axes, strict=True)]
+    if not removal.possible.any():
+        raise _nothing_to_cut(space)
+    model = space.build(space.base, seed=setting.seed)
+    curve = fit(
+        model,
+        task,
+        pretrain,
+        seed=setting.seed,
+        device=setting.device,
+        on_epoch=lambda e: setting.report(
+            f"base: epoch {e.epoch} of {pretrain.epochs}, {e.accuracy:.1f}%"
+        ),
+    )
+    if math.isnan(curve[-1].accuracy):
+        raise StudyError(
+            f"the base network must train before it is pruned, but with lr={pretrain.lr} it "
+            "diverged; lower it"
+        )
+    tuning = Tuning(
+        space,
+        model,
+        whole,
+        task,
+        pretrain,
+        every=every,
+        lr=lr,
+        seed=setting.seed,
+        device=setting.device,
+    )
+    epochs = float(pretrain.epochs)
+    members = []
+    while True:
+        scores = [of_axis.double().cpu().numpy() for of_axis in score(tuning)]
+        macs = space.cost(tuning.channels.widths).macs
+        epochs += tuning.images / len(task.train) * macs / base
+        members.append({"macs": macs, "accuracy": tuning.accuracy(), "epochs": epochs})
+        setting.report(f"{macs / base:.2f} of the base's MACs: {members[-1]['accuracy']:.1f}%")
+        if macs <= setting.lowest * base:
+            break
+        weakest = [np.argsort(s, kind="stable")[:n] for s, n in zip(scores, counts, strict=True)]
+        losses = [s[units].sum() for s, units in zip(scores, weakest, strict=True)]
+        axis = removal.weakest(np.array(losses))
+        if axis is None:
+            break
+        removal.remove(axis)
+        tuning.cut(axis, weakest[axis])
+    if macs == base > setting.lowest * base:
+        raise _nothing_to_cut(space)
+    trajectory = tuple(Widths(space.names, tuple(int(w) for w in step)) for step in removal.path)
+    return trajectory, {"members": members}
+
+
+def _nothing_to_cut(space: SearchSpace) -> SpaceError:
+    return SpaceError(
+        f"some axis of space {space.name!r} must have channels that can be cut alone, and be above "
+        "its `least`, but none is; use a method that cuts nothing, such as `sensitivity`"
+    )

@@ -1,0 +1,142 @@
+"""References to code by name: functions, and spaces; what is wrong with one is said in one line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from widthsearch.errors import SpaceError, WidthsearchError
+from widthsearch.space import SearchSpace
+
+
+def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
+    """The function behind ``package.module:function`` or ``path/to/file.py:function``.
+
+    Args:
+        reference: The text.
+        error: What is raised, with one line that says what is wrong and what to do.
+    """
+    where, _, name = reference.rpartition(":")
+    beside = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
+    for folder in (str(Path.cwd()), *beside):  # an installed command has neither on its path
+        if folder not in sys.path:
+            sys.path.append(folder)
+    if not where or not name:
+        raise error(
+            f"{reference!r} must be `package.module:function` or `path/to/file.py:function`"
+        )
+    module = _module_from_file(Path(where), reference, error) if where.endswith(".py") else None
+    if module is None:
+        try:
+            module = importlib.import_module(where)
+        except (Exception, SystemExit) as cause:
+            raise error(
+                f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}"
+            ) from cause
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
+        close = difflib.get_close_matches(name, public, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise error(f"{reference!r}: {where} has no function {name!r}{hint}")
+    return function  # type: ignore[no-any-return]
+
+
+def _module_from_file(path: Path, reference: str, error: type[Exception]) -> ModuleType:
+    if not path.is_file():
+        raise error(f"{reference!r}: there is no file {str(path)!r} (looked in {Path.cwd()})")
+    content = path.read_bytes()
+    digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
+    name = f"_widthsearch_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as cause:
+        del sys.modules[name]
+        raise error(f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
+    return module
+
+
+_loaded: dict[tuple[str, tuple[int, ...] | None, Any], SearchSpace] = {}
+
+
+def load_space(reference: str, input_shape: Sequence[int] | None = None) -> SearchSpace:
+    """The space behind a reference; traced once in a process.
+
+    Args:
+        reference: ``torchvision:NAME``, ``package.module:function`` or ``path/to/file.py:function``
+            (a function without required arguments that returns a :class:`SearchSpace`).
+        input_shape: One sample's shape; for ``torchvision:NAME`` alone, by default (3, 224, 224).
+
+    Raises:
+        SpaceError: One line that says what is wrong with the reference.
+    """
+    shape = tuple(input_shape) if input_shape is not None else None
+    prefix, _, name = reference.partition(":")
+    if prefix == "torchvision":
+        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, None)
+        if key not in _loaded:
+            _loaded[key] = _torchvision(name, shape or (3, 224, 224))
+        return _loaded[key]
+    if shape is not None:
+        raise SpaceError(
+            f"an input shape goes with `torchvision:NAME` alone; {reference!r} sets its own"
+        )
+    function = load_function(reference)
+    key = (reference, None, function)
+    if key not in _loaded:
+        required = [
+            p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if required:
+            raise SpaceError(
+                f"{reference!r} must need no arguments, but needs {', '.join(required)}"
+            )
+        try:
+            space = function()
+        except WidthsearchError:
+            raise
+        except (Exception, SystemExit) as cause:
+            said = " ".join(str(cause).split())
+            raise SpaceError(f"{reference!r} failed: {type(cause).__name__}: {said}") from cause
+        if not isinstance(space, SearchSpace):
+            raise SpaceError(
+                f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "
+                "wrap a model with SearchSpace.from_model(model, input_shape)"
+            )
+        _loaded[key] = space
+    return _loaded[key]
+
+
+def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"
+        raise SpaceError(f"torchvision has no classification model {name!r}; {hint}")
+    quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+
+    def make_model() -> nn.Module:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **quiet)
+        return model
+
+    return SearchSpace.from_model(make_model, input_shape, name=f"torchvision:{name}")
