@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,14 @@ from hypothesis import strategies as st
 from strategies import space_of, spaces, widths_of
 
 from widthsearch.errors import WidthsError
-from widthsearch.families import LinearFamily, along, baselines, candidates
+from widthsearch.families import (
+    Family,
+    LinearFamily,
+    PowerFamily,
+    along,
+    baselines,
+    candidates,
+)
 from widthsearch.proposers import Proposal
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
@@ -109,3 +118,58 @@ def test_baselines_are_uniform_then_random() -> None:
     ends = [("Grouped", 0.2), ("Depthwise", 0.6)]
     assert [(c.space, c.origin["budget"]) for c in few] == ends
     assert baselines(spaces, [0.3], 0, seed=0) == []
+
+
+def test_a_power_family_by_hand() -> None:
+    """An axis that stays has β = 0; the other one's is the slope of its log width."""
+    space = space_of("Residual").constrained(step={"stem": 1, "conv1": 1})
+    path = [space.widths([16, 32]), space.widths([16, 16]), space.widths([16, 8])]
+    family = PowerFamily.through(space, path)
+    tau = np.log(space.macs([widths.vector for widths in path]))
+    slope = np.polyfit(tau, np.log([32.0, 16.0, 8.0]), 1)[0]
+    assert family.beta == pytest.approx([0.0, slope])
+    members = family.members
+    begun = members[:, 1] > space.axes[1].least
+    assert set(members[begun, 0]) == {16}  # reached at once, and never left
+    assert members[-1, 1] == space.axes[1].most
+    wide = family.solve(2 * space.cost(space.base).macs)
+    assert wide["stem"] == 16
+    assert wide["conv1"] > 32
+
+
+@given(st.data(), spaces, st.sampled_from(["linear", "power"]))
+def test_families_meet_budgets_within_a_step(
+    data: st.DataObject, space: SearchSpace, name: Literal["linear", "power"]
+) -> None:
+    """From below, along a monotone staircase of single steps."""
+    wide = data.draw(widths_of(space))
+    narrow = [min(a, b) for a, b in zip(wide, data.draw(widths_of(space)), strict=True)]
+    trajectory = tuple(dict.fromkeys([space.widths(wide), space.widths(narrow)]))
+    proposal = Proposal("any", trajectory, {})
+    steps = np.array([axis.step for axis in space.axes])
+    family: Family = LinearFamily(space, trajectory[0])
+    if name == "power" and len(trajectory) > 1:
+        family = PowerFamily.through(space, trajectory)
+    moves = np.diff(family.members, axis=0)
+    assert ((moves == 0) | (moves == steps)).all()
+    assert ((moves > 0).sum(1) == 1).all()
+    budget = data.draw(st.integers(int(space.macs(family.members[0])), 10**7))
+    assert space.macs(along(space, proposal, budget, name).vector) <= budget
+
+
+def test_a_mixture_lies_between_its_proposals() -> None:
+    """The geometric mean of both, scaled to the budget; named after both."""
+    space = space_of("Residual")
+    a = Proposal("a", (space.widths([16, 8]),), {})
+    b = Proposal("b", (space.widths([4, 32]),), {})
+    budget = 0.3
+    found = candidates(
+        {"Residual": space}, {"Residual": [a, b]}, [budget], ["linear", "mixture", "power"]
+    )
+    assert [(c.origin["proposer"], c.origin["family"]) for c in found] == [
+        ("a", "linear"),
+        ("b", "linear"),
+        ("a+b", "mixture"),
+    ]  # with one member, power is linear
+    shares = [w / h for w, h in (c.widths.vector for c in found)]
+    assert shares[1] < shares[2] < shares[0]

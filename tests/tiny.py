@@ -74,6 +74,7 @@ def config(**changes: Any) -> StudyConfig:
         "recipe": {"epochs": 4, "batch_size": 32},
         "proposers": ["uniform"],
         "budgets": [0.25, 0.5],
+        "families": ["linear"],
         "trials": 6,
     }
     return StudyConfig(**{**values, **changes})

@@ -192,6 +192,8 @@ class StudyConfig(BaseModel):
         recipe: How each candidate is trained.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
+        families: How proposals are scaled: ``linear``, ``power`` (a trajectory's own trend), and
+            the ``mixture`` of each two.
         baselines: The share of the trials that are baselines: uniform widths at each budget (in
             every space: depth × width), then random ones.
         objectives: What the front is of; latency_ms is measured.
@@ -228,6 +230,10 @@ class StudyConfig(BaseModel):
         0.35,
         0.5,
         0.75,
+    )
+    families: Annotated[tuple[Literal["linear", "power", "mixture"], ...], Field(min_length=1)] = (
+        "linear",
+        "power",
     )
     baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
     objectives: tuple[Objective, ...] = ("accuracy", "macs")

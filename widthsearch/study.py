@@ -217,7 +217,7 @@ class Study:
                 candidates=[
                     *[Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()],
                     *families.baselines(self.spaces, config.budgets, share, config.seed),
-                    *families.candidates(self.spaces, found, config.budgets),
+                    *families.candidates(self.spaces, found, config.budgets, config.families),
                 ],
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 profiles=self._profiles,
