@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
+
+import torch
 
 from widthsearch.errors import SpaceError
 from widthsearch.polynomials import Poly, add, constant, multiply
@@ -43,7 +45,8 @@ class Constraints:
             whole units of the axis (its groups, heads) ask for it.
         align: A device, ``cuda`` (steps of 8) or ``cpu`` (16), or a number of channels: the step of
             the axes that ``step`` says nothing of. Axes narrower than two such blocks take half a
-            block, and so on, so that each has a narrower width.
+            block, and so on, so that each has a narrower width. ``none`` keeps a study from
+            choosing steps by its device (:func:`default_block`).
     """
 
     pin: str | Sequence[str] = ()
@@ -66,31 +69,46 @@ class Constraints:
         for value in steps:
             if value is not None and not (_whole(value) and value >= 1):
                 raise SpaceError(f"`step >= 1` must hold, in whole channels, but step={value!r}")
-        if isinstance(self.align, str) and self.align not in BLOCKS:
+        if isinstance(self.align, str) and self.align not in (*BLOCKS, "none"):
             raise SpaceError(
-                f"`align` must be {', '.join(BLOCKS)} or a number of channels, but is "
+                f"`align` must be {', '.join(BLOCKS)}, none or a number of channels, but is "
                 f"{self.align!r}"
             )
         if not isinstance(self.align, str | None) and not (_whole(self.align) and self.align >= 1):
             raise SpaceError(f"`align >= 1` must hold, in whole channels, but is {self.align!r}")
-        if self.align is not None and not isinstance(self.step, Mapping | None):
+        if self.align not in (None, "none") and not isinstance(self.step, Mapping | None):
             raise SpaceError(
                 f"one step for every axis leaves nothing to align, but step={self.step} and "
                 f"align={self.align!r}: leave one out"
             )
 
-    def apply(self, trace: Trace, axes: Sequence[Axis]) -> tuple[Trace, tuple[Axis, ...]]:
+    def stepped(self, trace: Trace, axes: Sequence[Axis]) -> frozenset[str]:
+        """The names of the axes whose steps this says."""
+        names = [axis.name for axis in axes]
+        if self.align is not None:
+            return frozenset(names)
+        return frozenset(names[i] for i in _by_axis(self.step, names, trace))
+
+    def apply(
+        self,
+        trace: Trace,
+        axes: Sequence[Axis],
+        block: int | None = None,
+        stepped: Set[str] = frozenset(),
+    ) -> tuple[Trace, tuple[Axis, ...]]:
         """The trace and the axes that remain.
 
         Args:
             trace: What the axes were traced from, in the same order.
             axes: The axes before.
+            block: The most that :func:`default_step` takes, for axes whose steps nobody said.
+            stepped: The axes of which somebody did before.
 
         Raises:
             SpaceError: A name matches no axis, a bound excludes the base, or nothing is left.
         """
         names = [axis.name for axis in axes]
-        gridded = self._gridded(trace, axes)
+        gridded = self._gridded(trace, axes, block, stepped)
         pinned = {i for name in _listed(self.pin) for i in matching(name, names, trace)}
         groups = self._groups(names, trace)
         first_of: dict[int, int] = {}
@@ -127,14 +145,17 @@ class Constraints:
         ]
         return substituted(trace, kept_traced, by_user, values), tuple(kept)
 
-    def _gridded(self, trace: Trace, axes: Sequence[Axis]) -> list[Axis]:
+    def _gridded(
+        self, trace: Trace, axes: Sequence[Axis], default: int | None, stepped: Set[str]
+    ) -> list[Axis]:
         """Each axis with the bounds and the step that it is given."""
         names = [axis.name for axis in axes]
         least, most, steps = (
             _by_axis(given, names, trace)
             for given in (_multiple(self.least), _multiple(self.most), self.step)
         )
-        block = BLOCKS[self.align] if isinstance(self.align, str) else self.align
+        block = BLOCKS.get(self.align) if isinstance(self.align, str) else self.align
+        stepped = stepped | self.stepped(trace, axes)
         out = []
         for i, (axis, traced) in enumerate(zip(axes, trace.axes, strict=True)):
             step = axis.step
@@ -142,6 +163,8 @@ class Constraints:
                 step = math.gcd(math.lcm(traced.unit, int(steps[i])), axis.base)
             elif block is not None:
                 step = aligned_step(axis.base, traced.unit, int(block))
+            elif default is not None and not axis.tied and axis.name not in stepped:
+                step = default_step(axis.base, traced.unit, default)
             low = _channels("least", axis, least[i]) if i in least else axis.least
             high = _channels("most", axis, most[i]) if i in most else axis.most
             out.append(on_grid(axis, step, low, high))
@@ -162,14 +185,27 @@ class Constraints:
         return groups
 
 
-def default_step(base: int, unit: int = 1) -> int:
+def default_block(device: str) -> int:
+    """Channels in a block of a device's kernels: the most that a default step takes there.
+
+    On ``cuda`` 8: 16 bytes of bf16, as tensor cores load them (TF32 needs 4). On a CPU with
+    AVX-512 16, the lanes of fp32; in bf16 the stairs are the same (a 3×3 convolution of 17 channels
+    takes 1.9 times as long as one of 16). On other CPUs 8, oneDNN's block with AVX2.
+    """
+    if not device.startswith("cuda") and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return BLOCKS["cpu"]
+    return 8
+
+
+def default_step(base: int, unit: int = 1, block: int = 8) -> int:
     """The step of an axis for which none was given.
 
-    An eighth of the base rounded to a power of two, at most 8 (16 channels: 2, 32: 4, 64 and more:
-    8), since kernels work in such blocks; less where the base is not a multiple of it, and always
-    a multiple of ``unit``.
+    An eighth of the base rounded to a power of two, at most ``block`` (16 channels: 2, 32: 4, 64
+    and more: 8), so that every axis reaches an eighth of its base and wide ones go in whole blocks
+    of the device's kernels; less where the base is not a multiple of it, and always a multiple of
+    ``unit``.
     """
-    wanted = min(8, 2 ** max(0, round(math.log2(max(base, 1) / 8))))
+    wanted = min(block, 2 ** max(0, round(math.log2(max(base, 1) / 8))))
     step = unit
     while step * 2 <= wanted and base % (step * 2) == 0:
         step *= 2

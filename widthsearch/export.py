@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import operator
 import os
 import platform
 import statistics
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from widthsearch import __version__
@@ -222,15 +222,12 @@ def _space_of(about: Any, folder: Path) -> SearchSpace:
             "space, load(folder, space=...)"
         )
     try:
-        asked = TypeAdapter(Constraints).validate_python(constraints)
-        shape = TypeAdapter(tuple[int, ...] | None).validate_python(shape)
-        reference = TypeAdapter(str).validate_python(reference)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise StudyError(
-            f"{card!r} is damaged: {first['msg']}, but was {first['input']!r}; train the pick again"
-        ) from None
-    return load_space(reference, shape).under(asked)
+        asked = Constraints(**constraints)
+        shape = None if shape is None else tuple(map(operator.index, shape))
+        where = str.__str__(reference)
+    except TypeError as error:
+        raise StudyError(f"{card!r} is damaged ({error}); train the pick again") from None
+    return load_space(where, shape).under(asked)
 
 
 def _from_anywhere(reference: str | None) -> str | None:

@@ -17,7 +17,7 @@ are multiples of 8, nothing can be known about smaller blocks, and the deviation
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -229,7 +229,6 @@ class LatencyModel:
             )
         order = np.random.default_rng(0).permutation(networks)
         fold = (order % min(_FOLDS, networks))[network.reshape(-1)]
-        macs = self.space.macs(self.vectors) / self.space.cost(self.space.base).macs
         predicted, linear, inside = np.empty((3, len(self.ms)))
         for out in range(fold.max() + 1):
             test, train = fold == out, fold != out
@@ -239,14 +238,14 @@ class LatencyModel:
             mean, sd = model(self.vectors[test])
             predicted[test] = mean
             inside[test] = np.abs(mean - self.ms[test]) < _Z90 * np.hypot(sd, self.sd[test])
-            linear[test] = _line(macs[train], self.ms[train], macs[test])
+            linear[test] = line_of_macs(self.space, *part[:2])(self.vectors[test])
         return Errors(
             networks=networks,
             median=float(np.median(np.abs(predicted / self.ms - 1))),
             tau=float(kendalltau(predicted, self.ms).statistic),
             coverage=float(inside.mean()),
             median_macs=float(np.median(np.abs(linear / self.ms - 1))),
-            tau_macs=float(kendalltau(macs, self.ms).statistic),
+            tau_macs=float(kendalltau(self.space.macs(self.vectors), self.ms).statistic),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -397,6 +396,11 @@ def _solve(features: Features, y: Array, noise: Array, step: int) -> _Fit:
     theta = centre.copy()
     trust = np.ones(len(y))
     changed = math.inf
+
+    def misfit(at: Array) -> float:
+        prior = (((at - centre) / width) ** 2).sum()
+        return float((weight * (y - _evaluate(at, features)[0]) ** 2).sum() + prior)
+
     for iteration in range(_ITERATIONS + 1):
         width = np.concatenate([[_U_SD] * 3, [_OFF_SD], np.full(2 * layers, delta)])
         weight = trust / (sigma**2 + noise**2)
@@ -406,10 +410,13 @@ def _solve(features: Features, y: Array, noise: Array, step: int) -> _Fit:
         move = covariance @ (jacobian.T @ (weight * (y - value)) - (theta - centre) / width**2)
         if iteration == _ITERATIONS or max(np.abs(move).max(), changed) < 1e-3:
             break
-        theta = theta + move / max(1.0, np.abs(move).max())
+        move /= max(1.0, np.abs(move).max())
+        error = misfit(theta)
+        while misfit(theta + move) > error and np.abs(move).max() > 1e-3:
+            move /= 2
+        theta = theta + move
         if iteration < _SETTLE:  # else all that is not yet fitted would be taken for noise
             continue
-        value, jacobian = _evaluate(theta, features)
         energy = float((theta[4:] ** 2 + np.diag(covariance)[4:]).sum())
         delta = _updated(energy, 2 * layers, _DELTA, _DELTA_WEIGHT)
         missed = (y - value) ** 2 + np.einsum("ij,jk,ik->i", jacobian, covariance, jacobian)
@@ -448,8 +455,16 @@ def _averaged(
     return tuple((float(w), fit) for w, fit in zip(weight, fits, strict=True) if w)
 
 
-def _line(macs: Array, ms: Array, at: Array) -> Array:
-    """``a + b · MACs``, by least squares of relative errors, at other MACs."""
-    terms = np.stack([np.ones_like(macs), macs], 1) / ms[:, None]
-    a, b = np.linalg.lstsq(terms, np.ones_like(ms), rcond=None)[0]
-    return a + b * at  # type: ignore[no-any-return]
+def line_of_macs(
+    space: SearchSpace, vectors: ArrayLike, ms: ArrayLike
+) -> Callable[[ArrayLike], Array]:
+    """``a + b · MACs`` by least squares of relative errors: what any model must beat."""
+
+    def terms(widths: ArrayLike) -> Array:
+        macs = space.macs(np.atleast_2d(np.asarray(widths))) / space.cost(space.base).macs
+        return np.stack([np.ones(len(macs)), macs], 1)
+
+    measured = np.asarray(ms, np.float64)
+    rows = terms(vectors) / measured[:, None]
+    line = np.linalg.lstsq(rows, np.ones_like(measured), rcond=None)[0]
+    return lambda widths: terms(widths) @ line

@@ -71,6 +71,7 @@ class SearchSpace:
     scheme: Scheme
     init: Callable[[nn.Module], Any] | None = None
     _free: SearchSpace | None = field(default=None, repr=False)
+    _stepped: frozenset[str] = field(default=frozenset(), repr=False)
     _forms: dict[str, QuadraticForm] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -165,9 +166,17 @@ class SearchSpace:
         """
         return self.under(Constraints(pin, tie, least, most, step, align))
 
-    def under(self, asked: Constraints) -> SearchSpace:
-        """The same for constraints that are a value, such as a study's."""
-        trace, axes = asked.apply(self.trace, self.axes)
+    def under(self, asked: Constraints, block: int | None = None) -> SearchSpace:
+        """The same for constraints that are a value, such as a study's.
+
+        Args:
+            asked: The constraints.
+            block: Channels in a block of the kernels of the device that the networks are for
+                (:func:`~widthsearch.constraints.default_block`): the most that steps are by
+                default, where neither the space nor ``asked`` says another step or ``align``.
+        """
+        stepped = self._stepped | asked.stepped(self.trace, self.axes)
+        trace, axes = asked.apply(self.trace, self.axes, block, stepped)
         free = self._free if trace is self.trace else self.free
         # Not dataclasses.replace: what else is cached on this space is of its own axes.
         return SearchSpace(
@@ -179,6 +188,7 @@ class SearchSpace:
             self.scheme,
             self.init,
             free,
+            stepped,
         )
 
     @property

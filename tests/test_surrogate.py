@@ -1,0 +1,182 @@
+"""The surrogate: closed forms against refits, calibration, repeats, curves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+
+from widthsearch.families import LinearFamily
+from widthsearch.grid import Grid
+from widthsearch.surrogate import (
+    Array,
+    Coordinates,
+    Features,
+    Surrogate,
+    extrapolated,
+    factor,
+)
+from widthsearch.widths import Axis
+
+AXES = [Axis(str(i), 32, 8, 64, 8) for i in range(5)]
+COORDINATES = Coordinates(AXES, {"macs": lambda w: (w[:, 1:] * w[:, :-1]).sum(axis=1)})
+GRID = Grid(AXES)
+FAMILY = LinearFamily(tiny.space(), tiny.widths(4, 8))
+
+
+def truth(widths: NDArray[np.int64]) -> Array:
+    """Percent: four axes that saturate, one that does not matter, and an interaction."""
+    u = COORDINATES.units(widths)
+    return 70 + 8 * (1 - np.exp(-2 * u[:, :4])).sum(axis=1) + 2 * u[:, 0] * u[:, 1]
+
+
+def trained(
+    count: int, noise: float = 0.5, seed: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Random networks and what their training gave."""
+    rng = np.random.default_rng(seed)
+    widths = GRID.random(rng, count)
+    return widths, truth(widths) + rng.normal(0, noise, count)
+
+
+def fitted(count: int, noise: float = 0.5, seed: int = 0) -> Surrogate:
+    """A surrogate of random networks."""
+    return Surrogate.fit(COORDINATES, *trained(count, noise, seed))
+
+
+def test_a_left_out_outcome_is_predicted_as_if_it_had_never_been() -> None:
+    """The closed form, against a posterior without the row at the same amplitudes."""
+    widths, accuracy = trained(12)
+    whole = Surrogate.fit(COORDINATES, widths, accuracy)
+    left = whole.left_out()
+    for i in (0, 5, 11):
+        others = np.delete(np.arange(12), i)
+        seen = Features.of(COORDINATES, widths[others])
+        lower = factor(whole.amplitudes, seen, np.zeros(11))
+        without = replace(whole, _seen=seen, _y=whole._y[others], _lower=lower)
+        belief = without.predict(widths[i : i + 1])
+        assert left.mean[i] == pytest.approx(belief.mean[0], rel=1e-6)
+        assert left.sd[i] == pytest.approx(np.hypot(belief.sd[0], whole.noise), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [50, 100])
+def test_its_intervals_are_calibrated(count: int) -> None:
+    """Of outcomes left out, and of networks that were never trained."""
+    coverage, unseen = [], []
+    for seed in range(4):
+        surrogate = fitted(count, seed=seed)
+        coverage.append(surrogate.coverage(0.9))
+        fresh = GRID.random(np.random.default_rng(99 + seed), 300)
+        belief = surrogate.predict(fresh)
+        unseen.append((np.abs(truth(fresh) - belief.mean) < 1.645 * belief.sd).mean())
+    assert 0.8 < np.mean(coverage) < 0.97
+    assert 0.8 < np.mean(unseen) <= 1.0
+
+
+def test_more_outcomes_make_it_right_and_the_noise_is_learned() -> None:
+    """The error falls below the noise of one training, a tenth of what the widths decide."""
+    fresh = GRID.random(np.random.default_rng(7), 300)
+    errors = [np.std(fitted(n).predict(fresh).mean - truth(fresh)) for n in (10, 40, 160)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.5
+    assert fitted(160).noise == pytest.approx(0.5, rel=0.25)
+
+
+def test_repeats_are_evidence_of_noise_and_of_the_mean() -> None:
+    """Ten trainings of the same widths tell more of them than one."""
+    widths, accuracy = trained(20)
+    again = np.concatenate([widths, np.repeat(widths[:1], 9, axis=0)])
+    more = np.concatenate([accuracy, truth(widths[:1]) + np.tile([-0.5, 0.5, 0.0], 3)])
+    once = Surrogate.fit(COORDINATES, widths, accuracy).predict(widths[:1])
+    often = Surrogate.fit(COORDINATES, again, more).predict(widths[:1])
+    assert often.sd[0] < 0.7 * once.sd[0]
+    assert often.mean[0] == pytest.approx(truth(widths[:1])[0], abs=0.4)
+
+
+def test_a_doubtful_outcome_counts_for_less() -> None:
+    """One that is far off: with a variance of its own, the others are believed."""
+    widths, accuracy = trained(30)
+    accuracy[0] -= 15
+    variance = np.zeros(30)
+    variance[0] = 15.0**2
+    plain = Surrogate.fit(COORDINATES, widths, accuracy).predict(widths)
+    doubted = Surrogate.fit(COORDINATES, widths, accuracy, variance).predict(widths)
+    assert np.std(doubted.mean - truth(widths)) < np.std(plain.mean - truth(widths))
+
+
+def test_the_unit_of_accuracy_does_not_matter() -> None:
+    """Shares of one instead of percent."""
+    widths, accuracy = trained(25)
+    percent = Surrogate.fit(COORDINATES, widths, accuracy)
+    share = Surrogate.fit(COORDINATES, widths, accuracy / 100)
+    for of_share, of_percent in [
+        (share.predict(widths).mean, percent.predict(widths).mean),
+        (share.predict(widths).sd, percent.predict(widths).sd),
+    ]:
+        assert 100 * of_share == pytest.approx(of_percent, rel=1e-5)
+
+
+def test_what_is_expected_to_come_narrows_but_does_not_move_beliefs() -> None:
+    """Means stay everywhere, and no belief widens; those of the expected narrow most."""
+    surrogate = fitted(15)
+    fresh = GRID.random(np.random.default_rng(3), 50)
+    later = surrogate.expecting(fresh[:2])
+    before, after = surrogate.predict(fresh), later.predict(fresh)
+    assert after.mean == pytest.approx(before.mean, abs=1e-6)
+    assert (after.sd <= before.sd + 1e-9).all()
+    assert (after.sd[:2] < before.sd[:2]).all()
+
+
+def test_one_outcome_is_enough_and_so_are_equal_ones() -> None:
+    """Beliefs stay finite: the level that was seen, and much doubt elsewhere."""
+    for accuracy in ([93.0], [93.0, 93.0, 93.0]):
+        widths = GRID.random(np.random.default_rng(0), len(accuracy))
+        belief = Surrogate.fit(COORDINATES, widths, accuracy).predict(GRID.whole()[::4096])
+        assert np.isfinite(belief.mean).all()
+        assert (belief.sd > 0).all()
+
+
+def test_a_family_is_predicted_at_all_its_budgets() -> None:
+    """From the narrowest member to the widest, wider than the base."""
+    space = tiny.space()
+    surrogate = Surrogate.fit(
+        Coordinates(space.axes, {"macs": space.macs, "params": space.params}),
+        [[2, 2], [8, 8], [16, 16], [4, 12]],
+        [50.0, 70.0, 80.0, 69.0],
+    )
+    curve = surrogate.along(FAMILY)
+    assert len(curve.mean) == len(FAMILY.members)
+    assert curve.mean[0] < curve.mean[-1]
+
+
+def test_constant_gaps_are_foretold_exactly() -> None:
+    """Each training gained 5 points after its second epoch."""
+    finished = [(a - 9.0, a - 5.0, a) for a in (60.0, 70.0, 75.0, 90.0)]
+    foretold = extrapolated((40.0, 50.0), finished)
+    assert foretold is not None
+    assert foretold == pytest.approx((55.0, 0.0), abs=1e-9)
+
+
+def test_a_curve_says_less_the_fewer_epochs_and_the_farther_off() -> None:
+    """The variance grows with both."""
+    rng = np.random.default_rng(0)
+    finals = rng.uniform(70, 90, 40)
+    finished = [(f - 10 + rng.normal(0, 3), f - 2 + rng.normal(0, 0.5), f) for f in finals]
+    early, late = extrapolated((70.0,), finished), extrapolated((70.0, 78.0), finished)
+    far = extrapolated((20.0, 28.0), finished)
+    assert early is not None
+    assert late is not None
+    assert far is not None
+    assert late[1] < early[1]
+    assert late[1] < far[1]
+    assert late[0] == pytest.approx(80, abs=0.5)
+
+
+def test_little_is_learned_from_few_trainings() -> None:
+    """Fewer than three, none as long, or no curve at all: no guess."""
+    assert extrapolated((50.0,), [(50.0, 60.0)] * 2) is None
+    assert extrapolated((50.0, 51.0, 52.0), [(50.0, 60.0)] * 5) is None
+    assert extrapolated((), [(50.0, 60.0)] * 5) is None
