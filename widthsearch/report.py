@@ -67,19 +67,18 @@ def space_tables(space: SearchSpace) -> Group:
     for column in ("width of", "size", "MACs", "reason", "layers"):
         counted = column in ("size", "MACs")
         pinned.add_column(column, justify="right" if counted else "left", no_wrap=counted)
-    for pin, share in zip(space.pinned, _pinned_shares(space), strict=True):
+    for pin, share in zip(space.pinned, space.pinned_shares, strict=True):
         pinned.add_row(
             Text(pin.name),
             str(pin.size),
-            f"{share:.1%}",
+            "?" if share is None else f"{share:.1%}",
             Text(pin.reason),
             Text(_shown(pin.layers)),
         )
     total = Text(
         f"base: {short(cost.macs)} MACs ({short(2 * cost.macs)} FLOPs), {short(cost.params)} "
-        f"parameters, {short(cost.activations)} activation elements a sample. An axis's share of "
-        "MACs is what would vanish with it, a pinned width's the MACs of its layers; shares "
-        "overlap, since a layer has two widths."
+        f"parameters, {short(cost.activations)} activation elements a sample. A width's share of "
+        "MACs is what would vanish with it; shares overlap, since a layer has two widths."
     )
     parts: list[RenderableType] = [axes]
     if space.pinned:
@@ -119,7 +118,7 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
                 "share_of_macs": share,
                 "layers": list(pin.layers),
             }
-            for pin, share in zip(space.pinned, _pinned_shares(space), strict=True)
+            for pin, share in zip(space.pinned, space.pinned_shares, strict=True)
         ],
     }
 
@@ -147,14 +146,6 @@ def proposal_json(space: SearchSpace, widths: Widths, proposal: Proposal) -> dic
     }
 
 
-def _pinned_shares(space: SearchSpace) -> list[float]:
-    """Per pinned width, its layers' share of the base's MACs (it has no polynomial of its own)."""
-    base = [axis.base // axis.unit for axis in space.trace.axes]
-    of_layer = {layer: _at(poly, base) for layer, poly in space.trace.layer_macs.items()}
-    macs = sum(of_layer.values())
-    return [sum(of_layer.get(layer, 0) for layer in pin.layers) / macs for pin in space.pinned]
-
-
 def _shapes(inputs: Any) -> Any:
     """What a model takes, as JSON values: shapes, by place or name."""
     if isinstance(inputs, Mapping):
@@ -166,10 +157,6 @@ def _shape_text(inputs: Any) -> str:
     shapes = _shapes(inputs)
     plain = isinstance(shapes, list) and all(isinstance(n, int) for n in shapes)
     return "×".join(map(str, shapes)) if plain else json.dumps(shapes)
-
-
-def _at(poly: Mapping[tuple[int, ...], int], x: Sequence[int]) -> int:
-    return sum(c * int(np.prod([x[i] for i in m], dtype=np.int64)) for m, c in poly.items())
 
 
 def _shown(layers: Sequence[str], room: int = 30) -> str:
@@ -344,26 +331,27 @@ def _outcome_table(
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     timed = any(o.latency is not None for o in outcomes)
     several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
+    sized = "params" in beliefs.objectives
     columns = ["id", *(["space"] if several else []), "origin", "acc %"]
-    columns += ["believed", "MACs", "×base", "params"]
-    columns += ["ms", "±", "×base"] if timed else []
+    columns += ["believed", "MACs", "×base", *(["params"] if sized else [])]
+    columns += ["ms", "×base"] if timed else []
     for column in columns:
         left = column in ("space", "origin", "believed")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for o in outcomes:
         belief = beliefs[o]
         believed = f"{belief.accuracy:.2f}"
-        believed += "" if belief.sd is None else f" ± {INTERVAL * belief.sd:.2f}"
+        believed += "" if belief.sd is None else f" ±{INTERVAL * belief.sd:.2f}"
         believed += f" ({belief.trainings}×)" if belief.trainings > 1 else ""
         believed += " ?" if (belief.dominated or 0.0) > 0.5 else ""
         row = [str(o.id), *([o.space] if several else []), described(o.origin)]
         row += [f"{o.accuracy:.2f}", believed, short(o.cost.macs)]
-        row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else "", short(o.cost.params)]
+        row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else ""]
+        row += [short(o.cost.params)] if sized else []
         if timed and o.latency is not None:
-            latency = o.latency
-            row += [f"{latency.median_ms:.3g}", f"{latency.spread_ms:.1g}", f"{latency.ratio:.2f}"]
+            row += [f"{o.latency.median_ms:.3g}", f"{o.latency.ratio:.2f}"]
         elif timed:
-            row += ["", "", ""]
+            row += ["", ""]
         table.add_row(*(Text(cell) for cell in row))
     return table
 
