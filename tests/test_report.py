@@ -62,7 +62,7 @@ def test_the_front_volume_by_hand() -> None:
 def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
     """By hand: at 100 MACs 80% against 78%, at 200 MACs 90% against 85%."""
     mine = [outcome(1, 100, 80.0, 1.0), outcome(2, 200, 90.0, 1.0)]
-    uniform = {"proposer": "uniform", "budget": 0.5, "baseline": True}
+    uniform = {"proposer": "uniform", "family": "linear", "budget": 0.5}
     rivals = [
         replace(outcome(3, 100, 78.0, 1.0), origin=uniform),
         replace(outcome(4, 200, 85.0, 1.0), origin=uniform),

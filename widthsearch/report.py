@@ -185,12 +185,13 @@ def described(origin: Mapping[str, Any]) -> str:
 
 def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outcome]:
     """A finished baseline, ``uniform`` (the bases with it) or ``random``, fewest MACs first."""
-    found = [
-        o
-        for o in outcomes
-        if o.state == "finished"
-        and (o.origin.get("proposer") == method or (method == "uniform" and o.origin.get("base")))
-    ]
+
+    def belongs(origin: Mapping[str, Any]) -> bool:
+        if origin.get("base"):
+            return method == "uniform"
+        return origin.get("proposer") == method and origin.get("family") == "linear"
+
+    found = [o for o in outcomes if o.state == "finished" and belongs(o.origin)]
     return sorted(found, key=lambda o: o.cost.macs)
 
 

@@ -207,18 +207,17 @@ class Study:
         """
         with self._driving() as (store, lease):
             config, say = self._settled(store), self._sayer(store, on_progress)
-            found = self._proposals(store, config.recipe, engine, say)
             share = round(config.baselines * config.trials)
+            queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
+            queue += families.baselines(self.spaces, config.budgets, share, config.seed)
+            found = self._proposals(store, config.recipe, engine, say)
+            queue += families.candidates(self.spaces, found, config.budgets, config.families)
             yield Search(
                 config,
                 self.spaces,
                 store,
                 lease,
-                candidates=[
-                    *[Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()],
-                    *families.baselines(self.spaces, config.budgets, share, config.seed),
-                    *families.candidates(self.spaces, found, config.budgets, config.families),
-                ],
+                candidates=queue,
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 profiles=self._profiles,
                 on_progress=on_progress,
