@@ -1,9 +1,21 @@
-"""What every test shares: one thread, no stray Ray, and no GPU test without a GPU."""
+"""What every test shares: one thread, a cache of its own, and no GPU test without a GPU."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main() -> Iterator[None]:
+    """Keep traces out of the user's own cache."""
+    with TemporaryDirectory(prefix="widthsearch-cache") as folder:
+        os.environ["WIDTHSEARCH_CACHE"] = folder
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -584,6 +584,45 @@ def test_what_is_pinned_with_its_reason(name: str) -> None:
     assert reason in reasons(space)[pinned]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells_are_pinned_at_their_line(kind: Any) -> None:
+    """Their C++ asks for numbers; what comes after them is free."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        state = None
+        for step in m.a(x).unbind(1):
+            state = m.cell(step, state)
+        return m.o(F.relu(m.b(state[0] if isinstance(state, tuple) else state)))
+
+    def make() -> nn.Module:
+        b, o = nn.Linear(16, 24), nn.Linear(24, 4)
+        return Model(forward, a=nn.Linear(5, 12), cell=kind(12, 16), b=b, o=o)
+
+    space = exact_space(make, (7, 5), device="cpu")
+    assert bases(space) == {"b": (24, 1)}
+    found = reasons(space)
+    assert {("a", 12), ("b", 16)} <= found.keys()
+    gates = {nn.LSTMCell: 64, nn.GRUCell: 48, nn.RNNCell: 16}[kind]
+    assert "`state = m.cell(step, state)`" in found["cell", gates]
+
+
+def test_a_bilinear_layer_reads_any_widths_and_makes_its_own() -> None:
+    """Its two inputs are axes, its output is pinned at its line."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.b(m.bilinear(m.a(x).mean((2, 3)), m.c(x.flatten(1)))))
+
+    def make() -> nn.Module:
+        layers = {"a": nn.Conv2d(3, 16, 1), "c": nn.Linear(192, 12), "o": nn.Linear(24, 4)}
+        return Model(forward, **layers, bilinear=nn.Bilinear(16, 12, 20), b=nn.Linear(20, 24))
+
+    space = exact_space(make, IMAGE, device="cpu")
+    assert bases(space) == {"a": (16, 1), "c": (12, 1), "b": (24, 1)}
+    assert "m.bilinear(" in reasons(space)["bilinear", 20]
+    net: Any = space.build([8, 24, 16])
+    assert (net.bilinear.in1_features, net.bilinear.in2_features) == (8, 24)
+
+
 def test_parametrisations_that_cannot_be_followed_are_pinned() -> None:
     """An orthogonal weight is computed with a basis of a fixed size."""
     traced = trace(reparametrised(parametrizations.orthogonal), IMAGE)

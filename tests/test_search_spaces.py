@@ -14,7 +14,8 @@ from strategies import counted_flops, random_widths
 from torch import nn
 
 from widthsearch.errors import SpaceError
-from widthsearch.space import SearchSpace, load_function, load_space
+from widthsearch.references import load_function, load_space
+from widthsearch.space import SearchSpace
 
 FOLDER = Path(__file__).parent.parent / "search_spaces"
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -26,9 +27,11 @@ from strategies import (
 )
 from torch import nn
 
-from widthsearch.constraints import aligned_step, default_step
+from widthsearch.constraints import Constraints, aligned_step, default_block, default_step
 from widthsearch.errors import SpaceError, WidthsError
-from widthsearch.space import SearchSpace, load_space
+from widthsearch.references import load_space
+from widthsearch.space import SearchSpace
+from widthsearch.widths import Widths
 
 TORCHVISION = {
     "resnet18": 64,
@@ -238,6 +241,64 @@ def test_widths_that_do_not_fit_are_refused(spec: object, message: str) -> None:
     assert str(error.value) == message
 
 
+def test_costs_take_whatever_is_whole() -> None:
+    """Widths, sequences of them, integers and whole floats; many at once or one."""
+    space = space_of("Residual")
+    widths = [space.widths(0.5), space.base]
+    expected = [space.cost(w).macs for w in widths]
+    assert space.macs(widths[0]).shape == ()
+    assert space.macs(widths[0]) == expected[0]
+    for many in (
+        widths,
+        [w.vector for w in widths],
+        np.array([w.vector for w in widths], float),
+        np.array([w.vector for w in widths], np.uint8),
+        (widths[0], list(widths[1].vector)),
+    ):
+        assert space.macs(many).tolist() == expected
+    assert space.params([]).tolist() == []
+    assert space.activations(space.base) == space.cost(1.0).activations
+    between = space.macs([7, 9])  # off the grid, which has multiples of 2 and 4
+    assert space.macs([6, 8]) < between < space.macs([8, 12])
+    grouped = space_of("Grouped")  # in units of 4 channels
+    assert grouped.macs([19, 24, 8]) == grouped.macs([16, 24, 8])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([8.5, 16], "widths must be whole numbers, but one is 8.5"),
+        ([[8, float("nan")]], "widths must be whole numbers, but one is nan"),
+        ([[8, float("inf")]], "widths must be whole numbers, but one is inf"),
+        (["8", "16"], "widths must be whole numbers, but are of type <U2"),
+        ([True, False], "widths must be whole numbers, but are of type bool"),
+        ([8, -16], "widths must not be negative, but one is -16"),
+        (
+            [8, 16, 4],
+            "the widths of space 'Residual' have shape (2,) or (N, 2), but were given with shape "
+            "(3,)",
+        ),
+        (
+            0.5,
+            "the widths of space 'Residual' have shape (2,) or (N, 2), but were given with "
+            "shape ()",
+        ),
+        ([[8, 16], [8]], "width vectors must have one length, but have several"),
+        (
+            Widths(("a", "b"), (8, 16)),
+            "widths must be of the axes stem, conv1 of space 'Residual', but are of a, b",
+        ),
+    ],
+)
+def test_costs_refuse_what_is_not_whole_or_not_of_the_space(given: Any, message: str) -> None:
+    """One line, of each quantity."""
+    space = space_of("Residual")
+    for cost in (space.macs, space.params, space.activations):
+        with pytest.raises(WidthsError) as error:
+            cost(given)
+        assert str(error.value) == message
+
+
 @pytest.mark.parametrize(
     ("base", "unit", "step"),
     [
@@ -269,43 +330,6 @@ def test_a_space_travels_to_workers() -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert again.fingerprint == space.fingerprint
     assert again.cost(0.5) == space.cost(0.5)
-
-
-def test_spaces_are_found_by_reference(tmp_path: Path) -> None:
-    """A file's function, loaded and traced once."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from torch import nn\nfrom widthsearch import SearchSpace\n"
-        "def tiny():\n"
-        "    return SearchSpace.from_model(\n"
-        "        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)),\n"
-        "        (3, 8, 8), name='tiny',\n"
-        "    )\n"
-        "def needs(width): ...\n"
-        "def gives(): return 3\n"
-    )
-    space = load_space(f"{file}:tiny")
-    assert space.names == ("0",)
-    assert load_space(f"{file}:tiny") is space
-    for reference, message in {
-        f"{file}:tinny": f"{file} has no function 'tinny'; did you mean 'tiny'?",
-        f"{file}:needs": "must need no arguments, but needs width",
-        f"{file}:gives": "must return a SearchSpace, but returned int",
-        f"{tmp_path}/other.py:tiny": "there is no file",
-        "no_such_package.spaces:tiny": "cannot be imported: ModuleNotFoundError",
-        "torchvision:resnet19": "did you mean 'resnet18'?",
-        "resnet18": "must be `package.module:function` or `path/to/file.py:function`",
-    }.items():
-        with pytest.raises(SpaceError) as error:
-            load_space(reference)
-        assert message in str(error.value)
-        assert "\n" not in str(error.value)
-
-
-def test_an_input_shape_goes_with_torchvision_alone() -> None:
-    """Other references set their own."""
-    with pytest.raises(SpaceError, match="goes with `torchvision:NAME` alone"):
-        load_space("search_spaces/quickstart.py:digits_resnet", (1, 8, 8))
 
 
 def test_a_model_without_freedom_is_refused() -> None:
@@ -410,6 +434,62 @@ def test_aligned_steps(base: int, unit: int, block: int, step: int) -> None:
     assert aligned_step(base, unit, block) == step
 
 
+def wide() -> nn.Module:
+    """A narrow, a wide and a grouped layer."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 1),
+        nn.Conv2d(16, 64, 1),
+        nn.Conv2d(64, 256, 1),
+        nn.Conv2d(256, 96, 1, groups=4),
+        nn.Conv2d(96, 10, 1),
+    )
+
+
+def test_a_device_decides_the_steps_that_nobody_gave() -> None:
+    """Whole blocks where an axis has eight of them; narrow axes keep their reach and grid."""
+    space = SearchSpace.from_model(wide, (3, 8, 8))
+    assert [a.step for a in space.axes] == [2, 8, 8, 8]
+    on_cpu = space.under(Constraints(), block=16)
+    assert [a.step for a in on_cpu.axes] == [2, 8, 16, 16]
+    assert [a.least for a in on_cpu.axes] == [2, 8, 32, 16]
+    assert [a.base for a in on_cpu.axes] == [16, 64, 256, 96]
+    assert all(set(a.grid) <= set(b.grid) for a, b in zip(on_cpu.axes, space.axes, strict=True))
+    assert on_cpu.fingerprint == space.fingerprint
+    bounded = space.under(Constraints(least=0.5, pin="0"), block=16)
+    assert [(a.step, a.least) for a in bounded.axes] == [(8, 32), (16, 128), (16, 48)]
+
+
+@pytest.mark.parametrize(
+    ("of_space", "of_study", "steps"),
+    [
+        ({"step": 4}, {}, [4, 4, 4, 4]),
+        ({"align": 32}, {}, [8, 32, 32, 32]),
+        ({"align": "none"}, {}, [2, 8, 8, 8]),
+        ({"step": {"2": 4}}, {}, [2, 8, 4, 16]),
+        ({}, {"step": 4}, [4, 4, 4, 4]),
+        ({}, {"align": "cuda"}, [8, 8, 8, 8]),
+        ({}, {"align": "none"}, [2, 8, 8, 8]),
+        ({}, {"step": {"2": 4}}, [2, 8, 4, 16]),
+        ({"step": {"2": 4}}, {"step": {"3": 8}}, [2, 8, 4, 8]),
+    ],
+)
+def test_steps_that_somebody_gave_stay(
+    of_space: dict[str, Any], of_study: dict[str, Any], steps: list[int]
+) -> None:
+    """In the space or in the study; ``none`` is as good as a step."""
+    space = SearchSpace.from_model(wide, (3, 8, 8), **of_space)
+    assert [a.step for a in space.under(Constraints(**of_study), block=16).axes] == steps
+
+
+def test_devices_have_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the CPU that this runs on; of tensor cores."""
+    assert default_block("cuda") == default_block("cuda:1") == 8
+    for capability, block in {"AVX512": 16, "AVX2": 8, "NEON": 8, "DEFAULT": 8}.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert default_block("cpu") == block
+        assert default_block("cuda") == 8
+
+
 def test_devices_have_their_alignment() -> None:
     """What a step was given for keeps it."""
     space = space_of("Residual")
@@ -459,7 +539,7 @@ def test_devices_have_their_alignment() -> None:
         ),
         ({"step": 0}, "`step >= 1` must hold, in whole channels, but step=0"),
         ({"step": {"stem": 1.5}}, "`step >= 1` must hold, in whole channels, but step=1.5"),
-        ({"align": "gpu"}, "`align` must be cuda, cpu or a number of channels, but is 'gpu'"),
+        ({"align": "gpu"}, "`align` must be cuda, cpu, none or a number of channels, but is 'gpu'"),
         (
             {"align": 8, "step": 4},
             "one step for every axis leaves nothing to align, but step=4 and align=8: leave one "

@@ -80,6 +80,14 @@ def test_a_width_that_code_fixes_is_pinned_at_its_line() -> None:
     assert "x = self.conv(x).view(-1, 8, 64)" in reason
 
 
+def test_a_width_that_torch_fixes_is_not_blamed_on_the_caller() -> None:
+    """Where no line of the model's own is running there is none to quote."""
+    cell = nn.Sequential(nn.Linear(5, 12), nn.GRUCell(12, 16), nn.Linear(16, 8), nn.Linear(8, 4))
+    traced = trace(cell, (5,))
+    assert [axis.name for axis in traced.axes] == ["2"]
+    assert {p.reason for p in traced.pinned if p.size in (12, 48)} == {"torch's own code"}
+
+
 class Auxiliary(nn.Module):
     """A second head that only training runs, and a layer that nothing runs."""
 

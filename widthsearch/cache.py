@@ -31,6 +31,11 @@ _logger = logging.getLogger(__name__)
 
 VARIABLE = "WIDTHSEARCH_CACHE"
 """The environment variable that names the folder instead; an empty one means no cache."""
+OWN = (
+    *("cache", "checkpoints", "errors", "hashing", "inputs", "libraries", "modules"),
+    *("polynomials", "running", "symbolic", "trace"),
+)
+"""The files of this package that a trace goes through."""
 ENTRIES = 512
 """The most files in the folder; the ones that were not read for longest go first."""
 
@@ -89,7 +94,7 @@ def key_of(model: nn.Module, inputs: Inputs) -> str | None:
 
 @functools.cache
 def _own_code() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = [Path(__file__).with_name(f"{name}.py") for name in OWN]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -128,7 +133,7 @@ def to_json(trace: Trace) -> dict[str, Any]:
     """A trace as JSON values."""
     return {
         "axes": [[a.name, a.base, a.unit, a.layers, a.maker] for a in trace.axes],
-        "pinned": [[p.name, p.size, p.reason, p.layers] for p in trace.pinned],
+        "pinned": [[p.name, p.size, p.reason, p.layers, p.places] for p in trace.pinned],
         "shapes": [[name, *map(_terms, shape)] for name, shape in trace.shapes.items()],
         "attributes": [[*where, _terms(poly)] for where, poly in trace.attributes.items()],
         "macs": _terms(trace.macs),
@@ -146,8 +151,8 @@ def from_json(content: Mapping[str, Any]) -> Trace:
             for name, base, unit, layers, maker in content["axes"]
         ),
         pinned=tuple(
-            Pinned(name, size, reason, tuple(layers))
-            for name, size, reason, layers in content["pinned"]
+            Pinned(name, size, reason, tuple(layers), tuple((key, dim) for key, dim in places))
+            for name, size, reason, layers, places in content["pinned"]
         ),
         shapes={name: tuple(map(_poly, shape)) for name, *shape in content["shapes"]},
         attributes={(layer, name): _poly(terms) for layer, name, terms in content["attributes"]},

@@ -124,7 +124,8 @@ _KERNELS = ("/Meta", "/CompositeImplicitAutograd", "/CompositeExplicitAutograd",
 def put_into_torch() -> list[tuple[str, str, Any]]:
     """What a program has put into torch's namespaces: ``(where, name, value)``, in that order.
 
-    What is torch's own but goes by another name than its own is among them, as text.
+    What is torch's own but goes by another name than its own, or with arguments, is among them, as
+    text.
     """
     found: dict[tuple[str, str], Any] = {}
     seen: set[type] = set()
@@ -137,6 +138,8 @@ def put_into_torch() -> list[tuple[str, str, Any]]:
             if kind in _FUNCTIONS_IN:
                 if not all(map(_is_torchs, _FUNCTIONS_IN[kind](value))):
                     found[where, name] = value
+                elif kind is functools.partial:
+                    found[where, name] = f"{value.func.__qualname__} {value.args} {value.keywords}"
             elif issubclass(kind, type):
                 module = str(value.__module__)
                 if module.startswith("torch"):
@@ -213,6 +216,7 @@ def settings() -> tuple[Any, ...]:
         "a mode of dispatch": torch._C._len_torch_dispatch_stack() > 0,
         "a transform of functions": torch._C._functorch.peek_interpreter_stack() is not None,
         "torch.jit.trace": torch._C._get_tracing_state() is not None,
+        "torch as sources, without a version of its own,": "-packages" not in _FOUND["torch"],
         "torch.distributed": distributed.is_available() and distributed.is_initialized(),
         "a kernel of a program's own": any(
             name.startswith("aten/") and name.endswith(_KERNELS) and not any(name in o for o in own)

@@ -86,9 +86,8 @@ def profile(
             _write(path, content)
     model = LatencyModel.from_json(space, content)
     if content["errors"] is None:
-        content = {**content, **model.to_json()}
-        _write(path, content)
-    return LatencyModel.from_json(space, content)
+        _write(path, {**content, **model.to_json()})
+    return model
 
 
 def load_profile(

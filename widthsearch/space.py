@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from widthsearch import channels
+from widthsearch.attribution import pinned_macs
 from widthsearch.cache import cached_trace
 from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
@@ -393,6 +394,21 @@ class SearchSpace:
                 f"{', '.join(widths.names[:8])}"
             )
         return widths.vector
+
+    @cached_property
+    def pinned_shares(self) -> tuple[float | None, ...]:
+        """Per pinned width, the share of the base's MACs that would vanish with it.
+
+        Shares overlap: a layer's cost depends on both its widths. None where it cannot be told.
+        """
+        free = self.free
+        total = int(free.macs(free.base))
+        macs = pinned_macs(free.template, free.input_shape, free.trace)
+        traced: list[float | None] = [None] * len(free.pinned)
+        if macs is not None:
+            traced = [m / total if total else 0.0 for m in macs]
+        shares = dict(zip(free.names, free.form("macs").share(free.base.vector), strict=True))
+        return (*traced, *(float(shares[p.name]) for p in self.pinned[len(free.pinned) :]))
 
     def cost(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Cost:
         """The exact cost of one architecture."""

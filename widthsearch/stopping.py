@@ -8,8 +8,8 @@ The extrapolation is a Bayesian linear regression, at the epoch that the trial i
 networks' final accuracy on their accuracy at that epoch, its mean over the few epochs before and
 their costs, all as logits and logarithms. Its prediction is a Student t, wide while few are
 finished (Gelman et al., Bayesian Data Analysis, 3rd ed., section 14.2, with normal priors of the
-weights). That the finished ones are those that were not stopped does no harm: what stopped the
-others is among the regressors.
+weights in proportion to the spread of what is predicted). That the finished ones are those that
+were not stopped does no harm: what stopped the others is among the regressors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from widthsearch.errors import StudyError
 Array = NDArray[np.float64]
 
 _BEFORE = 3  # epochs before the last one whose mean says how noisy that one is
-_NOISE, _NOISE_WEIGHT = 0.3, 4.0  # sd of final logits given the curve, as if from so many trials
-_WEIGHT_SD, _LEVEL_SD = 1.0, 30.0  # of the standardised regressors' weights, and of the constant
+# In shares of the spread of what is predicted: σ, as if it were known from so many trials, and the
+# standard deviations of the weights and of the constant. No accuracy is taken for granted.
+_NOISE, _NOISE_WEIGHT = 0.5, 4.0
+_SLOPE, _LEVEL = 2.0, 100.0
+_LEAST_SPREAD = 0.02  # of logits: a tenth of a point at 95%, half a point at 50%
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class FrontStopping:
     """
 
     kind: Literal["front"] = "front"
-    chance: float = 0.15
+    chance: float = 0.1
     finished: int = 8
     first_epoch: int = 1
 
@@ -129,7 +132,8 @@ def chance_of_front(
     """The probability that no finished network will dominate a running one.
 
     That is, that its final accuracy is above that of all that cost no more in every objective; 1
-    where there are none. The arguments are those of :class:`FrontStopping`.
+    where there are none. The arguments are those of :class:`FrontStopping`, with two finished
+    trials or more.
     """
     at_its_cost = [
         peer.accuracy[-1]
@@ -146,7 +150,7 @@ def extrapolate(
 ) -> Prediction:
     """A running trial's final accuracy, from those that are finished.
 
-    The arguments are those of :class:`FrontStopping`; one finished trial is enough.
+    The arguments are those of :class:`FrontStopping`, with two finished trials or more.
     """
     epoch = len(trial.accuracy)
     now = logit([peer.accuracy[epoch - 1] for peer in finished])
@@ -186,11 +190,12 @@ def _regressed(x: Array, y: Array, at: Array) -> Prediction:
     spread[spread < 1e-9] = 1.0
     rows = np.column_stack([np.ones(len(y)), (x - centre) / spread])
     row = np.append(1.0, (at - centre) / spread)
-    penalty = _NOISE**2 / np.append(_LEVEL_SD, np.full(x.shape[1], _WEIGHT_SD)) ** 2
+    noise = _NOISE * max(float(y.std(ddof=1)), _LEAST_SPREAD)
+    penalty = _NOISE**2 / np.append(_LEVEL, np.full(x.shape[1], _SLOPE)) ** 2
     covariance = np.linalg.inv(rows.T @ rows + np.diag(penalty))
     weights = covariance @ rows.T @ y
     energy = float(((y - rows @ weights) ** 2).sum() + (penalty * weights**2).sum())
     freedom = _NOISE_WEIGHT + len(y)
-    variance = (_NOISE_WEIGHT * _NOISE**2 + energy) / freedom
+    variance = (_NOISE_WEIGHT * noise**2 + energy) / freedom
     scale = math.sqrt(variance * (1 + float(row @ covariance @ row)))
     return Prediction(float(row @ weights), scale, freedom)

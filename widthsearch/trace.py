@@ -63,12 +63,14 @@ class Pinned:
         size: Its value, in channels.
         reason: What fixes it.
         layers: Every layer whose shape depends on it.
+        places: The tensors and dims with this width, or a multiple of it.
     """
 
     name: str
     size: int
     reason: str
     layers: tuple[str, ...]
+    places: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         try:
             return _freest(model, inputs, fixed).collect()
         except Stopped as stop:
-            if not stop.layer or _within(stop.layer, fixed) is not None:
+            if not stop.layer or within(stop.layer, fixed) is not None:
                 raise TraceError(str(stop)) from stop.__cause__
             fixed = {**fixed, stop.layer: stop.reason}
 
@@ -163,7 +165,7 @@ def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt
     return best
 
 
-def _within(layer: str, fixed: Mapping[str, str]) -> str | None:
+def within(layer: str, fixed: Mapping[str, str]) -> str | None:
     """Why a layer is to be given numbers, if it is."""
     for name, reason in fixed.items():
         if layer == name or layer.startswith(f"{name}."):
@@ -228,7 +230,7 @@ class _Attempt:
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
             numbers = name in module._buffers and has_content(module, name, tensor)
-            why = _within(owner, self.fixed)
+            why = within(owner, self.fixed)
             layer_of = self.model.get_submodule(owner) if owner != layer else module
             convolution = isinstance(layer_of, nn.modules.conv._ConvNd) and tensor.dim() > 2
             output = 1 if convolution and layer_of.transposed else 0
@@ -254,7 +256,7 @@ class _Attempt:
             depthwise = isinstance(module, nn.modules.conv._ConvNd) and (
                 1 < module.groups == module.in_channels
             )
-            if depthwise and _within(layer, self.fixed) is None:
+            if depthwise and within(layer, self.fixed) is None:
                 chosen.add((layer, "groups"))
         for layer, name in sorted(chosen):
             hint = dict(sizes_in(symbolic.get_submodule(layer)))[name]
@@ -379,9 +381,16 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
             while root not in reasons:
                 root = min(system.parents[root], key=lambda s: s not in reasons)
             grouped.setdefault(root, []).append(symbol)
-    rows: dict[tuple[str, int, str], dict[str, None]] = {}
+    rows: dict[tuple[str, int, str], list[_Symbol]] = {}
     for root, members in grouped.items():
         first = symbols[members[0]]
         row = first.layer or first.tensor, system.hints[members[0]], reasons[root]
-        rows.setdefault(row, {}).update(dict.fromkeys(symbols[s].layer for s in members))
-    return tuple(Pinned(*row, tuple(layers)) for row, layers in rows.items())
+        rows.setdefault(row, []).extend(symbols[s] for s in members)
+    return tuple(
+        Pinned(
+            *row,
+            layers=tuple(dict.fromkeys(where.layer for where in found)),
+            places=tuple((where.tensor, where.dim) for where in found),
+        )
+        for row, found in rows.items()
+    )

@@ -1,0 +1,49 @@
+"""How densities go on changing at the highest learning rate; prints the lines of README.md.
+
+From the repository's root: ``python -m studies.activation_density.drift --weight-decay 5e-4``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from search_spaces.quickstart import digits_resnet
+from widthsearch import Recipe
+from widthsearch.channels import find_channels
+from widthsearch.data import load_task
+from widthsearch.proposers.activation_density import density_of_axes, held
+from widthsearch.proposers.density import DensityMeter
+from widthsearch.training import TrainingRun
+
+
+def main() -> None:
+    """Train the base network, and print densities now and then."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    space, task = digits_resnet(), load_task("digits").for_search()
+    recipe = Recipe(
+        epochs=32,
+        batch_size=64,
+        lr=0.1,
+        label_smoothing=0.1,
+        weight_decay=arguments.weight_decay,
+    )
+    model = space.build(space.base, seed=arguments.seed)
+    run = TrainingRun(model, task, held(recipe, arguments.epochs), seed=arguments.seed)
+    channels = find_channels(space, space.base)
+    while not run.finished:
+        with DensityMeter(channels, model, None, {}) as meter:
+            run.run_epoch()
+        if run.epoch in (1, 5, 20, 50, 100, 200):
+            densities = density_of_axes(space, meter.counts())
+            print(run.epoch, " ".join(f"{d:.2f}" for d in densities), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Activation density against uniform widths at equal MACs; prints the tables of README.md.
+
+From the repository's root: ``python -m studies.activation_density.run --seeds 5``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from search_spaces.quickstart import digits_resnet
+from search_spaces.vgg import vgg16_bn
+from studies.compare import train
+from widthsearch import Recipe, SearchSpace, Widths
+from widthsearch.data import Task, TaskConfig, load_task, stratified
+from widthsearch.families import along
+from widthsearch.proposers import ActivationDensity, Proposal, Setting, Uniform
+
+VARIANTS: Mapping[str, ActivationDensity] = {
+    "reinit": ActivationDensity(),
+    "inherit": ActivationDensity(weights="inherit"),
+    "one epoch a phase": ActivationDensity(max_epochs=1, drop=100),
+    "patient": ActivationDensity(patience=20, max_epochs=200),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A phase's network, of one seed.
+
+    Attributes:
+        variant: How it was found.
+        phase: Which it was, from 1.
+        epochs: How many epochs it trained to its plateau.
+        plateau: Accuracy there.
+        macs: Share of the base's.
+        params: Share of the base's.
+        complexity: Training to here, and this network once in full, over the base's in full.
+        scratch: Accuracy of its widths trained from scratch by the whole recipe.
+        uniform: The same for uniform widths of no more MACs.
+        base: The same for the base.
+    """
+
+    variant: str
+    phase: int
+    epochs: int
+    plateau: float
+    macs: float
+    params: float
+    complexity: float
+    scratch: float
+    uniform: float
+    base: float
+
+
+def rows(
+    space: SearchSpace, task: Task, recipe: Recipe, seed: int, proposals: Mapping[str, Proposal]
+) -> list[Row]:
+    """Every phase after the first of one seed's proposals."""
+    accuracies: dict[Widths, float] = {}
+
+    def accuracy(widths: Widths) -> float:
+        if widths not in accuracies:
+            model = space.build(widths, seed=seed)
+            accuracies[widths] = train(model, task, recipe, seed, split="test")
+        return accuracies[widths]
+
+    full = space.cost(space.base)
+    uniform = Uniform()(space, task, Setting())
+    out = []
+    for variant, proposal in proposals.items():
+        spent = 0
+        for number, phase in enumerate(proposal.provenance["phases"], start=1):
+            spent += phase["epochs"] * phase["macs"]
+            if number == 1:
+                continue
+            widths = space.widths(phase["widths"])
+            out.append(
+                Row(
+                    variant,
+                    number,
+                    phase["epochs"],
+                    phase["accuracy"],
+                    phase["macs"] / full.macs,
+                    space.cost(widths).params / full.params,
+                    spent / (recipe.epochs * full.macs) + phase["macs"] / full.macs,
+                    accuracy(widths),
+                    accuracy(along(space, uniform, phase["macs"])),
+                    accuracy(space.base),
+                )
+            )
+    return out
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation (n - 1)."""
+    spread = np.std(values, ddof=1) if len(values) > 1 else np.nan
+    return f"{np.mean(values):.2f} ± {spread:.2f}"
+
+
+def accuracy_table(found: list[Row]) -> str:
+    """A line for each variant and phase, over the seeds that came that far."""
+    head = ["variant", "phase", "n", "MACs", "params", "epochs", "at plateau", "from scratch"]
+    head += ["uniform", "density − uniform", "− base", "complexity"]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for variant, phase in sorted({(r.variant, r.phase) for r in found}):
+        mine = [r for r in found if (r.variant, r.phase) == (variant, phase)]
+        lines.append(
+            [
+                variant,
+                str(phase),
+                str(len(mine)),
+                f"1/{1 / np.mean([r.macs for r in mine]):.1f}",
+                f"1/{1 / np.mean([r.params for r in mine]):.1f}",
+                f"{np.mean([r.epochs for r in mine]):.1f}",
+                mean_and_spread([r.plateau for r in mine]),
+                mean_and_spread([r.scratch for r in mine]),
+                mean_and_spread([r.uniform for r in mine]),
+                mean_and_spread([r.scratch - r.uniform for r in mine]),
+                mean_and_spread([r.scratch - r.base for r in mine]),
+                f"{np.mean([r.complexity for r in mine]):.2f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def density_table(space: SearchSpace, proposals: list[Mapping[str, Proposal]]) -> str:
+    """Each axis's density where a phase ended, mean and range over seeds."""
+    lines = [["variant", "phase", *space.names], ["---", *["--:"] * (len(space.axes) + 1)]]
+    for variant in proposals[0]:
+        phases = [p[variant].provenance["phases"] for p in proposals]
+        for number in range(min(map(len, phases))):
+            d = np.array([of_seed[number]["densities"] for of_seed in phases])
+            spans = zip(d.mean(0), d.min(0), d.max(0), strict=True)
+            cells = [f"{m:.2f} ({a:.2f}–{b:.2f})" for m, a, b in spans]
+            lines.append([variant, str(number + 1), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=["digits", "image_folder"], default="digits")
+    parser.add_argument("--folder", help="of image_folder: train/<class>/ and test/<class>/")
+    parser.add_argument("--images", type=int, default=5000, help="training images of image_folder")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=32)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--lowest", type=float, default=0.01)
+    parser.add_argument("--step", type=int, help="of every axis's grid; by default the space's")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.task == "digits":
+        space, task = digits_resnet(), load_task("digits")
+        recipe = Recipe(batch_size=64, lr=0.1, label_smoothing=0.1)
+    else:
+        # VGG-16 of a quarter of its widths: what one CPU core trains in minutes.
+        narrow = vgg16_bn().build(0.25, seed=0)
+        space = SearchSpace.from_model(narrow, (3, 32, 32), name="vgg16_quarter")
+        task = load_task(TaskConfig("image_folder", folder=arguments.folder))
+        kept, _ = stratified(task.train.labels, 1 - arguments.images / len(task.train), seed=0)
+        task = replace(task, train=task.train.subset(kept))
+        recipe = Recipe(batch_size=128, lr=0.1)
+    recipe = replace(recipe, epochs=arguments.epochs, weight_decay=arguments.weight_decay)
+    if arguments.step:
+        space = space.constrained(step=arguments.step, least=dict.fromkeys(space.names, 1))
+    found, proposals = [], []
+    for seed in range(arguments.seeds):
+        setting = Setting(seed, arguments.device, recipe, arguments.lowest, report=print)
+        asked = {
+            name: VARIANTS[name](space, task.for_search(), setting) for name in arguments.variants
+        }
+        for name, proposal in asked.items():
+            print(f"seed {seed}, {name}: {proposal.provenance['stopped']}", flush=True)
+        proposals.append(asked)
+        found += rows(space, task, recipe, seed, asked)
+    print(accuracy_table(found), density_table(space, proposals), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

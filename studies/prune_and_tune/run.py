@@ -1,0 +1,189 @@
+"""Prune-and-tune against the same widths from scratch and against reduced networks.
+
+At each budget of MACs: a trained network pruned by Fisher information or magnitude, tuned on the
+way, and tuned once more by a whole schedule; networks of its widths trained from scratch, for as
+many epochs as the base or with as much compute; and networks reduced in width or in depth without
+any pruning, those in width also with all the compute that pruning and tuning took. From the
+repository's root::
+
+    python -m studies.prune_and_tune.run --seeds 3
+    python -m studies.prune_and_tune.run --task image_folder --folder FOLDER --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from search_spaces.quickstart import DigitsResNet, digits_resnet
+from search_spaces.resnet_cifar import resnet
+from studies.compare import Entry, Result, compare, ratios, table, train
+from studies.sensitivity.run import at_each_seed
+from widthsearch import LatencyConfig, Recipe, SearchSpace, TaskConfig, Widths, load_task
+from widthsearch.data import Task
+from widthsearch.families import LinearFamily
+from widthsearch.proposers import Fisher, Magnitude, Setting
+from widthsearch.proposers.tuning import Tuning, prune_and_tune
+
+
+def shallow_digits_resnet() -> SearchSpace:
+    """The quickstart's network without its first block."""
+
+    def shallow() -> nn.Module:
+        model: nn.Module = DigitsResNet()
+        model.block1 = nn.Sequential()
+        return model
+
+    return SearchSpace.from_model(shallow, (1, 8, 8), name="shallow", least=0.125, most=1.5)
+
+
+class Pruned:
+    """What a method came to with one seed, at the first network within each budget.
+
+    Attributes:
+        widths: By budget.
+        tuned: Validation accuracy there, tuned on the way.
+        networks: The network there.
+        epochs: Training until there, in epochs of the base network by MACs.
+    """
+
+    def __init__(
+        self,
+        method: Fisher | Magnitude,
+        space: SearchSpace,
+        task: Task,
+        setting: Setting,
+        budgets: Sequence[float],
+    ) -> None:
+        base = space.cost(space.base).macs
+        self.networks: dict[float, nn.Module] = {}
+
+        def score(tuning: Tuning) -> list[Tensor]:
+            scores = method.score(tuning)
+            for budget in budgets:
+                if space.cost(tuning.channels.widths).macs <= budget * base:
+                    self.networks.setdefault(budget, copy.deepcopy(tuning.model))
+            return scores
+
+        trajectory, measured = prune_and_tune(
+            space,
+            task,
+            setting,
+            score,
+            every=method.every,
+            lr=method.lr,
+            per=method.per,
+            pretrain=setting.recipe,
+        )
+        self.widths: dict[float, Widths] = {}
+        self.tuned: dict[float, float] = {}
+        self.epochs: dict[float, float] = {}
+        for widths, member in zip(trajectory, measured["members"], strict=True):
+            for budget in budgets:
+                if member["macs"] <= budget * base and budget not in self.widths:
+                    self.widths[budget] = widths
+                    self.tuned[budget] = member["accuracy"]
+                    self.epochs[budget] = member["epochs"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="digits", choices=["digits", "image_folder"])
+    parser.add_argument("--folder", help="of image_folder")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.2])
+    parser.add_argument("--every", type=int, default=100, help="fine-tuning steps a removal")
+    parser.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    small, device, seeds = options.task == "digits", options.device, options.seeds
+    space = digits_resnet() if small else resnet(20)
+    shallow = shallow_digits_resnet() if small else resnet(14)
+    task = load_task(TaskConfig(options.task, folder=options.folder)).for_search()
+    epochs = options.epochs or (16 if small else 30)
+    recipe = Recipe(epochs=epochs, batch_size=64 if small else 128, label_smoothing=0.1)
+    again = replace(recipe, lr=options.lr)
+    base = Entry.of("base", space, space.base)
+    methods: dict[str, Fisher | Magnitude] = {
+        "fisher per MAC": Fisher(options.every, options.lr, per="macs"),
+        "l1": Magnitude("l1", options.every, options.lr),
+    }
+    results: list[Result] = compare([base], task, recipe, seeds=seeds, base=base, device=device)
+    scratch: list[Entry] = []
+    most: dict[float, int] = {}
+    for name, method in methods.items():
+        started = time.perf_counter()
+        pruned = [
+            Pruned(
+                method,
+                space,
+                task,
+                Setting(seed=s, device=device, recipe=recipe, lowest=min(options.budgets)),
+                options.budgets,
+            )
+            for s in range(seeds)
+        ]
+        print(f"{name}: {(time.perf_counter() - started) / seeds:.0f} s a seed")
+        for budget in options.budgets:
+            spent = round(sum(p.epochs[budget] for p in pruned) / seeds)
+            entry = at_each_seed(f"{name} ×{budget:g}", space, [p.widths[budget] for p in pruned])
+            tuned = replace(entry, name=f"{entry.name}, pruned and tuned")
+            results.append(Result(tuned, spent, tuple(p.tuned[budget] for p in pruned)))
+            more = tuple(
+                train(p.networks[budget], task, again, s, device=device)
+                for s, p in enumerate(pruned)
+            )
+            spent += round(epochs * entry.macs / base.macs)
+            annealed = replace(entry, name=f"{entry.name}, and tuned by a schedule")
+            results.append(Result(annealed, spent, more))
+            most[budget] = max(spent, most.get(budget, 0))
+            scratch.append(replace(entry, name=f"{entry.name}, from scratch"))
+    for budget in options.budgets:
+        for name, of in (("uniform width", space), ("less depth", shallow)):
+            widths = LinearFamily(of, of.base).solve(budget * base.macs)
+            scratch.append(Entry.of(f"{name} ×{budget:g}", of, widths))
+    for schedule in ("epochs", "compute"):
+        results += compare(
+            scratch,
+            task,
+            recipe,
+            seeds=seeds,
+            base=base,
+            schedule=schedule,
+            device=device,
+        )
+    for budget, spent in most.items():  # what the dearest pruned network was given
+        entry = Entry.of(
+            f"uniform width ×{budget:g}",
+            space,
+            LinearFamily(space, space.base).solve(budget * base.macs),
+        )
+        results += compare(
+            [entry],
+            task,
+            replace(recipe, epochs=spent),
+            seeds=seeds,
+            base=base,
+            schedule="compute",
+            device=device,
+        )
+    times = None
+    if options.pairs:
+        meter = LatencyConfig(device, batch_size=32 if small else 128, pairs=options.pairs)
+        times = ratios(scratch, base, task, recipe, latency=meter, device=device)
+    print(table(results, base, times))
+
+
+if __name__ == "__main__":
+    main()

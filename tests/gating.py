@@ -1,0 +1,71 @@
+"""Gates multiplied into a network, the plain way: what methods compute without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.channels import find_channels
+from widthsearch.space import SearchSpace
+
+
+class Tokens(nn.Module):
+    """A linear layer on 16 tokens of each image, whose rows are split into windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 2, 2)
+        self.grow = nn.Linear(8, 16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = self.embed(x).flatten(2).transpose(1, 2)  # (N, 16, 8)
+        windows = x.reshape(len(x) * 4, 4, -1)
+        return self.fc(F.gelu(self.grow(windows)).mean(1).view(len(x), 4, -1).mean(1))
+
+
+def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> list[Tensor]:
+    """Multiply a gate into what each reader of each unit of each axis reads, and return the gates.
+
+    Args:
+        space: The space.
+        model: A network of it at the base, of convolutions and linear layers.
+        images: Gates for each image, if it is given.
+
+    Returns:
+        Per axis, ones of shape (units,) or (images, units), float64, that require gradients.
+    """
+    channels = find_channels(space, space.base)
+    lead = () if images is None else (images,)
+    gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in channels.units]
+
+    def read_by(module: nn.Module, where: tuple[str, int], groups: int, dim: int) -> None:
+        axes, units = channels.axis[where].tolist(), channels.unit[where].tolist()
+        columns: Sequence[Tensor] = [
+            gates[a][..., u] if a >= 0 else torch.ones(*lead, dtype=torch.float64)
+            for a, u in zip(axes * groups, units * groups, strict=True)
+        ]
+
+        def hook(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            (x,) = args
+            factor = torch.stack(list(columns), -1)  # (C,) or (N, C)
+            shape = [1] * x.dim()
+            shape[0], shape[dim] = (1, *factor.shape)[-2:]
+            return (x * factor.view(shape),)
+
+        module.register_forward_pre_hook(hook)
+
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, nn.Conv2d):
+            depthwise = module.groups == module.in_channels > 1
+            where = (key, 0 if depthwise else 1)
+            if where in channels.axis:
+                read_by(module, where, 1 if depthwise else module.groups, 1)
+        elif isinstance(module, nn.Linear) and (key, 1) in channels.axis:
+            read_by(module, (key, 1), 1, -1)
+    return gates

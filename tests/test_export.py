@@ -1,0 +1,243 @@
+"""Trained folders: whole or refused, and gone on with where they ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from widthsearch import export
+from widthsearch.errors import StudyError, WidthsearchError
+from widthsearch.hashing import hash_of_code
+from widthsearch.outcomes import Outcome
+from widthsearch.space import SearchSpace
+from widthsearch.study import Study
+from widthsearch.training import TrainingRun
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer, as in the tiny study."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+
+class Relu(Net):
+    """With one activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1, 4, 4) to (N, 4)."""
+        return self.fc(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
+
+
+class Silu(Net):
+    """The same tensors, another function of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 1, 4, 4) to (N, 4)."""
+        return self.fc(F.silu(self.second(F.silu(self.first(x)))).mean((2, 3)))
+
+
+def study_of(folder: Path, space: SearchSpace | None = None) -> Study:
+    """A study that was begun."""
+    study = Study(tiny.config(), space or tiny.space(), tiny.task(), folder=folder / "study")
+    with study.search():
+        return study
+
+
+def outcome_of(study: Study) -> Outcome:
+    """Its base, as if it had been trained."""
+    space = study.space
+    return Outcome(
+        id=0,
+        space=space.name,
+        widths=space.base,
+        state="finished",
+        origin={"base": True},
+        seed=0,
+        cost=space.cost(space.base),
+        latency=None,
+        accuracy=90.0,
+        curve=tiny.curve(90.0),
+    )
+
+
+def trained(study: Study, folder: Path, epochs: int = 1, **more: Any) -> list[int]:
+    """The epochs that a final training went through."""
+    seen: list[int] = []
+    more.setdefault("on_epoch", lambda _number, result: seen.append(result.epoch))
+    export.train(study, outcome_of(study), seeds=1, epochs=epochs, folder=folder, **more)
+    return seen
+
+
+def weights(net: nn.Module) -> torch.Tensor:
+    """Something to know a network by."""
+    return next(net.parameters()).detach().clone()
+
+
+# -- cards -------------------------------------------------------------------------------------
+
+CARDS: dict[str, tuple[Any, str]] = {
+    "no mapping": ([1], "cannot be read: it is not a mapping"),
+    "not JSON": ("{", "cannot be read: Expecting"),
+    "no space": ({"space": ...}, "does not say the space's 'reference'; train the pick again"),
+    "a space that is none": ({"space": 3}, "does not say the space's 'reference'"),
+    "no input": ({"space": {"input": ...}}, "does not say the space's 'input'"),
+    "an input that is none": ({"space": {"input": ["a"]}}, "is damaged ("),
+    "a reference that is none": ({"space": {"reference": 3}}, "is damaged ("),
+    "a reference to nothing": ({"space": {"reference": "no_such.x:y"}}, "cannot be imported"),
+    "unknown constraints": ({"space": {"constraints": {"pinn": "x"}}}, "is damaged ("),
+    "constraints that break a rule": ({"space": {"constraints": {"step": 0}}}, "`step >= 1` must"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_a_damaged_card_is_one_line(case: str, tmp_path: Path) -> None:
+    """Whatever a person or a full disk made of it."""
+    change, message = CARDS[case]
+    trained(study_of(tmp_path), tmp_path)
+    card = json.loads((tmp_path / "card.json").read_text())
+    card["space"] |= {"reference": "tiny:space", "input": None}
+    if isinstance(change, dict):
+        for key, value in change.items():
+            inner = card[key] | value if isinstance(value, dict) else value
+            kept = inner.items() if isinstance(inner, dict) else ()
+            card[key] = {k: v for k, v in kept if v is not ...} if kept else inner
+        text = json.dumps({k: v for k, v in card.items() if v is not ...})
+    else:
+        text = change if isinstance(change, str) else json.dumps(change)
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(WidthsearchError) as error:
+        export.load(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the reference in its card, or in the space that is given."""
+    study = study_of(tmp_path)
+    trained(study, tmp_path)
+    with pytest.raises(StudyError, match="without a reference"):
+        export.load(tmp_path)
+    net = export.load(tmp_path, study.space)
+    card = json.loads((tmp_path / "card.json").read_text())
+    card["space"]["reference"] = "tiny:space"
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    assert torch.equal(weights(export.load(tmp_path)), weights(net))
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    """Not after it."""
+    (tmp_path / "file").write_text("")
+    seen: list[int] = []
+    with pytest.raises(StudyError) as error:
+        trained(
+            study_of(tmp_path),
+            tmp_path / "file" / "out",
+            on_epoch=lambda _n, result: seen.append(result.epoch),
+        )
+    assert str(error.value) == (
+        f"the folder {str(tmp_path / 'file' / 'out')!r} must be writable, but "
+        f"{tmp_path / 'file' / 'out'} is not: {os.strerror(errno.ENOTDIR)}; name another folder, "
+        "or go on when that is mended"
+    )
+    assert seen == []
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the training goes on from the last checkpoint."""
+    study, whole = study_of(tmp_path), TrainingRun.save
+
+    def save(run: TrainingRun, folder: Path) -> None:
+        if run.epoch == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(run, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(StudyError, match="No space left"):
+        patch.setattr(TrainingRun, "save", save)
+        trained(study, tmp_path / "out", epochs=3)
+    assert trained(study, tmp_path / "out", epochs=3) == [2, 3]
+
+
+def test_what_was_there_stays_until_the_new_network_is_trained(tmp_path: Path) -> None:
+    """An interrupted retraining leaves the old folder whole."""
+    study = study_of(tmp_path)
+    trained(study, tmp_path, epochs=1)
+    before = weights(export.load(tmp_path, study.space))
+
+    def interrupt(_number: int, _result: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(study, tmp_path, epochs=3, on_epoch=interrupt)
+    assert torch.equal(weights(export.load(tmp_path, study.space)), before)
+    assert json.loads((tmp_path / "card.json").read_text())["recipe"]["epochs"] == 1
+
+
+def test_an_old_card_never_stands_beside_new_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the files, the folder is refused; the same command mends it."""
+    study, write = study_of(tmp_path), export.write_atomically
+    trained(study, tmp_path, epochs=1)
+
+    def killed(path: Path, content: Any) -> None:
+        if path.name == export.CARD:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "write_atomically", killed)
+        trained(study, tmp_path, epochs=2)
+    with pytest.raises(StudyError, match=r"must hold widths.json, weights.pt and card.json"):
+        export.load(tmp_path, study.space)
+    assert trained(study, tmp_path, epochs=2) == []
+    assert json.loads((tmp_path / "card.json").read_text())["recipe"]["epochs"] == 2
+
+
+# -- code --------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_with_the_same_code_alone(tmp_path: Path) -> None:
+    """Another network with tensors of the same names and shapes starts anew."""
+    other = SearchSpace.from_model(Silu, (1, 4, 4), name="tiny", least=0.25, step=2)
+    assert trained(study_of(tmp_path, other), tmp_path / "out", epochs=2) == [1, 2]
+    assert trained(study_of(tmp_path, other), tmp_path / "out", epochs=2) == []
+    relu = SearchSpace.from_model(Relu, (1, 4, 4), name="tiny", least=0.25, step=2)
+    assert relu.fingerprint == other.fingerprint
+    assert trained(study_of(tmp_path / "2", relu), tmp_path / "out", epochs=2) == [1, 2]
+
+
+def test_a_hash_of_code_is_of_nothing_else() -> None:
+    """Neither values nor seeds nor where the code stands; None where it cannot be told."""
+    space = SearchSpace.from_model(Relu, (1, 4, 4))
+    net = space.build(1.0, seed=0)
+    told = hash_of_code(net)
+    assert told == hash_of_code(space.build(1.0, seed=1))
+    assert told not in (None, hash_of_code(space.build(0.5)), hash_of_code(Silu()))
+    moved: dict[str, Any] = {"Net": Net, "F": F}
+    source = (
+        "\n\n\nclass Relu(Net):\n"
+        "    def forward(self, x):  # a remark\n"
+        "        return self.fc(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))\n"
+    )
+    codes = []
+    for text in (source, source.replace("  # a remark", "\n"), source.replace("relu", "gelu", 1)):
+        exec(text, moved | {"__name__": f"m{len(codes)}"}, moved)
+        codes.append(hash_of_code(moved["Relu"]()))
+    assert codes[0] == codes[1] != codes[2]
+    assert hash_of_code(tiny.Net()) is None  # reads the environment, writes a file

@@ -1,0 +1,316 @@
+"""Fisher pruning, and the prune-and-tune that it shares with magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conformance import RECIPE, ProposerConformance, setting, small_task
+from gating import Tokens, gated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import MODELS, space_of, spaces
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.channels import find_channels, gate_gradients
+from widthsearch.errors import SpaceError, StudyError
+from widthsearch.proposers import Fisher, Magnitude, Setting
+from widthsearch.proposers.fisher import FisherInformation
+from widthsearch.proposers.scores import Removal
+from widthsearch.proposers.tuning import Tuning, prune_and_tune, without
+from widthsearch.references import load_function
+from widthsearch.space import SearchSpace
+from widthsearch.training import TrainingRun
+
+resnet: Any = load_function(
+    f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'}:resnet"
+)
+
+
+class TestFisher(ProposerConformance):
+    """Two steps for each network on the way."""
+
+    method = "fisher"
+    proposer = Fisher(every=2)
+
+
+def batch(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 8, 8) and labels of ten classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.arange(images) % 10
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_delta_is_that_of_explicit_gates(name: str) -> None:
+    """Δ over two batches of different sizes, by autograd of a gate for each image, to 1e-5."""
+    space = space_of(name)
+    model = space.build(space.base, seed=1).double()
+    channels = find_channels(space, space.base)
+    sums, images = [0.0] * len(space.axes), 0
+    with FisherInformation(channels, model) as information:
+        for count in (12, 20):
+            x, y = batch(count, seed=count)
+            F.cross_entropy(model(x), y).backward()
+            information.gather(count)
+    for count in (12, 20):
+        explicit = space.build(space.base, seed=1).double()
+        gates = gated(space, explicit, count)
+        x, y = batch(count, seed=count)
+        F.cross_entropy(explicit(x), y, reduction="sum").backward()
+        sums = [s + g.grad.square().sum(0) for s, g in zip(sums, gates, strict=True)]
+        images += count
+    for found, expected in zip(information.deltas(), sums, strict=True):
+        assert torch.allclose(found, expected / (2 * images), rtol=1e-5)
+        assert bool((found > 0).any())
+
+
+def test_what_images_feel_adds_up_to_the_gate() -> None:
+    """The sum over images, before it is squared, is the gradient of the one gate for all."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=1).double()
+    channels = find_channels(space, space.base)
+    x, y = batch(1, seed=0)
+    model.eval()
+    with FisherInformation(channels, model) as information:
+        F.cross_entropy(model(x), y).backward()
+        information.gather(1)
+    for delta, gate in zip(information.deltas(), gate_gradients(channels, model), strict=True):
+        assert torch.allclose(delta, gate.double().square() / 2, rtol=1e-5)
+
+
+def test_the_network_runs_as_without() -> None:
+    """Outputs and gradients are the same while information is gathered; evaluation is not seen."""
+    space = space_of("Depthwise")
+    channels = find_channels(space, space.base)
+    x, y = batch(8, seed=0)
+    gradients = []
+    for watched in (False, True):
+        model = space.build(space.base, seed=1).double()
+        if watched:
+            with FisherInformation(channels, model) as information:
+                F.cross_entropy(model(x), y).backward()
+                before = len(information._felt)
+                with torch.no_grad():
+                    model(x)
+                assert len(information._felt) == before
+        else:
+            F.cross_entropy(model(x), y).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_windows_of_an_image_are_one_image() -> None:
+    """A reader that sees four rows an image: by hand, the image's gate feels all four."""
+    space = SearchSpace.from_model(Tokens, (3, 8, 8))
+    model = space.build(space.base, seed=0).double()
+    x, y = batch(6, seed=0)
+    with FisherInformation(find_channels(space, space.base), model) as information:
+        F.cross_entropy(model(x), y).backward()
+        information.gather(6)
+    expected = torch.zeros(8, dtype=torch.float64)
+    for i in range(6):
+        model.zero_grad()
+        F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        gates = gate_gradients(find_channels(space, space.base), model)
+        expected += gates[space.names.index("embed")].double().square() / 12
+    assert torch.allclose(information.deltas()[space.names.index("embed")], expected, rtol=1e-5)
+
+
+class Product(nn.Module):
+    """Its second weight reads by a matrix product that is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(8, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        return F.relu(self.conv(F.relu(self.stem(x)))).mean((2, 3)) @ self.weight
+
+
+def test_axes_that_are_read_unseen_keep_their_width() -> None:
+    """Fisher knows nothing of them, so it cuts the others alone."""
+    space = SearchSpace.from_model(Product, (3, 8, 8))
+    proposal = Fisher(every=1)(space, small_task(), setting())
+    assert {w["weight"] for w in proposal.trajectory} == {8}
+    assert proposal.trajectory[-1]["stem"] < 8
+
+
+# -- prune-and-tune ----------------------------------------------------------------------------
+
+
+def test_every_member_is_measured() -> None:
+    """Each has its exact MACs, its tuned accuracy and its training; the path ends at `lowest`."""
+    space, task = space_of("Residual"), small_task()
+    proposal = Fisher(every=3)(space, task, setting())
+    members = proposal.provenance["members"]
+    base = space.cost(space.base).macs
+    assert [m["macs"] for m in members] == [space.cost(w).macs for w in proposal.trajectory]
+    assert proposal.trajectory[0] == space.base
+    assert members[-1]["macs"] <= 0.3 * base < members[-2]["macs"]
+    assert all(0 <= m["accuracy"] <= 100 for m in members)
+    # Two epochs of the base, then three steps of 50 of the 100 images for each member.
+    spent = 2 + np.cumsum([1.5 * m["macs"] / base for m in members])
+    assert [m["epochs"] for m in members] == pytest.approx(spent.tolist())
+
+
+def test_networks_on_the_way_are_the_narrower_ones() -> None:
+    """What is scored is a network of each member's sizes, with the weights that were kept."""
+    space, task = space_of("Residual"), small_task()
+    seen: list[tuple[int, int]] = []
+    weights: list[Tensor] = []
+
+    def score(tuning: Tuning) -> list[Tensor]:
+        tuning.train()
+        net: Any = tuning.model
+        seen.append((net.stem.out_channels, net.conv1.out_channels))
+        weights.append(net.conv1.weight.detach().clone())
+        # The first two channels of the stem are worth least, then the first four of conv1.
+        worth = [torch.arange(float(n)) for n in tuning.channels.units]
+        worth[0] *= 1e-3 if len(seen) == 1 else 1e3
+        return worth
+
+    trajectory, measured = prune_and_tune(
+        space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE
+    )
+    assert seen == [w.vector for w in trajectory]
+    assert seen[:3] == [(16, 32), (14, 32), (14, 28)]
+    assert torch.allclose(weights[1], weights[0][:, 2:], atol=1e-6)
+    assert torch.allclose(weights[2], weights[1][4:], atol=1e-6)
+    assert len(measured["members"]) == len(trajectory)
+
+
+def test_the_base_is_trained_by_the_recipe() -> None:
+    """With a rate of almost nothing and no removal the network is the pretrained one."""
+    space, task = space_of("Residual"), small_task()
+    model = space.build(space.base, seed=0)
+    run = TrainingRun(model, task, RECIPE, seed=0)
+    while not run.finished:
+        result = run.run_epoch()
+    found = []
+
+    def score(tuning: Tuning) -> list[Tensor]:
+        found.append((tuning.accuracy(), [p.detach().clone() for p in tuning.model.parameters()]))
+        tuning.train()
+        return [torch.ones(n) for n in tuning.channels.units]
+
+    prune_and_tune(space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE)
+    assert found[0][0] == result.accuracy
+    assert all(map(torch.equal, found[0][1], model.parameters()))
+
+
+@pytest.mark.parametrize("per", ["macs", "params"])
+def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
+    """By hand: with equal information in all channels, the dearest step goes first."""
+    space = space_of("Residual")
+    removal = Removal(space, per=per)
+    steps = {0: (14, 32), 1: (16, 28)}
+    form = space.form(per)
+    saved = {i: int(form(space.base.vector) - form(narrow)) for i, narrow in steps.items()}
+    per_step = np.array([2.0, 4.0])  # one a channel
+    worth = {i: per_step[i] / saved[i] for i in steps}
+    assert removal.weakest(per_step) == min(worth, key=worth.__getitem__)
+    # An axis whose channels are worth a little less goes first, unless its step saves far less.
+    cheap = min(steps, key=lambda i: saved[i] / per_step[i])
+    per_step[cheap] *= 0.95
+    assert Removal(space, per="channel").weakest(per_step) == cheap != removal.weakest(per_step)
+    calls: list[str] = []
+
+    def even(tuning: Tuning) -> list[Tensor]:
+        tuning.train()
+        calls.append(per)
+        slopes = [0.95 if i == cheap else 1.0 for i in steps]
+        return [s * torch.ones(n) for s, n in zip(slopes, tuning.channels.units, strict=True)]
+
+    trajectory, _ = prune_and_tune(
+        space, small_task(), setting(), even, every=1, lr=1e-9, per=per, pretrain=RECIPE
+    )
+    assert trajectory[1].vector[cheap] == space.base.vector[cheap]
+
+
+def test_the_smallest_channel_goes_first() -> None:
+    """Not the axis with the smallest step: what counts is the mean over the step's channels."""
+    removal = Removal(space_of("Residual"), per="channel")
+    assert removal.weakest(np.array([2 * 0.6, 4 * 0.5])) == 1
+    assert removal.weakest(np.array([2 * 0.4, 4 * 0.5])) == 0
+    assert removal.weakest(np.array([2 * 0.4, np.inf])) == 0
+    assert removal.weakest(np.array([np.inf, np.inf])) is None
+
+
+def test_divergence_is_one_line() -> None:
+    """It says which learning rate to lower."""
+    space, task = space_of("Plain"), small_task()
+    with pytest.raises(StudyError, match=r"fine-tuning .* lr=1e\+30"):
+        Fisher(every=5, lr=1e30)(space, task, setting())
+    wild = replace(RECIPE, lr=1e30)
+    with pytest.raises(StudyError, match=r"base network .* lr=1e\+30"):
+        Magnitude(every=5, pretrain=wild)(space, task, setting())
+    for field in ("every", "lr"):
+        with pytest.raises(StudyError, match=field):
+            Fisher(**{field: 0})
+
+
+def test_a_space_without_an_axis_to_cut_is_refused() -> None:
+    """Nothing may go below its `least`."""
+    space = space_of("Residual").constrained(least=1.0)
+    with pytest.raises(SpaceError, match="can be cut alone"):
+        Magnitude(every=1)(space, small_task(), setting())
+
+
+def test_latency_is_refused_before_anything_trains() -> None:
+    """Where it is not known."""
+    said: list[str] = []
+    with pytest.raises(StudyError, match="needs predicted latency"):
+        Fisher(per="latency")(
+            space_of("Residual"), small_task(), Setting(recipe=RECIPE, report=said.append)
+        )
+    assert not said
+
+
+def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
+    """Zero-padded shortcuts: the streams stay, the blocks' inner channels go."""
+    space = resnet(8, projection=False)
+    channels = find_channels(space, space.base)
+    kept = {space.names[i] for i in channels.unknown}
+    assert kept
+    proposal = Magnitude(every=1)(space, small_task(), replace(setting(), lowest=0.95))
+    narrowest = proposal.trajectory[-1]
+    assert {n for n in space.names if narrowest[n] < space.base[n]} <= set(space.names) - kept
+    assert len(proposal.trajectory) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(space=spaces, data=st.data())
+def test_what_is_left_of_channels_is_found_anew(space: SearchSpace, data: st.DataObject) -> None:
+    """Cutting units from a network's channels gives the channels of the narrower network."""
+    channels = find_channels(space, space.base)
+    axis = data.draw(st.integers(0, len(space.axes) - 1))
+    of_step = space.axes[axis].step // space.trace.axes[axis].unit
+    some = data.draw(st.permutations(range(channels.units[axis])))[:of_step]
+    if space.axes[axis].base - space.axes[axis].step < space.axes[axis].least:
+        return
+    left = without(channels, axis, np.array(some))
+    anew = find_channels(space, left.widths)
+    assert left.units == anew.units
+    assert left.axis.keys() == anew.axis.keys()
+    for where, axes in anew.axis.items():
+        assert left.axis[where].tolist() == axes.tolist()
+        assert left.unit[where].tolist() == anew.unit[where].tolist()
+
+
+def test_progress_is_told() -> None:
+    """A line an epoch of the base, and a line a network."""
+    said: list[str] = []
+    space = space_of("Residual")
+    told = Setting(recipe=RECIPE, lowest=0.5, report=said.append)
+    proposal = Fisher(every=1)(space, small_task(), told)
+    assert said[0].startswith("base: epoch 1 of 2")
+    assert len(said) == 2 + len(proposal.trajectory)

@@ -1,0 +1,73 @@
+"""Prune-and-tune by magnitude: the norms of filters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conformance import ProposerConformance, setting, small_task
+from strategies import space_of
+
+from widthsearch.channels import find_channels
+from widthsearch.proposers import Magnitude
+from widthsearch.proposers.magnitude import filter_norms
+
+
+class TestMagnitude(ProposerConformance):
+    """Two steps for each network on the way."""
+
+    method = "magnitude"
+    proposer = Magnitude(every=2)
+
+
+def test_norms_by_hand() -> None:
+    """Absolute values: a filter of large negative weights is not a small one."""
+    space = space_of("Plain")
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.conv1.weight.fill_(0.1)
+        model.conv1.weight[3] = -2.0  # its plain sum would be the smallest
+        model.conv1.weight[5] = 0.01
+        model.conv1.weight[5, 0, 0, 0] = -0.8
+    channels = find_channels(space, space.base)
+    l1 = filter_norms(channels, model, "l1")[0]
+    assert l1.tolist() == pytest.approx([2.7, 2.7, 2.7, 54.0, 2.7, 1.06, 2.7, 2.7])
+    l2 = filter_norms(channels, model, "l2")[0]
+    assert l2[5].item() == pytest.approx((26 * 0.01**2 + 0.64) ** 0.5)
+    assert l2[3].item() == pytest.approx((27 * 4) ** 0.5)
+    assert int(l1.argmin()) == 5
+    assert int(l2.argmin()) != 5, "the two norms rank differently"
+
+
+def test_a_stream_is_made_by_all_that_is_added_to_it() -> None:
+    """And not by what reads it; biases and norms are no filters."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=0)
+    stem, inner = filter_norms(find_channels(space, space.base), model, "l1")
+    made = (model.stem.weight, model.conv2.weight)
+    assert torch.allclose(stem, sum(w.detach().abs().sum((1, 2, 3)) for w in made))
+    assert torch.allclose(inner, model.conv1.weight.detach().abs().sum((1, 2, 3)))
+
+
+def test_a_depthwise_filter_is_one_of_its_channel() -> None:
+    """What widens makes it, and so does the filter."""
+    space = space_of("Depthwise")
+    model = space.build(space.base, seed=0)
+    found = filter_norms(find_channels(space, space.base), model, "l1")[1]
+    made = (model.expand.weight, model.depthwise.weight)
+    assert torch.allclose(found, sum(w.detach().abs().sum((1, 2, 3)) for w in made))
+
+
+def test_units_of_groups_add_up() -> None:
+    """Channel 0 of each of four groups goes with the others."""
+    space = space_of("Grouped")
+    model = space.build(space.base, seed=0)
+    found = filter_norms(find_channels(space, space.base), model, "l1")[0]
+    of_channel = model.stem.weight.detach().abs().sum((1, 2, 3))
+    assert torch.allclose(found, of_channel.view(4, 4).sum(0))
+
+
+def test_both_norms_prune() -> None:
+    """They are not the same method."""
+    space, task = space_of("Residual"), small_task()
+    paths = {Magnitude(norm=n, every=1)(space, task, setting()).trajectory for n in ("l1", "l2")}
+    assert len(paths) == 2

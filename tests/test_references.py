@@ -1,0 +1,74 @@
+"""Spaces and functions by reference: found once, refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from widthsearch.errors import SpaceError
+from widthsearch.references import load_function, load_space
+
+
+def test_spaces_are_found_by_reference(tmp_path: Path) -> None:
+    """A file's function, loaded and traced once."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\nfrom widthsearch import SearchSpace\n"
+        "def tiny():\n"
+        "    return SearchSpace.from_model(\n"
+        "        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)),\n"
+        "        (3, 8, 8), name='tiny',\n"
+        "    )\n"
+        "def needs(width): ...\n"
+        "def gives(): return 3\n"
+    )
+    space = load_space(f"{file}:tiny")
+    assert space.names == ("0",)
+    assert load_space(f"{file}:tiny") is space
+    for reference, message in {
+        f"{file}:tinny": f"{file} has no function 'tinny'; did you mean 'tiny'?",
+        f"{file}:needs": "must need no arguments, but needs width",
+        f"{file}:gives": "must return a SearchSpace, but returned int",
+        f"{tmp_path}/other.py:tiny": "there is no file",
+        "no_such_package.spaces:tiny": "cannot be imported: ModuleNotFoundError",
+        "torchvision:resnet19": "did you mean 'resnet18'?",
+        "resnet18": "must be `package.module:function` or `path/to/file.py:function`",
+    }.items():
+        with pytest.raises(SpaceError) as error:
+            load_space(reference)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_an_input_shape_goes_with_torchvision_alone() -> None:
+    """Other references set their own."""
+    with pytest.raises(SpaceError, match="goes with `torchvision:NAME` alone"):
+        load_space("search_spaces/quickstart.py:digits_resnet", (1, 8, 8))
+
+
+EXITS = {
+    "at its top": "import sys\nsys.exit(3)\ndef space(): ...\n",
+    "in its function": "def space():\n    raise SystemExit('no')\n",
+}
+
+
+@pytest.mark.parametrize("where", EXITS)
+def test_code_that_exits_is_an_error_like_any_other(where: str, tmp_path: Path) -> None:
+    """It must not end the process that asked for the space."""
+    file = tmp_path / "exits.py"
+    file.write_text(EXITS[where])
+    with pytest.raises(SpaceError) as error:
+        load_space(f"{file}:space")
+    assert "SystemExit: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_module_that_exits_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file that does."""
+    (tmp_path / "exits_too.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SpaceError, match="cannot be imported: SystemExit"):
+        load_function("exits_too:space")

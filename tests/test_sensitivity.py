@@ -1,0 +1,248 @@
+"""Sensitivity at initialisation: its saliency, and the greedy path through it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conformance import ProposerConformance, small_task
+from gating import Tokens, gated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import space_of, spaces
+from torch.nn import functional as F
+
+from widthsearch.channels import find_channels, gate_gradients
+from widthsearch.data import DeviceLoader, Split
+from widthsearch.errors import StudyError
+from widthsearch.proposers import Sensitivity, Setting
+from widthsearch.proposers.scores import Per, Removal, channel_scores, shrink
+from widthsearch.proposers.sensitivity import balanced
+from widthsearch.references import load_function
+from widthsearch.space import SearchSpace
+
+densenet: Any = load_function(
+    f"{Path(__file__).parent.parent / 'search_spaces' / 'densenet.py'}:densenet"
+)
+
+
+class TestSensitivity(ProposerConformance):
+    """One batch, one backward pass."""
+
+    method = "sensitivity"
+    proposer = Sensitivity()
+
+
+def path_of(space: SearchSpace, scores: list[NDArray[np.float64]], **options: object) -> list[list]:
+    """Every width vector of the greedy path."""
+    removal = Removal(space, **{"per": "macs", **options})  # type: ignore[arg-type]
+    shrink(space, scores, removal)
+    return [widths.tolist() for widths in removal.path]
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        space_of("Residual"),
+        densenet(10, 4, bottleneck=True),
+        densenet(7, 4, bottleneck=False),
+        SearchSpace.from_model(Tokens, (3, 8, 8)),
+    ],
+    ids=["residual", "densenet_bc", "densenet", "tokens"],
+)
+def test_saliency_is_that_of_explicit_gates(space: SearchSpace) -> None:
+    """|∂L/∂c| by autograd, of gates multiplied into residual, dense and token nets, to 1e-5."""
+    task = small_task()
+    setting = Setting(seed=3)
+    saliency = Sensitivity(batch_size=40).saliency(space, task, setting)
+    model = space.build(space.base, seed=3).double()
+    gates = gated(space, model)
+    index = balanced(task.train.labels, 10, 40, np.random.default_rng(3))
+    batch = Split(task.train.images[index], task.train.labels[index])
+    ((x, y),) = DeviceLoader(batch, task, len(batch)).batches()
+    F.cross_entropy(model(x.double()), y).backward()
+    for gate, found in zip(gates, saliency, strict=True):
+        assert gate.grad is not None
+        expected = gate.grad.abs().numpy()
+        assert expected.max() > 1e-4
+        assert np.abs(found - expected).max() < 1e-5 * expected.max() + 1e-6
+
+
+def test_the_gates_of_several_batches_keep_their_signs() -> None:
+    """The saliency of two batches is the absolute value of the mean of their signed gradients."""
+    space, task = space_of("Residual"), small_task()
+    found = Sensitivity(batch_size=10, batches=2).saliency(space, task, Setting(seed=0))
+    rng = np.random.default_rng(0)
+    model = space.build(space.base, seed=0)
+    signed = []
+    for _ in range(2):
+        index = balanced(task.train.labels, 10, 10, rng)
+        batch = Split(task.train.images[index], task.train.labels[index])
+        ((x, y),) = DeviceLoader(batch, task, len(batch)).batches()
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        signed.append(gate_gradients(find_channels(space, space.base), model))
+    for of_axis, first, second in zip(found, *signed, strict=True):
+        assert np.allclose(of_axis, ((first + second) / 2).abs(), rtol=1e-4, atol=1e-7)
+    assert any((a * b < 0).any() for a, b in zip(*signed, strict=True)), "some signs differ"
+
+
+def test_channels_go_by_saliency_per_mac() -> None:
+    """By hand, on two axes: the step that loses the least for the MACs that it saves goes first."""
+    space = space_of("Residual")  # stem 16 by 2, conv1 32 by 4
+    saliency = [np.full(16, 1.0), np.full(32, 1.0)]
+    macs = space.macs
+    stem = 2.0 / float(macs([16, 32]) - macs([14, 32]))
+    inner = 4.0 / float(macs([16, 32]) - macs([16, 28]))
+    first = [14, 32] if stem < inner else [16, 28]
+    path = path_of(space, saliency)
+    assert path[:2] == [list(space.base.vector), first]
+    assert path[-1] == [axis.least for axis in space.axes]
+    # An axis that matters a million times more goes last.
+    path = path_of(space, [saliency[0] * 1e6, saliency[1]], cost="fixed")
+    assert [w[1] for w in path[:8]] == [32, 28, 24, 20, 16, 12, 8, 4]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    space=spaces,
+    per=st.sampled_from(["channel", "macs", "params", "latency"]),
+    seed=st.integers(0, 99),
+)
+def test_the_path_is_greedy(space: SearchSpace, per: Per, seed: int) -> None:
+    """Each step is the best by brute force: whole costs of both networks, whole sums of scores."""
+    rng = np.random.default_rng(seed)
+    scores = [rng.random(axis.base) for axis in space.axes]
+    weights = rng.random(len(space.axes))
+
+    def latency(widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        return 1 + widths @ weights + 1e-3 * widths.prod(1)
+
+    def quantity(widths: NDArray[np.int64]) -> float:
+        if per == "channel":
+            return float(widths.sum())
+        return float(latency(widths[None])[0] if per == "latency" else space.form(per)(widths))
+
+    path = [np.array(w) for w in path_of(space, scores, per=per, latency=latency)]
+    for before, after in itertools.pairwise(path):
+        worth = {}
+        for i, axis in enumerate(space.axes):
+            narrower = before.copy()
+            narrower[i] -= axis.step
+            if narrower[i] >= axis.least:
+                gone = axis.base - before[i]
+                lost = np.sort(scores[i])[gone : gone + axis.step].sum()
+                worth[i] = lost / (quantity(before) - quantity(narrower))
+        chosen = int(np.flatnonzero(before != after).item())
+        assert worth[chosen] == pytest.approx(min(worth.values()))
+
+
+def test_what_a_score_is_divided_by_changes_the_order() -> None:
+    """MACs, parameters, channels and latency differ, and the paper's fixed cost from the other."""
+    space, task = space_of("Concatenated"), small_task()
+    setting = Setting(seed=0, latency=lambda w: 1.0 + w[:, 0] + 0.01 * w[:, 1] + 0.1 * w[:, 2])
+    methods = [Sensitivity(per=p) for p in ("macs", "params", "channel", "latency")]
+    methods.append(Sensitivity(cost="fixed"))
+    paths = {method(space, task, setting).trajectory for method in methods}
+    assert len(paths) == len(methods)
+
+
+def test_latency_is_asked_for_all_steps_at_once() -> None:
+    """One call a removal: the widths reached, and each axis a step narrower."""
+    space = space_of("Residual")
+    asked = []
+
+    def latency(widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        asked.append(widths.copy())
+        return widths.sum(1).astype(np.float64)
+
+    removal = Removal(space, per="latency", latency=latency)
+    removal.weakest(np.ones(2))
+    assert [a.tolist() for a in asked] == [[[16, 32], [14, 32], [16, 28]]]
+
+
+def test_steps_that_save_no_latency_go_last() -> None:
+    """A prediction with stairs: the axis that it does not see waits, and goes all the same."""
+    space = space_of("Residual")
+    path = path_of(
+        space, [np.ones(16), np.ones(32)], per="latency", latency=lambda w: 1.0 + w[:, 0]
+    )
+    assert [w[0] for w in path[:8]] == [16, 14, 12, 10, 8, 6, 4, 2]
+    assert path[-1] == [2, 4]
+
+
+def test_latency_must_be_known() -> None:
+    """One line says what to do."""
+    with pytest.raises(StudyError, match=r"needs predicted latency.*per: macs"):
+        Sensitivity(per="latency")(space_of("Residual"), small_task(), Setting())
+
+
+@given(floor=st.floats(0, 1))
+def test_no_axis_goes_below_the_floor(floor: float) -> None:
+    """Nor is it kept a step above it."""
+    space = space_of("Residual")
+    removal = Removal(space, per="macs", floor=floor)
+    shrink(space, [np.ones(16), np.ones(32)], removal)
+    for width, axis in zip(removal.path[-1], space.axes, strict=True):
+        assert width >= floor * axis.base - 1e-6
+        assert width == axis.least or width - axis.step < floor * axis.base
+
+
+def test_channels_that_cannot_be_told_apart_are_scored_as_one() -> None:
+    """All of an axis's channels share its mean saliency."""
+    space = space_of("Residual")
+    channels = replace(find_channels(space, space.base), unknown=frozenset({0}))
+    scores = [torch.arange(16.0), torch.arange(32.0)]
+    blurred, told = channel_scores(space, channels, scores)
+    assert blurred.tolist() == [7.5] * 16
+    assert told.tolist() == list(range(32))
+
+
+def test_hyperparameters_are_checked() -> None:
+    """Each error names the field."""
+    for field, value in {"batches": 0, "batch_size": 0, "members": 0}.items():
+        with pytest.raises(StudyError, match=field):
+            replace(Sensitivity(), **{field: value})
+    with pytest.raises(StudyError, match="floor"):
+        Sensitivity(floor=1.5)(space_of("Residual"), small_task(), Setting())
+
+
+def test_the_batch_has_every_class() -> None:
+    """At least one sample a class, however small the batch."""
+    labels = np.repeat(np.arange(10), 30)
+    rng = np.random.default_rng(0)
+    assert np.bincount(labels[balanced(labels, 10, 3, rng)]).tolist() == [1] * 10
+    assert np.bincount(labels[balanced(labels, 10, 64, rng)]).tolist() == [6] * 10
+
+
+def test_dead_channels_go_first() -> None:
+    """Channels whose readers ignore them have no saliency."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.conv2.weight[:, :12] = 0
+    x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    F.cross_entropy(model(x), torch.arange(20) % 10).backward()
+    inner = gate_gradients(find_channels(space, space.base), model)[1]
+    assert not bool(inner[:12].any())
+    assert bool((inner[12:] != 0).all())
+
+
+def test_tied_axes_lose_what_matters_least_in_each() -> None:
+    """The saliency of a tied axis is that of its axes, channel by channel in order of saliency."""
+    whole, task = space_of("Grouped"), small_task()
+    tied = whole.constrained(tie=[["stem", "last"]])
+    own = Sensitivity().saliency(whole, task, Setting(seed=0))
+    joined = Sensitivity().saliency(tied, task, Setting(seed=0))
+    assert [len(s) for s in joined] == [16, 24]
+    assert joined[0].sum() == pytest.approx(own[0].sum() + own[2].sum())
+    assert (np.diff(joined[0]) >= 0).all()
+    assert (joined[1] == own[1]).all()
+    proposal = Sensitivity()(tied, task, Setting(seed=0))
+    assert all(tied.widths(w) == w for w in proposal.trajectory)

@@ -1,0 +1,101 @@
+"""Network slimming: sparse training, and what channels are ranked by."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conformance import RECIPE, ProposerConformance, setting, small_task
+from strategies import space_of
+from torch import Tensor, nn
+
+from widthsearch.channels import Channels, find_channels
+from widthsearch.errors import StudyError
+from widthsearch.proposers import Slimming, slimming
+from widthsearch.proposers.slimming import norm_scales
+
+
+class TestSlimming(ProposerConformance):
+    """Two epochs."""
+
+    method = "slimming"
+    proposer = Slimming()
+
+
+def test_scales_are_absolute_and_averaged_over_norms() -> None:
+    """The stream passes two norms, its inner channels one."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.bn.weight.copy_(torch.arange(16.0) - 8)
+        model.bn2.weight.fill_(2.0)
+        model.bn1.weight.fill_(-0.5)
+    stream, inner = norm_scales(find_channels(space, space.base), model)
+    assert stream.tolist() == [(abs(i - 8) + 2) / 2 for i in range(16)]
+    assert inner.tolist() == [0.5] * 32
+
+
+def test_a_norm_over_a_concatenation_is_of_both() -> None:
+    """Each part has its own scales; an axis without norms is ranked by its filters."""
+    space = space_of("Concatenated")
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.bn.weight.copy_(torch.arange(12.0))
+        model.last.weight.fill_(1.0)
+        model.last.weight[3] = -3.0
+    stem, grow, last = norm_scales(find_channels(space, space.base), model)
+    assert stem.tolist() == list(range(8))
+    assert grow.tolist() == list(range(8, 12))
+    # Mean |γ| is 5.5; fifteen filters of 1 and one of 3 have a mean of 18/16.
+    assert last.tolist() == pytest.approx([5.5 / 1.125] * 3 + [16.5 / 1.125] + [5.5 / 1.125] * 12)
+
+
+def test_without_norms_filters_rank_alone() -> None:
+    """Each axis's mean is 1."""
+    space = space_of("Plain")
+    model = space.build(space.base, seed=0)
+    for scores in norm_scales(find_channels(space, space.base), model):
+        assert scores.mean().item() == pytest.approx(1)
+        assert scores.std().item() > 0
+
+
+def test_units_of_groups_count_by_channel() -> None:
+    """Four channels a unit, each worth 1 on average."""
+    space = space_of("Grouped")
+    scores = norm_scales(find_channels(space, space.base), space.build(space.base, seed=0))
+    assert [round(float(s.mean()), 5) for s in scores] == [4.0, 4.0, 1.0]
+
+
+def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """λ acts on γ alone: its gradient is λ·sign(γ), and after training |γ| is smaller for it."""
+    scale = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.0]))
+    scale.grad = torch.tensor([1.0, 1.0, 1.0])
+    Slimming(sparsity=0.25)._shrink(scale)
+    assert scale.grad.tolist() == [1.25, 0.75, 1.0]
+    means = []
+
+    def spy(channels: Channels, model: nn.Module) -> list[Tensor]:
+        means.append(model.bn1.weight.detach().abs().mean().item())
+        return norm_scales(channels, model)
+
+    monkeypatch.setattr(slimming, "norm_scales", spy)
+    for sparsity in (0.0, 0.5):
+        Slimming(sparsity=sparsity)(space_of("Residual"), small_task(), setting())
+    assert means[1] < 0.9 * means[0]
+
+
+def test_it_follows_its_own_recipe_and_says_what_it_reached() -> None:
+    """Or the study's; progress is told; divergence is one line."""
+    space, task = space_of("Residual"), small_task()
+    said: list[str] = []
+    own = Slimming(recipe=RECIPE)
+    told = type(setting())(recipe=RECIPE, report=said.append)
+    proposal = own(space, task, told)
+    assert [line.split(",")[0] for line in said] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert 0 <= proposal.provenance["accuracy"] <= 100
+    assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
+    with pytest.raises(StudyError, match="sparsity"):
+        Slimming(sparsity=-1.0)
+    wild = type(RECIPE)(epochs=2, batch_size=50, lr=1e30)
+    with pytest.raises(StudyError, match=r"lr=1e\+30"), np.errstate(all="ignore"):
+        Slimming(recipe=wild)(space, task, setting())

@@ -1,0 +1,100 @@
+"""SynFlow: conservation, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conformance import ProposerConformance, setting, small_task
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import space_of
+from torch import nn
+
+from widthsearch.channels import find_channels
+from widthsearch.data import Split
+from widthsearch.errors import StudyError
+from widthsearch.proposers import SynFlow
+from widthsearch.proposers.synflow import linearised, silence, synaptic_flow
+from widthsearch.space import SearchSpace
+
+
+class TestSynFlow(ProposerConformance):
+    """Ten rounds."""
+
+    method = "synflow"
+    proposer = SynFlow(rounds=10)
+
+
+def tiny() -> nn.Module:
+    """Two products: R = 1ᵀ |W2| |W1| 1."""
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), head())
+
+
+def head() -> nn.Linear:
+    """Reads four channels of one pixel."""
+    return nn.Linear(4, 2)
+
+
+def test_scores_by_hand() -> None:
+    """Channel i carries Σ_o |W2[o, i]| Σ_j |W1[i, j]|, whatever the signs, biases and norms."""
+    space = SearchSpace.from_model(tiny, (3, 1, 1))
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model[1].weight.fill_(-3.0)
+        model[1].running_var.fill_(7.0)
+    w1, w2 = (model[i].weight.detach().double().abs() for i in (0, 4))
+    expected = w2.sum(0) * w1.sum((1, 2, 3))
+    channels = find_channels(space, space.base)
+    ones = torch.ones(1, 3, 1, 1, dtype=torch.float64)
+    (found,) = synaptic_flow(channels, linearised(model), ones)
+    assert found == pytest.approx(expected.numpy())
+    silence(channels, model, 0, np.array([1, 3]))
+    (found,) = synaptic_flow(channels, model, ones)
+    assert found == pytest.approx((expected * torch.tensor([1, 0, 1, 0])).numpy())
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_flow_is_conserved(seed: int) -> None:
+    """In a chain, the scores of each axis sum to R: conservation."""
+    space = space_of("Plain")
+    model = linearised(space.build(space.base, seed=seed))
+    ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    sums = [s.sum() for s in synaptic_flow(find_channels(space, space.base), model, ones)]
+    assert sums == pytest.approx([model(ones).sum().item()] * 2)
+
+
+def test_rounds_are_not_one_shot() -> None:
+    """Scores change as channels go."""
+    space, task = space_of("Residual"), small_task()
+    one, many = (SynFlow(rounds=n)(space, task, setting()).trajectory for n in (1, 50))
+    assert one != many
+
+
+def test_data_is_not_read() -> None:
+    """Other labels change nothing."""
+    space, task = space_of("Residual"), small_task()
+    blind = replace(task, train=Split(task.train.images[:1] * 0, task.train.labels[:1]))
+    paths = [SynFlow(rounds=5)(space, t, setting()).trajectory for t in (task, blind)]
+    assert paths[0] == paths[1]
+
+
+def test_a_product_beyond_float64_is_refused() -> None:
+    """In one line."""
+    space = space_of("Plain")
+    model = space.build(space.base, seed=0).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e200)
+    ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    with pytest.raises(StudyError, match="beyond float64"):
+        synaptic_flow(find_channels(space, space.base), linearised(model), ones)
+
+
+def test_rounds_are_checked() -> None:
+    """At least one."""
+    with pytest.raises(StudyError, match="rounds"):
+        SynFlow(rounds=0)
