@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import sys
 import sysconfig
 import types
@@ -139,7 +140,7 @@ def put_into_torch() -> list[tuple[str, str, Any]]:
                 if not all(map(_is_torchs, _FUNCTIONS_IN[kind](value))):
                     found[where, name] = value
                 elif kind is functools.partial:
-                    found[where, name] = f"{value.func.__qualname__} {value.args} {value.keywords}"
+                    found[where, name] = re.sub(" at 0x[0-9a-f]+", "", repr(value))
             elif issubclass(kind, type):
                 module = str(value.__module__)
                 if module.startswith("torch"):
