@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 
 from search_spaces import resnet_cifar
 from widthsearch.data import Augmentation, Split, Task, TaskConfig, load_task
-from widthsearch.latency import _hardware
+from widthsearch.latency import hardware_name
 from widthsearch.space import SearchSpace
 from widthsearch.speed import probe_concurrency, probe_precision
 from widthsearch.training import Recipe, TrainingRun, evaluate, parameter_groups
@@ -276,7 +276,7 @@ def main() -> None:
         task = load_task(TaskConfig("image_folder", folder=options.data))
     else:
         task = synthetic(25600 if cuda else 2560)
-    print(f"{_hardware(torch.device(options.device))}, {options.threads} threads")
+    print(f"{hardware_name(torch.device(options.device))}, {options.threads} threads")
     print(f"torch {torch.__version__}, Python {platform.python_version()}; images: {task.name}")
     networks = options.networks.split(",")
     for name in networks:

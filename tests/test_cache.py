@@ -50,7 +50,9 @@ import functools
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -120,6 +122,27 @@ class Mixin:
     pass
 
 
+class Slotted:
+    __slots__ = ("__hidden", "shown")
+
+    def __init__(self, hidden, shown):
+        self.__hidden, self.shown = hidden, shown
+
+    def both(self):
+        return self.__hidden + self.shown
+
+
+T = TypeVar("T")
+
+
+class Box(Generic[T]):
+    def __init__(self, value):
+        self.value = value + 11
+
+
+NumberBox = Box[int]
+
+
 class Base(nn.Module):
     def finish(self, x):
         return x.mean((2, 3))
@@ -141,6 +164,8 @@ class Net(Base):
         self.leaky = functools.partial(F.leaky_relu, negative_slope=0.1)
         self.closure = made(7)
         self.method = "named"
+        self.slotted = Slotted(12, 13)
+        self.number = np.int64(16)
         self.conv1.register_forward_hook(hook)
         self.conv2.register_forward_pre_hook(lambda module, args: args[0] + 4)
 
@@ -167,7 +192,7 @@ class Net(Base):
             x = Square.apply(x)
         # a remark
         import operator
-        x = operator.add(x, 1)
+        x = operator.add(x, self.slotted.both()) * NumberBox(1).value * self.number
         x = self.act(self.norm(self.body(x)))
         return self.fc(self.finish(x))
 """
@@ -331,7 +356,12 @@ EDITS = {
     "a layer's class": ("nn.ReLU()", "nn.GELU()"),
     "a shape": ("nn.Conv2d(3, 16, 1)", "nn.Conv2d(3, 16, 3)"),
     "the dtype": ("nn.Linear(16, 4)", "nn.Linear(16, 4).double()"),
-    "a function of a module imported in forward": ("operator.add(x, 1)", "operator.sub(x, 1)"),
+    "a function of a module imported in forward": ("operator.add(x", "operator.sub(x"),
+    "a hidden slot": ("Slotted(12, 13)", "Slotted(14, 13)"),
+    "a slot": ("Slotted(12, 13)", "Slotted(12, 14)"),
+    "a class behind a generic alias": ("value + 11", "value + 15"),
+    "a number of numpy": ("np.int64(16)", "np.int64(17)"),
+    "a number's type": ("np.int64(16)", "np.int32(16)"),
     "an import": ("from cached_ops import shift as", "from cached_ops import unused as"),
     "a remark that a trace may quote": ("# a remark", "# remark"),
 }
@@ -501,7 +531,7 @@ UNKNOWN = {
     "a path": ("math.sqrt(4)", "len(Path('x').read_text())", "from pathlib import Path"),
     "a clock": ("math.sqrt(4)", "time.time()", "import time"),
     "chance": ("math.sqrt(4)", "random.random()", "import random"),
-    "chance, by numpy": ("math.sqrt(4)", "np.random.rand()", "import numpy as np"),
+    "chance, by numpy": ("math.sqrt(4)", "np.random.rand()", ""),
     "an import by name": ("math.sqrt(4)", "__import__('cached_ops').SHIFT", ""),
     "importlib": ("math.sqrt(4)", "import_module('cached_ops').SHIFT", "from importlib import *"),
     "sys.modules": ("math.sqrt(4)", "sys.modules['cached_ops'].SHIFT", "import sys"),
@@ -522,6 +552,12 @@ UNKNOWN = {
         "",
     ),
     "a module that is not loaded yet": ("        # a remark", "        import cached_late", ""),
+    "a module that is imported late": (
+        "        # a remark",
+        "        for i in range(2):\n            if i: x = x + len(late.dumps(1))\n"
+        "            import json; late = json",
+        "",
+    ),
     "a part of a module": ("        # a remark", "        import os.path as path", ""),
     "a lock": (
         "self.method = ",
@@ -529,6 +565,11 @@ UNKNOWN = {
         "import threading",
     ),
     "a generator": ("self.method = ", "self.values = (i for i in (1, 2)); self.method = ", ""),
+    "numpy's generator": (
+        "self.method = ",
+        "self.rng = np.random.default_rng(); self.method = ",
+        "",
+    ),
     "a module": ("self.method = ", "self.ops = cached_ops; self.method = ", ""),
 }
 

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head with a place for one trial; nodes can be added."""
-    made = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield made
     made.shutdown()
 

@@ -8,11 +8,14 @@ from typing import Any
 import optuna
 import pytest
 import tiny
+import torch
 import yaml
+from torch import nn
 
 import widthsearch.study
 from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
 from widthsearch.proposers import Proposal, Sensitivity, Setting
+from widthsearch.space import SearchSpace
 from widthsearch.speed import PrecisionProbe
 from widthsearch.storage import Store
 from widthsearch.study import Study
@@ -252,3 +255,23 @@ def test_spaces_of_one_name_are_refused(tmp_path: Path) -> None:
     study = Study(tiny.config(), [tiny.space(), tiny.space()], tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError, match="must have different names, but are tiny, tiny"):
         drive(study)
+
+
+def test_the_device_decides_steps_that_nobody_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where latency is measured, or else where candidates train; a step that was given stays."""
+    wide = SearchSpace.from_model(
+        lambda: nn.Sequential(nn.Conv2d(1, 256, 1), nn.Conv2d(256, 4, 1)), (1, 4, 4)
+    )
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    def step(space: SearchSpace = wide, **changes: Any) -> int:
+        return Study(tiny.config(**changes), space, tiny.task(), folder=tmp_path).space.axes[0].step
+
+    assert step() == 16
+    assert step(constraints={"align": "none"}) == 8
+    assert step(wide.constrained(step=4)) == 4
+    gpu: dict[str, Any] = {"device": "cuda", "resources": {"gpu": 1}}
+    assert step(**gpu) == 8
+    assert step(**gpu, objectives=["accuracy", "latency_ms"], latency={"device": "cpu"}) == 16

@@ -110,15 +110,7 @@ def _reads(code: types.CodeType) -> tuple[tuple[_Load, ...], frozenset[str]]:
     names = set(code.co_names) - {"__class__"}
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     for i, step in enumerate(steps):
-        after = takewhile(lambda a: a.opname in _ATTRIBUTES, islice(steps, i + 1, None))
-        attributes = [a.argval for a in after]
-        if step.opname in _LOADS:
-            found[_LOADS[step.opname], step.argval, tuple(attributes)] = None
-        elif step.argval == "__class__" and attributes[:1] not in (["__name__"], ["__qualname__"]):
-            names.add("__class__")
-        elif step.opname.startswith("LOAD_FAST") and step.argval in imported:
-            found["import", imported[step.argval], tuple(attributes)] = None
-        elif step.opname == "IMPORT_NAME":
+        if step.opname == "IMPORT_NAME":
             name = "." * steps[i - 2].argval + step.argval
             if steps[i - 1].argval is not None:
                 found.update({("import", name, (part,)): None for part in steps[i - 1].argval})
@@ -127,6 +119,21 @@ def _reads(code: types.CodeType) -> tuple[tuple[_Load, ...], frozenset[str]]:
                 found["present", name, ()] = None
             else:
                 found["whole", name, ()] = None
+    for i, step in enumerate(steps):
+        after = takewhile(lambda a: a.opname in _ATTRIBUTES, islice(steps, i + 1, None))
+        attributes = tuple(a.argval for a in after)
+        if step.opname in _LOADS:
+            found[_LOADS[step.opname], step.argval, attributes] = None
+        elif step.argval == "__class__" and attributes[:1] not in (
+            ("__name__",),
+            ("__qualname__",),
+        ):
+            names.add("__class__")
+        elif step.opname.startswith("LOAD_FAST"):
+            several = isinstance(step.argval, tuple)  # one instruction for two variables
+            for variable in step.argval if several else (step.argval,):
+                if variable in imported:
+                    found["import", imported[variable], () if several else attributes] = None
     return tuple(found), frozenset(names)
 
 
@@ -166,7 +173,11 @@ def _check_shown(cls: type) -> None:
         if module not in _TRANSPARENT:
             raise NoHash(f"an object of class {module}.{cls.__qualname__}")
     file = getattr(sys.modules.get(module), "__file__", None) or ".py"
-    if not file.endswith(".py"):
+    slots = vars(cls).get("__slots__", ())
+    own = cls.__basicsize__ - (cls.__base__ or object).__basicsize__
+    plain = own <= 8 * (len((slots,) if isinstance(slots, str) else tuple(slots)) + 1)
+    of_c = type(cls).__module__ in ("pybind11_builtins", "nanobind")
+    if not (plain and cls.__flags__ & _MADE_BY_CLASS and file.endswith(".py")) or of_c:
         raise NoHash(f"class {module}.{cls.__qualname__} is compiled")
 
 
@@ -282,8 +293,13 @@ class Walk:
             return self._c_function(value)
         if isinstance(value, _SLOTS):
             return kind.__name__, value.__qualname__
-        if kind.__module__ in ("typing", "types") and " at 0x" not in repr(value):
-            return kind.__name__, repr(value)
+        if kind.__module__ in ("typing", "types") and is_library(kind.__module__):
+            if " at 0x" in repr(value):
+                raise NoHash(f"the type {value!r}")
+            of = getattr(value, "__origin__", None), getattr(value, "__args__", ())
+            return kind.__name__, repr(value), *self._all(of)
+        if isinstance(value, np.generic):
+            return kind.__name__, *self._array(np.asarray(value))
         if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             return self._operator(str(value))
         return self._object(value)
@@ -333,6 +349,8 @@ class Walk:
         for base in cls.__mro__:
             slots = vars(base).get("__slots__", ())
             for slot in (slots,) if isinstance(slots, str) else slots:
+                if slot[:2] == "__" != slot[-2:]:
+                    slot = f"_{base.__name__.lstrip('_')}{slot}"
                 if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
                     encoded.append((slot, self.token(getattr(value, slot))))
         return tuple(encoded)

@@ -211,7 +211,7 @@ class LatencyMeter:
             ratio_spread=spread,
             base_ms=self._base_ms,
             device=self._config.device,
-            hardware=_hardware(self._device),
+            hardware=hardware_name(self._device),
             backend=self._config.backend,
             batch_size=self._config.batch_size,
             dtype=self._config.dtype,
@@ -423,7 +423,7 @@ class _Uses(TorchFunctionMode):
         self.count.update(id(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _hardware(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or "x86_64" on Linux

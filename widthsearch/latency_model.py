@@ -7,11 +7,12 @@ rounded up to a device's block of channels, each at a speed of the layer's own:
 
 M and A are shares of the base network's sums; off_l(w) is e^p for each of the layer's two widths
 that is not whole blocks (slower kernels). Priors: δ, ε ~ N(0, σ_δ²), so that where little was
-measured all layers have one speed and the prediction is one from MACs; u and p wide. Measured are
-log t(w) + N(0, σ²): errors are relative, predictions are positive. σ_δ and σ are estimated by
-expectation-maximisation around the Laplace approximation (MacKay, Information Theory, Inference and
-Learning Algorithms, 2003, ch. 27), s is averaged over by its evidence: where all measured widths
-are multiples of 8, nothing can be known about smaller blocks, and the deviation says so.
+measured all layers have one speed and the prediction is one from MACs; u and p wide. Measured is
+log t(w) plus a Student t of scale σ: errors are relative, predictions are positive, outliers hardly
+count. σ_δ and σ are estimated by expectation-maximisation around the Laplace approximation (MacKay,
+Information Theory, Inference and Learning Algorithms, 2003, ch. 27), s is averaged over by its
+evidence: where all measured widths are multiples of 8, nothing can be known about smaller blocks,
+and the deviation says so.
 """
 
 from __future__ import annotations

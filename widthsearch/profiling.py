@@ -26,7 +26,7 @@ from scipy.stats import qmc
 from widthsearch.checkpoints import write_atomically
 from widthsearch.devices import check_device
 from widthsearch.errors import StudyError
-from widthsearch.latency import Latency, LatencyConfig, LatencyMeter, _hardware
+from widthsearch.latency import Latency, LatencyConfig, LatencyMeter, hardware_name
 from widthsearch.latency_model import LatencyModel
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
@@ -187,7 +187,7 @@ def _setting(space: SearchSpace, config: LatencyConfig) -> dict[str, Any]:
     cost = space.free.cost(space.free.base)
     return {
         **measured,
-        "hardware": _hardware(check_device(config.device)),
+        "hardware": hardware_name(check_device(config.device)),
         "torch": torch.__version__,
         "fingerprint": space.fingerprint,
         "input": repr(space.input_shape),

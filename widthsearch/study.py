@@ -20,6 +20,7 @@ from widthsearch import families, pareto
 from widthsearch.beliefs import Beliefs
 from widthsearch.config import ProposerConfig, StudyConfig
 from widthsearch.confirmation import Confirmation
+from widthsearch.constraints import default_block
 from widthsearch.data import Task, load_task
 from widthsearch.devices import check_device
 from widthsearch.errors import StorageError, StudyError
@@ -91,7 +92,11 @@ class Study:
 
     @cached_property
     def spaces(self) -> dict[str, SearchSpace]:
-        """The spaces by name: those that were given, or what the configuration refers to."""
+        """The spaces by name: those that were given, or what the configuration refers to.
+
+        Steps that nobody gave are in whole blocks of the kernels of the device where latency is
+        measured, or else where candidates train.
+        """
         config = self.config
         spaces = self._given
         if not spaces:
@@ -102,7 +107,10 @@ class Study:
                 f"study {config.name!r} names no space: add `space:` to its configuration, "
                 "or give the object: Study(config, space=...)"
             )
-        named = {space.name: space.under(config.constraints) for space in spaces}
+        timed = "latency_ms" in config.objectives
+        device = (config.latency or LatencyConfig()).device if timed else config.device
+        block = default_block(device)
+        named = {space.name: space.under(config.constraints, block) for space in spaces}
         if len(named) < len(spaces):
             raise StudyError(
                 "the spaces of a study must have different names, but are "

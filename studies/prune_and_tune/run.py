@@ -148,6 +148,8 @@ def main() -> None:
             annealed = replace(entry, name=f"{entry.name}, and tuned by a schedule")
             results.append(Result(annealed, spent, more))
             most[budget] = max(spent, most.get(budget, 0))
+            for result in results[-2:]:
+                print(f"{result.entry.name}: {result.mean:.2f} ± {result.std:.2f}")
             scratch.append(replace(entry, name=f"{entry.name}, from scratch"))
     for budget in options.budgets:
         for name, of in (("uniform width", space), ("less depth", shallow)):
