@@ -424,6 +424,7 @@ class _Uses(TorchFunctionMode):
 
 
 def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or "x86_64" on Linux
