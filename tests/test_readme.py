@@ -9,14 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from widthsearch import cli
+
 README = Path(__file__).parent.parent / "README.md"
+
+
+def examples() -> list[str]:
+    """Its blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_proposer_proposes(tmp_path: Path) -> None:
+    """A user's own method, named by its file."""
+    _, own = examples()
+    (tmp_path / "own.py").write_text(own)
+    space = f"{README.parent / 'search_spaces' / 'quickstart.py'}:digits_resnet"
+    method = f"{tmp_path / 'own.py'}:halves"
+    asked = ["propose", space, "--method", method, "--budget", "0.5", "--task", "digits"]
+    assert cli.main(asked) == 0
 
 
 @pytest.mark.ray
 def test_the_python_example_runs(tmp_path: Path) -> None:
     """A user's own model: from a space to a trained network that loads."""
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (tmp_path / "example.py").write_text(example)
+    (tmp_path / "example.py").write_text(examples()[0])
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -214,7 +214,9 @@ EPOCHS = 40
 def long_study(folder: str | Path) -> Study:
     """Long enough to be killed in the middle."""
     settings = tiny.config(
-        trials=8, concurrency=2, recipe={"epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
+        trials=8,
+        concurrency=2,
+        recipe={"epochs": EPOCHS, "batch_size": 32, "lr": 0.01, "precision": "fp32"},
     )
     return Study(settings, tiny.space(), tiny.task(), folder=Path(folder))
 

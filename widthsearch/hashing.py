@@ -85,6 +85,7 @@ _REFLECTING = _UNREAD | words(
 _OF_MODULES = frozenset(vars(nn.Module()))
 _MADE_BY_CLASS = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_COMPARISONS = ("IS_OP", "COMPARE_OP")
 _LOADS = {
     "LOAD_GLOBAL": "global",
     "LOAD_NAME": "global",
@@ -124,17 +125,23 @@ def _reads(code: types.CodeType) -> tuple[tuple[_Load, ...], frozenset[str]]:
         attributes = tuple(a.argval for a in after)
         if step.opname in _LOADS:
             found[_LOADS[step.opname], step.argval, attributes] = None
-        elif step.argval == "__class__" and attributes[:1] not in (
-            ("__name__",),
-            ("__qualname__",),
-        ):
-            names.add("__class__")
+        elif step.argval == "__class__":
+            if not _is_looked_at(steps[i + 1 : i + 4]):
+                names.add("__class__")
         elif step.opname.startswith("LOAD_FAST"):
             several = isinstance(step.argval, tuple)  # one instruction for two variables
             for variable in step.argval if several else (step.argval,):
                 if variable in imported:
                     found["import", imported[variable], () if several else attributes] = None
     return tuple(found), frozenset(names)
+
+
+def _is_looked_at(after: list[dis.Instruction]) -> bool:
+    """Whether an object's class is named or compared, by the instructions after it is taken."""
+    first, _, third = [*after, *after[-1:] * 2][:3]
+    named = first.opname in _ATTRIBUTES and first.argval in ("__name__", "__qualname__")
+    both = any(step.argval == "__class__" for step in after[:2]) and third.opname in _COMPARISONS
+    return named or both or first.opname in _COMPARISONS
 
 
 def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
