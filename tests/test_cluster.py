@@ -32,23 +32,27 @@ def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> No
         ray_address=cluster.address,
         trials=6,
         concurrency=2,
-        recipe={"epochs": 12, "batch_size": 32, "lr": 0.01},
+        recipe={"epochs": 60, "batch_size": 32, "lr": 0.01, "precision": "fp32"},
     )
     study = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
     heard: list[Progress] = []
 
+    removed = False
+
     def hear(progress: Progress) -> None:
+        nonlocal removed
         heard.append(progress)
-        if node is not None and progress.running == 2 and progress.done == 1 and alive():
+        # Both have been training for a while: one on each node.
+        both = sum(p.running == 2 and p.done >= 1 for p in heard)
+        if not removed and both == 20:
+            removed = True
             cluster.remove_node(node)
 
-    def alive() -> bool:
-        return sum(n["Alive"] for n in ray.nodes()) == 2
-
     study.run(hear)
+    assert removed
     assert not ray.is_initialized()
     outcomes = study.outcomes()
     assert [outcome.state for outcome in outcomes] == ["finished"] * 6
-    assert all(len(outcome.curve) == 12 for outcome in outcomes)
+    assert all(len(outcome.curve) == 60 for outcome in outcomes)
     assert len({outcome.widths for outcome in outcomes}) == 6
     assert any("worker process died" in progress.message for progress in heard)
