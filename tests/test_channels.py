@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from gating import Tokens
 from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels, gate_gradients, inherit, unit_sums
+from widthsearch.channels import Keep, find_channels, gate_gradients, inherit, unit_sums
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.references import load_space
 from widthsearch.space import SearchSpace
@@ -131,11 +133,13 @@ def unsettle(model: nn.Module) -> None:
                 p.normal_(0, 0.02, generator=generator)
 
 
-def check_inheritance(space: SearchSpace, only: str = "") -> None:
-    """Masking channels in the full network and cutting them out give the same output."""
-    keep = random_keep(space, only, seed=0)
+def check_inheritance(
+    space: SearchSpace, only: str = "", keep: Keep | None = None, widths: Any = 1.0
+) -> None:
+    """Masking channels in a network and cutting them out give the same output."""
+    keep = random_keep(space, only, seed=0) if keep is None else keep
     assert keep
-    model = space.build(space.base, seed=0).eval()
+    model = space.build(widths, seed=0).eval()
     unsettle(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(2, *space.input_shape, generator=torch.Generator().manual_seed(1))
@@ -150,7 +154,7 @@ def check_inheritance(space: SearchSpace, only: str = "") -> None:
     assert ((found - expected).abs().max() / scale).item() <= 1e-5
     assert not torch.allclose(full, expected, rtol=1e-3)  # the channels did something
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    counts = {name: len(channels) for name, channels in keep.items()}
+    counts = dict(space.widths(widths)) | {name: len(list(c)) for name, c in keep.items()}
     assert sum(p.numel() for p in narrow.parameters()) == space.cost(counts).params
 
 
@@ -180,6 +184,48 @@ def test_masking_and_cutting_agree(name: str) -> None:
 def test_norms_over_channels_leave_the_masked_out() -> None:
     """Layer and group norms compute their statistics over what is kept."""
     check_inheritance(SearchSpace.from_model(Normed, (3, 8, 8), least=0.5))
+
+
+def test_fixed_groups_of_one_channel_are_no_depthwise_convolution() -> None:
+    """Four groups at width 4 look like one filter a channel, but 6 filters read each."""
+    widths = {"stem": 4, "grouped": 24, "last": 8}
+    keep = {"grouped": [c for c in range(24) if c % 6 in (0, 2, 5)]}
+    check_inheritance(space_of("Grouped"), keep=keep, widths=widths)
+
+
+class Cosine(nn.Module):
+    """Attention of two heads of any width by cosine similarity (Swin V2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 2, 2)
+        self.qkv = nn.Linear(32, 96)
+        self.proj = nn.Linear(32, 32)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = self.embed(x).flatten(2).transpose(1, 2)  # (N, 16, C)
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind()
+        scores = 10 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, width)
+        return self.fc((x + self.proj(out)).mean(1))
+
+
+def test_what_attention_compares_is_masked_where_it_is_made() -> None:
+    """No weight reads queries and keys: masked ones must be zero, or they change the cosine."""
+    space = SearchSpace.from_model(Cosine, (3, 8, 8))
+    assert space.trace.axes[0].unit == 2
+    check_inheritance(space)
+
+
+def test_a_linear_layer_on_windows_of_tokens_is_a_reader() -> None:
+    """Rows that are split into windows and back do not hide which weights read them."""
+    space = SearchSpace.from_model(Tokens, (3, 8, 8))
+    readers = find_channels(space, space.base).readers
+    assert readers == {"grow.weight": 1, "fc.weight": 1}
+    check_inheritance(space)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])

@@ -7,6 +7,7 @@ import torch
 from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
 
 from widthsearch.errors import TraceError
 from widthsearch.trace import trace
@@ -189,3 +190,25 @@ def test_layer_macs_sum_to_the_whole() -> None:
             total[monomial] = total.get(monomial, 0) + c
     assert total == traced.macs
     assert traced.layer_macs["fc"] == {(0,): 10}
+
+
+class Windows(nn.Module):
+    """Swin V2's attention of four heads in windows of 4×4 tokens: one number, two meanings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 1)
+        self.attention = ShiftedWindowAttentionV2(32, [4, 4], [2, 2], 4)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        return self.fc(self.attention(self.embed(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_heads_are_freed_beside_another_number_of_their_value() -> None:
+    """With the window symbolic as well, nothing is freed; the number of heads alone frees."""
+    traced = trace(Windows(), (3, 8, 8))
+    assert (traced.axes[0].base, traced.axes[0].unit) == (32, 8)
+    assert ("attention", "num_heads") in traced.attributes
+    assert ("attention", "window_size[0]") not in traced.attributes

@@ -749,8 +749,9 @@ def _widths_of(space: SearchSpace, model: nn.Module) -> Widths:
 def masked(space: SearchSpace, model: nn.Module, keep: Keep) -> Iterator[nn.Module]:
     """While it lasts, ``model`` computes as if only the channels that are kept were there.
 
-    Nobody reads the others: the weights that multiply them are zero meanwhile, and layer and group
-    norms leave them out of their statistics.
+    Nobody reads the others: the weights that multiply them are zero meanwhile, as are those that
+    make them in a layer that reads (what attention compares is read by no weight), and layer and
+    group norms leave them out of their statistics.
 
     Args:
         space: The space.
@@ -766,13 +767,11 @@ def masked(space: SearchSpace, model: nn.Module, keep: Keep) -> Iterator[nn.Modu
     before: dict[str, Tensor] = {}
     norms: dict[int, Tensor] = {}
     with torch.no_grad():
-        for key, dim in channels.readers.items():
-            where = _read_dim(channels, parameters[key], key, dim)
-            if where is not None:
-                mask = torch.from_numpy(_kept_positions(channels, kept, where))
-                before[key] = parameters[key].detach().clone()
-                shape = [-1 if d == where[1] else 1 for d in range(parameters[key].dim())]
-                parameters[key].mul_(mask.view(shape).to(parameters[key]))
+        for key, dim in _masked_dims(channels, parameters):
+            mask = torch.from_numpy(_kept_positions(channels, kept, (key, dim)))
+            before.setdefault(key, parameters[key].detach().clone())
+            shape = [-1 if d == dim else 1 for d in range(parameters[key].dim())]
+            parameters[key].mul_(mask.view(shape).to(parameters[key]))
     for layer, module in model.named_modules():
         where = join(layer, "weight"), 0
         if isinstance(module, nn.LayerNorm | nn.GroupNorm) and where in channels.axis:
@@ -784,6 +783,18 @@ def masked(space: SearchSpace, model: nn.Module, keep: Keep) -> Iterator[nn.Modu
         with torch.no_grad():
             for key, values in before.items():
                 parameters[key].copy_(values)
+
+
+def _masked_dims(channels: Channels, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """The dims of parameters along which a masked network has zeros."""
+    for key, dim in channels.readers.items():
+        where = _read_dim(channels, parameters[key], key, dim)
+        if where is not None:
+            yield where
+        bias = f"{key.removesuffix('weight')}bias"
+        for other, d in [(key, d) for d in range(parameters[key].dim())] + [(bias, 0)]:
+            if other in parameters and (other, d) in channels.axis and (other, d) != where:
+                yield other, d
 
 
 def _read_dim(channels: Channels, parameter: Tensor, key: str, dim: int) -> tuple[str, int] | None:

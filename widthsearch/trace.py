@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,9 +161,23 @@ def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt
             continue
         if latest.freedom < best.freedom:
             break  # a number that was none: with it symbolic, less can be followed
-        if latest.freedom > best.freedom:
+        if latest.freedom == best.freedom:  # such a number may undo what another one frees
+            for part in _by_name(repeated):
+                with suppress(Stopped):
+                    attempt = _Attempt(model, inputs, best.attributes | part, fixed)
+                    if attempt.freedom > best.freedom:
+                        best = latest = attempt
+        else:
             best = latest
     return best
+
+
+def _by_name(places: Set[tuple[str, str]]) -> list[frozenset[tuple[str, str]]]:
+    """Attributes (of modules) of several names in parts of one name each; nothing if of one."""
+    parts: dict[str, set[tuple[str, str]]] = {}
+    for layer, name in sorted(places):
+        parts.setdefault(name.partition("[")[0], set()).add((layer, name))
+    return [frozenset(part) for part in parts.values()] if len(parts) > 1 else []
 
 
 def within(layer: str, fixed: Mapping[str, str]) -> str | None:
@@ -207,7 +222,7 @@ class _Attempt:
         values = (self.system.value(symbol) for symbol in self.symbols)
         return sum(as_constant(value) is None for value in values)
 
-    def repeated_sizes(self, tried: Set[tuple[str, str]]) -> Set[tuple[str, str]]:
+    def repeated_sizes(self, tried: Set[tuple[str, str]]) -> frozenset[tuple[str, str]]:
         """Attributes of modules in which a width was fixed that may be sizes.
 
         First those that have such a width's value, then any other number.
@@ -222,7 +237,7 @@ class _Attempt:
             if value > 1 and (layer, name) not in tried
         }
         likely = {place for place, value in numbers.items() if value in fixed}
-        return likely or numbers.keys()
+        return frozenset(likely or numbers)
 
     def _symbolic(self) -> nn.Module:
         """A copy of the model on meta tensors with symbolic sizes."""
