@@ -87,14 +87,14 @@ class ResNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def resnet(depth: int, projection: bool = True, classes: int = 10) -> SearchSpace:
+def resnet(depth: int, projection: bool = True, classes: int = 10, side: int = 32) -> SearchSpace:
     """The space of a thin ResNet for CIFAR of depth 6n + 2 (section 4.2): 16, 32, 64 channels."""
     n, rest = divmod(depth - 2, 6)
     if n < 1 or rest:
         raise ValueError(f"`depth = 6n + 2` must hold for n >= 1, but depth={depth}")
     return SearchSpace.from_model(
         lambda: ResNet((n, n, n), (16, 32, 64), projection, classes),
-        (3, 32, 32),
+        (3, side, side),
         name=f"resnet{depth}" if projection else f"resnet{depth}_zero_pad",
     )
 

@@ -66,10 +66,10 @@ class WideResNet(nn.Sequential):
         nn.init.zeros_(self.fc.bias)
 
 
-def wrn(depth: int, k: int, classes: int = 10) -> SearchSpace:
+def wrn(depth: int, k: int, classes: int = 10, side: int = 32) -> SearchSpace:
     """The space of WRN-depth-k."""
     return SearchSpace.from_model(
-        lambda: WideResNet(depth, k, classes), (3, 32, 32), name=f"wrn_{depth}_{k}"
+        lambda: WideResNet(depth, k, classes), (3, side, side), name=f"wrn_{depth}_{k}"
     )
 
 

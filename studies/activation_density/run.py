@@ -5,18 +5,15 @@ From the repository's root: ``python -m studies.activation_density.run --seeds 5
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from search_spaces.quickstart import digits_resnet
-from search_spaces.vgg import vgg16_bn
 from studies.compare import train
+from studies.setup import parser, setup
 from widthsearch import Recipe, SearchSpace, Widths
-from widthsearch.data import Task, TaskConfig, load_task, stratified
+from widthsearch.data import Task
 from widthsearch.families import along
 from widthsearch.proposers import ActivationDensity, Proposal, Setting, Uniform
 
@@ -143,31 +140,16 @@ def density_table(space: SearchSpace, proposals: list[Mapping[str, Proposal]]) -
 
 def main() -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=["digits", "image_folder"], default="digits")
-    parser.add_argument("--folder", help="of image_folder: train/<class>/ and test/<class>/")
-    parser.add_argument("--images", type=int, default=5000, help="training images of image_folder")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=32)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--lowest", type=float, default=0.01)
-    parser.add_argument("--step", type=int, help="of every axis's grid; by default the space's")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.task == "digits":
-        space, task = digits_resnet(), load_task("digits")
-        recipe = Recipe(batch_size=64, lr=0.1, label_smoothing=0.1)
-    else:
-        # VGG-16 of a quarter of its widths: what one CPU core trains in minutes.
-        narrow = vgg16_bn().build(0.25, seed=0)
-        space = SearchSpace.from_model(narrow, (3, 32, 32), name="vgg16_quarter")
-        task = load_task(TaskConfig("image_folder", folder=arguments.folder))
-        kept, _ = stratified(task.train.labels, 1 - arguments.images / len(task.train), seed=0)
-        task = replace(task, train=task.train.subset(kept))
-        recipe = Recipe(batch_size=128, lr=0.1)
-    recipe = replace(recipe, epochs=arguments.epochs, weight_decay=arguments.weight_decay)
+    options = parser(__doc__, seeds=5, image_base="vgg16_quarter")
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
+    options.add_argument("--weight-decay", type=float, default=5e-4)
+    options.add_argument("--lowest", type=float, default=0.01)
+    options.add_argument("--step", type=int, help="of every axis's grid; by default the space's")
+    options.set_defaults(epochs=32)
+    arguments = options.parse_args()
+    made = setup(arguments)
+    space, task = made.space, made.task
+    recipe = replace(made.recipe, weight_decay=arguments.weight_decay)
     if arguments.step:
         space = space.constrained(step=arguments.step, least=dict.fromkeys(space.names, 1))
     found, proposals = [], []

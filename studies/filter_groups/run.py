@@ -20,7 +20,6 @@ networks in turns with the base network; branched ones with batch norm folded an
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable
@@ -31,7 +30,8 @@ import torch
 from torch import nn
 
 from studies.compare import Entry, Result, compare, table, train
-from widthsearch import LatencyConfig, Recipe, SearchSpace, load_space
+from studies.setup import parser, setup
+from widthsearch import LatencyConfig, SearchSpace
 from widthsearch.branches import (
     Branch,
     BranchedArchitecture,
@@ -41,22 +41,13 @@ from widthsearch.branches import (
     without_branches,
 )
 from widthsearch.constraints import Constraints
-from widthsearch.data import Task, TaskConfig, load_task
+from widthsearch.data import Task
 from widthsearch.devices import fixed_threads
 from widthsearch.families import LinearFamily
 from widthsearch.latency import LatencyMeter, fold_batchnorm
 from widthsearch.proposers import FilterGroups, Setting
 from widthsearch.proposers.filter_groups import GroupPruning
 from widthsearch.widths import Widths
-
-SPACES = {
-    "digits": "search_spaces/quickstart.py:digits_resnet",
-    "image_folder": "search_spaces/resnet_cifar.py:resnet20",
-}
-RECIPES = {
-    "digits": Recipe(epochs=16, batch_size=64, lr=0.1, label_smoothing=0.1),
-    "image_folder": Recipe(epochs=30, batch_size=128, lr=0.1),
-}
 
 
 class Learned:
@@ -135,25 +126,14 @@ def for_inference(net: nn.Module, architecture: BranchedArchitecture, shape: tup
 
 def main() -> None:
     """Learn groups for each seed, train all networks, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=sorted(SPACES), default="digits")
-    parser.add_argument("--folder")
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.2, 0.1])
-    parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--penalty", type=float, default=0.1)
-    parser.add_argument("--group-lr", type=float, default=1e-2)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    space = load_space(SPACES[options.task])
-    config = TaskConfig(options.task, folder=options.folder, image_size=options.image_size)
-    task = load_task(config).for_search()
-    recipe = RECIPES[options.task]
-    recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
+    asked = parser(__doc__, seeds=3)
+    asked.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.2, 0.1])
+    asked.add_argument("--groups", type=int, default=4)
+    asked.add_argument("--penalty", type=float, default=0.1)
+    asked.add_argument("--group-lr", type=float, default=1e-2)
+    options = asked.parse_args()
+    made = setup(options)
+    space, task, recipe = made.space, made.task.for_search(), made.recipe
     proposer = FilterGroups(
         groups=options.groups, penalty=options.penalty, group_lr=options.group_lr
     )

@@ -3,8 +3,8 @@
 At each budget of MACs: a trained network pruned by Fisher information or magnitude, tuned on the
 way, and tuned once more by a whole schedule; networks of its widths trained from scratch, for as
 many epochs as the base or with as much compute; and networks reduced in width or in depth without
-any pruning, those in width also with all the compute that pruning and tuning took. From the
-repository's root::
+any pruning, those in width also with all the compute that pruning and tuning took, and both also at
+the measured latency of the pruned networks. From the repository's root::
 
     python -m studies.prune_and_tune.run --seeds 3
     python -m studies.prune_and_tune.run --task image_folder --folder FOLDER --device cuda
@@ -12,35 +12,23 @@ repository's root::
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from search_spaces.quickstart import DigitsResNet, digits_resnet
-from search_spaces.resnet_cifar import resnet
 from studies.compare import Entry, Result, compare, ratios, table, train
 from studies.sensitivity.run import at_each_seed
-from widthsearch import LatencyConfig, Recipe, SearchSpace, TaskConfig, Widths, load_task
+from studies.setup import parser, setup
+from widthsearch import LatencyConfig, SearchSpace, Widths
 from widthsearch.data import Task
 from widthsearch.families import LinearFamily
+from widthsearch.latency import LatencyMeter
 from widthsearch.proposers import Fisher, Magnitude, Setting
 from widthsearch.proposers.tuning import Tuning, prune_and_tune
-
-
-def shallow_digits_resnet() -> SearchSpace:
-    """The quickstart's network without its first block."""
-
-    def shallow() -> nn.Module:
-        model: nn.Module = DigitsResNet()
-        model.block1 = nn.Sequential()
-        return model
-
-    return SearchSpace.from_model(shallow, (1, 8, 8), name="shallow", least=0.125, most=1.5)
 
 
 class Pruned:
@@ -92,27 +80,45 @@ class Pruned:
                     self.epochs[budget] = member["epochs"]
 
 
+def no_slower(
+    name: str,
+    space: SearchSpace,
+    pruned: Sequence[Entry],
+    base: Entry,
+    seeds: int,
+    meter: LatencyMeter,
+) -> list[Entry]:
+    """For each pruned network the largest of a linear family that is measured no slower than it."""
+    members = LinearFamily(space, space.base).members
+    narrower = members[space.macs(members) <= base.macs][::-1]
+    some = narrower[np.unique(np.linspace(0, len(narrower) - 1, 20).round().astype(int))]
+    measured = [
+        (widths, meter.measure(space.build(widths, seed=0)).ratio)
+        for widths in map(space.widths, some.tolist())
+    ]
+    out = []
+    for entry in pruned:
+        chosen = []
+        for seed in range(seeds):
+            limit = meter.measure(entry.build(seed)).ratio
+            fast = [w for w, ratio in measured if ratio <= limit]
+            chosen.append(fast[0] if fast else measured[-1][0])
+        method = entry.name.removesuffix(", from scratch")
+        out.append(at_each_seed(f"{name} as fast as {method}", space, chosen))
+    return out
+
+
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="digits", choices=["digits", "image_folder"])
-    parser.add_argument("--folder", help="of image_folder")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.2])
-    parser.add_argument("--every", type=int, default=100, help="fine-tuning steps a removal")
-    parser.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    small, device, seeds = options.task == "digits", options.device, options.seeds
-    space = digits_resnet() if small else resnet(20)
-    shallow = shallow_digits_resnet() if small else resnet(14)
-    task = load_task(TaskConfig(options.task, folder=options.folder)).for_search()
-    epochs = options.epochs or (16 if small else 30)
-    recipe = Recipe(epochs=epochs, batch_size=64 if small else 128, label_smoothing=0.1)
+    asked = parser(__doc__, seeds=3)
+    asked.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.2])
+    asked.add_argument("--every", type=int, default=100, help="fine-tuning steps a removal")
+    asked.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
+    asked.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
+    options = asked.parse_args()
+    made = setup(options)
+    space, task, recipe = made.space, made.task.for_search(), made.recipe
+    device, seeds, epochs = options.device, options.seeds, made.recipe.epochs
     again = replace(recipe, lr=options.lr)
     base = Entry.of("base", space, space.base)
     methods: dict[str, Fisher | Magnitude] = {
@@ -151,8 +157,12 @@ def main() -> None:
             for result in results[-2:]:
                 print(f"{result.entry.name}: {result.mean:.2f} ± {result.std:.2f}")
             scratch.append(replace(entry, name=f"{entry.name}, from scratch"))
+    reduced = {"uniform width": space}
+    if made.shallow is not None:
+        reduced["less depth"] = made.shallow
+    pruned_entries = list(scratch)
     for budget in options.budgets:
-        for name, of in (("uniform width", space), ("less depth", shallow)):
+        for name, of in reduced.items():
             widths = LinearFamily(of, of.base).solve(budget * base.macs)
             scratch.append(Entry.of(f"{name} ×{budget:g}", of, widths))
     for schedule in ("epochs", "compute"):
@@ -182,8 +192,17 @@ def main() -> None:
         )
     times = None
     if options.pairs:
-        meter = LatencyConfig(device, batch_size=32 if small else 128, pairs=options.pairs)
-        times = ratios(scratch, base, task, recipe, latency=meter, device=device)
+        latency = LatencyConfig(device, batch_size=made.latency_batch, pairs=options.pairs)
+        meter = LatencyMeter(base.build(0), task.input_shape, latency)
+        as_fast = [
+            fast
+            for name, of in reduced.items()
+            for fast in no_slower(name, of, pruned_entries, base, seeds, meter)
+        ]
+        results += compare(
+            as_fast, task, recipe, seeds=seeds, base=base, schedule="compute", device=device
+        )
+        times = ratios([*scratch, *as_fast], base, task, recipe, latency=latency, device=device)
     print(table(results, base, times))
 
 

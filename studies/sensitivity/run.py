@@ -9,18 +9,15 @@ by the same recipe. From the repository's root::
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from torch import nn
 
-from search_spaces.quickstart import digits_resnet
-from search_spaces.resnet_cifar import resnet20
 from studies.compare import Entry, compare, ratios, table
-from widthsearch import LatencyConfig, Recipe, SearchSpace, TaskConfig, Widths, load_task
+from studies.setup import parser, setup
+from widthsearch import LatencyConfig, SearchSpace, Widths
 from widthsearch.families import along
 from widthsearch.proposers import Proposer, Random, Sensitivity, Setting, Slimming, SynFlow, Uniform
 
@@ -48,46 +45,38 @@ def at_each_seed(name: str, space: SearchSpace, widths: list[Widths]) -> Entry:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="digits", choices=["digits", "image_folder"])
-    parser.add_argument("--folder", help="of image_folder")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.1])
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    small = options.task == "digits"
-    space = digits_resnet() if small else resnet20()
-    task = load_task(TaskConfig(options.task, folder=options.folder)).for_search()
-    epochs = options.epochs or (16 if small else 30)
-    recipe = Recipe(epochs=epochs, batch_size=64 if small else 128, label_smoothing=0.1)
+    options = parser(__doc__, seeds=5)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.1])
+    options.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
+    chosen = options.parse_args()
+    made = setup(chosen)
+    space, task, recipe = made.space, made.task.for_search(), made.recipe
+    seeds, device = chosen.seeds, chosen.device
     base = Entry.of("base", space, space.base)
     entries = [base]
     proposals: dict[str, list[Callable[[float], Widths]]] = {}
-    for name, method in METHODS.items():
+    for name in chosen.methods:
         started = time.perf_counter()
-        made = [
-            method(space, task, Setting(seed=s, device=options.device, recipe=recipe))
-            for s in range(options.seeds)
+        of_seeds = [
+            METHODS[name](space, task, Setting(seed=s, device=device, recipe=recipe))
+            for s in range(seeds)
         ]
-        print(f"{name}: {(time.perf_counter() - started) / options.seeds:.2f} s a proposal")
+        print(f"{name}: {(time.perf_counter() - started) / seeds:.2f} s a proposal")
         proposals[name] = [
             lambda share, p=p: along(space, p, share * base.macs)  # type: ignore[misc]
-            for p in made
+            for p in of_seeds
         ]
-    for budget in options.budgets:
+    for budget in chosen.budgets:
         for name, solved in proposals.items():
             widths = [at(budget) for at in solved]
             entries.append(at_each_seed(f"{name} ×{budget:g}", space, widths))
-    results = compare(entries, task, recipe, seeds=options.seeds, base=base, device=options.device)
+    results = compare(entries, task, recipe, seeds=seeds, base=base, device=device)
     times = None
-    if options.pairs:
+    if chosen.pairs:
         timed = [e for e in entries if e.name.split(" ×")[0] in ("sensitivity", "uniform")]
-        meter = LatencyConfig(options.device, batch_size=32 if small else 128, pairs=options.pairs)
-        times = ratios(timed, base, task, recipe, latency=meter, device=options.device)
+        meter = LatencyConfig(device, batch_size=made.latency_batch, pairs=chosen.pairs)
+        times = ratios(timed, base, task, recipe, latency=meter, device=device)
     print(table(results, base, times))
 
 
