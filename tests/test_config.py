@@ -100,7 +100,7 @@ WRONG = {
     ),
     "too small": (
         {"concurrency": 0},
-        "concurrency must be greater than or equal to 1, but was 0",
+        "concurrency must be 1 or more, or auto, but was 0",
     ),
     "bad budget": (
         {"budgets": [0.5, -1]},

@@ -37,7 +37,7 @@ from torch import nn
 
 from widthsearch.space import SearchSpace
 
-ONCE = Path(__file__).with_name("once")
+ONCE, TWICE = (Path(__file__).with_name(name) for name in ("once", "twice"))
 
 
 class Net(nn.Module):
@@ -61,6 +61,9 @@ class Net(nn.Module):
             if width == 10 and not ONCE.exists():
                 ONCE.touch()
                 os._exit(1)
+            if width == 10 and not TWICE.exists():
+                TWICE.touch()
+                raise torch.OutOfMemoryError("no memory is left")
         return x
 
 
@@ -137,7 +140,9 @@ def test_nan_fails_the_candidate(unlucky: tuple[Study, list[Progress]]) -> None:
     assert errors(study)[6] == "training diverged in epoch 1: its loss is nan"
 
 
-def test_a_worker_that_dies_once_is_replaced(unlucky: tuple[Study, list[Progress]]) -> None:
+def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(
+    unlucky: tuple[Study, list[Progress]],
+) -> None:
     """The trial finishes; whoever watches is told."""
     study, told = unlucky
     (outcome,) = [o for o in study.outcomes() if o.widths["conv"] == 10]
@@ -145,6 +150,8 @@ def test_a_worker_that_dies_once_is_replaced(unlucky: tuple[Study, list[Progress
     assert [result.epoch for result in outcome.curve] == [1, 2, 3, 4]
     message = f"trial {outcome.id}: its worker process died; another one goes on"
     assert any(progress.message.startswith(message) for progress in told)
+    message = f"trial {outcome.id} ran out of memory; it will be trained again by itself"
+    assert any(progress.message == message for progress in told)
 
 
 def test_a_damaged_checkpoint_restarts_the_trial_and_says_so(

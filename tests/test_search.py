@@ -367,3 +367,34 @@ def test_the_front_stops_what_will_not_reach_it(tmp_path: Path) -> None:
     states = {o.widths.vector: (o.state, len(o.curve) < 8) for o in search.outcomes.values()}
     assert states.pop((8, 10)) == ("stopped", True)
     assert set(states.values()) == {("finished", False)}
+
+
+def test_what_ran_out_of_memory_is_trained_again_by_itself(tmp_path: Path) -> None:
+    """It waits for the others, nothing begins beside it, and then the study goes on."""
+    told: list[Progress] = []
+    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=told.append) as search:
+        trials = [search.ask() for _ in range(3)]
+        first, second, third = (trial.number for trial in trials if trial is not None)
+        assert search.retry_alone(first)
+        assert told[-1].message == ("trial 0 ran out of memory; it will be trained again by itself")
+        assert search.retry_alone(third)
+        assert search.ask() is None  # the second one is being trained
+        search.report(second, tiny.curve(1, 2, 3, 4))
+        again = search.ask()
+        assert again is not None
+        assert again.number == first
+        assert search.is_alone(first)
+        assert search.ask() is None
+        assert not search.retry_alone(first)  # once
+        search.fail(first, "no memory")
+        last = search.ask()
+        assert last is not None
+        assert last.number == third
+        assert search.ask() is None
+        search.report(third, tiny.curve(1, 2, 3, 4))
+        new = search.ask()
+        assert new is not None
+        assert new.number == 3
+        assert not search.is_alone(3)
+    states = {number: outcome.state for number, outcome in search.outcomes.items()}
+    assert states == {0: "failed", 1: "finished", 2: "finished"}

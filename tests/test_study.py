@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch import nn
 import widthsearch.study
 from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
 from widthsearch.proposers import Proposal, Sensitivity, Setting
+from widthsearch.search import Progress
 from widthsearch.space import SearchSpace
-from widthsearch.speed import PrecisionProbe
+from widthsearch.speed import ConcurrencyProbe, PrecisionProbe
 from widthsearch.storage import Store
 from widthsearch.study import Study
 
@@ -192,6 +195,50 @@ def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe = {**tiny.config().to_json()["recipe"], "precision": "fp32"}
     with make(tmp_path / "b", recipe=recipe).search() as search:
         assert search.config.recipe.precision == "fp32"
+
+
+def test_the_number_at_once_is_found_once_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one probe of as many as the cores allow, reported and kept; another machine probes."""
+    asked: list[Sequence[int]] = []
+
+    def probe(*_: Any, numbers: Sequence[int], **__: Any) -> ConcurrencyProbe:
+        asked.append(list(numbers))
+        return ConcurrencyProbe({1: 100.0, 2: 150.0, 4: 140.0}, "cpu", 1, None)
+
+    monkeypatch.setattr(widthsearch.study, "probe_concurrency", probe)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    told: list[Progress] = []
+    for _ in range(2):
+        with make(tmp_path, concurrency="auto").search(told.append) as search:
+            assert search.config.at_once == 2
+    assert asked == [[1, 2, 4, 6]]
+    assert any("2 at once on each device" in progress.message for progress in told)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with make(tmp_path, concurrency="auto").search():
+        assert asked[1:] == [[1, 2]]
+    with pytest.raises(StudyError, match="is decided when a study is run"):
+        tiny.config(concurrency="auto").at_once  # noqa: B018
+    with pytest.raises(StudyError, match="probes this machine"):
+        tiny.config(concurrency="auto", ray_address="10.0.0.1:6379")
+
+
+def test_a_gpu_is_shared_by_as_many_as_train_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs, three on each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(widthsearch.study, "check_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(
+        widthsearch.study,
+        "probe_concurrency",
+        lambda *_, **__: ConcurrencyProbe({1: 1.0, 2: 1.5, 3: 2.0}, "cuda", 1, None),
+    )
+    settings = {"device": "cuda", "resources": {"gpu": 1}, "proposers": ["uniform"]}
+    with make(tmp_path, concurrency="auto", **settings).search() as search:
+        assert search.config.at_once == 6
+        assert search.config.resources.gpu == 0.3333
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -146,3 +146,36 @@ def test_reports_travel_between_processes(tmp_path: Path) -> None:
     one.take(0, "tiny", [4, 4], seed=0)
     report = one.step()
     assert pickle.loads(pickle.dumps(report)) == report
+
+
+class Greedy(tiny.Net):
+    """Wants more memory than there is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fails in training."""
+        if self.training and torch.is_grad_enabled() and len(x) > 2:
+            raise torch.OutOfMemoryError("tried to allocate everything")
+        return super().forward(x)
+
+
+def test_a_lack_of_memory_is_told_from_other_failures(tmp_path: Path) -> None:
+    """So that the trial can be given the machine to itself."""
+    greedy = worker(
+        tmp_path, SearchSpace.from_model(Greedy, (1, 4, 4), name="tiny", least=0.25, step=2)
+    )
+    greedy.take(1, "tiny", [4, 4], seed=0)
+    report = greedy.step()
+    assert report.out_of_memory
+    assert report.failure == "OutOfMemoryError: tried to allocate everything"
+
+
+@pytest.mark.gpu
+def test_a_worker_takes_no_more_than_its_share_of_a_gpu(tmp_path: Path) -> None:
+    """What it may allocate is its share; alone it may take all."""
+    small = worker(tmp_path, device="cuda", share=0.25)
+    total = torch.cuda.get_device_properties(0).total_memory
+    small.take(1, "tiny", [4, 4], seed=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(int(0.3 * total), dtype=torch.uint8, device="cuda")
+    small.take(1, "tiny", [4, 4], seed=0, alone=True)
+    assert torch.empty(int(0.3 * total), dtype=torch.uint8, device="cuda").numel() > 0

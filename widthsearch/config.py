@@ -46,6 +46,12 @@ def _whole_above_one(amount: float) -> float:
     return amount
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"must be 1 or more, or auto, but was {value!r}")
+    return value
+
+
 def _fit_for_a_folder(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(
@@ -204,7 +210,8 @@ class StudyConfig(BaseModel):
             all but the best of each rung; None trains everything to its end.
         trials: How many candidates there are in all: the base model, the families' members, and the
             sampler's own for the rest. Failed ones count.
-        concurrency: How many train at once.
+        concurrency: How many train at once; ``auto`` finds by a short probe of this machine what
+            trains the most candidates an hour, and gives each its share of the GPU.
         resources: What each of them takes.
         device: Where they train.
         seed: The seed that everything random in the study derives from.
@@ -241,7 +248,7 @@ class StudyConfig(BaseModel):
     latency: LatencyConfig | None = None
     early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
     trials: Annotated[int, Field(ge=1)]
-    concurrency: Annotated[int, Field(ge=1)] = 1
+    concurrency: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 1
     resources: Resources = Resources()
     device: str = "cpu"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -294,7 +301,19 @@ class StudyConfig(BaseModel):
                 f"device {self.device!r} needs resources.gpu above 0, but it is 0: 0.5 lets two "
                 "trials share one GPU"
             )
+        if self.concurrency == "auto" and self.ray_address is not None:
+            raise ValueError(
+                "concurrency 'auto' probes this machine, but the trials run on the cluster at "
+                f"{self.ray_address!r}: give a number"
+            )
         return self
+
+    @property
+    def at_once(self) -> int:
+        """How many train at once, where that is decided."""
+        if isinstance(self.concurrency, str):
+            raise StudyError("concurrency 'auto' is decided when a study is run")
+        return self.concurrency
 
     @classmethod
     def from_yaml(cls, path: Path) -> StudyConfig:

@@ -105,8 +105,8 @@ class Session:
         streams: dict[Any, int] = {}
         try:
             for i, question in enumerate(questions):
-                pickled = _pickled(question, f"proposer {question.label!r}")
-                streams[options.remote(pickled, shared)] = i
+                asked = pickled(question, f"proposer {question.label!r}")
+                streams[options.remote(asked, shared)] = i
             while streams:
                 ready, _ = ray.wait(list(streams), num_returns=1, timeout=TICK_SECONDS)
                 for stream in ready:
@@ -208,13 +208,14 @@ class _Joint:
             _trainee(),
             task=task.for_search(),
             spaces={
-                name: _pickled(space, f"space {name!r}")
+                name: pickled(space, f"space {name!r}")
                 for name, space in self.search.spaces.items()
             },
             recipe=config.recipe,
             device=config.device,
             threads=max(1, int(config.resources.cpu)),
             checkpoints=self.checkpoints,
+            share=config.resources.gpu,
         )
         shutil.rmtree(logs / "tune", ignore_errors=True)
         try:
@@ -227,7 +228,7 @@ class _Joint:
                     scheduler=_Rungs(self),
                     callbacks=[_Watch(self)],
                     num_samples=-1,
-                    max_concurrent_trials=config.concurrency,
+                    max_concurrent_trials=config.at_once,
                     reuse_actors=True,
                     max_failures=RETRIES,
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -268,6 +269,7 @@ class _Joint:
                 "space": trial.space,
                 "vector": list(trial.widths.vector),
                 "seed": trial.seed,
+                "alone": self.search.is_alone(trial.number),
             }
         finished: Any = Searcher.FINISHED
         return finished if self.failure is not None or self.search.done else None
@@ -282,6 +284,9 @@ class _Joint:
                 self.search.notify(report.note)
             if report.failure is not None:
                 _logger.info("trial %d failed\n%s", number, report.traceback)
+                again = report.out_of_memory and self.search.retry_alone(number)
+                if again:
+                    return False
                 self.search.fail(number, report.failure)
             else:
                 goes_on = self.search.report(number, report.curve)
@@ -405,7 +410,7 @@ def _trainee() -> type[tune.Trainable]:
 
 
 def _name(trial: TuneTrial) -> str:
-    return f"trial-{trial.config['number']}"
+    return f"trial-{trial.config['number']}{'-alone' if trial.config['alone'] else ''}"
 
 
 class _Interrupts:
@@ -529,7 +534,7 @@ def _check_resources(cpu: float, gpu: float) -> None:
         )
 
 
-def _pickled(value: object, called: str) -> bytes:
+def pickled(value: object, called: str) -> bytes:
     """A space or a question for the workers, with code of the user's own modules inside.
 
     A worker may be unable to import them: a file outside the path, or another machine.
@@ -545,13 +550,13 @@ def _pickled(value: object, called: str) -> bytes:
     for module in own:
         cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     try:
-        pickled: bytes = cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
+        dumped: bytes = cloudpickle.dumps(value)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise SpaceError(f"{called} cannot be sent to the workers: {one_line(error)}") from error
     finally:
         for module in own:
             cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
-    return pickled
+    return dumped
 
 
 @contextlib.contextmanager

@@ -118,6 +118,8 @@ class Search:
         self._open = {trial.number: trial for trial in store.take_up(names)}
         self._taken_up = list(self._open.values())  # begun by a driver that was killed
         self._ready: deque[Trial] = deque()  # those of _open that no engine has been given yet
+        self._waiting: deque[int] = deque()  # those of _open that want a machine to themselves
+        self._retried: set[int] = set()  # those that were given one
         self._seen = {(trial.space, trial.widths) for trial in self._taken_up}
         self._seen |= {(outcome.space, outcome.widths) for outcome in self.outcomes.values()}
         queue: dict[tuple[str, Widths], Candidate] = {}
@@ -159,6 +161,8 @@ class Search:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
         self._lease.check()
+        if self._waiting or any(self.is_alone(number) for number in self._open):
+            return self._next_alone()
         if self._taken_up:
             self._make_ready(self._taken_up)
             self._taken_up = []
@@ -204,6 +208,31 @@ class Search:
                 f"stops; the last one, trial {number}: {reason}"
             )
 
+    def retry_alone(self, number: int) -> bool:
+        """Train a trial that ran out of memory once more, while no other one runs.
+
+        Returns:
+            Whether it will be; it is once alone, and its next failure is its end.
+        """
+        if number in self._retried:
+            return False
+        self._retried.add(number)
+        self._waiting.append(number)
+        self.notify(f"trial {number} ran out of memory; it will be trained again by itself")
+        return True
+
+    def is_alone(self, number: int) -> bool:
+        """Whether a trial is trained while no other one runs."""
+        return number in self._retried and number not in self._waiting and number in self._open
+
+    def _next_alone(self) -> Trial | None:
+        """The next trial that wants a machine to itself, once no other one is being trained."""
+        idle = {*self._waiting, *(trial.number for trial in self._ready)}
+        idle.update(trial.number for trial in self._taken_up)
+        if not self._waiting or not self._open.keys() <= idle:
+            return None
+        return self._open[self._waiting.popleft()]
+
     def notify(self, message: str = "") -> None:
         """Let whoever watches know where the study stands."""
         if message:
@@ -231,7 +260,7 @@ class Search:
         """Begin the trials that are next; one, where no latency is to be measured."""
         size = 1
         if self._measure is not None:
-            size = len(self._queue) or 2 * self.config.concurrency
+            size = len(self._queue) or 2 * self.config.at_once
         generation = []
         for _ in range(min(size, self._total - self._begun)):
             candidate = self._queue.popleft() if self._queue else self._drawn()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from widthsearch import families, pareto
 from widthsearch.beliefs import Beliefs
@@ -35,7 +40,7 @@ from widthsearch.proposing import Engine, Question, Say, in_turn, proposals
 from widthsearch.references import load_space
 from widthsearch.search import Progress, Search
 from widthsearch.space import SearchSpace
-from widthsearch.speed import probe_precision
+from widthsearch.speed import probe_concurrency, probe_precision
 from widthsearch.storage import SpaceRecord, Store, Trial
 from widthsearch.training import Recipe
 
@@ -214,7 +219,8 @@ class Study:
             StorageError: The storage cannot be opened.
         """
         with self._driving() as (store, lease):
-            config, say = self._settled(store), self._sayer(store, on_progress)
+            say = self._sayer(store, on_progress)
+            config = self._concurrent(self._settled(store), store, say)
             share = round(config.baselines * config.trials)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
             queue += families.baselines(self.spaces, config.budgets, share, config.seed)
@@ -264,8 +270,9 @@ class Study:
             raise StudyError(f"study {self.config.name!r} has no front to confirm: run it first")
         with self._driving() as (store, lease):
             records = {name: SpaceRecord.of(space) for name, space in self.spaces.items()}
+            say = self._sayer(store, on_progress)
             yield Confirmation(
-                self._settled(store),
+                self._concurrent(self._settled(store), store, say),
                 self.spaces,
                 store,
                 lease,
@@ -357,6 +364,39 @@ class Study:
             store.set_attribute("precision", probe)
         recipe = replace(config.recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})
+
+    def _concurrent(self, config: StudyConfig, store: Store, say: Say) -> StudyConfig:
+        """The configuration with a number of trials at once, probed once for each machine."""
+        if config.concurrency != "auto":
+            return config
+        from widthsearch import runner  # as in `run`
+
+        device, taken = config.device, config.resources
+        gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+        most = max(1, int((os.cpu_count() or 1) / taken.cpu))
+        machine = [platform.node(), os.cpu_count(), gpus, device, taken.cpu]
+        known = store.attribute("concurrency")
+        if known is None or known["machine"] != machine:
+            say("finding out how many candidates train best at once")
+            each = max(1, most // max(1, gpus))  # on one GPU, if there are any
+            probe = probe_concurrency(
+                runner.pickled(self.space, f"space {self.space.name!r}"),
+                self.task.for_search(),
+                config.recipe,
+                device=device,
+                threads=max(1, int(taken.cpu)),
+                numbers=sorted({min(each, 2**i) for i in range(5)}),
+            )
+            known = {"machine": machine, **probe.to_json()}
+            store.set_attribute("concurrency", known)
+        best = int(known["best"])
+        rates = ", ".join(f"{n}: {r:.0f}" for n, r in known["candidates_per_hour"].items())
+        say(f"{best} at once on each device (base networks an hour by number at once: {rates})")
+        if gpus:
+            share = math.floor(1e4 / best) / 1e4  # so many fit one GPU, whatever is rounded
+            taken = taken.model_copy(update={"gpu": min(taken.gpu, share)})
+        together = best * max(1, gpus)
+        return config.model_copy(update={"concurrency": together, "resources": taken})
 
     @cached_property
     def _profiles(self) -> dict[str, LatencyModel]:

@@ -167,6 +167,7 @@ def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt
                     attempt = _Attempt(model, inputs, best.attributes | part, fixed)
                     if attempt.freedom > best.freedom:
                         best = latest = attempt
+                        break
         else:
             best = latest
     return best

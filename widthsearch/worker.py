@@ -32,6 +32,7 @@ class Report:
         note: What whoever watches should know; may be empty.
         failure: Why the candidate cannot be trained, in one line.
         traceback: All of that.
+        out_of_memory: Whether it failed because its device's memory did not suffice.
         broken: What is wrong with the machine, where it is not the candidate's fault.
     """
 
@@ -39,6 +40,7 @@ class Report:
     note: str = ""
     failure: str | None = None
     traceback: str = ""
+    out_of_memory: bool = False
     broken: str | None = None
 
 
@@ -53,6 +55,8 @@ class Worker:
         device: Where.
         threads: With how many CPU threads.
         checkpoints: The folder in which each trial has its own.
+        share: The share of a GPU that is this worker's; of the GPU's memory it gets no more, so
+            that no trial takes what its neighbours count on.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Worker:
         device: str,
         threads: int,
         checkpoints: Path,
+        share: float = 0.0,
     ) -> None:
         # Ray sets OMP_NUM_THREADS, but torch's pool may be there already.
         torch.set_num_threads(threads)
@@ -74,12 +79,26 @@ class Worker:
         self._device = device
         self._threads = threads
         self._checkpoints = checkpoints
+        self._share = share
 
-    def take(self, number: int, space: str, vector: Sequence[int], seed: int) -> None:
-        """Take the next trial; the last one is let go."""
+    def take(
+        self, number: int, space: str, vector: Sequence[int], seed: int, alone: bool = False
+    ) -> None:
+        """Take the next trial; the last one is let go.
+
+        Args:
+            number: The trial's.
+            space: Its space's name.
+            vector: Its widths.
+            seed: Its seed.
+            alone: Whether no other trial runs meanwhile, so that all memory may be used.
+        """
         self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
         self._folder = self._checkpoints / str(number)
         self._run: TrainingRun | None = None
+        if self._device.startswith("cuda") and 0 < self._share < 1 and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0 if alone else self._share)
 
     def step(self) -> Report:
         """Train an epoch of the trial, or repeat the last one that a checkpoint has.
@@ -95,7 +114,13 @@ class Worker:
                 return Report(broken=f"{error.strerror} for the checkpoint {str(self._folder)!r}")
             return Report(failure=one_line(error), traceback=traceback.format_exc())
         except Exception as error:  # noqa: BLE001  reported, with its traceback
-            return Report(failure=one_line(error), traceback=traceback.format_exc())
+            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            self._run = None  # its tensors go
+            return Report(
+                failure=one_line(error),
+                traceback=traceback.format_exc(),
+                out_of_memory=out_of_memory,
+            )
 
     def _step(self) -> Report:
         note = ""
