@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import tables
 from benchmarks.search import Table, run
 
 ROOT = Path(__file__).parents[1]
@@ -104,3 +105,21 @@ def test_it_prints_the_table_and_json(tmp_path: Path) -> None:
     for cells in result["samplers"].values():
         assert list(cells) == ["3", "10"]
         assert all(0 <= cell["mean"] <= 1 and cell["std"] >= 0 for cell in cells.values())
+
+
+def test_tables_by_formulas_cost_what_their_networks_do() -> None:
+    """One layer of 8 channels on 4 × 4: 3·8·9·16 MACs and 8·10; batch norm has two a channel."""
+    macs, params = tables.costs(np.array([[8], [16]]), (4,))
+    assert macs.tolist() == [3 * 8 * 9 * 16 + 80, 3 * 16 * 9 * 16 + 160]
+    assert params.tolist() == [3 * 8 * 9 + 16 + 80, 3 * 16 * 9 + 32 + 160]
+
+
+@pytest.mark.parametrize("name", sorted(tables.TABLES))
+def test_tables_by_formulas_are_the_same_every_time(name: str) -> None:
+    """Every width vector once, an accuracy a seed, all of it drawn from a fixed seed."""
+    widths, sides, accuracy = tables.TABLES[name]()
+    assert widths.shape == (len(accuracy), len(sides))
+    assert len(np.unique(widths, axis=0)) == len(widths)
+    assert accuracy.shape[1] >= 2
+    assert 0 < accuracy.min() < accuracy.max() < 110
+    assert np.array_equal(tables.TABLES[name]()[2], accuracy)
