@@ -21,8 +21,9 @@ from widthsearch.modules import join
 from widthsearch.polynomials import add
 from widthsearch.proposers.groups import find_layers, learn_groups
 from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.proposers.tuning import trained_base
 from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe, evaluate, fit
+from widthsearch.training import Recipe, evaluate
 from widthsearch.widths import Widths
 
 Bools = NDArray[np.bool_]
@@ -132,22 +133,7 @@ class FilterGroups:
                 f"widths, but space {space.name!r} has none; use another method (`sensitivity`)"
             )
         pretrain, learn = self.pretrain or setting.recipe, self.learn or setting.recipe
-        model = free.build(free.base, seed=setting.seed)
-        curve = fit(
-            model,
-            task,
-            pretrain,
-            seed=setting.seed,
-            device=setting.device,
-            on_epoch=lambda e: setting.report(
-                f"base: epoch {e.epoch} of {pretrain.epochs}, {e.accuracy:.1f}%"
-            ),
-        )
-        if math.isnan(curve[-1].accuracy):
-            raise StudyError(
-                f"the base network must train before it is pruned, but with lr={pretrain.lr} it "
-                "diverged; lower it"
-            )
+        model, pretrained = trained_base(free, task, pretrain, setting)
         groups = learn_groups(
             model,
             layers,
@@ -162,7 +148,7 @@ class FilterGroups:
             report=setting.report,
         )
         accuracy = evaluate(model, task, "validation", setting.device, learn.precision)
-        return model, groups, {"pretrained": curve[-1].accuracy, "grouped": accuracy}
+        return model, groups, {"pretrained": pretrained, "grouped": accuracy}
 
 
 # -- pruning -----------------------------------------------------------------------------------

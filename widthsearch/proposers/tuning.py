@@ -160,6 +160,33 @@ def check_rate(lr: float) -> None:
         raise StudyError(f"`0 < lr < inf` must hold, but fine-tuning has lr={lr!r}")
 
 
+def trained_base(
+    space: SearchSpace, task: Task, recipe: Recipe, setting: Setting
+) -> tuple[nn.Module, float]:
+    """A space's base network, trained, and its validation accuracy in percent.
+
+    Raises:
+        StudyError: Training diverged.
+    """
+    model = space.build(space.base, seed=setting.seed)
+    curve = fit(
+        model,
+        task,
+        recipe,
+        seed=setting.seed,
+        device=setting.device,
+        on_epoch=lambda e: setting.report(
+            f"base: epoch {e.epoch} of {recipe.epochs}, {e.accuracy:.1f}%"
+        ),
+    )
+    if math.isnan(curve[-1].accuracy):
+        raise StudyError(
+            f"the base network must train before it is pruned, but with lr={recipe.lr} it "
+            "diverged; lower it"
+        )
+    return model, curve[-1].accuracy
+
+
 def prune_and_tune(
     space: SearchSpace,
     task: Task,
@@ -205,22 +232,7 @@ def prune_and_tune(
     counts = [axis.step // t.unit for axis, t in zip(space.axes, space.trace.axes, strict=True)]
     if not removal.possible.any():
         raise _nothing_to_cut(space)
-    model = space.build(space.base, seed=setting.seed)
-    curve = fit(
-        model,
-        task,
-        pretrain,
-        seed=setting.seed,
-        device=setting.device,
-        on_epoch=lambda e: setting.report(
-            f"base: epoch {e.epoch} of {pretrain.epochs}, {e.accuracy:.1f}%"
-        ),
-    )
-    if math.isnan(curve[-1].accuracy):
-        raise StudyError(
-            f"the base network must train before it is pruned, but with lr={pretrain.lr} it "
-            "diverged; lower it"
-        )
+    model, _ = trained_base(space, task, pretrain, setting)
     tuning = Tuning(
         space,
         model,
