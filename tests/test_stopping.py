@@ -98,26 +98,6 @@ def test_nothing_stops_before_enough_are_finished_or_too_soon() -> None:
     assert not FrontStopping(first_epoch=6, chance=0.5)(dear, FINISHED)
 
 
-def test_a_prior_pulls_as_far_as_it_is_sure() -> None:
-    """One surer than the costs moves the prediction its way; one less sure says nothing."""
-    trial = curve(73.0, cost=65.0, epochs=1)
-    alone = extrapolate(trial, FINISHED)
-    sure, vague = (extrapolate(trial, FINISHED, (90.0, sd)) for sd in (0.5, 50.0))
-    assert vague == alone
-    assert alone.mean < sure.mean < logit(91.0)
-    assert sure.scale < alone.scale
-
-
-def test_what_both_predictions_share_counts_once() -> None:
-    """By hand: precisions 1 and 4 with 2 shared make 3; means 0 and 1 with 0.5 shared make 1."""
-    curve_, widths, shared = (
-        Prediction(mean, precision**-0.5, 9.0) for mean, precision in ((0, 1), (1, 4), (0.5, 2))
-    )
-    both = curve_.given(widths, shared)
-    assert both.mean == pytest.approx((0 * 1 + 1 * 4 - 0.5 * 2) / 3)
-    assert both.scale == pytest.approx(3**-0.5)
-
-
 @given(
     st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=3, max_size=12),
     st.floats(0, 100),

@@ -66,20 +66,6 @@ class Prediction:
         """The probability of a final accuracy above this one, in percent."""
         return float(stdtr(self.freedom, (self.mean - float(logit(accuracy))) / self.scale))
 
-    def given(self, other: Prediction, shared: Prediction) -> Prediction:
-        """This prediction and another, independent of it given what both already contain.
-
-        As for normals, precisions add and what is ``shared`` counts once; an ``other`` that is no
-        surer than that says nothing.
-        """
-        gain = other.scale**-2 - shared.scale**-2
-        if gain <= 0:
-            return self
-        precision = self.scale**-2 + gain
-        pull = other.mean * other.scale**-2 - shared.mean * shared.scale**-2
-        mean = (self.mean * self.scale**-2 + pull) / precision
-        return Prediction(mean, precision**-0.5, self.freedom)
-
 
 @dataclass(frozen=True)
 class FrontStopping:
@@ -107,28 +93,19 @@ class FrontStopping:
                 value = getattr(self, field)
                 raise StudyError(f"`{rule}` must hold, but early_stopping has {field}={value!r}")
 
-    def __call__(
-        self,
-        trial: Curve,
-        finished: Sequence[Curve],
-        prior: tuple[float, float] | None = None,
-    ) -> bool:
+    def __call__(self, trial: Curve, finished: Sequence[Curve]) -> bool:
         """Whether the trial is to be stopped.
 
         Args:
             trial: The running trial; at least one epoch.
             finished: Those that were trained to the end, with the same cost objectives.
-            prior: Mean and standard deviation of the trial's final accuracy in percent, from its
-                widths alone; None where nothing predicts it.
         """
         if len(finished) < self.finished or len(trial.accuracy) < self.first_epoch:
             return False
-        return chance_of_front(trial, finished, prior) < self.chance
+        return chance_of_front(trial, finished) < self.chance
 
 
-def chance_of_front(
-    trial: Curve, finished: Sequence[Curve], prior: tuple[float, float] | None = None
-) -> float:
+def chance_of_front(trial: Curve, finished: Sequence[Curve]) -> float:
     """The probability that no finished network will dominate a running one.
 
     That is, that its final accuracy is above that of all that cost no more in every objective; 1
@@ -142,12 +119,10 @@ def chance_of_front(
     ]
     if not at_its_cost:
         return 1.0
-    return extrapolate(trial, finished, prior).chance_above(max(at_its_cost))
+    return extrapolate(trial, finished).chance_above(max(at_its_cost))
 
 
-def extrapolate(
-    trial: Curve, finished: Sequence[Curve], prior: tuple[float, float] | None = None
-) -> Prediction:
+def extrapolate(trial: Curve, finished: Sequence[Curve]) -> Prediction:
     """A running trial's final accuracy, from those that are finished.
 
     The arguments are those of :class:`FrontStopping`, with two finished trials or more.
@@ -161,15 +136,7 @@ def extrapolate(
         final - now,
         _regressors(trial, epoch),
     )
-    from_curve = Prediction(gain.mean + float(logit(trial.accuracy[-1])), gain.scale, gain.freedom)
-    if prior is None:
-        return from_curve
-    from_costs = _regressed(np.log([peer.costs for peer in finished]), final, np.log(trial.costs))
-    mean, sd = prior
-    at = min(max(mean, 0.0), 100.0)
-    slope = 101 / ((at + 0.5) * (100.5 - at))  # of the logit
-    from_widths = Prediction(float(logit(at)), sd * slope, math.inf)
-    return from_curve.given(from_widths, from_costs)
+    return Prediction(gain.mean + float(logit(trial.accuracy[-1])), gain.scale, gain.freedom)
 
 
 def logit(accuracy: float | Sequence[float]) -> Array:
