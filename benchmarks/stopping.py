@@ -4,15 +4,9 @@
     python -m benchmarks.stopping replay [FILE …] [--orders 20]
 
 ``record`` trains networks of a space to their end (the base, families of two proposers at
-budgets drawn log-uniformly, random widths) and writes curves and costs as one JSON file; with
-``--repeats`` each network is trained again with so many other seeds, of which only the end is kept.
+budgets drawn log-uniformly, random widths) and writes curves and costs as one JSON file.
 ``replay`` runs recorded studies again in random orders of arrival, so many trials at once, under
-each rule; without files, on synthetic curves. Two losses of hypervolume are told, against training
-all to the end:
-
-* *seen*: of all finished networks by their own final accuracy, luck and all;
-* *handed over*: of the front by posterior mean, as a study hands it over, scored by the mean
-  accuracy of its members' other seeds (where there are any).
+each rule; without files, on synthetic curves.
 """
 
 from __future__ import annotations
@@ -21,8 +15,7 @@ import argparse
 import heapq
 import itertools
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,9 +30,7 @@ from widthsearch.latency import LatencyConfig, LatencyMeter
 from widthsearch.proposers import PROPOSERS, Setting
 from widthsearch.space import SearchSpace
 from widthsearch.stopping import Curve, FrontStopping
-from widthsearch.storage import SpaceRecord
-from widthsearch.surrogate import Coordinates, Surrogate
-from widthsearch.training import evaluate, fit
+from widthsearch.training import fit
 from widthsearch.widths import Widths
 
 
@@ -79,10 +70,6 @@ def record(options: argparse.Namespace) -> None:
         latency = meter.measure(network)
         curve = fit(network, task, recipe, seed=seed)
         cost = space.cost(widths)
-        again = [
-            last_accuracy(space, widths, task, recipe, seed + repeat * options.trials)
-            for repeat in range(1, options.repeats + 1)
-        ]
         trials.append(
             {
                 "widths": list(widths.vector),
@@ -90,22 +77,10 @@ def record(options: argparse.Namespace) -> None:
                 "params": cost.params,
                 "latency_ms": round(latency.median_ms, 5),
                 "accuracy": [round(result.accuracy, 3) for result in curve],
-                "again": again,
             }
         )
         print(len(trials), cost.macs, curve[-1].accuracy, flush=True)
-        content = {"space": SpaceRecord.of(space).to_json(), "trials": trials}
-        Path(options.file).write_text(json.dumps(content))
-
-
-def last_accuracy(
-    space: SearchSpace, widths: Widths, task: Task, recipe: Recipe, seed: int
-) -> float:
-    """The validation accuracy after a whole training; it is not evaluated on the way."""
-    network = space.build(widths, seed=seed)
-    few = replace(task, validation=task.validation.subset(np.arange(2)))
-    fit(network, few, recipe, seed=seed)
-    return round(evaluate(network, task, "validation", "cpu"), 3)
+        Path(options.file).write_text(json.dumps({"space": space.name, "trials": trials}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,34 +91,19 @@ class Recorded:
         name: What tables call them.
         accuracy: After each epoch, in percent, shape (N, epochs).
         costs: Shape (N, cost objectives).
-        space: Theirs; None of curves by formulas.
-        widths: Shape (N, axes).
-        again: Final accuracy of other seeds, shape (N, seeds).
     """
 
     name: str
     accuracy: NDArray[np.float64]
     costs: NDArray[np.float64]
-    space: SpaceRecord | None = None
-    widths: NDArray[np.int64] | None = None
-    again: NDArray[np.float64] | None = None
 
     @classmethod
     def read(cls, file: Path, costs: Sequence[str]) -> Recorded:
         content = json.loads(file.read_text())
         trials = content["trials"]
         values = [[trial[cost] for cost in costs] for trial in trials]
-        space = SpaceRecord.from_json(content["space"])
-        name = f"{file.stem} ({len(trials)} networks of {space.name})"
-        again = np.array([trial.get("again", []) for trial in trials], np.float64)
-        return cls(
-            name,
-            np.array([trial["accuracy"] for trial in trials]),
-            np.array(values, np.float64),
-            space,
-            np.array([trial["widths"] for trial in trials]),
-            again if again.size else None,
-        )
+        name = f"{file.stem} ({len(trials)} networks of {content['space']})"
+        return cls(name, np.array([t["accuracy"] for t in trials]), np.array(values, np.float64))
 
     @classmethod
     def synthetic(cls, crossing: bool, trials: int = 100, epochs: int = 30) -> Recorded:
@@ -163,33 +123,12 @@ class Recorded:
         name = f"synthetic, {'crossing' if crossing else 'power laws'} ({trials} networks)"
         return cls(name, accuracy, macs[:, None])
 
-    def handed_over(self, epochs: Mapping[int, int]) -> float:
-        """The hypervolume, by other seeds, of the front by posterior mean after so many epochs."""
-        assert self.again is not None
-        assert self.space is not None
-        assert self.widths is not None
-        costs = {"macs": self.space.macs, "params": self.space.params}
-        last = self.accuracy.shape[1]
-        surrogate = Surrogate.of_trainings(
-            Coordinates(self.space.axes, costs),
-            [self.widths[i].tolist() for i in epochs],
-            [float(self.accuracy[i, -1]) if e == last else None for i, e in epochs.items()],
-            [self.accuracy[i, :e].tolist() for i, e in epochs.items()],
-        )
-        finished = [i for i, done in epochs.items() if done == last]
-        believed = surrogate.predict(self.widths[finished]).mean
-        kept = pareto.non_dominated(np.column_stack([-believed, self.costs[finished]]))
-        return self.hypervolume(np.array(finished)[kept].tolist(), self.again.mean(1))
-
-    def hypervolume(
-        self, members: Sequence[int], accuracy: NDArray[np.float64] | None = None
-    ) -> float:
+    def hypervolume(self, members: Sequence[int]) -> float:
         """Of accuracy and log costs; reference: the lowest accuracy and the highest costs."""
-        accuracy = self.accuracy[:, -1] if accuracy is None else accuracy
         logs = np.log(self.costs / self.costs.min(0)) / np.log(
             self.costs.max(0) / self.costs.min(0)
         )
-        points = np.column_stack([-accuracy / np.ptp(accuracy), logs])
+        points = np.column_stack([-self.accuracy[:, -1] / np.ptp(self.accuracy[:, -1]), logs])
         return pareto.hypervolume(points[list(members)], points.max(0))
 
     def curve(self, trial: int, epoch: int) -> Curve:
@@ -236,7 +175,7 @@ RULES: dict[str, Rule] = {
     "clairvoyant": clairvoyant,
     "rungs 3, 9 (one in 3)": rungs(3, 3),
     "rungs 4, 8 (one in 2)": rungs(4, 2),
-    **{f"front, chance {c}": front(FrontStopping(chance=c)) for c in (0.05, 0.1, 0.2, 0.3)},
+    **{f"front, chance {c}": front(FrontStopping(chance=c)) for c in (0.05, 0.1, 0.2)},
 }
 
 
@@ -264,14 +203,11 @@ def replay(options: argparse.Namespace) -> None:
         trials, last = recorded.accuracy.shape
         seconds = 0.3 + recorded.costs[:, 0] / recorded.costs[:, 0].max()
         whole = recorded.hypervolume(range(trials))
-        everything = dict.fromkeys(range(trials), last)
-        best = math.nan if recorded.again is None else recorded.handed_over(everything)
         print(f"\n### {recorded.name}, {last} epochs\n")
         print(
-            "| rule | at once | epochs saved | time saved | hypervolume lost: seen | worst "
-            "| handed over | finished |"
+            "| rule | at once | epochs saved | time saved | hypervolume lost | worst | finished |"
         )
-        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         for (name, rule), concurrency in itertools.product(RULES.items(), (2, 8)):
             rows = []
             for seed in range(options.orders):
@@ -284,15 +220,13 @@ def replay(options: argparse.Namespace) -> None:
                         1 - sum(epochs.values()) / (trials * last),
                         1 - spent / (seconds.sum() * last),
                         1 - recorded.hypervolume(finished) / whole,
-                        1 - (math.nan if math.isnan(best) else recorded.handed_over(epochs) / best),
                         len(finished),
                     )
                 )
-            saved, time, lost, true, count = np.mean(rows, 0)
-            handed = "" if math.isnan(true) else f"{true:.2%}"
+            saved, time, lost, count = np.mean(rows, 0)
             print(
                 f"| {name} | {concurrency} | {saved:.1%} | {time:.1%} | {lost:.2%} | "
-                f"{max(row[2] for row in rows):.2%} | {handed} | {count:.0f} of {trials} |",
+                f"{max(row[2] for row in rows):.2%} | {count:.0f} of {trials} |",
                 flush=True,
             )
 
@@ -310,7 +244,6 @@ def main() -> None:
     recording.add_argument("--epochs", type=int, default=16)
     recording.add_argument("--trials", type=int, default=80)
     recording.add_argument("--seed", type=int, default=0)
-    recording.add_argument("--repeats", type=int, default=0, help="other seeds of each network")
     recording.set_defaults(run=record)
     replaying = commands.add_parser("replay")
     replaying.add_argument("files", nargs="*")
