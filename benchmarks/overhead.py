@@ -1,11 +1,15 @@
-"""What a study costs beyond training: wall time over (training time ÷ concurrency), as a ratio.
+"""What a study costs beyond training: in all as a ratio, and in seconds for each trial.
 
-    python -m benchmarks.overhead [STUDY]
+    python -m benchmarks.overhead [STUDY] [--trials 12 28]
 
 Runs the study in a temporary folder in a process of its own, as a user would, and reads the
 training time of every epoch from its outcomes. What is on top of the 1 that training alone would
 take: starting Python, torch and Ray, tracing, proposals, latency measurements (which have the
 machine to themselves), evaluation, checkpoints, the storage, and idle ends of generations.
+
+With two numbers of ``--trials`` the study runs twice, one trial at a time and without latency. What
+the larger one takes longer, less its training, is what its further trials cost: asking the sampler,
+starting, evaluation, checkpoints, reports.
 """
 
 from __future__ import annotations
@@ -15,30 +19,68 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from widthsearch import Study
+from widthsearch.config import StudyConfig
+from widthsearch.outcomes import Outcome
+
+
+def timed(config: StudyConfig) -> tuple[float, list[Outcome]]:
+    """Seconds of `widthsearch run`, and what came of it."""
+    with tempfile.TemporaryDirectory() as runs:
+        file = Path(runs, "study.yaml")
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", "widthsearch.cli", "run", str(file), "--runs", runs]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - started
+        return wall, Study.load(config.name, runs).outcomes()
+
+
+def trained(outcomes: list[Outcome]) -> float:
+    """Seconds of pure training."""
+    return sum(result.seconds for outcome in outcomes for result in outcome.curve)
+
+
+def whole(config: StudyConfig) -> None:
+    wall, outcomes = timed(config)
+    ideal = trained(outcomes) / config.at_once
+    print(f"study                                   {config.name}")
+    print(
+        f"trials, epochs                          {len(outcomes)}, "
+        f"{sum(len(outcome.curve) for outcome in outcomes)}"
+    )
+    print(f"wall time                               {wall:8.1f} s")
+    print(f"pure training time                      {trained(outcomes):8.1f} s")
+    print(f"pure training time ÷ concurrency ({config.at_once})      {ideal:8.1f} s")
+    print(f"overhead: wall ÷ (training ÷ concurrency) {wall / ideal:6.2f}")
+
+
+def per_trial(config: StudyConfig, few: int, many: int) -> None:
+    objectives = tuple(name for name in config.objectives if name != "latency_ms")
+    changes = {"objectives": objectives, "latency": None, "concurrency": 1, "limits": {}}
+    runs = [
+        timed(config.model_copy(update={**changes, "trials": trials})) for trials in (few, many)
+    ]
+    (short, first), (long, second) = runs
+    more = len(second) - len(first)
+    training = trained(second) - trained(first)
+    overhead = (long - short - training) / more
+    print(f"{more} trials more: {long - short:.1f} s, of which training {training:.1f} s")
+    print(f"overhead of a trial: {overhead:.2f} s, {overhead / 30:.1%} of a 30-second trial")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", nargs="?", default="studies/quickstart.yaml")
+    parser.add_argument("study", nargs="?", type=Path, default=Path("studies/quickstart.yaml"))
+    parser.add_argument("--trials", type=int, nargs=2, metavar=("FEW", "MANY"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "widthsearch.cli", "run", options.study, "--runs", runs]
-        started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        wall = time.perf_counter() - started
-        study = Study.load(options.study, runs)
-        outcomes = study.outcomes()
-    epochs = sum(len(o.curve) for o in outcomes)
-    training = sum(result.seconds for o in outcomes for result in o.curve)
-    ideal = training / study.config.concurrency
-    print(f"study                                   {study.config.name}")
-    print(f"trials, epochs                          {len(outcomes)}, {epochs}")
-    print(f"wall time                               {wall:8.1f} s")
-    print(f"pure training time                      {training:8.1f} s")
-    print(f"pure training time ÷ concurrency ({study.config.concurrency})      {ideal:8.1f} s")
-    print(f"overhead: wall ÷ (training ÷ concurrency) {wall / ideal:6.2f}")
+    config = StudyConfig.from_yaml(options.study)
+    if options.trials:
+        per_trial(config, *options.trials)
+    else:
+        whole(config)
 
 
 if __name__ == "__main__":
