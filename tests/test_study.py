@@ -214,7 +214,10 @@ def test_the_number_at_once_is_found_once_a_machine(
         with make(tmp_path, concurrency="auto").search(told.append) as search:
             assert search.config.at_once == 2
     assert asked == [[1, 2, 4, 6]]
-    assert any("2 at once on each device" in progress.message for progress in told)
+    assert told[-1].message == (
+        "concurrency 2 on each device; base networks an hour: 100 by 1 at once, 150 by 2 at once, "
+        "140 by 4 at once"
+    )
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with make(tmp_path, concurrency="auto").search():
         assert asked[1:] == [[1, 2]]

@@ -472,7 +472,7 @@ class LiveView:
     def __call__(self, progress: Progress) -> None:
         """Show where the study stands."""
         # Something befell one of them: that stays to be read.
-        if progress.message.startswith(("trial ", "proposer ")):
+        if progress.message.startswith(("trial ", "proposer ", "concurrency")):
             self._console.print(progress.message, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
             self._live.update(progress_table(self._name, progress), refresh=True)

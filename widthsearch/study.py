@@ -390,8 +390,9 @@ class Study:
             known = {"machine": machine, **probe.to_json()}
             store.set_attribute("concurrency", known)
         best = int(known["best"])
-        rates = ", ".join(f"{n}: {r:.0f}" for n, r in known["candidates_per_hour"].items())
-        say(f"{best} at once on each device (base networks an hour by number at once: {rates})")
+        rates = known["candidates_per_hour"].items()
+        found = ", ".join(f"{rate:.0f} by {number} at once" for number, rate in rates)
+        say(f"concurrency {best} on each device; base networks an hour: {found}")
         if gpus:
             share = math.floor(1e4 / best) / 1e4  # so many fit one GPU, whatever is rounded
             taken = taken.model_copy(update={"gpu": min(taken.gpu, share)})
