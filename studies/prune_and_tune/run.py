@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -83,12 +83,14 @@ class Pruned:
 def no_slower(
     name: str,
     space: SearchSpace,
-    pruned: Sequence[Entry],
+    limits: Mapping[str, Sequence[float]],
     base: Entry,
-    seeds: int,
     meter: LatencyMeter,
 ) -> list[Entry]:
-    """For each pruned network the largest of a linear family that is measured no slower than it."""
+    """For each pruned network the largest of a linear family that is measured no slower than it.
+
+    ``limits`` has the latency of each pruned network by its name, seed by seed, over the base's.
+    """
     members = LinearFamily(space, space.base).members
     narrower = members[space.macs(members) <= base.macs][::-1]
     some = narrower[np.unique(np.linspace(0, len(narrower) - 1, 20).round().astype(int))]
@@ -97,13 +99,11 @@ def no_slower(
         for widths in map(space.widths, some.tolist())
     ]
     out = []
-    for entry in pruned:
+    for method, of_seeds in limits.items():
         chosen = []
-        for seed in range(seeds):
-            limit = meter.measure(entry.build(seed)).ratio
+        for limit in of_seeds:
             fast = [w for w, ratio in measured if ratio <= limit]
             chosen.append(fast[0] if fast else measured[-1][0])
-        method = entry.name.removesuffix(", from scratch")
         out.append(at_each_seed(f"{name} as fast as {method}", space, chosen))
     return out
 
@@ -160,11 +160,13 @@ def main() -> None:
     reduced = {"uniform width": space}
     if made.shallow is not None:
         reduced["less depth"] = made.shallow
-    pruned_entries = list(scratch)
+    of_pruned = {entry.name.removesuffix(", from scratch"): entry for entry in scratch}
+    narrow: dict[tuple[str, float], Entry] = {}
     for budget in options.budgets:
         for name, of in reduced.items():
             widths = LinearFamily(of, of.base).solve(budget * base.macs)
-            scratch.append(Entry.of(f"{name} ×{budget:g}", of, widths))
+            narrow[name, budget] = Entry.of(f"{name} ×{budget:g}", of, widths)
+    scratch += narrow.values()
     for schedule in ("epochs", "compute"):
         results += compare(
             scratch,
@@ -176,13 +178,8 @@ def main() -> None:
             device=device,
         )
     for budget, spent in most.items():  # what the dearest pruned network was given
-        entry = Entry.of(
-            f"uniform width ×{budget:g}",
-            space,
-            LinearFamily(space, space.base).solve(budget * base.macs),
-        )
         results += compare(
-            [entry],
+            [narrow["uniform width", budget]],
             task,
             replace(recipe, epochs=spent),
             seeds=seeds,
@@ -194,10 +191,14 @@ def main() -> None:
     if options.pairs:
         latency = LatencyConfig(device, batch_size=made.latency_batch, pairs=options.pairs)
         meter = LatencyMeter(base.build(0), task.input_shape, latency)
+        limits = {
+            name: [meter.measure(entry.build(seed)).ratio for seed in range(seeds)]
+            for name, entry in of_pruned.items()
+        }
         as_fast = [
             fast
             for name, of in reduced.items()
-            for fast in no_slower(name, of, pruned_entries, base, seeds, meter)
+            for fast in no_slower(name, of, limits, base, meter)
         ]
         results += compare(
             as_fast, task, recipe, seeds=seeds, base=base, schedule="compute", device=device
