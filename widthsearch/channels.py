@@ -787,14 +787,11 @@ def masked(space: SearchSpace, model: nn.Module, keep: Keep) -> Iterator[nn.Modu
 
 def _masked_dims(channels: Channels, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
     """The dims of parameters along which a masked network has zeros."""
-    for key, dim in channels.readers.items():
-        where = _read_dim(channels, parameters[key], key, dim)
-        if where is not None:
-            yield where
-        bias = f"{key.removesuffix('weight')}bias"
-        for other, d in [(key, d) for d in range(parameters[key].dim())] + [(bias, 0)]:
-            if other in parameters and (other, d) in channels.axis and (other, d) != where:
-                yield other, d
+    for key in channels.readers:
+        for name in (key, f"{key.removesuffix('weight')}bias"):
+            if name in parameters:
+                dims = range(parameters[name].dim())
+                yield from ((name, dim) for dim in dims if (name, dim) in channels.axis)
 
 
 def _read_dim(channels: Channels, parameter: Tensor, key: str, dim: int) -> tuple[str, int] | None:

@@ -284,8 +284,7 @@ class _Joint:
                 self.search.notify(report.note)
             if report.failure is not None:
                 _logger.info("trial %d failed\n%s", number, report.traceback)
-                again = report.out_of_memory and self.search.retry_alone(number)
-                if again:
+                if report.out_of_memory and self.search.retry_alone(number):
                     return False
                 self.search.fail(number, report.failure)
             else:
