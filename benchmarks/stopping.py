@@ -61,7 +61,13 @@ def record(options: argparse.Namespace) -> None:
     if options.images:
         kept = rng.permutation(len(task.train))[: options.images]
         task = replace(task, train=task.train.subset(kept))
-    recipe = Recipe(epochs=options.epochs, batch_size=64, lr=0.1, label_smoothing=0.1)
+    recipe = Recipe(
+        epochs=options.epochs,
+        batch_size=64,
+        lr=0.1,
+        label_smoothing=0.1,
+        precision=options.precision,
+    )
     timing = LatencyConfig(batch_size=32, pairs=12)
     meter = LatencyMeter(space.build(1.0, seed=0), task.input_shape, timing)
     trials = []
@@ -243,6 +249,7 @@ def main() -> None:
     recording.add_argument("--images", type=int, help="train on so many alone")
     recording.add_argument("--epochs", type=int, default=16)
     recording.add_argument("--trials", type=int, default=80)
+    recording.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     recording.add_argument("--seed", type=int, default=0)
     recording.set_defaults(run=record)
     replaying = commands.add_parser("replay")

@@ -70,7 +70,7 @@ def test_with_few_trainings_means_stand_for_beliefs() -> None:
     assert belief.dominated is None
     assert [member.id for member in beliefs.front()] == [0, 1]
     assert beliefs.undecided == []
-    assert beliefs.coverage is None
+    assert beliefs.surrogate is None
 
 
 def test_luck_is_not_believed() -> None:
@@ -90,9 +90,9 @@ def test_beliefs_are_nearer_to_the_truth_than_trainings() -> None:
     off = [beliefs[o].accuracy - truth(*o.widths.vector) for o in seen]
     raw = [o.accuracy - truth(*o.widths.vector) for o in seen]
     assert np.square(off).mean() < 0.5 * np.square(raw).mean()
-    share, count = beliefs.coverage or (0.0, 0)
-    assert 0.75 <= share <= 1.0
-    assert count == 40
+    assert beliefs.surrogate is not None
+    assert 0.75 <= beliefs.surrogate.coverage(0.9) <= 1.0
+    assert beliefs.surrogate.size == 40
 
 
 def test_the_front_is_drawn_by_beliefs_and_doubts_are_numbers() -> None:
@@ -118,7 +118,7 @@ def test_stopped_trials_count_by_their_curves() -> None:
         seen[-1], id=99, state="stopped", accuracy=None, curve=tiny.curve(seen[-1].accuracy - 5)
     )
     beliefs = Beliefs([*seen[:-1], stopped], RECORDS, OBJECTIVES)
-    assert beliefs.surrogates["tiny"].size == 20
+    assert beliefs.surrogate is not None and beliefs.surrogate.size == 20
     assert stopped not in beliefs.members
 
 

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from widthsearch.grid import Batch
 from widthsearch.sampler import FIRST, Known, WidthSampler
-from widthsearch.surrogate import Array
+from widthsearch.surrogate import Array, Coordinates, Surrogate
 from widthsearch.widths import Axis, Widths
 
 AXES = tuple(Axis(name, 64, 16, 128, 16) for name in "abcdef")
@@ -226,6 +226,22 @@ def test_the_front_of_other_spaces_leaves_less_to_gain() -> None:
     alone = sampler().propose(trials)[0]
     beside = sampler().propose(trials, rivals=[(89.0, 2000.0), (99.0, 20_000.0)])[0]
     assert 0 <= beside.gain < alone.gain
+
+
+def test_spaces_that_are_searched_together_learn_from_one_another() -> None:
+    """Two trials of a space are enough to be asked by belief where another one has thirty."""
+    plain = [Coordinates(AXES, COSTS), Coordinates(SPACE.axes, {"macs": SPACE.macs})]
+    here, there = Coordinates.together(plain)
+    chosen, other = sampler(coordinates=here), WidthSampler.of(SPACE, coordinates=there)
+    few = known(2)
+    many = [
+        Known(tiny.widths(2 + 2 * (i % 8), 2 + 2 * (i // 8)), (50.0 + i, 1000.0 + i))
+        for i in range(30)
+    ]
+    shared = Surrogate.of_trainings((here, chosen.trainings(few)), (there, other.trainings(many)))
+    assert chosen.propose(few, surrogate=shared.of_space(here))[0].gain < np.inf
+    assert chosen.propose(few[:1], surrogate=shared.of_space(here))[0].gain == np.inf
+    assert sampler().propose(few)[0].gain == np.inf
 
 
 def test_only_what_is_allowed_is_asked_for() -> None:

@@ -48,6 +48,32 @@ def test_the_first_trials_of_the_queue_come_where_all_do_not_fit(tmp_path: Path)
         ]
 
 
+@pytest.mark.parametrize("objectives", [["accuracy", "macs"], OBJECTIVES])
+def test_the_poorer_of_two_spaces_is_found_out(tmp_path: Path, objectives: list[str]) -> None:
+    """Same costs, 30 points less: it gets few of the sampler's trials, in any order of kills."""
+    spaces = {name: tiny.space(name) for name in ("tiny", "poor")}
+    options = {"spaces": spaces, "candidates": []}
+    if "latency_ms" in objectives:
+        options["measure"] = lambda trial, base_ms: tiny.latency(trial.cost.macs / 1e4)
+
+    def accuracy(trial: Trial, epoch: int) -> float:
+        return tiny.wide_is_good(trial, epoch) - (30 if trial.space == "poor" else 0)
+
+    def asked(folder: Path, pieces: tuple[int, ...]) -> list[tuple[int, str, tuple[int, ...]]]:
+        folder.mkdir()
+        trials = []
+        for piece in pieces:
+            settings = tiny.config(trials=20, objectives=objectives)
+            with tiny.searching(folder, settings, **options) as search:
+                trials += tiny.drive(search, accuracy, trials=piece)
+        return [(trial.number, trial.space, trial.widths.vector) for trial in trials]
+
+    whole = asked(tmp_path / "whole", (20,))
+    assert sum(space == "poor" for _, space, _ in whole) <= 6
+    if "latency_ms" not in objectives:
+        assert asked(tmp_path / "pieces", (7, 1, 12)) == whole
+
+
 def test_same_seed_same_study(tmp_path: Path) -> None:
     """The same widths, in the same order, with the same seeds; and another seed gives others."""
 

@@ -16,6 +16,7 @@ from widthsearch.surrogate import (
     Coordinates,
     Features,
     Surrogate,
+    Training,
     extrapolated,
     factor,
 )
@@ -180,3 +181,80 @@ def test_little_is_learned_from_few_trainings() -> None:
     assert extrapolated((50.0,), [(50.0, 60.0)] * 2) is None
     assert extrapolated((50.0, 51.0, 52.0), [(50.0, 60.0)] * 5) is None
     assert extrapolated((), [(50.0, 60.0)] * 5) is None
+
+
+DEEP = Coordinates(
+    [Axis(str(i), 48, 8, 96, 8) for i in range(7)],
+    {"macs": lambda w: (w[:, 1:] * w[:, :-1]).sum(axis=1)},
+)
+
+
+def by_capacity(coordinates: Coordinates, widths: NDArray[np.int64], level: float) -> Array:
+    """Percent: a trend in MACs that spaces share, a level of its own, a tilt of the first axis."""
+    return (
+        level
+        + 4 * coordinates.log_cost("macs", widths)
+        + 3 * coordinates.units(widths)[:, 0]
+        - coordinates.units(widths).var(axis=1)
+    )
+
+
+def trainings(
+    coordinates: Coordinates, level: float, count: int, noise: float = 0.3
+) -> list[Training]:
+    """Random networks of a space."""
+    rng = np.random.default_rng(count)
+    widths = Grid(coordinates.axes).random(rng, count)
+    accuracy = by_capacity(coordinates, widths, level) + rng.normal(0, noise, count)
+    return [Training(tuple(w), a) for w, a in zip(widths.tolist(), accuracy.tolist(), strict=True)]
+
+
+def test_a_space_learns_from_another_one() -> None:
+    """Four networks of a deeper space: beside 30 of the other, half the error and a third."""
+    flat, deep = Coordinates.together([COORDINATES, DEEP])
+    few = trainings(DEEP, 52.0, 4)
+    fresh = Grid(DEEP.axes).random(np.random.default_rng(9), 300)
+    true = by_capacity(DEEP, fresh, 52.0)
+    alone = Surrogate.of_trainings((DEEP, few)).predict(fresh)
+    shared = Surrogate.of_trainings((flat, trainings(COORDINATES, 50.0, 30)), (deep, few))
+    belief = shared.of_space(deep).predict(fresh)
+    assert np.abs(belief.mean - true).mean() < 0.5 * np.abs(alone.mean - true).mean()
+    assert (np.abs(belief.mean - true) < 1.645 * belief.sd).mean() > 0.8
+    assert shared.size == 34
+
+
+def test_spaces_keep_what_is_their_own() -> None:
+    """With many networks of each, a level of one is no level of the other, whoever comes first."""
+    placed = Coordinates.together([COORDINATES, DEEP])
+    seen = [trainings(COORDINATES, 50.0, 40), trainings(DEEP, 58.0, 40)]
+    pairs = list(zip(placed, seen, strict=True))
+    for surrogate in (Surrogate.of_trainings(*pairs), Surrogate.of_trainings(*reversed(pairs))):
+        for own, level in zip(placed, (50.0, 58.0), strict=True):
+            fresh = Grid(own.axes).random(np.random.default_rng(9), 200)
+            belief = surrogate.of_space(own).predict(fresh)
+            assert np.abs(belief.mean - by_capacity(own, fresh, level)).mean() < 0.5
+
+
+def test_a_single_space_is_together_with_nobody() -> None:
+    """The same coordinates, and no part of the covariance more."""
+    (alone,) = Coordinates.together([COORDINATES])
+    assert alone is COORDINATES
+    widths, accuracy = trained(12)
+    parts = Features.of(alone, widths).covariances(Features.of(alone, widths))
+    assert len(Surrogate.fit(alone, widths, accuracy).amplitudes) == len(parts) + 1 == 6
+
+
+def test_joint_beliefs_over_spaces_agree_with_each_alone() -> None:
+    """Means and variances are those of predictions; networks of two spaces are correlated."""
+    flat, deep = Coordinates.together([COORDINATES, DEEP])
+    shared = Surrogate.of_trainings(
+        (flat, trainings(COORDINATES, 50.0, 12)), (deep, trainings(DEEP, 52.0, 3))
+    )
+    widths = [Grid(own.axes).random(np.random.default_rng(1), 5) for own in (flat, deep)]
+    every = Features.of(flat, widths[0]).and_(Features.of(deep, widths[1]))
+    mean, covariance = shared.joint(every)
+    each = [shared.of_space(own).predict(w) for own, w in zip((flat, deep), widths, strict=True)]
+    assert mean == pytest.approx(np.concatenate([belief.mean for belief in each]))
+    sd = np.concatenate([belief.sd for belief in each])
+    assert np.sqrt(np.diag(covariance)) == pytest.approx(sd, rel=1e-4)
+    assert np.abs(covariance[:5, 5:]).max() > 0.01 * sd.min() ** 2

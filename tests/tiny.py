@@ -133,7 +133,7 @@ def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[S
     """A search over the tiny space, with its storage in a folder."""
     store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
     with Lease(store) as lease:
-        spaces = {"tiny": space()}
+        spaces = options.pop("spaces", {"tiny": space()})
         base = Candidate("tiny", space().base, {"base": True})
         options["candidates"] = [base, *options.get("candidates", CANDIDATES)]
         yield Search(settings, spaces, store, lease, **options)

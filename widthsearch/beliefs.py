@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from widthsearch import pareto
 from widthsearch.outcomes import Outcome
 from widthsearch.storage import SpaceRecord
-from widthsearch.surrogate import Coordinates, Surrogate
+from widthsearch.surrogate import Coordinates, Features, Surrogate, Training
 from widthsearch.widths import Widths
 
 ENOUGH = 8
-"""Finished trainings of a space before its surrogate is asked; with fewer, means stand for it."""
+"""Finished trainings before the surrogate is asked; with fewer, means stand for it."""
 
 INTERVAL = 1.645
 """Standard deviations to each side that hold 90% of a normal distribution."""
@@ -79,20 +79,27 @@ class Beliefs:
         return list(first.values())
 
     @cached_property
-    def surrogates(self) -> dict[str, Surrogate]:
-        """By space, where there is enough to learn from."""
-        found = {}
-        for name, record in self._spaces.items():
-            own = [o for o in self._outcomes if o.space == name and o.state != "failed"]
-            if sum(o.accuracy is not None for o in own) >= ENOUGH:
-                costs = {"macs": record.macs, "params": record.params}
-                found[name] = Surrogate.of_trainings(
-                    Coordinates(record.axes, costs),
-                    [o.widths.vector for o in own],
-                    [o.accuracy for o in own],
-                    [[result.accuracy for result in o.curve] for o in own],
-                )
-        return found
+    def _coordinates(self) -> dict[str, Coordinates]:
+        """Of the spaces that were trained, by name."""
+        trained = {o.space for o in self._outcomes if o.accuracy is not None}
+        names = [name for name in self._spaces if name in trained]
+        placed = Coordinates.together([Coordinates.of(self._spaces[name]) for name in names])
+        return dict(zip(names, placed, strict=True))
+
+    @cached_property
+    def surrogate(self) -> Surrogate | None:
+        """Of all spaces that were trained; None where there is too little to learn from."""
+        trainings = {name: list[Training]() for name in self._coordinates}
+        for o in self._outcomes:
+            if o.state != "failed" and o.space in trainings:
+                curve = [result.accuracy for result in o.curve]
+                trainings[o.space].append(Training(o.widths.vector, o.accuracy, curve))
+        every = [training for own in trainings.values() for training in own]
+        if sum(training.accuracy is not None for training in every) < ENOUGH:
+            return None
+        return Surrogate.of_trainings(
+            *((self._coordinates[name], own) for name, own in trainings.items())
+        )
 
     def __getitem__(self, outcome: Outcome) -> Belief:
         """What is believed of a finished outcome's architecture."""
@@ -123,13 +130,6 @@ class Beliefs:
         ]
         return [member for *_, member in sorted(open_, key=lambda each: each[:2])]
 
-    @property
-    def coverage(self) -> tuple[float, int] | None:
-        """The share of trainings inside their 90% intervals when left out, and of how many."""
-        shares = [(s.coverage(0.9), s.size) for s in self.surrogates.values()]
-        count = sum(n for _, n in shares)
-        return (sum(share * n for share, n in shares) / count, count) if count else None
-
     @cached_property
     def _points(self) -> NDArray[np.float64]:
         """The members as points to minimise, by believed accuracy."""
@@ -147,34 +147,32 @@ class Beliefs:
             key: Belief(statistics.fmean(accuracies), None, len(accuracies))
             for key, accuracies in trained.items()
         }
-        draws = np.empty((_DRAWS, len(self.members)))
-        rng = np.random.default_rng(0)
-        for space in {member.space for member in self.members}:
-            own = [i for i, member in enumerate(self.members) if member.space == space]
-            keys = [(space, self.members[i].widths) for i in own]
-            surrogate = self.surrogates.get(space)
-            if surrogate is None:
-                draws[:, own] = [believed[key].accuracy for key in keys]
-                continue
-            mean, covariance = surrogate.joint([widths.vector for _, widths in keys])
-            draws[:, own] = rng.multivariate_normal(
-                mean, covariance, _DRAWS, check_valid="ignore", method="eigh"
-            )
-            for key, m, variance in zip(keys, mean, np.diag(covariance), strict=True):
-                sd = float(np.sqrt(variance))
-                believed[key] = Belief(float(m), sd, len(trained[key]))
+        if self.surrogate is None or not self.members:
+            return believed
+        grouped = [
+            (coordinates, own)
+            for name, coordinates in self._coordinates.items()
+            if (own := [i for i, member in enumerate(self.members) if member.space == name])
+        ]
+        seen = [
+            Features.of(coordinates, [self.members[i].widths.vector for i in own])
+            for coordinates, own in grouped
+        ]
+        order = np.argsort([i for _, own in grouped for i in own])
+        mean, covariance = self.surrogate.joint(reduce(Features.and_, seen).rows(order))
+        draws = np.random.default_rng(0).multivariate_normal(
+            mean, covariance, _DRAWS, check_valid="ignore", method="eigh"
+        )
         costs = np.delete(
             pareto.objective_points(self.members, self.objectives),
             self.objectives.index("accuracy"),
             axis=1,
         )
         for i, member in enumerate(self.members):
-            key = member.space, member.widths
-            if believed[key].sd is None:
-                continue
             rivals = (costs <= costs[i]).all(axis=1)
             rivals[i] = False
             beaten = (draws[:, rivals] > draws[:, [i]]).any(axis=1).mean()
-            belief = believed[key]
-            believed[key] = Belief(belief.accuracy, belief.sd, belief.trainings, float(beaten))
+            sd = float(np.sqrt(covariance[i, i]))
+            key = member.space, member.widths
+            believed[key] = Belief(float(mean[i]), sd, len(trained[key]), float(beaten))
         return believed

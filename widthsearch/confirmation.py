@@ -78,10 +78,10 @@ class Confirmation(Search):
         def worth(member: Outcome) -> tuple[float, int]:
             belief = beliefs[member]
             waiting = pending[member.space, member.widths]
-            if belief.sd is None:  # no surrogate: whoever was trained least
+            if belief.sd is None or beliefs.surrogate is None:  # whoever was trained least
                 return -belief.trainings - waiting, -member.id
             p = belief.dominated or 0.0
-            variance, noise = belief.sd**2, beliefs.surrogates[member.space].noise ** 2
+            variance, noise = belief.sd**2, beliefs.surrogate.noise**2
             left = variance / (1 + waiting * variance / max(noise, 1e-12))
             return max(p * (1 - p), _DECIDED) * left, -member.id
 

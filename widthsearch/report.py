@@ -290,13 +290,12 @@ def front_tables(study: Study) -> Group:
 def _doubts(front: Sequence[Outcome], beliefs: Beliefs) -> list[str]:
     """How far the accuracies can be trusted."""
     lines = []
-    if beliefs.coverage is not None:
-        share, count = beliefs.coverage
-        noise = ", ".join(f"{s.noise:.2f}" for s in beliefs.surrogates.values())
+    if (surrogate := beliefs.surrogate) is not None:
         lines.append(
-            f"Believed accuracy is over seeds, with its 90% interval; one training scatters by "
-            f"{noise} points (standard deviation). Left out, {share:.0%} of {count} trainings lie "
-            "in their 90% interval."
+            "Believed accuracy is over seeds, with its 90% interval; one training scatters by "
+            f"{surrogate.noise:.2f} points (standard deviation). Left out, "
+            f"{surrogate.coverage(0.9):.0%} of {surrogate.size} trainings lie in their 90% "
+            "interval."
         )
     doubtful = [o for o in front if (beliefs[o].dominated or 0.0) > 0.5]
     if doubtful:

@@ -33,6 +33,7 @@ from widthsearch.surrogate import (
     CostFunction,
     Features,
     Surrogate,
+    Training,
 )
 from widthsearch.widths import Axis, Widths
 
@@ -46,7 +47,7 @@ LatencyPredictor = Callable[[Batch], tuple[Array, Array]]
 """Latency of networks and the standard deviation of that prediction, (N,), in milliseconds."""
 
 FIRST = 8
-"""Networks that are trained before the surrogate is asked."""
+"""Networks that are trained before the surrogate is asked, of all spaces; two of each at least."""
 WHOLE = 4096
 """Networks of a space that are still all looked at, each time."""
 _PARENTS = 32  # of the front, at most, that candidates are made of; and of given profiles
@@ -121,6 +122,8 @@ class WidthSampler(BaseSampler):
         profiles: Widths whose families are among the candidates: proposals, and the base model.
         allowed: The only width vectors that may be asked for, (N, axes); None for the whole grid.
         repeats: Whether widths may be asked for again.
+        coordinates: Those of the axes and costs, made :meth:`~Coordinates.together` with other
+            spaces' where one study searches them all.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class WidthSampler(BaseSampler):
         profiles: Sequence[Widths] = (),
         allowed: ArrayLike | None = None,
         repeats: bool = False,
+        coordinates: Coordinates | None = None,
     ) -> None:
         named = [*objectives, *(limits or {})]
         unknown = [n for n in named if n not in (*costs, "accuracy", "latency_ms")]
@@ -147,7 +151,7 @@ class WidthSampler(BaseSampler):
             raise ValueError("limits of latency_ms need it among the objectives, or a `latency`")
         self.axes = tuple(axes)
         self.objectives = tuple(objectives)
-        self.coordinates = Coordinates(self.axes, costs)
+        self.coordinates = coordinates or Coordinates(self.axes, costs)
         self._names = tuple(axis.name for axis in axes)
         self._seed = seed
         self._limits = dict(limits or {})
@@ -164,8 +168,7 @@ class WidthSampler(BaseSampler):
         cls, space: SearchSpace, objectives: Sequence[str] = ("accuracy", "macs"), **options: Any
     ) -> WidthSampler:
         """A sampler for a space; the options are those of the class."""
-        costs = {"macs": space.macs, "params": space.params}
-        return cls(space.axes, costs, objectives, **options)
+        return cls(space.axes, Coordinates.of(space).costs, objectives, **options)
 
     # -- Optuna ------------------------------------------------------------------------------
 
@@ -269,12 +272,18 @@ class WidthSampler(BaseSampler):
         Raises:
             ValueError: No trial is finished.
         """
-        return Surrogate.of_trainings(
-            self.coordinates,
-            [trial.widths.vector for trial in known],
-            [trial.values[self._accuracy] if trial.values else None for trial in known],
-            [trial.curve for trial in known],
-        )
+        return Surrogate.of_trainings((self.coordinates, self.trainings(known)))
+
+    def trainings(self, known: Sequence[Known]) -> list[Training]:
+        """What a surrogate learns from trials."""
+        return [
+            Training(
+                trial.widths.vector,
+                trial.values[self._accuracy] if trial.values else None,
+                trial.curve,
+            )
+            for trial in known
+        ]
 
     def propose(
         self,
@@ -283,6 +292,7 @@ class WidthSampler(BaseSampler):
         *,
         seen: Collection[Widths] = (),
         rivals: Sequence[tuple[float, ...]] = (),
+        surrogate: Surrogate | None = None,
     ) -> list[Proposed]:
         """The next widths; each takes those before it to be in training.
 
@@ -290,13 +300,15 @@ class WidthSampler(BaseSampler):
             known: The trials so far.
             count: How many.
             seen: More widths that are not to be asked for.
-            rivals: Values of finished trials of other spaces: what they dominate is no gain.
+            rivals: Values of trials of other spaces: what they dominate is no gain.
+            surrogate: What is believed, where it is known already: of all spaces that are searched
+                together, by trials that may be from any of them.
 
         Returns:
             Fewer than ``count`` where no widths within the limits are left.
         """
         with _blas().limit(limits=1, user_api="blas"):
-            return self._propose(known, count, seen, rivals)
+            return self._propose(known, count, seen, rivals, surrogate)
 
     def _propose(
         self,
@@ -304,19 +316,21 @@ class WidthSampler(BaseSampler):
         count: int,
         seen: Collection[Widths],
         rivals: Sequence[tuple[float, ...]],
+        surrogate: Surrogate | None,
     ) -> list[Proposed]:
         barred = {widths.vector for widths in seen}
         if not self._repeats:
             barred |= {trial.widths.vector for trial in known}
+        fewest = 2 if surrogate is not None and surrogate.size >= FIRST else FIRST
         trials = list(known)
         out: list[Proposed] = []
         view: _View | None = None
         while len(out) < count:
             rng = np.random.default_rng((self._seed, len(trials)))
-            if len(trials) < FIRST or not any(trial.values for trial in known):
+            if len(trials) < fewest or not any(trial.values for trial in known):
                 found = self._first(rng, len(trials), barred)
             else:
-                view = view or self._view(trials, rivals)
+                view = view or self._view(trials, rivals, surrogate or self.believed(trials))
                 found = self._best(rng, view, barred)
             if found is None:
                 break
@@ -360,7 +374,12 @@ class WidthSampler(BaseSampler):
             batch = batch[[row.tobytes() in self._allowed_rows for row in batch]]
         return _Pool.of(self.coordinates, batch)
 
-    def _view(self, trials: Sequence[Known], rivals: Sequence[tuple[float, ...]]) -> _View:
+    def _view(
+        self,
+        trials: Sequence[Known],
+        rivals: Sequence[tuple[float, ...]],
+        surrogate: Surrogate,
+    ) -> _View:
         done = [trial for trial in trials if trial.values is not None]
         values = np.array([trial.values for trial in done])
         widths = np.array([trial.widths.vector for trial in done])
@@ -368,18 +387,21 @@ class WidthSampler(BaseSampler):
         if latency is None and "latency_ms" in self.objectives:
             ms = values[:, self.objectives.index("latency_ms")]
             latency = learned_latency(self.coordinates, widths, ms)
-        surrogate = self.believed(trials)
         mean = surrogate.predict(widths).mean
         costs = np.log(np.delete(values, self._accuracy, axis=1))
         names = [name for name in self.objectives if name != "accuracy"]
         window = np.array([self._window(name, costs[:, i]) for i, name in enumerate(names)])
-        narrowest = surrogate.predict(self._grid.least[None]).mean
+        spaces = Coordinates.together(self.coordinates.spaces) or [self.coordinates]
+        narrowest = [
+            surrogate.of_space(space).predict([[axis.least for axis in space.axes]]).mean[0]
+            for space in spaces
+        ]
         others = np.array(rivals).reshape(-1, len(self.objectives))
         gain = Gain(
             accuracy=np.concatenate([mean, others[:, self._accuracy]]),
             costs=np.concatenate([costs, np.log(np.delete(others, self._accuracy, axis=1))]),
             window=window.reshape(-1, 2).T,
-            floor=float(min(mean.min(), narrowest[0])),
+            floor=float(min(mean.min(), *narrowest)),
         )
         front = self._grid.nearest(widths[non_dominated(np.column_stack([-mean, costs]))])
         view = _View(tuple(names), self._limits, surrogate, latency, gain, front)

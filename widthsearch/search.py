@@ -39,6 +39,7 @@ from widthsearch.sampler import Known, WidthSampler
 from widthsearch.space import SearchSpace
 from widthsearch.stopping import Curve, FrontStopping
 from widthsearch.storage import Store, Trial
+from widthsearch.surrogate import Coordinates, Surrogate
 from widthsearch.training import EpochResult
 from widthsearch.widths import Widths
 
@@ -126,6 +127,7 @@ class Search:
         for candidate in candidates:
             queue.setdefault((candidate.space, candidate.widths), candidate)
         self._queue = deque(c for key, c in queue.items() if key not in self._seen)
+        placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
         self._samplers = {
             name: WidthSampler.of(
                 space,
@@ -134,8 +136,9 @@ class Search:
                 limits=config.limits,
                 latency=partial(self._predicted, name),
                 profiles=[c.widths for c in queue.values() if c.space == name],
+                coordinates=coordinates,
             )
-            for name, space in spaces.items()
+            for (name, space), coordinates in zip(spaces.items(), placed, strict=True)
         }
         self._exhausted = False
         self._failures = 0
@@ -274,18 +277,54 @@ class Search:
     def _drawn(self) -> Candidate | None:
         """The candidate of greatest expected gain, of all spaces."""
         found: list[tuple[float, int, Candidate]] = []
+        known = {name: self._known(name) for name in self._samplers}
+        shared = self._shared(known)
         for name, sampler in self._samplers.items():
-            known = self._known(name)
             seen = [widths for space, widths in self._seen if space == name]
-            rivals = [
-                self._values(done)
-                for done in self.outcomes.values()
-                if done.state == "finished" and done.space != name
-            ]
-            for asked in sampler.propose(known, seen=seen, rivals=rivals):
+            surrogate, rivals = None, list[tuple[float, ...]]()
+            if shared is not None:
+                surrogate = shared.of_space(sampler.coordinates)
+                rivals = self._rivals(name, shared)
+            for asked in sampler.propose(
+                known[name], seen=seen, rivals=rivals, surrogate=surrogate
+            ):
                 candidate = Candidate(name, asked.widths, {"sampler": "width"})
-                found.append((asked.gain, -len(known), candidate))
+                found.append((asked.gain, -len(known[name]), candidate))
         return max(found, key=lambda each: each[:2])[2] if found else None
+
+    def _shared(self, known: Mapping[str, Sequence[Known]]) -> Surrogate | None:
+        """What is believed of several spaces at once; None where there is one, or no outcome."""
+        if len(known) == 1 or not any(trial.values for own in known.values() for trial in own):
+            return None
+        samplers = self._samplers
+        return Surrogate.of_trainings(
+            *((samplers[name].coordinates, samplers[name].trainings(known[name])) for name in known)
+        )
+
+    def _rivals(self, space: str, shared: Surrogate) -> list[tuple[float, ...]]:
+        """The other spaces' networks, trained or in training, with their accuracy as believed."""
+        live: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state == "finished"]
+        live += self._open.values()
+        rivals: list[tuple[float, ...]] = []
+        for name, sampler in self._samplers.items():
+            own = [trial for trial in live if trial.space == name]
+            timed = "latency_ms" in self.config.objectives
+            if name == space or not own or (timed and all(t.latency is None for t in own)):
+                continue
+            vectors = np.array([trial.widths.vector for trial in own])
+            columns = []
+            for objective in self.config.objectives:
+                if objective == "accuracy":
+                    believed = shared.of_space(sampler.coordinates).predict(vectors)
+                    columns.append(believed.mean.tolist())
+                elif objective == "latency_ms":
+                    ms = self._predicted(name, vectors)[0].tolist()
+                    pairs = zip(own, ms, strict=True)
+                    columns.append([t.latency.median_ms if t.latency else x for t, x in pairs])
+                else:
+                    columns.append([self._value(trial, objective, -1) for trial in own])
+            rivals += list(zip(*columns, strict=True))
+        return rivals
 
     def _predicted(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
         """Predicted latency of a space's networks: from its profile and from what was measured."""
@@ -316,7 +355,7 @@ class Search:
         return [
             Known(
                 trial.widths,
-                self._values(trial) if isinstance(trial, Outcome) and trial.accuracy else None,
+                None if getattr(trial, "accuracy", None) is None else self._values(trial),
                 tuple(result.accuracy for result in trial.curve),
                 isinstance(trial, Trial),
             )

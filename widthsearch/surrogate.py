@@ -10,7 +10,13 @@ that is learned, so that a part which explains nothing vanishes:
 - ``pairs``: products of two axes' trends (additive kernels of order two: Duvenaud et al., NeurIPS
   2011);
 - ``whole``: all axes at once, so networks of like shape and size share what is their own;
+- ``own``: where several spaces are learned from, each one's level and capacity trends;
 - noise: what two trainings of the same widths differ by.
+
+Networks of different spaces (depth × width) have the level and ``capacity`` in common, and every
+amplitude; what is said of axes is each space's own. So a space with few outcomes takes its trend
+from the others, and what it differs by is learned (a hierarchical model: Gelman et al., Bayesian
+Data Analysis, 3rd ed., chapter 5).
 
 Amplitudes and noise maximise the marginal likelihood times log-normal priors. All is closed form in
 numpy; nothing is sampled, so the same outcomes give the same surrogate.
@@ -20,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Protocol
 
 import numpy as np
@@ -35,12 +41,31 @@ Array = NDArray[np.float64]
 CostFunction = Callable[[NDArray[np.int64]], NDArray[np.number]]
 
 _PRIOR = np.log([1.0, 0.5, 0.3, 0.15, 0.3, 0.3])
+_PRIOR_NOISE = np.log(0.3)
 """Median amplitude of each part and of the noise, in standard deviations of what was seen."""
 _PRIOR_SD = 1.2  # of their logarithms
 _LENGTH = 0.7  # of `whole`, where two random networks are sqrt(2) apart
+_APART = 10.0  # in the same unit: networks of two spaces
 _LEVEL_VARIANCE = 25.0  # of the level that all networks share
 _FITTED_ON = 256  # outcomes that amplitudes are learned from, at most
 _JITTER = 1e-8
+
+
+class Priced(Protocol):
+    """What has axes and exact costs: a space, or what a storage keeps of one."""
+
+    @property
+    def axes(self) -> Sequence[Axis]:
+        """The axes."""
+        ...
+
+    def macs(self, widths: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """MACs, (N, axes) to (N,)."""
+        ...
+
+    def params(self, widths: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """Parameters, (N, axes) to (N,)."""
+        ...
 
 
 class Family(Protocol):
@@ -65,17 +90,56 @@ class Prediction:
     sd: Array
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is known of one training.
+
+    Attributes:
+        widths: In channels, one of each axis.
+        accuracy: The final one; None where the training did not come to its end, and its curve
+            must stand for it (where that is too short, it is left out).
+        curve: Accuracy after each epoch; empty where it is not known.
+    """
+
+    widths: tuple[int, ...]
+    accuracy: float | None
+    curve: Sequence[float] = ()
+
+    def guess(self, finished: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+        """The final accuracy and the variance of what it stands for: see :func:`extrapolated`."""
+        if self.accuracy is not None:
+            return self.accuracy, 0.0
+        return extrapolated(self.curve, finished)
+
+
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """Widths as the surrogate sees them.
+    """The widths of a space as the surrogate sees them.
 
     Attributes:
         axes: The axes.
         costs: Exact costs by name: integers (N, axes) to (N,).
+        spaces: The coordinates of all spaces that one surrogate learns from, in one order for all:
+            see :meth:`together`; empty where it is this one alone.
+        place: Which of them this is.
     """
 
     axes: Sequence[Axis]
     costs: Mapping[str, CostFunction]
+    spaces: Sequence[Coordinates] = ()
+    place: int = 0
+
+    @classmethod
+    def of(cls, space: Priced) -> Coordinates:
+        """Those of a space, with its MACs and parameters."""
+        return cls(space.axes, {"macs": space.macs, "params": space.params})
+
+    @staticmethod
+    def together(spaces: Sequence[Coordinates]) -> list[Coordinates]:
+        """Those of several spaces, with the same costs by name, for one surrogate of all."""
+        if len(spaces) == 1:
+            return list(spaces)
+        return [replace(own, spaces=spaces, place=i) for i, own in enumerate(spaces)]
 
     @cached_property
     def _least(self) -> Array:
@@ -87,14 +151,38 @@ class Coordinates:
         return np.where(span > 0, span, 1.0)
 
     @cached_property
-    def cost_range(self) -> dict[str, tuple[float, float]]:
-        """Log of each cost at the narrowest and at the widest network."""
+    def _own_range(self) -> dict[str, tuple[float, float]]:
         corners = np.array([[a.least for a in self.axes], [a.most for a in self.axes]])
         return {
             name: (float(np.log(low)), float(np.log(high)))
             for name, cost in self.costs.items()
             for low, high in [cost(corners)]
         }
+
+    @cached_property
+    def cost_range(self) -> dict[str, tuple[float, float]]:
+        """Log of each cost at the narrowest and at the widest network, of all spaces."""
+        ranges = [space._own_range for space in self.spaces or (self,)]
+        return {
+            name: (min(r[name][0] for r in ranges), max(r[name][1] for r in ranges))
+            for name in self.costs
+        }
+
+    def sizes(self, widths: ArrayLike) -> Array:
+        """Mean log width, and log costs as shares of all spaces' range, (N, 1 + costs)."""
+        sizes = [self.units(widths).mean(axis=1)]
+        for name, (low, high) in self.cost_range.items():
+            sizes.append((self.log_cost(name, widths) - low) / max(high - low, 1e-9))
+        return np.stack(sizes, axis=1)
+
+    def placed(self, features: Array) -> Array:
+        """Features of each axis, (N, k · axes), with zeros for the axes of the other spaces."""
+        each = features.shape[1] // len(self.axes)
+        before, after = (
+            each * sum(len(space.axes) for space in spaces)
+            for spaces in (self.spaces[: self.place], self.spaces[self.place + 1 :])
+        )
+        return np.pad(features, ((0, 0), (before, after)))
 
     def units(self, widths: ArrayLike) -> Array:
         """Log widths, 0 at each axis's least and 1 at its most, (N, axes)."""
@@ -116,28 +204,36 @@ class Features:
         linear: Log widths, centred, (N, axes).
         curved: Cosines of log widths, (N, features).
         units: Log widths, scaled for the distance of two networks, (N, axes).
+        own: A constant and trends in capacity of each space, (N, features); none of a single one.
     """
 
     capacity: Array
     linear: Array
     curved: Array
     units: Array
+    own: Array
 
     @classmethod
     def of(cls, coordinates: Coordinates, widths: ArrayLike) -> Features:
         """Those of some widths, (N, axes)."""
         u = coordinates.units(widths)
         axes = u.shape[1]
-        sizes = [u.mean(axis=1)]
-        for name, (low, high) in coordinates.cost_range.items():
-            sizes.append((coordinates.log_cost(name, widths) - low) / max(high - low, 1e-9))
-        t = np.stack(sizes, axis=1)
+        t = coordinates.sizes(widths)
         trend = np.concatenate([np.sqrt(12) * (t - 0.5), _cosines(t, (2, 3))], axis=1)
+        trend /= np.sqrt(t.shape[1])
+        units = coordinates.placed(np.sqrt(6 / axes) * u)
+        own = np.empty((len(u), 0))
+        if coordinates.spaces:
+            which = np.eye(len(coordinates.spaces))[[coordinates.place] * len(u)]
+            units = np.concatenate([units, _APART / np.sqrt(2) * which], axis=1)
+            level_and_trend = np.concatenate([np.ones((len(u), 1)), trend], axis=1)
+            own = np.einsum("ns,nf->nsf", which, level_and_trend).reshape(len(u), -1)
         return cls(
-            capacity=trend / np.sqrt(t.shape[1]),
-            linear=np.sqrt(12 / axes) * (u - 0.5),
-            curved=np.sqrt(1.85 / axes) * _cosines(u, (1, 2, 3)),
-            units=np.sqrt(6 / axes) * u,
+            capacity=trend,
+            linear=coordinates.placed(np.sqrt(12 / axes) * (u - 0.5)),
+            curved=coordinates.placed(np.sqrt(1.85 / axes) * _cosines(u, (1, 2, 3))),
+            units=units,
+            own=own,
         )
 
     def covariances(self, other: Features) -> list[Array]:
@@ -147,8 +243,9 @@ class Features:
         apart = -2 * self.units @ other.units.T
         apart += (self.units**2).sum(axis=1)[:, None] + (other.units**2).sum(axis=1)
         whole = np.exp(-0.5 * np.maximum(apart, 0) / _LENGTH**2)
-        capacity = self.capacity @ other.capacity.T
-        return [capacity, linear, self.curved @ other.curved.T, 0.7 * pairs, whole]
+        capacity, curved = self.capacity @ other.capacity.T, self.curved @ other.curved.T
+        parts = [capacity, linear, curved, 0.7 * pairs, whole]
+        return [*parts, self.own @ other.own.T] if self.own.size else parts
 
     def variances(self) -> list[Array]:
         """The diagonals of :meth:`covariances` with itself, (N,)."""
@@ -156,7 +253,8 @@ class Features:
         linear = squares.sum(axis=1)
         pairs = linear**2 - (squares**2).sum(axis=1)
         capacity, curved = (self.capacity**2).sum(axis=1), (self.curved**2).sum(axis=1)
-        return [capacity, linear, curved, 0.7 * pairs, np.ones(len(linear))]
+        parts = [capacity, linear, curved, 0.7 * pairs, np.ones(len(linear))]
+        return [*parts, (self.own**2).sum(axis=1)] if self.own.size else parts
 
     def rows(self, index: NDArray[np.intp]) -> Features:
         """Some of the networks."""
@@ -182,6 +280,7 @@ def _blend(scales: Array, parts: Sequence[Array]) -> Array:
 def _learn(parts: Sequence[Array], y: Array, extra: Array) -> Array:
     """The amplitude of each part and of the noise that are most probable given y, (parts + 1,)."""
     eye = np.eye(len(y))
+    prior = np.append(_PRIOR[: len(parts)], _PRIOR_NOISE)
 
     def loss(logs: Array) -> tuple[float, Array]:
         scales = np.exp(logs)
@@ -191,14 +290,14 @@ def _learn(parts: Sequence[Array], y: Array, extra: Array) -> Array:
         half = solve_triangular(lower, eye, lower=True, check_finite=False)
         inverse = half.T @ half
         weights = inverse @ y
-        off = (logs - _PRIOR) / _PRIOR_SD
+        off = (logs - prior) / _PRIOR_SD
         q = np.outer(weights, weights) - inverse
         slopes = [np.vdot(q, part) for part in parts] + [np.trace(q)]
         value = 0.5 * y @ weights + np.log(np.diag(lower)).sum() + 0.5 * off @ off
         return float(value), off / _PRIOR_SD - scales**2 * np.array(slopes)
 
     bounds = [(-6.0, 3.0)] * len(parts) + [(-5.0, 1.0)]
-    found = minimize(loss, _PRIOR, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=bounds)
     scales: Array = np.exp(found.x)
     return scales
 
@@ -239,7 +338,16 @@ class Surrogate:
             variance: Of each accuracy beyond that of a finished training, (N,): see
                 :func:`extrapolated`.
         """
-        seen = Features.of(coordinates, widths)
+        return cls._learned(coordinates, Features.of(coordinates, widths), accuracy, variance)
+
+    @classmethod
+    def _learned(
+        cls,
+        coordinates: Coordinates,
+        seen: Features,
+        accuracy: ArrayLike,
+        variance: ArrayLike | float,
+    ) -> Surrogate:
         a = np.asarray(accuracy, np.float64)
         level, unit = float(a.mean()), float(a.std()) or 1.0
         y = (a - level) / unit
@@ -252,35 +360,33 @@ class Surrogate:
         return cls(coordinates, noise, scales, level, unit, seen, y, lower)
 
     @classmethod
-    def of_trainings(
-        cls,
-        coordinates: Coordinates,
-        widths: Sequence[Sequence[int]],
-        accuracy: Sequence[float | None],
-        curves: Sequence[Sequence[float]],
-    ) -> Surrogate:
+    def of_trainings(cls, *spaces: tuple[Coordinates, Sequence[Training]]) -> Surrogate:
         """The surrogate after trainings of which some were stopped or still go on.
 
         Args:
-            coordinates: The axes and costs.
-            widths: Of each training.
-            accuracy: The final one; None where the training did not come to its end, and its curve
-                must stand for it (where that is too short, it is left out).
-            curves: Accuracy after each epoch; may be empty where it is not known.
+            spaces: The trainings of each space; of several, with coordinates made
+                :meth:`~Coordinates.together`. It sees widths as of the first: see :meth:`of_space`.
 
         Raises:
             ValueError: None came to its end.
         """
-        finished = [c for c, a in zip(curves, accuracy, strict=True) if c and a is not None]
-        rows = []
-        for vector, final, curve in zip(widths, accuracy, curves, strict=True):
-            guess = (final, 0.0) if final is not None else extrapolated(curve, finished)
-            if guess is not None:
-                rows.append((vector, *guess))
-        if all(final is None for final in accuracy):
+        every = [training for _, own in spaces for training in own]
+        finished = [t.curve for t in every if t.curve and t.accuracy is not None]
+        if all(training.accuracy is None for training in every):
             raise ValueError("a surrogate must have a finished trial to learn from, but has none")
-        vectors, finals, variance = zip(*rows, strict=True)
-        return cls.fit(coordinates, vectors, finals, variance)
+        seen, finals = [], []
+        for coordinates, own in spaces:
+            guesses = [(training.widths, training.guess(finished)) for training in own]
+            known = [(widths, guess) for widths, guess in guesses if guess is not None]
+            if known:
+                seen.append(Features.of(coordinates, [widths for widths, _ in known]))
+                finals += [guess for _, guess in known]
+        accuracy, variance = np.array(finals).T
+        return cls._learned(spaces[0][0], reduce(Features.and_, seen), accuracy, variance)
+
+    def of_space(self, coordinates: Coordinates) -> Surrogate:
+        """The same, seeing the widths of another of the spaces that it learned from."""
+        return replace(self, coordinates=coordinates)
 
     @property
     def size(self) -> int:
@@ -293,7 +399,7 @@ class Surrogate:
         Means stay; what is uncertain near those networks is less so (Kriging believer: Ginsbourger,
         Le Riche and Carraro, 2010).
         """
-        new = widths if isinstance(widths, Features) else Features.of(self.coordinates, widths)
+        new = self._features(widths)
         across = _blend(self.amplitudes[:-1], self._seen.covariances(new))
         corner = _blend(self.amplitudes[:-1], new.covariances(new))
         corner[np.diag_indices(len(corner))] += self.amplitudes[-1] ** 2 + _JITTER
@@ -307,6 +413,9 @@ class Surrogate:
         y = np.concatenate([self._y, across.T @ self._weights])
         return replace(self, _seen=self._seen.and_(new), _y=y, _lower=lower)
 
+    def _features(self, widths: ArrayLike | Features) -> Features:
+        return widths if isinstance(widths, Features) else Features.of(self.coordinates, widths)
+
     @cached_property
     def _weights(self) -> Array:
         weights: Array = cho_solve((self._lower, True), self._y, check_finite=False)
@@ -314,16 +423,16 @@ class Surrogate:
 
     def predict(self, widths: ArrayLike | Features) -> Prediction:
         """What is believed of networks, trained or not, (N, axes)."""
-        at = widths if isinstance(widths, Features) else Features.of(self.coordinates, widths)
+        at = self._features(widths)
         across = _blend(self.amplitudes[:-1], at.covariances(self._seen))
         half = solve_triangular(self._lower, across.T, lower=True, check_finite=False)
         variance = _blend(self.amplitudes[:-1], at.variances()) - (half**2).sum(axis=0)
         sd = np.sqrt(np.maximum(variance, 1e-12)) * self._unit
         return Prediction(across @ self._weights * self._unit + self._level, sd)
 
-    def joint(self, widths: ArrayLike) -> tuple[Array, Array]:
+    def joint(self, widths: ArrayLike | Features) -> tuple[Array, Array]:
         """Mean and covariance of the expected accuracies of networks, (N,) and (N, N)."""
-        at = Features.of(self.coordinates, widths)
+        at = self._features(widths)
         across = _blend(self.amplitudes[:-1], at.covariances(self._seen))
         half = solve_triangular(self._lower, across.T, lower=True, check_finite=False)
         own = _blend(self.amplitudes[:-1], at.covariances(at)) - half.T @ half
