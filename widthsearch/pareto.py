@@ -279,7 +279,7 @@ def gains(
     """By how many points the best of some outcomes beats each rival at no more of a cost.
 
     Args:
-        chosen: Finished outcomes, e.g. a front; rivals may be among them.
+        chosen: Finished outcomes.
         rivals: Finished outcomes, e.g. a baseline.
         cost: ``macs``, ``params`` or ``latency_ms``.
         accuracy: What is believed of an outcome.

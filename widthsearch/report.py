@@ -196,7 +196,11 @@ def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outco
 
 
 def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
-    """By how much the front beats each baseline at equal cost of each kind; a line a baseline."""
+    """By how much what was found beats each baseline at equal cost of each kind; a line a baseline.
+
+    The baselines themselves are not among what was found: a gain may be a loss.
+    """
+    found = [o for o in beliefs.members if o.origin.keys().isdisjoint(("base", "baseline"))]
     lines = []
     for method in ("uniform", "random"):
         rivals = baseline(outcomes, method)
@@ -204,14 +208,14 @@ def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
         for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
             if cost not in beliefs.objectives:
                 continue
-            gains = pareto.gains(beliefs.front(), rivals, cost, beliefs.accuracy)
+            gains = pareto.gains(found, rivals, cost, beliefs.accuracy)
             if gains:
                 mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
                 said.append(f"{mean:+.2f} points at equal {named} ({low:+.2f} to {high:+.2f})")
         if said:
             lines.append(
-                f"Beside {method} widths ({len(rivals)} of them) the front has {', '.join(said)}, "
-                "by believed accuracy."
+                f"Beside {method} widths ({len(rivals)} of them) the best of the other networks "
+                f"have {', '.join(said)}, by believed accuracy."
             )
     return lines
 
