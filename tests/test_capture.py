@@ -252,9 +252,24 @@ class Counted(nn.Module):
         return x
 
 
+class Smoothed(nn.Module):
+    """Keeps an average in a new tensor each time: a graph would go on reading one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean()
+        return x - self.average
+
+
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
+        (Smoothed, "each step changes which tensor is 'average' of module '3'"),
         (Drawn, "each step changes Python's generator"),
         (Counted, "each step changes 'calls' of module '3'"),
     ],

@@ -161,6 +161,11 @@ WRONG = {
         {"device": "cuda"},
         "device 'cuda' needs resources.gpu above 0, but it is 0: 0.5 lets two trials share one GPU",
     ),
+    "one GPU of many": (
+        {"device": "cuda:1", "resources": {"gpu": 1}},
+        "device must be cpu or cuda, for Ray gives each trial its GPU, but is 'cuda:1': set "
+        "CUDA_VISIBLE_DEVICES to use some GPUs alone",
+    ),
     "a GPU and a half": (
         {"resources": {"gpu": 1.5}},
         "resources.gpu must be a share of one or a whole number, but was 1.5",

@@ -125,9 +125,12 @@ class Counted:
     rates: dict[int, float]
     alive = 0
 
-    def __init__(self, asked: bytes) -> None:
+    def __init__(self) -> None:
         Counted.alive += 1
         self.ready = False
+
+    def ask(self, asked: bytes) -> None:
+        """Told what to train."""
 
     def write(self, seconds: float) -> None:
         """Told to go."""

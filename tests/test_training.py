@@ -457,3 +457,12 @@ def test_recipes_that_cannot_be(change: dict[str, Any], message: str) -> None:
     """Each is refused with the rule and the value."""
     with pytest.raises(StudyError, match=message):
         Recipe(**change)
+
+
+def test_a_whole_number_is_a_learning_rate() -> None:
+    """It stays no integer: the schedule's values would be cut."""
+    curves = []
+    for lr in (1, 1.0):
+        curve = fit(convnet(), few(), replace(QUICK, lr=lr), seed=0)
+        curves.append([(result.loss, result.accuracy) for result in curve])
+    assert curves[0] == curves[1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from widthsearch.space import SearchSpace
 from widthsearch.training import EpochResult, Recipe, TrainingRun
-from widthsearch.worker import Worker
+from widthsearch.worker import Worker, is_out_of_memory
 
 RECIPE = Recipe(epochs=4, batch_size=32)
 
@@ -167,6 +167,55 @@ def test_a_lack_of_memory_is_told_from_other_failures(tmp_path: Path) -> None:
     report = greedy.step()
     assert report.out_of_memory
     assert report.failure == "OutOfMemoryError: tried to allocate everything"
+
+
+@pytest.mark.parametrize(
+    ("error", "lack"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_libraries_say_otherwise_that_memory_is_short(error: Exception, lack: bool) -> None:
+    """torch's allocator has an error of its own, and others have messages."""
+    assert is_out_of_memory(error) is lack
+
+
+def test_a_network_too_large_for_two_images_lacks_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not said that it does not take the task's images."""
+    network = tiny.space().build(1.0, seed=0)
+
+    def forward(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate everything")
+
+    monkeypatch.setattr(network, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        TrainingRun(network, tiny.task(), RECIPE, seed=0)
+
+
+def test_a_process_whose_gpu_is_gone_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An illegal access is the end of all CUDA in a process, other errors are not."""
+
+    def broken(self: TrainingRun) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def gone() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(TrainingRun, "run_epoch", broken)
+    for synchronize, lost in ((gone, True), (lambda: None, False)):
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        one = worker(tmp_path)
+        one.take(0, "tiny", [4, 4], seed=0)
+        report = one.step()
+        assert report.failure is not None
+        assert report.lost is lost
 
 
 @pytest.mark.gpu

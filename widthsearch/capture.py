@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from widthsearch.errors import one_line
@@ -92,18 +92,47 @@ def capture(
 
     To be called :func:`beside` the default stream, after steps that were run there.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream, inference = torch.cuda.current_stream(device), torch.is_inference_mode_enabled()
     try:
-        # What autograd's thread launches is captured; what other threads do must not end it.
-        with torch.cuda.graph(
-            graph, stream=torch.cuda.current_stream(device), capture_error_mode="thread_local"
+        # What autograd's thread launches is captured; what other threads do must not end it. All
+        # graphs share tensors of the generator, which those outside inference mode must fill.
+        with (
+            torch.inference_mode(False),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            torch.inference_mode(inference),
         ):
             step()
     except Exception as error:  # noqa: BLE001  kept as the reason
-        graph.reset()  # or the generator would stay in its capturing state
+        _abandon(graph, pool, stream)
         # The first error is the cause; ending the capture fails only in its wake.
         return None, f"capture failed: {one_line(error.__context__ or error)}"
     return graph, None
+
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Kept: torch 2.11's allocator of pinned memory goes on asking them what they capture."""
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Bring the device in order after a capture that failed.
+
+    Where CUDA itself ended it, torch before 2.13 leaves the allocator and the generator capturing
+    (pytorch #180395, #190348): the next random numbers would raise, and no memory would be freed.
+    """
+    _abandoned.append(graph)
+    with torch.inference_mode(False):
+        try:
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        except RuntimeError:
+            pass  # it had been ended
+        else:
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        graph.reset()
+        # Only the end of a capture takes the generator out of capturing.
+        empty = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(empty, stream=stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=stream.device)
 
 
 @contextmanager
@@ -178,14 +207,16 @@ def waiting() -> Iterator[list[str]]:
 
 
 def _python_state(model: nn.Module) -> dict[str, Any]:
-    """What host code may change: generators, and plain values kept in modules."""
+    """What host code may change: generators, and what modules keep beside parameters."""
     state: dict[str, Any] = {
         "torch's generator of the CPU": torch.get_rng_state().tolist(),
         "Python's generator": random.getstate(),
         "numpy's generator": repr(np.random.get_state()),  # noqa: NPY002  whatever a model uses
     }
     for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, bool | int | float | str):
+        for key, value in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(value, Tensor):  # a graph goes on reading the one that it was shown
+                state[f"which tensor is {key!r} of module {name!r}"] = id(value)
+            elif isinstance(value, bool | int | float | str):
                 state[f"{key!r} of module {name!r}"] = value
     return state

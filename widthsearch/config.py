@@ -301,6 +301,11 @@ class StudyConfig(BaseModel):
                 f"device {self.device!r} needs resources.gpu above 0, but it is 0: 0.5 lets two "
                 "trials share one GPU"
             )
+        if self.device.startswith("cuda:") and self.device != "cuda:0":
+            raise ValueError(
+                f"device must be cpu or cuda, for Ray gives each trial its GPU, but is "
+                f"{self.device!r}: set CUDA_VISIBLE_DEVICES to use some GPUs alone"
+            )
         if self.concurrency == "auto" and self.ray_address is not None:
             raise ValueError(
                 "concurrency 'auto' probes this machine, but the trials run on the cluster at "

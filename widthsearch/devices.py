@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -30,6 +31,13 @@ def check_device(name: str) -> torch.device:
             f"a device must be there, but {name!r} is not; this machine has {', '.join(there)}"
         )
     return torch.device(name)
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -186,20 +187,19 @@ class LatencyMeter:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(config.batch_size, *input_shape, generator=generator)
         self._images = images.to(self._device, getattr(torch, config.dtype))
-        self._base = self._prepared(base)
+        with _alone(self._device):
+            self._base = self._prepared(base)
 
     def measure(self, model: nn.Module) -> Latency:
         """Time a network; the model that is given is left as it is (mode, device, weights).
 
         One measurement at a time on a device, whoever asks for it on this machine.
         """
-        candidate = self._prepared(model)
-        with _alone(self._device), fixed_threads(self._config.threads), torch.inference_mode():
-            runs = [math.ceil(_BLOCK_MS / net.settle()) for net in (self._base, candidate)]
-            blocks = np.empty((self._config.pairs, 2))
-            for pair in blocks:
-                pair[0] = self._base.block(runs[0])
-                pair[1] = candidate.block(runs[1])
+        with _alone(self._device):
+            candidate = self._prepared(model)
+            blocks = self._timed(candidate)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # what trains next needs it
         if self._base_ms is None:
             self._base_ms = float(np.median(blocks[:, 0]))
         lower, ratio, upper = np.quantile(blocks[:, 1] / blocks[:, 0], (0.25, 0.5, 0.75)).tolist()
@@ -220,6 +220,16 @@ class LatencyMeter:
             pairs=self._config.pairs,
             clock_mhz=_clock(self._device),
         )
+
+    def _timed(self, candidate: _Timed) -> NDArray[np.float64]:
+        """Milliseconds a run in blocks of the base and of the candidate in turn, (pairs, 2)."""
+        blocks = np.empty((self._config.pairs, 2))
+        with fixed_threads(self._config.threads), torch.inference_mode():
+            runs = [math.ceil(_BLOCK_MS / net.settle()) for net in (self._base, candidate)]
+            for pair in blocks:
+                pair[0] = self._base.block(runs[0])
+                pair[1] = candidate.block(runs[1])
+        return blocks
 
     def _prepared(self, model: nn.Module) -> _Timed:
         net = copy.deepcopy(model).to(self._device).eval()
@@ -350,7 +360,7 @@ def _clock(device: torch.device) -> int | None:
         return None
     try:
         return torch.cuda.clock_rate(device)
-    except (RuntimeError, ModuleNotFoundError):  # without nvidia-ml-py, or not permitted
+    except Exception:  # noqa: BLE001  no nvidia-ml-py, or NVML refuses with an error of its own
         return None
 
 

@@ -93,8 +93,9 @@ class Session:
         if not questions:
             return
         self._start(say)
-        run: Any = ray.remote(_answering())
         resources = self._config.resources
+        # A process that is done would keep its GPU memory for the next one.
+        run: Any = ray.remote(max_calls=1 if resources.gpu else 0)(_answering())
         options = run.options(
             num_cpus=resources.cpu,
             num_gpus=resources.gpu,
@@ -403,7 +404,10 @@ def _trainee() -> type[tune.Trainable]:
             return True
 
         def step(self) -> dict[str, Any]:
-            return {"report": self._worker.step()}
+            report = self._worker.step()
+            if report.lost:
+                os._exit(1)  # a new process takes the trial up
+            return {"report": report}
 
     return Trainee
 

@@ -27,7 +27,7 @@ from widthsearch.data import Task
 from widthsearch.devices import check_device
 from widthsearch.errors import DeviceError, one_line
 from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe, TrainingRun
+from widthsearch.training import Recipe, TrainingRun, evaluate, evaluation_batch
 
 CLEARLY = 1.2
 """bf16 is taken where it is faster than fp32 by this factor at least."""
@@ -165,14 +165,18 @@ def probe_concurrency(
     check_device(device)
     small = _few(task, recipe.batch_size, batches=8, pixels=2**62)
     steps_of_one = recipe.epochs * (len(task.train) // min(recipe.batch_size, len(task.train)))
-    asked = pickle.dumps((space, small, recipe, device, threads))
+    whole = evaluation_batch(task, torch.device(device).type)
+    validated = task.validation.subset(np.arange(min(whole, len(task.validation))))
+    asked = pickle.dumps((space, small, validated, recipe, device, threads))
     processes: list[_Trainer] = []
     rates: dict[int, float] = {}
     limit: str | None = None
     try:
         for number in numbers:
-            new = [_Trainer(asked) for _ in range(number - len(processes))]
+            new = [_Trainer() for _ in range(number - len(processes))]
             processes += new
+            for process in new:  # all of them import torch meanwhile
+                process.ask(asked)
             failures = [told["failed"] for told in (p.read() for p in new) if "failed" in told]
             if not failures:
                 for process in processes:
@@ -201,12 +205,14 @@ class _Trainer:
     Not of multiprocessing, which would run the user's own script again.
     """
 
-    def __init__(self, asked: bytes) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "widthsearch.speed"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+
+    def ask(self, asked: bytes) -> None:
         self._send(len(asked).to_bytes(8, "big") + asked)
 
     def write(self, seconds: float) -> None:
@@ -242,11 +248,14 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
 
     try:
         size = int.from_bytes(source.read(8), "big")
-        pickled, task, recipe, device, threads = pickle.loads(source.read(size))
+        pickled, task, validated, recipe, device, threads = pickle.loads(source.read(size))
         torch.set_num_threads(threads)
         space: SearchSpace = pickle.loads(pickled)
+        model = space.build(space.base, seed=0)
+        # Once, for its memory; the steps alone are timed.
+        evaluate(model, replace(task, validation=validated), "validation", device, recipe.precision)
         run = TrainingRun(
-            space.build(space.base, seed=0),
+            model,
             task,
             replace(recipe, epochs=_ENDLESS, warmup_epochs=None),
             seed=0,

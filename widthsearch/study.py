@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from widthsearch.config import ProposerConfig, StudyConfig
 from widthsearch.confirmation import Confirmation
 from widthsearch.constraints import default_block
 from widthsearch.data import Task, load_task
-from widthsearch.devices import check_device
+from widthsearch.devices import check_device, cores
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.families import Candidate
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter
@@ -373,8 +372,8 @@ class Study:
 
         device, taken = config.device, config.resources
         gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
-        most = max(1, int((os.cpu_count() or 1) / taken.cpu))
-        machine = [platform.node(), os.cpu_count(), gpus, device, taken.cpu]
+        most = max(1, int(cores() / taken.cpu))
+        machine = [platform.node(), cores(), gpus, device, taken.cpu]
         known = store.attribute("concurrency")
         if known is None or known["machine"] != machine:
             say("finding out how many candidates train best at once")

@@ -193,7 +193,7 @@ class TrainingRun:
         self._batch = torch.arange(self._train.batch_size, device=self._device)
         self._draws = torch.zeros(6, images, dtype=torch.int64, device=self._device)
         self._rates = torch.zeros(self._train.steps, device=self._device)
-        self._rate = torch.tensor(recipe.lr, device=self._device)
+        self._rate = torch.tensor(recipe.lr, dtype=torch.float32, device=self._device)
         self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._optimizer = torch.optim.SGD(
@@ -370,6 +370,8 @@ def _check_model(model: nn.Module, task: Task, device: torch.device) -> torch.me
         model.eval()
         with torch.no_grad():
             logits = model(blank.to(memory_format=layout))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise DataError(
             f"a network must take the task's images, but fails on those of {task.name!r}, "
@@ -399,9 +401,13 @@ def _whole_split(
         )
     # As many pixels at once as keep a GPU busy; on a CPU as few as stay in its caches (ResNet-20 on
     # 32×32, fp32, one core: 1,580 images a second in batches of 32, 480 in batches of 2,048).
-    pixels = 2**16 if device.type == "cpu" else 2**23
-    batch_size = max(8, pixels // math.prod(task.input_shape[1:]))
-    return DeviceLoader(split, task, batch_size, device, layout)
+    return DeviceLoader(split, task, evaluation_batch(task, device.type), device, layout)
+
+
+def evaluation_batch(task: Task, device_type: str) -> int:
+    """How many images are evaluated at once."""
+    pixels = 2**16 if device_type == "cpu" else 2**21
+    return max(8, pixels // math.prod(task.input_shape[1:]))
 
 
 class _Evaluation:

@@ -34,6 +34,7 @@ class Report:
         traceback: All of that.
         out_of_memory: Whether it failed because its device's memory did not suffice.
         broken: What is wrong with the machine, where it is not the candidate's fault.
+        lost: Whether this process can use its device no more, and must end.
     """
 
     curve: tuple[EpochResult, ...] = ()
@@ -42,6 +43,27 @@ class Report:
     traceback: str = ""
     out_of_memory: bool = False
     broken: str | None = None
+    lost: bool = False
+
+
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""What errors of CUDA, cuBLAS and cuDNN say that are not of torch's allocator."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, of the device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+
+
+def _answers() -> bool:
+    """Whether the GPU still answers this process: after an illegal access it never does again."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Worker:
@@ -114,12 +136,12 @@ class Worker:
                 return Report(broken=f"{error.strerror} for the checkpoint {str(self._folder)!r}")
             return Report(failure=one_line(error), traceback=traceback.format_exc())
         except Exception as error:  # noqa: BLE001  reported, with its traceback
-            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             self._run = None  # its tensors go
             return Report(
                 failure=one_line(error),
                 traceback=traceback.format_exc(),
-                out_of_memory=out_of_memory,
+                out_of_memory=is_out_of_memory(error),
+                lost=isinstance(error, torch.AcceleratorError) and not _answers(),
             )
 
     def _step(self) -> Report:
