@@ -246,7 +246,7 @@ BAD: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "a device that is not there": (
         {"device": "cuda:99", "resources": {"gpu": 1}},
-        "'cuda:99' is not",
+        "'cuda:99'",
     ),
     "a storage that cannot be opened": ({"storage": "sqlite:////no/such/folder/x.db"}, "/no/such"),
     "a budget below the space": ({"budgets": [1e-9]}, "is below the narrowest network"),
@@ -462,6 +462,9 @@ def test_propose_takes_a_studys_space_task_and_recipe(
         (("--method", "sensitivity"), "method 'sensitivity' reads data, but no task was given"),
         (("--method", "uniform", "--budget", "1e-9"), "is below the narrowest network"),
         (("--method", "uniform", "--task", "digitz"), "digitz"),
+        (("--method", "uniform", "--set", "members=0"), "`members >= 1` must hold, but uniform"),
+        (("--method", "random", "--set", "lowest=-1"), "`0 < lowest <= 1` must hold, but random"),
+        (("--method", "uniform", "--out", "no/such/folder/w.json"), "must be writable, but no/suc"),
     ],
 )
 def test_propose_refuses_in_one_line(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+import tiny
 from conformance import ProposerConformance, small_task
 from strategies import space_of
 
-from widthsearch.proposers import PROPOSERS, Random, Setting, Uniform
+from widthsearch.errors import StudyError
+from widthsearch.proposers import PROPOSERS, Proposal, Random, Setting, Uniform
 
 
 class TestUniform(ProposerConformance):
@@ -30,6 +33,19 @@ def test_every_method_conforms() -> None:
     files = Path(__file__).parent.glob("test_*.py")
     tested = re.findall(r'^    method = "(\w+)"$', "".join(f.read_text() for f in files), re.M)
     assert sorted(tested) == sorted(PROPOSERS)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ([], "a proposal must have a member, but that of 'mine' has none"),
+        ([(4, 4), (2, 6)], "no axis may grow along a proposal's trajectory"),
+    ],
+)
+def test_a_proposal_that_is_none_is_refused(path: list[tuple[int, int]], said: str) -> None:
+    """A user's own method may be wrong; whose it is, is said."""
+    with pytest.raises(StudyError, match=said):
+        Proposal("mine", tuple(tiny.widths(*vector) for vector in path), {})
 
 
 def test_random_depends_on_its_seed() -> None:

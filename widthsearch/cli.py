@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from widthsearch import __version__
-from widthsearch.errors import WidthsearchError
+from widthsearch.errors import WidthsearchError, writing
 
 SHARES = 16
 """Budgets up to this are shares of the base's MACs; larger ones are MACs."""
@@ -102,7 +103,6 @@ def _space(options: argparse.Namespace) -> int:
 
 def _propose(options: argparse.Namespace) -> int:
     """Ask one method for widths at a budget; shows them beside the base."""
-    import yaml
     from rich.console import Console
 
     from widthsearch import report
@@ -123,8 +123,7 @@ def _propose(options: argparse.Namespace) -> int:
         task = study.task
     if options.epochs is not None:
         recipe = replace(recipe, epochs=options.epochs)
-    fields = {key: yaml.safe_load(value) for key, value in options.set}
-    config = ProposerConfig.of(options.method, fields)
+    config = ProposerConfig.of(options.method, dict(options.set))
     base = space.cost(space.base).macs
     budget = options.budget * (base if options.budget <= SHARES else 1)
     console = Console(stderr=options.json)
@@ -148,8 +147,9 @@ def _propose(options: argparse.Namespace) -> int:
         from widthsearch import pictures
 
         picture = Path(options.out).with_suffix(".png")
-        space.save_widths(options.out, widths)
-        pictures.save_width_bars(space, widths, picture)
+        with writing(picture.parent):
+            space.save_widths(options.out, widths)
+            pictures.save_width_bars(space, widths, picture)
         console.print(f"written: {options.out}, {picture}", highlight=False, soft_wrap=True)
     return 0
 
@@ -297,11 +297,16 @@ def _budget(text: str) -> float:
     return budget
 
 
-def _field(text: str) -> tuple[str, str]:
+def _field(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"a field is like batch_size=64, not {text!r}")
-    return key, value
+    import yaml
+
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"a field's value is YAML, not {value!r}") from None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,6 +18,10 @@ widthsearch itself are ``AssertionError``: those are bugs to report, not input t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class WidthsearchError(Exception):
     """Anything that a user can mend."""
@@ -53,6 +57,22 @@ class StorageError(WidthsearchError):
 
 class CheckpointError(WidthsearchError):
     """A checkpoint that is corrupt or belongs to another run."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While files are written there: what the system refuses is said in one line.
+
+    Raises:
+        StudyError: A file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(
+            f"the folder {str(folder)!r} must be writable, but {error.filename or 'a file'} is "
+            f"not: {error.strerror}; name another folder, or go on when that is mended"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

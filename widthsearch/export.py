@@ -9,8 +9,8 @@ import operator
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from widthsearch import __version__
 from widthsearch.checkpoints import write_atomically
 from widthsearch.constraints import Constraints
 from widthsearch.data import Split, Task
-from widthsearch.errors import CheckpointError, StudyError
+from widthsearch.errors import CheckpointError, StudyError, writing
 from widthsearch.hashing import hash_of_code
 from widthsearch.outcomes import Outcome
 from widthsearch.references import load_space
@@ -77,7 +77,7 @@ def train(
     recipe = study.recipe if epochs is None else replace(study.recipe, epochs=epochs)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(outcome.id))
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     everything = replace(task, train=_joined(task.train, task.validation))
     tested: dict[int, float] = {}
@@ -117,7 +117,7 @@ def train(
     }
     weights = io.BytesIO()
     torch.save({key: value.cpu() for key, value in first.state_dict().items()}, weights)
-    with _writing(folder):
+    with writing(folder):
         _remove(folder / CARD)  # first, and written last: a folder with a card is whole
         space.save_widths(folder / WIDTHS, outcome.widths)
         write_atomically(folder / WEIGHTS, lambda file: file.write(weights.getbuffer()))
@@ -145,7 +145,7 @@ def _train_one(
             _logger.warning("network %d is trained from the start: %s", number + 1, error)
     while not run.finished:
         result = run.run_epoch()
-        with _writing(folder):
+        with writing(folder):
             run.save(checkpoints)
         if on_epoch is not None:
             on_epoch(number, result)
@@ -154,17 +154,6 @@ def _train_one(
             f"training diverged in epoch {run.epoch} with seed {seed}: lower the recipe's lr "
             f"(now {recipe.lr})"
         )
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StudyError(
-            f"the folder {str(folder)!r} must be writable, but {error.filename or 'a file'} is "
-            f"not: {error.strerror}; name another folder, or go on when that is mended"
-        ) from error
 
 
 def _remove(path: Path) -> None:

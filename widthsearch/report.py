@@ -24,6 +24,7 @@ from rich.text import Text
 
 from widthsearch import pareto
 from widthsearch.beliefs import INTERVAL, Beliefs
+from widthsearch.errors import writing
 from widthsearch.outcomes import Outcome
 from widthsearch.proposers import Proposal
 from widthsearch.search import Progress
@@ -394,8 +395,9 @@ def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
 def write_front(study: Study) -> tuple[Path, Path]:
     """Write ``front.json`` and ``front.png`` into the study's folder; return where they are."""
     as_json, as_png = study.folder / "front.json", study.folder / "front.png"
-    as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
-    plot_front(study, as_png)
+    with writing(study.folder):
+        as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
+        plot_front(study, as_png)
     return as_json, as_png
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.data import Task
+from widthsearch.errors import StudyError
 from widthsearch.space import SearchSpace
 from widthsearch.training import Recipe
 from widthsearch.widths import Widths
@@ -60,9 +62,16 @@ class Proposal:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        assert self.trajectory, "a proposal has at least one member"
-        for wide, narrow in zip(self.trajectory, self.trajectory[1:], strict=False):
-            assert all(a >= b for a, b in zip(wide.vector, narrow.vector, strict=True))
+        if not self.trajectory:
+            raise StudyError(f"a proposal must have a member, but that of {self.method!r} has none")
+        for wide, narrow in pairwise(self.trajectory):
+            if wide.names != narrow.names or any(
+                a < b for a, b in zip(wide.vector, narrow.vector, strict=True)
+            ):
+                raise StudyError(
+                    "no axis may grow along a proposal's trajectory, from wide to narrow, but that "
+                    f"of {self.method!r} goes from {dict(wide)} to {dict(narrow)}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` reads them back."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from widthsearch.data import Task
+from widthsearch.errors import StudyError
 from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.proposers.scores import check_counts
 from widthsearch.space import SearchSpace
 from widthsearch.widths import Widths
 
@@ -25,6 +27,11 @@ class Random:
     lowest: float = 0.25
     members: int = 16
     reads_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "members")
+        if not 0 < self.lowest <= 1:
+            raise StudyError(f"`0 < lowest <= 1` must hold, but random has lowest={self.lowest!r}")
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """Depends on the seed alone."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from widthsearch.data import Task
 from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.proposers.scores import check_counts
 from widthsearch.space import SearchSpace
 
 
@@ -21,9 +22,14 @@ class Uniform:
     members: int = 16
     reads_data: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_counts(self, "members")
+
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """The base, scaled; depends on neither data nor seed."""
         lowest = min(axis.least / axis.base for axis in space.axes)
         multipliers = [1 - (1 - lowest) * i / max(1, self.members - 1) for i in range(self.members)]
         trajectory = dict.fromkeys(space.widths(m) for m in multipliers)
-        return Proposal("uniform", tuple(trajectory), {"members": self.members})
+        return Proposal(
+            "uniform", tuple(trajectory), {"seed": setting.seed, "members": self.members}
+        )
