@@ -79,7 +79,7 @@ class Beliefs:
         return list(first.values())
 
     @cached_property
-    def _coordinates(self) -> dict[str, Coordinates]:
+    def coordinates(self) -> dict[str, Coordinates]:
         """Of the spaces that were trained, by name."""
         trained = {o.space for o in self._outcomes if o.accuracy is not None}
         names = [name for name in self._spaces if name in trained]
@@ -89,7 +89,7 @@ class Beliefs:
     @cached_property
     def surrogate(self) -> Surrogate | None:
         """Of all spaces that were trained; None where there is too little to learn from."""
-        trainings = {name: list[Training]() for name in self._coordinates}
+        trainings = {name: list[Training]() for name in self.coordinates}
         for o in self._outcomes:
             if o.state != "failed" and o.space in trainings:
                 curve = [result.accuracy for result in o.curve]
@@ -98,7 +98,7 @@ class Beliefs:
         if sum(training.accuracy is not None for training in every) < ENOUGH:
             return None
         return Surrogate.of_trainings(
-            *((self._coordinates[name], own) for name, own in trainings.items())
+            *((self.coordinates[name], own) for name, own in trainings.items())
         )
 
     def __getitem__(self, outcome: Outcome) -> Belief:
@@ -151,7 +151,7 @@ class Beliefs:
             return believed
         grouped = [
             (coordinates, own)
-            for name, coordinates in self._coordinates.items()
+            for name, coordinates in self.coordinates.items()
             if (own := [i for i, member in enumerate(self.members) if member.space == name])
         ]
         seen = [

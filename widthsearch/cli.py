@@ -199,14 +199,24 @@ def _pareto(options: argparse.Namespace) -> int:
     from widthsearch.study import Study
 
     study = Study.load(options.study, options.runs)
+    expected = None
+    if options.families:
+        from widthsearch.outlook import outlook
+
+        expected = outlook(study)
     written = report.write_front(study)
     if options.json:
-        print(json.dumps(report.front_json(study), indent=1))
+        content = report.front_json(study)
+        if expected is not None:
+            content["families"] = [each.to_json() for each in expected]
+        print(json.dumps(content, indent=1))
     elif options.csv:
         print(report.front_csv(study), end="")
     else:
         console = Console()
         console.print(report.front_tables(study))
+        if expected is not None:
+            console.print(report.outlook_table(expected))
         console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return 0
 
@@ -397,6 +407,11 @@ def _parser() -> argparse.ArgumentParser:
     form = pareto.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print plain JSON")
     form.add_argument("--csv", action="store_true", help="print CSV")
+    pareto.add_argument(
+        "--families",
+        action="store_true",
+        help="what each proposal promises at every size, and which to train next",
+    )
     confirm = command("confirm", _confirm)
     confirm.add_argument("study", help="a study's name, folder or YAML")
     confirm.add_argument(

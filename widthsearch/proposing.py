@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -163,6 +163,17 @@ def proposals(
     for i in sorted(found):
         by_space[asked[i][1].space.name].append(found[i])
     return by_space, failures
+
+
+def answered(
+    store: Store, methods: Sequence[ProposerConfig], spaces: Iterable[SearchSpace]
+) -> dict[str, list[Proposal]]:
+    """The answers that a study's storage has, by the space's name; none is asked for."""
+    found: dict[str, list[Proposal]] = {}
+    for space in spaces:
+        stored = [store.attribute(_key(config, space)) for config in methods]
+        found[space.name] = [Proposal.from_json(content) for content in stored if content]
+    return found
 
 
 def _key(config: ProposerConfig, space: SearchSpace) -> str:

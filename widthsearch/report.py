@@ -26,6 +26,7 @@ from widthsearch import pareto
 from widthsearch.beliefs import INTERVAL, Beliefs
 from widthsearch.errors import writing
 from widthsearch.outcomes import Outcome
+from widthsearch.outlook import Expected
 from widthsearch.proposers import Proposal
 from widthsearch.search import Progress
 from widthsearch.space import SearchSpace
@@ -309,6 +310,35 @@ def _doubts(front: Sequence[Outcome], beliefs: Beliefs) -> list[str]:
             f"({', '.join(str(o.id) for o in doubtful)}); widthsearch confirm trains them again."
         )
     return lines
+
+
+def outlook_table(expected: Sequence[Expected]) -> Group:
+    """What proposals promise at every size, and where to train next."""
+    several = len({each.space for each in expected}) > 1
+    table = Table(title="families, as believed", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [*(["space"] if several else []), "origin", "MACs", "believed", "beats the front"]
+    for column in columns:
+        left = column in ("space", "origin", "believed")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for each in sorted(expected, key=lambda e: (e.space, described(e.origin), e.cost.macs)):
+        table.add_row(
+            *([each.space] if several else []),
+            f"{described(each.origin)} {each.origin['family']}",
+            short(each.cost.macs),
+            f"{each.accuracy:.2f} ±{INTERVAL * each.sd:.2f}",
+            "trained" if each.trained else f"{each.beats_front:.0%}",
+        )
+    open_ = [each for each in expected if not each.trained]
+    if not open_:
+        return Group(table)
+    best = max(open_, key=lambda each: each.gain)
+    return Group(
+        table,
+        Text(
+            f"Train next: {described(best.origin)} {best.origin['family']}, {dict(best.widths)}, "
+            f"{best.gain:+.2f} points expected over what is trained within its MACs."
+        ),
+    )
 
 
 def front_volume(members: Sequence[Outcome], beliefs: Beliefs) -> float:
