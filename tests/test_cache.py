@@ -682,7 +682,7 @@ def test_without_a_folder_nothing_is_kept(
     assert len(runs) == 2
     monkeypatch.delenv(cache.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.folder() == tmp_path / "xdg" / "widthsearch" / "traces"
+    assert cache.cache_folder("traces") == tmp_path / "xdg" / "widthsearch" / "traces"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.folder() == tmp_path / ".cache" / "widthsearch" / "traces"
+    assert cache.cache_folder("traces") == tmp_path / ".cache" / "widthsearch" / "traces"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import numpy as np
@@ -33,6 +38,7 @@ from widthsearch.errors import DataError
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own."""
+    monkeypatch.delenv("WIDTHSEARCH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "widthsearch" / "image_folder"
 
@@ -72,6 +78,7 @@ def test_digits_are_split_in_balance() -> None:
         assert counts.max() - counts.min() <= 0.06 * counts.max() + 1
     assert task.input_shape == (1, 8, 8)
     assert task.classes == 10
+    assert task.names == tuple("0123456789")
     assert task.train.images.max() == 255
     assert task.augmentation == Augmentation(crop_padding=1, flip=False)
 
@@ -301,6 +308,61 @@ def test_a_damaged_cache_is_decoded_again(tmp_path: Path, cache: Path) -> None:
     assert rows(folder_task(root).train) == rows(first.train)
 
 
+@pytest.mark.parametrize("where", ["file", "", None])
+def test_without_a_cache_images_are_decoded_each_time(
+    where: str | None,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It cannot be made or the disk is full (one warning), or none is wanted."""
+    root = make_folder(tmp_path / "images")
+    expected = rows(folder_task(root).train)
+    for file in cache.iterdir():
+        file.unlink()
+    if where is None:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(Path, "replace", Mock(side_effect=full))
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / where) if where else "")
+    with caplog.at_level(logging.WARNING):
+        assert rows(folder_task(root).train) == expected
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (where != "")
+    assert all("so they are decoded each time; name another folder in" in line for line in said)
+    assert list(cache.iterdir()) == []
+
+
+def test_what_is_hidden_is_passed_over(tmp_path: Path) -> None:
+    """Neither a class nor an image."""
+    root = make_folder(tmp_path / "images")
+    counts = [len(split) for split in (folder_task(root).train, folder_task(root).validation)]
+    for hidden in ("train/.ipynb_checkpoints", "test/.git", "train/ant/.ipynb_checkpoints"):
+        (root / hidden).mkdir()
+        Image.new("RGB", (6, 6)).save(root / hidden / "0-checkpoint.png")
+    (root / "train/bee/._0.png").write_bytes(b"of a Mac")
+    task = folder_task(root)
+    assert [len(split) for split in (task.train, task.validation)] == counts
+    assert (task.classes, task.names) == (2, ("ant", "bee"))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_images_of_more_than_8_bits_are_refused(
+    dtype: type[np.generic], mode: str, tmp_path: Path
+) -> None:
+    """In a folder and in a dataset: they would be clipped to white or black."""
+    root = make_folder(tmp_path / "images")
+    deep = Image.fromarray(np.full((6, 6), 3000, dtype))
+    deep.save(root / "train" / "ant" / "9.tif")
+    message = rf"8 bits a channel, but .*ant/9\.tif has mode '{mode}', .*scale its values to 0 to"
+    with pytest.raises(DataError, match=message):
+        folder_task(root)
+    with pytest.raises(DataError, match=f"its image has mode '{mode}'; scale it to 8 bits"):
+        task_from_datasets(Listed([(deep, 0)]), Listed([(deep, 0)]), TaskConfig("mine"))
+
+
 def test_images_of_several_sizes_need_an_image_size(tmp_path: Path) -> None:
     """They are refused with both names; with a size they are scaled and cropped."""
     root = make_folder(tmp_path / "images", lambda i: (6 + i, 6))
@@ -357,6 +419,8 @@ def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     class Small:
         """A CIFAR-10 of four images."""
 
+        classes: ClassVar[list[str]] = ["plane", "car"]
+
         def __init__(self, root: Path, train: bool, download: bool) -> None:
             asked.append((root, train, download))
             self.data = np.random.default_rng(train).integers(0, 256, (4, 32, 32, 3), np.uint8)
@@ -371,9 +435,15 @@ def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (task.test.images[2, 1] == expected[2, :, :, 1]).all()
     assert task.test.labels.tolist() == [0, 1, 0, 1]
     assert task.augmentation == Augmentation(crop_padding=4, flip=True)
+    assert task.names == ("plane", "car")
     plain = load_task(TaskConfig("cifar10", folder="~", crop_padding=0, flip=False))
     assert asked[-1][0] == Path.home()
     assert plain.augmentation == Augmentation(crop_padding=0, flip=False)
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", "")
+    with pytest.raises(
+        DataError, match="WIDTHSEARCH_CACHE is empty, so there is none; set `folder"
+    ):
+        load_task("cifar10")
 
 
 def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

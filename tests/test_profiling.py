@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -156,6 +159,26 @@ def test_profiles_lie_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.delenv("WIDTHSEARCH_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert profile_path(space, CONFIG).parent == Path.home() / ".cache/widthsearch/latency"
+
+
+def test_a_profile_that_cannot_be_kept_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, meter: type[Meter]
+) -> None:
+    """Without a cache, or in one that cannot be written; a study finds none then."""
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", "")
+    with pytest.raises(StudyError, match="WIDTHSEARCH_CACHE is empty, so there is none: unset it"):
+        profile(tiny.space(), CONFIG, vectors=4)
+    assert load_profile(tiny.space(), CONFIG) is None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StudyError, match=r"file/latency' must be writable, but .*name another"):
+        profile(tiny.space(), CONFIG, vectors=4)
+    (tmp_path / "own").mkdir()
+    read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "own"))
+    monkeypatch.setattr(profiling, "TemporaryFile", Mock(side_effect=read_only))
+    with pytest.raises(StudyError, match=r"own' must be writable, but .*own is not: Read-only"):
+        profile(tiny.space(), CONFIG, vectors=4, folder=tmp_path / "own")
+    assert meter.measured == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"vectors": []}', '{"vectors": [[2, 2]]}'])

@@ -1,4 +1,4 @@
-"""Traces kept on disk, each under a hash of all that it depends on.
+"""Where things are kept on disk, and traces kept there under a hash of all that they depend on.
 
 A trace follows from the model's code and sizes, its input, torch and widthsearch. A model of which
 something cannot be told by value (``hashing.py``) is traced every time: an entry may be missed,
@@ -48,7 +48,7 @@ def cached_trace(model: nn.Module, inputs: Inputs) -> Trace:
     Raises:
         TraceError: The model cannot be traced.
     """
-    where = folder()
+    where = cache_folder("traces")
     key = None if where is None else key_of(model, inputs)
     if where is None or key is None:
         return trace(model, inputs)
@@ -60,13 +60,16 @@ def cached_trace(model: nn.Module, inputs: Inputs) -> Trace:
     return found
 
 
-def folder() -> Path | None:
-    """Where traces are kept; None if nowhere."""
+def cache_folder(kind: str) -> Path | None:
+    """Where what is of a kind is kept (``traces``, ``latency``, …); None if nothing is.
+
+    In ``$WIDTHSEARCH_CACHE``, else ``$XDG_CACHE_HOME/widthsearch``, else ``~/.cache/widthsearch``.
+    """
     given = os.environ.get(VARIABLE)
     if given is not None:
-        return Path(given, "traces") if given else None
+        return Path(given, kind) if given else None
     caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(caches, "widthsearch", "traces")
+    return Path(caches, "widthsearch", kind)
 
 
 def key_of(model: nn.Module, inputs: Inputs) -> str | None:

@@ -53,6 +53,7 @@ class Task:
         mean: Mean of each channel over train, black being 0 and white 1.
         std: Standard deviation of each channel over train, likewise.
         augmentation: What is done to the training images.
+        names: What each class is called; empty where the task does not know.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
+    names: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -142,14 +144,16 @@ def load_task(config: TaskConfig | str) -> Task:
         everything = decoding.digits()
         kept, held = stratified(everything.labels, share=0.2, seed=0)
         train, test = everything.subset(kept), everything.subset(held)
-        return _task(config, train, test, validation=0.25, augmentation=Augmentation(1))
+        task = _task(config, train, test, validation=0.25, augmentation=Augmentation(1))
+        return replace(task, names=tuple(map(str, range(10))))
     if config.name in ("cifar10", "image_folder"):
         if config.name == "cifar10":
-            train, test = decoding.cifar10(config.folder)
+            train, test, names = decoding.cifar10(config.folder)
         else:
-            train, test = decoding.image_folder(config.folder, config.image_size)
+            train, test, names = decoding.image_folder(config.folder, config.image_size)
         augmentation = Augmentation(min(train.images.shape[2:]) // 8, flip=True)
-        return _task(config, train, test, validation=0.1, augmentation=augmentation)
+        task = _task(config, train, test, validation=0.1, augmentation=augmentation)
+        return replace(task, names=names)
     if ":" not in config.name:
         raise DataError(
             "a task must be digits, cifar10, image_folder, package.module:function or "

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import operator
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from widthsearch.cache import VARIABLE, cache_folder
 from widthsearch.errors import DataError
 
+_logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_WIDE = ("I", "F")  # how PIL's modes of more than 8 bits begin
 _LAYOUT = "<folder>/train/<class>/<image> and <folder>/test/<class>/<image>"
 
 
@@ -54,12 +60,6 @@ class Split:
         return Split(self.images[indices], self.labels[indices])
 
 
-def cache_folder() -> Path:
-    """Where downloads and decoded images are kept: ``$XDG_CACHE_HOME/widthsearch``."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "widthsearch"
-
-
 # --- scikit-learn's digits, CIFAR-10 ---
 
 
@@ -72,11 +72,15 @@ def digits() -> Split:
     return Split(pixels[:, None], bunch.target.astype(np.int64))
 
 
-def cifar10(folder: str | None) -> tuple[Split, Split]:
-    """CIFAR-10 (3×32×32), downloaded where it is not in the folder."""
+def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
+    """CIFAR-10 (3×32×32) and its classes' names, downloaded where it is not in the folder."""
     from torchvision.datasets import CIFAR10  # checks each file's MD5 before it unpickles it
 
-    place = Path(folder).expanduser() if folder else cache_folder() / "cifar10"
+    place = Path(folder).expanduser() if folder else cache_folder("cifar10")
+    if place is None:
+        raise DataError(
+            f"cifar10 is kept in the cache, but {VARIABLE} is empty, so there is none; set `folder`"
+        )
     try:
         halves = [CIFAR10(place, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -92,17 +96,20 @@ def cifar10(folder: str | None) -> tuple[Split, Split]:
         )
         for half in halves
     )
-    return train, test
+    return train, test, tuple(halves[0].classes)
 
 
 # --- folders of images ---
 
 
-def image_folder(folder: str | None, image_size: int | None) -> tuple[Split, Split]:
-    """torchvision's ImageFolder layout for train and test, as RGB, decoded once and cached.
+def image_folder(
+    folder: str | None, image_size: int | None
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """torchvision's ImageFolder layout for train and test, as RGB, and the classes' names.
 
-    The cache is keyed by the listing (relative paths, sizes, times of change) and the image size,
-    and takes as much disk as the decoded images.
+    It is decoded once and cached, keyed by the listing (relative paths, sizes, times of change) and
+    the image size; that takes as much disk as the decoded images. Where the cache cannot be written
+    it is decoded each time. What begins with a dot is passed over.
     """
     if folder is None:
         raise DataError(f"image_folder needs `folder`: a folder laid out as {_LAYOUT}")
@@ -121,19 +128,35 @@ def image_folder(folder: str | None, image_size: int | None) -> tuple[Split, Spl
             f"test may only have classes of train, but {root / 'test'} also has {strangers[0]!r}"
         )
     halves = [_listed(root / half, classes) for half in ("train", "test")]
-    key = hashlib.sha256(json.dumps([1, image_size]).encode())
+    key = hashlib.sha256(json.dumps([2, image_size]).encode())
     for path, _ in halves[0] + halves[1]:
         status = path.stat()
         entry = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
         key.update(json.dumps(entry).encode())
-    cache = cache_folder() / "image_folder" / f"{key.hexdigest()[:24]}.npz"
+    where = cache_folder("image_folder")
+    cache = None if where is None else where / f"{key.hexdigest()[:24]}.npz"
+    found = None if cache is None else _cached(cache)
+    if found is None:
+        found = _read(halves[0], image_size), _read(halves[1], image_size)
+        if cache is not None:
+            _keep(cache, *found)
+    return *found, tuple(classes)
+
+
+def _cached(file: Path) -> tuple[Split, Split] | None:
+    """What :func:`_keep` was given; None if nothing, or it is damaged."""
     try:
-        with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             train, test = (Split(stored[f"images{i}"], stored[f"labels{i}"]) for i in (0, 1))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
-        train, test = (_read(half, image_size) for half in halves)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(f".{os.getpid()}.npz")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return train, test
+
+
+def _keep(file: Path, train: Split, test: Split) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
             unfinished,
             images0=train.images,
@@ -141,19 +164,34 @@ def image_folder(folder: str | None, image_size: int | None) -> tuple[Split, Spl
             images1=test.images,
             labels1=test.labels,
         )
-        unfinished.replace(cache)
-    return train, test
+        unfinished.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        _logger.warning(
+            "decoded images cannot be kept in %s (%s), so they are decoded each time; name another "
+            "folder in %s",
+            file.parent,
+            error.strerror or error,
+            VARIABLE,
+        )
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """Every image below a half's class folders with its label, in order of name."""
     listed = []
     for label, name in enumerate(classes):
-        paths = sorted(p for p in (half / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(
+            path
+            for path in (half / name).rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(half).parts)
+        )
         if not paths:
             raise DataError(
                 f"every class needs images ({' '.join(IMAGE_SUFFIXES)}), but {half / name} has none"
@@ -185,11 +223,18 @@ def _size(image: NDArray[np.uint8]) -> str:
 def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            mode = file.mode
+            if mode[0] not in _WIDE:
+                image = file.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(
             f"every image must be readable, but {path} is not ({error}); mend or remove it"
         ) from error
+    if mode[0] in _WIDE:
+        raise DataError(
+            f"every image must have 8 bits a channel, but {path} has mode {mode!r}, which would "
+            "be clipped; scale its values to 0 to 255 and save it with 8 bits"
+        )
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
@@ -233,6 +278,8 @@ def read_dataset(dataset: Any, whose: str) -> Split:
 def _as_uint8(image: object) -> NDArray[np.uint8]:
     """One image as uint8 (C, H, W)."""
     if isinstance(image, Image.Image):
+        if image.mode[0] in _WIDE:
+            raise ValueError(f"its image has mode {image.mode!r}; scale it to 8 bits")
         if image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))[None]
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)

@@ -1,9 +1,9 @@
 """Latency profiles: a designed set of networks, measured once a device and kept for later studies.
 
-A profile is one JSON file in ``$WIDTHSEARCH_CACHE/latency`` (by default
-``$XDG_CACHE_HOME/widthsearch/latency`` or ``~/.cache/widthsearch/latency``), named after the space
-and a hash of all that latency depends on. It is written anew, whole, after every network, so that a
-run that was killed goes on where it ended.
+A profile is one JSON file in the cache's folder ``latency``
+(:func:`~widthsearch.cache.cache_folder`), named after the space and a hash of all that latency
+depends on. It is written anew, whole, after every network, so that a run that was killed goes on
+where it ended.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ import torch
 from rich.table import Table
 from scipy.stats import qmc
 
+from widthsearch.cache import VARIABLE, cache_folder
 from widthsearch.checkpoints import write_atomically
 from widthsearch.devices import check_device
-from widthsearch.errors import StudyError
+from widthsearch.errors import StudyError, writing
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter, hardware_name
 from widthsearch.latency_model import LatencyModel
 from widthsearch.space import SearchSpace
@@ -53,7 +54,7 @@ def profile(
 
     Raises:
         DeviceError: The device is not there.
-        StudyError: The profile's file cannot be read.
+        StudyError: The profile's file cannot be read, or its folder cannot be written.
     """
     if vectors < 1:
         raise StudyError(f"`vectors >= 1` must hold, but a profile was asked for {vectors}")
@@ -72,6 +73,9 @@ def profile(
     missing = [w for w in designed(space, vectors) if w.vector not in seen]
     missing = missing[: max(0, vectors - len(seen))]
     if missing:
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=path.parent).close()
         base = space.build(space.base, seed=0)
         meter = LatencyMeter(base, space.input_shape, config, content["base_ms"])
         for done, widths in enumerate(missing, len(seen)):
@@ -99,16 +103,26 @@ def load_profile(
         DeviceError: The device is not there.
         StudyError: The profile's file cannot be read.
     """
+    folder = folder or cache_folder("latency")
+    if folder is None:
+        return None
     content = _read(profile_path(space, config, folder))
     return None if content is None else LatencyModel.from_json(space, content)
 
 
 def profile_path(space: SearchSpace, config: LatencyConfig, folder: Path | None = None) -> Path:
-    """The file of a space's profile for a device, backend, batch size, dtype and threads."""
+    """The file of a space's profile for a device, backend, batch size, dtype and threads.
+
+    Raises:
+        DeviceError: The device is not there.
+        StudyError: No folder was given, and there is no cache.
+    """
+    folder = folder or cache_folder("latency")
     if folder is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        own = os.environ.get("WIDTHSEARCH_CACHE") or Path(caches) / "widthsearch"
-        folder = Path(own) / "latency"
+        raise StudyError(
+            f"a latency profile is kept in the cache, but {VARIABLE} is empty, so there is none: "
+            "unset it, or set it to a folder"
+        )
     key = json.dumps(_setting(space, config), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', space.name)}-{digest}.json"
@@ -210,4 +224,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    with writing(path.parent):
+        write_atomically(path, lambda file: file.write(text.encode()))
