@@ -70,6 +70,14 @@ def test_space_shows_axes_shares_and_reasons(capsys: pytest.CaptureFixture[str])
     assert "MACs (" in out
 
 
+def test_names_of_axes_are_whole_where_no_terminal_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are what constraints name."""
+    out = printed(capsys, "space", "torchvision:mobilenet_v3_small", "--input", "3x64x64")
+    space = load_space("torchvision:mobilenet_v3_small", (3, 64, 64))
+    assert set(space.names) <= set(out.replace("│", " ").split())
+    assert "…" not in out.replace(", …", "")
+
+
 def test_space_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     """The same as data."""
     content = json.loads(printed(capsys, "space", SPACE, "--json"))
@@ -135,6 +143,38 @@ def test_pareto_prints_the_front_and_the_baseline(
     assert "7 trials: 7 finished" in out
     assert (runs / "small" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((runs / "small" / "front.json").read_text())["study"] == "small"
+
+
+def test_pareto_prints_where_it_cannot_write(
+    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+) -> None:
+    """And says why, also beside JSON."""
+    shutil.copytree(runs, tmp_path / "runs")
+    file = tmp_path / "runs" / "small" / "front.json"
+    file.unlink(missing_ok=True)
+    file.mkdir()
+    out = printed(capsys, "pareto", "small", "--runs", str(tmp_path / "runs"))
+    assert "front of small" in out
+    assert f"not written: {file}: Is a directory" in out
+    assert cli.main(["pareto", "small", "--json", "--runs", str(tmp_path / "runs")]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["front"]
+    assert f"not written: {file}" in captured.err
+
+
+def test_pareto_of_nothing_is_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No empty tables."""
+    study = Study.load(study_file(tmp_path), tmp_path / "runs")
+    with study.search() as search:
+        trial = search.ask()
+        assert trial is not None
+        search.fail(trial.number, "out of luck")
+    out = printed(capsys, "pareto", "small", "--runs", str(tmp_path / "runs"))
+    first, second = out.splitlines()
+    assert first.startswith(
+        "No trial of small has finished yet, so there is no front. 1 trial: 1 f"
+    )
+    assert second.startswith("written: ")
 
 
 def test_pareto_as_json(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
@@ -272,7 +312,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     [
         (["pareto", "nothing"], "there is no 'nothing'"),
         (["space", "torchvision:resnet19"], "did you mean 'resnet18'?"),
-        (["train", "small", "--pick", "99"], "99 is not"),
+        (["train", "small", "--pick", "99"], "99 is none"),
         (["train", "small", "--pick", "bets"], "'bets'"),
         (["train", "small", "--pick", "macs<=1"], "leaves none"),
         (["train", "small", "--seeds", "0"], "`seeds >= 1` must hold"),

@@ -261,7 +261,7 @@ def test_picks() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("4", "a picked ID must be on the front, but 4 is not; the front has 3, 1, 2, 0"),
+        ("44", "ID must be a finished trial's, but 44 is none; finished .*on the front 3, 1, 2, 0"),
         ("macs<=99", "'macs<=99' leaves none; the least macs on the front is 100"),
         ("worst", "a pick must be a trial's ID, best, knee, or a limit .*but was 'worst'"),
         ("macs<=many", "but was 'macs<=many'"),
@@ -277,6 +277,19 @@ def test_picks_that_cannot_be(spec: str, message: str) -> None:
         pareto.pick(front, spec)
     with pytest.raises(StudyError, match="run the study first"):
         pareto.pick([], spec)
+
+
+def test_a_pick_by_id_is_of_any_finished_trial() -> None:
+    """A baseline that is not on the front, say; one that failed is refused, and a few are named."""
+    front = pareto.front(OUTCOMES, ("accuracy", "macs", "latency_ms"))
+    assert pareto.pick(front, "5", trials=OUTCOMES).id == 5
+    with pytest.raises(StudyError, match="but 5 is none"):
+        pareto.pick(front, "5")
+    failed = make_outcome(90, None, 1, None, state="failed", error="diverged")
+    many = [replace(OUTCOMES[0], id=number) for number in range(10, 30)]
+    said = "but 90 has failed; finished are 10, 11, 12, 13, 14, 15, 16, 17, …, and on the front 3"
+    with pytest.raises(StudyError, match=said):
+        pareto.pick(front, "90", trials=[*many, failed])
 
 
 def test_a_limit_on_what_was_not_measured() -> None:

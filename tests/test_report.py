@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
 import tiny
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from widthsearch import report
 from widthsearch.beliefs import Beliefs
@@ -33,19 +34,22 @@ def outcome(number: int, macs: int, accuracy: float, milliseconds: float) -> Out
     )
 
 
-def test_members_whose_latency_did_not_fall_are_named() -> None:
-    """Fewer MACs, no faster beyond the spread: said; faster, or with more MACs: not."""
+def test_members_whose_latency_is_not_shown_to_fall_are_named() -> None:
+    """Fewer MACs, no faster beyond two standard errors: said; faster, or with more MACs: not."""
     base = outcome(0, 1000, 90.0, 1.0)
     slower = outcome(1, 500, 89.0, 1.2)
     same = outcome(2, 400, 88.0, 0.995)
     faster = outcome(3, 300, 87.0, 0.8)
     wider = outcome(4, 2000, 91.0, 1.5)
     said = report.remarks([faster, same, slower, base, wider], base)
-    assert [line.split(":")[0] for line in said] == ["2", "1"]
-    assert said[1] == (
-        "1: 50% fewer MACs than the base, but latency did not fall: 1.20 ± 0.01 of the base's on "
-        "none."
-    )
+    assert said == [  # two standard errors of four pairs: 2 × 1.858 × 0.01 / √4
+        "Latency is not shown to fall, though MACs do, on none (id, share of the base's MACs: of "
+        "its latency ± two standard errors): 2 (0.40: 0.99 ± 0.02), 1 (0.50: 1.20 ± 0.02)."
+    ]
+    assert slower.latency is not None
+    elsewhere = replace(slower, latency=replace(slower.latency, hardware="another"))
+    assert len(report.remarks([same, elsewhere], base)) == 2
+    assert report.remarks([faster, wider], base) == []
 
 
 def test_the_front_volume_by_hand() -> None:
@@ -71,10 +75,46 @@ def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
     every = [*mine, *rivals]
     beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
     (line,) = report.comparisons(beliefs, every)
-    gains = "+0.00 points at equal MACs (-2.00 to +2.00)"  # nobody else has 50 MACs
-    assert line.startswith(
+    gains = "+0.00 points at equal MACs (-2.00 to +2.00; only 2 can be compared)"
+    assert line.startswith(  # nobody else has 50 MACs
         f"Beside uniform widths (3 of them) the best of the other networks have {gains}"
     )
+    (line,) = report.comparisons(beliefs, every[:3])
+    assert "+2.00 points at equal MACs (only 1 can be compared)" in line
+
+
+def shown(tables: RenderableType, width: int) -> str:
+    """What a terminal of so many columns shows."""
+    stream = io.StringIO()
+    report.show(Console(file=stream, force_terminal=True, no_color=True, width=width), tables)
+    return re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue())
+
+
+def test_a_narrow_terminal_cuts_no_number() -> None:
+    """IDs, accuracies, costs and the names of axes are whole; origins and layers give way."""
+    every = [outcome(i, 10**i, 70.0 + i, 1.0 / (i + 1)) for i in range(12)]
+    beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
+    table = report._outcome_table("front", every, every[0], beliefs)
+    for width in (50, 65, 80):
+        lines = shown(table, width)
+        assert "…" not in lines
+        for o in every:
+            cells = [str(o.id), f"{o.accuracy:.2f}", f"{beliefs.accuracy(o):.2f}"]
+            row = next(line.split() for line in lines.splitlines() if cells[1] in line.split())
+            assert row[0] == cells[0]
+            assert cells[2] in row
+            assert report.short(o.cost.macs) in row
+    space = tiny.space()
+    lines = shown(report.space_tables(space), 50)
+    assert all(name in lines for name in space.names)
+
+
+def test_lines_are_said_as_they_are() -> None:
+    """Whole, and what looks like markup stays."""
+    stream = io.StringIO()
+    line = "failed: trial 3: ValueError: [bold] must not be [accuracy, macs] " + "x" * 100
+    report.say(Console(file=stream, width=40), line)
+    assert stream.getvalue() == line + "\n"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from widthsearch import __version__
 from widthsearch.errors import WidthsearchError, writing
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 SHARES = 16
 """Budgets up to this are shares of the base's MACs; larger ones are MACs."""
+
+WIDE = 160
+"""Columns, where nothing is a terminal that says how many it has."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,38 +45,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(options: argparse.Namespace) -> int:
-    """Run a study, or go on with it; ends by printing the front."""
+def _console(stderr: bool = False) -> Console:
+    """Where tables and lines are printed."""
     from rich.console import Console
 
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a study, or go on with it; ends by printing the front."""
     from widthsearch import report
+    from widthsearch.outcomes import unmended
     from widthsearch.study import Study
 
     study = Study.load(options.study, options.runs)
-    console = Console()
+    console = _console()
     with report.LiveView(study.config.name, console) as view:
-        study.run(view)
-    as_json, as_png = report.write_front(study)
-    console.print(report.front_tables(study))
-    console.print(f"written: {as_json}, {as_png}", highlight=False, soft_wrap=True)
-    failed = [o for o in study.outcomes() if o.state == "failed"]
+        study.run(view, retry=options.retry)
+    report.show(console, report.front_tables(study))
+    report.say(console, report.write_front(study))
+    failed = unmended(study.outcomes())
     for o in failed:
-        console.print(f"failed: trial {o.id}: {o.error}", highlight=False, soft_wrap=True)
+        report.say(console, f"failed: trial {o.id}: {o.error}")
     for method, reason in study.failures.items():
-        console.print(f"failed: proposer {method}: {reason}", highlight=False, soft_wrap=True)
+        report.say(console, f"failed: proposer {method}: {reason}")
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
-    console.print(
-        f"next: widthsearch train {study.config.name} --pick knee{runs}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    report.say(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
     return 1 if failed or study.failures else 0
 
 
 def _space(options: argparse.Namespace) -> int:
     """Show a space: its axes, their share of MACs, and what is pinned and why."""
-    from rich.console import Console
-
     from widthsearch import report
     from widthsearch.devices import check_device
     from widthsearch.references import load_space
@@ -88,11 +96,10 @@ def _space(options: argparse.Namespace) -> int:
             content["cost"] = asdict(space.cost(widths))
         print(json.dumps(content, indent=1))
     else:
-        console = Console()
-        console.print(report.space_tables(space))
+        console = _console()
+        report.show(console, report.space_tables(space))
         if widths is not None:
-            line = f"{options.widths}: {report.cost_line(space, widths)}"
-            console.print(line, highlight=False, soft_wrap=True)
+            report.say(console, f"{options.widths}: {report.cost_line(space, widths)}")
     if options.check:
         if options.device != "meta":
             check_device(options.device)
@@ -103,8 +110,6 @@ def _space(options: argparse.Namespace) -> int:
 
 def _propose(options: argparse.Namespace) -> int:
     """Ask one method for widths at a budget; shows them beside the base."""
-    from rich.console import Console
-
     from widthsearch import report
     from widthsearch.config import ProposerConfig
     from widthsearch.data import TaskConfig, load_task
@@ -126,7 +131,7 @@ def _propose(options: argparse.Namespace) -> int:
     config = ProposerConfig.of(options.method, dict(options.set))
     base = space.cost(space.base).macs
     budget = options.budget * (base if options.budget <= SHARES else 1)
-    console = Console(stderr=options.json)
+    console = _console(stderr=options.json)
     seed = options.seed if options.seed is not None or study is None else study.config.seed
     with console.status(options.method) as status:
         setting = Setting(
@@ -141,8 +146,8 @@ def _propose(options: argparse.Namespace) -> int:
     else:
         from widthsearch import pictures
 
-        console.print(pictures.width_bars(space, widths))
-        console.print(report.cost_line(space, widths), highlight=False, soft_wrap=True)
+        report.show(console, pictures.width_bars(space, widths))
+        report.say(console, report.cost_line(space, widths))
     if options.out is not None:
         from widthsearch import pictures
 
@@ -150,15 +155,13 @@ def _propose(options: argparse.Namespace) -> int:
         with writing(picture.parent):
             space.save_widths(options.out, widths)
             pictures.save_width_bars(space, widths, picture)
-        console.print(f"written: {options.out}, {picture}", highlight=False, soft_wrap=True)
+        report.say(console, f"written: {options.out}, {picture}")
     return 0
 
 
 def _profile(options: argparse.Namespace) -> int:
     """Measure networks of a space on a device, and learn to predict the latency of all others."""
-    from rich.console import Console
-
-    from widthsearch import profiling
+    from widthsearch import profiling, report
     from widthsearch.latency import LatencyConfig
     from widthsearch.references import load_space
     from widthsearch.study import Study
@@ -176,7 +179,7 @@ def _profile(options: argparse.Namespace) -> int:
         if getattr(options, key) is not None
     }
     config = replace(config, **given)
-    console = Console()
+    console = _console()
     for space in spaces:
         with console.status(f"measuring {space.name}") as status:
             model = profiling.profile(
@@ -185,16 +188,13 @@ def _profile(options: argparse.Namespace) -> int:
                 vectors=options.vectors,
                 on_progress=lambda done, all_: status.update(f"measured {done} of {all_} networks"),
             )
-        console.print(profiling.report(model))
-        path = profiling.profile_path(space, config)
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+        report.show(console, profiling.report(model))
+        report.say(console, f"written: {profiling.profile_path(space, config)}")
     return 0
 
 
 def _pareto(options: argparse.Namespace) -> int:
     """Show a study's front and the uniform baseline; write front.json and front.png."""
-    from rich.console import Console
-
     from widthsearch import report
     from widthsearch.study import Study
 
@@ -204,7 +204,7 @@ def _pareto(options: argparse.Namespace) -> int:
         from widthsearch.outlook import outlook
 
         expected = outlook(study)
-    written = report.write_front(study)
+    console = _console(stderr=options.json or options.csv)
     if options.json:
         content = report.front_json(study)
         if expected is not None:
@@ -213,57 +213,53 @@ def _pareto(options: argparse.Namespace) -> int:
     elif options.csv:
         print(report.front_csv(study), end="")
     else:
-        console = Console()
-        console.print(report.front_tables(study))
+        report.show(console, report.front_tables(study))
         if expected is not None:
-            console.print(report.outlook_table(expected))
-        console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+            report.show(console, report.outlook_table(expected))
+    report.say(console, report.write_front(study))
     return 0
 
 
 def _confirm(options: argparse.Namespace) -> int:
     """Train the front again with fresh seeds where it is undecided; ends by printing it."""
-    from rich.console import Console
-
     from widthsearch import report
     from widthsearch.study import Study
 
     study = Study.load(options.study, options.runs)
-    console = Console()
+    console = _console()
     with report.LiveView(study.config.name, console) as view:
         study.confirm(options.seeds, view)
-    written = report.write_front(study)
-    console.print(report.front_tables(study))
-    console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    report.show(console, report.front_tables(study))
+    report.say(console, report.write_front(study))
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train a member of the front in full and test it; writes a folder to load it from."""
-    from rich.console import Console
-
-    from widthsearch import export, pareto
+    """Train a network of a study in full and test it; writes a folder to load it from."""
+    from widthsearch import export, pareto, report
     from widthsearch.study import Study
     from widthsearch.training import EpochResult
 
     study = Study.load(options.study, options.runs)
     beliefs = study.beliefs()
-    objectives = study.config.objectives
-    outcome = pareto.pick(beliefs.front(), options.pick, objectives, beliefs.accuracy)
+    outcome = pareto.pick(
+        beliefs.front(),
+        options.pick,
+        study.config.objectives,
+        beliefs.accuracy,
+        trials=study.outcomes(),
+    )
     folder = Path(options.out) if options.out else study.folder / "trained" / str(outcome.id)
-    console = Console()
-    console.print(
+    console = _console()
+    report.say(
+        console,
         f"training {study.config.name} {outcome.id} ({outcome.cost.macs:,} MACs): "
         f"{' '.join(map(str, outcome.widths.vector))}",
-        highlight=False,
-        soft_wrap=True,
     )
 
     def on_epoch(number: int, result: EpochResult) -> None:
-        console.print(
-            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: loss {result.loss:.4f}",
-            highlight=False,
-        )
+        which = f"network {number + 1}/{options.seeds}, epoch {result.epoch}"
+        report.say(console, f"{which}: loss {result.loss:.4f}")
 
     card = export.train(
         study,
@@ -276,11 +272,10 @@ def _train(options: argparse.Namespace) -> int:
     )
     tested = card["test_accuracy"]
     spread = "" if tested["std"] is None else f" ± {tested['std']:.2f}"
-    console.print(
+    report.say(
+        console,
         f"test accuracy {tested['mean']:.2f}%{spread} over {options.seeds} seeds; written to "
         f"{folder}; load it with widthsearch.load({str(folder)!r})",
-        highlight=False,
-        soft_wrap=True,
     )
     return 0
 
@@ -342,6 +337,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run)
     run.add_argument("study", help="a study's YAML, name or folder")
+    run.add_argument("--retry", action="store_true", help="train again what failed before")
     space = command("space", _space)
     space.add_argument(
         "space",
@@ -422,7 +418,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--pick",
         default="knee",
-        help="a trial's ID, best, knee, or a limit such as 'macs<=2e6' (default: knee)",
+        help="a finished trial's ID, or of the front's members best, knee, or a limit such as "
+        "'macs<=2e6' (default: knee)",
     )
     train.add_argument("--seeds", type=int, default=3, help="networks to train (default: 3)")
     train.add_argument("--epochs", type=int, help="instead of the study's recipe's")

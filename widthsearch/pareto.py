@@ -301,13 +301,20 @@ def pick(
     spec: str | int,
     objectives: Sequence[str] = ("accuracy", "macs"),
     accuracy: Callable[[Outcome], float] | None = None,
+    trials: Sequence[Outcome] = (),
 ) -> Outcome:
-    """The front's member that ``spec`` asks for.
+    """The front's member that ``spec`` asks for, or by its ID any finished trial.
 
     ``best`` is the most accurate, ``knee`` the one of greatest bulge over ``objectives``, a number
     the trial of that ID, and a limit such as ``macs<=2e6``, ``params<=1e5`` or ``latency_ms<=0.5``
-    the most accurate within it. ``accuracy`` is what is believed of a member; None for what one
-    training came to.
+    the most accurate within it.
+
+    Args:
+        front: The front.
+        spec: What is asked for.
+        objectives: What the front is of.
+        accuracy: What is believed of a member; None for what one training came to.
+        trials: Others that an ID may name, such as a baseline.
 
     Raises:
         StudyError: The spec is none of these, or no member fits it.
@@ -327,21 +334,25 @@ def pick(
     if spec == "best":
         return most_accurate(front)
     if spec.isdecimal():
-        for member in front:
-            if member.id == int(spec):
-                return member
+        known = {o.id: o for o in (*trials, *front)}
+        named = known.get(int(spec))
+        if named is not None and named.state == "finished":
+            return named
+        some = [str(o.id) for o in known.values() if o.state == "finished"]
         raise StudyError(
-            f"a picked ID must be on the front, but {spec} is not; the front has "
+            f"a picked ID must be a finished trial's, but {spec} "
+            f"{f'has {named.state}' if named else 'is none'}; finished are "
+            f"{', '.join(some[:8])}{', …' if len(some) > 8 else ''}, and on the front "
             f"{', '.join(str(member.id) for member in front)}"
         )
     objective, limit = _limit(spec)
     values = [objective_value(member, objective) for member in front]
     within = [member for member, value in zip(front, values, strict=True) if value <= limit]
     if not within:
-        known = [value for value in values if not math.isnan(value)]
+        measured = [value for value in values if not math.isnan(value)]
         least = (
-            f"the least {objective} on the front is {min(known):g}"
-            if known
+            f"the least {objective} on the front is {min(measured):g}"
+            if measured
             else (f"no member of the front has a {objective}")
         )
         raise StudyError(

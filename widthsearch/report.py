@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -24,14 +24,17 @@ from rich.text import Text
 
 from widthsearch import pareto
 from widthsearch.beliefs import INTERVAL, Beliefs
-from widthsearch.errors import writing
 from widthsearch.outcomes import Outcome
 from widthsearch.outlook import Expected
+from widthsearch.profiling import standard_error
 from widthsearch.proposers import Proposal
 from widthsearch.search import Progress
 from widthsearch.space import SearchSpace
 from widthsearch.study import Study
 from widthsearch.widths import Widths
+
+FEW = 3
+"""Fewer points than this make no front to take a volume of, and fewer comparisons no range."""
 
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -44,6 +47,28 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: never wrapped, and nothing in it is taken for markup."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def show(console: Console, tables: RenderableType) -> None:
+    """Print tables; what a terminal has no room for goes on in its next line."""
+    console.print(tables, crop=False)
+
+
+def _uncut(table: Table) -> Table:
+    """The table, with the columns that do not wrap kept whole in however narrow a terminal."""
+    for column in table.columns:
+        cells = [str(cell) for cell in (column.header, *column.cells)]
+        if column.no_wrap:
+            column.min_width = max(map(cell_len, cells))
+        else:
+            column.overflow = "fold"
+            column.min_width = min(8, max(map(cell_len, cells)))
+    return table
+
+
 # -- spaces ----------------------------------------------------------------------------------
 
 
@@ -54,21 +79,21 @@ def space_tables(space: SearchSpace) -> Group:
     axes = Table(
         title=f"{space.name}: {len(space.axes)} axes, input {_shape_text(space.input_shape)}"
     )
-    axes.add_column("axis")
+    axes.add_column("axis", no_wrap=True)
     for column in ("base", "least", "most", "step", "MACs"):
         axes.add_column(column, justify="right", no_wrap=True)
     axes.add_column("layers")
     for axis, share in zip(space.axes, shares, strict=True):
         axes.add_row(
-            Text(axis.name + (f" (with {len(axis.tied)} tied to it)" if axis.tied else "")),
+            Text(axis.name),
             *(str(getattr(axis, field)) for field in ("base", "least", "most", "step")),
             f"{share:.1%}",
-            Text(_shown(axis.layers)),
+            Text(_shown(axis.layers) + (f"; {len(axis.tied)} tied to it" if axis.tied else "")),
         )
     pinned = Table(title="pinned")
     for column in ("width of", "size", "MACs", "reason", "layers"):
-        counted = column in ("size", "MACs")
-        pinned.add_column(column, justify="right" if counted else "left", no_wrap=counted)
+        counted, whole = column in ("size", "MACs"), column not in ("reason", "layers")
+        pinned.add_column(column, justify="right" if counted else "left", no_wrap=whole)
     for pin, share in zip(space.pinned, space.pinned_shares, strict=True):
         pinned.add_row(
             Text(pin.name),
@@ -82,9 +107,9 @@ def space_tables(space: SearchSpace) -> Group:
         f"parameters, {short(cost.activations)} activation elements a sample. A width's share of "
         "MACs is what would vanish with it; shares overlap, since a layer has two widths."
     )
-    parts: list[RenderableType] = [axes]
+    parts: list[RenderableType] = [_uncut(axes)]
     if space.pinned:
-        parts.append(pinned)
+        parts.append(_uncut(pinned))
     return Group(*parts, total)
 
 
@@ -213,7 +238,10 @@ def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
             gains = pareto.gains(found, rivals, cost, beliefs.accuracy)
             if gains:
                 mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
-                said.append(f"{mean:+.2f} points at equal {named} ({low:+.2f} to {high:+.2f})")
+                spread = f"{low:+.2f} to {high:+.2f}" if len(gains) > 1 else ""
+                few = f"only {len(gains)} can be compared" if len(gains) < FEW else ""
+                told = "; ".join(filter(None, (spread, few)))
+                said.append(f"{mean:+.2f} points at equal {named} ({told})")
         if said:
             lines.append(
                 f"Beside {method} widths ({len(rivals)} of them) the best of the other networks "
@@ -273,21 +301,26 @@ def front_tables(study: Study) -> Group:
     outcomes, beliefs = study.outcomes(), study.beliefs()
     front, base = beliefs.front(), _base(outcomes)
     states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
+    counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none is done"
+    stand = f"{len(outcomes)} trial{'s' * (len(outcomes) != 1)}: {counted}."
+    if not states["finished"]:
+        return Group(
+            Text(f"No trial of {study.config.name} has finished yet, so there is no front. {stand}")
+        )
+    rivals = baseline(outcomes)
     parts: list[RenderableType] = [
         _outcome_table(f"front of {study.config.name}", front, base, beliefs),
         _widths_listed(front),
-        _outcome_table("uniform baseline", baseline(outcomes), base, beliefs),
     ]
-    counted = ", ".join(f"{n} {state}" for state, n in states.items() if n)
-    volume = front_volume(front, beliefs)
-    uniform = front_volume(baseline(outcomes), beliefs)
-    parts.append(
-        Text(
-            f"{len(outcomes)} trials: {counted}. Hypervolume over {', '.join(beliefs.objectives)}, "
-            f"as a share of the box that all finished trials span: front {volume:.3f}, uniform "
-            f"baseline {uniform:.3f}."
+    if rivals:
+        parts.append(_outcome_table("uniform baseline", rivals, base, beliefs))
+    if len(front) >= FEW:
+        stand += (
+            f" Hypervolume over {', '.join(beliefs.objectives)}, as a share of the box that all "
+            f"finished trials span: front {front_volume(front, beliefs):.3f}, uniform baseline "
+            f"{front_volume(rivals, beliefs):.3f}."
         )
-    )
+    parts.append(Text(stand))
     parts.extend(Text(line) for line in (*comparisons(beliefs, outcomes), *_doubts(front, beliefs)))
     parts.extend(Text(remark) for remark in remarks(front, base))
     return Group(*parts)
@@ -317,9 +350,7 @@ def outlook_table(expected: Sequence[Expected]) -> Group:
     several = len({each.space for each in expected}) > 1
     table = Table(title="families, as believed", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [*(["space"] if several else []), "origin", "MACs", "believed", "beats the front"]
-    for column in columns:
-        left = column in ("space", "origin", "believed")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    _add_columns(table, columns)
     for each in sorted(expected, key=lambda e: (e.space, described(e.origin), e.cost.macs)):
         table.add_row(
             *([each.space] if several else []),
@@ -328,6 +359,7 @@ def outlook_table(expected: Sequence[Expected]) -> Group:
             f"{each.accuracy:.2f} ±{INTERVAL * each.sd:.2f}",
             "trained" if each.trained else f"{each.beats_front:.0%}",
         )
+    _uncut(table)
     open_ = [each for each in expected if not each.trained]
     if not open_:
         return Group(table)
@@ -363,16 +395,14 @@ def front_volume(members: Sequence[Outcome], beliefs: Beliefs) -> float:
 def _outcome_table(
     title: str, outcomes: Sequence[Outcome], base: Outcome | None, beliefs: Beliefs
 ) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     timed = any(o.latency is not None for o in outcomes)
     several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
     sized = "params" in beliefs.objectives
     columns = ["id", *(["space"] if several else []), "origin", "acc %"]
     columns += ["believed", "MACs", "×base", *(["params"] if sized else [])]
     columns += ["ms", "×base"] if timed else []
-    for column in columns:
-        left = column in ("space", "origin", "believed")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    _add_columns(table, columns)
     for o in outcomes:
         belief = beliefs[o]
         believed = f"{belief.accuracy:.2f}"
@@ -388,13 +418,21 @@ def _outcome_table(
         elif timed:
             row += ["", ""]
         table.add_row(*(Text(cell) for cell in row))
-    return table
+    return _uncut(table)
+
+
+def _add_columns(table: Table, columns: Sequence[str]) -> None:
+    """Columns of networks; where they are of and from may wrap, but no number."""
+    for column in columns:
+        told = column in ("space", "origin")
+        left = told or column == "believed"
+        table.add_column(column, justify="left" if left else "right", no_wrap=not told)
 
 
 def _widths_listed(outcomes: Sequence[Outcome]) -> Text:
     """The widths of some outcomes, a line each, under the names of their axes."""
     if not outcomes:
-        return Text("nothing has finished yet")
+        return Text("no finished trial has all objectives")
     digits = max(len(str(o.id)) for o in outcomes)
     lines = []
     for space in dict.fromkeys(o.space for o in outcomes):
@@ -405,30 +443,33 @@ def _widths_listed(outcomes: Sequence[Outcome]) -> Text:
 
 
 def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
-    """For which members MACs fell but latency did not."""
-    out = []
+    """The members whose MACs fell but whose latency is not shown to have; a line a device."""
+    shown: dict[str, list[str]] = {}
     for o in front:
         if base is None or o.latency is None or o.cost.macs >= base.cost.macs:
             continue
-        # Two standard errors of a median, from the half interquartile range of the pairs.
-        error = 2 * 1.86 * o.latency.ratio_spread / math.sqrt(o.latency.pairs)
+        error = 2 * standard_error(o.latency) / o.latency.base_ms
         if o.latency.ratio + error >= 1:
-            saved = 1 - o.cost.macs / base.cost.macs
-            out.append(
-                f"{o.id}: {saved:.0%} fewer MACs than the base, but latency did not fall: "
-                f"{o.latency.ratio:.2f} ± {o.latency.ratio_spread:.2f} of the base's on "
-                f"{o.latency.hardware}."
+            told = (
+                f"{o.id} ({o.cost.macs / base.cost.macs:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
             )
-    return out
+            shown.setdefault(o.latency.hardware, []).append(told)
+    return [
+        f"Latency is not shown to fall, though MACs do, on {hardware} (id, share of the base's "
+        f"MACs: of its latency ± two standard errors): {', '.join(members)}."
+        for hardware, members in shown.items()
+    ]
 
 
-def write_front(study: Study) -> tuple[Path, Path]:
-    """Write ``front.json`` and ``front.png`` into the study's folder; return where they are."""
+def write_front(study: Study) -> str:
+    """Write ``front.json`` and ``front.png`` into the study's folder; say where, or why not."""
     as_json, as_png = study.folder / "front.json", study.folder / "front.png"
-    with writing(study.folder):
+    try:
         as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
         plot_front(study, as_png)
-    return as_json, as_png
+    except OSError as error:
+        return f"not written: {error.filename or study.folder}: {error.strerror}"
+    return f"written: {as_json}, {as_png}"
 
 
 def plot_front(study: Study, path: Path) -> None:
@@ -508,12 +549,12 @@ class LiveView:
         """Show where the study stands."""
         # Something befell one of them: that stays to be read.
         if progress.message.startswith(("trial ", "proposer ", "concurrency")):
-            self._console.print(progress.message, highlight=False, soft_wrap=True)
+            say(self._console, progress.message)
         if self._console.is_terminal:
             self._live.update(progress_table(self._name, progress), refresh=True)
         elif progress.done != self._shown:
             self._shown = progress.done
-            self._console.print(progress_line(progress), highlight=False)
+            say(self._console, progress_line(progress))
 
 
 def progress_line(progress: Progress) -> str:
@@ -546,7 +587,7 @@ def progress_table(name: str, progress: Progress) -> Table:
         ProgressBar(total=progress.total, completed=progress.done, width=24),
     )
     if progress.message:
-        table.caption = progress.message
+        table.caption = Text(progress.message)
     return table
 
 
