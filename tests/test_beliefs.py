@@ -122,6 +122,13 @@ def test_stopped_trials_count_by_their_curves() -> None:
     assert stopped not in beliefs.members
 
 
+def test_nobody_is_believed_to_be_more_than_right() -> None:
+    """A trend that goes on beyond 100% ends there."""
+    seen = [replace(o, accuracy=min(100.0, 60 + o.widths.vector[0] * 2.8)) for o in noisy(20, 0.3)]
+    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
+    assert max(beliefs.accuracy(o) for o in beliefs.members) <= 100.0
+
+
 def test_what_lacks_an_objective_is_no_member() -> None:
     """Latency that was never measured."""
     latency: Latency = tiny.latency(1.0)

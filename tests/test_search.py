@@ -11,6 +11,7 @@ import tiny
 
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency import Latency
+from widthsearch.outcomes import Outcome, unmended
 from widthsearch.search import FAILURES_IN_A_ROW, Progress
 from widthsearch.storage import Trial
 
@@ -74,6 +75,38 @@ def test_the_poorer_of_two_spaces_is_found_out(tmp_path: Path, objectives: list[
         assert asked(tmp_path / "pieces", (7, 1, 12)) == whole
 
 
+def test_what_failed_is_trained_again_where_that_is_asked_for(tmp_path: Path) -> None:
+    """First, under new numbers; it counts once, and only what still fails is a failure."""
+    settings = tiny.config(trials=6)
+
+    def asked(*, retry: bool, broken: bool) -> list[tuple[int, int]]:
+        trials = []
+        with tiny.searching(tmp_path, settings, retry=retry) as search:
+            while (trial := search.ask()) is not None:
+                trials.append((trial.number, trial.widths.vector[0]))
+                if broken and trial.widths.vector[0] == 4:
+                    search.fail(trial.number, "a bug")
+                    continue
+                for epoch in range(1, 5):
+                    search.report(trial.number, tiny.curve(*[50.0] * epoch))
+            outcomes.update(search.outcomes)
+        return trials
+
+    outcomes: dict[int, Outcome] = {}
+    first = asked(retry=False, broken=True)
+    assert len(first) == 6
+    failed = [number for number, width in first if width == 4]
+    assert len(failed) >= 2
+    assert [o.id for o in unmended([*outcomes.values()])] == failed
+    assert asked(retry=False, broken=False) == []
+    assert asked(retry=True, broken=False) == [(6 + i, 4) for i in range(len(failed))]
+    assert [outcomes[6 + i].widths for i in range(len(failed))] == [
+        outcomes[number].widths for number in failed
+    ]
+    assert unmended([*outcomes.values()]) == []
+    assert asked(retry=True, broken=False) == []
+
+
 def test_same_seed_same_study(tmp_path: Path) -> None:
     """The same widths, in the same order, with the same seeds; and another seed gives others."""
 
@@ -135,7 +168,9 @@ def test_a_space_that_is_used_up_ends_the_study(tmp_path: Path) -> None:
         assert search.done
     assert len({outcome.widths for outcome in search.outcomes.values()}) == 64
     assert told[-1].total == 64
-    assert told[-1].message == "every width vector of the space has been tried"
+    assert told[-1].message == (
+        "every width vector of the space has been tried: the study ends after 64 of 70 trials"
+    )
 
 
 def test_a_failed_candidate_counts_and_is_survived(tmp_path: Path) -> None:

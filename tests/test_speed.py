@@ -46,6 +46,7 @@ class Timed:
     """A training run whose epochs take as long as is said here, by precision."""
 
     seconds: dict[str, list[float]]
+    finished = False
 
     def __init__(self, model: nn.Module, task: Any, recipe: Recipe, **_: Any) -> None:
         self.times = list(Timed.seconds[recipe.precision])
@@ -82,6 +83,20 @@ def test_a_cpu_without_bf16_is_known_by_its_first_step(monkeypatch: pytest.Monke
     monkeypatch.setattr(speed, "TrainingRun", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE)
     assert (probe.precision, probe.speedup, probe.pairs) == ("fp32", 0.1, 0)
+
+
+def test_what_diverges_is_left_to_its_trials() -> None:
+    """A rate that no training survives decides nothing, and a network of NaNs is fp32's."""
+    task = load_task("digits")
+    wild = replace(RECIPE, lr=1e8)
+    assert probe_precision(convnet(), task, wild, seconds=0.05).pairs >= 5
+    broken = convnet()
+    with torch.no_grad():
+        next(iter(broken.parameters())).fill_(math.nan)
+    assert probe_precision(broken, task, RECIPE).pairs == 0
+    space = SearchSpace.from_model(nn_model, (1, 8, 8))
+    probe = probe_concurrency(pickle.dumps(space), task, wild, numbers=(1,), seconds=0.1)
+    assert probe.candidates_per_hour[1] > 0
 
 
 def test_a_probe_leaves_everything_as_it_was() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ import yaml
 from torch import nn
 
 import widthsearch.study
-from widthsearch.errors import DeviceError, SpaceError, StorageError, StudyError
+from widthsearch.errors import (
+    DataError,
+    DeviceError,
+    SpaceError,
+    StorageError,
+    StudyError,
+    WidthsError,
+)
 from widthsearch.proposers import Proposal, Sensitivity, Setting
 from widthsearch.search import Progress
 from widthsearch.space import SearchSpace
@@ -113,6 +120,69 @@ def test_what_would_make_outcomes_incomparable_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> None:
+    """A proposer's wrong name is mended, and so is whatever else is on one's mind."""
+    with make(tmp_path).search():
+        pass
+    changed = tiny.config(recipe={"epochs": 3, "batch_size": 16}, seed=5, trials=2)
+    study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
+    drive(study)
+    assert [len(outcome.curve) for outcome in study.outcomes()] == [3, 3]
+    with pytest.raises(StudyError, match="a study keeps its seed"):
+        drive(make(tmp_path, recipe={"epochs": 3, "batch_size": 16}))
+    with make(tmp_path / "other").search():
+        pass
+    with pytest.raises(StudyError, match="a study keeps its objectives"):
+        drive(make(tmp_path / "other", objectives=["accuracy", "params"]))
+
+
+def test_budgets_that_nothing_meets_are_left_out(tmp_path: Path) -> None:
+    """It is said; where none is left, that is an error."""
+    told: list[Progress] = []
+    with make(tmp_path, budgets=[0.001, 0.5]).search(told.append) as search:
+        budgets = {t.origin["budget"] for t in tiny.drive(search) if "budget" in t.origin}
+    assert budgets == {0.5}
+    narrowest = "budgets 0.001 are left out: the narrowest network has 0.084 of the base's MACs"
+    assert narrowest in [progress.message for progress in told]
+    with pytest.raises(WidthsError, match="is below the narrowest network"):
+        drive(make(tmp_path / "other", budgets=[0.001]))
+
+
+def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
+    """But for the base and the baselines, which are on no front; and some network must fit."""
+    study = make(
+        tmp_path,
+        limits={"macs": (0, 4000)},
+        proposers=["sensitivity"],
+        budgets=[0.3, 2.0],
+        trials=9,
+    )
+    drive(study)
+    for outcome in study.outcomes():
+        compared = "base" in outcome.origin or "baseline" in outcome.origin
+        assert compared or outcome.cost.macs <= 4000
+    assert any(outcome.cost.macs > 4000 for outcome in study.outcomes())
+    assert all(outcome.cost.macs <= 4000 for outcome in study.front())
+    with pytest.raises(StudyError, match=r"limits.macs is \[0, 10\] and networks have 872 to "):
+        drive(make(tmp_path / "other", limits={"macs": (0, 10)}))
+
+
+def test_a_network_that_does_not_fit_the_data_is_told_at_once(tmp_path: Path) -> None:
+    """Four outputs for five classes: before anything is written."""
+    five = replace(tiny.task(), classes=5)
+    study = Study(tiny.config(), tiny.space(), five, folder=tmp_path / "five")
+    with pytest.raises(DataError, match="give its last layer 5 outputs"):
+        drive(study)
+    assert not (tmp_path / "five").exists()
+
+
+def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None:
+    """The base, and what the sampler asks for."""
+    study = make(tmp_path, proposers=[], baselines=0.0)
+    drive(study)
+    assert [outcome.origin for outcome in study.outcomes()[1:]] == 5 * [{"sampler": "width"}]
+
+
 def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
     """More trials, another concurrency, other rungs, other budgets, other bounds."""
     drive(make(tmp_path, trials=2))
@@ -208,7 +278,7 @@ def test_the_number_at_once_is_found_once_a_machine(
         return ConcurrencyProbe({1: 100.0, 2: 150.0, 4: 140.0}, "cpu", 1, None)
 
     monkeypatch.setattr(widthsearch.study, "probe_concurrency", probe)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(widthsearch.study, "cores", lambda: 6)
     told: list[Progress] = []
     for _ in range(2):
         with make(tmp_path, concurrency="auto").search(told.append) as search:
@@ -218,7 +288,7 @@ def test_the_number_at_once_is_found_once_a_machine(
         "concurrency 2 on each device; base networks an hour: 100 by 1 at once, 150 by 2 at once, "
         "140 by 4 at once"
     )
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(widthsearch.study, "cores", lambda: 2)
     with make(tmp_path, concurrency="auto").search():
         assert asked[1:] == [[1, 2]]
     with pytest.raises(StudyError, match="is decided when a study is run"):
@@ -244,10 +314,13 @@ def test_a_gpu_is_shared_by_as_many_as_train_at_once(
         assert search.config.resources.gpu == 0.3333
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before any file is made."""
-    study = make(tmp_path / "tiny", device="cuda:77", resources={"gpu": 1})
-    with pytest.raises(DeviceError, match="cuda:77"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    study = make(tmp_path / "tiny", device="cuda:0", resources={"gpu": 1})
+    with pytest.raises(DeviceError, match="cuda:0"):
         drive(study)
     assert not (tmp_path / "tiny").exists()
 

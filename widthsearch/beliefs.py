@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,7 @@ class Beliefs:
         outcomes: All trials of a study.
         spaces: Its spaces by name.
         objectives: Its objectives.
+        limits: The least and most of costs that matter: nothing outside is on the front.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Beliefs:
         outcomes: Sequence[Outcome],
         spaces: Mapping[str, SpaceRecord],
         objectives: Sequence[str],
+        limits: Mapping[Any, tuple[float, float]] | None = None,
     ) -> None:
         self.objectives = tuple(objectives)
+        self._limits = dict(limits or {})
         self._outcomes = outcomes
         self._spaces = spaces
 
@@ -111,11 +115,15 @@ class Beliefs:
 
     def front(self) -> list[Outcome]:
         """The members that no other dominates by believed accuracy, fewest MACs first."""
-        if not self.members:
-            return []
-        kept = pareto.non_dominated(self._points)
-        members = [member for member, keep in zip(self.members, kept, strict=True) if keep]
-        return sorted(members, key=lambda o: (o.cost.macs, o.id))
+        inside = np.flatnonzero([self._is_within(member) for member in self.members])
+        kept = inside[pareto.non_dominated(self._points[inside])]
+        return sorted((self.members[i] for i in kept), key=lambda o: (o.cost.macs, o.id))
+
+    def _is_within(self, member: Outcome) -> bool:
+        return all(
+            low <= pareto.objective_value(member, name) <= high
+            for name, (low, high) in self._limits.items()
+        )
 
     @property
     def undecided(self) -> list[Outcome]:
@@ -174,5 +182,6 @@ class Beliefs:
             beaten = (draws[:, rivals] > draws[:, [i]]).any(axis=1).mean()
             sd = float(np.sqrt(covariance[i, i]))
             key = member.space, member.widths
-            believed[key] = Belief(float(mean[i]), sd, len(trained[key]), float(beaten))
+            accuracy = min(float(mean[i]), 100.0)
+            believed[key] = Belief(accuracy, sd, len(trained[key]), float(beaten))
         return believed

@@ -202,7 +202,7 @@ def candidates(
 
     for budget in budgets:
         for space, macs in _within(spaces, budget):
-            own = proposals[space.name]
+            own = proposals.get(space.name, ())
             for family in families:
                 if family != "mixture":
                     for proposal in own:

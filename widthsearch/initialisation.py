@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -53,6 +54,17 @@ _LENGTH = Step("", "length")
 _UNKNOWN = Step("", "unknown")
 
 
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Put torch's generators back after: the CPU's and, once CUDA is in use, its current device's.
+
+    A CPU study leaves CUDA alone, and no device but the current one is touched.
+    """
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records how tensors are initialised while a model is constructed."""
 
@@ -67,7 +79,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def construct(self, make_model: Callable[[], nn.Module]) -> nn.Module:
         """Call ``make_model`` and record; the global random state is left as it was."""
         previous = sys.getprofile()
-        with torch.random.fork_rng(), self:
+        with kept_generators(), self:
             sys.setprofile(self._profile)
             try:
                 return make_model()

@@ -6,9 +6,9 @@ Nothing here needs torch, so a stored study can be read and its front drawn with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from widthsearch.cost import Cost
@@ -83,3 +83,34 @@ class Outcome:
             ],
             "error": self.error,
         }
+
+
+class Architecture(Protocol):
+    """What has widths of a space."""
+
+    @property
+    def space(self) -> str:
+        """The space's name."""
+        ...
+
+    @property
+    def widths(self) -> Widths:
+        """The widths."""
+        ...
+
+
+def unmended(outcomes: Sequence[Outcome], begun: Iterable[Architecture] = ()) -> list[Outcome]:
+    """Failed outcomes, by ID, whose architecture no other one has that came later or did not fail.
+
+    Args:
+        outcomes: All of a study.
+        begun: What is being trained.
+    """
+    done = [outcome for outcome in outcomes if outcome.state != "failed"]
+    known = {(trial.space, trial.widths) for trial in (*done, *begun)}
+    found = []
+    for outcome in sorted(outcomes, key=lambda o: -o.id):
+        if outcome.state == "failed" and (outcome.space, outcome.widths) not in known:
+            known.add((outcome.space, outcome.widths))
+            found.append(outcome)
+    return found[::-1]

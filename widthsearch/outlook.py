@@ -109,7 +109,7 @@ def outlook(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Expected]:
         belief = surrogate.of_space(beliefs.coordinates[candidate.space]).predict(
             [candidate.widths.vector]
         )
-        mean, sd = float(belief.mean[0]), float(belief.sd[0])
+        mean, sd = min(float(belief.mean[0]), 100.0), float(belief.sd[0])
         best = max((accuracy for macs, accuracy in known if macs <= cost.macs), default=least)
         ahead = (mean - best) / sd
         density = np.exp(-(ahead**2) / 2) / np.sqrt(2 * np.pi)

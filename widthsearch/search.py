@@ -32,7 +32,7 @@ from widthsearch.families import Candidate
 from widthsearch.latency import Latency
 from widthsearch.latency_model import LatencyModel
 from widthsearch.lease import Lease
-from widthsearch.outcomes import Outcome
+from widthsearch.outcomes import Outcome, unmended
 from widthsearch.pareto import Points
 from widthsearch.profiling import standard_error
 from widthsearch.sampler import Known, WidthSampler
@@ -78,6 +78,8 @@ class Progress:
 class Search:
     """The state of a study that is being driven.
 
+    With ``retry``, what failed before is trained again, first.
+
     With ``measure`` (of a trial; it is given the base model's latency once that is known), trials
     come in generations: all of one are measured while nothing else of the study runs, then they
     train, and only when all are done the next one is asked. The first is the whole queue; the
@@ -99,6 +101,7 @@ class Search:
         candidates: Iterable[Candidate] = (),
         measure: Callable[[Trial, float | None], Latency] | None = None,
         profiles: Mapping[str, LatencyModel] | None = None,
+        retry: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config = config
@@ -121,10 +124,16 @@ class Search:
         self._ready: deque[Trial] = deque()  # those of _open that no engine has been given yet
         self._waiting: deque[int] = deque()  # those of _open that want a machine to themselves
         self._retried: set[int] = set()  # those that were given one
+        failed = unmended(list(self.outcomes.values()), self._taken_up)
+        again = {o.id: Candidate(o.space, o.widths, o.origin) for o in failed if retry}
+        left = {o.id for o in failed} - again.keys()
+        self._mended = {
+            o.id for o in self.outcomes.values() if o.state == "failed" and o.id not in left
+        }
         self._seen = {(trial.space, trial.widths) for trial in self._taken_up}
-        self._seen |= {(outcome.space, outcome.widths) for outcome in self.outcomes.values()}
+        self._seen |= {(o.space, o.widths) for o in self.outcomes.values() if o.id not in again}
         queue: dict[tuple[str, Widths], Candidate] = {}
-        for candidate in candidates:
+        for candidate in (*again.values(), *candidates):
             queue.setdefault((candidate.space, candidate.widths), candidate)
         self._queue = deque(c for key, c in queue.items() if key not in self._seen)
         placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
@@ -245,8 +254,9 @@ class Search:
 
     @property
     def _begun(self) -> int:
-        """How many of this search's trials have begun."""
-        trials: list[Trial | Outcome] = [*self.outcomes.values(), *self._open.values()]
+        """How many of this search's trials have begun; what failed and is trained again is one."""
+        done = [o for o in self.outcomes.values() if o.id not in self._mended]
+        trials: list[Trial | Outcome] = [*done, *self._open.values()]
         return sum("confirms" not in trial.origin for trial in trials)
 
     @property
@@ -269,7 +279,11 @@ class Search:
             candidate = self._queue.popleft() if self._queue else self._drawn()
             if candidate is None:
                 self._exhausted = True
-                self.notify("every width vector of the space has been tried")
+                limits = " within the limits" if self.config.limits else ""
+                self.notify(
+                    f"every width vector of the space{limits} has been tried: the study ends after "
+                    f"{self._begun} of {self._total} trials"
+                )
                 break
             generation.append(self._begin(candidate))
         return generation

@@ -24,7 +24,7 @@ from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
 from widthsearch.errors import SpaceError, WidthsError
-from widthsearch.initialisation import Recorder, Scheme
+from widthsearch.initialisation import Recorder, Scheme, kept_generators
 from widthsearch.inputs import Inputs, as_inputs
 from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
 from widthsearch.polynomials import Poly
@@ -458,7 +458,7 @@ class SearchSpace:
             if seed is None:
                 self._initialise(model)
             else:
-                with torch.random.fork_rng():
+                with kept_generators():
                     torch.manual_seed(seed)
                     self._initialise(model)
         return model.train()

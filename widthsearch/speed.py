@@ -88,7 +88,7 @@ def probe_precision(
         TrainingRun(
             copy.deepcopy(model),
             small,
-            replace(recipe, precision=precision, epochs=_ENDLESS, warmup_epochs=None),
+            _endless(replace(recipe, precision=precision)),
             seed=0,
             device=device,
             threads=threads,
@@ -97,7 +97,8 @@ def probe_precision(
     ]
     # These make the kernels, and do not count; what is common to both is made by fp32.
     fp32, bf16 = (run.run_epoch().seconds for run in runs)
-    if bf16 > 3 * fp32:
+    # A network that diverges at once is its trials' to report.
+    if bf16 > 3 * fp32 or any(run.finished for run in runs):
         return PrecisionProbe("fp32", fp32 / bf16, 0, device, threads)
     started = time.perf_counter()
     ratios: list[float] = []
@@ -257,12 +258,14 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         run = TrainingRun(
             model,
             task,
-            replace(recipe, epochs=_ENDLESS, warmup_epochs=None),
+            _endless(recipe),
             seed=0,
             device=device,
             threads=threads,
         )
-        run.run_epoch()  # eight steps: kernels are made, a graph is captured
+        first = run.run_epoch()  # eight steps: kernels are made, a graph is captured
+        if run.finished:
+            raise FloatingPointError(f"training diverged at once: its loss is {first.loss}")
         tell(ready=True)
         for line in source:
             end = time.perf_counter() + float(line)
@@ -273,6 +276,11 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
             tell(steps=8 * len(results), seconds=sum(result.seconds for result in results))
     except Exception as error:  # noqa: BLE001  told to whoever asked
         tell(failed=one_line(error))
+
+
+def _endless(recipe: Recipe) -> Recipe:
+    """The same steps for as long as one likes, at a rate at which nothing diverges."""
+    return replace(recipe, epochs=_ENDLESS, warmup_epochs=None, lr=min(recipe.lr, 1e-3))
 
 
 def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PIXELS) -> Task:

@@ -277,6 +277,18 @@ class Store:
         self._storage.set_study_user_attr(self._study, key, value)
 
     @_database_errors
+    def forget(self, *beginnings: str) -> None:
+        """Unset the study's JSON values whose keys begin so."""
+        for key in self._storage.get_study_user_attrs(self._study):
+            if key.startswith(beginnings):
+                self._storage.set_study_user_attr(self._study, key, None)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a trial has begun."""
+        return bool(self._frozen(*TrialState))
+
+    @_database_errors
     def begin(
         self,
         space: str,

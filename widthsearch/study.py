@@ -41,10 +41,14 @@ from widthsearch.search import Progress, Search
 from widthsearch.space import SearchSpace
 from widthsearch.speed import probe_concurrency, probe_precision
 from widthsearch.storage import SpaceRecord, Store, Trial
-from widthsearch.training import Recipe
+from widthsearch.training import Recipe, check_model
+from widthsearch.widths import Widths
 
 _FIXED = ("task", "recipe", "objectives", "latency", "seed")
 """What makes outcomes comparable: it cannot change once a study has begun. The rest may."""
+
+_FOUND_OUT = ("proposal:", "precision", "concurrency")
+"""How attributes begin that follow from the configuration."""
 
 
 class Study:
@@ -149,8 +153,14 @@ class Study:
         """The URL of the storage."""
         return self.config.storage or f"sqlite:///{(self.folder / 'study.db').resolve()}"
 
-    def run(self, on_progress: Callable[[Progress], None] | None = None) -> None:
+    def run(
+        self, on_progress: Callable[[Progress], None] | None = None, *, retry: bool = False
+    ) -> None:
         """Train what is left to train, on Ray; returns when every trial is done.
+
+        Args:
+            on_progress: Is told where it stands.
+            retry: Whether to train again what failed, say after a mended model.
 
         Raises:
             WidthsearchError: Something that a user can mend; running again goes on from there.
@@ -160,7 +170,7 @@ class Study:
 
         with (
             runner.Session(self.config, self.folder) as session,
-            self.search(on_progress, session.propose) as search,
+            self.search(on_progress, session.propose, retry=retry) as search,
         ):
             session.train(search, self.task)
         finished = [done for done in search.outcomes.values() if done.state == "finished"]
@@ -185,7 +195,7 @@ class Study:
         Raises:
             StudyError: The study was never run.
         """
-        return Beliefs(*self._stored(), self.config.objectives)
+        return Beliefs(*self._stored(), self.config.objectives, self.config.limits)
 
     def front(self) -> list[Outcome]:
         """The finished outcomes that no other dominates by believed accuracy, fewest MACs first."""
@@ -206,12 +216,15 @@ class Study:
         self,
         on_progress: Callable[[Progress], None] | None = None,
         engine: Engine = in_turn,
+        *,
+        retry: bool = False,
     ) -> Iterator[Search]:
         """Drive the study: claim its storage, make what it lacks, and hand out the loop's state.
 
         Args:
             on_progress: Is told where the study stands.
             engine: Who asks the proposers.
+            retry: Whether to train again what failed.
 
         Raises:
             StudyError: Another driver holds it, or what is stored does not fit the configuration.
@@ -221,10 +234,12 @@ class Study:
             say = self._sayer(store, on_progress)
             config = self._concurrent(self._settled(store), store, say)
             share = round(config.baselines * config.trials)
+            budgets = self._budgets(say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
-            queue += families.baselines(self.spaces, config.budgets, share, config.seed)
+            queue += families.baselines(self.spaces, budgets, share, config.seed)
             found = self._proposals(store, config.recipe, engine, say)
-            queue += families.candidates(self.spaces, found, config.budgets, config.families)
+            proposed = families.candidates(self.spaces, found, budgets, config.families)
+            queue += [c for c in proposed if self._within_limits(c.space, c.widths)]
             yield Search(
                 config,
                 self.spaces,
@@ -233,6 +248,7 @@ class Study:
                 candidates=queue,
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 profiles=self._profiles,
+                retry=retry,
                 on_progress=on_progress,
             )
 
@@ -280,6 +296,28 @@ class Study:
                 on_progress=on_progress,
             )
 
+    def _budgets(self, say: Say) -> tuple[float, ...]:
+        """The budgets that some network meets; all, where none does, for that is an error."""
+        base = self.space.cost(self.space.base).macs
+        least = min(s.cost([a.least for a in s.axes]).macs for s in self.spaces.values()) / base
+        met = tuple(budget for budget in self.config.budgets if budget >= least)
+        if not met or len(met) == len(self.config.budgets):
+            return self.config.budgets
+        left = ", ".join(f"{budget:g}" for budget in self.config.budgets if budget < least)
+        say(
+            f"budgets {left} are left out: the narrowest network has {least:.3f} of the base's MACs"
+        )
+        return met
+
+    def _within_limits(self, space: str, widths: Widths | Sequence[int]) -> bool:
+        """Whether exact costs are within the study's limits."""
+        cost = self.spaces[space].cost(widths)
+        return all(
+            low <= getattr(cost, name) <= high
+            for name, (low, high) in self.config.limits.items()
+            if name != "latency_ms"
+        )
+
     @contextmanager
     def _driving(self) -> Iterator[tuple[Store, Lease]]:
         """Check what can be checked, and claim the storage."""
@@ -291,8 +329,11 @@ class Study:
                     f"{tuple(space.input_shape)} and the images of {self.task.name!r} are "
                     f"{tuple(self.task.input_shape)}: make the space with the task's shape"
                 )
+        self._check_limits()
         if config.ray_address is None:
-            check_device(config.device)
+            device = check_device(config.device)
+            for space in self.spaces.values():
+                check_model(space.build(space.base, seed=config.seed).to(device), self.task, device)
             if "latency_ms" in config.objectives:
                 check_device((config.latency or LatencyConfig()).device)
         try:
@@ -307,13 +348,43 @@ class Study:
             (self.folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
             yield store, lease
 
+    def _check_limits(self) -> None:
+        """That exact costs can be within the limits."""
+        for name, (low, high) in self.config.limits.items():
+            if name == "latency_ms":
+                continue
+            ends = [
+                getattr(space.cost([getattr(axis, end) for axis in space.axes]), name)
+                for space in self.spaces.values()
+                for end in ("least", "most")
+            ]
+            if min(ends) > high or max(ends) < low:
+                raise StudyError(
+                    f"some network must be within the limits, but limits.{name} is [{low:g}, "
+                    f"{high:g}] and networks have {min(ends):,} to {max(ends):,}: change the "
+                    "limits or the constraints"
+                )
+
     def _claim(self, store: Store) -> None:
-        """Write what the study is into its storage, or check that it is what it was."""
+        """Write what the study is into its storage, or check that it is what it was.
+
+        Until a trial has begun only its objectives are kept, which the storage's study has.
+        """
         name, config = self.config.name, self.config.to_json()
-        stored = store.attribute("spaces")
-        if stored is None:
+        stored, was = store.attribute("spaces"), store.attribute("config")
+        fixed = _FIXED if store.begun else ("objectives",)
+        for key in fixed if stored is not None else ():
+            for place, before, after in _differences(key, was.get(key), config[key]):
+                raise StudyError(
+                    f"a study keeps its {key}, but {name!r} was begun with {place}={before!r} and "
+                    f"now has {after!r}: put it back, or give the study another name"
+                )
+        if stored is None or not store.begun:
+            described = [_described(space) for space in self.spaces.values()]
+            if stored is not None and (was, stored) != (config, described):
+                store.forget(*_FOUND_OUT)
             store.set_attribute("config", config)
-            store.set_attribute("spaces", [_described(space) for space in self.spaces.values()])
+            store.set_attribute("spaces", described)
             return
         begun, given = ([s["name"] for s in stored], list(self.spaces))
         if begun != given and len(begun) + len(given) > 2:
@@ -335,13 +406,6 @@ class Study:
                     f"else now than when {name!r} was begun (base {was['costs']['macs']:,} MACs "
                     f"then, {now['costs']['macs']:,} now): put the code back, or give the study "
                     "another name"
-                )
-        was = store.attribute("config")
-        for key in _FIXED:
-            for place, before, after in _differences(key, was.get(key), config[key]):
-                raise StudyError(
-                    f"a study keeps its {key}, but {name!r} was begun with {place}={before!r} and "
-                    f"now has {after!r}: put it back, or give the study another name"
                 )
         store.set_attribute("config", config)
 

@@ -176,7 +176,7 @@ class TrainingRun:
         self._recipe, self._seed, self._threads = recipe, seed, threads
         self._model = model.to(self._device)
         with seeded(seed, 0, self._device), fixed_threads(threads):
-            layout = _check_model(model, task, self._device)
+            layout = check_model(model, task, self._device)
         self._layout = layout
         self._model.to(memory_format=layout)
         self._cast = autocast(self._device, recipe.precision)
@@ -347,7 +347,7 @@ def evaluate(
     place = check_device(device)
     model.to(place)
     with seeded(0, 0, place), deterministic_cudnn():
-        layout = _check_model(model, task, place)
+        layout = check_model(model, task, place)
         loader = _whole_split(task, split, place, layout)
         return _Evaluation(model, loader, autocast(place, precision), place)()
 
@@ -361,7 +361,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def _check_model(model: nn.Module, task: Task, device: torch.device) -> torch.memory_format:
+def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.memory_format:
     """Run the network on two blank images; the memory format to run it in."""
     blank = torch.zeros(2, *task.input_shape, device=device)
     training = model.training
