@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import normalize
 
 from widthsearch import export
+from widthsearch.data import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.hashing import hash_of_code
 from widthsearch.outcomes import Outcome
@@ -135,6 +138,22 @@ def test_a_whole_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     card["space"]["reference"] = "tiny:space"
     (tmp_path / "card.json").write_text(json.dumps(card))
     assert torch.equal(weights(export.load(tmp_path)), weights(net))
+
+
+def test_a_card_says_how_images_are_made_ready(tmp_path: Path) -> None:
+    """As training does; classes have names where the task knows them."""
+    study = study_of(tmp_path)
+    for names in ((), ("ant", "bee", "cat", "dog")):
+        task = study.task = replace(study.task, names=names)
+        trained(study, tmp_path)
+        card = json.loads((tmp_path / "card.json").read_text())
+        assert card["classes"] == (list(names) or None)
+        how = card["preprocessing"]
+        assert how["input_shape"] == list(task.input_shape)
+        assert task.test is not None
+        ((ready, _),) = DeviceLoader(task.test, task, len(task.test)).batches()
+        pixels = torch.from_numpy(task.test.images) / 255
+        torch.testing.assert_close(normalize(pixels, how["mean"], how["std"]), ready)
 
 
 # -- writing -----------------------------------------------------------------------------------

@@ -101,6 +101,12 @@ def train(
             "fingerprint": space.fingerprint,
         },
         "task": task.name,
+        "classes": list(task.names) or None,
+        "preprocessing": {
+            "mean": list(task.mean),
+            "std": list(task.std),
+            "input_shape": list(task.input_shape),
+        },
         "recipe": asdict(recipe),
         "device": device,
         "macs": outcome.cost.macs,
@@ -169,6 +175,9 @@ def _remove(path: Path) -> None:
 
 def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
     """The network in a folder that :func:`train` wrote, in eval mode.
+
+    It takes images whose values, from 0 to 1, are normalised with the mean and std that the card
+    has under ``preprocessing``.
 
     Nothing is unpickled but tensors (``weights_only=True``). The network's code comes from the
     space that the card refers to, so that must be importable here.
