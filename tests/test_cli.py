@@ -504,13 +504,23 @@ def test_propose_takes_a_studys_space_task_and_recipe(
         (("--method", "uniform", "--task", "digitz"), "digitz"),
         (("--method", "uniform", "--set", "members=0"), "`members >= 1` must hold, but uniform"),
         (("--method", "random", "--set", "lowest=-1"), "`0 < lowest <= 1` must hold, but random"),
+        (("--method", "uniform", "--out", "w.png"), "--out must name the widths' file"),
+        (
+            ("--method", "synflow", "--set", "per=latency"),
+            "digits_resnet' has no profile here: run `widthsearch profile ",
+        ),
         (("--method", "uniform", "--out", "no/such/folder/w.json"), "must be writable, but no/suc"),
     ],
 )
 def test_propose_refuses_in_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    said: str,
 ) -> None:
     """Bad input is said in one line, with exit code 2."""
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path))
     budget = () if "--budget" in arguments else ("--budget", "0.5")
     assert cli.main(["propose", SPACE, *arguments, *budget]) == 2
     error = capsys.readouterr().err
@@ -570,5 +580,9 @@ def test_profile_measures_once_and_tells_where_width_is_free(
         )
     )
     assert set(study._profiles) == {study.space.name}
+    by_latency = ("--method", "synflow", "--budget", "0.5", "--set", "per=latency")
+    assert cli.main(["propose", SPACE, *by_latency]) == 2
+    assert f"run `widthsearch profile {SPACE}` first" in capsys.readouterr().err
+    printed(capsys, "propose", str(tmp_path / "small.yaml"), *by_latency)
     assert cli.main(["profile", SPACE, "--vectors", "0"]) == 2
     assert cli.main(["profile", SPACE, "--backend", "fast"]) == 2

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import tiny
 
+from widthsearch.config import ProposerConfig
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Proposal, Setting
-from widthsearch.proposing import Failure, Question, propose, told
+from widthsearch.proposing import Failure, Question, propose, suggest, told
 from widthsearch.search import Progress
 from widthsearch.study import Study
 
@@ -37,6 +38,17 @@ class Bottle:
 
     def __call__(self, space, task, setting):
         return Proposal("bottle", (space.base, space.widths({"second": self.width})), {})
+
+
+@dataclass(frozen=True)
+class Reader(Bottle):
+    """Says that it reads data."""
+
+    reads_data = True
+
+
+def counts(space, task, setting):
+    return task.classes
 
 
 def broken(space, task, setting):
@@ -131,6 +143,19 @@ def test_a_smaller_budget_asks_again(tmp_path: Path) -> None:
     assert any("proposer uniform" in m for m in drive(study(tmp_path, "uniform", budgets=[0.5])))
     assert not any("proposer" in m for m in drive(study(tmp_path, "uniform", budgets=[0.6])))
     assert any("proposer uniform" in m for m in drive(study(tmp_path, "uniform", budgets=[0.2])))
+
+
+def test_a_users_own_needs_no_task(own: str) -> None:
+    """It is given None; ours that read data, and its own that say so, still want one."""
+    space, half = tiny.space(), tiny.space().cost(tiny.space().base).macs / 2
+    widths, _ = suggest(ProposerConfig(method=f"{own}:halves"), space, half)
+    assert space.cost(widths).macs <= half
+    with pytest.raises(StudyError, match=":Reader' reads data, but no task was given"):
+        suggest(ProposerConfig(method=f"{own}:Reader"), space, half)
+    with pytest.raises(StudyError, match=r"failed: AttributeError: .*; it was given no task"):
+        suggest(ProposerConfig(method=f"{own}:counts"), space, half)
+    with pytest.raises(StudyError, match="'sensitivity' reads data, but no task was given"):
+        suggest(ProposerConfig(method="sensitivity"), space, half)
 
 
 def question(proposer: Any) -> Question:

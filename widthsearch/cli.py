@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widthsearch import __version__
-from widthsearch.errors import WidthsearchError, writing
+from widthsearch.errors import DeviceError, StudyError, WidthsearchError, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,12 +113,19 @@ def _propose(options: argparse.Namespace) -> int:
     from widthsearch import report
     from widthsearch.config import ProposerConfig
     from widthsearch.data import TaskConfig, load_task
+    from widthsearch.latency import LatencyConfig
+    from widthsearch.profiling import load_profile
     from widthsearch.proposers import Setting
     from widthsearch.proposing import suggest
     from widthsearch.references import load_space
     from widthsearch.study import Study
     from widthsearch.training import Recipe
 
+    if options.out is not None and options.out.lower().endswith(".png"):
+        raise StudyError(
+            f"--out must name the widths' file, such as widths.json, but is {options.out!r}: their "
+            "picture is written beside them, as .png"
+        )
     study = Study.load(options.space) if options.space.endswith((".yaml", ".yml")) else None
     space = load_space(options.space, options.input) if study is None else study.space
     task, recipe = None, Recipe() if study is None else study.config.recipe
@@ -129,6 +136,17 @@ def _propose(options: argparse.Namespace) -> int:
     if options.epochs is not None:
         recipe = replace(recipe, epochs=options.epochs)
     config = ProposerConfig.of(options.method, dict(options.set))
+    measured = study.config.latency if study is not None else None
+    try:
+        profile = load_profile(space, measured or LatencyConfig())
+    except DeviceError:  # it is measured where there is such a device
+        profile = None
+    if profile is None and getattr(config.make(), "per", None) == "latency":
+        given = "" if options.input is None else f" --input {'x'.join(map(str, options.input))}"
+        raise StudyError(
+            f"`per: latency` needs predicted latency, but {space.name!r} has no profile here: run "
+            f"`widthsearch profile {options.space}{given}` first, or use `per: macs`"
+        )
     base = space.cost(space.base).macs
     budget = options.budget * (base if options.budget <= SHARES else 1)
     console = _console(stderr=options.json)
@@ -138,6 +156,7 @@ def _propose(options: argparse.Namespace) -> int:
             seed or 0,
             options.device,
             recipe,
+            latency=None if profile is None else profile.predicted,
             report=lambda line: status.update(f"{options.method}: {line}"),
         )
         widths, proposal = suggest(config, space, budget, task, setting)

@@ -195,7 +195,8 @@ def suggest(
         config: The method and its fields.
         space: The space.
         budget: In MACs; met from below within one step of one axis.
-        task: The data; None for methods that read none (their ``reads_data`` is False).
+        task: The data; None for methods that read none (their ``reads_data`` is False), and for a
+            user's own, unless its ``reads_data`` is True.
         setting: The rest; by default a :class:`Setting` down to this budget.
 
     Returns:
@@ -206,7 +207,7 @@ def suggest(
         WidthsError: The budget is below the narrowest network of the space.
     """
     proposer = config.make()
-    if task is None and getattr(proposer, "reads_data", True):
+    if task is None and getattr(proposer, "reads_data", ":" not in config.method):
         raise StudyError(
             f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
         )
@@ -220,5 +221,6 @@ def suggest(
     question = Question(config.method, proposer, space, replace(setting, lowest=lowest))
     answer = propose(question, task and task.for_search(), setting.report)
     if isinstance(answer, Failure):
-        raise StudyError(f"method {config.method!r} failed: {answer.reason}")
+        without = "; it was given no task" if task is None else ""
+        raise StudyError(f"method {config.method!r} failed: {answer.reason}{without}")
     return along(space, answer, budget), answer
