@@ -33,7 +33,8 @@ def test_spaces_are_found_by_reference(tmp_path: Path) -> None:
         f"{tmp_path}/other.py:tiny": "there is no file",
         "no_such_package.spaces:tiny": "cannot be imported: ModuleNotFoundError",
         "torchvision:resnet19": "did you mean 'resnet18'?",
-        "resnet18": "must be `package.module:function` or `path/to/file.py:function`",
+        "resnet18": "path/to/file.py:function`; did you mean 'torchvision:resnet18'?",
+        "resnet19": "'resnet19' must be `package.module:function` or `path/to/file.py:function`",
     }.items():
         with pytest.raises(SpaceError) as error:
             load_space(reference)
@@ -45,6 +46,8 @@ def test_an_input_shape_goes_with_torchvision_alone() -> None:
     """Other references set their own."""
     with pytest.raises(SpaceError, match="goes with `torchvision:NAME` alone"):
         load_space("search_spaces/quickstart.py:digits_resnet", (1, 8, 8))
+    with pytest.raises(SpaceError, match="did you mean 'torchvision:resnet18'"):
+        load_space("resnet18", (3, 32, 32))
 
 
 EXITS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -321,6 +322,45 @@ def test_a_given_step_keeps_the_base_on_the_grid() -> None:
     assert [(a.base, a.step) for a in space.axes] == [(24, 8), (64, 16)]
 
 
+def test_a_step_of_a_named_axis_is_kept_or_refused() -> None:
+    """One for all, or for a glob, is made to fit; groups stay whole."""
+    space = space_of("Grouped")
+    (stem, *_) = space.constrained(step={"s*": 3}).axes
+    assert (stem.base, stem.step) == (16, 4)
+    assert space.constrained(step=3).axes[0].step == 4
+    assert space.constrained(step={"stem": 8}).axes[0].step == 8
+    message = (
+        "a step must divide its axis's base in whole units of 4, but axis 'stem' has base=16 and "
+        "was given step=3; it can be 4, 8, 16"
+    )
+    with pytest.raises(SpaceError) as error:
+        space.constrained(step={"stem": 3})
+    assert str(error.value) == message
+
+
+def test_a_space_is_called_after_what_makes_it() -> None:
+    """A function or a class; a lambda has no name."""
+    for model in (Residual, lambda: Residual(), partial(Residual), Residual()):
+        assert SearchSpace.from_model(model, (3, 8, 8)).name == "Residual"
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (3, (3, 8, 8), "a function without arguments that returns one, but was given 3"),
+        *(
+            (Residual, shape, f"a tensor, or a sequence or mapping of those, but was {shape!r}")
+            for shape in ("1x8x8", 3, None, (3, 8.5, 8), (3, "8", 8), (-1, 3, 8, 8))
+        ),
+    ],
+)
+def test_what_no_space_is_made_of(model: object, shape: object, message: str) -> None:
+    """No model, or no shape."""
+    with pytest.raises(SpaceError) as error:
+        SearchSpace.from_model(model, shape)  # type: ignore[arg-type]
+    assert str(error.value).endswith(message)
+
+
 def test_a_space_travels_to_workers() -> None:
     """It is pickled without weights, and builds the same networks there."""
     space = space_of("Depthwise")
@@ -503,6 +543,8 @@ def test_devices_have_their_alignment() -> None:
     [
         ({"pin": "stemm"}, "no axis matches 'stemm'; did you mean 'stem'?"),
         ({"pin": ["cnov*"]}, "no axis matches 'cnov*'; did you mean 'conv*'?"),
+        ({"pin": "st"}, "no axis matches 'st'; did you mean 'stem'?"),
+        ({"pin": "ste?m"}, "no axis matches 'ste?m'; did you mean 'stem'?"),
         ({"least": {"zzz": 0.5}}, "no axis matches 'zzz'; the axes are stem, conv1"),
         (
             {"tie": [["stem", "fc"]]},
@@ -539,6 +581,11 @@ def test_devices_have_their_alignment() -> None:
         ),
         ({"step": 0}, "`step >= 1` must hold, in whole channels, but step=0"),
         ({"step": {"stem": 1.5}}, "`step >= 1` must hold, in whole channels, but step=1.5"),
+        (
+            {"step": {"*": 7, "conv1": 7}},
+            "a step must divide its axis's base, but axis 'conv1' has base=32 and was given "
+            "step=7; it can be 1, 2, 4, 8, 16, 32",
+        ),
         ({"align": "gpu"}, "`align` must be cuda, cpu, none or a number of channels, but is 'gpu'"),
         (
             {"align": 8, "step": 4},

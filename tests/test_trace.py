@@ -146,6 +146,53 @@ def test_a_model_that_reads_values_is_refused_by_name() -> None:
     assert "in operation aten.item" in message or "aten._local_scalar_dense" in message
 
 
+WRONG = {
+    "channels": ((1, 8, 8), "input (1, 8, 8): Given groups=1, weight of size [8, 3, 3, 3], "),
+    "size": ((3, 9, 9), "input (3, 9, 9): addmm: mat1 and mat2 shapes cannot be multiplied "),
+    "a batch": ((1, 3, 8, 8), "input (1, 3, 8, 8): Expected 3D (unbatched) or 4D (batched) input"),
+    "two": (((3, 8, 8), (3, 8, 8)), "forward() takes 2 positional arguments but 3 were given; "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_input_that_the_model_does_not_take_is_told_as_torch_tells_it(case: str) -> None:
+    """It runs once as it is, on zeros; in meta tensors it cannot."""
+    shape, message = WRONG[case]
+    with pytest.raises(TraceError) as error:
+        trace(MODELS["Plain"](), shape)
+    said = str(error.value)
+    assert said.startswith("the model fails on its ")
+    assert message in said
+    assert said.endswith("a shape without the batch, or a tensor where the dtype matters")
+    assert "\n" not in said
+    with pytest.raises(TraceError, match="cannot trace "):
+        trace(MODELS["Plain"]().to("meta"), shape)
+
+
+def test_what_fails_is_run_without_a_trace_of_it() -> None:
+    """Its buffers, its mode and the random state are as they were."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Counts(), nn.Linear(8, 4))
+    state = torch.get_rng_state()
+    with pytest.raises(TraceError, match="the model fails on its input"):
+        trace(model, (3, 8, 5))
+    assert model.training
+    assert int(model[1].runs) == 0
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Counts(nn.Module):
+    """Counts its runs in a buffer and draws a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What it is given."""
+        self.runs += 1
+        return x + 0 * torch.rand(())
+
+
 def test_the_model_is_left_as_it_was() -> None:
     """Neither tensors, nor mode, nor hooks, nor the random state change."""
     model = MODELS["Residual"]()

@@ -41,12 +41,13 @@ class Constraints:
         least: The smallest width: a multiple of the base, or by axis multiples (floats) or
             channels (integers).
         most: The largest width, in the same way.
-        step: The distance of two widths in channels, or that by axis. Lowered where the base or
-            whole units of the axis (its groups, heads) ask for it.
+        step: The distance of two widths in channels, or that by axis. One step for all, or for a
+            glob, is changed where the base or whole units of an axis (its groups, heads) ask for
+            it; one of an axis that is named must fit both.
         align: A device, ``cuda`` (steps of 8) or ``cpu`` (16), or a number of channels: the step of
-            the axes that ``step`` says nothing of. Axes narrower than two such blocks take half a
-            block, and so on, so that each has a narrower width. ``none`` keeps a study from
-            choosing steps by its device (:func:`default_block`).
+            the axes that ``step`` says nothing of. It is halved until the base has two of them, so
+            that each axis has a narrower width, and lowered where the base is not a multiple of it.
+            ``none`` keeps a study from choosing steps by its device (:func:`default_block`).
     """
 
     pin: str | Sequence[str] = ()
@@ -105,7 +106,8 @@ class Constraints:
             stepped: The axes of which somebody did before.
 
         Raises:
-            SpaceError: A name matches no axis, a bound excludes the base, or nothing is left.
+            SpaceError: A name matches no axis, a bound excludes the base, a step does not fit its
+                axis, or nothing is left.
         """
         names = [axis.name for axis in axes]
         gridded = self._gridded(trace, axes, block, stepped)
@@ -161,6 +163,8 @@ class Constraints:
             step = axis.step
             if i in steps:
                 step = math.gcd(math.lcm(traced.unit, int(steps[i])), axis.base)
+                if isinstance(self.step, Mapping) and axis.name in self.step and step != steps[i]:
+                    raise _no_step(axis, traced.unit, steps[i])
             elif block is not None:
                 step = aligned_step(axis.base, traced.unit, int(block))
             elif default is not None and not axis.tied and axis.name not in stepped:
@@ -249,7 +253,8 @@ def matching(pattern: str, names: Sequence[str], trace: Trace) -> list[int]:
             )
     stem = re.split(r"[*?\[]", pattern)[0]
     beginnings = {name[: len(stem)] + pattern[len(stem) :] for name in names}
-    close = difflib.get_close_matches(pattern, [*names, *sorted(beginnings)], 1)
+    globs = sorted(b for b in beginnings if any(fnmatchcase(name, b) for name in names))
+    close = difflib.get_close_matches(pattern, [*names, *globs], 1)
     shown = ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
     hint = f"did you mean {close[0]!r}?" if close else f"the axes are {shown}"
     raise SpaceError(f"no axis matches {pattern!r}; {hint}")
@@ -290,6 +295,15 @@ def _channels(bound: str, axis: Axis, value: int | float) -> float:
             f"{bound}={value} channels; a multiple of the base is written {float(value)}"
         )
     return int(value)
+
+
+def _no_step(axis: Axis, unit: int, step: int) -> SpaceError:
+    fitting = (n for n in range(unit, axis.base + 1, unit) if axis.base % n == 0)
+    units = f" in whole units of {unit}" if unit > 1 else ""
+    return SpaceError(
+        f"a step must divide its axis's base{units}, but axis {axis.name!r} has base={axis.base} "
+        f"and was given step={step}; it can be {', '.join(map(str, fitting))}"
+    )
 
 
 def _multiple(given: Any) -> Any:

@@ -93,6 +93,11 @@ def load_space(reference: str, input_shape: Sequence[int] | None = None) -> Sear
         if key not in _loaded:
             _loaded[key] = _torchvision(name, shape or (3, 224, 224))
         return _loaded[key]
+    if not name and prefix in _classifiers():
+        raise SpaceError(
+            f"{reference!r} must be `package.module:function` or `path/to/file.py:function`; did "
+            f"you mean 'torchvision:{prefix}'?"
+        )
     if shape is not None:
         raise SpaceError(
             f"an input shape goes with `torchvision:NAME` alone; {reference!r} sets its own"
@@ -125,10 +130,16 @@ def load_space(reference: str, input_shape: Sequence[int] | None = None) -> Sear
     return _loaded[key]
 
 
+def _classifiers() -> list[str]:
+    import torchvision
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
 def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
     import torchvision
 
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = _classifiers()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"

@@ -25,7 +25,7 @@ from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.initialisation import Recorder, Scheme, kept_generators
-from widthsearch.inputs import Inputs, as_inputs
+from widthsearch.inputs import Inputs, as_inputs, sample
 from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
 from widthsearch.polynomials import Poly
 from widthsearch.trace import Pinned, Trace, trace
@@ -99,14 +99,15 @@ class SearchSpace:
                 given module's layers fall back on their own ``reset_parameters``.
             input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``; for models
                 that take other things than one image, see :data:`~widthsearch.inputs.Inputs`.
-            name: The space's name; by default the function's or the class's.
+            name: The space's name; by default the function's, or the class's of what a lambda
+                makes.
             least: The smallest width of each axis, as a share of its base; or by axis, see
                 :class:`~widthsearch.constraints.Constraints` (an eighth where nothing matches).
             most: The largest width of each axis, as a multiple of its base; or by axis (twice
                 where nothing matches).
             step: The distance of two widths on each axis's grid, in channels, or that by axis; by
-                default :func:`~widthsearch.constraints.default_step`. Lowered where the base would
-                not be on the grid.
+                default :func:`~widthsearch.constraints.default_step`. One step for all, or for a
+                glob, is lowered where the base would not be on the grid.
             align: ``cuda``, ``cpu`` or a number: steps in whole blocks of a device's kernels.
             pin: Axes that are fixed at their base, by name or glob (``layer3.*``).
             tie: Groups of axes that keep their bases' ratio; each becomes one axis.
@@ -119,11 +120,23 @@ class SearchSpace:
             SpaceError: It has no free width, or a constraint cannot be met.
         """
         asked = Constraints(pin, tie, least, most, step, align)
+        if not callable(model):
+            raise SpaceError(
+                "a space is made from a torch.nn.Module, or a function without arguments that "
+                f"returns one, but was given {model!r}"
+            )
         recorder = None if isinstance(model, nn.Module) else Recorder()
         made = model if isinstance(model, nn.Module) else recorder.construct(model)  # type: ignore[union-attr]
         if not isinstance(made, nn.Module):
             raise SpaceError(f"{model!r} must return a torch.nn.Module, but returned {made!r}")
-        inputs = as_inputs(input_shape)
+        try:
+            inputs = as_inputs(input_shape)
+            sample(inputs, 1)
+        except (TypeError, RuntimeError):  # also RecursionError: there is no end of texts in a text
+            raise SpaceError(
+                "an input must be the shape of one sample without the batch, e.g. (3, 224, 224), a "
+                f"tensor, or a sequence or mapping of those, but was {input_shape!r}"
+            ) from None
         traced = cached_trace(made, inputs) if cache else trace(made, inputs)
         if not traced.axes:
             raise SpaceError(
@@ -135,7 +148,8 @@ class SearchSpace:
             whole = Axis(axis.name, axis.base, axis.unit, axis.base, axis.unit, axis.layers)
             s = default_step(axis.base, axis.unit)
             axes.append(on_grid(whole, s, 0.125 * axis.base, 2 * axis.base))
-        called = getattr(model, "__name__", type(made).__name__)
+        called = getattr(model, "__name__", "<lambda>")
+        called = type(made).__name__ if called == "<lambda>" else called
         return cls(
             name=name or called,
             axes=tuple(axes),

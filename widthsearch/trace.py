@@ -7,6 +7,7 @@ way with torch's own formulas, so they come out as polynomials in the widths.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Set
 from contextlib import suppress
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from widthsearch.errors import TraceError
-from widthsearch.inputs import Inputs, as_inputs
+from widthsearch.inputs import Inputs, as_inputs, call, sample
 from widthsearch.modules import (
     clone,
     is_estimate,
@@ -31,7 +32,7 @@ from widthsearch.modules import (
     tensors_of,
 )
 from widthsearch.polynomials import Poly, System, add, as_constant, constant, multiply, symbols_of
-from widthsearch.running import Run, Stopped, execute
+from widthsearch.running import Run, Stopped, execute, first_line
 from widthsearch.symbolic import poly_of, size
 
 
@@ -135,7 +136,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         inputs: One sample's shape, e.g. ``(3, 224, 224)``; see :data:`Inputs` for several inputs.
 
     Raises:
-        TraceError: The model cannot run on meta tensors; names the module and the operation.
+        TraceError: The model cannot run on meta tensors; names the module and the operation. Or it
+            cannot run on such an input at all.
     """
     inputs = as_inputs(inputs)
     _refuse_lazy(model)
@@ -145,6 +147,12 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             return _freest(model, inputs, fixed).collect()
         except Stopped as stop:
             if not stop.layer or within(stop.layer, fixed) is not None:
+                if (failure := _failure(model, inputs)) is not None:
+                    raise TraceError(
+                        f"the model fails on its input {inputs!r}: {first_line(failure)}; give one "
+                        "sample as the model takes it: a shape without the batch, or a tensor "
+                        "where the dtype matters"
+                    ) from failure
                 raise TraceError(str(stop)) from stop.__cause__
             fixed = {**fixed, stop.layer: stop.reason}
 
@@ -186,6 +194,23 @@ def within(layer: str, fixed: Mapping[str, str]) -> str | None:
     for name, reason in fixed.items():
         if layer == name or layer.startswith(f"{name}."):
             return reason
+    return None
+
+
+def _failure(model: nn.Module, inputs: Any) -> Exception | None:
+    """What goes wrong where the model itself runs on zeros, if it is on the CPU."""
+    tensors = {id(tensor): tensor for *_, tensor in tensors_of(model)}
+    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        return None
+    for *_, tensor in tensors_of(model):
+        if not isinstance(tensor, nn.Parameter):  # a run may write to it
+            tensors[id(tensor)] = tensor.detach().clone()
+    with torch.no_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            call(clone(model, tensors).eval(), sample(inputs, 1, "cpu"))
+        except Exception as error:  # noqa: BLE001  a model may raise anything
+            return error
     return None
 
 
