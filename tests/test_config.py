@@ -96,7 +96,39 @@ WRONG = {
     ),
     "not a number": (
         {"trials": "many"},
-        "trials must be a valid integer, unable to parse string as an integer, but was 'many'",
+        "trials must be a whole number, but was 'many'",
+    ),
+    "no list": (
+        {"budgets": 0.5},
+        "budgets must be a list, but was 0.5",
+    ),
+    "an empty list": (
+        {"budgets": []},
+        "budgets must have at least 1 item, but was []",
+    ),
+    "a long list": (
+        {"input": [3, 8, 8, 1]},
+        "input must have at most 3 items, but was [3, 8, 8, 1]",
+    ),
+    "no mapping": (
+        {"recipe": 3},
+        "recipe must be a mapping of keys to values, but was 3",
+    ),
+    "no kind": (
+        {"early_stopping": "never"},
+        "early_stopping must have the kind 'front' or 'rungs', but was {'kind': 'never'}",
+    ),
+    "no limit": (
+        {"limits": {"flops": [0, 1]}},
+        "limits.flops must be 'macs', 'params' or 'latency_ms', but was 'flops'",
+    ),
+    "one of two types": (
+        {"constraints": {"pin": 3}},
+        "constraints.pin must be text or a list, but was 3",
+    ),
+    "inside one of two types": (
+        {"constraints": {"step": {"conv[12]": "x"}}},
+        "constraints.step.conv[12] must be a whole number, but was 'x'",
     ),
     "too small": (
         {"concurrency": 0},
@@ -142,8 +174,7 @@ WRONG = {
     ),
     "bad field of a proposer": (
         {"proposers": [{"method": "sensitivity", "batch_size": "x"}]},
-        "proposers.0 batch_size must be a valid integer, unable to parse string as an integer, but "
-        "was 'x'",
+        "proposers.0 batch_size must be a whole number, but was 'x'",
     ),
     "late rung": (
         {"recipe": {"epochs": 3}, "early_stopping": {"kind": "rungs", "first_epoch": 3}},
@@ -208,6 +239,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("- a", "must be a mapping of keys to values"),
         ("", "must be a mapping of keys to values"),
         ("!!python/object/apply:os.getcwd []", "is not safe YAML: could not determine a constr"),
+        ("name: a\0b", "is not safe YAML: unacceptable character #x0000"),
+        ("name: 2026-13-45", "is not safe YAML: month must be in 1..12"),
+        ("[" * 2000, "is not safe YAML: maximum recursion depth"),
     ],
 )
 def test_a_file_that_is_no_study_is_named(text: str, said: str, tmp_path: Path) -> None:

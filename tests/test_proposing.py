@@ -47,6 +47,18 @@ class Reader(Bottle):
     reads_data = True
 
 
+@dataclass(frozen=True)
+class Mute:
+    """Cannot be called."""
+
+
+class Plain:
+    """Has no fields."""
+
+    def __call__(self, space, task, setting):
+        return Proposal("plain", (space.base,), {})
+
+
 def counts(space, task, setting):
     return task.classes
 
@@ -109,6 +121,8 @@ def test_a_users_own_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> N
         ({"method": "{own}:halfs"}, "has no function 'halfs'; did you mean 'halves'"),
         ({"method": "{own}:halves", "time": 1}, "got an unexpected keyword argument 'time'"),
         ({"method": "{own}:Bottle", "wide": 1}, "unknown key 'wide'; did you mean 'width'"),
+        ({"method": "{own}:Mute"}, "instances must be callable, but those of .*:Mute' are not"),
+        ({"method": "{own}:Plain"}, "a function or a dataclass, but .*:Plain' is another class"),
         ({"method": "nowhere:all"}, "cannot be imported"),
     ],
 )

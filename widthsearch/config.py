@@ -147,13 +147,25 @@ class ProposerConfig(BaseModel):
         if ":" not in self.method:
             return self._filled(PROPOSERS[self.method])
         own: Any = load_function(self.method, StudyError)
+        if isinstance(own, type) and not dataclasses.is_dataclass(own):
+            raise StudyError(
+                f"a proposer must be a function or a dataclass, but {self.method!r} is another "
+                "class: decorate it, @dataclass(frozen=True)"
+            )
         try:
-            if dataclasses.is_dataclass(own):
-                return self._filled(own)
-            inspect.signature(own).bind(None, None, None, **(self.model_extra or {}))
+            if isinstance(own, type):
+                made = self._filled(own)
+            else:
+                inspect.signature(own).bind(None, None, None, **(self.model_extra or {}))
+                made = functools.partial(own, **(self.model_extra or {}))
         except (TypeError, ValueError) as error:
             raise StudyError(f"proposer {self.method!r}: {error}") from None
-        return functools.partial(own, **(self.model_extra or {}))
+        if not callable(made):
+            raise StudyError(
+                f"a proposer's instances must be callable, but those of {self.method!r} are not: "
+                "give it `__call__(self, space, task, setting)`"
+            )
+        return made
 
     def _filled(self, proposer: Any) -> Proposer:
         known = {field.name for field in dataclasses.fields(proposer)}
@@ -336,6 +348,8 @@ class StudyConfig(BaseModel):
             mark = error.problem_mark
             place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
             raise StudyError(f"{path} is not safe YAML: {error.problem}{place}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character, a date, depth
+            raise StudyError(f"{path} is not safe YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
         try:
@@ -376,10 +390,50 @@ def _hint(name: str, known: Any) -> str:
     return f"; known are {', '.join(sorted(known))}"
 
 
+_KINDS: Mapping[str, str] = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type", "is_instance_of"), "a list"),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type", "dataclass_type"),
+        "a mapping of keys to values",
+    ),
+    "string_type": "text",
+}
+"""What a value must be, by pydantic's types of errors."""
+
+
+def _place(error: Any) -> str:
+    """Where an error is, without the names of the types that were tried there."""
+    types, made = ("str", "int", "float", "[key]"), ("dict[", "json-or-python[")
+    parts = [str(part) for part in error["loc"]]
+    return ".".join(p for p in parts if p not in types and not p.startswith(made))
+
+
+def _rule(errors: list[Any]) -> str:
+    """What errors at one place ask for: one, or one for each type that was tried."""
+    first = errors[0]
+    if first["type"] in _KINDS:
+        kinds = (_KINDS[error["type"]] for error in errors if error["type"] in _KINDS)
+        return f"must be {' or '.join(dict.fromkeys(kinds))}"
+    if first["type"] in ("too_short", "too_long"):
+        short = first["type"] == "too_short"
+        count = first["ctx"]["min_length" if short else "max_length"]
+        return f"must have at {'least' if short else 'most'} {count} item{'s' * (count != 1)}"
+    if first["type"] == "union_tag_invalid":
+        key, tags = first["ctx"]["discriminator"].strip("'"), first["ctx"]["expected_tags"]
+        return f"must have the {key} {tags.replace(', ', ' or ')}"
+    rule = str(first["msg"]).replace("Input should", "must")
+    return f"{rule[0].lower()}{rule[1:]}"
+
+
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong, in one line."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    errors = error.errors(include_url=False)
+    inside = [e for e in errors if f"{_place(e)}.".startswith(f"{_place(errors[0])}.")]
+    first = max(inside, key=lambda e: _place(e).count("."))  # of types that were tried, the closest
+    place = _place(first)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         section, _, key = place.rpartition(".")
         known = _keys(_SECTIONS.get(section, StudyConfig))
@@ -388,5 +442,5 @@ def _explain(error: ValidationError) -> str:
         return f"key {place!r} is missing"
     if first["type"] == "value_error":
         return f"{place} {first['ctx']['error']}".strip()
-    rule = first["msg"].replace("Input should", "must")
-    return f"{place} {rule[0].lower()}{rule[1:]}, but was {first['input']!r}"
+    rule = _rule([e for e in errors if _place(e) == place])
+    return f"{place} {rule}, but was {first['input']!r}"
