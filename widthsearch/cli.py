@@ -1,6 +1,6 @@
 """The command line: parses, calls one function, prints.
 
-Exit codes: 0 all is well; 1 a stage failed (some candidate could not be trained); 2 bad input,
+Exit codes: 0 all is well; 1 some candidate or proposer failed; 2 bad input, or nothing finished,
 said in one line; 130 interrupted, with how to go on.
 """
 
