@@ -368,6 +368,13 @@ def test_every_command_is_in_the_readme() -> None:
                 assert action.option_strings[0] in readme
 
 
+def test_the_package_runs_as_a_module() -> None:
+    """As the command does."""
+    asked = [sys.executable, "-m", "widthsearch", "--version"]
+    done = subprocess.run(asked, check=True, capture_output=True, text=True)
+    assert done.stdout == f"widthsearch {widthsearch.__version__}\n"
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     """Neither does asking for help."""
     code = (
