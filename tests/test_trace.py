@@ -86,7 +86,8 @@ def test_a_width_that_torch_fixes_is_not_blamed_on_the_caller() -> None:
     cell = nn.Sequential(nn.Linear(5, 12), nn.GRUCell(12, 16), nn.Linear(16, 8), nn.Linear(8, 4))
     traced = trace(cell, (5,))
     assert [axis.name for axis in traced.axes] == ["2"]
-    assert {p.reason for p in traced.pinned if p.size in (12, 48)} == {"torch's own code"}
+    reasons = {pinned.reason for pinned in traced.pinned if pinned.size in (12, 48)}
+    assert {reason.partition(" (")[0] for reason in reasons} == {"torch's own code"}  # 2.11 says more
 
 
 class Auxiliary(nn.Module):
