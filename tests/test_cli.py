@@ -345,7 +345,7 @@ def test_an_interrupt_says_how_to_go_on(
 ) -> None:
     """Exit code 130, and the command to type."""
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Study, "run", interrupted)
