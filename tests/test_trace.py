@@ -87,7 +87,7 @@ def test_a_width_that_torch_fixes_is_not_blamed_on_the_caller() -> None:
     traced = trace(cell, (5,))
     assert [axis.name for axis in traced.axes] == ["2"]
     reasons = {pinned.reason for pinned in traced.pinned if pinned.size in (12, 48)}
-    assert {reason.partition(" (")[0] for reason in reasons} == {"torch's own code"}  # 2.11 says more
+    assert {reason.partition(" (")[0] for reason in reasons} == {"torch's own code"}
 
 
 class Auxiliary(nn.Module):
