@@ -36,6 +36,9 @@ from widthsearch.widths import Widths
 FEW = 3
 """Fewer points than this make no front to take a volume of, and fewer comparisons no range."""
 
+_LASTING = ("trial ", "proposer ", "concurrency", "budgets", "every width vector")
+"""How messages begin that stay to be read."""
+
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -548,7 +551,7 @@ class LiveView:
     def __call__(self, progress: Progress) -> None:
         """Show where the study stands."""
         # Something befell one of them: that stays to be read.
-        if progress.message.startswith(("trial ", "proposer ", "concurrency")):
+        if progress.message.startswith(_LASTING):
             say(self._console, progress.message)
         if self._console.is_terminal:
             self._live.update(progress_table(self._name, progress), refresh=True)

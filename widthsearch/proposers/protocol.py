@@ -94,7 +94,7 @@ class Proposer(Protocol):
     """Looks at a model and data, and returns a trajectory of widths.
 
     A user's own is any function with these arguments, or a dataclass whose instances are. One with
-    ``reads_data = False`` may also be asked without a task.
+    ``reads_data = False`` may also be asked without a task, as may a user's own without that field.
     """
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
