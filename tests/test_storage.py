@@ -148,15 +148,15 @@ def test_a_study_that_was_never_run_is_named(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "reason"),
+    ("address", "reason", "advice"),
     [
-        ("sqlite:////nowhere/at/all/study.db", "unable to open database file"),
-        ("nonsense", "Could not parse SQLAlchemy URL"),
-        ("mysql://user:secret@localhost/study", "No module named"),
-        ("oracle9://localhost/study", "Can't load plugin"),
+        ("sqlite:////nowhere/at/all/study.db", "unable to open database file", "check its address"),
+        ("nonsense", "Could not parse SQLAlchemy URL", "check its address"),
+        ("mysql://user:secret@localhost/study", "No module named", "install it with pip"),
+        ("oracle9://localhost/study", "Can't load plugin", "check its address"),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_named(address: str, reason: str) -> None:
+def test_a_storage_that_cannot_be_opened_is_named(address: str, reason: str, advice: str) -> None:
     """One line: which, why, and what to check; never a password."""
     with pytest.raises(StorageError) as caught:
         Store.create(address, "tiny", OBJECTIVES)
@@ -164,7 +164,7 @@ def test_a_storage_that_cannot_be_opened_is_named(address: str, reason: str) -> 
     assert "\n" not in message
     assert message.startswith("the storage '")
     assert reason in message
-    assert "check its address" in message
+    assert advice in message
     assert "secret" not in message
 
 

@@ -166,6 +166,11 @@ def _storage_error(url: str, error: Exception) -> StorageError:
         shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
         shown = url
+    if isinstance(cause, ModuleNotFoundError):
+        return StorageError(
+            f"the storage {shown!r} needs its database's driver, but {reason}: install it with pip "
+            "(for PostgreSQL psycopg2-binary)"
+        )
     return StorageError(
         f"the storage {shown!r} cannot be used: {reason}; check its address, its permissions "
         "and the space left on its disk"
