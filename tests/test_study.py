@@ -120,6 +120,18 @@ def test_what_would_make_outcomes_incomparable_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_network_is_picked(tmp_path: Path) -> None:
+    """By believed accuracy, from the front; by its ID, any that is finished."""
+    study = make(tmp_path, trials=12)
+    drive(study)
+    front = study.front()
+    assert study.pick("best") == max(front, key=study.beliefs().accuracy)
+    assert study.pick() in front
+    assert [study.pick(outcome.id) for outcome in study.outcomes()] == study.outcomes()
+    with pytest.raises(StudyError, match="99"):
+        study.pick(99)
+
+
 def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> None:
     """A proposer's wrong name is mended, and so is whatever else is on one's mind."""
     with make(tmp_path).search():

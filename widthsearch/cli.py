@@ -255,19 +255,12 @@ def _confirm(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     """Train a network of a study in full and test it; writes a folder to load it from."""
-    from widthsearch import export, pareto, report
+    from widthsearch import export, report
     from widthsearch.study import Study
     from widthsearch.training import EpochResult
 
     study = Study.load(options.study, options.runs)
-    beliefs = study.beliefs()
-    outcome = pareto.pick(
-        beliefs.front(),
-        options.pick,
-        study.config.objectives,
-        beliefs.accuracy,
-        trials=study.outcomes(),
-    )
+    outcome = study.pick(options.pick)
     folder = Path(options.out) if options.out else study.folder / "trained" / str(outcome.id)
     console = _console()
     report.say(

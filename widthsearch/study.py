@@ -201,6 +201,20 @@ class Study:
         """The finished outcomes that no other dominates by believed accuracy, fewest MACs first."""
         return self.beliefs().front()
 
+    def pick(self, spec: str | int = "knee") -> Outcome:
+        """One of the trained networks: see :func:`~widthsearch.pareto.pick`.
+
+        Args:
+            spec: ``knee`` or ``best`` of the front, a limit such as ``macs<=2e6``, or a trial's ID.
+
+        Raises:
+            StudyError: The study was never run, the spec is none of these, or nothing fits it.
+        """
+        beliefs, objectives = self.beliefs(), self.config.objectives
+        return pareto.pick(
+            beliefs.front(), spec, objectives, beliefs.accuracy, trials=self.outcomes()
+        )
+
     def _stored(self) -> tuple[list[Outcome], dict[str, SpaceRecord]]:
         """What the storage has, without the space's code."""
         store = Store.open(self.storage, self.config.name)
