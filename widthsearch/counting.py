@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from widthsearch.cost import Cost
-from widthsearch.errors import SpaceError
+from widthsearch.errors import SpaceError, first_line
 from widthsearch.inputs import call, sample
 
 
@@ -104,11 +104,10 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
         except Exception as error:
             layer = watch.layers[-1] if watch.layers else ""
             kind = type(model.get_submodule(layer)).__name__
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             where_in = f"module {layer or '(the model itself)'!r} ({kind})"
             raise SpaceError(
                 f"{'it' if watch.stage == 'backward' else where_in} fails in {watch.stage}, "
-                f"operation {watch.operation}: {first_line}"
+                f"operation {watch.operation}: {first_line(error)}"
             ) from error
         finally:
             for hook in watch.hooks:

@@ -317,7 +317,6 @@ class DeviceLoader:
         *,
         augment: bool = False,
         generator: torch.Generator | None = None,
-        epoch: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images float32 (N, C, H, W), normalised, and labels int64 (N,).
 
@@ -329,7 +328,6 @@ class DeviceLoader:
         Args:
             augment: Whether to augment.
             generator: See above.
-            epoch: See :meth:`draws`.
         """
         if generator is None:
             assert not augment, "augmenting needs a generator"
@@ -338,7 +336,7 @@ class DeviceLoader:
                 yield self._normalised(self._images[part]), self._labels[part]
             return
         # All of the epoch's draws at once: one transfer an epoch, the same draws on any device.
-        draws = self.draws(generator, epoch).to(self._images.device)
+        draws = self.draws(generator).to(self._images.device)
         for start in range(0, self.steps * self.batch_size, self.batch_size):
             batch = draws[:, start : start + self.batch_size]
             yield self.augmented(batch) if augment else self.plain(batch[0])

@@ -75,6 +75,11 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def one_line(error: BaseException) -> str:
     """An exception's type and the first line of what it says."""
     said = str(error).strip().splitlines()

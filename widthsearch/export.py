@@ -24,7 +24,7 @@ from widthsearch import __version__
 from widthsearch.checkpoints import write_atomically
 from widthsearch.constraints import Constraints
 from widthsearch.data import Split, Task
-from widthsearch.errors import CheckpointError, StudyError, writing
+from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.hashing import hash_of_code
 from widthsearch.outcomes import Outcome
 from widthsearch.references import load_space
@@ -199,9 +199,8 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise StudyError(
-            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line}; train the pick again"
+            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line(error)}; train the pick again"
         ) from error
     return model.eval()
 

@@ -61,17 +61,17 @@ def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield hook.name, _SUFFIX[type(hook)]  # type: ignore[attr-defined]
 
 
-def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
+def weight_of(module: nn.Module) -> Tensor | None:
     """A tensor with the shape of a module's weight, which a parametrisation may compute."""
-    if parametrize.is_parametrized(module, name):
-        held: Any = module.parametrizations[name]  # type: ignore[index]
+    if parametrize.is_parametrized(module, "weight"):
+        held: Any = module.parametrizations["weight"]  # type: ignore[index]
         if isinstance(held[0], _WeightNorm):
             return _tensor(held.original1)
-        return _tensor(held.original if hasattr(held, "original") else getattr(module, name))
+        return _tensor(held.original if hasattr(held, "original") else module.weight)
     for hooked, suffix in _hooked(module):
-        if hooked == name:
-            return _tensor(getattr(module, name + suffix))
-    return _tensor(getattr(module, name, None))
+        if hooked == "weight":
+            return _tensor(getattr(module, f"weight{suffix}"))
+    return _tensor(getattr(module, "weight", None))
 
 
 def _tensor(value: Any) -> Tensor | None:

@@ -163,15 +163,15 @@ def standard_error(latency: Latency) -> float:
     return math.sqrt(math.pi / 2) / 0.6745 * latency.spread_ms / math.sqrt(latency.pairs)
 
 
-def report(model: LatencyModel, widths: Widths | None = None, unit: str = "ms") -> Table:
-    """What a model says of each axis at some widths (by default the base's), as a table.
+def report(model: LatencyModel) -> Table:
+    """What a model says of each axis at the base's widths, as a table.
 
     Its title names the device's block of channels and the errors out of sample.
     """
-    widths = widths or model.space.base
-    mean, sd = model(np.array(widths.vector))
+    base = model.space.base
+    mean, sd = model(np.array(base.vector))
     blocks = ", ".join(f"{step} ({p:.0%})" for step, p in model.steps.items())
-    title = f"predicted latency {mean:.3g} ± {sd:.1g} {unit}; blocks of {blocks} channels"
+    title = f"predicted latency {mean:.3g} ± {sd:.1g} ms; blocks of {blocks} channels"
     caption = None
     if len(np.unique(model.vectors, axis=0)) >= 3:
         e = model.errors
@@ -184,7 +184,7 @@ def report(model: LatencyModel, widths: Widths | None = None, unit: str = "ms") 
     table.add_column("axis")
     for column in ("width", "a step less", "a step more", "nothing saved down to", "free up to"):
         table.add_column(column, justify="right")
-    for stair in model.stairs(widths):
+    for stair in model.stairs(base):
         changes = [
             "" if ms is None else f"{ms / stair.ms - 1:+.1%}"
             for ms in (stair.less_ms, stair.more_ms)

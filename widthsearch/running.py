@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from widthsearch.errors import first_line
 from widthsearch.inputs import call, sample
 from widthsearch.polynomials import Poly, System, add, as_constant, constant, symbols_of
 from widthsearch.symbolic import calling_line, poly_of
@@ -88,11 +89,6 @@ def in_numbers(tree: Any, system: System, reason: str) -> Any:
 
     fixed = tree_map(fix, tree)
     return fixed if found else None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Run(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from widthsearch.cache import cached_trace
 from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
-from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.errors import SpaceError, WidthsError, first_line
 from widthsearch.initialisation import Recorder, Scheme, kept_generators
 from widthsearch.inputs import Inputs, as_inputs, sample
 from widthsearch.modules import clone, join, set_size, sync_attributes, tensors_of
@@ -426,11 +426,8 @@ class SearchSpace:
 
     def cost(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Cost:
         """The exact cost of one architecture."""
-        vector = self._checked(widths).vector
+        vector = self.widths(widths).vector
         return Cost(int(self.macs(vector)), int(self.params(vector)), int(self.activations(vector)))
-
-    def _checked(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Widths:
-        return self.widths(widths)
 
     # -- networks ----------------------------------------------------------------------------
 
@@ -457,7 +454,7 @@ class SearchSpace:
         Raises:
             WidthsError: The widths do not fit the space.
         """
-        vector = self._checked(widths).vector
+        vector = self.widths(widths).vector
         units = [axis.unit for axis in self.trace.axes]
         x = [w // unit for w, unit in zip(vector, units, strict=True)]
         tensors: dict[int, Tensor] = {}
@@ -560,8 +557,7 @@ class SearchSpace:
         try:
             return self.build(widths, seed=seed, device=device)
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise SpaceError(f"it cannot be built: {first_line}") from error
+            raise SpaceError(f"it cannot be built: {first_line(error)}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_forms"} | {"_forms": {}}

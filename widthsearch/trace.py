@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from widthsearch.errors import TraceError
+from widthsearch.errors import TraceError, first_line
 from widthsearch.inputs import Inputs, as_inputs, call, sample
 from widthsearch.modules import (
     clone,
@@ -32,7 +32,7 @@ from widthsearch.modules import (
     tensors_of,
 )
 from widthsearch.polynomials import Poly, System, add, as_constant, constant, multiply, symbols_of
-from widthsearch.running import Run, Stopped, execute, first_line
+from widthsearch.running import Run, Stopped, execute
 from widthsearch.symbolic import poly_of, size
 
 
