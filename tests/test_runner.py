@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -238,7 +239,7 @@ class Driver:
             [sys.executable, "-c", DRIVER, str(folder)],
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
                 "WIDTHSEARCH_TEST_WITNESS": str(witness),
             },
             stdout=subprocess.PIPE,
@@ -328,3 +329,17 @@ def test_a_killed_study_goes_on(ray_here: Path, tmp_path: Path) -> None:
     long_study(tmp_path).run()
     assert trained(ray_here) == epochs
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_only_the_users_own_code_goes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """What was installed into any folder of the path is imported by the workers, by name."""
+    called = f"elsewhere_{installed}"
+    (tmp_path / f"{called}.py").write_text('def told():\n    return "by value"\n')
+    if installed:
+        (tmp_path / f"{called}-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    dumped = runner.pickled(importlib.import_module(called).told, "a function")
+    assert (b"by value" in dumped) is not installed

@@ -543,10 +543,13 @@ def pickled(value: object, called: str) -> bytes:
     A worker may be unable to import them: a file outside the path, or another machine.
     """
     installed = {Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")}
+    installed |= {Path(folder) for folder in sys.path if any(Path(folder).glob("*.dist-info"))}
     own = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file is None or name.partition(".")[0] in ("__main__", "widthsearch"):
+            continue
+        if name != module.__name__:  # a second name of a module, which has its turn under its own
             continue
         if not any(Path(file).is_relative_to(folder) for folder in installed):
             own.append(module)
