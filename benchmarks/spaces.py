@@ -7,9 +7,7 @@
 parameters, created without weights. Each model is traced, and built at five random width vectors
 (one narrower, one wider, three mixed). ``exact`` is ``yes`` where all five run forward and backward
 on the meta device, cost exactly what the space says (MACs, parameters and activations as torch
-counts them), and the narrowest also runs on real tensors. ``again`` is the time to get the trace
-another time, from the cache on disk; ``-`` where something in the model cannot be told by value, so
-that it is traced every time. One core.
+counts them), and the narrowest also runs on real tensors. One core.
 """
 
 from __future__ import annotations
@@ -17,23 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import operator
-import os
 import random
 import selectors
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from widthsearch import cache
-from widthsearch.cache import cached_trace, key_of
 from widthsearch.counting import run_and_count
 from widthsearch.space import SearchSpace
 from widthsearch.trace import trace
@@ -135,11 +128,6 @@ def measure(source: str, name: str) -> dict[str, Any]:
     traced = trace(model, shape)
     row["trace_s"] = time.perf_counter() - started
     row["axes"], row["pinned"] = len(traced.axes), len(traced.pinned)
-    row["again_ms"] = None
-    if key_of(model, shape) is not None:
-        if cached_trace(model, shape) != traced:
-            raise AssertionError("the cache has another trace")
-        row["again_ms"] = milliseconds(partial(cached_trace, model, shape))
     del model
     space = SearchSpace.from_model(make, shape, name=name)
     base = space.base
@@ -221,12 +209,10 @@ def main() -> None:
     else:
         groups = list(names_of(options.source, options.limit))
     print(
-        "| model | input | Mparams | axes | pinned | trace s | again ms "
+        "| model | input | Mparams | axes | pinned | trace s "
         "| make ms | build ms: meta | empty | full | exact |"
     )
-    print("| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |", flush=True)
-    folder = tempfile.TemporaryDirectory(prefix="widthsearch-benchmark")
-    os.environ[cache.VARIABLE] = folder.name
+    print("| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |", flush=True)
     worker = Worker()
     exact = tried = 0
     for group in groups:
@@ -250,15 +236,13 @@ def main() -> None:
                 row["axes"],
                 row["pinned"],
                 f"{row['trace_s']:.2f}",
-                "-" if row["again_ms"] is None else f"{row['again_ms']:.0f}",
                 *(f"{row[key]:.0f}" for key in ("make_ms", "meta_ms", "empty_ms", "build_ms")),
                 "yes",
             ]
             print("|", row["name"], "|", " | ".join(map(str, figures)), "|", flush=True)
         else:
-            print("|", row["name"], "|" * 10, f"no: {row['why']}", "|", flush=True)
+            print("|", row["name"], "|" * 9, f"no: {row['why']}", "|", flush=True)
     worker.close()
-    folder.cleanup()
     print(f"\n{exact} of {tried} exact ({100 * exact / max(tried, 1):.0f}%)")
 
 

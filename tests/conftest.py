@@ -12,7 +12,7 @@ import torch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main() -> Iterator[None]:
-    """Keep traces out of the user's own cache."""
+    """Keep the tests' files out of the user's own cache."""
     with TemporaryDirectory(prefix="widthsearch-cache") as folder:
         os.environ["WIDTHSEARCH_CACHE"] = folder
         return (yield)

@@ -19,8 +19,9 @@ from torchvision.transforms.functional import normalize
 from widthsearch import export
 from widthsearch.data import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError
-from widthsearch.hashing import hash_of_code
 from widthsearch.outcomes import Outcome
+from widthsearch.references import load_function
+from widthsearch.source import source_digest
 from widthsearch.space import SearchSpace
 from widthsearch.study import Study
 from widthsearch.training import TrainingRun
@@ -241,22 +242,24 @@ def test_training_goes_on_with_the_same_code_alone(tmp_path: Path) -> None:
     assert trained(study_of(tmp_path / "2", relu), tmp_path / "out", epochs=2) == [1, 2]
 
 
-def test_a_hash_of_code_is_of_nothing_else() -> None:
-    """Neither values nor seeds nor where the code stands; None where it cannot be told."""
+def test_source_digest_covers_code_alone(tmp_path: Path) -> None:
+    """Neither values, seeds nor comments count; None where there is no source."""
     space = SearchSpace.from_model(Relu, (1, 4, 4))
-    net = space.build(1.0, seed=0)
-    told = hash_of_code(net)
-    assert told == hash_of_code(space.build(1.0, seed=1))
-    assert told not in (None, hash_of_code(space.build(0.5)), hash_of_code(Silu()))
-    moved: dict[str, Any] = {"Net": Net, "F": F}
+    digest = source_digest(space.build(1.0, seed=0))
+    assert digest == source_digest(space.build(0.5, seed=1))
+    assert digest not in (None, source_digest(Silu()))
     source = (
-        "\n\n\nclass Relu(Net):\n"
-        "    def forward(self, x):  # a remark\n"
-        "        return self.fc(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))\n"
+        "from torch import nn\n\n\nclass Relu(nn.Module):\n"
+        "    def forward(self, x):  # a remark\n        return x.relu()\n"
     )
-    codes = []
-    for text in (source, source.replace("  # a remark", "\n"), source.replace("relu", "gelu", 1)):
-        exec(text, moved | {"__name__": f"m{len(codes)}"}, moved)
-        codes.append(hash_of_code(moved["Relu"]()))
-    assert codes[0] == codes[1] != codes[2]
-    assert hash_of_code(tiny.Net()) is None  # reads the environment, writes a file
+    digests = []
+    for i, text in enumerate(
+        (source, source.replace("  # a remark", "\n"), source + "\n    y = 1")
+    ):
+        file = tmp_path / f"net{i}.py"
+        file.write_text(text)
+        digests.append(source_digest(load_function(f"{file}:Relu")()))
+    assert digests[0] == digests[1] != digests[2]
+    moved: dict[str, Any] = {"__name__": "shell"}
+    exec(source, moved)
+    assert source_digest(moved["Relu"]()) is None

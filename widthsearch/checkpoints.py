@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from widthsearch.errors import CheckpointError
+from widthsearch.files import write_atomically
 
 
 def write_checkpoint(path: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -37,17 +37,6 @@ def write_checkpoint(path: Path, run: Mapping[str, Any], state: Mapping[str, Any
         file.write(payload)
 
     write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file in one step: what was there stays until the new content is whole, on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from widthsearch.cache import VARIABLE, cache_folder
 from widthsearch.errors import DataError
+from widthsearch.files import VARIABLE, cache_folder
 
 _logger = logging.getLogger(__name__)
 

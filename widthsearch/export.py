@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from widthsearch import __version__
-from widthsearch.checkpoints import write_atomically
 from widthsearch.constraints import Constraints
 from widthsearch.data import Split, Task
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
-from widthsearch.hashing import hash_of_code
+from widthsearch.files import write_atomically
 from widthsearch.outcomes import Outcome
 from widthsearch.references import load_space
+from widthsearch.source import source_digest
 from widthsearch.space import SearchSpace
 from widthsearch.study import Study
 from widthsearch.training import CHECKPOINT, EpochResult, TrainingRun, evaluate
@@ -142,7 +142,7 @@ def _train_one(
     on_epoch: Callable[[int, EpochResult], None] | None,
 ) -> None:
     checkpoints = folder / "checkpoints" / str(number)
-    code = hash_of_code(model)
+    code = source_digest(model)
     run = TrainingRun(model, task, recipe, seed=seed, device=device, code=code)
     if (checkpoints / CHECKPOINT).exists():
         try:

@@ -1,7 +1,7 @@
 """Latency profiles: a designed set of networks, measured once a device and kept for later studies.
 
 A profile is one JSON file in the cache's folder ``latency``
-(:func:`~widthsearch.cache.cache_folder`), named after the space and a hash of all that latency
+(:func:`~widthsearch.files.cache_folder`), named after the space and a hash of all that latency
 depends on. It is written anew, whole, after every network, so that a run that was killed goes on
 where it ended.
 """
@@ -23,10 +23,9 @@ import torch
 from rich.table import Table
 from scipy.stats import qmc
 
-from widthsearch.cache import VARIABLE, cache_folder
-from widthsearch.checkpoints import write_atomically
 from widthsearch.devices import check_device
 from widthsearch.errors import StudyError, writing
+from widthsearch.files import VARIABLE, cache_folder, write_atomically
 from widthsearch.latency import Latency, LatencyConfig, LatencyMeter, hardware_name
 from widthsearch.latency_model import LatencyModel
 from widthsearch.space import SearchSpace

@@ -101,7 +101,7 @@ def space_tables(space: SearchSpace) -> Group:
         pinned.add_row(
             Text(pin.name),
             str(pin.size),
-            "?" if share is None else f"{share:.1%}",
+            f"{share:.1%}",
             Text(pin.reason),
             Text(_shown(pin.layers)),
         )

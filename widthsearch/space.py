@@ -18,8 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from widthsearch import channels
-from widthsearch.attribution import pinned_macs
-from widthsearch.cache import cached_trace
 from widthsearch.constraints import Constraints, default_step, on_grid
 from widthsearch.cost import Cost, QuadraticForm
 from widthsearch.counting import run_and_count
@@ -89,7 +87,6 @@ class SearchSpace:
         pin: str | Sequence[str] = (),
         tie: str | Sequence[str | Sequence[str]] = (),
         init: Callable[[nn.Module], Any] | None = None,
-        cache: bool = True,
     ) -> SearchSpace:
         """The space of all widths of a model.
 
@@ -112,8 +109,6 @@ class SearchSpace:
             pin: Axes that are fixed at their base, by name or glob (``layer3.*``).
             tie: Groups of axes that keep their bases' ratio; each becomes one axis.
             init: Called on each network that is built, after the recorded scheme.
-            cache: Whether a trace of the same model may be read from disk, and this one be kept
-                there; see :mod:`widthsearch.cache`.
 
         Raises:
             TraceError: The model cannot be traced; names the module and the operation.
@@ -137,7 +132,7 @@ class SearchSpace:
                 "an input must be the shape of one sample without the batch, e.g. (3, 224, 224), a "
                 f"tensor, or a sequence or mapping of those, but was {input_shape!r}"
             ) from None
-        traced = cached_trace(made, inputs) if cache else trace(made, inputs)
+        traced = trace(made, inputs)
         if not traced.axes:
             raise SpaceError(
                 f"{type(made).__name__} has no free width: each of its {len(traced.pinned)} widths "
@@ -410,17 +405,19 @@ class SearchSpace:
         return widths.vector
 
     @cached_property
-    def pinned_shares(self) -> tuple[float | None, ...]:
-        """Per pinned width, the share of the base's MACs that would vanish with it.
+    def pinned_shares(self) -> tuple[float, ...]:
+        """Per pinned width, the share of the base's MACs in the layers whose shape depends on it.
 
-        Shares overlap: a layer's cost depends on both its widths. None where it cannot be told.
+        Shares overlap, since a layer's cost depends on both its widths.
         """
         free = self.free
         total = int(free.macs(free.base))
-        macs = pinned_macs(free.template, free.input_shape, free.trace)
-        traced: list[float | None] = [None] * len(free.pinned)
-        if macs is not None:
-            traced = [m / total if total else 0.0 for m in macs]
+        x = [axis.base // axis.unit for axis in free.trace.axes]
+        of_layer = {name: _evaluate(poly, x) for name, poly in free.trace.layer_macs.items()}
+        traced = [
+            sum(of_layer.get(layer, 0) for layer in set(pin.layers)) / total if total else 0.0
+            for pin in free.pinned
+        ]
         shares = dict(zip(free.names, free.form("macs").share(free.base.vector), strict=True))
         return (*traced, *(float(shares[p.name]) for p in self.pinned[len(free.pinned) :]))
 

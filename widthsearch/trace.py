@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -435,3 +435,45 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
         )
         for row, found in rows.items()
     )
+
+
+def trace_to_json(trace: Trace) -> dict[str, Any]:
+    """A trace as JSON values."""
+    return {
+        "axes": [[a.name, a.base, a.unit, a.layers, a.maker] for a in trace.axes],
+        "pinned": [[p.name, p.size, p.reason, p.layers, p.places] for p in trace.pinned],
+        "shapes": [[name, *map(_terms, shape)] for name, shape in trace.shapes.items()],
+        "attributes": [[*where, _terms(poly)] for where, poly in trace.attributes.items()],
+        "macs": _terms(trace.macs),
+        "params": _terms(trace.params),
+        "activations": _terms(trace.activations),
+        "layer_macs": [[layer, _terms(poly)] for layer, poly in trace.layer_macs.items()],
+    }
+
+
+def trace_from_json(content: Mapping[str, Any]) -> Trace:
+    """The trace that :func:`trace_to_json` was given."""
+    return Trace(
+        axes=tuple(
+            TracedAxis(name, base, unit, tuple(layers), (maker[0], maker[1]))
+            for name, base, unit, layers, maker in content["axes"]
+        ),
+        pinned=tuple(
+            Pinned(name, size, reason, tuple(layers), tuple((key, dim) for key, dim in places))
+            for name, size, reason, layers, places in content["pinned"]
+        ),
+        shapes={name: tuple(map(_poly, shape)) for name, *shape in content["shapes"]},
+        attributes={(layer, name): _poly(terms) for layer, name, terms in content["attributes"]},
+        macs=_poly(content["macs"]),
+        params=_poly(content["params"]),
+        activations=_poly(content["activations"]),
+        layer_macs={layer: _poly(terms) for layer, terms in content["layer_macs"]},
+    )
+
+
+def _terms(poly: Poly) -> list[list[int]]:
+    return [[coefficient, *monomial] for monomial, coefficient in poly.items()]
+
+
+def _poly(terms: Iterable[list[int]]) -> Poly:
+    return {tuple(monomial): coefficient for coefficient, *monomial in terms}
