@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from search_spaces.resnet_cifar import resnet
 from widthsearch import SearchSpace, pareto
-from widthsearch.grid import Grid
-from widthsearch.sampler import Known, WidthSampler
-from widthsearch.surrogate import Coordinates, Surrogate
+from widthsearch.bayesopt.candidates import Grid
+from widthsearch.bayesopt.sampler import Known, WidthSampler
+from widthsearch.bayesopt.surrogate import Coordinates, Surrogate
 from widthsearch.widths import Widths
 
 Array = NDArray[np.float64]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch import load_space
-from widthsearch.proposers.groups import GroupLearning, find_layers
-from widthsearch.training import parameter_groups
+from widthsearch.proposers.filter_groups.learning import GroupLearning, find_layers
+from widthsearch.training.trainer import parameter_groups
 
 SPACES = {
     "digits_resnet": "search_spaces/quickstart.py:digits_resnet",

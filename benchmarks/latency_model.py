@@ -18,10 +18,10 @@ import torch
 from scipy.stats import kendalltau
 
 from widthsearch import load_space
-from widthsearch.latency import LatencyConfig, LatencyMeter
-from widthsearch.latency_model import LatencyModel, line_of_macs
-from widthsearch.profiling import designed, standard_error
-from widthsearch.space import SearchSpace
+from widthsearch.latency.meter import LatencyConfig, LatencyMeter
+from widthsearch.latency.predictor import LatencyModel, line_of_macs
+from widthsearch.latency.profiles import designed, standard_error
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
 

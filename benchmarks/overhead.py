@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from widthsearch import Study
-from widthsearch.config import StudyConfig
-from widthsearch.outcomes import Outcome
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.trial import Outcome
 
 
 def timed(config: StudyConfig) -> tuple[float, list[Outcome]]:

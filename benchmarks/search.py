@@ -35,8 +35,8 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import IntDistribution
 
-from widthsearch import pareto
-from widthsearch.sampler import WidthSampler
+from widthsearch.bayesopt import pareto
+from widthsearch.bayesopt.sampler import WidthSampler
 from widthsearch.widths import Axis
 
 SAMPLERS = ("width", "tpe", "nsga2", "random", "gp")

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from widthsearch.counting import run_and_count
-from widthsearch.space import SearchSpace
-from widthsearch.trace import trace
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.space.verification import run_and_count
+from widthsearch.tracing.tracer import trace
 
 MOST_PARAMS = 100_000_000
 SIDES = {"vit": 224, "maxvit": 224, "inception_v3": 299}

@@ -24,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 
 from widthsearch import Recipe, load_space, pareto
-from widthsearch.data import Task, TaskConfig, load_task
-from widthsearch.families import along
-from widthsearch.latency import LatencyConfig, LatencyMeter
+from widthsearch.bayesopt.early_stopping import Curve, FrontStopping
+from widthsearch.data.tasks import Task, TaskConfig, load_task
+from widthsearch.latency.meter import LatencyConfig, LatencyMeter
 from widthsearch.proposers import PROPOSERS, Setting
-from widthsearch.space import SearchSpace
-from widthsearch.stopping import Curve, FrontStopping
-from widthsearch.training import fit
+from widthsearch.proposers.families import along
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import fit
 from widthsearch.widths import Widths
 
 

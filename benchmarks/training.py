@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from search_spaces import resnet_cifar
-from widthsearch.data import Augmentation, Split, Task, TaskConfig, load_task
-from widthsearch.latency import hardware_name
-from widthsearch.space import SearchSpace
-from widthsearch.speed import probe_concurrency, probe_precision
-from widthsearch.training import Recipe, TrainingRun, evaluate, parameter_groups
+from widthsearch.data.tasks import Augmentation, Split, Task, TaskConfig, load_task
+from widthsearch.latency.meter import hardware_name
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.autotune import probe_concurrency, probe_precision
+from widthsearch.training.trainer import Recipe, TrainingRun, evaluate, parameter_groups
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):

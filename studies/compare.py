@@ -25,9 +25,9 @@ import numpy as np
 from torch import nn
 
 from widthsearch import LatencyConfig, Recipe, SearchSpace, Widths
-from widthsearch.data import Task
-from widthsearch.latency import LatencyMeter
-from widthsearch.training import TrainingRun, evaluate
+from widthsearch.data.tasks import Task
+from widthsearch.latency.meter import LatencyMeter
+from widthsearch.training.trainer import TrainingRun, evaluate
 
 Schedule = Literal["epochs", "compute"]
 """``epochs``: the recipe's for all; ``compute``: times base MACs over the network's MACs."""

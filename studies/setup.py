@@ -19,7 +19,7 @@ from search_spaces.resnet_cifar import resnet
 from search_spaces.vgg import vgg
 from search_spaces.wide_resnet import wrn
 from widthsearch import Recipe, SearchSpace, TaskConfig, load_task
-from widthsearch.data import Task, stratified
+from widthsearch.data.tasks import Task, stratified
 
 
 def shallow_digits_resnet() -> SearchSpace:

@@ -13,11 +13,11 @@ import torch
 from strategies import MODELS, space_of
 from torch import nn
 
-from widthsearch.data import Augmentation, Split, Task
-from widthsearch.families import along
+from widthsearch.data.tasks import Augmentation, Split, Task
 from widthsearch.proposers import Proposal, Proposer, Setting
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe
+from widthsearch.proposers.families import along
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe
 
 
 @cache

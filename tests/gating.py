@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels
-from widthsearch.space import SearchSpace
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.space.search_space import SearchSpace
 
 
 class Tokens(nn.Module):

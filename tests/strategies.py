@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Axis
 
 

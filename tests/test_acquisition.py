@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from widthsearch import pareto
-from widthsearch.acquisition import Array, Gain, exceedance
+from widthsearch.bayesopt import pareto
+from widthsearch.bayesopt.acquisition import Array, Gain, exceedance
 
 coordinate = st.floats(0, 1, width=16)
 

@@ -17,7 +17,7 @@ from strategies import counted_flops, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels
+from widthsearch.channels.dependency_graph import find_channels
 from widthsearch.errors import StudyError
 from widthsearch.proposers import ActivationDensity, activation_density
 from widthsearch.proposers.activation_density import (
@@ -29,8 +29,8 @@ from widthsearch.proposers.activation_density import (
     training_complexity,
 )
 from widthsearch.proposers.density import Counts, DensityMeter
-from widthsearch.space import SearchSpace
-from widthsearch.training import EpochResult, Recipe, TrainingRun
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun
 
 QUICK = ActivationDensity(patience=1, tolerance=0.3)
 

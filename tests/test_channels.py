@@ -14,10 +14,16 @@ from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import Keep, find_channels, gate_gradients, inherit, unit_sums
+from widthsearch.channels.dependency_graph import (
+    Keep,
+    find_channels,
+    gate_gradients,
+    inherit,
+    unit_sums,
+)
 from widthsearch.errors import SpaceError, WidthsError
-from widthsearch.references import load_space
-from widthsearch.space import SearchSpace
+from widthsearch.space.loading import load_space
+from widthsearch.space.search_space import SearchSpace
 
 
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:

@@ -17,9 +17,10 @@ import torch
 import yaml
 
 import widthsearch
-from widthsearch import cli, pareto
-from widthsearch.references import load_space
-from widthsearch.study import Study
+from widthsearch import cli
+from widthsearch.api import Study
+from widthsearch.bayesopt import pareto
+from widthsearch.space.loading import load_space
 
 ROOT = Path(__file__).parent.parent
 SPACE = f"{ROOT / 'search_spaces' / 'quickstart.py'}:digits_resnet"
@@ -222,8 +223,8 @@ def test_train_writes_a_folder_that_loads(
     assert sum(p.numel() for p in net.parameters()) == card["params"]
     assert card["recipe"]["epochs"] == 1
     assert len(card["test_accuracy"]["by_seed"]) == 2
-    from widthsearch.data import load_task
-    from widthsearch.training import evaluate
+    from widthsearch.data.tasks import load_task
+    from widthsearch.training.trainer import evaluate
 
     accuracy = evaluate(net, load_task("digits"), "test")
     assert accuracy == pytest.approx(card["test_accuracy"]["of_weights"])
@@ -404,7 +405,7 @@ def test_loading_weights_runs_no_code(tmp_path: Path, runs: Path) -> None:
 
 def test_images_have_the_strides_that_torch_expects() -> None:
     """With one channel odd strides are legal, and would be taken for channels_last."""
-    from widthsearch.data import load_task
+    from widthsearch.data.tasks import load_task
 
     task = load_task("digits")
     for split in (task.train, task.validation, task.test):

@@ -10,8 +10,8 @@ import ray
 import tiny
 from ray.cluster_utils import Cluster
 
-from widthsearch.search import Progress
-from widthsearch.study import Study
+from widthsearch.api import Study
+from widthsearch.study.loop import Progress
 
 pytestmark = pytest.mark.ray
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from widthsearch.config import Rungs, StudyConfig
 from widthsearch.errors import StudyError
+from widthsearch.study.config import Rungs, StudyConfig
 
 FULL = """
 name: quickstart

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
+from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.storage import Trial
-from widthsearch.study import Study
+from widthsearch.study.storage import Trial
 
 
 def lucky(trial: Trial, epoch: int) -> float:

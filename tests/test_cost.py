@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import space_of, spaces, widths_of
 
-from widthsearch.cost import QuadraticForm
-from widthsearch.space import SearchSpace
+from widthsearch.space.cost import QuadraticForm
+from widthsearch.space.search_space import SearchSpace
 
 
 def test_a_plain_net_counted_by_hand() -> None:

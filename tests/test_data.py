@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from widthsearch import decoding
-from widthsearch.data import (
+from widthsearch.data import decoding
+from widthsearch.data.tasks import (
     Augmentation,
     DeviceLoader,
     Split,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from widthsearch.devices import (
+from widthsearch.utils.devices import (
     autocast,
     check_device,
     deterministic_cudnn,

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
 from widthsearch import export
-from widthsearch.data import DeviceLoader
+from widthsearch.api import Study
+from widthsearch.data.tasks import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError
-from widthsearch.outcomes import Outcome
-from widthsearch.references import load_function
-from widthsearch.source import source_digest
-from widthsearch.space import SearchSpace
-from widthsearch.study import Study
-from widthsearch.training import TrainingRun
+from widthsearch.modules.source import source_digest
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.trial import Outcome
+from widthsearch.training.trainer import TrainingRun
+from widthsearch.utils.references import load_function
 
 
 class Net(nn.Module):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from strategies import space_of, spaces, widths_of
 
 from widthsearch.errors import WidthsError
-from widthsearch.families import (
+from widthsearch.proposers import Proposal
+from widthsearch.proposers.families import (
     Family,
     LinearFamily,
     PowerFamily,
@@ -19,8 +20,7 @@ from widthsearch.families import (
     baselines,
     candidates,
 )
-from widthsearch.proposers import Proposal
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
 

@@ -14,19 +14,23 @@ from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.branches import BranchedArchitecture, branched, with_branches
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers import FilterGroups, Setting
-from widthsearch.proposers.filter_groups import GroupPruning, Pruned, cumulative_shares
-from widthsearch.proposers.groups import (
+from widthsearch.proposers.filter_groups.branched_space import (
+    BranchedArchitecture,
+    branched,
+    with_branches,
+)
+from widthsearch.proposers.filter_groups.learning import (
     GroupedLayer,
     GroupLasso,
     GroupLearning,
     find_layers,
     learn_groups,
 )
-from widthsearch.references import load_space
-from widthsearch.space import SearchSpace
+from widthsearch.proposers.filter_groups.proposer import GroupPruning, Pruned, cumulative_shares
+from widthsearch.space.loading import load_space
+from widthsearch.space.search_space import SearchSpace
 
 
 class TestFilterGroups(ProposerConformance):

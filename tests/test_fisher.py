@@ -17,15 +17,15 @@ from strategies import MODELS, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels, gate_gradients
+from widthsearch.channels.dependency_graph import find_channels, gate_gradients
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers import Fisher, Magnitude, Setting
 from widthsearch.proposers.fisher import FisherInformation
-from widthsearch.proposers.scores import Removal
+from widthsearch.proposers.importance import Removal
 from widthsearch.proposers.tuning import Tuning, prune_and_tune, without
-from widthsearch.references import load_function
-from widthsearch.space import SearchSpace
-from widthsearch.training import TrainingRun
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import TrainingRun
+from widthsearch.utils.references import load_function
 
 resnet: Any = load_function(
     f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'}:resnet"

@@ -20,12 +20,12 @@ from torchvision.models import segmentation
 from torchvision.models.detection import backbone_utils
 from torchvision.ops import DeformConv2d, FrozenBatchNorm2d
 
-from widthsearch.counting import run_and_count
 from widthsearch.errors import TraceError
-from widthsearch.inputs import as_inputs
-from widthsearch.modules import direction_of, tensors_of
-from widthsearch.space import SearchSpace
-from widthsearch.trace import trace
+from widthsearch.modules.tree import direction_of, tensors_of
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.space.verification import run_and_count
+from widthsearch.tracing.inputs import as_inputs
+from widthsearch.tracing.tracer import trace
 
 IMAGE = (3, 8, 8)
 TOKENS = torch.zeros(7, dtype=torch.long)

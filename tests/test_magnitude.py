@@ -7,7 +7,7 @@ import torch
 from conformance import ProposerConformance, setting, small_task
 from strategies import space_of
 
-from widthsearch.channels import find_channels
+from widthsearch.channels.dependency_graph import find_channels
 from widthsearch.proposers import Magnitude
 from widthsearch.proposers.magnitude import filter_norms
 

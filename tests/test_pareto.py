@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from widthsearch import pareto
-from widthsearch.cost import Cost
+from widthsearch.bayesopt import pareto
 from widthsearch.errors import StudyError
-from widthsearch.latency import Latency
-from widthsearch.outcomes import Outcome
-from widthsearch.training import EpochResult
+from widthsearch.latency.meter import Latency
+from widthsearch.space.cost import Cost
+from widthsearch.study.trial import Outcome
+from widthsearch.training.trainer import EpochResult
 from widthsearch.widths import Widths
 
 Points = NDArray[np.float64]

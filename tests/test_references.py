@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from widthsearch.errors import SpaceError
-from widthsearch.references import load_function, load_space
+from widthsearch.space.loading import load_space
+from widthsearch.utils.references import load_function
 
 
 def test_spaces_are_found_by_reference(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import pytest
 import ray
 import tiny
 
-from widthsearch import runner
+from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.outcomes import Outcome
-from widthsearch.search import Progress
-from widthsearch.storage import Store, Trial
-from widthsearch.study import Study
+from widthsearch.runner import ray_tune as runner
+from widthsearch.study.loop import Progress
+from widthsearch.study.storage import Store, Trial
+from widthsearch.study.trial import Outcome
 from widthsearch.widths import Widths
 
 pytestmark = pytest.mark.ray
@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
 
 ONCE, TWICE = (Path(__file__).with_name(name) for name in ("once", "twice"))
 

@@ -11,9 +11,9 @@ import tiny
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from widthsearch.grid import Batch
-from widthsearch.sampler import FIRST, Known, WidthSampler
-from widthsearch.surrogate import Array, Coordinates, Surrogate
+from widthsearch.bayesopt.candidates import Batch
+from widthsearch.bayesopt.sampler import FIRST, Known, WidthSampler
+from widthsearch.bayesopt.surrogate import Array, Coordinates, Surrogate
 from widthsearch.widths import Axis, Widths
 
 AXES = tuple(Axis(name, 64, 16, 128, 16) for name in "abcdef")

@@ -14,8 +14,9 @@ from strategies import counted_flops, random_widths
 from torch import nn
 
 from widthsearch.errors import SpaceError
-from widthsearch.references import load_function, load_space
-from widthsearch.space import SearchSpace
+from widthsearch.space.loading import load_space
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.references import load_function
 
 FOLDER = Path(__file__).parent.parent / "search_spaces"
 

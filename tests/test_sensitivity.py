@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from strategies import space_of, spaces
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels, gate_gradients
-from widthsearch.data import DeviceLoader, Split
+from widthsearch.channels.dependency_graph import find_channels, gate_gradients
+from widthsearch.data.tasks import DeviceLoader, Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Sensitivity, Setting
-from widthsearch.proposers.scores import Per, Removal, channel_scores, shrink
+from widthsearch.proposers.importance import Per, Removal, channel_scores, shrink
 from widthsearch.proposers.sensitivity import balanced
-from widthsearch.references import load_function
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.references import load_function
 
 densenet: Any = load_function(
     f"{Path(__file__).parent.parent / 'search_spaces' / 'densenet.py'}:densenet"

@@ -9,7 +9,7 @@ from conformance import RECIPE, ProposerConformance, setting, small_task
 from strategies import space_of
 from torch import Tensor, nn
 
-from widthsearch.channels import Channels, find_channels
+from widthsearch.channels.dependency_graph import Channels, find_channels
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Slimming, slimming
 from widthsearch.proposers.slimming import norm_scales

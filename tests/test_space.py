@@ -28,10 +28,10 @@ from strategies import (
 )
 from torch import nn
 
-from widthsearch.constraints import Constraints, aligned_step, default_block, default_step
 from widthsearch.errors import SpaceError, WidthsError
-from widthsearch.references import load_space
-from widthsearch.space import SearchSpace
+from widthsearch.space.constraints import Constraints, aligned_step, default_block, default_step
+from widthsearch.space.loading import load_space
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
 TORCHVISION = {

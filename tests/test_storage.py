@@ -12,7 +12,7 @@ import tiny
 from optuna.trial import TrialState
 
 from widthsearch.errors import StorageError, StudyError
-from widthsearch.storage import Store, Trial
+from widthsearch.study.storage import Store, Trial
 from widthsearch.widths import Widths
 
 SPACES = {"tiny": ("first", "second")}

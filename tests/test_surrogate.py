@@ -9,9 +9,8 @@ import pytest
 import tiny
 from numpy.typing import NDArray
 
-from widthsearch.families import LinearFamily
-from widthsearch.grid import Grid
-from widthsearch.surrogate import (
+from widthsearch.bayesopt.candidates import Grid
+from widthsearch.bayesopt.surrogate import (
     Array,
     Coordinates,
     Features,
@@ -20,6 +19,7 @@ from widthsearch.surrogate import (
     extrapolated,
     factor,
 )
+from widthsearch.proposers.families import LinearFamily
 from widthsearch.widths import Axis
 
 AXES = [Axis(str(i), 32, 8, 64, 8) for i in range(5)]

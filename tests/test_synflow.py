@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from strategies import space_of
 from torch import nn
 
-from widthsearch.channels import find_channels
-from widthsearch.data import Split
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.data.tasks import Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers import SynFlow
 from widthsearch.proposers.synflow import linearised, silence, synaptic_flow
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
 
 
 class TestSynFlow(ProposerConformance):

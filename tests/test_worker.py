@@ -13,9 +13,9 @@ import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
-from widthsearch.space import SearchSpace
-from widthsearch.training import EpochResult, Recipe, TrainingRun
-from widthsearch.worker import Worker, is_out_of_memory
+from widthsearch.runner.worker import Worker, is_out_of_memory
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun
 
 RECIPE = Recipe(epochs=4, batch_size=32)
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.config import StudyConfig
-from widthsearch.cost import Cost
-from widthsearch.data import Augmentation, Split, Task
-from widthsearch.families import Candidate
-from widthsearch.latency import Latency
-from widthsearch.lease import Lease
-from widthsearch.search import Search
-from widthsearch.space import SearchSpace
-from widthsearch.storage import Store, Trial
-from widthsearch.training import EpochResult
+from widthsearch.data.tasks import Augmentation, Split, Task
+from widthsearch.latency.meter import Latency
+from widthsearch.proposers.families import Candidate
+from widthsearch.space.cost import Cost
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.driver_lock import Lease
+from widthsearch.study.loop import Search
+from widthsearch.study.storage import Store, Trial
+from widthsearch.training.trainer import EpochResult
 from widthsearch.widths import Widths
 
 

@@ -17,24 +17,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from widthsearch.config import StudyConfig as StudyConfig
-    from widthsearch.cost import Cost as Cost
-    from widthsearch.data import Task as Task
-    from widthsearch.data import TaskConfig as TaskConfig
-    from widthsearch.data import load_task as load_task
+    from widthsearch.api import Study as Study
+    from widthsearch.bayesopt.sampler import WidthSampler as WidthSampler
+    from widthsearch.data.tasks import Task as Task
+    from widthsearch.data.tasks import TaskConfig as TaskConfig
+    from widthsearch.data.tasks import load_task as load_task
     from widthsearch.errors import WidthsearchError as WidthsearchError
     from widthsearch.export import load as load
     from widthsearch.export import train as train
-    from widthsearch.latency import Latency as Latency
-    from widthsearch.latency import LatencyConfig as LatencyConfig
-    from widthsearch.outcomes import Outcome as Outcome
+    from widthsearch.latency.meter import Latency as Latency
+    from widthsearch.latency.meter import LatencyConfig as LatencyConfig
     from widthsearch.proposers import Proposal as Proposal
     from widthsearch.proposers import Setting as Setting
-    from widthsearch.references import load_space as load_space
-    from widthsearch.sampler import WidthSampler as WidthSampler
-    from widthsearch.space import SearchSpace as SearchSpace
-    from widthsearch.study import Study as Study
-    from widthsearch.training import Recipe as Recipe
+    from widthsearch.space.cost import Cost as Cost
+    from widthsearch.space.loading import load_space as load_space
+    from widthsearch.space.search_space import SearchSpace as SearchSpace
+    from widthsearch.study.config import StudyConfig as StudyConfig
+    from widthsearch.study.trial import Outcome as Outcome
+    from widthsearch.training.trainer import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
 
@@ -42,24 +42,24 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Axis": "widths",
-    "Cost": "cost",
-    "Latency": "latency",
-    "LatencyConfig": "latency",
-    "Outcome": "outcomes",
+    "Cost": "space.cost",
+    "Latency": "latency.meter",
+    "LatencyConfig": "latency.meter",
+    "Outcome": "study.trial",
     "Proposal": "proposers",
-    "Recipe": "training",
-    "SearchSpace": "space",
+    "Recipe": "training.trainer",
+    "SearchSpace": "space.search_space",
     "Setting": "proposers",
-    "Study": "study",
-    "StudyConfig": "config",
-    "Task": "data",
-    "TaskConfig": "data",
-    "WidthSampler": "sampler",
+    "Study": "api",
+    "StudyConfig": "study.config",
+    "Task": "data.tasks",
+    "TaskConfig": "data.tasks",
+    "WidthSampler": "bayesopt.sampler",
     "Widths": "widths",
     "WidthsearchError": "errors",
     "load": "export",
-    "load_space": "references",
-    "load_task": "data",
+    "load_space": "space.loading",
+    "load_task": "data.tasks",
     "train": "export",
 }
 

@@ -57,9 +57,9 @@ def _console(stderr: bool = False) -> Console:
 
 def _run(options: argparse.Namespace) -> int:
     """Run a study, or go on with it; ends by printing the front."""
-    from widthsearch import report
-    from widthsearch.outcomes import unmended
-    from widthsearch.study import Study
+    from widthsearch.api import Study
+    from widthsearch.report import tables as report
+    from widthsearch.study.trial import unmended
 
     study = Study.load(options.study, options.runs)
     console = _console()
@@ -79,10 +79,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _space(options: argparse.Namespace) -> int:
     """Show a space: its axes, their share of MACs, and what is pinned and why."""
-    from widthsearch import report
-    from widthsearch.devices import check_device
-    from widthsearch.references import load_space
-    from widthsearch.study import Study
+    from widthsearch.api import Study
+    from widthsearch.report import tables as report
+    from widthsearch.space.loading import load_space
+    from widthsearch.utils.devices import check_device
 
     if options.space.endswith((".yaml", ".yml")) and options.input is None:
         space = Study.load(options.space).space
@@ -110,16 +110,16 @@ def _space(options: argparse.Namespace) -> int:
 
 def _propose(options: argparse.Namespace) -> int:
     """Ask one method for widths at a budget; shows them beside the base."""
-    from widthsearch import report
-    from widthsearch.config import ProposerConfig
-    from widthsearch.data import TaskConfig, load_task
-    from widthsearch.latency import LatencyConfig
-    from widthsearch.profiling import load_profile
+    from widthsearch.api import Study
+    from widthsearch.data.tasks import TaskConfig, load_task
+    from widthsearch.latency.meter import LatencyConfig
+    from widthsearch.latency.profiles import load_profile
     from widthsearch.proposers import Setting
-    from widthsearch.proposing import suggest
-    from widthsearch.references import load_space
-    from widthsearch.study import Study
-    from widthsearch.training import Recipe
+    from widthsearch.report import tables as report
+    from widthsearch.space.loading import load_space
+    from widthsearch.study.config import ProposerConfig
+    from widthsearch.study.proposals import suggest
+    from widthsearch.training.trainer import Recipe
 
     if options.out is not None and options.out.lower().endswith(".png"):
         raise StudyError(
@@ -163,12 +163,12 @@ def _propose(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report.proposal_json(space, widths, proposal), indent=1))
     else:
-        from widthsearch import pictures
+        from widthsearch.report import plots as pictures
 
         report.show(console, pictures.width_bars(space, widths))
         report.say(console, report.cost_line(space, widths))
     if options.out is not None:
-        from widthsearch import pictures
+        from widthsearch.report import plots as pictures
 
         picture = Path(options.out).with_suffix(".png")
         with writing(picture.parent):
@@ -180,10 +180,11 @@ def _propose(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     """Measure networks of a space on a device, and learn to predict the latency of all others."""
-    from widthsearch import profiling, report
-    from widthsearch.latency import LatencyConfig
-    from widthsearch.references import load_space
-    from widthsearch.study import Study
+    from widthsearch.api import Study
+    from widthsearch.latency import profiles as profiling
+    from widthsearch.latency.meter import LatencyConfig
+    from widthsearch.report import tables as report
+    from widthsearch.space.loading import load_space
 
     config = LatencyConfig()
     if options.space.endswith((".yaml", ".yml")):
@@ -214,13 +215,13 @@ def _profile(options: argparse.Namespace) -> int:
 
 def _pareto(options: argparse.Namespace) -> int:
     """Show a study's front and the uniform baseline; write front.json and front.png."""
-    from widthsearch import report
-    from widthsearch.study import Study
+    from widthsearch.api import Study
+    from widthsearch.report import tables as report
 
     study = Study.load(options.study, options.runs)
     expected = None
     if options.families:
-        from widthsearch.outlook import outlook
+        from widthsearch.report.forecast import outlook
 
         expected = outlook(study)
     console = _console(stderr=options.json or options.csv)
@@ -241,8 +242,8 @@ def _pareto(options: argparse.Namespace) -> int:
 
 def _confirm(options: argparse.Namespace) -> int:
     """Train the front again with fresh seeds where it is undecided; ends by printing it."""
-    from widthsearch import report
-    from widthsearch.study import Study
+    from widthsearch.api import Study
+    from widthsearch.report import tables as report
 
     study = Study.load(options.study, options.runs)
     console = _console()
@@ -255,9 +256,10 @@ def _confirm(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     """Train a network of a study in full and test it; writes a folder to load it from."""
-    from widthsearch import export, report
-    from widthsearch.study import Study
-    from widthsearch.training import EpochResult
+    from widthsearch import export
+    from widthsearch.api import Study
+    from widthsearch.report import tables as report
+    from widthsearch.training.trainer import EpochResult
 
     study = Study.load(options.study, options.runs)
     outcome = study.pick(options.pick)

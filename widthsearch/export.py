@@ -21,16 +21,16 @@ import torch
 from torch import nn
 
 from widthsearch import __version__
-from widthsearch.constraints import Constraints
-from widthsearch.data import Split, Task
+from widthsearch.api import Study
+from widthsearch.data.tasks import Split, Task
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
-from widthsearch.files import write_atomically
-from widthsearch.outcomes import Outcome
-from widthsearch.references import load_space
-from widthsearch.source import source_digest
-from widthsearch.space import SearchSpace
-from widthsearch.study import Study
-from widthsearch.training import CHECKPOINT, EpochResult, TrainingRun, evaluate
+from widthsearch.modules.source import source_digest
+from widthsearch.space.constraints import Constraints
+from widthsearch.space.loading import load_space
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.trial import Outcome
+from widthsearch.training.trainer import CHECKPOINT, EpochResult, TrainingRun, evaluate
+from widthsearch.utils.files import write_atomically
 
 _logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import torch
 
 from search_spaces.quickstart import digits_resnet
 from widthsearch import Recipe
-from widthsearch.channels import find_channels
-from widthsearch.data import load_task
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.data.tasks import load_task
 from widthsearch.proposers.activation_density import density_of_axes, held
 from widthsearch.proposers.density import DensityMeter
-from widthsearch.training import TrainingRun
+from widthsearch.training.trainer import TrainingRun
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from studies.compare import train
 from studies.setup import parser, setup
 from widthsearch import Recipe, SearchSpace, Widths
-from widthsearch.data import Task
-from widthsearch.families import along
+from widthsearch.data.tasks import Task
 from widthsearch.proposers import ActivationDensity, Proposal, Setting, Uniform
+from widthsearch.proposers.families import along
 
 VARIANTS: Mapping[str, ActivationDensity] = {
     "reinit": ActivationDensity(),

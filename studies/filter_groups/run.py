@@ -32,7 +32,11 @@ from torch import nn
 from studies.compare import Entry, Result, compare, table, train
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace
-from widthsearch.branches import (
+from widthsearch.data.tasks import Task
+from widthsearch.latency.meter import LatencyMeter, fold_batchnorm
+from widthsearch.proposers import FilterGroups, Setting
+from widthsearch.proposers.families import LinearFamily
+from widthsearch.proposers.filter_groups.branched_space import (
     Branch,
     BranchedArchitecture,
     branched,
@@ -40,13 +44,9 @@ from widthsearch.branches import (
     with_branches,
     without_branches,
 )
-from widthsearch.constraints import Constraints
-from widthsearch.data import Task
-from widthsearch.devices import fixed_threads
-from widthsearch.families import LinearFamily
-from widthsearch.latency import LatencyMeter, fold_batchnorm
-from widthsearch.proposers import FilterGroups, Setting
-from widthsearch.proposers.filter_groups import GroupPruning
+from widthsearch.proposers.filter_groups.proposer import GroupPruning
+from widthsearch.space.constraints import Constraints
+from widthsearch.utils.devices import fixed_threads
 from widthsearch.widths import Widths
 
 

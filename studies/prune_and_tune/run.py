@@ -24,10 +24,10 @@ from studies.compare import Entry, Result, compare, ratios, table, train
 from studies.sensitivity.run import at_each_seed
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace, Widths
-from widthsearch.data import Task
-from widthsearch.families import LinearFamily
-from widthsearch.latency import LatencyMeter
+from widthsearch.data.tasks import Task
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.proposers import Fisher, Magnitude, Setting
+from widthsearch.proposers.families import LinearFamily
 from widthsearch.proposers.tuning import Tuning, prune_and_tune
 
 

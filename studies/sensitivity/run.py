@@ -18,8 +18,8 @@ from torch import nn
 from studies.compare import Entry, compare, ratios, table
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace, Widths
-from widthsearch.families import along
 from widthsearch.proposers import Proposer, Random, Sensitivity, Setting, Slimming, SynFlow, Uniform
+from widthsearch.proposers.families import along
 
 METHODS: Mapping[str, Proposer] = {
     "sensitivity": Sensitivity(),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from widthsearch.proposers.activation_density import ActivationDensity
-from widthsearch.proposers.filter_groups import FilterGroups
+from widthsearch.proposers.filter_groups.proposer import FilterGroups
 from widthsearch.proposers.fisher import Fisher
 from widthsearch.proposers.magnitude import Magnitude
 from widthsearch.proposers.protocol import Proposal, Proposer, Setting

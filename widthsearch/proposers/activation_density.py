@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import nn
 
-from widthsearch.channels import Channels, find_channels
-from widthsearch.data import Task
+from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe, TrainingRun
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe, TrainingRun
 from widthsearch.widths import Widths
 
 

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from widthsearch.channels import Channels
-from widthsearch.modules import owner_of
+from widthsearch.channels.dependency_graph import Channels
+from widthsearch.modules.tree import owner_of
 
 RELATIVE_THRESHOLD = 0.05
 """Of the root mean square. Normally distributed activations count as 96% dense by it: a layer that

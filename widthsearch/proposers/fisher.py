@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from widthsearch.channels import Channels
-from widthsearch.data import Task
+from widthsearch.channels.dependency_graph import Channels
+from widthsearch.data.tasks import Task
+from widthsearch.proposers.importance import Per, check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.scores import Per, check_counts
 from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe
 
 
 @dataclass(frozen=True)

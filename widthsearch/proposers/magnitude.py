@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels import Channels, unit_sums
-from widthsearch.data import Task
+from widthsearch.channels.dependency_graph import Channels, unit_sums
+from widthsearch.data.tasks import Task
+from widthsearch.proposers.importance import Per, check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.scores import Per, check_counts
 from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe
 
 Norm = Literal["l1", "l2"]
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from widthsearch.data import Task
+from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe
 from widthsearch.widths import Widths
 
 PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]

@@ -8,11 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from widthsearch.channels import find_channels, gate_gradients
-from widthsearch.data import DeviceLoader, Split, Task
-from widthsearch.devices import check_device, deterministic_cudnn, seeded
-from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.scores import (
+from widthsearch.channels.dependency_graph import find_channels, gate_gradients
+from widthsearch.data.tasks import DeviceLoader, Split, Task
+from widthsearch.proposers.importance import (
     CostAt,
     Per,
     Removal,
@@ -21,7 +19,9 @@ from widthsearch.proposers.scores import (
     shrink,
     thinned,
 )
-from widthsearch.space import SearchSpace
+from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.devices import check_device, deterministic_cudnn, seeded
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels import Channels, find_channels, unit_sums
-from widthsearch.data import Task
+from widthsearch.channels.dependency_graph import Channels, find_channels, unit_sums
+from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
-from widthsearch.modules import join
-from widthsearch.proposers.magnitude import filter_norms
-from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.scores import (
+from widthsearch.modules.tree import join
+from widthsearch.proposers.importance import (
     NORMS,
     Per,
     Removal,
@@ -23,8 +21,10 @@ from widthsearch.proposers.scores import (
     shrink,
     thinned,
 )
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe, fit
+from widthsearch.proposers.magnitude import filter_norms
+from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe, fit
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from widthsearch.channels import Channels, find_channels, gate_gradients
-from widthsearch.data import Task
-from widthsearch.devices import check_device, deterministic_cudnn
+from widthsearch.channels.dependency_graph import Channels, find_channels, gate_gradients
+from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
+from widthsearch.proposers.importance import NORMS, Per, Removal, check_counts, shrink, thinned
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.scores import NORMS, Per, Removal, check_counts, shrink, thinned
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.devices import check_device, deterministic_cudnn
 
 
 @dataclass(frozen=True)

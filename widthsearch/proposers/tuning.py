@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels import Channels, find_channels, inherit
-from widthsearch.data import DeviceLoader, Task
-from widthsearch.devices import (
+from widthsearch.channels.dependency_graph import Channels, find_channels, inherit
+from widthsearch.data.tasks import DeviceLoader, Task
+from widthsearch.errors import SpaceError, StudyError
+from widthsearch.proposers.importance import Per, Removal
+from widthsearch.proposers.protocol import Setting
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import Recipe, evaluate, fit, parameter_groups
+from widthsearch.utils.devices import (
     autocast,
     check_device,
     deterministic_cudnn,
     pick_memory_format,
     seeded,
 )
-from widthsearch.errors import SpaceError, StudyError
-from widthsearch.proposers.protocol import Setting
-from widthsearch.proposers.scores import Per, Removal
-from widthsearch.space import SearchSpace
-from widthsearch.training import Recipe, evaluate, fit, parameter_groups
 from widthsearch.widths import Widths
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from widthsearch.data import Task
+from widthsearch.data.tasks import Task
+from widthsearch.proposers.importance import check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.scores import check_counts
-from widthsearch.space import SearchSpace
+from widthsearch.space.search_space import SearchSpace
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,412 @@
+"""A study: found by name, claimed once, compared with what is stored, read without a space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import tiny
+import torch
+import yaml
+from torch import nn
+
+import widthsearch.api
+from widthsearch.api import Study
+from widthsearch.errors import (
+    DataError,
+    DeviceError,
+    SpaceError,
+    StorageError,
+    StudyError,
+    WidthsError,
+)
+from widthsearch.proposers import Proposal, Sensitivity, Setting
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.loop import Progress
+from widthsearch.study.storage import Store
+from widthsearch.training.autotune import ConcurrencyProbe, PrecisionProbe
+
+
+def make(folder: Path, **changes: Any) -> Study:
+    """A study of the tiny space in a folder."""
+    return Study(tiny.config(**changes), tiny.space(), tiny.task(), folder=folder)
+
+
+def drive(study: Study, trials: int | None = None) -> None:
+    """Run it by the plain loop."""
+    with study.search() as search:
+        tiny.drive(search, trials=trials)
+
+
+def test_outcomes_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
+    """A study that was made in Python, found again by its name."""
+    drive(make(tmp_path / "tiny"))
+    study = Study.load("tiny", runs=tmp_path)
+    assert [outcome.id for outcome in study.outcomes()] == list(range(6))
+    front = study.front()
+    assert [member.cost.macs for member in front] == sorted(m.cost.macs for m in front)
+    assert {member.id for member in front} <= set(range(6))
+    assert study.outcomes()[0].widths == tiny.space().base
+    with pytest.raises(StudyError, match=r"study 'tiny' names no space: add `space:`"):
+        study.run()
+
+
+def test_a_study_is_found_by_name_folder_or_yaml(tmp_path: Path) -> None:
+    """All three are the same study, with the same folder."""
+    runs = tmp_path / "runs"
+    file = tmp_path / "anything.yaml"
+    file.write_text(yaml.safe_dump({"name": "tiny", "trials": 3}))
+    study = Study.load(file, runs=runs)
+    assert study.folder == runs / "tiny"
+    drive(make(runs / "tiny", trials=3))
+    for reference in ("tiny", runs / "tiny", str(runs / "tiny")):
+        found = Study.load(reference, runs=runs)
+        assert found.folder == runs / "tiny"
+        assert len(found.outcomes()) == 3
+
+
+def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """With the name that it may have been."""
+    with pytest.raises(StudyError, match="there is no 'tiny'; give a study's YAML, name or folder"):
+        Study.load("tiny", runs=tmp_path)
+    drive(make(tmp_path / "tiny", trials=1))
+    with pytest.raises(StudyError, match="there is no 'tinny'; did you mean 'tiny'"):
+        Study.load("tinny", runs=tmp_path)
+
+
+def test_a_study_that_was_never_run_has_no_outcomes(tmp_path: Path) -> None:
+    """And asking makes no files."""
+    study = make(tmp_path / "tiny")
+    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet: run it first"):
+        study.outcomes()
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    """Nothing of the study changes by it."""
+    drive(make(tmp_path, trials=2))
+    before = (tmp_path / "study.yaml").read_text()
+    other = Study(tiny.config(trials=9), tiny.space("other"), tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError) as caught:
+        drive(other)
+    assert str(caught.value) == (
+        "a study keeps its space, but 'tiny' was begun with 'tiny' (2 axes) and is now given "
+        "'other' (2 axes): put the space back, or give the study another name"
+    )
+    assert (tmp_path / "study.yaml").read_text() == before
+    drive(make(tmp_path, trials=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"recipe": {"epochs": 5, "batch_size": 32}}, "recipe.epochs=4 and now has 5"),
+        ({"objectives": ["accuracy", "params"]}, r"objectives=\['accuracy', 'macs'\]"),
+        ({"seed": 1}, "seed=0 and now has 1"),
+        ({"task": "digits"}, "task=None and now has"),
+    ],
+)
+def test_what_would_make_outcomes_incomparable_is_refused(
+    tmp_path: Path, changes: dict[str, Any], place: str
+) -> None:
+    """With the place, what it was, and what it is now."""
+    drive(make(tmp_path, trials=2))
+    with pytest.raises(StudyError, match=place) as caught:
+        drive(make(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_is_picked(tmp_path: Path) -> None:
+    """By believed accuracy, from the front; by its ID, any that is finished."""
+    study = make(tmp_path, trials=12)
+    drive(study)
+    front = study.front()
+    assert study.pick("best") == max(front, key=study.beliefs().accuracy)
+    assert study.pick() in front
+    assert [study.pick(outcome.id) for outcome in study.outcomes()] == study.outcomes()
+    with pytest.raises(StudyError, match="99"):
+        study.pick(99)
+
+
+def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> None:
+    """A proposer's wrong name is mended, and so is whatever else is on one's mind."""
+    with make(tmp_path).search():
+        pass
+    changed = tiny.config(recipe={"epochs": 3, "batch_size": 16}, seed=5, trials=2)
+    study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
+    drive(study)
+    assert [len(outcome.curve) for outcome in study.outcomes()] == [3, 3]
+    with pytest.raises(StudyError, match="a study keeps its seed"):
+        drive(make(tmp_path, recipe={"epochs": 3, "batch_size": 16}))
+    with make(tmp_path / "other").search():
+        pass
+    with pytest.raises(StudyError, match="a study keeps its objectives"):
+        drive(make(tmp_path / "other", objectives=["accuracy", "params"]))
+
+
+def test_budgets_that_nothing_meets_are_left_out(tmp_path: Path) -> None:
+    """It is said; where none is left, that is an error."""
+    told: list[Progress] = []
+    with make(tmp_path, budgets=[0.001, 0.5]).search(told.append) as search:
+        budgets = {t.origin["budget"] for t in tiny.drive(search) if "budget" in t.origin}
+    assert budgets == {0.5}
+    narrowest = "budgets 0.001 are left out: the narrowest network has 0.084 of the base's MACs"
+    assert narrowest in [progress.message for progress in told]
+    with pytest.raises(WidthsError, match="is below the narrowest network"):
+        drive(make(tmp_path / "other", budgets=[0.001]))
+
+
+def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
+    """But for the base and the baselines, which are on no front; and some network must fit."""
+    study = make(
+        tmp_path,
+        limits={"macs": (0, 4000)},
+        proposers=["sensitivity"],
+        budgets=[0.3, 2.0],
+        trials=9,
+    )
+    drive(study)
+    for outcome in study.outcomes():
+        compared = "base" in outcome.origin or "baseline" in outcome.origin
+        assert compared or outcome.cost.macs <= 4000
+    assert any(outcome.cost.macs > 4000 for outcome in study.outcomes())
+    assert all(outcome.cost.macs <= 4000 for outcome in study.front())
+    with pytest.raises(StudyError, match=r"limits.macs is \[0, 10\] and networks have 872 to "):
+        drive(make(tmp_path / "other", limits={"macs": (0, 10)}))
+
+
+def test_a_network_that_does_not_fit_the_data_is_told_at_once(tmp_path: Path) -> None:
+    """Four outputs for five classes: before anything is written."""
+    five = replace(tiny.task(), classes=5)
+    study = Study(tiny.config(), tiny.space(), five, folder=tmp_path / "five")
+    with pytest.raises(DataError, match="give its last layer 5 outputs"):
+        drive(study)
+    assert not (tmp_path / "five").exists()
+
+
+def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None:
+    """The base, and what the sampler asks for."""
+    study = make(tmp_path, proposers=[], baselines=0.0)
+    drive(study)
+    assert [outcome.origin for outcome in study.outcomes()[1:]] == 5 * [{"sampler": "width"}]
+
+
+def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
+    """More trials, another concurrency, other rungs, other budgets, other bounds."""
+    drive(make(tmp_path, trials=2))
+    changed = tiny.config(
+        trials=7,
+        concurrency=2,
+        budgets=[0.3],
+        early_stopping={"kind": "rungs", "first_epoch": 1, "eta": 2},
+        proposers=["random"],
+    )
+    study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
+    drive(study)
+    assert len(study.outcomes()) == 7
+
+
+def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
+    """Its costs would be another image's."""
+    study = Study(tiny.config(task="digits"), tiny.space(), folder=tmp_path / "x")
+    with pytest.raises(StudyError, match=r"traced at \(1, 4, 4\) and the images of 'digits' are"):
+        drive(study)
+    assert not (tmp_path / "x").exists()
+
+
+def test_two_drivers_are_refused(tmp_path: Path) -> None:
+    """The second one changes nothing."""
+    with (
+        make(tmp_path).search(),
+        pytest.raises(StudyError, match="is being run by process"),
+        make(tmp_path, trials=9).search(),
+    ):
+        pass
+    assert Study.load(tmp_path).config.trials == 6
+
+
+def test_proposers_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed study has their answers in its storage, unless they are configured anew."""
+    asked: list[int] = []
+
+    def counted(self: Sensitivity, space: Any, task: Any, setting: Setting) -> Proposal:
+        assert task.test is None
+        asked.append(setting.seed)
+        return Proposal("sensitivity", (space.base,), {})
+
+    monkeypatch.setattr(Sensitivity, "__call__", counted)
+    drive(make(tmp_path, trials=2, proposers=["sensitivity"]))
+    drive(make(tmp_path, trials=3, proposers=["sensitivity"]))
+    assert asked == [0]
+
+
+def test_latency_is_measured_where_it_is_an_objective(tmp_path: Path) -> None:
+    """On the scale of one measurement of the base model, also after a resume."""
+    settings: dict[str, Any] = {
+        "objectives": ["accuracy", "macs", "latency_ms"],
+        "latency": {"pairs": 4},
+    }
+    drive(make(tmp_path, trials=2, **settings), trials=1)
+    study = make(tmp_path, trials=4, **settings)
+    drive(study)
+    latencies = [outcome.latency for outcome in study.outcomes()]
+    assert len({latency.base_ms for latency in latencies if latency is not None}) == 1
+    assert len(latencies) == 4
+
+
+def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one probe, for all trials, proposers and the final training; one that is named stays."""
+
+    def probe(*_: Any, **__: Any) -> PrecisionProbe:
+        monkeypatch.setattr(widthsearch.api, "probe_precision", None)  # never again
+        return PrecisionProbe("bf16", 2.0, 5, "cpu", 1)
+
+    monkeypatch.setattr(widthsearch.api, "probe_precision", probe)
+    study = make(tmp_path / "a", trials=4)
+    drive(study, trials=1)
+    for again in (study, make(tmp_path / "a", trials=4)):
+        with again.search() as search:
+            assert search.config.recipe.precision == again.recipe.precision == "bf16"
+        assert again.config.recipe.precision == "auto"
+    stored = Store.open(study.storage, "tiny").attribute("precision")
+    assert (stored["precision"], stored["speedup"]) == ("bf16", 2.0)
+    recipe = {**tiny.config().to_json()["recipe"], "precision": "fp32"}
+    with make(tmp_path / "b", recipe=recipe).search() as search:
+        assert search.config.recipe.precision == "fp32"
+
+
+def test_the_number_at_once_is_found_once_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one probe of as many as the cores allow, reported and kept; another machine probes."""
+    asked: list[Sequence[int]] = []
+
+    def probe(*_: Any, numbers: Sequence[int], **__: Any) -> ConcurrencyProbe:
+        asked.append(list(numbers))
+        return ConcurrencyProbe({1: 100.0, 2: 150.0, 4: 140.0}, "cpu", 1, None)
+
+    monkeypatch.setattr(widthsearch.api, "probe_concurrency", probe)
+    monkeypatch.setattr(widthsearch.api, "cores", lambda: 6)
+    told: list[Progress] = []
+    for _ in range(2):
+        with make(tmp_path, concurrency="auto").search(told.append) as search:
+            assert search.config.at_once == 2
+    assert asked == [[1, 2, 4, 6]]
+    assert told[-1].message == (
+        "concurrency 2 on each device; base networks an hour: 100 by 1 at once, 150 by 2 at once, "
+        "140 by 4 at once"
+    )
+    monkeypatch.setattr(widthsearch.api, "cores", lambda: 2)
+    with make(tmp_path, concurrency="auto").search():
+        assert asked[1:] == [[1, 2]]
+    with pytest.raises(StudyError, match="is decided when a study is run"):
+        tiny.config(concurrency="auto").at_once  # noqa: B018
+    with pytest.raises(StudyError, match="probes this machine"):
+        tiny.config(concurrency="auto", ray_address="10.0.0.1:6379")
+
+
+def test_a_gpu_is_shared_by_as_many_as_train_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs, three on each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(widthsearch.api, "check_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(
+        widthsearch.api,
+        "probe_concurrency",
+        lambda *_, **__: ConcurrencyProbe({1: 1.0, 2: 1.5, 3: 2.0}, "cuda", 1, None),
+    )
+    settings = {"device": "cuda", "resources": {"gpu": 1}, "proposers": ["uniform"]}
+    with make(tmp_path, concurrency="auto", **settings).search() as search:
+        assert search.config.at_once == 6
+        assert search.config.resources.gpu == 0.3333
+
+
+def test_a_device_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any file is made."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    study = make(tmp_path / "tiny", device="cuda:0", resources={"gpu": 1})
+    with pytest.raises(DeviceError, match="cuda:0"):
+        drive(study)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_space_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    """The space's own error comes through."""
+    study = Study(tiny.config(space="nowhere.at:all"), task=tiny.task(), folder=tmp_path)
+    with pytest.raises(SpaceError, match="nowhere"):
+        drive(study)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """One line with the system's reason."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"'.*file/tiny' cannot be made: Not a directory"):
+        drive(make(tmp_path / "file" / "tiny"))
+
+
+def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
+    """Any Optuna URL; each study under its name."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    for name in ("one", "two"):
+        drive(make(tmp_path / name, name=name, storage=url, trials=2))
+    assert not (tmp_path / "one" / "study.db").exists()
+    assert len(Store.open(url, "one").outcomes({"tiny": ("first", "second")})) == 2
+    assert len(Study.load(tmp_path / "two").outcomes()) == 2
+
+
+def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
+    """An Optuna study that was not made here, in a database that is shared."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    optuna.create_study(storage=url, study_name="tiny")
+    with pytest.raises(StudyError, match="already has an Optuna study 'tiny' that is not"):
+        drive(make(tmp_path, storage=url))
+
+
+def test_several_spaces_make_one_front(tmp_path: Path) -> None:
+    """Each base, its own candidates at the first one's budgets, and outcomes that know theirs."""
+    spaces = [tiny.space(), tiny.space("other", least=0.5)]
+    study = Study(tiny.config(trials=9), spaces, tiny.task(), folder=tmp_path)
+    drive(study)
+    outcomes = study.outcomes()
+    assert [o.space for o in outcomes[:2]] == ["tiny", "other"]
+    assert all(o.origin == {"base": True} for o in outcomes[:2])
+    assert len({(o.space, o.widths) for o in outcomes}) == 9
+    assert {o.space for o in outcomes if "sampler" in o.origin} == {"tiny", "other"}
+    assert [o.id for o in Study.load(tmp_path).outcomes()] == list(range(9))
+    drive(Study(tiny.config(trials=10), spaces, tiny.task(), folder=tmp_path))
+    with pytest.raises(StudyError, match="begun with tiny, other and is now given tiny: put them"):
+        drive(make(tmp_path, trials=11))
+
+
+def test_spaces_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Outcomes would not know theirs."""
+    study = Study(tiny.config(), [tiny.space(), tiny.space()], tiny.task(), folder=tmp_path)
+    with pytest.raises(StudyError, match="must have different names, but are tiny, tiny"):
+        drive(study)
+
+
+def test_the_device_decides_steps_that_nobody_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where latency is measured, or else where candidates train; a step that was given stays."""
+    wide = SearchSpace.from_model(
+        lambda: nn.Sequential(nn.Conv2d(1, 256, 1), nn.Conv2d(256, 4, 1)), (1, 4, 4)
+    )
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    def step(space: SearchSpace = wide, **changes: Any) -> int:
+        return Study(tiny.config(**changes), space, tiny.task(), folder=tmp_path).space.axes[0].step
+
+    assert step() == 16
+    assert step(constraints={"align": "none"}) == 8
+    assert step(wide.constrained(step=4)) == 4
+    gpu: dict[str, Any] = {"device": "cuda", "resources": {"gpu": 1}}
+    assert step(**gpu) == 8
+    assert step(**gpu, objectives=["accuracy", "latency_ms"], latency={"device": "cpu"}) == 16

@@ -1,0 +1,220 @@
+"""Probes: they choose by time, clearly or not at all, and leave what they probe as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from widthsearch.data.tasks import load_task
+from widthsearch.errors import DeviceError
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training import autotune as speed
+from widthsearch.training.autotune import ConcurrencyProbe, probe_concurrency, probe_precision
+from widthsearch.training.trainer import EpochResult, Recipe, fit
+
+RECIPE = Recipe(epochs=6, batch_size=32, lr=0.1)
+
+
+def convnet(seed: int = 0) -> nn.Module:
+    """Two convolutions with BatchNorm and a linear layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+
+
+# --- precision ---
+
+
+class Timed:
+    """A training run whose epochs take as long as is said here, by precision."""
+
+    seconds: dict[str, list[float]]
+    finished = False
+
+    def __init__(self, model: nn.Module, task: Any, recipe: Recipe, **_: Any) -> None:
+        self.times = list(Timed.seconds[recipe.precision])
+        assert len(task.train) == recipe.batch_size == 32
+
+    def run_epoch(self) -> EpochResult:
+        """The next time; the last one for ever."""
+        return EpochResult(1, 1.0, 1.0, self.times.pop(0) if len(self.times) > 1 else self.times[0])
+
+
+@pytest.mark.parametrize(
+    ("bf16", "precision", "speedup"),
+    [
+        ([5.0, 1.0], "bf16", 2.0),  # the first makes the kernels
+        ([5.0, 1.9], "fp32", 2 / 1.9),  # faster, but not clearly
+        ([5.0, 20.0], "fp32", 0.1),
+        ([5.0, 1.0, 8.0, 1.0, 9.0, 1.0], "bf16", 2.0),  # slow steps are accidents
+    ],
+)
+def test_bf16_is_taken_where_it_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, bf16: list[float], precision: str, speedup: float
+) -> None:
+    """By the median of five pairs, however short the time."""
+    Timed.seconds = {"fp32": [2.0], "bf16": bf16}
+    monkeypatch.setattr(speed, "TrainingRun", Timed)
+    probe = probe_precision(convnet(), load_task("digits"), RECIPE, threads=1, seconds=0.0)
+    assert (probe.precision, probe.speedup) == (precision, pytest.approx(speedup))
+    assert (probe.device, probe.threads, probe.pairs) == ("cpu", 1, 5)
+
+
+def test_a_cpu_without_bf16_is_known_by_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes ten times as long there; one is enough."""
+    Timed.seconds = {"fp32": [2.0], "bf16": [20.0, 0.1]}
+    monkeypatch.setattr(speed, "TrainingRun", Timed)
+    probe = probe_precision(convnet(), load_task("digits"), RECIPE)
+    assert (probe.precision, probe.speedup, probe.pairs) == ("fp32", 0.1, 0)
+
+
+def test_what_diverges_is_left_to_its_trials() -> None:
+    """A rate that no training survives decides nothing, and a network of NaNs is fp32's."""
+    task = load_task("digits")
+    wild = replace(RECIPE, lr=1e8)
+    assert probe_precision(convnet(), task, wild, seconds=0.05).pairs >= 5
+    broken = convnet()
+    with torch.no_grad():
+        next(iter(broken.parameters())).fill_(math.nan)
+    assert probe_precision(broken, task, RECIPE).pairs == 0
+    space = SearchSpace.from_model(nn_model, (1, 8, 8))
+    probe = probe_concurrency(pickle.dumps(space), task, wild, numbers=(1,), seconds=0.1)
+    assert probe.candidates_per_hour[1] > 0
+
+
+def test_a_probe_leaves_everything_as_it_was() -> None:
+    """The network, torch's generator and its threads; the answer is plain JSON."""
+    model = convnet()
+    torch.manual_seed(5)
+    before, state = torch.get_rng_state(), pickle.dumps(model.state_dict())
+    probe = probe_precision(model, load_task("digits"), RECIPE, threads=2, seconds=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == 1
+    assert pickle.dumps(model.state_dict()) == state
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert json.loads(json.dumps(probe.to_json()))["precision"] in ("fp32", "bf16")
+    assert probe.speedup > 0
+    assert math.isfinite(probe.speedup)
+
+
+@pytest.mark.slow
+def test_bf16_is_as_accurate_as_fp32() -> None:
+    """Over six seeds the mean accuracies are within three standard errors of each other."""
+    task = load_task("digits")
+    final = {
+        precision: [
+            fit(convnet(seed), task, replace(RECIPE, precision=precision), seed=seed)[-1].accuracy
+            for seed in range(6)
+        ]
+        for precision in ("fp32", "bf16")
+    }
+    assert min(map(min, final.values())) > 90
+    means = [statistics.fmean(accuracies) for accuracies in final.values()]
+    error = math.hypot(*(statistics.stdev(a) / 6**0.5 for a in final.values()))
+    assert abs(means[0] - means[1]) < 3 * error
+
+
+# --- concurrency ---
+
+
+class Counted:
+    """A process that makes as many steps a second as is said here, by their number at once."""
+
+    rates: dict[int, float]
+    alive = 0
+
+    def __init__(self) -> None:
+        Counted.alive += 1
+        self.ready = False
+
+    def ask(self, asked: bytes) -> None:
+        """Told what to train."""
+
+    def write(self, seconds: float) -> None:
+        """Told to go."""
+
+    def read(self) -> dict[str, Any]:
+        """Ready, or failed where there is no rate; then steps."""
+        if Counted.alive not in Counted.rates:
+            return {"failed": "OutOfMemoryError: CUDA out of memory"}
+        if not self.ready:
+            self.ready = True
+            return {"ready": True}
+        return {"steps": 10 * Counted.rates[Counted.alive], "seconds": 10.0}
+
+    def end(self) -> None:
+        """Gone."""
+        Counted.alive -= 1
+
+
+@pytest.mark.parametrize(
+    ("rates", "tried", "best", "limit"),
+    [
+        # digits have 1,079 images: 33 steps of 32 an epoch, 198 a candidate of six epochs
+        ({1: 33.0, 2: 33.0, 4: 33.0}, {1: 600, 2: 1200, 4: 2400}, 4, None),
+        ({1: 33.0, 2: 30.0, 4: 14.0}, {1: 600, 2: 60 / 55 * 1000, 4: 56 / 55 * 1000}, 2, "fewer"),
+        ({1: 33.0, 2: 16.9, 4: 8.45}, {1: 600, 2: 33.8 / 33 * 600, 4: 33.8 / 33 * 600}, 1, None),
+        ({1: 33.0, 2: 30.0}, {1: 600, 2: 60 / 55 * 1000}, 2, "4 at once: OutOfMemoryError: CUDA"),
+    ],
+)
+def test_the_best_number_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    rates: dict[int, float],
+    tried: dict[int, float],
+    best: int,
+    limit: str | None,
+) -> None:
+    """The most candidates an hour, with as few processes as come close; memory is a limit."""
+    Counted.rates = rates
+    monkeypatch.setattr(speed, "_Trainer", Counted)
+    probe = probe_concurrency(b"", load_task("digits"), RECIPE, numbers=(1, 2, 4))
+    assert probe.candidates_per_hour == pytest.approx(tried)
+    assert probe.best == best
+    assert probe.limit is None if limit is None else limit in (probe.limit or "")
+    assert Counted.alive == 0
+    assert probe.to_json()["best"] == best
+
+
+def test_candidates_are_counted_in_processes_of_their_own() -> None:
+    """One that trains digits for a moment, and one whose space cannot be read."""
+    space = SearchSpace.from_model(nn_model, (1, 8, 8))
+    probe = probe_concurrency(
+        pickle.dumps(space), load_task("digits"), RECIPE, numbers=(1,), seconds=0.1
+    )
+    assert isinstance(probe, ConcurrencyProbe)
+    assert probe.candidates_per_hour[1] > 0
+    with pytest.raises(DeviceError, match="cannot: 1 at once: UnpicklingError"):
+        probe_concurrency(b"nothing", load_task("digits"), RECIPE, numbers=(1,))
+
+
+def nn_model() -> nn.Module:
+    """Of torch's classes alone, so that another process can read it."""
+    return convnet()
+
+
+@pytest.mark.gpu
+def test_candidates_share_a_gpu() -> None:
+    """Two at once train; their number is what is reported."""
+    space = SearchSpace.from_model(nn_model, (1, 8, 8))
+    probe = probe_concurrency(
+        pickle.dumps(space), load_task("digits"), RECIPE, device="cuda", numbers=(1, 2), seconds=1.0
+    )
+    assert list(probe.candidates_per_hour) == [1, 2]
+    assert probe.best in (1, 2)

@@ -1,0 +1,273 @@
+"""Predicted latency: stairs that are found, errors and deviations that are honest."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.errors import StudyError
+from widthsearch.latency.meter import LatencyConfig, LatencyMeter
+from widthsearch.latency.predictor import LatencyModel, _Layers
+from widthsearch.space.search_space import SearchSpace
+
+
+class Net(nn.Module):
+    """A stem, a depthwise and a pointwise convolution, and a linear layer: two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.pointwise = nn.Conv2d(32, 64, 1)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = F.relu(self.pointwise(F.relu(self.depthwise(F.relu(self.stem(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Deep(nn.Module):
+    """Six 3×3 convolutions at two resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 32, 32, 32, 64, 64, 64]
+        self.body = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)
+        )
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        for i, layer in enumerate(self.body):
+            x = F.relu(layer(F.max_pool2d(x, 2) if i == 3 else x))
+        return self.fc(x.mean((2, 3)))
+
+
+@cache
+def net() -> SearchSpace:
+    """The small network's space, every width from an eighth to twice the base."""
+    return SearchSpace.from_model(Net, (3, 8, 8), step=1)
+
+
+@cache
+def deep() -> SearchSpace:
+    """Six axes, any width."""
+    return SearchSpace.from_model(Deep, (3, 8, 8), step=1)
+
+
+def vectors(space: SearchSpace, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Random widths, every second vector in multiples of 8."""
+    rng = np.random.default_rng(seed)
+    out = np.stack([rng.integers(a.least, a.most + 1, count) for a in space.axes], 1)
+    out[::2] = np.maximum(out[::2] // 8 * 8, 8)
+    return out
+
+
+def device(step: int, noise: float = 0.02) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    """A synthetic device for :func:`deep`: 0.1 ms, and each layer at widths rounded up, at a speed
+    of its own."""
+    rng = np.random.default_rng(step)
+    speeds = np.exp(rng.normal(0, 0.3, 6))
+
+    def measure(widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        up = np.ceil(widths / step) * step
+        pairs = [(np.full(len(up), 3.0), up[:, 0])] + [(up[:, i], up[:, i + 1]) for i in range(5)]
+        ms = np.full(len(up), 0.1)
+        for i, (inputs, outputs) in enumerate(pairs):
+            places = 64 if i < 3 else 16
+            ms += speeds[i] * 1e-6 * 9 * places * inputs * outputs + 1e-5 * places * outputs
+        return ms * np.exp(rng.normal(0, noise, len(up)))
+
+    return measure
+
+
+# --- layers ---
+
+
+def test_macs_of_layers_at_rounded_widths_by_hand() -> None:
+    """At widths (17, 33) and blocks of 16, they are those of (32, 48); at blocks of 1 exact."""
+    layers = _Layers(net())
+    base = 64 * (27 * 32 + 9 * 32 + 32 * 64) + 64 * 10
+    macs, elements, off = layers([17, 33], 16)
+    expected = np.array([64 * 27 * 32, 64 * 9 * 32, 64 * 32 * 48, 48 * 10]) / base
+    np.testing.assert_allclose(macs[0], expected)
+    outputs = np.array([64 * 32, 64 * 32, 64 * 48, 10]) / (64 * (32 + 32 + 64) + 10)
+    np.testing.assert_allclose(elements[0], outputs)
+    assert off[0].tolist() == [1, 1, 2, 1]
+    exact, _, none = layers([17, 33], 1)
+    assert exact.sum() * base == pytest.approx(int(net().macs([17, 33])))
+    assert none.sum() == 0
+
+
+def test_layers_without_a_weight_of_their_own_count_by_their_macs() -> None:
+    """Attention's MACs are no product of one weight's sizes; the sum is exact still."""
+    space = SearchSpace.from_model(
+        lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (5, 16), step=2
+    )
+    widths = np.array([axis.least for axis in space.axes])
+    macs, _, _ = _Layers(space)(widths, 1)
+    whole = space.cost(space.base).macs
+    assert macs.sum() * whole == pytest.approx(int(space.macs(widths)))
+
+
+# --- learning ---
+
+
+@pytest.mark.parametrize("step", [1, 8, 16])
+def test_the_device_s_blocks_are_found(step: int) -> None:
+    """From 60 networks with 2% noise, on a synthetic device; those left out are predicted as well.
+
+    The median error may not be far above the noise's 1.35%, and is far below that of MACs alone.
+    """
+    train, test = vectors(deep(), 60), vectors(deep(), 200, seed=1)
+    measure = device(step)
+    model = LatencyModel.fit(deep(), train, measure(train))
+    assert model.steps[step] > 0.9
+    errors = np.abs(model.predicted(test) / measure(test) - 1)
+    assert np.median(errors) < 0.025
+    assert model.errors.median < 0.025 < model.errors.median_macs
+    assert model.errors.tau > max(0.9, model.errors.tau_macs)
+    assert 0.8 <= model.errors.coverage <= 1
+
+
+def test_deviations_are_calibrated() -> None:
+    """On a device without noise, nine in ten true latencies lie inside the 90% intervals."""
+    train, test = vectors(deep(), 25), vectors(deep(), 400, seed=1)
+    model = LatencyModel.fit(deep(), train, device(8)(train))
+    mean, sd = model(test)
+    inside = np.abs(mean - device(8, noise=0)(test)) < 1.645 * sd
+    assert 0.8 < inside.mean() <= 1
+
+
+def test_a_measurement_of_a_disturbed_machine_hardly_counts() -> None:
+    """Three of 40 networks five times too slow: the others' predictions stay."""
+    train, test = vectors(deep(), 40), vectors(deep(), 100, seed=1)
+    ms = device(8)(train)
+    clean = LatencyModel.fit(deep(), train, ms).predicted(test)
+    ms[[3, 17, 30]] *= 5
+    disturbed = LatencyModel.fit(deep(), train, ms).predicted(test)
+    assert np.median(np.abs(disturbed / clean - 1)) < 0.03
+
+
+def test_known_standard_errors_weigh() -> None:
+    """Of two measurements of one network, the one with the smaller error is believed."""
+    base = deep().base.vector
+    model = LatencyModel.fit(deep(), [base, base], [1.0, 2.0], [0.01, 1.0])
+    assert float(model(base)[0]) == pytest.approx(1.0, rel=0.1)
+
+
+def test_few_networks_fall_back_on_macs_and_say_so() -> None:
+    """From 10 uniform networks: the order of MACs, and more deviation than from 60 mixed ones."""
+    uniform = np.array([deep().widths(m / 8).vector for m in range(2, 12)])
+    test = vectors(deep(), 100, seed=1)
+    few = LatencyModel.fit(deep(), uniform, device(16)(uniform))
+    many = LatencyModel.fit(deep(), vectors(deep(), 60), device(16)(vectors(deep(), 60)))
+    mean, sd = few(test)
+    truth = device(16, noise=0)(test)
+    assert np.median(np.abs(mean / truth - 1)) < 0.3
+    assert np.mean(np.abs(mean - truth) < 1.645 * sd) > 0.8
+    assert np.median(sd / mean) > 2 * np.median(many(test)[1] / many(test)[0])
+
+
+def test_one_network_scales_and_blocks_that_were_not_seen_stay_open() -> None:
+    """One measurement is met; of multiples of 8 alone, blocks of 1 to 8 stay equally likely."""
+    base = deep().base.vector
+    one = LatencyModel.fit(deep(), [base], [3.0])
+    assert float(one(base)[0]) == pytest.approx(3.0, rel=0.05)
+    whole = vectors(deep(), 40) // 8 * 8 + 8
+    model = LatencyModel.fit(deep(), whole, device(8)(whole))
+    assert model.steps[1] == pytest.approx(model.steps[8])
+    assert sum(model.steps.values()) == pytest.approx(1)
+
+
+def test_predictions_are_positive_and_batched() -> None:
+    """One vector gives a number each, many the same numbers; they are what proposers are given."""
+    train = vectors(deep(), 30)
+    model = LatencyModel.fit(deep(), train, device(8)(train))
+    least = np.array([axis.least for axis in deep().axes])
+    mean, sd = model(np.stack([least, train[0]]))
+    assert (mean > 0).all() and (sd > 0).all()
+    assert float(model(train[0])[0]) == pytest.approx(mean[1])
+    np.testing.assert_array_equal(model.predicted(np.stack([least, train[0]])), mean)
+
+
+# --- stairs ---
+
+
+def test_stairs_name_what_costs_nothing() -> None:
+    """In blocks of 16: from 32, no channel is free, nine less save a block; from 25, seven are."""
+    train = vectors(deep(), 80)
+    model = LatencyModel.fit(deep(), train, device(16, noise=0.001)(train))
+    on = deep().base
+    stair = model.stairs(on)[1]
+    assert (stair.name, stair.width) == (deep().axes[1].name, 32)
+    assert stair.more_ms is not None and stair.more_ms > 1.05 * stair.ms
+    assert (stair.flat_from, stair.flat_to) == (17, 32)
+    off = deep().widths({stair.name: 25})
+    stair = model.stairs(off)[1]
+    assert (stair.flat_from, stair.flat_to) == (17, 32)
+    least = model.stairs(deep().widths([axis.least for axis in deep().axes]))[0]
+    most = model.stairs(deep().widths([axis.most for axis in deep().axes]))[0]
+    assert least.less_ms is None and most.more_ms is None
+    assert least.flat_from == least.width and most.flat_to == most.width
+
+
+# --- files and errors ---
+
+
+def test_json_and_back_predicts_the_same() -> None:
+    """Measurements and errors are kept, the fit is repeated; another space's is refused."""
+    train = vectors(deep(), 20)
+    model = LatencyModel.fit(deep(), train, device(8)(train), np.full(20, 0.01))
+    content = json.loads(json.dumps(model.to_json()))
+    again = LatencyModel.from_json(deep(), content)
+    np.testing.assert_array_equal(again.predicted(train), model.predicted(train))
+    assert again.errors == model.errors
+    with pytest.raises(StudyError, match="must be of its own space"):
+        LatencyModel.from_json(net(), content)
+
+
+def test_errors_need_three_networks() -> None:
+    """Two networks, however often measured, leave nothing to learn from."""
+    base, other = deep().base.vector, deep().widths(0.5).vector
+    model = LatencyModel.fit(deep(), [base, other, base], [1.0, 0.5, 1.1])
+    with pytest.raises(StudyError, match="need 3 different networks, but 2"):
+        _ = model.errors
+    assert model.to_json()["errors"] is None
+
+
+@pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf])
+def test_measurements_that_are_none_are_refused(ms: float) -> None:
+    """The message names the network."""
+    with pytest.raises(StudyError, match=r"network \[32, 32"):
+        LatencyModel.fit(deep(), [deep().base.vector], [ms])
+
+
+def test_shapes_must_fit() -> None:
+    """Nothing measured, or vectors of another length."""
+    for widths, ms in (([], []), ([[1, 2]], [1.0])):
+        with pytest.raises(StudyError, match="needs vectors"):
+            LatencyModel.fit(deep(), widths, ms)
+
+
+# --- a real device ---
+
+
+@pytest.mark.slow
+def test_real_latency_is_predicted_better_than_by_nothing() -> None:
+    """Measured on this machine: the order of networks that were left out."""
+    meter = LatencyMeter(deep().build(1.0, seed=0), (3, 8, 8), LatencyConfig(pairs=8))
+    train = vectors(deep(), 24)
+    ms = [meter.measure(deep().build(row.tolist(), seed=0)).median_ms for row in train]
+    assert LatencyModel.fit(deep(), train, ms).errors.tau > 0.4

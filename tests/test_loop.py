@@ -1,0 +1,461 @@
+"""The engine-free loop, driven by a plain loop over made-up accuracies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from widthsearch.errors import DeviceError, StudyError
+from widthsearch.latency.meter import Latency
+from widthsearch.study.loop import FAILURES_IN_A_ROW, Progress
+from widthsearch.study.storage import Trial
+from widthsearch.study.trial import Outcome, unmended
+
+OBJECTIVES = ["accuracy", "macs", "latency_ms"]
+
+
+def test_base_then_families_then_the_samplers_own(tmp_path: Path) -> None:
+    """As many as the configuration says, none twice, each with where it came from."""
+    with tiny.searching(tmp_path, tiny.config(trials=9)) as search:
+        asked = tiny.drive(search)
+        assert search.ask() is None
+        assert search.done
+    assert [trial.number for trial in asked] == list(range(9))
+    assert [trial.widths for trial in asked[:5]] == [
+        tiny.widths(8, 8),
+        *[candidate.widths for candidate in tiny.CANDIDATES],
+    ]
+    assert [trial.origin for trial in asked[:5]] == [
+        {"base": True},
+        *[candidate.origin for candidate in tiny.CANDIDATES],
+    ]
+    assert all(trial.origin == {"sampler": "width"} for trial in asked[5:])
+    assert len({trial.widths for trial in asked}) == 9
+    assert len({trial.seed for trial in asked}) == 9
+    assert all(trial.cost == tiny.space().cost(trial.widths) for trial in asked)
+
+
+def test_the_first_trials_of_the_queue_come_where_all_do_not_fit(tmp_path: Path) -> None:
+    """Three trials: the base model and two candidates."""
+    with tiny.searching(tmp_path, tiny.config(trials=3)) as search:
+        assert [trial.widths for trial in tiny.drive(search)] == [
+            tiny.widths(8, 8),
+            tiny.widths(4, 4),
+            tiny.widths(2, 8),
+        ]
+
+
+@pytest.mark.parametrize("objectives", [["accuracy", "macs"], OBJECTIVES])
+def test_the_poorer_of_two_spaces_is_found_out(tmp_path: Path, objectives: list[str]) -> None:
+    """Same costs, 30 points less: it gets few of the sampler's trials, in any order of kills."""
+    spaces = {name: tiny.space(name) for name in ("tiny", "poor")}
+    options = {"spaces": spaces, "candidates": []}
+    if "latency_ms" in objectives:
+        options["measure"] = lambda trial, base_ms: tiny.latency(trial.cost.macs / 1e4)
+
+    def accuracy(trial: Trial, epoch: int) -> float:
+        return tiny.wide_is_good(trial, epoch) - (30 if trial.space == "poor" else 0)
+
+    def asked(folder: Path, pieces: tuple[int, ...]) -> list[tuple[int, str, tuple[int, ...]]]:
+        folder.mkdir()
+        trials = []
+        for piece in pieces:
+            settings = tiny.config(trials=20, objectives=objectives)
+            with tiny.searching(folder, settings, **options) as search:
+                trials += tiny.drive(search, accuracy, trials=piece)
+        return [(trial.number, trial.space, trial.widths.vector) for trial in trials]
+
+    whole = asked(tmp_path / "whole", (20,))
+    assert sum(space == "poor" for _, space, _ in whole) <= 6
+    if "latency_ms" not in objectives:
+        assert asked(tmp_path / "pieces", (7, 1, 12)) == whole
+
+
+def test_what_failed_is_trained_again_where_that_is_asked_for(tmp_path: Path) -> None:
+    """First, under new numbers; it counts once, and only what still fails is a failure."""
+    settings = tiny.config(trials=6)
+
+    def asked(*, retry: bool, broken: bool) -> list[tuple[int, int]]:
+        trials = []
+        with tiny.searching(tmp_path, settings, retry=retry) as search:
+            while (trial := search.ask()) is not None:
+                trials.append((trial.number, trial.widths.vector[0]))
+                if broken and trial.widths.vector[0] == 4:
+                    search.fail(trial.number, "a bug")
+                    continue
+                for epoch in range(1, 5):
+                    search.report(trial.number, tiny.curve(*[50.0] * epoch))
+            outcomes.update(search.outcomes)
+        return trials
+
+    outcomes: dict[int, Outcome] = {}
+    first = asked(retry=False, broken=True)
+    assert len(first) == 6
+    failed = [number for number, width in first if width == 4]
+    assert len(failed) >= 2
+    assert [o.id for o in unmended([*outcomes.values()])] == failed
+    assert asked(retry=False, broken=False) == []
+    assert asked(retry=True, broken=False) == [(6 + i, 4) for i in range(len(failed))]
+    assert [outcomes[6 + i].widths for i in range(len(failed))] == [
+        outcomes[number].widths for number in failed
+    ]
+    assert unmended([*outcomes.values()]) == []
+    assert asked(retry=True, broken=False) == []
+
+
+def test_same_seed_same_study(tmp_path: Path) -> None:
+    """The same widths, in the same order, with the same seeds; and another seed gives others."""
+
+    def asked(name: str, seed: int) -> list[tuple[tuple[int, ...], int]]:
+        (tmp_path / name).mkdir()
+        with tiny.searching(tmp_path / name, tiny.config(trials=16, seed=seed)) as search:
+            return [(trial.widths.vector, trial.seed) for trial in tiny.drive(search)]
+
+    one = asked("one", 0)
+    assert asked("two", 0) == one
+    assert asked("three", 1) != one
+
+
+def test_a_search_goes_on_where_another_one_ended(tmp_path: Path) -> None:
+    """After any trial: the rest is what it would have been, nothing is doubled or lost."""
+    (tmp_path / "whole").mkdir()
+    with tiny.searching(tmp_path / "whole", tiny.config(trials=14)) as search:
+        whole = [(t.number, t.widths, t.origin, t.seed) for t in tiny.drive(search)]
+    pieces = []
+    for piece in (2, 5, 1, 20):
+        with tiny.searching(tmp_path, tiny.config(trials=14)) as search:
+            pieces += tiny.drive(search, trials=piece)
+    assert [(t.number, t.widths, t.origin, t.seed) for t in pieces] == whole
+
+
+def test_a_running_trial_is_taken_up_under_its_number(tmp_path: Path) -> None:
+    """With its curve; and it counts once."""
+    with tiny.searching(tmp_path, tiny.config()) as search:
+        tiny.drive(search, trials=2)
+        left = search.ask()
+        assert left is not None
+        search.report(left.number, tiny.curve(11, 12))
+    with tiny.searching(tmp_path, tiny.config()) as search:
+        assert search.running == (2,)
+        asked = tiny.drive(search)
+    assert [trial.number for trial in asked] == [2, 3, 4, 5]
+    assert asked[0].curve == tiny.curve(11, 12)
+    assert list(search.outcomes) == list(range(6))
+
+
+def test_a_finished_study_asks_for_nothing(tmp_path: Path) -> None:
+    """And a larger number of trials asks for the difference."""
+    with tiny.searching(tmp_path, tiny.config(trials=3)) as search:
+        tiny.drive(search)
+    with tiny.searching(tmp_path, tiny.config(trials=3)) as search:
+        assert search.done
+        assert search.ask() is None
+    with tiny.searching(tmp_path, tiny.config(trials=5)) as search:
+        assert [trial.number for trial in tiny.drive(search)] == [3, 4]
+
+
+def test_a_space_that_is_used_up_ends_the_study(tmp_path: Path) -> None:
+    """An 8 × 8 grid has 64 width vectors, however many trials there are to be."""
+    told: list[Progress] = []
+    settings = tiny.config(trials=70, recipe={"epochs": 1})
+    with tiny.searching(tmp_path, settings, on_progress=told.append) as search:
+        while (trial := search.ask()) is not None:
+            search.report(trial.number, tiny.curve(10))
+        assert search.done
+    assert len({outcome.widths for outcome in search.outcomes.values()}) == 64
+    assert told[-1].total == 64
+    assert told[-1].message == (
+        "every width vector of the space has been tried: the study ends after 64 of 70 trials"
+    )
+
+
+def test_a_failed_candidate_counts_and_is_survived(tmp_path: Path) -> None:
+    """Its reason is kept; NaN is a failure too, with its curve."""
+    with tiny.searching(tmp_path, tiny.config()) as search:
+        first, second = search.ask(), search.ask()
+        assert first is not None
+        assert second is not None
+        search.fail(first.number, "RuntimeError: no")
+        assert not search.report(second.number, tiny.curve(10, math.nan))
+        tiny.drive(search)
+    with tiny.searching(tmp_path, tiny.config()) as search:
+        outcomes = search.outcomes
+    assert len(outcomes) == 6
+    assert outcomes[0].error == "RuntimeError: no"
+    assert outcomes[1].error == "training diverged in epoch 2: its loss is 1.0"
+    assert len(outcomes[1].curve) == 2
+    assert [outcome.state for outcome in outcomes.values()][2:] == ["finished"] * 4
+
+
+def test_failures_in_a_row_stop_the_study(tmp_path: Path) -> None:
+    """A broken machine must not burn the queue; what failed in between others does not count."""
+    with tiny.searching(tmp_path, tiny.config(trials=30)) as search:
+        for _ in range(FAILURES_IN_A_ROW - 1):
+            trial = search.ask()
+            assert trial is not None
+            search.fail(trial.number, "no")
+        tiny.drive(search, trials=1)
+        for _ in range(FAILURES_IN_A_ROW - 1):
+            trial = search.ask()
+            assert trial is not None
+            search.fail(trial.number, "no")
+        trial = search.ask()
+        assert trial is not None
+        with pytest.raises(StudyError) as caught:
+            search.fail(trial.number, "RuntimeError: the disk burns")
+    assert str(caught.value) == (
+        "5 candidates failed in a row, so study 'tiny' stops; the last one, trial 9: "
+        "RuntimeError: the disk burns"
+    )
+    with tiny.searching(tmp_path, tiny.config(trials=30)) as search:
+        assert len(search.outcomes) == 10
+        assert search.ask() is not None
+
+
+class Bench:
+    """Measures, as if; and sees to it that nothing of the study trains meanwhile."""
+
+    def __init__(self, training: Callable[[], int]) -> None:
+        self.training = training
+        self.measured: list[int] = []
+        self.bases: list[float | None] = []
+
+    def __call__(self, trial: Trial, base_ms: float | None) -> Latency:
+        """The fewer channels the faster."""
+        assert self.training() == 0
+        self.measured.append(trial.number)
+        self.bases.append(base_ms)
+        return tiny.latency(float(sum(trial.widths.vector)))
+
+
+def test_a_generation_is_measured_while_nothing_trains(tmp_path: Path) -> None:
+    """The queue, then twice as many as train at once; no trial begins before all are done."""
+    training: set[int] = set()
+    bench = Bench(lambda: len(training))
+    settings = tiny.config(objectives=OBJECTIVES, trials=11, concurrency=2)
+    with tiny.searching(tmp_path, settings, measure=bench) as search:
+        generations: list[list[int]] = []
+        while not search.done:
+            generation = []
+            while (trial := search.ask()) is not None:
+                assert trial.latency == tiny.latency(float(sum(trial.widths.vector)))
+                training.add(trial.number)
+                generation.append(trial.number)
+            for number in generation:
+                assert search.ask() is None
+                assert not search.report(number, tiny.curve(1, 2, 3, 4))
+                training.discard(number)
+            generations.append(generation)
+    assert generations == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert bench.measured == list(range(11))
+    assert bench.bases == [None] + [1.0] * 10
+
+
+def test_a_kill_while_measuring_loses_no_measurement(tmp_path: Path) -> None:
+    """What was measured is kept, the rest is measured before anything trains."""
+    settings = tiny.config(objectives=OBJECTIVES)
+    bench = Bench(lambda: 0)
+
+    def interrupted(trial: Trial, base_ms: float | None) -> Latency:
+        if trial.number == 2:
+            raise KeyboardInterrupt
+        return bench(trial, base_ms)
+
+    with (
+        tiny.searching(tmp_path, settings, measure=interrupted) as search,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        search.ask()
+    assert bench.measured == [0, 1]
+    with tiny.searching(tmp_path, settings, measure=bench) as search:
+        assert search.running == (0, 1, 2, 3, 4)
+        trial = search.ask()
+        assert trial is not None
+        assert trial.number == 0
+        assert bench.measured == [0, 1, 2, 3, 4]
+        assert bench.bases == [None, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
+    """But a device that is not there is nobody's fault: the study says so."""
+
+    def measure(trial: Trial, base_ms: float | None) -> Latency:
+        if trial.number == 1:
+            raise RuntimeError("no kernel\nfor this")
+        return tiny.latency(1.0)
+
+    def no_device(trial: Trial, base_ms: float | None) -> Latency:
+        raise DeviceError("there is no cuda:7")
+
+    settings = tiny.config(objectives=OBJECTIVES)
+    with tiny.searching(tmp_path, settings, measure=measure) as search:
+        trial = search.ask()
+        assert trial is not None
+        assert search.outcomes[1].error == "RuntimeError: no kernel"
+    (tmp_path / "other").mkdir()
+    with (
+        tiny.searching(tmp_path / "other", settings, measure=no_device) as search,
+        pytest.raises(DeviceError, match="there is no cuda:7"),
+    ):
+        search.ask()
+
+
+STOPPING = {"kind": "rungs", "first_epoch": 1, "eta": 2}
+
+
+def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
+    """A small poor network goes on, for none is smaller; a large poor one is stopped.
+
+    By accuracy alone the small one would be stopped.
+    """
+    candidates = [tiny.candidate(w, w, "random", 1.0) for w in (12, 10, 2, 14)]
+    settings = tiny.config(early_stopping=STOPPING, trials=5)
+    accuracy = {8: 50.0, 12: 60.0, 10: 40.0, 2: 20.0, 14: 30.0}
+    with tiny.searching(tmp_path, settings, candidates=candidates) as search:
+        tiny.drive(search, lambda trial, epoch: accuracy[trial.widths["first"]])
+    states = {o.widths["first"]: (o.state, len(o.curve)) for o in search.outcomes.values()}
+    assert states == {
+        8: ("finished", 4),
+        12: ("finished", 4),
+        10: ("stopped", 1),
+        2: ("finished", 4),
+        14: ("stopped", 1),
+    }
+    assert search.outcomes[2].accuracy is None
+
+
+def test_base_and_baselines_are_never_stopped(tmp_path: Path) -> None:
+    """They are what the front is compared with, however poor they are."""
+    settings = tiny.config(early_stopping=STOPPING, trials=5)
+    candidates = [
+        tiny.candidate(2, 2, "random", 1.0),
+        tiny.candidate(2, 4, "random", 1.0),
+        tiny.candidate(12, 12, "uniform", 1.0),
+        tiny.candidate(14, 14, "random", 1.0),
+    ]
+    with tiny.searching(tmp_path, settings, candidates=candidates) as search:
+        tiny.drive(search, lambda trial, epoch: 90.0 if trial.number in (1, 2) else 10.0)
+    states = [outcome.state for outcome in search.outcomes.values()]
+    assert states == ["finished", "finished", "finished", "finished", "stopped"]
+
+
+def test_rungs_are_rebuilt_from_the_storage(tmp_path: Path) -> None:
+    """A search that was made anew at every trial decides as one that never ended."""
+    settings = tiny.config(early_stopping=STOPPING, trials=20, recipe={"epochs": 6})
+
+    def accuracy(trial: Trial, epoch: int) -> float:
+        return (trial.number * 37 % 50) + epoch
+
+    (tmp_path / "whole").mkdir()
+    with tiny.searching(tmp_path / "whole", settings) as search:
+        tiny.drive(search, accuracy)
+        whole = list(search.outcomes.values())
+    for _ in range(20):
+        with tiny.searching(tmp_path, settings) as search:
+            tiny.drive(search, accuracy, trials=1)
+    with tiny.searching(tmp_path, settings) as search:
+        assert list(search.outcomes.values()) == whole
+    assert {outcome.state for outcome in whole} == {"finished", "stopped"}
+    assert {len(o.curve) for o in whole if o.state == "stopped"} <= {1, 2, 4}
+
+
+def test_an_epoch_may_be_told_again(tmp_path: Path) -> None:
+    """After a restart a worker repeats its last epoch, or begins again: the curve is the last."""
+    with tiny.searching(tmp_path, tiny.config()) as search:
+        trial = search.ask()
+        assert trial is not None
+        for told in (tiny.curve(1, 2), tiny.curve(1, 2), tiny.curve(5), tiny.curve(5, 6, 7, 8)):
+            search.report(trial.number, told)
+    assert search.outcomes[0].curve == tiny.curve(5, 6, 7, 8)
+
+
+def test_progress_tells_where_the_study_stands(tmp_path: Path) -> None:
+    """After each trial; the time left is of this run's pace."""
+    told: list[Progress] = []
+    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=told.append) as search:
+        tiny.drive(search, trials=2)
+        assert (told[-1].done, told[-1].running, told[-1].total) == (2, 0, 4)
+        assert told[-1].best_accuracy == 36.0  # the base model: 2 × 16 channels + 4 epochs
+        assert told[-1].front_size == 2
+        assert told[0].remaining is None
+        assert told[-1].remaining is not None
+        search.ask()
+        search.fail(2, "no")
+    assert told[-1].message == "trial 2 failed: no"
+
+
+def test_a_driver_that_lost_its_lease_stops(tmp_path: Path) -> None:
+    """Before it asks or tells anything more."""
+    with tiny.searching(tmp_path, tiny.config()) as search:
+        trial = search.ask()
+        assert trial is not None
+        search._store.set_attribute("driver", {"token": "other"})
+        search._lease.renew()
+        with pytest.raises(StudyError, match="another one took over"):
+            search.ask()
+        with pytest.raises(StudyError, match="another one took over"):
+            search.report(trial.number, tiny.curve(1))
+
+
+def test_the_front_stops_what_will_not_reach_it(tmp_path: Path) -> None:
+    """A network that is far below what no larger ones reached ends early; good ones do not.
+
+    Nothing is stopped before some are finished, and never the base and the baselines.
+    """
+    settings = tiny.config(
+        early_stopping={"kind": "front", "finished": 3}, trials=7, recipe={"epochs": 8}
+    )
+    candidates = [
+        tiny.candidate(4, 4, "random", 0.2),
+        tiny.candidate(6, 6, "random", 0.4),
+        tiny.candidate(10, 10, "random", 1.4),
+        tiny.candidate(8, 10, "random", 1.2),
+        tiny.candidate(12, 12, "uniform", 2.0),
+        tiny.candidate(12, 10, "random", 1.8),
+    ]
+    final = {(8, 10): 45.0, (12, 12): 45.0, (12, 10): 92.0}
+
+    def accuracy(trial: Trial, epoch: int) -> float:
+        ours = 3.0 * sum(trial.widths.vector) + 30.0
+        return final.get(trial.widths.vector, ours) - 20.0 * 0.6**epoch
+
+    with tiny.searching(tmp_path, settings, candidates=candidates) as search:
+        tiny.drive(search, accuracy)
+    states = {o.widths.vector: (o.state, len(o.curve) < 8) for o in search.outcomes.values()}
+    assert states.pop((8, 10)) == ("stopped", True)
+    assert set(states.values()) == {("finished", False)}
+
+
+def test_what_ran_out_of_memory_is_trained_again_by_itself(tmp_path: Path) -> None:
+    """It waits for the others, nothing begins beside it, and then the study goes on."""
+    told: list[Progress] = []
+    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=told.append) as search:
+        trials = [search.ask() for _ in range(3)]
+        first, second, third = (trial.number for trial in trials if trial is not None)
+        assert search.retry_alone(first)
+        assert told[-1].message == ("trial 0 ran out of memory; it will be trained again by itself")
+        assert search.retry_alone(third)
+        assert search.ask() is None  # the second one is being trained
+        search.report(second, tiny.curve(1, 2, 3, 4))
+        again = search.ask()
+        assert again is not None
+        assert again.number == first
+        assert search.is_alone(first)
+        assert search.ask() is None
+        assert not search.retry_alone(first)  # once
+        search.fail(first, "no memory")
+        last = search.ask()
+        assert last is not None
+        assert last.number == third
+        assert search.ask() is None
+        search.report(third, tiny.curve(1, 2, 3, 4))
+        new = search.ask()
+        assert new is not None
+        assert new.number == 3
+        assert not search.is_alone(3)
+    states = {number: outcome.state for number, outcome in search.outcomes.items()}
+    assert states == {0: "failed", 1: "finished", 2: "finished"}

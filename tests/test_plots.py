@@ -1,0 +1,129 @@
+"""Pictures of widths: what the bars say, and that the PNG shows the widths it is given."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from strategies import space_of
+from torch import nn
+
+from widthsearch.report import plots as pictures
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.widths import Widths
+
+
+def shown(space: SearchSpace, widths: Widths, width: int = 80) -> list[str]:
+    """The lines of a terminal of that width, without the empty ones."""
+    console = Console(file=io.StringIO(), width=width)
+    console.print(pictures.width_bars(space, widths))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@cache
+def deep(stages: int) -> SearchSpace:
+    """Twelve widths a stage, the last of each narrower."""
+
+    def make() -> nn.Module:
+        net = nn.Sequential()
+        inputs = 3
+        for i in range(stages):
+            stage = nn.Sequential()
+            for j in range(12):
+                outputs = 8 if j == 11 else 16
+                stage.add_module(f"layer{j}", nn.Conv2d(inputs, outputs, 1))
+                inputs = outputs
+            net.add_module(f"stage{i}", stage)
+        net.add_module("head", nn.Conv2d(inputs, 10, 1))
+        return net
+
+    return SearchSpace.from_model(lambda: nn.Sequential(make()), (3, 4, 4), step=4)
+
+
+def test_each_axis_has_a_line() -> None:
+    """Name, before, after, share kept, bar; the widest fills its room."""
+    space = space_of("Residual")
+    title, head, _, stem, inner = shown(space, space.widths({"stem": 4}))
+    assert title == "Residual: widths"
+    assert head.split() == ["axis", "before", "after", "kept"]
+    assert stem.split() == ["stem", "16", "4", "25%", "██▊░░░░░░░░"]
+    assert inner.split() == ["conv1", "32", "32", "100%", "█" * 22]
+
+
+def test_wider_than_before_is_marked() -> None:
+    """Solid up to the base, and what is new."""
+    space = space_of("Residual")
+    *_, inner = shown(space, space.widths({"conv1": 64}))
+    assert inner.split() == ["conv1", "32", "64", "200%", "█" * 11 + "▓" * 11]
+
+
+def test_bars_by_hand() -> None:
+    """Eighths of a cell; something is always there."""
+    assert pictures.bar(8, 4, 8, room=8) == "████░░░░"
+    assert pictures.bar(8, 3.5, 8, room=8) == "███▌░░░░"
+    assert pictures.bar(8, 8, 8, room=8) == "████████"
+    assert pictures.bar(4, 8, 8, room=8) == "████▓▓▓▓"
+    assert pictures.bar(8, 1, 800, room=8) == "▏"
+
+
+@given(st.integers(1, 999), st.integers(1, 999), st.integers(0, 999))
+def test_bars_fit(before: int, after: int, more: int) -> None:
+    """Never wider than the room, never empty."""
+    widest = max(before, after) + more
+    assert 1 <= len(pictures.bar(before, after, widest, room=20)) <= 20
+
+
+def test_many_axes_share_lines_by_stage() -> None:
+    """A stage's axes of one width: how many, the range that is left, the mean share."""
+    space = deep(6)
+    assert len(space.axes) == 72
+    widths = {name: 4 for name in space.names if ".stage1." in name}
+    widths["0.stage1.layer0"] = 16
+    lines = shown(space, space.widths(widths))
+    assert lines[1].split() == ["stage", "axes", "before", "after", "kept"]
+    assert len(lines) == 3 + 2 * 6
+    assert lines[5].split()[:5] == ["stage1", "11", "16", "4–16", "32%"]
+    assert lines[6].split()[:5] == ["stage1", "1", "8", "4", "50%"]
+
+
+@pytest.mark.parametrize("stages", [1, 5, 6])
+def test_lines_fit_a_terminal(stages: int) -> None:
+    """80 columns, no line broken."""
+    space = deep(stages)
+    lines = shown(space, space.widths(0.5))
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert len(lines) - 3 == (2 * stages if stages == 6 else 12 * stages)
+
+
+def test_what_all_names_begin_with_is_left_out() -> None:
+    """And the middle of a name that is still too long."""
+    assert shown(deep(1), deep(1).base)[3].startswith("layer0 ")
+    assert shown(deep(5), deep(5).base)[3].startswith("stage0.layer0 ")
+    assert pictures._elided("denseblock4.denselayer31.conv1", 20) == "denseb…layer31.conv1"
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+def test_the_png_shows_the_widths(stages: int, tmp_path: Path) -> None:
+    """Bars or steps: a PNG, the same for the same widths and another for others."""
+    space = deep(stages)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, widths in zip(files, (0.5, 0.5, 1.0), strict=True):
+        pictures.save_width_bars(space, space.widths(widths), file)
+    half, again, whole = (file.read_bytes() for file in files)
+    assert half.startswith(b"\x89PNG\r\n\x1a\n")
+    assert half == again
+    assert half != whole
+
+
+def test_a_png_that_cannot_be_written(tmp_path: Path) -> None:
+    """Is the system's error, which names the file."""
+    space = space_of("Plain")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        pictures.save_width_bars(space, space.base, tmp_path / "nowhere" / "a.png")

@@ -1,0 +1,138 @@
+"""Beliefs: luck is not merit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+
+from widthsearch.latency.meter import Latency
+from widthsearch.study.posterior import Beliefs
+from widthsearch.study.storage import SpaceRecord
+from widthsearch.study.trial import Outcome
+
+RECORDS = {"tiny": SpaceRecord.of(tiny.space())}
+OBJECTIVES = ("accuracy", "macs")
+
+
+def outcome(number: int, first: int, second: int, accuracy: float, **changes: object) -> Outcome:
+    """A finished training of a tiny network."""
+    widths = tiny.widths(first, second)
+    made = Outcome(
+        id=number,
+        space="tiny",
+        widths=widths,
+        state="finished",
+        origin={"sampler": "width"},
+        seed=number,
+        cost=tiny.space().cost(widths),
+        latency=None,
+        accuracy=accuracy,
+        curve=tiny.curve(accuracy),
+    )
+    return replace(made, **changes)
+
+
+def noisy(count: int, noise: float, seed: int = 0) -> list[Outcome]:
+    """Trainings whose true accuracy grows with the logs of both widths."""
+    rng = np.random.default_rng(seed)
+    grid = [(a, b) for a in range(2, 17, 2) for b in range(2, 17, 2)]
+    chosen = rng.permutation(len(grid))[:count]
+    made = []
+    for number, i in enumerate(chosen):
+        first, second = grid[i]
+        accuracy = truth(first, second) + noise * rng.standard_normal()
+        made.append(outcome(number, first, second, float(accuracy)))
+    return made
+
+
+def truth(first: int, second: int) -> float:
+    """The expected accuracy of a tiny network, as if."""
+    return 60 + 4 * float(np.log2(first)) + 2 * float(np.log2(second))
+
+
+def test_a_record_survives_json() -> None:
+    """And costs what the space says."""
+    again = SpaceRecord.from_json(RECORDS["tiny"].to_json())
+    assert [axis.name for axis in again.axes] == list(tiny.space().names)
+    assert int(again.macs([4, 6])) == tiny.space().cost([4, 6]).macs
+    assert int(again.params([4, 6])) == tiny.space().cost([4, 6]).params
+
+
+def test_with_few_trainings_means_stand_for_beliefs() -> None:
+    """No interval, no probability; repeats are averaged, and are one member."""
+    seen = [outcome(0, 4, 4, 80.0), outcome(1, 8, 8, 90.0), outcome(2, 4, 4, 84.0)]
+    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
+    belief = beliefs[seen[2]]
+    assert (belief.accuracy, belief.sd, belief.trainings) == (82.0, None, 2)
+    assert belief.dominated is None
+    assert [member.id for member in beliefs.front()] == [0, 1]
+    assert beliefs.undecided == []
+    assert beliefs.surrogate is None
+
+
+def test_luck_is_not_believed() -> None:
+    """One network that was far too lucky is drawn to what its neighbours reached."""
+    seen = noisy(30, 0.5)
+    lucky = replace(seen[5], accuracy=seen[5].accuracy + 4.0)
+    beliefs = Beliefs([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
+    true = truth(*lucky.widths.vector)
+    assert abs(beliefs[lucky].accuracy - true) < 0.5 * abs(lucky.accuracy - true)
+    assert beliefs[lucky].sd is not None
+
+
+def test_beliefs_are_nearer_to_the_truth_than_trainings() -> None:
+    """In the mean over the members, at noise as large as the differences."""
+    seen = noisy(40, 1.0)
+    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
+    off = [beliefs[o].accuracy - truth(*o.widths.vector) for o in seen]
+    raw = [o.accuracy - truth(*o.widths.vector) for o in seen]
+    assert np.square(off).mean() < 0.5 * np.square(raw).mean()
+    assert beliefs.surrogate is not None
+    assert 0.75 <= beliefs.surrogate.coverage(0.9) <= 1.0
+    assert beliefs.surrogate.size == 40
+
+
+def test_the_front_is_drawn_by_beliefs_and_doubts_are_numbers() -> None:
+    """Probabilities agree with who is where: the narrowest cannot be dominated."""
+    seen = noisy(40, 1.0)
+    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
+    front = beliefs.front()
+    values = [(o.cost.macs, beliefs.accuracy(o)) for o in front]
+    assert values == sorted(values)
+    assert [a for _, a in values] == sorted(a for _, a in values)
+    assert front[0].cost.macs == min(o.cost.macs for o in seen)
+    assert beliefs[front[0]].dominated == 0.0
+    poor = [o for o in seen if o not in front]
+    mean = np.mean([beliefs[o].dominated or 0.0 for o in poor])
+    assert mean > np.mean([beliefs[o].dominated or 0.0 for o in front])
+    assert all(0.05 <= (beliefs[o].dominated or 0.0) <= 0.95 for o in beliefs.undecided)
+
+
+def test_stopped_trials_count_by_their_curves() -> None:
+    """A stopped training tells something: the surrogate learns from it, and it is no member."""
+    seen = [replace(o, curve=tiny.curve(o.accuracy - 5, o.accuracy)) for o in noisy(20, 0.3)]
+    stopped = replace(
+        seen[-1], id=99, state="stopped", accuracy=None, curve=tiny.curve(seen[-1].accuracy - 5)
+    )
+    beliefs = Beliefs([*seen[:-1], stopped], RECORDS, OBJECTIVES)
+    assert beliefs.surrogate is not None and beliefs.surrogate.size == 20
+    assert stopped not in beliefs.members
+
+
+def test_nobody_is_believed_to_be_more_than_right() -> None:
+    """A trend that goes on beyond 100% ends there."""
+    seen = [replace(o, accuracy=min(100.0, 60 + o.widths.vector[0] * 2.8)) for o in noisy(20, 0.3)]
+    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
+    assert max(beliefs.accuracy(o) for o in beliefs.members) <= 100.0
+
+
+def test_what_lacks_an_objective_is_no_member() -> None:
+    """Latency that was never measured."""
+    latency: Latency = tiny.latency(1.0)
+    seen = [outcome(0, 4, 4, 80.0, latency=latency), outcome(1, 8, 8, 90.0)]
+    beliefs = Beliefs(seen, RECORDS, ("accuracy", "latency_ms"))
+    assert [member.id for member in beliefs.front()] == [0]
+    assert beliefs.accuracy(seen[1]) == pytest.approx(90.0)

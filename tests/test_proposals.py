@@ -1,0 +1,224 @@
+"""Asking proposers: once each, survived when they fail, a user's own by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from widthsearch.api import Study
+from widthsearch.errors import StudyError
+from widthsearch.proposers import Proposal, Setting
+from widthsearch.study.config import ProposerConfig
+from widthsearch.study.loop import Progress
+from widthsearch.study.proposals import Failure, Question, propose, suggest, told
+
+OWN = '''
+import os
+from dataclasses import dataclass
+
+from widthsearch.proposers import Proposal
+
+
+def halves(space, task, setting, times=2):
+    """A half, a quarter, ..."""
+    setting.report(f"seed {setting.seed}")
+    path = [space.widths(0.5**i) for i in range(times + 1)]
+    return Proposal("halves", tuple(path), {"times": times})
+
+
+@dataclass(frozen=True)
+class Bottle:
+    """Narrow at one end."""
+
+    width: int = 4
+
+    def __call__(self, space, task, setting):
+        return Proposal("bottle", (space.base, space.widths({"second": self.width})), {})
+
+
+@dataclass(frozen=True)
+class Reader(Bottle):
+    """Says that it reads data."""
+
+    reads_data = True
+
+
+@dataclass(frozen=True)
+class Mute:
+    """Cannot be called."""
+
+
+class Plain:
+    """Has no fields."""
+
+    def __call__(self, space, task, setting):
+        return Proposal("plain", (space.base,), {})
+
+
+def counts(space, task, setting):
+    return task.classes
+
+
+def broken(space, task, setting):
+    raise RuntimeError("out of ideas\\nreally")
+
+
+def dies(space, task, setting):
+    os._exit(1)
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A file with a user's proposers."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    return str(file)
+
+
+def study(folder: Path, *proposers: Any, **changes: Any) -> Study:
+    """A study with these proposers."""
+    settings = tiny.config(**{"proposers": list(proposers), "trials": 4, **changes})
+    return Study(settings, tiny.space(), tiny.task(), folder=folder / "study")
+
+
+def origins(of: Study) -> list[str]:
+    """Who proposed each trial."""
+    return [str(o.origin.get("proposer", "")) for o in of.outcomes()]
+
+
+def drive(of: Study) -> list[str]:
+    """Run it by the plain loop; returns the messages."""
+    messages: list[str] = []
+
+    def hear(progress: Progress) -> None:
+        messages.append(progress.message)
+
+    with of.search(hear) as search:
+        tiny.drive(search)
+    return messages
+
+
+def test_a_users_own_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> None:
+    """Named by reference, with its arguments beside it."""
+    made = study(
+        tmp_path, {"method": f"{own}:halves", "times": 1}, {"method": f"{own}:Bottle", "width": 2}
+    )
+    messages = drive(made)
+    assert made.failures == {}
+    assert {"halves", "bottle"} <= set(origins(made))
+    assert f"{own}:halves: seed 0" in messages
+    assert any(m.startswith(f"proposer {own}:halves answered after") for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("proposer", "said"),
+    [
+        ({"method": "{own}:halfs"}, "has no function 'halfs'; did you mean 'halves'"),
+        ({"method": "{own}:halves", "time": 1}, "got an unexpected keyword argument 'time'"),
+        ({"method": "{own}:Bottle", "wide": 1}, "unknown key 'wide'; did you mean 'width'"),
+        ({"method": "{own}:Mute"}, "instances must be callable, but those of .*:Mute' are not"),
+        ({"method": "{own}:Plain"}, "a function or a dataclass, but .*:Plain' is another class"),
+        ({"method": "nowhere:all"}, "cannot be imported"),
+    ],
+)
+def test_a_reference_that_is_wrong_is_named(
+    tmp_path: Path, own: str, proposer: dict[str, Any], said: str
+) -> None:
+    """Before anything is trained."""
+    proposer["method"] = proposer["method"].format(own=own)
+    with pytest.raises(StudyError, match=said) as caught:
+        drive(study(tmp_path, proposer))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_proposer_that_fails_is_survived_and_asked_again(tmp_path: Path, own: str) -> None:
+    """The study goes on with the others; the next run asks it anew, and only it."""
+    made = study(tmp_path, f"{own}:broken", "uniform")
+    messages = drive(made)
+    assert made.failures == {f"{own}:broken": "RuntimeError: out of ideas"}
+    assert f"proposer {own}:broken failed: RuntimeError: out of ideas" in messages
+    assert "uniform" in origins(made)
+    mended = "\n\ndef broken(*given):\n    return Bottle()(*given)\n"
+    Path(own).write_text(OWN + mended)
+    again = study(tmp_path, f"{own}:broken", "uniform", trials=6)
+    messages = drive(again)
+    assert again.failures == {}
+    assert "bottle" in origins(again)
+    assert not any("proposer uniform" in m for m in messages)
+
+
+def test_a_smaller_budget_asks_again(tmp_path: Path) -> None:
+    """What was asked down to a half need not know what a tenth looks like."""
+    assert any("proposer uniform" in m for m in drive(study(tmp_path, "uniform", budgets=[0.5])))
+    assert not any("proposer" in m for m in drive(study(tmp_path, "uniform", budgets=[0.6])))
+    assert any("proposer uniform" in m for m in drive(study(tmp_path, "uniform", budgets=[0.2])))
+
+
+def test_a_users_own_needs_no_task(own: str) -> None:
+    """It is given None; ours that read data, and its own that say so, still want one."""
+    space, half = tiny.space(), tiny.space().cost(tiny.space().base).macs / 2
+    widths, _ = suggest(ProposerConfig(method=f"{own}:halves"), space, half)
+    assert space.cost(widths).macs <= half
+    with pytest.raises(StudyError, match=":Reader' reads data, but no task was given"):
+        suggest(ProposerConfig(method=f"{own}:Reader"), space, half)
+    with pytest.raises(StudyError, match=r"failed: AttributeError: .*; it was given no task"):
+        suggest(ProposerConfig(method=f"{own}:counts"), space, half)
+    with pytest.raises(StudyError, match="'sensitivity' reads data, but no task was given"):
+        suggest(ProposerConfig(method="sensitivity"), space, half)
+
+
+def question(proposer: Any) -> Question:
+    """Of the tiny space."""
+    return Question("it", proposer, tiny.space(), Setting(seed=3))
+
+
+def test_what_is_no_proposal_of_the_space_is_refused() -> None:
+    """Another type, another space's axes, widths off the grid, provenance that is no JSON."""
+    space, task = tiny.space(), tiny.task()
+
+    def saying(value: object) -> str:
+        answer = propose(question(lambda *_: value), task, print)
+        assert isinstance(answer, Failure)
+        return answer.reason
+
+    assert saying(None).startswith("StudyError: a proposer must return a Proposal, but returned")
+    other = Proposal("it", (type(space.base)(("a", "b"), (8, 8)),), {})
+    assert "a proposal's axes must be the space's" in saying(other)
+    off = Proposal("it", (tiny.widths(7, 8),), {})
+    assert "first" in saying(off)
+    assert saying(Proposal("it", (space.base,), {"x": object()})).startswith("TypeError")
+
+
+def test_reports_come_before_the_answer() -> None:
+    """As they are made, in order."""
+
+    def reporting(space: Any, task: Any, setting: Setting) -> Proposal:
+        setting.report("one")
+        setting.report("two")
+        return Proposal("it", (space.base,), {"seed": setting.seed})
+
+    messages: Iterator[Any] = told(question(reporting), tiny.task())
+    assert [next(messages), next(messages)] == ["one", "two"]
+    answer = next(messages)
+    assert answer.provenance == {"seed": 3}
+    assert list(messages) == []
+
+
+@pytest.mark.ray
+def test_ray_asks_side_by_side(tmp_path: Path, own: str) -> None:
+    """Modules that no worker can import travel along; one that kills its process is survived."""
+    made = study(tmp_path, f"{own}:dies", f"{own}:halves", "sensitivity", f"{own}:broken", trials=3)
+    heard: list[Progress] = []
+    made.run(heard.append)
+    messages = [progress.message for progress in heard]
+    assert made.failures[f"{own}:broken"] == "RuntimeError: out of ideas"
+    assert made.failures[f"{own}:dies"].startswith("its worker process died")
+    assert set(made.failures) == {f"{own}:broken", f"{own}:dies"}
+    assert f"{own}:halves: seed 0" in messages
+    assert [o.state for o in made.outcomes()] == ["finished"] * 3
+    assert {"halves", "sensitivity"} & set(origins(made))

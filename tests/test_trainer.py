@@ -1,0 +1,468 @@
+"""The training loop: it learns, repeats itself, resumes exactly, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from widthsearch.data.tasks import Split, Task, load_task
+from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
+from widthsearch.training.trainer import (
+    CHECKPOINT,
+    EpochResult,
+    Recipe,
+    TrainingRun,
+    evaluate,
+    fit,
+    parameter_groups,
+)
+from widthsearch.utils.devices import check_device, fixed_threads, pick_memory_format
+
+QUICK = Recipe(epochs=4, batch_size=32, lr=0.1)
+
+
+@cache
+def digits() -> Task:
+    """The digits."""
+    return load_task("digits")
+
+
+@cache
+def few() -> Task:
+    """A quarter of the digits' training images, for tests of anything but accuracy."""
+    train = digits().train
+    return replace(digits(), train=train.subset(np.arange(0, len(train), 4)))
+
+
+def convnet(seed: int = 0, width: int = 16, dropout: float = 0.0) -> nn.Module:
+    """Two convolutions with BatchNorm, optional dropout, and a linear layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width * 16, 10),
+        )
+
+
+def untimed(curve: tuple[EpochResult, ...]) -> list[EpochResult]:
+    """A curve without its times."""
+    return [replace(result, seconds=0) for result in curve]
+
+
+def weights(model: nn.Module) -> list[list[float]]:
+    """Every parameter and buffer, exactly."""
+    return [tensor.flatten().tolist() for tensor in model.state_dict().values()]
+
+
+# --- learning ---
+
+
+def test_a_small_network_learns_digits() -> None:
+    """Six epochs take two convolutions above 95% on validation and above 93% on test."""
+    model = convnet()
+    seen: list[EpochResult] = []
+    curve = fit(model, digits(), replace(QUICK, epochs=6), seed=0, on_epoch=seen.append)
+    assert tuple(seen) == curve
+    assert [result.epoch for result in curve] == [1, 2, 3, 4, 5, 6]
+    assert curve[-1].accuracy > 95
+    assert curve[-1].loss < curve[0].loss / 3
+    assert evaluate(model, digits(), "validation") == curve[-1].accuracy
+    assert evaluate(model, digits(), "test") > 93
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(QUICK, schedule="one_cycle", label_smoothing=0.1),
+        replace(QUICK, precision="bf16"),
+        replace(QUICK, nesterov=False, momentum=0.0, lr=0.3),
+    ],
+    ids=["one_cycle", "bf16", "plain"],
+)
+def test_every_recipe_learns(recipe: Recipe) -> None:
+    """One-cycle with label smoothing, bf16 on a CPU, and plain SGD all get above 85%."""
+    assert fit(convnet(), digits(), recipe, seed=0)[-1].accuracy > 85
+
+
+def test_label_smoothing_raises_the_least_possible_loss() -> None:
+    """With labels smoothed by 0.5 over 10 classes the loss cannot fall below their entropy."""
+    entropy = -(0.55 * math.log(0.55) + 9 * 0.05 * math.log(0.05))
+    curve = fit(convnet(), few(), replace(QUICK, label_smoothing=0.5), seed=0)
+    assert entropy < curve[-1].loss < math.log(10)
+
+
+def test_weight_decay_is_for_weights_alone() -> None:
+    """Two dimensions or more decay; biases and BatchNorm do not; frozen parameters are left out."""
+    model = convnet()
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    decayed, others = parameter_groups(model, 5e-4)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in decayed["params"]] == ["3.weight", "8.weight"]
+    assert [names[id(p)] for p in others["params"]] == [
+        *("1.weight", "1.bias", "3.bias", "4.weight", "4.bias", "8.bias")
+    ]
+
+
+# --- the schedule ---
+
+
+def test_learning_rates_by_hand() -> None:
+    """Warm-up to the peak, then half a cosine or a line to zero, or none."""
+    cosine = Recipe(epochs=2, lr=1.0, warmup_epochs=0.5)
+    rates = [cosine.learning_rate(step, 4) for step in range(8)]
+    falls = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *falls])
+    line = replace(cosine, schedule="one_cycle")
+    rates = [line.learning_rate(step, 4) for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    held = replace(cosine, schedule="constant")
+    rates = [held.learning_rate(step, 4) for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *[1] * 6])
+    assert Recipe(epochs=20).warmup == 2
+    assert Recipe(epochs=20, schedule="one_cycle").warmup == 6
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(1, 50),
+    st.sampled_from(["cosine", "one_cycle"]),
+    st.floats(0, 0.99),
+)
+def test_learning_rates_rise_to_the_peak_once_and_fall(
+    epochs: int, steps: int, schedule: Any, share: float
+) -> None:
+    """Positive, at most lr, lr exactly once or never missed, ascending before and falling after."""
+    recipe = Recipe(epochs=epochs, lr=0.4, schedule=schedule, warmup_epochs=share * epochs)
+    rates = [recipe.learning_rate(step, steps) for step in range(epochs * steps)]
+    if round(share * epochs * steps) == epochs * steps:
+        return  # rounding left no step after the warm-up
+    peak = rates.index(max(rates))
+    assert min(rates) > 0
+    assert rates[peak] == 0.4
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+# --- the same numbers ---
+
+
+def test_same_seed_same_numbers_and_nobody_else_is_disturbed() -> None:
+    """Curves and weights agree bit for bit; torch's own generator is left alone."""
+    recipe = replace(QUICK, epochs=2)
+    models = [convnet(dropout=0.2) for _ in range(3)]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = fit(models[0], few(), recipe, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert untimed(fit(models[1], few(), recipe, seed=5)) == untimed(first)
+    assert weights(models[1]) == weights(models[0])
+    assert untimed(fit(models[2], few(), recipe, seed=6)) != untimed(first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: Any) -> None:
+    """Stopped after two of four epochs and loaded into a new network: the same, bit for bit."""
+    recipe = replace(QUICK, precision=precision)
+    whole = convnet(dropout=0.2)
+    curve = fit(whole, few(), recipe, seed=1)
+    run = TrainingRun(convnet(dropout=0.2), few(), recipe, seed=1)
+    run.run_epoch()
+    run.run_epoch()
+    run.save(tmp_path)
+    model = convnet(seed=99, dropout=0.2)  # whatever it was is overwritten
+    resumed = TrainingRun(model, few(), recipe, seed=1)
+    resumed.load(tmp_path)
+    assert resumed.epoch == 2
+    assert resumed.curve == run.curve
+    while not resumed.finished:
+        resumed.run_epoch()
+    assert untimed(resumed.curve) == untimed(curve)
+    assert weights(model) == weights(whole)
+
+
+@pytest.mark.gpu
+def test_cuda_repeats_and_resumes_exactly(tmp_path: Path) -> None:
+    """On CUDA too: same seed, same numbers, interrupted or not."""
+    whole, model = convnet(dropout=0.2), convnet(dropout=0.2)
+    curve = fit(whole, few(), QUICK, seed=1, device="cuda")
+    run = TrainingRun(convnet(dropout=0.2), few(), QUICK, seed=1, device="cuda")
+    run.run_epoch()
+    run.save(tmp_path)
+    resumed = TrainingRun(model, few(), QUICK, seed=1, device="cuda")
+    resumed.load(tmp_path)
+    while not resumed.finished:
+        resumed.run_epoch()
+    assert untimed(resumed.curve) == untimed(curve)
+    assert weights(model) == weights(whole)
+
+
+@pytest.mark.parametrize(("precision", "shown"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_a_run_says_how_it_trains(precision: Any, shown: str) -> None:
+    """Precision, memory format, and that a CPU has no graphs."""
+    run = TrainingRun(convnet(), few(), replace(QUICK, precision=precision), seed=0)
+    run.run_epoch()
+    assert run.mode == run.curve[-1].mode == f"{shown}, channels_last, eager"
+    viewing = TrainingRun(Viewing(), few(), replace(QUICK, precision=precision), seed=0)
+    assert viewing.mode == f"{shown}, contiguous, eager"
+
+
+def test_threads_are_set_while_training_alone() -> None:
+    """A run's own number of threads holds during an epoch, and is put back."""
+    seen: list[int] = []
+    model = convnet()
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    with fixed_threads(1):
+        run = TrainingRun(model, few(), replace(QUICK, epochs=1), seed=0, threads=2)
+        run.run_epoch()
+        assert torch.get_num_threads() == 1
+    assert set(seen) == {2}
+
+
+# --- checkpoints ---
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a checkpoint after one epoch."""
+    run = TrainingRun(convnet(), few(), QUICK, seed=0)
+    run.run_epoch()
+    run.save(tmp_path)
+    return tmp_path
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    """The same with one bit of the last tensor's bytes changed."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:40],
+        lambda content: b"",
+        lambda content: b"\n" + content,
+        lambda content: b"[1]\n" + content,
+        flip_a_bit,
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(saved: Path, spoil: Any) -> None:
+    """Cut off, overwritten or with one bit flipped: refused, and the run is as it was."""
+    file = saved / CHECKPOINT
+    file.write_bytes(spoil(file.read_bytes()))
+    model = convnet()
+    run = TrainingRun(model, few(), QUICK, seed=0)
+    with pytest.raises(CheckpointError, match=r"training\.ckpt is damaged; start the run anew"):
+        run.load(saved)
+    assert run.epoch == 0
+    assert weights(model) == weights(convnet())
+
+
+def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
+    """The error names what differs, and both values."""
+    for run, message in (
+        (TrainingRun(convnet(), few(), QUICK, seed=3), "run.seed=0 where this one has 3"),
+        (
+            TrainingRun(convnet(), few(), replace(QUICK, lr=0.2), seed=0),
+            r"run\.recipe\.lr=0\.1 where this one has 0\.2",
+        ),
+        (TrainingRun(convnet(width=8), few(), QUICK, seed=0), r"run\.model='\w+' where"),
+        (TrainingRun(convnet(), digits(), QUICK, seed=0), r"run\.task=\['digits', 270, .*1079"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run.load(saved)
+        assert run.epoch == 0
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A folder without one is named."""
+    with pytest.raises(CheckpointError, match="No such file"):
+        TrainingRun(convnet(), few(), QUICK, seed=0).load(tmp_path / "none")
+
+
+def test_a_checkpoint_is_replaced_in_one_step(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If writing fails half-way, the last checkpoint is still there and whole."""
+    run = TrainingRun(convnet(), few(), QUICK, seed=0)
+    run.load(saved)
+    run.run_epoch()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.save(saved)
+    again = TrainingRun(convnet(), few(), QUICK, seed=0)
+    again.load(saved)
+    assert again.epoch == 1
+    run.save(saved)
+    assert [path.name for path in saved.iterdir()] == [CHECKPOINT]
+
+
+def test_a_checkpoint_says_what_it_is(saved: Path) -> None:
+    """Its first line is JSON that names the run."""
+    with (saved / CHECKPOINT).open("rb") as file:
+        header = json.loads(file.readline())
+    assert header["format"] == 1
+    assert header["run"]["recipe"]["batch_size"] == 32
+    assert header["run"]["task"] == ["digits", 270, 359, 1, 8, 8]
+
+
+# --- divergence ---
+
+
+def test_a_run_that_diverges_reports_nan_and_ends() -> None:
+    """A loss that is not finite gives accuracy NaN, and no further epoch."""
+    curve = fit(convnet(), few(), replace(QUICK, lr=1e30), seed=0)
+    assert len(curve) == 1
+    assert math.isnan(curve[0].accuracy)
+    assert not math.isfinite(curve[0].loss)
+
+
+def test_logits_that_are_not_finite_have_no_accuracy() -> None:
+    """argmax would take NaN for some class; the accuracy is NaN instead."""
+    model = convnet()
+    assert math.isfinite(evaluate(model, few(), "validation"))
+    with torch.no_grad():
+        model[-1].bias[3] = math.nan  # type: ignore[index, union-attr, operator]
+    assert math.isnan(evaluate(model, few(), "validation"))
+
+
+# --- evaluation ---
+
+
+class Constant(nn.Module):
+    """Always the same class; records the batches that it sees."""
+
+    def __init__(self, label: int, classes: int = 10) -> None:
+        super().__init__()
+        self.label, self.classes = label, classes
+        self.modes: set[tuple[bool, bool]] = set()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to one-hot (N, classes)."""
+        self.modes.add((self.training, torch.is_inference_mode_enabled()))
+        self.seen += len(x)
+        label = torch.full((len(x),), self.label)
+        return nn.functional.one_hot(label, self.classes).float()
+
+
+def test_evaluation_counts_every_image_once() -> None:
+    """A constant answer is right as often as its class comes; eval mode is left again."""
+    model = Constant(3)
+    images = np.zeros((3000, 1, 16, 16), dtype=np.uint8)
+    split = Split(images, np.arange(3000) % 7)
+    task = replace(digits(), validation=split)
+    blank = replace(task, train=split, test=split)
+    assert evaluate(model, blank, "test") == pytest.approx(100 * (split.labels == 3).mean())
+    assert model.seen == 3000 + 2 * 2  # two blank images find out how to run it
+    assert model.modes == {(False, False), (False, True)}
+    assert model.training
+
+
+def test_a_search_has_no_test_split() -> None:
+    """Evaluating on it is refused."""
+    with pytest.raises(DataError, match="task 'digits' has no test split here"):
+        evaluate(convnet(), digits().for_search(), "test")
+
+
+# --- what does not fit ---
+
+
+def test_a_network_that_does_not_fit_the_task() -> None:
+    """Wrong channels or too few classes: one line with the task's name and the shape."""
+    for model, message in (
+        (nn.Conv2d(3, 8, 3), r"fails on those of 'digits', \(1, 8, 8\): .*expected input"),
+        (Constant(0, classes=5), r"logits of shape \(N, 10\) .*it gives \(2, 5\); give its last"),
+        (nn.Conv2d(1, 10, 3), r"for 2 images it gives \(2, 10, 6, 6\)"),
+    ):
+        with pytest.raises(DataError, match=message) as error:
+            TrainingRun(model, digits(), QUICK, seed=0)
+        assert "\n" not in str(error.value)
+
+
+class Viewing(nn.Module):
+    """Flattens a feature map by ``view``, which needs contiguous memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 8, 8) to (N, 10)."""
+        x = self.conv(x)
+        return self.fc(x.view(len(x), -1))
+
+
+def test_a_network_that_cannot_take_channels_last_trains_all_the_same() -> None:
+    """The memory format is chosen by trying; the mode of the network is left as it was."""
+    model = Viewing()
+    blank = torch.zeros(1, 1, 8, 8)
+    assert pick_memory_format(model, blank) is torch.contiguous_format
+    assert pick_memory_format(convnet(), blank) is torch.channels_last
+    assert model.training
+    assert fit(model, few(), replace(QUICK, epochs=1), seed=0)[0].accuracy > 10
+
+
+def test_a_device_that_is_not_there() -> None:
+    """The error lists the devices that are."""
+    assert check_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "cdua"):
+        with pytest.raises(DeviceError, match=f"'{name}' is not; this machine has cpu"):
+            TrainingRun(convnet(), few(), QUICK, seed=0, device=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "`epochs >= 1` must hold, but the recipe has epochs=0"),
+        ({"batch_size": 1}, "`batch_size >= 2` must hold"),
+        ({"lr": -0.1}, "`0 < lr < inf` must hold, but the recipe has lr=-0.1"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"momentum": 0.0}, "momentum > 0"),
+        ({"momentum": 1.0}, "0 <= momentum < 1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"schedule": "step"}, "schedule='step'"),
+        ({"epochs": 3, "warmup_epochs": 3}, "`0 <= warmup_epochs < epochs` must hold"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"precision": "fp16"}, "precision='fp16'"),
+    ],
+)
+def test_recipes_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    """Each is refused with the rule and the value."""
+    with pytest.raises(StudyError, match=message):
+        Recipe(**change)
+
+
+def test_a_whole_number_is_a_learning_rate() -> None:
+    """It stays no integer: the schedule's values would be cut."""
+    curves = []
+    for lr in (1, 1.0):
+        curve = fit(convnet(), few(), replace(QUICK, lr=lr), seed=0)
+        curves.append([(result.loss, result.accuracy) for result in curve])
+    assert curves[0] == curves[1]

@@ -1,0 +1,301 @@
+"""Images from anywhere, decoded once to uint8 arrays.
+
+A source gives the train and the test half of a dataset as :class:`Split`. What is slow to decode is
+cached; nothing is unpickled that was not checked first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import operator
+import os
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from widthsearch.errors import DataError
+from widthsearch.utils.files import VARIABLE, cache_folder
+
+_logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_WIDE = ("I", "F")  # how PIL's modes of more than 8 bits begin
+_LAYOUT = "<folder>/train/<class>/<image> and <folder>/test/<class>/<image>"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 (N, C, H, W), 0 to 255.
+        labels: int64 (N,), 0 to classes - 1.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == np.uint8 and self.images.ndim == 4, self.images.shape
+        assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
+        # Strides of dims of size 1 are free, and torch would take odd ones for channels_last.
+        canonical = self.images.reshape(-1).reshape(self.images.shape)
+        object.__setattr__(self, "images", canonical)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: NDArray[np.intp]) -> Split:
+        """The images at these places; a copy."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+# --- scikit-learn's digits, CIFAR-10 ---
+
+
+def digits() -> Split:
+    """scikit-learn's 1,797 scanned digits of 1×8×8 pixels, their 17 greys spread over 0 to 255."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    return Split(pixels[:, None], bunch.target.astype(np.int64))
+
+
+def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
+    """CIFAR-10 (3×32×32) and its classes' names, downloaded where it is not in the folder."""
+    from torchvision.datasets import CIFAR10  # checks each file's MD5 before it unpickles it
+
+    place = Path(folder).expanduser() if folder else cache_folder("cifar10")
+    if place is None:
+        raise DataError(
+            f"cifar10 is kept in the cache, but {VARIABLE} is empty, so there is none; set `folder`"
+        )
+    try:
+        halves = [CIFAR10(place, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cifar10 must lie in {place} or be downloadable, but neither is so "
+            f"({' '.join(str(error).split())}); put cifar-10-python.tar.gz there, or give the "
+            "images as an image_folder"
+        ) from error
+    train, test = (
+        Split(
+            np.ascontiguousarray(half.data.transpose(0, 3, 1, 2)),
+            np.array(half.targets, dtype=np.int64),
+        )
+        for half in halves
+    )
+    return train, test, tuple(halves[0].classes)
+
+
+# --- folders of images ---
+
+
+def image_folder(
+    folder: str | None, image_size: int | None
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """torchvision's ImageFolder layout for train and test, as RGB, and the classes' names.
+
+    It is decoded once and cached, keyed by the listing (relative paths, sizes, times of change) and
+    the image size; that takes as much disk as the decoded images. Where the cache cannot be written
+    it is decoded each time. What begins with a dot is passed over.
+    """
+    if folder is None:
+        raise DataError(f"image_folder needs `folder`: a folder laid out as {_LAYOUT}")
+    root = Path(folder).expanduser()
+    for needed in (root, root / "train", root / "test"):
+        if not needed.is_dir():
+            raise DataError(f"image_folder must be laid out as {_LAYOUT}, but {needed} is missing")
+    classes = _folders(root / "train")
+    if len(classes) < 2:
+        raise DataError(
+            f"image_folder needs 2 classes or more, but {root / 'train'} has {len(classes)} "
+            "sub-folders; put the images of each class into a sub-folder of their own"
+        )
+    if strangers := sorted({*_folders(root / "test")} - {*classes}):
+        raise DataError(
+            f"test may only have classes of train, but {root / 'test'} also has {strangers[0]!r}"
+        )
+    halves = [_listed(root / half, classes) for half in ("train", "test")]
+    key = hashlib.sha256(json.dumps([2, image_size]).encode())
+    for path, _ in halves[0] + halves[1]:
+        status = path.stat()
+        entry = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
+        key.update(json.dumps(entry).encode())
+    where = cache_folder("image_folder")
+    cache = None if where is None else where / f"{key.hexdigest()[:24]}.npz"
+    found = None if cache is None else _cached(cache)
+    if found is None:
+        found = _read(halves[0], image_size), _read(halves[1], image_size)
+        if cache is not None:
+            _keep(cache, *found)
+    return *found, tuple(classes)
+
+
+def _cached(file: Path) -> tuple[Split, Split] | None:
+    """What :func:`_keep` was given; None if nothing, or it is damaged."""
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
+            train, test = (Split(stored[f"images{i}"], stored[f"labels{i}"]) for i in (0, 1))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return train, test
+
+
+def _keep(file: Path, train: Split, test: Split) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            unfinished,
+            images0=train.images,
+            labels0=train.labels,
+            images1=test.images,
+            labels1=test.labels,
+        )
+        unfinished.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        _logger.warning(
+            "decoded images cannot be kept in %s (%s), so they are decoded each time; name another "
+            "folder in %s",
+            file.parent,
+            error.strerror or error,
+            VARIABLE,
+        )
+
+
+def _folders(folder: Path) -> list[str]:
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """Every image below a half's class folders with its label, in order of name."""
+    listed = []
+    for label, name in enumerate(classes):
+        paths = sorted(
+            path
+            for path in (half / name).rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(half).parts)
+        )
+        if not paths:
+            raise DataError(
+                f"every class needs images ({' '.join(IMAGE_SUFFIXES)}), but {half / name} has none"
+            )
+        listed += [(path, label) for path in paths]
+    return listed
+
+
+def _read(listed: Sequence[tuple[Path, int]], size: int | None) -> Split:
+    # One after the other: with small images threads only wait for each other (6,800 CIFAR JPEGs a
+    # second here, 5,100 in two threads).
+    first = _read_image(listed[0][0], size)
+    images = np.empty((len(listed), *first.shape), dtype=np.uint8)
+    for i, (path, _) in enumerate(listed):
+        image = _read_image(path, size)
+        if image.shape != first.shape:
+            raise DataError(
+                f"images must be of one size, but {listed[0][0]} is {_size(first)} and {path} is "
+                f"{_size(image)}; set `image_size`"
+            )
+        images[i] = image
+    return Split(images, np.array([label for _, label in listed], dtype=np.int64))
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[2]}×{image.shape[1]}"
+
+
+def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            if mode[0] not in _WIDE:
+                image = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"every image must be readable, but {path} is not ({error}); mend or remove it"
+        ) from error
+    if mode[0] in _WIDE:
+        raise DataError(
+            f"every image must have 8 bits a channel, but {path} has mode {mode!r}, which would "
+            "be clipped; scale its values to 0 to 255 and save it with 8 bits"
+        )
+    if size is not None and image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+# --- datasets of the user's own ---
+
+
+def read_dataset(dataset: Any, whose: str) -> Split:
+    """A map-style torch dataset, read once from 0 to its length.
+
+    Raises:
+        DataError: It gives something else than (image, label).
+    """
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    try:
+        for i in range(len(dataset)):
+            image, label = dataset[i]
+            images.append(_as_uint8(image))
+            labels.append(operator.index(label))
+            if images[i].shape != images[0].shape:
+                raise ValueError(f"shape {images[i].shape}, and the first has {images[0].shape}")
+            if labels[i] < 0:
+                raise ValueError(f"label {labels[i]}")
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{whose} must give (image, label), a PIL image, uint8 tensor of 0 to 255 or float "
+            "tensor of 0 to 1, of one shape (C, H, W) or (H, W), and an integer from 0, but item "
+            f"{len(labels)} does not: {error}"
+        ) from error
+    if not images:
+        raise DataError(f"{whose} must have images, but its length is 0")
+    return Split(np.stack(images), np.array(labels, dtype=np.int64))
+
+
+def _as_uint8(image: object) -> NDArray[np.uint8]:
+    """One image as uint8 (C, H, W)."""
+    if isinstance(image, Image.Image):
+        if image.mode[0] in _WIDE:
+            raise ValueError(f"its image has mode {image.mode!r}; scale it to 8 bits")
+        if image.mode in ("1", "L"):
+            return np.asarray(image.convert("L"))[None]
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    if not isinstance(image, torch.Tensor):
+        raise TypeError(f"its image is a {type(image).__name__}")
+    if image.ndim not in (2, 3):
+        raise ValueError(f"its image has shape {tuple(image.shape)}")
+    if image.is_floating_point():
+        least, most = image.min().item(), image.max().item()
+        if not 0 <= least <= most <= 1:
+            raise ValueError(
+                f"its image has values from {least:g} to {most:g} (leave normalisation to "
+                "widthsearch)"
+            )
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"its image is of {image.dtype}")
+    pixels: NDArray[np.uint8] = image.cpu().numpy()
+    return pixels if image.ndim == 3 else pixels[None]

@@ -1,0 +1,471 @@
+"""Predicted latency of width vectors, learned from whole networks that were measured.
+
+A network's time is a constant and, layer by layer, its MACs and its output elements at widths
+rounded up to a device's block of channels, each at a speed of the layer's own:
+
+    t(w) = e^{u_0} + Σ_l e^{u_1 + δ_l + off_l(w)} M_l(⌈w⌉_s) + Σ_l e^{u_2 + ε_l} A_l(⌈w⌉_s)
+
+M and A are shares of the base network's sums; off_l(w) is e^p for each of the layer's two widths
+that is not whole blocks (slower kernels). Priors: δ, ε ~ N(0, σ_δ²), so that where little was
+measured all layers have one speed and the prediction is one from MACs; u and p wide. Measured is
+log t(w) plus a Student t of scale σ: errors are relative, predictions are positive, outliers hardly
+count. σ_δ and σ are estimated by expectation-maximisation around the Laplace approximation (MacKay,
+Information Theory, Inference and Learning Algorithms, 2003, ch. 27), s is averaged over by its
+evidence: where all measured widths are multiples of 8, nothing can be known about smaller blocks,
+and the deviation says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import kendalltau
+
+from widthsearch.errors import StudyError
+from widthsearch.space.cost import QuadraticForm
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.tracing.polynomials import Poly, as_constant, divide, multiply
+from widthsearch.widths import Widths
+
+STEPS = (1, 2, 4, 8, 16, 32, 64)
+"""The blocks of channels that a device may have."""
+
+Array = NDArray[np.float64]
+
+_FOLDS = 10
+_Z90 = 1.645
+_ITERATIONS, _SETTLE = 80, 12
+_U_SD = 3.0  # of the logarithms of the three parts' times at the base
+_OFF, _OFF_SD = math.log(0.05), 1.5  # of p: a width that is not whole blocks costs a little more
+_DELTA, _DELTA_WEIGHT = 0.3, 4.0  # the layers' speeds before anything is known, as if from so many
+_SIGMA, _SIGMA_WEIGHT = 0.03, 4.0  # the error's likewise
+_TAIL = 4.0  # degrees of freedom: a neighbour on the core makes some measurements far too slow
+
+Features = tuple[Array, Array, Array]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far predictions of networks that were left out of the fit are from what was measured.
+
+    Attributes:
+        networks: How many were measured.
+        median: Median relative error, of ten-fold cross-validation in which everything is learned
+            anew.
+        tau: Kendall's τ between predicted and measured.
+        coverage: The share of the measured inside their 90% intervals.
+        median_macs: The median relative error of ``a + b · MACs``, fitted to the same folds.
+        tau_macs: Kendall's τ between MACs and measured.
+    """
+
+    networks: int
+    median: float
+    tau: float
+    coverage: float
+    median_macs: float
+    tau_macs: float
+
+
+@dataclass(frozen=True)
+class Stair:
+    """What an axis's neighbours on the grid cost by prediction, all else being equal.
+
+    Attributes:
+        name: The axis.
+        width: Its width.
+        ms: Predicted latency there.
+        less_ms: That of one step less; None at the axis's least.
+        more_ms: That of one step more; None at its most.
+        flat_from: The narrowest of the widths down to which nothing is saved.
+        flat_to: The widest of the widths up to which more channels are free.
+    """
+
+    name: str
+    width: int
+    ms: float
+    less_ms: float | None
+    more_ms: float | None
+    flat_from: int
+    flat_to: int
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyModel:
+    """Predicts the latency of a space's networks on one device. Made by :meth:`fit`.
+
+    Attributes:
+        space: The space.
+        vectors: The widths that were measured, shape (N, axes).
+        ms: Their latency, shape (N,).
+        sd: The standard error of each, shape (N,).
+    """
+
+    space: SearchSpace
+    vectors: NDArray[np.int64]
+    ms: Array
+    sd: Array
+    _layers: _Layers
+    _fits: tuple[tuple[float, _Fit], ...]
+    _known: Errors | None = None
+
+    @classmethod
+    def fit(
+        cls, space: SearchSpace, vectors: ArrayLike, ms: ArrayLike, sd: ArrayLike | None = None
+    ) -> LatencyModel:
+        """Learn from measured networks; one is enough, some 40 tell blocks and layers apart.
+
+        Args:
+            space: The space.
+            vectors: Integers, shape (N, axes), in channels; need not be on the grid.
+            ms: The networks' latency, shape (N,); in milliseconds, or as ratios to the base.
+            sd: The standard error of each, in the same unit; None where it is not known.
+
+        Raises:
+            StudyError: There is nothing to learn from, or shapes and signs do not fit.
+        """
+        widths = np.asarray(vectors, np.int64)
+        measured = np.asarray(ms, np.float64)
+        error = np.zeros_like(measured) if sd is None else np.asarray(sd, np.float64)
+        shape = (len(measured), len(space.axes))
+        if not len(measured) or widths.shape != shape or error.shape != measured.shape:
+            raise StudyError(
+                f"a latency model of space {space.name!r} needs vectors (N, {len(space.axes)}), ms "
+                f"and sd (N,) with N >= 1, but has {widths.shape}, {measured.shape}, {error.shape}"
+            )
+        sound = np.isfinite(measured) & (measured > 0) & np.isfinite(error) & (error >= 0)
+        if not sound.all():
+            bad = int(np.flatnonzero(~sound)[0])
+            raise StudyError(
+                "`ms > 0` and `sd >= 0` must hold and be finite, but network "
+                f"{widths[bad].tolist()} has ms={measured[bad]:g}, sd={error[bad]:g}"
+            )
+        layers = _Layers(space)
+        return cls(
+            space, widths, measured, error, layers, _averaged(layers, widths, measured, error)
+        )
+
+    def __call__(self, vectors: ArrayLike) -> tuple[Array, Array]:
+        """Predicted latency of width vectors.
+
+        Args:
+            vectors: Integers, shape (N, axes) or (axes,), in channels.
+
+        Returns:
+            Mean and standard deviation of a network's true latency, in the unit of what was
+            measured, each (N,) or ().
+        """
+        shape = np.shape(vectors)[:-1]
+        log_ms, variance, weight = self._logs(np.atleast_2d(np.asarray(vectors)))
+        means = np.exp(log_ms + variance / 2)
+        mean = weight @ means
+        second = weight @ (means**2 * np.exp(variance))
+        return mean.reshape(shape), np.sqrt(np.maximum(second - mean**2, 0)).reshape(shape)
+
+    def predicted(self, vectors: NDArray[np.int64]) -> Array:
+        """The mean alone: what proposers take as ``Setting.latency``."""
+        return self(vectors)[0]
+
+    @property
+    def steps(self) -> dict[int, float]:
+        """The probability of each block size, where it is not negligible."""
+        return {fit.step: weight for weight, fit in self._fits}
+
+    def stairs(self, widths: Widths, tolerance: float = 0.01) -> tuple[Stair, ...]:
+        """Per axis, what fewer and more channels cost by prediction, all else being equal.
+
+        Args:
+            widths: A width vector on the grid.
+            tolerance: A relative difference below this costs nothing.
+        """
+        out = []
+        for i, axis in enumerate(self.space.axes):
+            grid = np.array(axis.grid)
+            vectors = np.tile(np.array(widths.vector), (len(grid), 1))
+            vectors[:, i] = grid
+            ms = self.predicted(vectors)
+            here = axis.grid.index(widths.vector[i])
+            flat = np.abs(ms / ms[here] - 1) <= tolerance
+            down = here - int(np.argmin(np.append(flat[here::-1], False))) + 1
+            up = here + int(np.argmin(np.append(flat[here:], False))) - 1
+            out.append(
+                Stair(
+                    name=axis.name,
+                    width=widths.vector[i],
+                    ms=float(ms[here]),
+                    less_ms=float(ms[here - 1]) if here else None,
+                    more_ms=float(ms[here + 1]) if here + 1 < len(grid) else None,
+                    flat_from=int(grid[down]),
+                    flat_to=int(grid[up]),
+                )
+            )
+        return tuple(out)
+
+    @cached_property
+    def errors(self) -> Errors:
+        """How good predictions are out of sample.
+
+        Raises:
+            StudyError: Fewer than three different networks were measured.
+        """
+        return self._known or self._cross_validated()
+
+    def _logs(self, vectors: NDArray[Any]) -> tuple[Array, Array, Array]:
+        """Mean and variance of log ms by each fit, (fits, N), and the fits' weights."""
+        parts = [fit.log_ms(self._layers(vectors, fit.step)) for _, fit in self._fits]
+        means, variances = (np.stack(part) for part in zip(*parts, strict=True))
+        return means, variances, np.array([weight for weight, _ in self._fits])
+
+    def _cross_validated(self) -> Errors:
+        _, network = np.unique(self.vectors, axis=0, return_inverse=True)
+        networks = int(network.max()) + 1
+        if networks < 3:
+            raise StudyError(
+                f"errors out of sample need 3 different networks, but {networks} were measured"
+            )
+        order = np.random.default_rng(0).permutation(networks)
+        fold = (order % min(_FOLDS, networks))[network.reshape(-1)]
+        predicted, linear, inside = np.empty((3, len(self.ms)))
+        for out in range(fold.max() + 1):
+            test, train = fold == out, fold != out
+            part = (self.vectors[train], self.ms[train], self.sd[train])
+            fits = _averaged(self._layers, *part)
+            model = LatencyModel(self.space, *part, self._layers, fits)
+            mean, sd = model(self.vectors[test])
+            predicted[test] = mean
+            inside[test] = np.abs(mean - self.ms[test]) < _Z90 * np.hypot(sd, self.sd[test])
+            linear[test] = line_of_macs(self.space, *part[:2])(self.vectors[test])
+        return Errors(
+            networks=networks,
+            median=float(np.median(np.abs(predicted / self.ms - 1))),
+            tau=float(kendalltau(predicted, self.ms).statistic),
+            coverage=float(inside.mean()),
+            median_macs=float(np.median(np.abs(linear / self.ms - 1))),
+            tau_macs=float(kendalltau(self.space.macs(self.vectors), self.ms).statistic),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured and :attr:`errors`, as plain JSON values; it is fitted anew."""
+        networks = len(np.unique(self.vectors, axis=0))
+        return {
+            "fingerprint": self.space.fingerprint,
+            "vectors": self.vectors.tolist(),
+            "ms": self.ms.tolist(),
+            "sd": self.sd.tolist(),
+            "errors": asdict(self.errors) if networks >= 3 else None,
+        }
+
+    @classmethod
+    def from_json(cls, space: SearchSpace, content: Mapping[str, Any]) -> LatencyModel:
+        """The model behind :meth:`to_json`'s values.
+
+        Raises:
+            StudyError: It is of another space.
+        """
+        if content["fingerprint"] != space.fingerprint:
+            raise StudyError(
+                f"a latency model must be of its own space, but this one is not of {space.name!r}: "
+                "measure that one"
+            )
+        model = cls.fit(space, content["vectors"], content["ms"], content["sd"])
+        known = content["errors"]
+        return replace(model, _known=None if known is None else Errors(**known))
+
+
+class _Layers:
+    """MACs and output elements of a space's layers, at widths rounded up to whole blocks."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        trace, n = space.trace, len(space.axes)
+        units = [axis.unit for axis in trace.axes]
+        self._units = np.array(units, np.float64)
+        self._whole: list[QuadraticForm] = []  # layers whose MACs are no product of a weight's dims
+        factors: list[int] = []  # MACs over the product of the weight's free dims
+        positions: list[int] = []  # of its outputs
+        out: list[Poly] = []
+        first: list[Poly] = []
+        second: list[Poly] = []
+        for layer, macs in trace.layer_macs.items():
+            shape = trace.shapes.get(f"{layer}.weight", ())
+            product: Poly = {(): 1}
+            for dim in shape:
+                product = multiply(product, dim)
+            places = as_constant(divide(macs, product) or {}) if shape and product else None
+            free = [dim for dim in shape if as_constant(dim) is None]
+            affine = all(len(monomial) < 2 for dim in free for monomial in dim)
+            if not places or not affine or len(free) > 2:
+                self._whole.append(QuadraticForm.from_poly(macs, units))
+                continue
+            positions.append(places)
+            factors.append(places * math.prod(as_constant(dim) or 1 for dim in shape))
+            out.append(shape[0])
+            first.append(free[0] if free else {(): 1})
+            second.append(free[1] if len(free) > 1 else {(): 1})
+        self._positions, self._factors = np.array(positions, np.float64), np.array(factors, float)
+        self._out, self._first, self._second = (_affine(p, n) for p in (out, first, second))
+        base = space.base.vector
+        shares, elements, _ = self._raw(np.array([base], np.float64), 1)
+        self._scale = float(shares.sum()), float(elements.sum()) or 1.0
+
+    def __call__(self, vectors: ArrayLike, step: int) -> tuple[Array, Array, Array]:
+        """M and A, (N, layers), in shares of the base's sums, and how many widths are off."""
+        macs, elements, off = self._raw(np.atleast_2d(np.asarray(vectors, np.float64)), step)
+        return macs / self._scale[0], elements / self._scale[1], off
+
+    def _raw(self, vectors: Array, step: int) -> tuple[Array, Array, Array]:
+        x = vectors / self._units
+        first, off_first = _aligned(x, self._first, step)
+        second, off_second = _aligned(x, self._second, step)
+        out, _ = _aligned(x, self._out, step)
+        macs = self._factors * first * second
+        elements = self._positions * out
+        if self._whole:
+            others = np.stack([form(vectors.astype(np.int64)) for form in self._whole], 1)
+            macs = np.concatenate([macs, others], 1)
+            elements = np.pad(elements, ((0, 0), (0, len(self._whole))))
+        off = np.zeros_like(macs)
+        off[:, : len(self._positions)] = off_first + off_second
+        return macs, elements, off
+
+
+def _affine(polys: Sequence[Poly], axes: int) -> tuple[Array, Array]:
+    matrix, constant = np.zeros((axes, len(polys))), np.zeros(len(polys))
+    for column, poly in enumerate(polys):
+        for monomial, coefficient in poly.items():
+            if monomial:
+                matrix[monomial[0], column] = coefficient
+            else:
+                constant[column] = coefficient
+    return matrix, constant
+
+
+def _aligned(x: Array, form: tuple[Array, Array], step: int) -> tuple[Array, Array]:
+    """An affine form's values rounded up to whole blocks, where it is not constant; who is off."""
+    matrix, constant = form
+    value = x @ matrix + constant
+    blocks = np.ceil(value / step) * step
+    free = (matrix != 0).any(0)
+    rounded = np.where(free, blocks, value)
+    return rounded, (rounded != value).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """The posterior for one step: parameters (u_0, u_1, u_2, p, δ, ε), mean and covariance."""
+
+    step: int
+    sigma: float
+    theta: Array
+    covariance: Array
+    evidence: float
+
+    def log_ms(self, features: Features) -> tuple[Array, Array]:
+        """Mean and variance of log ms, each (N,)."""
+        value, jacobian = _evaluate(self.theta, features)
+        spread = np.einsum("ij,jk,ik->i", jacobian, self.covariance, jacobian)
+        return value, spread + self.sigma**2 * _TAIL / (_TAIL - 2)
+
+
+def _evaluate(theta: Array, features: Features) -> tuple[Array, Array]:
+    """log t and its gradient: each part's share of t."""
+    macs, elements, off = features
+    slower = math.exp(theta[3]) * off
+    layers = macs.shape[1]
+    compute = macs * np.exp(theta[1] + theta[4 : 4 + layers] + slower)
+    traffic = elements * np.exp(theta[2] + theta[4 + layers :])
+    constant = np.full((len(macs), 1), math.exp(theta[0]))
+    total = constant[:, 0] + compute.sum(1) + traffic.sum(1)
+    parts = [constant, compute.sum(1, keepdims=True), traffic.sum(1, keepdims=True)]
+    parts += [(compute * slower).sum(1, keepdims=True), compute, traffic]
+    return np.log(total), np.concatenate(parts, 1) / total[:, None]
+
+
+def _solve(features: Features, y: Array, noise: Array, step: int) -> _Fit:
+    """The posterior's maximum by damped Gauss-Newton; σ_δ, σ and the weights by EM on the way."""
+    layers = features[0].shape[1]
+    delta, sigma = _DELTA, _SIGMA
+    centre = np.zeros(4 + 2 * layers)
+    # To begin with, each of the three parts takes a third of the base's time.
+    parts = 1 + features[0].sum(1) + features[1].sum(1)
+    centre[:3] = np.median(y - np.log(parts))
+    centre[3] = _OFF
+    theta = centre.copy()
+    trust = np.ones(len(y))
+    changed = math.inf
+
+    def misfit(at: Array) -> float:
+        prior = (((at - centre) / width) ** 2).sum()
+        return float((weight * (y - _evaluate(at, features)[0]) ** 2).sum() + prior)
+
+    for iteration in range(_ITERATIONS + 1):
+        width = np.concatenate([[_U_SD] * 3, [_OFF_SD], np.full(2 * layers, delta)])
+        weight = trust / (sigma**2 + noise**2)
+        value, jacobian = _evaluate(theta, features)
+        precision = (jacobian.T * weight) @ jacobian + np.diag(width**-2)
+        covariance = np.linalg.inv(precision)
+        move = covariance @ (jacobian.T @ (weight * (y - value)) - (theta - centre) / width**2)
+        if iteration == _ITERATIONS or max(np.abs(move).max(), changed) < 1e-3:
+            break
+        move /= max(1.0, np.abs(move).max())
+        error = misfit(theta)
+        while misfit(theta + move) > error and np.abs(move).max() > 1e-3:
+            move /= 2
+        theta = theta + move
+        if iteration < _SETTLE:  # else all that is not yet fitted would be taken for noise
+            continue
+        energy = float((theta[4:] ** 2 + np.diag(covariance)[4:]).sum())
+        delta = _updated(energy, 2 * layers, _DELTA, _DELTA_WEIGHT)
+        missed = (y - value) ** 2 + np.einsum("ij,jk,ik->i", jacobian, covariance, jacobian)
+        trust = (_TAIL + 1) / (_TAIL + missed / (sigma**2 + noise**2))
+        # Of each miss, the part that is not the measurement's own noise.
+        own = sigma**2 / (sigma**2 + noise**2)
+        energy = float((own**2 * trust * missed + own * noise**2).sum())
+        before, sigma = sigma, _updated(energy, len(y), _SIGMA, _SIGMA_WEIGHT)
+        changed = abs(math.log(sigma / before))
+    scale = np.sqrt(sigma**2 + noise**2)
+    evidence = float(
+        -np.log(scale).sum()  # constants that are the same for every step are left out
+        - (_TAIL + 1) / 2 * np.log1p(((y - value) / scale) ** 2 / _TAIL).sum()
+        - 0.5 * (((theta - centre) / width) ** 2).sum()
+        - np.log(width).sum()
+        - 0.5 * np.linalg.slogdet(precision)[1]
+    )
+    for found, expected, w in ((delta, _DELTA, _DELTA_WEIGHT), (sigma, _SIGMA, _SIGMA_WEIGHT)):
+        evidence -= w * (math.log(found) + 0.5 * (expected / found) ** 2)
+    return _Fit(step, sigma, theta, np.asarray(covariance, np.float64), evidence)
+
+
+def _updated(energy: float, count: int, expected: float, weight: float) -> float:
+    return math.sqrt((weight * expected**2 + energy) / (weight + count))
+
+
+def _averaged(
+    layers: _Layers, vectors: NDArray[np.int64], ms: Array, sd: Array
+) -> tuple[tuple[float, _Fit], ...]:
+    """The fits of all steps, each with its probability; those of less than 1% are left out."""
+    fits = [_solve(layers(vectors, step), np.log(ms), sd / ms, step) for step in STEPS]
+    evidence = np.array([fit.evidence for fit in fits])
+    weight = np.exp(evidence - evidence.max())
+    weight[weight < 0.01 * weight.sum()] = 0
+    weight /= weight.sum()
+    return tuple((float(w), fit) for w, fit in zip(weight, fits, strict=True) if w)
+
+
+def line_of_macs(
+    space: SearchSpace, vectors: ArrayLike, ms: ArrayLike
+) -> Callable[[ArrayLike], Array]:
+    """``a + b · MACs`` by least squares of relative errors: what any model must beat."""
+
+    def terms(widths: ArrayLike) -> Array:
+        macs = space.macs(np.atleast_2d(np.asarray(widths))) / space.cost(space.base).macs
+        return np.stack([np.ones(len(macs)), macs], 1)
+
+    measured = np.asarray(ms, np.float64)
+    rows = terms(vectors) / measured[:, None]
+    line = np.linalg.lstsq(rows, np.ones_like(measured), rcond=None)[0]
+    return lambda widths: terms(widths) @ line

@@ -1,0 +1,226 @@
+"""Latency profiles: a designed set of networks, measured once per device, kept for later studies.
+
+A profile is one JSON file in the cache folder ``latency`` (``utils.files.cache_folder``), named
+after the space and a hash of everything that latency depends on. It is rewritten atomically after
+every network, so a run that was killed continues where it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from scipy.stats import qmc
+
+from widthsearch.errors import StudyError, writing
+from widthsearch.latency.meter import Latency, LatencyConfig, LatencyMeter, hardware_name
+from widthsearch.latency.predictor import LatencyModel
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.devices import check_device
+from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
+from widthsearch.widths import Widths
+
+_BLOCKS = (1, 8, 16, 32)  # of the widths of a designed network, in turns
+
+
+def profile(
+    space: SearchSpace,
+    config: LatencyConfig,
+    *,
+    vectors: int = 40,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatencyModel:
+    """Measure networks of a designed set beside the base until a profile has enough, and fit them.
+
+    Args:
+        space: The space.
+        config: Where and how latency is measured.
+        vectors: How many networks the profile is to have; those it has are not measured again.
+        folder: Where profiles are kept; None for the cache.
+        on_progress: Is told how many are measured, of how many.
+
+    Raises:
+        DeviceError: The device is not there.
+        StudyError: The profile's file cannot be read, or its folder cannot be written.
+    """
+    if vectors < 1:
+        raise StudyError(f"`vectors >= 1` must hold, but a profile was asked for {vectors}")
+    path = profile_path(space, config, folder)
+    content = _read(path) or {
+        "space": space.name,
+        "fingerprint": space.fingerprint,
+        "setting": _setting(space, config),
+        "base_ms": None,
+        "vectors": [],
+        "ms": [],
+        "sd": [],
+        "errors": None,
+    }
+    seen = {tuple(vector) for vector in content["vectors"]}
+    missing = [w for w in designed(space, vectors) if w.vector not in seen]
+    missing = missing[: max(0, vectors - len(seen))]
+    if missing:
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=path.parent).close()
+        base = space.build(space.base, seed=0)
+        meter = LatencyMeter(base, space.input_shape, config, content["base_ms"])
+        for done, widths in enumerate(missing, len(seen)):
+            if on_progress is not None:
+                on_progress(done, len(seen) + len(missing))
+            latency = meter.measure(space.build(widths, seed=0))
+            content["base_ms"] = latency.base_ms
+            content["vectors"].append(list(widths.vector))
+            content["ms"].append(latency.median_ms)
+            content["sd"].append(standard_error(latency))
+            content["errors"] = None
+            _write(path, content)
+    model = LatencyModel.from_json(space, content)
+    if content["errors"] is None:
+        _write(path, {**content, **model.to_json()})
+    return model
+
+
+def load_profile(
+    space: SearchSpace, config: LatencyConfig, folder: Path | None = None
+) -> LatencyModel | None:
+    """The model of a profile that was measured before on this device; None where there is none.
+
+    Raises:
+        DeviceError: The device is not there.
+        StudyError: The profile's file cannot be read.
+    """
+    folder = folder or cache_folder("latency")
+    if folder is None:
+        return None
+    content = _read(profile_path(space, config, folder))
+    return None if content is None else LatencyModel.from_json(space, content)
+
+
+def profile_path(space: SearchSpace, config: LatencyConfig, folder: Path | None = None) -> Path:
+    """The file of a space's profile for a device, backend, batch size, dtype and threads.
+
+    Raises:
+        DeviceError: The device is not there.
+        StudyError: No folder was given, and there is no cache.
+    """
+    folder = folder or cache_folder("latency")
+    if folder is None:
+        raise StudyError(
+            f"a latency profile is kept in the cache, but {VARIABLE} is empty, so there is none: "
+            "unset it, or set it to a folder"
+        )
+    key = json.dumps(_setting(space, config), sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', space.name)}-{digest}.json"
+
+
+def designed(space: SearchSpace, count: int) -> list[Widths]:
+    """Networks that tell axes and blocks apart; any first part of them is a good design too.
+
+    The base, the least, the most, and then networks whose scale, and each axis's share of it, are
+    drawn from a scrambled Sobol sequence (Owen, Scrambling Sobol' and Niederreiter-Xing Points,
+    Journal of Complexity 14, 1998): all axes vary in each, so that each measurement tells of all of
+    them. In turns the widths are anything on the grid and whole blocks of 8, 16 and 32, since
+    without both no stair can be seen.
+
+    Returns:
+        At most ``count`` different width vectors; fewer where the space has no more of them.
+    """
+    axes = space.axes
+    out = [space.base, space.widths([a.least for a in axes]), space.widths([a.most for a in axes])]
+    base, least, most = (np.array([getattr(a, k) for a in axes]) for k in ("base", "least", "most"))
+    low, high = np.log((least / base).min()), np.log((most / base).max())
+    points = qmc.Sobol(len(axes) + 1, rng=0).random_base2(math.ceil(math.log2(4 * count)))
+    for i, (scale, *shares) in enumerate(points):
+        jitter = np.log(2) * (2 * np.array(shares) - 1)
+        widths = base * np.exp(low + (high - low) * scale + jitter)
+        block = _BLOCKS[i % len(_BLOCKS)]
+        whole = np.round(widths / block) * block
+        widths = np.where((whole >= least) & (whole <= most), whole, widths)
+        out.append(space.nearest(widths))
+    return list(dict.fromkeys(out))[:count]
+
+
+def standard_error(latency: Latency) -> float:
+    """The standard error of a measured latency in ms.
+
+    For normal noise half the interquartile range is 0.6745 σ, and a median's error √(π/2) σ / √n.
+    """
+    return math.sqrt(math.pi / 2) / 0.6745 * latency.spread_ms / math.sqrt(latency.pairs)
+
+
+def report(model: LatencyModel) -> Table:
+    """What a model says of each axis at the base's widths, as a table.
+
+    Its title names the device's block of channels and the errors out of sample.
+    """
+    base = model.space.base
+    mean, sd = model(np.array(base.vector))
+    blocks = ", ".join(f"{step} ({p:.0%})" for step, p in model.steps.items())
+    title = f"predicted latency {mean:.3g} ± {sd:.1g} ms; blocks of {blocks} channels"
+    caption = None
+    if len(np.unique(model.vectors, axis=0)) >= 3:
+        e = model.errors
+        caption = (
+            f"{e.networks} networks, each predicted from others: median error {e.median:.1%} "
+            f"(MACs alone {e.median_macs:.1%}), Kendall τ {e.tau:.2f} (MACs {e.tau_macs:.2f}), "
+            f"{e.coverage:.0%} inside the 90% intervals"
+        )
+    table = Table(title=title, caption=caption)
+    table.add_column("axis")
+    for column in ("width", "a step less", "a step more", "nothing saved down to", "free up to"):
+        table.add_column(column, justify="right")
+    for stair in model.stairs(base):
+        changes = [
+            "" if ms is None else f"{ms / stair.ms - 1:+.1%}"
+            for ms in (stair.less_ms, stair.more_ms)
+        ]
+        down = str(stair.flat_from) if stair.flat_from < stair.width else ""
+        up = str(stair.flat_to) if stair.flat_to > stair.width else ""
+        table.add_row(stair.name, str(stair.width), *changes, down, up)
+    return table
+
+
+def _setting(space: SearchSpace, config: LatencyConfig) -> dict[str, Any]:
+    """All that a network's latency depends on besides its widths."""
+    measured = {key: value for key, value in asdict(config).items() if key != "pairs"}
+    cost = space.free.cost(space.free.base)
+    return {
+        **measured,
+        "hardware": hardware_name(check_device(config.device)),
+        "torch": torch.__version__,
+        "fingerprint": space.fingerprint,
+        "input": repr(space.input_shape),
+        "base": asdict(cost),
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if len(content["vectors"]) == len(content["ms"]) == len(content["sd"]) > 0:
+            return content
+        reason = "it holds no measurements"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    raise StudyError(f"the profile {str(path)!r} cannot be read ({reason}): remove it")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content)
+    with writing(path.parent):
+        write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,410 @@
+"""Differentiable group learning: which filters of a convolution read the same channels.
+
+Dynamic structure pruning, Park et al. 2023, arXiv 2303.09736. The filters of a layer are assigned
+to G groups by logits α (G × C_out), drawn as ``p = softmax(α/τ + Gumbel noise)``. Groups are never
+in the forward pass; they shape a group lasso,
+``R = Σ_g s(p_g) Σ_c ℓ_gc``, ``ℓ_gc = sqrt(Σ_{f,k} (p_gf W_fck)²)``, ``s(p) = (Σ_f √p_f)²``,
+which draws the channels that a group needs least to zero. All derivatives are closed forms in
+``Σ_k W²``, so that layers of one shape are a few batched matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from widthsearch.data.tasks import DeviceLoader, Task
+from widthsearch.errors import StudyError
+from widthsearch.modules.tree import join
+from widthsearch.proposers.filter_groups.branched_space import branchable
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.tracing.inputs import sample
+from widthsearch.tracing.interpreter import run_on_meta
+from widthsearch.tracing.polynomials import as_constant
+from widthsearch.training.trainer import Recipe, parameter_groups
+from widthsearch.utils.devices import (
+    autocast,
+    check_device,
+    deterministic_cudnn,
+    pick_memory_format,
+    seeded,
+)
+
+aten = torch.ops.aten
+
+# Suffixes: L layers, G groups, F filters, C input channels, K kernel elements.
+
+
+# -- which layers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupedLayer:
+    """A convolution whose filters are grouped.
+
+    Attributes:
+        name: The layer.
+        scale: ``sqrt(C_in·H·W / 16384) · k / C_out^1.5`` with the input's C_in, H and W; times
+            ``G^1.5`` it is the layer's factor of the penalty.
+    """
+
+    name: str
+    scale: float
+
+
+def find_layers(space: SearchSpace) -> tuple[GroupedLayer, ...]:
+    """The convolutions of a space whose filters can be grouped.
+
+    Those are ungrouped ``Conv2d`` whose inputs and outputs both have free widths (so neither the
+    stem nor a classifier), but for projection shortcuts: a 1×1 convolution that stands alone on one
+    side of a sum whose other side went through several since the two parted.
+
+    Args:
+        space: A space without ties and pins.
+    """
+    model = space.build(space.base, device="meta")
+    paths = _Paths({id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)})
+    run_on_meta(model.eval(), sample(space.input_shape, 1, "meta"), paths)
+    out = []
+    for layer, module in model.named_modules():
+        if not (isinstance(module, nn.Conv2d) and layer in paths.inputs):
+            continue
+        free = [as_constant(n) is None for n in space.trace.shapes[join(layer, "weight")][:2]]
+        shortcut = layer in paths.alone and module.weight[0, 0].numel() == 1
+        if branchable(space, layer) and all(free) and not shortcut:
+            size = math.prod(paths.inputs[layer][1:]) / 16384
+            scale = math.sqrt(size) * module.kernel_size[0] / module.out_channels**1.5
+            out.append(GroupedLayer(layer, scale))
+    return tuple(out)
+
+
+class _Paths(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which convolutions each tensor has been through.
+
+    Attributes:
+        inputs: The shape of each convolution's input.
+        alone: Convolutions that are all that one side of a sum has been through, and the other has
+            not, while the other has been through several that it has not.
+    """
+
+    def __init__(self, layers: dict[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layers = layers
+        self.inputs: dict[str, torch.Size] = {}
+        self.alone: set[str] = set()
+        self._through: dict[int, frozenset[str]] = {}
+        self._kept: list[Tensor] = []  # so that no id is used twice
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        sides = [self._through.get(id(x), frozenset()) for x in tensors]
+        through: frozenset[str] = frozenset().union(*sides)
+        packet = func._overloadpacket
+        if packet is aten.convolution and id(args[1]) in self.layers:
+            layer = self.layers[id(args[1])]
+            self.inputs[layer] = args[0].shape
+            through |= {layer}
+        elif packet in (aten.add, aten.add_) and len(sides) == 2:
+            for own, other in ((sides[0], sides[1]), (sides[1], sides[0])):
+                if len(own - other) == 1 and len(other - own) > 1:
+                    self.alone |= own - other
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._through[id(x)] = through
+                self._kept.append(x)
+        return out
+
+
+# -- the regulariser ---------------------------------------------------------------------------
+
+
+class GroupLasso:
+    """Derivatives of R at probabilities p and weights W, for a stack of layers of one shape.
+
+    Args:
+        p_LGF: Probabilities; one-hot over the groups where assignments are hard.
+        squares_LFC: ``Σ_k W²``.
+    """
+
+    def __init__(self, p_LGF: Tensor, squares_LFC: Tensor) -> None:  # noqa: N803
+        self._p, self._squares = p_LGF, squares_LFC
+        self._roots = p_LGF.sqrt()
+        self._total = self._roots.sum(-1, keepdim=True)
+        self._norms = (p_LGF.square() @ squares_LFC).sqrt()
+        self._inverse = 1 / (self._norms + 1e-8)
+
+    def over_weights(self) -> Tensor:
+        """What W is multiplied by in ∂R/∂W: (L, F, C)."""
+        return (self._total * self._p).square().mT @ self._inverse
+
+    def by_probabilities(self) -> Tensor:
+        """∂R/∂p: (L, G, F)."""
+        return self._product(self._norms, self._inverse @ self._squares.mT)
+
+    def along(self, change_LFC: Tensor) -> Tensor:  # noqa: N803
+        """(∂²R/∂p∂W)·v for a change of the weights: (L, G, F).
+
+        Args:
+            change_LFC: The change of ``Σ_k W²`` with v, ``2 Σ_k W v``.
+        """
+        norms = self._p.square() @ change_LFC * self._inverse / 2
+        reciprocals = self._inverse @ change_LFC.mT
+        reciprocals -= (norms * self._inverse.square()) @ self._squares.mT
+        return self._product(norms, reciprocals)
+
+    def _product(self, norms_LGC: Tensor, reciprocals_LGF: Tensor) -> Tensor:  # noqa: N803
+        """``∂s/∂p · Σ_c ℓ + s · p · Σ_c (Σ_k W²)/ℓ``, of the values or of their changes."""
+        size = self._total.square() * self._p * reciprocals_LGF
+        return size + self._total / self._roots * norms_LGC.sum(-1, keepdim=True)
+
+
+# -- learning ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Layers of one shape.
+
+    Attributes:
+        layers: Which.
+        weights: Their weights, shape (L, F, C, k, k): the parameters are views of it.
+        logits: α, shape (L, G, F).
+        scale: Each layer's factor of the penalty, shape (L, 1, 1).
+    """
+
+    layers: tuple[GroupedLayer, ...]
+    weights: Tensor
+    logits: Tensor
+    scale: Tensor
+
+    def squares(self) -> Tensor:
+        """``Σ_k W²``, (L, F, C)."""
+        return self.weights.square().sum((-2, -1))
+
+    def shrink(self, factor: float, lasso: GroupLasso) -> None:
+        """``W ← W − factor · scale · ∂R/∂W``."""
+        shrunk = 1 - factor * self.scale * lasso.over_weights()
+        self.weights.mul_(shrunk[..., None, None])
+
+    def hard(self) -> Tensor:
+        """Each filter in its most probable group, one-hot: (L, G, F)."""
+        chosen = self.logits.argmax(1, keepdim=True)
+        return torch.zeros_like(self.logits).scatter_(1, chosen, 1.0)
+
+
+class GroupLearning:
+    """Trains a network and, a step at a time, the groups of its filters.
+
+    Args:
+        model: The network; the weights of the layers become views of stacked tensors.
+        layers: Whose filters are grouped.
+        optimizer: Of the model's parameters.
+        groups: G.
+        penalty: λ.
+        lr: The logits' learning rate (Adam, ε = 1e-12).
+        temperature: τ.
+        steps: How many steps there will be: the penalty grows linearly to λ at the last.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[GroupedLayer],
+        optimizer: torch.optim.Optimizer,
+        *,
+        groups: int,
+        penalty: float,
+        lr: float,
+        temperature: float,
+        steps: int,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._penalty, self._temperature, self._steps = penalty, temperature, steps
+        self._stacks = list(_stacked(model, layers, groups))
+        self._adam = torch.optim.Adam([s.logits for s in self._stacks], lr=lr, eps=1e-12)
+        self._step = 0
+
+    def step(self, backward: Callable[[], Tensor]) -> Tensor:
+        """One step of the weights, one of the logits, and the penalty of the present groups.
+
+        Args:
+            backward: Runs a batch forward and backward and returns its loss; it is called twice,
+                the second time with weights that are looked ahead to and then forgotten.
+
+        Returns:
+            The loss of the first call.
+        """
+        p = [self._drawn(stack) for stack in self._stacks]
+        self._optimizer.zero_grad()
+        loss = backward()
+        self._optimizer.step()
+        ramp = (self._step + 1) / self._steps
+        factor = self._penalty * self._optimizer.param_groups[0]["lr"] * ramp
+        with torch.no_grad():
+            squares = [stack.squares() for stack in self._stacks]
+            lassos = [GroupLasso(q, w2) for q, w2 in zip(p, squares, strict=True)]
+            with self._restored():
+                before = []
+                for stack, lasso in zip(self._stacks, lassos, strict=True):
+                    before.append(stack.weights.clone())
+                    stack.shrink(factor, lasso)
+                ahead = [stack.weights.clone() for stack in self._stacks]
+                self._optimizer.zero_grad()
+                with torch.enable_grad():
+                    backward()
+                self._optimizer.step()
+                for i, stack in enumerate(self._stacks):
+                    there = GroupLasso(p[i], stack.squares())
+                    gradient = there.by_probabilities()
+                    stack.shrink(factor, there)
+                    moved = stack.weights - ahead[i]
+                    gradient += lassos[i].along(2 * (before[i] * moved).sum((-2, -1)))
+                    # Through the softmax.
+                    centred = gradient - (p[i] * gradient).sum(1, keepdim=True)
+                    stack.logits.grad = p[i] * centred / self._temperature
+            self._adam.step()
+            for stack, w2 in zip(self._stacks, squares, strict=True):
+                stack.shrink(factor, GroupLasso(stack.hard(), w2))
+        self._step += 1
+        return loss
+
+    def assignments(self) -> dict[str, Tensor]:
+        """Per layer, the group of each filter, shape (F,)."""
+        return {
+            layer.name: stack.logits[i].argmax(0)
+            for stack in self._stacks
+            for i, layer in enumerate(stack.layers)
+        }
+
+    def _drawn(self, stack: _Stack) -> Tensor:
+        noise = -torch.empty_like(stack.logits).exponential_().log()
+        return (stack.logits / self._temperature + noise).softmax(1)
+
+    def _restored(self) -> _Restored:
+        state = [v for of in self._optimizer.state.values() for v in of.values()]
+        tensors = [*self._model.parameters(), *self._model.buffers(), *state]
+        return _Restored([t.detach() for t in tensors if isinstance(t, Tensor)])
+
+
+class _Restored:
+    """While it lasts, tensors may be changed; then they are as they were."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        # Of one dtype at a time: what counts batches would make all copies slow ones on CUDA.
+        self._lists = [[t for t in tensors if t.dtype == d] for d in {t.dtype for t in tensors}]
+        self._saved = [[t.clone() for t in of] for of in self._lists]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for tensors, saved in zip(self._lists, self._saved, strict=True):
+            torch._foreach_copy_(tensors, saved)
+
+
+def _stacked(model: nn.Module, layers: Sequence[GroupedLayer], groups: int) -> Iterator[_Stack]:
+    modules = dict(model.named_modules())
+    shapes: dict[torch.Size, list[GroupedLayer]] = {}
+    for layer in layers:
+        shapes.setdefault(modules[layer.name].weight.shape, []).append(layer)
+    for shape, of in shapes.items():
+        weights: list[Any] = [modules[layer.name].weight for layer in of]
+        # Channels last in memory, where the network's weights are.
+        order, back = (0, 1, 2, 3), (0, 1, 2, 3, 4)
+        if not weights[0].is_contiguous():
+            order, back = (0, 2, 3, 1), (0, 1, 4, 2, 3)
+        stack = torch.stack([w.detach().permute(order) for w in weights]).permute(back)
+        for weight, view in zip(weights, stack, strict=True):
+            weight.data = view
+        scale = torch.tensor([layer.scale * groups**1.5 for layer in of], device=stack.device)
+        logits = torch.zeros(len(of), groups, shape[0], device=stack.device)
+        yield _Stack(tuple(of), stack, logits, scale.view(-1, 1, 1))
+
+
+def learn_groups(
+    model: nn.Module,
+    layers: Sequence[GroupedLayer],
+    task: Task,
+    recipe: Recipe,
+    *,
+    groups: int,
+    penalty: float,
+    lr: float,
+    temperature: float,
+    seed: int,
+    device: str,
+    report: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Train a network by a recipe, and learn its groups on the way; see :class:`GroupLearning`.
+
+    Returns:
+        Per layer, the group of each filter, shape (F,).
+
+    Raises:
+        StudyError: The loss is no longer finite.
+    """
+    place = check_device(device)
+    model.to(place)
+    layout = pick_memory_format(model, torch.zeros(2, *task.input_shape, device=place))
+    model.to(memory_format=layout)
+    loader = DeviceLoader(task.train, task, recipe.batch_size, place, layout)
+    optimizer = torch.optim.SGD(
+        parameter_groups(model, recipe.weight_decay),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+    learning = GroupLearning(
+        model,
+        layers,
+        optimizer,
+        groups=groups,
+        penalty=penalty,
+        lr=lr,
+        temperature=temperature,
+        steps=recipe.epochs * loader.steps,
+    )
+    cast = autocast(place, recipe.precision)
+    model.train()
+    for epoch in range(recipe.epochs):
+        total = torch.zeros((), device=place)
+        with seeded(seed, epoch + 1, place) as generator, deterministic_cudnn():
+            batches = loader.batches(augment=True, generator=generator)
+            for step, (images, labels) in enumerate(batches, epoch * loader.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate(step, loader.steps)
+
+                def backward(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                    with cast:
+                        logits = model(images)
+                    loss = F.cross_entropy(
+                        logits.float(), labels, label_smoothing=recipe.label_smoothing
+                    )
+                    torch.autograd.backward(loss)
+                    return loss.detach()
+
+                total += learning.step(backward)
+        loss = total.item() / loader.steps
+        if not math.isfinite(loss):
+            raise StudyError(
+                f"group learning must keep a finite loss, but with penalty={penalty} and "
+                f"lr={recipe.lr} it diverged; lower one of them"
+            )
+        report(f"groups: epoch {epoch + 1} of {recipe.epochs}, loss {loss:.3f}")
+    return learning.assignments()

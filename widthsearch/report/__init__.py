@@ -1,0 +1,4 @@
+"""What a person reads: tables, plots, progress.
+
+May import: ``api``, ``export`` and below.
+"""

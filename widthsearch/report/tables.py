@@ -1,0 +1,600 @@
+"""What a person sees: tables, the live view of a run, the front as JSON, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from widthsearch.api import Study
+from widthsearch.bayesopt import pareto
+from widthsearch.latency.profiles import standard_error
+from widthsearch.proposers import Proposal
+from widthsearch.report.forecast import Expected
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.loop import Progress
+from widthsearch.study.posterior import INTERVAL, Beliefs
+from widthsearch.study.trial import Outcome
+from widthsearch.widths import Widths
+
+FEW = 3
+"""Fewer points than this make no front to take a volume of, and fewer comparisons no range."""
+
+_LASTING = ("trial ", "proposer ", "concurrency", "budgets", "every width vector")
+"""How messages begin that stay to be read."""
+
+_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(value: float) -> str:
+    """A count with a unit: 1.82G, 23.5M, 412."""
+    for size, unit in _UNITS:
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: never wrapped, and nothing in it is taken for markup."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def show(console: Console, tables: RenderableType) -> None:
+    """Print tables; what a terminal has no room for goes on in its next line."""
+    console.print(tables, crop=False)
+
+
+def _uncut(table: Table) -> Table:
+    """The table, with the columns that do not wrap kept whole in however narrow a terminal."""
+    for column in table.columns:
+        cells = [str(cell) for cell in (column.header, *column.cells)]
+        if column.no_wrap:
+            column.min_width = max(map(cell_len, cells))
+        else:
+            column.overflow = "fold"
+            column.min_width = min(8, max(map(cell_len, cells)))
+    return table
+
+
+# -- spaces ----------------------------------------------------------------------------------
+
+
+def space_tables(space: SearchSpace) -> Group:
+    """A space as tables: its axes, with their share of MACs, and what is pinned and why."""
+    cost = space.cost(space.base)
+    shares = space.form("macs").share(space.base.vector)
+    axes = Table(
+        title=f"{space.name}: {len(space.axes)} axes, input {_shape_text(space.input_shape)}"
+    )
+    axes.add_column("axis", no_wrap=True)
+    for column in ("base", "least", "most", "step", "MACs"):
+        axes.add_column(column, justify="right", no_wrap=True)
+    axes.add_column("layers")
+    for axis, share in zip(space.axes, shares, strict=True):
+        axes.add_row(
+            Text(axis.name),
+            *(str(getattr(axis, field)) for field in ("base", "least", "most", "step")),
+            f"{share:.1%}",
+            Text(_shown(axis.layers) + (f"; {len(axis.tied)} tied to it" if axis.tied else "")),
+        )
+    pinned = Table(title="pinned")
+    for column in ("width of", "size", "MACs", "reason", "layers"):
+        counted, whole = column in ("size", "MACs"), column not in ("reason", "layers")
+        pinned.add_column(column, justify="right" if counted else "left", no_wrap=whole)
+    for pin, share in zip(space.pinned, space.pinned_shares, strict=True):
+        pinned.add_row(
+            Text(pin.name),
+            str(pin.size),
+            f"{share:.1%}",
+            Text(pin.reason),
+            Text(_shown(pin.layers)),
+        )
+    total = Text(
+        f"base: {short(cost.macs)} MACs ({short(2 * cost.macs)} FLOPs), {short(cost.params)} "
+        f"parameters, {short(cost.activations)} activation elements a sample. A width's share of "
+        "MACs is what would vanish with it; shares overlap, since a layer has two widths."
+    )
+    parts: list[RenderableType] = [_uncut(axes)]
+    if space.pinned:
+        parts.append(_uncut(pinned))
+    return Group(*parts, total)
+
+
+def space_json(space: SearchSpace) -> dict[str, Any]:
+    """A space as plain JSON values."""
+    cost = space.cost(space.base)
+    shares = space.form("macs").share(space.base.vector)
+    return {
+        "name": space.name,
+        "fingerprint": space.fingerprint,
+        "input_shape": _shapes(space.input_shape),
+        "macs": cost.macs,
+        "params": cost.params,
+        "activations": cost.activations,
+        "axes": [
+            {
+                "name": axis.name,
+                "base": axis.base,
+                "least": axis.least,
+                "most": axis.most,
+                "step": axis.step,
+                "share_of_macs": float(share),
+                "layers": list(axis.layers),
+                "tied": list(axis.tied),
+            }
+            for axis, share in zip(space.axes, shares, strict=True)
+        ],
+        "pinned": [
+            {
+                "name": pin.name,
+                "size": pin.size,
+                "reason": pin.reason,
+                "share_of_macs": share,
+                "layers": list(pin.layers),
+            }
+            for pin, share in zip(space.pinned, space.pinned_shares, strict=True)
+        ],
+    }
+
+
+def cost_line(space: SearchSpace, widths: Widths) -> str:
+    """What a width vector costs, and beside the base."""
+    cost, base = space.cost(widths), space.cost(space.base)
+    return (
+        f"{short(cost.macs)} MACs ({cost.macs / base.macs:.3g} of the base), "
+        f"{short(cost.params)} parameters ({cost.params / base.params:.3g}), "
+        f"{short(cost.activations)} activation elements ({cost.activations / base.activations:.3g})"
+    )
+
+
+def proposal_json(space: SearchSpace, widths: Widths, proposal: Proposal) -> dict[str, Any]:
+    """Proposed widths with their costs and where they came from, as plain JSON values."""
+    return {
+        "space": space.name,
+        "fingerprint": space.fingerprint,
+        "method": proposal.method,
+        "widths": dict(widths),
+        "cost": asdict(space.cost(widths)),
+        "base": asdict(space.cost(space.base)),
+        "proposal": proposal.to_json(),
+    }
+
+
+def _shapes(inputs: Any) -> Any:
+    """What a model takes, as JSON values: shapes, by place or name."""
+    if isinstance(inputs, Mapping):
+        return {name: _shapes(value) for name, value in inputs.items()}
+    return [n if isinstance(n, int) else _shapes(n) for n in getattr(inputs, "shape", inputs)]
+
+
+def _shape_text(inputs: Any) -> str:
+    shapes = _shapes(inputs)
+    plain = isinstance(shapes, list) and all(isinstance(n, int) for n in shapes)
+    return "×".join(map(str, shapes)) if plain else json.dumps(shapes)
+
+
+def _shown(layers: Sequence[str], room: int = 30) -> str:
+    """How many layers there are, and as many of their names as there is room for."""
+    names = [layer or "(model)" for layer in layers]
+    shown = names[:1]
+    while len(shown) < len(names) and len(", ".join([*shown, names[len(shown)]])) <= room:
+        shown.append(names[len(shown)])
+    more = ", …" if len(shown) < len(names) else ""
+    return f"{len(names)}: {', '.join(shown)}{more}"
+
+
+# -- fronts ----------------------------------------------------------------------------------
+
+
+def described(origin: Mapping[str, Any]) -> str:
+    """Where widths came from, in a word or two."""
+    if origin.get("base"):
+        return "base"
+    if "confirms" in origin:
+        return f"confirms {origin['confirms']}"
+    if "proposer" in origin:
+        return f"{origin['proposer']} ×{origin['budget']:g}"
+    return str(origin.get("sampler", "given"))
+
+
+def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outcome]:
+    """A finished baseline, ``uniform`` (the bases with it) or ``random``, fewest MACs first."""
+
+    def belongs(origin: Mapping[str, Any]) -> bool:
+        if origin.get("base"):
+            return method == "uniform"
+        return origin.get("proposer") == method and origin.get("family") == "linear"
+
+    found = [o for o in outcomes if o.state == "finished" and belongs(o.origin)]
+    return sorted(found, key=lambda o: o.cost.macs)
+
+
+def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
+    """By how much what was found beats each baseline at equal cost of each kind; a line a baseline.
+
+    The baselines themselves are not among what was found: a gain may be a loss.
+    """
+    found = [o for o in beliefs.members if o.origin.keys().isdisjoint(("base", "baseline"))]
+    lines = []
+    for method in ("uniform", "random"):
+        rivals = baseline(outcomes, method)
+        said = []
+        for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
+            if cost not in beliefs.objectives:
+                continue
+            gains = pareto.gains(found, rivals, cost, beliefs.accuracy)
+            if gains:
+                mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
+                spread = f"{low:+.2f} to {high:+.2f}" if len(gains) > 1 else ""
+                few = f"only {len(gains)} can be compared" if len(gains) < FEW else ""
+                told = "; ".join(filter(None, (spread, few)))
+                said.append(f"{mean:+.2f} points at equal {named} ({told})")
+        if said:
+            lines.append(
+                f"Beside {method} widths ({len(rivals)} of them) the best of the other networks "
+                f"have {', '.join(said)}, by believed accuracy."
+            )
+    return lines
+
+
+def front_json(study: Study) -> dict[str, Any]:
+    """The front, the base model and the uniform baseline as plain JSON values."""
+    outcomes, beliefs = study.outcomes(), study.beliefs()
+    base = _base(outcomes)
+    return {
+        "study": study.config.name,
+        "objectives": list(study.config.objectives),
+        "front": [_member(o, beliefs) for o in beliefs.front()],
+        "base": None if base is None else _member(base, beliefs),
+        "uniform": [_member(o, beliefs) for o in baseline(outcomes) if not o.origin.get("base")],
+    }
+
+
+def _base(outcomes: Sequence[Outcome]) -> Outcome | None:
+    return next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
+
+
+def _member(outcome: Outcome, beliefs: Beliefs) -> dict[str, Any]:
+    keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
+    content = outcome.to_json()
+    member = {key: content[key] for key in (*keys, "origin")}
+    return {**member, "believed": asdict(beliefs[outcome])}
+
+
+def front_csv(study: Study) -> str:
+    """The front as CSV: one row a member, one column an axis."""
+    beliefs = study.beliefs()
+    front = beliefs.front()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = list(dict.fromkeys(name for o in front for name in o.widths))
+    columns = ["id", "space", "accuracy", "believed", "sd", "trainings", "dominated"]
+    writer.writerow([*columns, "macs", "params", "latency_ms", "origin", *names])
+    for o in front:
+        belief = beliefs[o]
+        writer.writerow(
+            [
+                *(o.id, o.space, o.accuracy, belief.accuracy, belief.sd, belief.trainings),
+                *(belief.dominated, o.cost.macs, o.cost.params, o.latency_ms),
+                described(o.origin),
+                *(o.widths.get(name, "") for name in names),
+            ]
+        )
+    return out.getvalue()
+
+
+def front_tables(study: Study) -> Group:
+    """The front and the uniform baseline as tables, and what is worth knowing about them."""
+    outcomes, beliefs = study.outcomes(), study.beliefs()
+    front, base = beliefs.front(), _base(outcomes)
+    states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
+    counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none is done"
+    stand = f"{len(outcomes)} trial{'s' * (len(outcomes) != 1)}: {counted}."
+    if not states["finished"]:
+        return Group(
+            Text(f"No trial of {study.config.name} has finished yet, so there is no front. {stand}")
+        )
+    rivals = baseline(outcomes)
+    parts: list[RenderableType] = [
+        _outcome_table(f"front of {study.config.name}", front, base, beliefs),
+        _widths_listed(front),
+    ]
+    if rivals:
+        parts.append(_outcome_table("uniform baseline", rivals, base, beliefs))
+    if len(front) >= FEW:
+        stand += (
+            f" Hypervolume over {', '.join(beliefs.objectives)}, as a share of the box that all "
+            f"finished trials span: front {front_volume(front, beliefs):.3f}, uniform baseline "
+            f"{front_volume(rivals, beliefs):.3f}."
+        )
+    parts.append(Text(stand))
+    parts.extend(Text(line) for line in (*comparisons(beliefs, outcomes), *_doubts(front, beliefs)))
+    parts.extend(Text(remark) for remark in remarks(front, base))
+    return Group(*parts)
+
+
+def _doubts(front: Sequence[Outcome], beliefs: Beliefs) -> list[str]:
+    """How far the accuracies can be trusted."""
+    lines = []
+    if (surrogate := beliefs.surrogate) is not None:
+        lines.append(
+            "Believed accuracy is over seeds, with its 90% interval; one training scatters by "
+            f"{surrogate.noise:.2f} points (standard deviation). Left out, "
+            f"{surrogate.coverage(0.9):.0%} of {surrogate.size} trainings lie in their 90% "
+            "interval."
+        )
+    doubtful = [o for o in front if (beliefs[o].dominated or 0.0) > 0.5]
+    if doubtful:
+        lines.append(
+            f"Marked ?: dominated by another trained network with probability above one half "
+            f"({', '.join(str(o.id) for o in doubtful)}); widthsearch confirm trains them again."
+        )
+    return lines
+
+
+def outlook_table(expected: Sequence[Expected]) -> Group:
+    """What proposals promise at every size, and where to train next."""
+    several = len({each.space for each in expected}) > 1
+    table = Table(title="families, as believed", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [*(["space"] if several else []), "origin", "MACs", "believed", "beats the front"]
+    _add_columns(table, columns)
+    for each in sorted(expected, key=lambda e: (e.space, described(e.origin), e.cost.macs)):
+        table.add_row(
+            *([each.space] if several else []),
+            f"{described(each.origin)} {each.origin['family']}",
+            short(each.cost.macs),
+            f"{each.accuracy:.2f} ±{INTERVAL * each.sd:.2f}",
+            "trained" if each.trained else f"{each.beats_front:.0%}",
+        )
+    _uncut(table)
+    open_ = [each for each in expected if not each.trained]
+    if not open_:
+        return Group(table)
+    best = max(open_, key=lambda each: each.gain)
+    return Group(
+        table,
+        Text(
+            f"Train next: {described(best.origin)} {best.origin['family']}, {dict(best.widths)}, "
+            f"{best.gain:+.2f} points expected over what is trained within its MACs."
+        ),
+    )
+
+
+def front_volume(members: Sequence[Outcome], beliefs: Beliefs) -> float:
+    """The hypervolume of some outcomes, as a share of the box that all finished ones span.
+
+    By believed accuracy.
+    """
+    if not members or not beliefs.members:
+        return 0.0
+
+    def points(of: Sequence[Outcome]) -> NDArray[np.float64]:
+        found = pareto.objective_points(of, beliefs.objectives)
+        found[:, beliefs.objectives.index("accuracy")] = [-beliefs.accuracy(o) for o in of]
+        return found
+
+    every = points(beliefs.members)
+    low, high = every.min(0), every.max(0)
+    span = np.where(high > low, high - low, 1.0)
+    return pareto.hypervolume((points(members) - low) / span, np.ones(len(beliefs.objectives)))
+
+
+def _outcome_table(
+    title: str, outcomes: Sequence[Outcome], base: Outcome | None, beliefs: Beliefs
+) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    timed = any(o.latency is not None for o in outcomes)
+    several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
+    sized = "params" in beliefs.objectives
+    columns = ["id", *(["space"] if several else []), "origin", "acc %"]
+    columns += ["believed", "MACs", "×base", *(["params"] if sized else [])]
+    columns += ["ms", "×base"] if timed else []
+    _add_columns(table, columns)
+    for o in outcomes:
+        belief = beliefs[o]
+        believed = f"{belief.accuracy:.2f}"
+        believed += "" if belief.sd is None else f" ±{INTERVAL * belief.sd:.2f}"
+        believed += f" ({belief.trainings}×)" if belief.trainings > 1 else ""
+        believed += " ?" if (belief.dominated or 0.0) > 0.5 else ""
+        row = [str(o.id), *([o.space] if several else []), described(o.origin)]
+        row += [f"{o.accuracy:.2f}", believed, short(o.cost.macs)]
+        row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else ""]
+        row += [short(o.cost.params)] if sized else []
+        if timed and o.latency is not None:
+            row += [f"{o.latency.median_ms:.3g}", f"{o.latency.ratio:.2f}"]
+        elif timed:
+            row += ["", ""]
+        table.add_row(*(Text(cell) for cell in row))
+    return _uncut(table)
+
+
+def _add_columns(table: Table, columns: Sequence[str]) -> None:
+    """Columns of networks; where they are of and from may wrap, but no number."""
+    for column in columns:
+        told = column in ("space", "origin")
+        left = told or column == "believed"
+        table.add_column(column, justify="left" if left else "right", no_wrap=not told)
+
+
+def _widths_listed(outcomes: Sequence[Outcome]) -> Text:
+    """The widths of some outcomes, a line each, under the names of their axes."""
+    if not outcomes:
+        return Text("no finished trial has all objectives")
+    digits = max(len(str(o.id)) for o in outcomes)
+    lines = []
+    for space in dict.fromkeys(o.space for o in outcomes):
+        own = [o for o in outcomes if o.space == space]
+        lines.append(f"widths of {space} by id, in the order {', '.join(own[0].widths)}:")
+        lines += [f"  {o.id:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in own]
+    return Text("\n".join(lines))
+
+
+def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
+    """The members whose MACs fell but whose latency is not shown to have; a line a device."""
+    shown: dict[str, list[str]] = {}
+    for o in front:
+        if base is None or o.latency is None or o.cost.macs >= base.cost.macs:
+            continue
+        error = 2 * standard_error(o.latency) / o.latency.base_ms
+        if o.latency.ratio + error >= 1:
+            told = (
+                f"{o.id} ({o.cost.macs / base.cost.macs:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
+            )
+            shown.setdefault(o.latency.hardware, []).append(told)
+    return [
+        f"Latency is not shown to fall, though MACs do, on {hardware} (id, share of the base's "
+        f"MACs: of its latency ± two standard errors): {', '.join(members)}."
+        for hardware, members in shown.items()
+    ]
+
+
+def write_front(study: Study) -> str:
+    """Write ``front.json`` and ``front.png`` into the study's folder; say where, or why not."""
+    as_json, as_png = study.folder / "front.json", study.folder / "front.png"
+    try:
+        as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
+        plot_front(study, as_png)
+    except OSError as error:
+        return f"not written: {error.filename or study.folder}: {error.strerror}"
+    return f"written: {as_json}, {as_png}"
+
+
+def plot_front(study: Study, path: Path) -> None:
+    """Accuracy against each cost: every finished trial, the front, and the uniform baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    outcomes, beliefs = study.outcomes(), study.beliefs()
+    finished = [o for o in outcomes if o.state == "finished"]
+    costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
+    figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
+    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+        value = partial(pareto.objective_value, objective=cost)
+        flat = [(value(o), -beliefs.accuracy(o)) for o in beliefs.members]
+        kept = pareto.non_dominated(np.array(flat).reshape(-1, 2))
+        front = [o for o, keep in zip(beliefs.members, kept, strict=True) if keep]
+        axes.plot(
+            [value(o) for o in finished],
+            [o.accuracy for o in finished],
+            marker=".",
+            linestyle="",
+            color="0.7",
+            label="one training",
+        )
+        for members, style in (
+            (
+                baseline(outcomes),
+                {"marker": "s", "linestyle": "--", "color": "tab:blue", "label": "uniform"},
+            ),
+            (front, {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"}),
+        ):
+            points = sorted(
+                (value(o), beliefs.accuracy(o), INTERVAL * (beliefs[o].sd or 0.0)) for o in members
+            )
+            if points:
+                x, y, error = zip(*points, strict=True)
+                axes.errorbar(x, y, error, capsize=2, **style)
+        axes.set_xscale("log")
+        axes.set_xlabel(labels[cost])
+        axes.set_ylabel("validation accuracy (%), believed with 90% interval")
+        axes.grid(alpha=0.3, which="both")
+        if finished:
+            axes.legend()
+    figure.suptitle(study.config.name)
+    figure.savefig(path, dpi=120)
+
+
+# -- a run -----------------------------------------------------------------------------------
+
+
+class LiveView:
+    """Shows a run: a live table in a terminal, one line per finished trial elsewhere."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._name = name
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._shown = -1
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show where the study stands."""
+        # Something befell one of them: that stays to be read.
+        if progress.message.startswith(_LASTING):
+            say(self._console, progress.message)
+        if self._console.is_terminal:
+            self._live.update(progress_table(self._name, progress), refresh=True)
+        elif progress.done != self._shown:
+            self._shown = progress.done
+            say(self._console, progress_line(progress))
+
+
+def progress_line(progress: Progress) -> str:
+    """Where a study stands, in one line."""
+    parts = [f"{progress.done}/{progress.total} trials"]
+    if progress.best_accuracy is not None:
+        parts.append(f"best {progress.best_accuracy:.2f}%")
+        parts.append(f"front {progress.front_size}")
+    parts.append(f"{_clock(progress.elapsed)} elapsed")
+    if progress.remaining is not None:
+        parts.append(f"{_clock(progress.remaining)} left")
+    if progress.message:
+        parts.append(progress.message)
+    return ", ".join(parts)
+
+
+def progress_table(name: str, progress: Progress) -> Table:
+    """Where a study stands, as a table."""
+    table = Table(title=name)
+    for column in ("trials", "running", "best %", "front", "elapsed", "left", ""):
+        table.add_column(column, justify="right")
+    best, left = progress.best_accuracy, progress.remaining
+    table.add_row(
+        f"{progress.done}/{progress.total}",
+        str(progress.running),
+        "" if best is None else f"{best:.2f}",
+        str(progress.front_size),
+        _clock(progress.elapsed),
+        "" if left is None else _clock(left),
+        ProgressBar(total=progress.total, completed=progress.done, width=24),
+    )
+    if progress.message:
+        table.caption = Text(progress.message)
+    return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

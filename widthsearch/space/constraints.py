@@ -1,0 +1,387 @@
+"""What a user asks of a space's axes: pinned, tied, bounded, aligned.
+
+Pins and ties are substitutions into the trace's polynomials, so costs and shapes stay exact; bounds
+and steps only choose the grid.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from widthsearch.errors import SpaceError
+from widthsearch.tracing.polynomials import Poly, add, constant, multiply
+from widthsearch.tracing.tracer import Pinned, Trace, TracedAxis
+from widthsearch.widths import Axis
+
+BLOCKS: Mapping[str, int] = {"cuda": 8, "cpu": 16}
+"""Channels that a device's kernels take at a time: 16 bytes of bf16 for tensor cores; the lanes of
+AVX-512 in fp32 (where a 3×3 convolution of 17 channels takes as long as one of 32)."""
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a user asks of axes. Names may be globs (``layer3.*``); each must match an axis.
+
+    Where amounts are given by axis, an exact name goes before a glob, and a later glob before an
+    earlier one. Axes that nothing matches stay as they are.
+
+    Attributes:
+        pin: Axes that are fixed at their base.
+        tie: Groups of axes; those of a group keep their bases' ratio and become one axis, named
+            after the first. One text is a group, and so is a list of names within the list.
+        least: The smallest width: a multiple of the base, or by axis multiples (floats) or
+            channels (integers).
+        most: The largest width, in the same way.
+        step: The distance of two widths in channels, or that by axis. One step for all, or for a
+            glob, is changed where the base or whole units of an axis (its groups, heads) ask for
+            it; one of an axis that is named must fit both.
+        align: A device, ``cuda`` (steps of 8) or ``cpu`` (16), or a number of channels: the step of
+            the axes that ``step`` says nothing of. It is halved until the base has two of them, so
+            that each axis has a narrower width, and lowered where the base is not a multiple of it.
+            ``none`` keeps a study from choosing steps by its device (:func:`default_block`).
+    """
+
+    pin: str | Sequence[str] = ()
+    tie: str | Sequence[str | Sequence[str]] = ()
+    least: float | Mapping[str, int | float] | None = None
+    most: float | Mapping[str, int | float] | None = None
+    step: int | Mapping[str, int] | None = None
+    align: int | str | None = None
+
+    def __post_init__(self) -> None:
+        ties = (entry if isinstance(entry, str) else _listed(entry) for entry in _listed(self.tie))
+        object.__setattr__(self, "pin", _listed(self.pin))
+        object.__setattr__(self, "tie", tuple(ties))
+        for bound in ("least", "most"):
+            given = getattr(self, bound)
+            for name, value in given.items() if isinstance(given, Mapping) else [("", given)]:
+                if value is not None:
+                    _check_bound(bound, name, value)
+        steps = self.step.values() if isinstance(self.step, Mapping) else [self.step]
+        for value in steps:
+            if value is not None and not (_whole(value) and value >= 1):
+                raise SpaceError(f"`step >= 1` must hold, in whole channels, but step={value!r}")
+        if isinstance(self.align, str) and self.align not in (*BLOCKS, "none"):
+            raise SpaceError(
+                f"`align` must be {', '.join(BLOCKS)}, none or a number of channels, but is "
+                f"{self.align!r}"
+            )
+        if not isinstance(self.align, str | None) and not (_whole(self.align) and self.align >= 1):
+            raise SpaceError(f"`align >= 1` must hold, in whole channels, but is {self.align!r}")
+        if self.align not in (None, "none") and not isinstance(self.step, Mapping | None):
+            raise SpaceError(
+                f"one step for every axis leaves nothing to align, but step={self.step} and "
+                f"align={self.align!r}: leave one out"
+            )
+
+    def stepped(self, trace: Trace, axes: Sequence[Axis]) -> frozenset[str]:
+        """The names of the axes whose steps this says."""
+        names = [axis.name for axis in axes]
+        if self.align is not None:
+            return frozenset(names)
+        return frozenset(names[i] for i in _by_axis(self.step, names, trace))
+
+    def apply(
+        self,
+        trace: Trace,
+        axes: Sequence[Axis],
+        block: int | None = None,
+        stepped: Set[str] = frozenset(),
+    ) -> tuple[Trace, tuple[Axis, ...]]:
+        """The trace and the axes that remain.
+
+        Args:
+            trace: What the axes were traced from, in the same order.
+            axes: The axes before.
+            block: The most that :func:`default_step` takes, for axes whose steps nobody said.
+            stepped: The axes of which somebody did before.
+
+        Raises:
+            SpaceError: A name matches no axis, a bound excludes the base, a step does not fit its
+                axis, or nothing is left.
+        """
+        names = [axis.name for axis in axes]
+        gridded = self._gridded(trace, axes, block, stepped)
+        pinned = {i for name in _listed(self.pin) for i in matching(name, names, trace)}
+        groups = self._groups(names, trace)
+        first_of: dict[int, int] = {}
+        for group in groups:
+            for i in group:
+                if i in pinned or i in first_of:
+                    other = "pinned too" if i in pinned else "in another tie too"
+                    raise SpaceError(f"an axis is tied once or pinned, but {names[i]!r} is {other}")
+                first_of[i] = group[0]
+        ties = {group[0]: group for group in groups}
+        if len(pinned) == len(axes):
+            raise SpaceError(f"an axis must be left to search, but all {len(axes)} are pinned")
+        kept_traced: list[TracedAxis] = []
+        kept: list[Axis] = []
+        values: list[Poly] = [{}] * len(axes)
+        for i, traced in enumerate(trace.axes):
+            if i in pinned:
+                values[i] = constant(traced.base // traced.unit)
+            elif first_of.get(i, i) == i:
+                group = ties.get(i, [i])
+                unit, axis = _joined(
+                    [gridded[j] for j in group], [trace.axes[j].unit for j in group]
+                )
+                for j in group:
+                    width = trace.axes[j].base * unit // axis.base  # of j, a unit of the tie
+                    values[j] = {(len(kept),): width // trace.axes[j].unit}
+                kept.append(axis)
+                kept_traced.append(replace(traced, unit=unit, layers=axis.layers))
+        if not pinned and not groups:
+            return trace, tuple(kept)
+        by_user = [
+            Pinned(axes[i].name, axes[i].base, "pinned by the user", axes[i].layers)
+            for i in sorted(pinned)
+        ]
+        return substituted(trace, kept_traced, by_user, values), tuple(kept)
+
+    def _gridded(
+        self, trace: Trace, axes: Sequence[Axis], default: int | None, stepped: Set[str]
+    ) -> list[Axis]:
+        """Each axis with the bounds and the step that it is given."""
+        names = [axis.name for axis in axes]
+        least, most, steps = (
+            _by_axis(given, names, trace)
+            for given in (_multiple(self.least), _multiple(self.most), self.step)
+        )
+        block = BLOCKS.get(self.align) if isinstance(self.align, str) else self.align
+        stepped = stepped | self.stepped(trace, axes)
+        out = []
+        for i, (axis, traced) in enumerate(zip(axes, trace.axes, strict=True)):
+            step = axis.step
+            if i in steps:
+                step = math.gcd(math.lcm(traced.unit, int(steps[i])), axis.base)
+                if isinstance(self.step, Mapping) and axis.name in self.step and step != steps[i]:
+                    raise _no_step(axis, traced.unit, steps[i])
+            elif block is not None:
+                step = aligned_step(axis.base, traced.unit, int(block))
+            elif default is not None and not axis.tied and axis.name not in stepped:
+                step = default_step(axis.base, traced.unit, default)
+            low = _channels("least", axis, least[i]) if i in least else axis.least
+            high = _channels("most", axis, most[i]) if i in most else axis.most
+            out.append(on_grid(axis, step, low, high))
+        return out
+
+    def _groups(self, names: Sequence[str], trace: Trace) -> list[list[int]]:
+        """The axes of each tie, ascending."""
+        groups = []
+        for entry in _listed(self.tie):
+            patterns = _listed(entry)
+            group = sorted({i for p in patterns for i in matching(p, names, trace)})
+            if len(group) < 2:
+                raise SpaceError(
+                    f"a tie takes two axes or more, but {entry!r} is {names[group[0]]!r} alone; "
+                    "axes that keep their ratio go into one list: tie=[['a', 'b']]"
+                )
+            groups.append(group)
+        return groups
+
+
+def default_block(device: str) -> int:
+    """Channels in a block of a device's kernels: the most that a default step takes there.
+
+    On ``cuda`` 8: 16 bytes of bf16, as tensor cores load them (TF32 needs 4). On a CPU with
+    AVX-512 16, the lanes of fp32; in bf16 the stairs are the same (a 3×3 convolution of 17 channels
+    takes 1.9 times as long as one of 16). On other CPUs 8, oneDNN's block with AVX2.
+    """
+    if not device.startswith("cuda") and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return BLOCKS["cpu"]
+    return 8
+
+
+def default_step(base: int, unit: int = 1, block: int = 8) -> int:
+    """The step of an axis for which none was given.
+
+    An eighth of the base rounded to a power of two, at most ``block`` (16 channels: 2, 32: 4, 64
+    and more: 8), so that every axis reaches an eighth of its base and wide ones go in whole blocks
+    of the device's kernels; less where the base is not a multiple of it, and always a multiple of
+    ``unit``.
+    """
+    wanted = min(block, 2 ** max(0, round(math.log2(max(base, 1) / 8))))
+    step = unit
+    while step * 2 <= wanted and base % (step * 2) == 0:
+        step *= 2
+    return step
+
+
+def aligned_step(base: int, unit: int, block: int) -> int:
+    """The step that keeps to a device's blocks, or to halves of them where the base is narrow."""
+    while block > 1 and 2 * block > base:
+        block //= 2
+    return math.gcd(math.lcm(unit, block), base)
+
+
+def on_grid(axis: Axis, step: int, least: float, most: float) -> Axis:
+    """The axis with that step, and the bounds moved inwards to the grid (the base stays on it)."""
+    slack = 1e-9  # 0.1 × 30 is 3.0000000000000004
+    return replace(
+        axis,
+        step=step,
+        least=max(step, math.ceil(least / step - slack) * step),
+        most=max(axis.base, math.floor(most / step + slack) * step),
+    )
+
+
+def matching(pattern: str, names: Sequence[str], trace: Trace) -> list[int]:
+    """The axes that a name or a glob matches.
+
+    Raises:
+        SpaceError: There is none; gives the close match, or why that width is pinned.
+    """
+    if not isinstance(pattern, str):
+        raise SpaceError(f"an axis is given by its name or a glob, but was {pattern!r}")
+    found = [i for i, name in enumerate(names) if pattern == name]
+    found = found or [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
+    if found:
+        return found
+    for pin in trace.pinned:
+        if fnmatchcase(pin.name, pattern):
+            raise SpaceError(
+                f"no axis matches {pattern!r}: the width of {pin.name!r} is pinned ({pin.reason})"
+            )
+    stem = re.split(r"[*?\[]", pattern)[0]
+    beginnings = {name[: len(stem)] + pattern[len(stem) :] for name in names}
+    globs = sorted(b for b in beginnings if any(fnmatchcase(name, b) for name in names))
+    close = difflib.get_close_matches(pattern, [*names, *globs], 1)
+    shown = ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
+    hint = f"did you mean {close[0]!r}?" if close else f"the axes are {shown}"
+    raise SpaceError(f"no axis matches {pattern!r}; {hint}")
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    single = isinstance(given, str) or not isinstance(given, Sequence)
+    return (given,) if single else tuple(given)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_bound(bound: str, name: str, value: Any) -> None:
+    """A multiple keeps the base within the bounds; channels are compared with each axis later."""
+    if name and _whole(value) and value >= 1:
+        return
+    number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    if not number or not (0 < value <= 1 if bound == "least" else value >= 1):
+        rule = "0 < least <= 1" if bound == "least" else "most >= 1"
+        where = f" of {name!r}" if name else ""
+        channels = ", or whole channels" if name else ""
+        raise SpaceError(
+            f"`{rule}` must hold (multiples of an axis's base width{channels}), but {bound}{where} "
+            f"is {value!r}"
+        )
+
+
+def _channels(bound: str, axis: Axis, value: int | float) -> float:
+    """A bound in channels."""
+    if not _whole(value):
+        return axis.base * float(value)
+    if (value > axis.base) if bound == "least" else (value < axis.base):
+        relation = "least <= base" if bound == "least" else "most >= base"
+        raise SpaceError(
+            f"`{relation}` must hold, but axis {axis.name!r} has base={axis.base} and was given "
+            f"{bound}={value} channels; a multiple of the base is written {float(value)}"
+        )
+    return int(value)
+
+
+def _no_step(axis: Axis, unit: int, step: int) -> SpaceError:
+    fitting = (n for n in range(unit, axis.base + 1, unit) if axis.base % n == 0)
+    units = f" in whole units of {unit}" if unit > 1 else ""
+    return SpaceError(
+        f"a step must divide its axis's base{units}, but axis {axis.name!r} has base={axis.base} "
+        f"and was given step={step}; it can be {', '.join(map(str, fitting))}"
+    )
+
+
+def _multiple(given: Any) -> Any:
+    """One bound for every axis is a multiple, even where it is whole."""
+    return given if given is None or isinstance(given, Mapping) else float(given)
+
+
+def _by_axis(given: Any, names: Sequence[str], trace: Trace) -> dict[int, Any]:
+    """The amount of each axis that was given one."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(range(len(names)), given)
+    out: dict[int, Any] = {}
+    exactly = {name for name in given if name in names}
+    for name in [*(n for n in given if n not in exactly), *exactly]:
+        out.update(dict.fromkeys(matching(name, names, trace), given[name]))
+    return out
+
+
+def _joined(axes: Sequence[Axis], units: Sequence[int]) -> tuple[int, Axis]:
+    """One axis for axes that keep their bases' ratio, and its channels per unit.
+
+    With g the greatest common divisor of the bases, widths are ``base / g · t`` for a whole t. What
+    each axis asks of its widths (a multiple of its unit, its step) asks t to be a multiple.
+    """
+    first = axes[0]
+    if len(axes) == 1:
+        return units[0], first
+    bases = [axis.base for axis in axes]
+    g = math.gcd(*bases)
+
+    def multiple(asked: Sequence[int]) -> int:
+        return math.lcm(*(n // math.gcd(n, b // g) for n, b in zip(asked, bases, strict=True)))
+
+    names = ", ".join(f"{axis.name!r} ({axis.base})" for axis in axes)
+    if multiple(units) == g and any(u < b for u, b in zip(units, bases, strict=True)):
+        raise SpaceError(
+            f"tied axes must keep their bases' ratio in whole units, but {names} have no narrower "
+            "widths that do: pin one, or leave it out of the tie"
+        )
+    steps = [axis.step for axis in axes]
+    while multiple(steps) == g and steps != list(units):  # a finer grid than the base alone
+        halves = [unit * max(1, step // unit // 2) for step, unit in zip(steps, units, strict=True)]
+        steps = [math.gcd(half, base) for half, base in zip(halves, bases, strict=True)]
+    ratio = first.base // g
+    tied = replace(
+        first,
+        layers=tuple(dict.fromkeys(layer for axis in axes for layer in axis.layers)),
+        tied=tuple(name for axis in axes for name in (axis.name, *axis.tied))[1:],
+    )
+    least = max(axis.least * first.base / axis.base for axis in axes)
+    most = min(axis.most * first.base / axis.base for axis in axes)
+    return ratio * multiple(units), on_grid(tied, ratio * multiple(steps), least, most)
+
+
+def substituted(
+    trace: Trace, axes: Sequence[TracedAxis], pinned: Sequence[Pinned], values: Sequence[Poly]
+) -> Trace:
+    """The trace with each of its variables replaced by a polynomial of those of ``axes``."""
+
+    def of(poly: Poly) -> Poly:
+        out: Poly = {}
+        for monomial, coefficient in poly.items():
+            term = constant(coefficient)
+            for variable in monomial:
+                term = multiply(term, values[variable])
+            out = add(out, term)
+        return out
+
+    return replace(
+        trace,
+        axes=tuple(axes),
+        pinned=(*trace.pinned, *pinned),
+        shapes={name: tuple(map(of, shape)) for name, shape in trace.shapes.items()},
+        attributes={where: of(poly) for where, poly in trace.attributes.items()},
+        macs=of(trace.macs),
+        params=of(trace.params),
+        activations=of(trace.activations),
+        layer_macs={layer: of(poly) for layer, poly in trace.layer_macs.items()},
+    )

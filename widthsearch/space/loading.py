@@ -1,0 +1,94 @@
+"""Spaces by reference: a torchvision classifier, or a function that returns a space."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from widthsearch.errors import SpaceError, WidthsearchError
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.references import load_function
+
+_loaded: dict[tuple[str, tuple[int, ...] | None, Any], SearchSpace] = {}
+
+
+def load_space(reference: str, input_shape: Sequence[int] | None = None) -> SearchSpace:
+    """The space behind a reference; traced once in a process.
+
+    Args:
+        reference: ``torchvision:NAME``, ``package.module:function`` or ``path/to/file.py:function``
+            (a function without required arguments that returns a :class:`SearchSpace`).
+        input_shape: One sample's shape; for ``torchvision:NAME`` alone, by default (3, 224, 224).
+
+    Raises:
+        SpaceError: One line that says what is wrong with the reference.
+    """
+    shape = tuple(input_shape) if input_shape is not None else None
+    prefix, _, name = reference.partition(":")
+    if prefix == "torchvision":
+        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, None)
+        if key not in _loaded:
+            _loaded[key] = _torchvision(name, shape or (3, 224, 224))
+        return _loaded[key]
+    if not name and prefix in _classifiers():
+        raise SpaceError(
+            f"{reference!r} must be `package.module:function` or `path/to/file.py:function`; did "
+            f"you mean 'torchvision:{prefix}'?"
+        )
+    if shape is not None:
+        raise SpaceError(
+            f"an input shape goes with `torchvision:NAME` alone; {reference!r} sets its own"
+        )
+    function = load_function(reference)
+    key = (reference, None, function)
+    if key not in _loaded:
+        required = [
+            p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if required:
+            raise SpaceError(
+                f"{reference!r} must need no arguments, but needs {', '.join(required)}"
+            )
+        try:
+            space = function()
+        except WidthsearchError:
+            raise
+        except (Exception, SystemExit) as cause:
+            said = " ".join(str(cause).split())
+            raise SpaceError(f"{reference!r} failed: {type(cause).__name__}: {said}") from cause
+        if not isinstance(space, SearchSpace):
+            raise SpaceError(
+                f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "
+                "wrap a model with SearchSpace.from_model(model, input_shape)"
+            )
+        _loaded[key] = space
+    return _loaded[key]
+
+
+def _classifiers() -> list[str]:
+    import torchvision
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
+    import torchvision
+
+    known = _classifiers()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"
+        raise SpaceError(f"torchvision has no classification model {name!r}; {hint}")
+    quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+
+    def make_model() -> nn.Module:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **quiet)
+        return model
+
+    return SearchSpace.from_model(make_model, input_shape, name=f"torchvision:{name}")

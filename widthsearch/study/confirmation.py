@@ -1,0 +1,97 @@
+"""Trains finalists of a study again, where that decides most about its front."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from widthsearch.proposers.families import Candidate
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.driver_lock import Lease
+from widthsearch.study.loop import Progress, Search
+from widthsearch.study.posterior import Beliefs
+from widthsearch.study.storage import SpaceRecord, Store, Trial
+from widthsearch.study.trial import Outcome
+from widthsearch.widths import Widths
+
+_DECIDED = 0.05
+"""What the doubt about a finalist, p (1 − p), counts at least, so that each is trained again."""
+
+
+class Confirmation(Search):
+    """The search whose trials are trainings of networks that were trained before.
+
+    Each next one goes to the finalist (on the front, or perhaps on it) where doubt about its being
+    dominated times the variance of its believed accuracy is greatest; what is in training already
+    counts as if it had come out as believed.
+
+    Args:
+        config: The study's configuration.
+        spaces: Its spaces by name.
+        store: Its storage.
+        lease: The right to drive it.
+        records: The records of its spaces.
+        seeds: How many trainings the front's members are to have in the mean.
+        on_progress: Is told where it stands.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        spaces: Mapping[str, SearchSpace],
+        store: Store,
+        lease: Lease,
+        records: Mapping[str, SpaceRecord],
+        seeds: int,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        super().__init__(config, spaces, store, lease, on_progress=on_progress)
+        self._records = records
+        beliefs = self._believed()
+        front = beliefs.front()
+        missing = seeds * len(front) - sum(beliefs[member].trainings for member in front)
+        missing -= sum("confirms" in trial.origin for trial in self._open.values())
+        self._wanted = max(0, missing) + self._begun
+
+    @property
+    def _begun(self) -> int:
+        return len(self.outcomes) + len(self._open)
+
+    @property
+    def _total(self) -> int:
+        return self._wanted
+
+    def _believed(self) -> Beliefs:
+        return Beliefs(list(self.outcomes.values()), self._records, self.config.objectives)
+
+    def _drawn(self) -> Candidate:
+        beliefs = self._believed()
+        front = beliefs.front()
+        finalists = {member.id: member for member in (*front, *beliefs.undecided)}
+        pending: Counter[tuple[str, Widths]] = Counter(
+            (trial.space, trial.widths) for trial in self._open.values()
+        )
+
+        def worth(member: Outcome) -> tuple[float, int]:
+            belief = beliefs[member]
+            waiting = pending[member.space, member.widths]
+            if belief.sd is None or beliefs.surrogate is None:  # whoever was trained least
+                return -belief.trainings - waiting, -member.id
+            p = belief.dominated or 0.0
+            variance, noise = belief.sd**2, beliefs.surrogate.noise**2
+            left = variance / (1 + waiting * variance / max(noise, 1e-12))
+            return max(p * (1 - p), _DECIDED) * left, -member.id
+
+        chosen = max(finalists.values(), key=worth)
+        return Candidate(chosen.space, chosen.widths, {"confirms": chosen.id})
+
+    def _begin(self, candidate: Candidate) -> Trial:
+        trial = super()._begin(candidate)
+        latency = self.outcomes[int(str(candidate.origin["confirms"]))].latency
+        if latency is not None:  # it does not depend on the seed
+            self._store.record_latency(trial.number, latency)
+            trial = self._open[trial.number] = replace(trial, latency=latency)
+        return trial

@@ -1,0 +1,502 @@
+"""The engine-free study loop: which candidate comes next, and what becomes of it.
+
+``Search`` does not know who trains. An engine (``runner.py``, or ten lines of a plain loop in a
+test) asks it for trials, trains each epoch by epoch, and reports::
+
+    while not search.done:
+        trial = search.ask()                  # None: wait for a trial that is being trained
+        ...
+        goes_on = search.report(trial.number, curve)
+
+Whatever it knows it wrote to the storage first, so a search made anew after any kill goes on where
+the last one ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widthsearch.bayesopt import pareto
+from widthsearch.bayesopt.early_stopping import Curve, FrontStopping
+from widthsearch.bayesopt.pareto import Points
+from widthsearch.bayesopt.sampler import Known, WidthSampler
+from widthsearch.bayesopt.surrogate import Coordinates, Surrogate
+from widthsearch.errors import StudyError, WidthsearchError, one_line
+from widthsearch.latency.meter import Latency
+from widthsearch.latency.predictor import LatencyModel
+from widthsearch.latency.profiles import standard_error
+from widthsearch.proposers.families import Candidate
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.config import Rungs, StudyConfig
+from widthsearch.study.driver_lock import Lease
+from widthsearch.study.storage import Store, Trial
+from widthsearch.study.trial import Outcome, unmended
+from widthsearch.training.trainer import EpochResult
+from widthsearch.widths import Widths
+
+FAILURES_IN_A_ROW = 5
+"""So many, and the study stops: a broken machine would burn the whole queue."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands.
+
+    Attributes:
+        done: Trials that are done, whatever became of them.
+        running: Trials that have begun and are not done.
+        total: Trials that there will be.
+        best_accuracy: The best finished trial's, in percent.
+        front_size: Members of the front.
+        elapsed: Seconds since this run began.
+        remaining: Seconds to go at the pace since the first epoch of this run; None before a trial
+            is done in it.
+        message: What just happened; may be empty.
+    """
+
+    done: int
+    running: int
+    total: int
+    best_accuracy: float | None
+    front_size: int
+    elapsed: float
+    remaining: float | None
+    message: str = ""
+
+
+class Search:
+    """The state of a study that is being driven.
+
+    With ``retry``, what failed before is trained again, first.
+
+    With ``measure`` (of a trial; it is given the base model's latency once that is known), trials
+    come in generations: all of one are measured while nothing else of the study runs, then they
+    train, and only when all are done the next one is asked. The first is the whole queue; the
+    sampler's have twice as many trials as train at once, so that a slow one keeps few waiting.
+
+    Attributes:
+        config: The study's configuration.
+        spaces: The spaces by name.
+        outcomes: The trials that are done, by number.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        spaces: Mapping[str, SearchSpace],
+        store: Store,
+        lease: Lease,
+        *,
+        candidates: Iterable[Candidate] = (),
+        measure: Callable[[Trial, float | None], Latency] | None = None,
+        profiles: Mapping[str, LatencyModel] | None = None,
+        retry: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.spaces = spaces
+        self._store = store
+        self._lease = lease
+        self._measure = measure
+        self._profiles = profiles or {}
+        self._latency_models: dict[str, tuple[int, LatencyModel]] = {}
+        self._on_progress = on_progress
+        names = {name: space.names for name, space in spaces.items()}
+        stopping = config.early_stopping
+        self._rungs: Collection[int] = range(1, config.recipe.epochs)
+        if isinstance(stopping, Rungs):
+            self._rungs = stopping.rungs(config.recipe.epochs)
+
+        self.outcomes = {outcome.id: outcome for outcome in store.outcomes(names)}
+        self._open = {trial.number: trial for trial in store.take_up(names)}
+        self._taken_up = list(self._open.values())  # begun by a driver that was killed
+        self._ready: deque[Trial] = deque()  # those of _open that no engine has been given yet
+        self._waiting: deque[int] = deque()  # those of _open that want a machine to themselves
+        self._retried: set[int] = set()  # those that were given one
+        failed = unmended(list(self.outcomes.values()), self._taken_up)
+        again = {o.id: Candidate(o.space, o.widths, o.origin) for o in failed if retry}
+        left = {o.id for o in failed} - again.keys()
+        self._mended = {
+            o.id for o in self.outcomes.values() if o.state == "failed" and o.id not in left
+        }
+        self._seen = {(trial.space, trial.widths) for trial in self._taken_up}
+        self._seen |= {(o.space, o.widths) for o in self.outcomes.values() if o.id not in again}
+        queue: dict[tuple[str, Widths], Candidate] = {}
+        for candidate in (*again.values(), *candidates):
+            queue.setdefault((candidate.space, candidate.widths), candidate)
+        self._queue = deque(c for key, c in queue.items() if key not in self._seen)
+        placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
+        self._samplers = {
+            name: WidthSampler.of(
+                space,
+                config.objectives,
+                seed=config.seed,
+                limits=config.limits,
+                latency=partial(self._predicted, name),
+                profiles=[c.widths for c in queue.values() if c.space == name],
+                coordinates=coordinates,
+            )
+            for (name, space), coordinates in zip(spaces.items(), placed, strict=True)
+        }
+        self._exhausted = False
+        self._failures = 0
+        self._started = time.monotonic()
+        self._first_epoch: float | None = None
+        self._done_before = len(self.outcomes)
+        self._front_of = (-1, 0)  # how many outcomes the front was drawn from, and its size
+
+    @property
+    def done(self) -> bool:
+        """Whether every trial is done."""
+        return not self._open and not self._may_begin()
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """The numbers of the trials that have begun and are not done."""
+        return tuple(self._open)
+
+    def ask(self) -> Trial | None:
+        """The next trial to train; None while there is none before another one is done, or at all.
+
+        Raises:
+            StudyError: Another driver took over, or too many trials failed in a row.
+        """
+        self._lease.check()
+        if self._waiting or any(self.is_alone(number) for number in self._open):
+            return self._next_alone()
+        if self._taken_up:
+            self._make_ready(self._taken_up)
+            self._taken_up = []
+        while not self._ready and self._may_begin():
+            self._make_ready(self._generation())
+        return self._ready.popleft() if self._ready else None
+
+    def report(self, number: int, curve: Sequence[EpochResult]) -> bool:
+        """Tell of an epoch; ``curve`` is all of them so far. Returns whether the trial goes on.
+
+        An epoch may be reported again after a restart; its rung is then decided anew.
+        """
+        self._lease.check()
+        self._first_epoch = self._first_epoch or time.monotonic()
+        trial = self._open[number] = replace(self._open[number], curve=tuple(curve))
+        self._store.record_curve(number, trial.curve)
+        last = trial.curve[-1]
+        if not math.isfinite(last.accuracy):
+            self.fail(number, f"training diverged in epoch {last.epoch}: its loss is {last.loss}")
+            return False
+        if last.epoch >= self.config.recipe.epochs:
+            self._store.finish(number, self._values(trial))
+            self._close(trial.outcome("finished"))
+            return False
+        if last.epoch in self._rungs and not self._goes_on(trial, last.epoch):
+            self._store.stop(number)
+            self._close(trial.outcome("stopped"))
+            return False
+        self.notify()
+        return True
+
+    def fail(self, number: int, reason: str) -> None:
+        """Tell that a trial cannot be trained, with the reason in one line.
+
+        Raises:
+            StudyError: It is the last straw: ``FAILURES_IN_A_ROW``.
+        """
+        self._store.fail(number, reason)
+        self._close(self._open[number].outcome("failed", reason))
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise StudyError(
+                f"{self._failures} candidates failed in a row, so study {self.config.name!r} "
+                f"stops; the last one, trial {number}: {reason}"
+            )
+
+    def retry_alone(self, number: int) -> bool:
+        """Train a trial that ran out of memory once more, while no other one runs.
+
+        Returns:
+            Whether it will be; it is once alone, and its next failure is its end.
+        """
+        if number in self._retried:
+            return False
+        self._retried.add(number)
+        self._waiting.append(number)
+        self.notify(f"trial {number} ran out of memory; it will be trained again by itself")
+        return True
+
+    def is_alone(self, number: int) -> bool:
+        """Whether a trial is trained while no other one runs."""
+        return number in self._retried and number not in self._waiting and number in self._open
+
+    def _next_alone(self) -> Trial | None:
+        """The next trial that wants a machine to itself, once no other one is being trained."""
+        idle = {*self._waiting, *(trial.number for trial in self._ready)}
+        idle.update(trial.number for trial in self._taken_up)
+        if not self._waiting or not self._open.keys() <= idle:
+            return None
+        return self._open[self._waiting.popleft()]
+
+    def notify(self, message: str = "") -> None:
+        """Let whoever watches know where the study stands."""
+        if message:
+            _logger.info(message)
+        if self._on_progress is not None:
+            self._on_progress(self._progress(message))
+
+    @property
+    def _begun(self) -> int:
+        """How many of this search's trials have begun; what failed and is trained again is one."""
+        done = [o for o in self.outcomes.values() if o.id not in self._mended]
+        trials: list[Trial | Outcome] = [*done, *self._open.values()]
+        return sum("confirms" not in trial.origin for trial in trials)
+
+    @property
+    def _total(self) -> int:
+        """How many of them there will be."""
+        return self.config.trials
+
+    def _may_begin(self) -> bool:
+        if self._exhausted or self._begun >= self._total:
+            return False
+        return self._measure is None or not self._open
+
+    def _generation(self) -> list[Trial]:
+        """Begin the trials that are next; one, where no latency is to be measured."""
+        size = 1
+        if self._measure is not None:
+            size = len(self._queue) or 2 * self.config.at_once
+        generation = []
+        for _ in range(min(size, self._total - self._begun)):
+            candidate = self._queue.popleft() if self._queue else self._drawn()
+            if candidate is None:
+                self._exhausted = True
+                limits = " within the limits" if self.config.limits else ""
+                self.notify(
+                    f"every width vector of the space{limits} has been tried: the study ends after "
+                    f"{self._begun} of {self._total} trials"
+                )
+                break
+            generation.append(self._begin(candidate))
+        return generation
+
+    def _drawn(self) -> Candidate | None:
+        """The candidate of greatest expected gain, of all spaces."""
+        found: list[tuple[float, int, Candidate]] = []
+        known = {name: self._known(name) for name in self._samplers}
+        shared = self._shared(known)
+        for name, sampler in self._samplers.items():
+            seen = [widths for space, widths in self._seen if space == name]
+            surrogate, rivals = None, list[tuple[float, ...]]()
+            if shared is not None:
+                surrogate = shared.of_space(sampler.coordinates)
+                rivals = self._rivals(name, shared)
+            for asked in sampler.propose(
+                known[name], seen=seen, rivals=rivals, surrogate=surrogate
+            ):
+                candidate = Candidate(name, asked.widths, {"sampler": "width"})
+                found.append((asked.gain, -len(known[name]), candidate))
+        return max(found, key=lambda each: each[:2])[2] if found else None
+
+    def _shared(self, known: Mapping[str, Sequence[Known]]) -> Surrogate | None:
+        """What is believed of several spaces at once; None where there is one, or no outcome."""
+        if len(known) == 1 or not any(trial.values for own in known.values() for trial in own):
+            return None
+        samplers = self._samplers
+        return Surrogate.of_trainings(
+            *((samplers[name].coordinates, samplers[name].trainings(known[name])) for name in known)
+        )
+
+    def _rivals(self, space: str, shared: Surrogate) -> list[tuple[float, ...]]:
+        """The other spaces' networks, trained or in training, with their accuracy as believed."""
+        live: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state == "finished"]
+        live += self._open.values()
+        rivals: list[tuple[float, ...]] = []
+        for name, sampler in self._samplers.items():
+            own = [trial for trial in live if trial.space == name]
+            timed = "latency_ms" in self.config.objectives
+            if name == space or not own or (timed and all(t.latency is None for t in own)):
+                continue
+            vectors = np.array([trial.widths.vector for trial in own])
+            columns = []
+            for objective in self.config.objectives:
+                if objective == "accuracy":
+                    believed = shared.of_space(sampler.coordinates).predict(vectors)
+                    columns.append(believed.mean.tolist())
+                elif objective == "latency_ms":
+                    ms = self._predicted(name, vectors)[0].tolist()
+                    pairs = zip(own, ms, strict=True)
+                    columns.append([t.latency.median_ms if t.latency else x for t, x in pairs])
+                else:
+                    columns.append([self._value(trial, objective, -1) for trial in own])
+            rivals += list(zip(*columns, strict=True))
+        return rivals
+
+    def _predicted(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
+        """Predicted latency of a space's networks: from its profile and from what was measured."""
+        trials: list[Trial | Outcome] = [*self.outcomes.values(), *self._open.values()]
+        own = [(t.widths.vector, t.latency) for t in trials if t.space == space]
+        measured = [(vector, latency) for vector, latency in own if latency is not None]
+        count, model = self._latency_models.get(space, (-1, None))
+        if model is None or count != len(measured):
+            rows = [(v, m.median_ms, standard_error(m)) for v, m in measured]
+            profile, base_ms = self._profiles.get(space), self._base_ms()
+            if profile is not None:  # on the scale of this study's base
+                base = np.array([self.spaces[space].base.vector])
+                scale = 1.0 if base_ms is None else base_ms / float(profile.predicted(base)[0])
+                rows += [
+                    (tuple(vector), ms * scale, sd * scale)
+                    for vector, ms, sd in zip(
+                        profile.vectors.tolist(), profile.ms, profile.sd, strict=True
+                    )
+                ]
+            model = LatencyModel.fit(self.spaces[space], *zip(*rows, strict=True))
+            self._latency_models[space] = len(measured), model
+        return model(vectors)
+
+    def _known(self, space: str) -> list[Known]:
+        """What a space's sampler learns from, by number."""
+        trials: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
+        trials += self._open.values()
+        return [
+            Known(
+                trial.widths,
+                None if getattr(trial, "accuracy", None) is None else self._values(trial),
+                tuple(result.accuracy for result in trial.curve),
+                isinstance(trial, Trial),
+            )
+            for trial in sorted(trials, key=_number)
+            if trial.space == space
+        ]
+
+    def _begin(self, candidate: Candidate) -> Trial:
+        space = self.spaces[candidate.space]
+        trial = self._store.begin(
+            space.name,
+            space.axes,
+            candidate.widths,
+            origin=candidate.origin,
+            seed=self._seed("trial"),
+            cost=space.cost(candidate.widths),
+            alone=len(self.spaces) == 1,
+        )
+        self._open[trial.number] = trial
+        self._seen.add((candidate.space, candidate.widths))
+        return trial
+
+    def _seed(self, purpose: str) -> int:
+        """A seed for the trial that begins next: of the study's seed and the count of trials."""
+        begun = len(self.outcomes) + len(self._open)
+        entropy = (self.config.seed, begun, *purpose.encode())
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _make_ready(self, trials: Sequence[Trial]) -> None:
+        """Measure the trials' latency where that is asked for; nothing else of the study runs."""
+        for i, trial in enumerate(trials):
+            if self._measure is not None and trial.latency is None:
+                self.notify(f"measuring the latency of candidate {i + 1} of {len(trials)}")
+                try:
+                    latency = self._measure(trial, self._base_ms())
+                except WidthsearchError:
+                    raise  # the device, not the candidate
+                except Exception as error:
+                    _logger.info("trial %d cannot be measured", trial.number, exc_info=True)
+                    self.fail(trial.number, one_line(error))
+                    continue
+                self._store.record_latency(trial.number, latency)
+                trial = self._open[trial.number] = replace(trial, latency=latency)
+            self._ready.append(trial)
+
+    def _base_ms(self) -> float | None:
+        """The base model's latency as this study measured it once: all others are on its scale."""
+        known = [outcome.latency for outcome in self.outcomes.values()]
+        known += [trial.latency for trial in self._open.values()]
+        return next((latency.base_ms for latency in known if latency is not None), None)
+
+    def _values(self, trial: Trial | Outcome) -> tuple[float, ...]:
+        """The value of each objective as a person reads it, with the last epoch's accuracy."""
+        return tuple(self._value(trial, name, -1) for name in self.config.objectives)
+
+    def _value(self, trial: Trial | Outcome, objective: str, index: int) -> float:
+        if objective == "accuracy":
+            return trial.curve[index].accuracy
+        if objective == "latency_ms":
+            assert trial.latency is not None
+            return trial.latency.median_ms
+        return float(getattr(trial.cost, objective))
+
+    def _goes_on(self, trial: Trial, epoch: int) -> bool:
+        """Whether a trial may go on after an epoch: never by accuracy alone.
+
+        The bases and the baselines are what the front is compared with, and what confirms a
+        network is compared with its first training: they are always trained to the end.
+        """
+        stopping = self.config.early_stopping
+        if stopping is None or not trial.origin.keys().isdisjoint(("base", "baseline", "confirms")):
+            return True
+        if isinstance(stopping, FrontStopping):
+            finished = [o for o in self.outcomes.values() if o.state == "finished"]
+            if len(finished) < stopping.finished:
+                return True
+            peers = [self._curve(peer) for peer in finished]
+            return not stopping(self._curve(trial), peers)
+        return self._passes(trial, epoch, stopping)
+
+    def _curve(self, trial: Trial | Outcome) -> Curve:
+        costs = [self._value(trial, n, -1) for n in self.config.objectives if n != "accuracy"]
+        return Curve(tuple(result.accuracy for result in trial.curve), tuple(costs))
+
+    def _passes(self, trial: Trial, epoch: int, stopping: Rungs) -> bool:
+        """Whether a rung lets a trial go on.
+
+        Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
+        not.
+        """
+        rung: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
+        rung = [peer for peer in (*rung, *self._open.values()) if len(peer.curve) >= epoch]
+        signs = [-1.0 if name == "accuracy" else 1.0 for name in self.config.objectives]
+        points = np.array(
+            [[self._value(peer, n, epoch - 1) for n in self.config.objectives] for peer in rung]
+        )
+        return pareto.promoted(points * signs, rung.index(trial), stopping.eta)
+
+    def _close(self, outcome: Outcome) -> None:
+        del self._open[outcome.id]
+        self.outcomes[outcome.id] = outcome
+        failed = outcome.state == "failed"
+        self._failures = self._failures + 1 if failed else 0
+        self.notify(f"trial {outcome.id} failed: {outcome.error}" if failed else "")
+
+    def _progress(self, message: str) -> Progress:
+        done = list(self.outcomes.values())
+        if self._front_of[0] != len(done):
+            self._front_of = (len(done), len(pareto.front(done, self.config.objectives)))
+        accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
+        now = time.monotonic()
+        total = len(done) + len(self._open)
+        if not self._exhausted:
+            total += max(0, self._total - self._begun)
+        lately = len(done) - self._done_before
+        training = now - (self._first_epoch or now)
+        return Progress(
+            done=len(done),
+            running=len(self._open),
+            total=total,
+            best_accuracy=max(accuracies, default=None),
+            front_size=self._front_of[1],
+            elapsed=now - self._started,
+            remaining=training / lately * (total - len(done)) if lately else None,
+            message=message,
+        )
+
+
+def _number(trial: Trial | Outcome) -> int:
+    return trial.number if isinstance(trial, Trial) else trial.id

@@ -1,0 +1,226 @@
+"""Asking the proposers of a study: each of them once, its answer in the storage.
+
+Whoever computes is an :data:`Engine`: the runner's asks on Ray, side by side; :func:`in_turn` here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from widthsearch.data.tasks import Task
+from widthsearch.errors import StudyError, WidthsError, one_line
+from widthsearch.proposers import Proposal, Proposer, Setting
+from widthsearch.proposers.families import along
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.devices import fixed_threads
+from widthsearch.widths import Widths
+
+if TYPE_CHECKING:  # a worker imports this file, and neither of those
+    from widthsearch.study.config import ProposerConfig
+    from widthsearch.study.storage import Store
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A proposer, and what it is given beside the data.
+
+    Attributes:
+        label: What it is called in messages.
+        proposer: The method.
+        space: The space.
+        setting: The rest.
+        threads: CPU threads that it computes with; None leaves torch's number.
+    """
+
+    label: str
+    proposer: Proposer
+    space: SearchSpace
+    setting: Setting
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no proposal.
+
+    Attributes:
+        reason: In one line.
+        traceback: All of it.
+    """
+
+    reason: str
+    traceback: str = ""
+
+
+Say = Callable[[str], None]
+Answer = Proposal | Failure
+Engine = Callable[[Sequence[Question], Task, Say], Iterator[tuple[int, Answer]]]
+"""Answers questions about a task, by their index, in any order; says how far each is meanwhile."""
+
+
+def propose(question: Question, task: Task | None, report: Say) -> Answer:
+    """Ask; whatever the method raises is its failure."""
+    setting = replace(question.setting, report=report)
+    try:
+        with fixed_threads(question.threads):
+            # None is for those that read no data.
+            proposal = question.proposer(question.space, task, setting)  # type: ignore[arg-type]
+        return _checked(proposal, question.space)
+    except Exception as error:  # noqa: BLE001  reported, with its traceback
+        return Failure(one_line(error), traceback.format_exc())
+
+
+def _checked(proposal: object, space: SearchSpace) -> Proposal:
+    """The proposal, if it is one and of this space."""
+    if not isinstance(proposal, Proposal):
+        raise StudyError(f"a proposer must return a Proposal, but returned {proposal!r}")
+    for widths in proposal.trajectory:
+        if widths.names != space.names:
+            raise WidthsError(f"a proposal's axes must be the space's, but are {widths.names}")
+        space.widths(widths)
+    json.dumps(proposal.to_json())
+    return proposal
+
+
+def told(question: Question, task: Task) -> Iterator[str | Answer]:
+    """Ask, and yield what the method reports on its way; the answer comes last."""
+    messages: queue.Queue[str | Answer] = queue.Queue()
+    thread = threading.Thread(
+        target=lambda: messages.put(propose(question, task, messages.put)), daemon=True
+    )
+    thread.start()
+    while True:
+        message = messages.get()
+        yield message
+        if not isinstance(message, str):
+            thread.join()
+            return
+
+
+def in_turn(questions: Sequence[Question], task: Task, say: Say) -> Iterator[tuple[int, Answer]]:
+    """The plain engine: one after the other, in this process."""
+    for i, question in enumerate(questions):
+        yield i, propose(question, task, partial(_labelled, say, question.label))
+
+
+def _labelled(say: Say, label: str, line: str) -> None:
+    say(f"{label}: {line}")
+
+
+def proposals(
+    store: Store,
+    asked: Sequence[tuple[ProposerConfig, Question]],
+    task: Task,
+    engine: Engine,
+    say: Say,
+) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
+    """The answer to each question: from the storage, where it was asked for networks as small.
+
+    Args:
+        store: The study's storage.
+        asked: The questions, each with its proposer's configuration.
+        task: The data, without a test split.
+        engine: Who computes.
+        say: Is told how far each is, what failed, and what is done.
+
+    Returns:
+        The proposals in the order of the questions, by the space's name, and the reasons why some
+        are missing, by the question's label. A missing one is asked again by the next run.
+    """
+    found: dict[int, Proposal] = {}
+    keys = [_key(config, question.space) for config, question in asked]
+    for i, (key, (_, question)) in enumerate(zip(keys, asked, strict=True)):
+        stored = store.attribute(key)
+        if stored is not None and stored["lowest"] <= question.setting.lowest:
+            found[i] = Proposal.from_json(stored)
+    missing = [i for i in range(len(asked)) if i not in found]
+    failures = {}
+    begun = time.monotonic()
+    for index, answer in engine([asked[i][1] for i in missing], task, say):
+        i = missing[index]
+        question = asked[i][1]
+        if isinstance(answer, Failure):
+            failures[question.label] = answer.reason
+            _logger.info("proposer %s failed\n%s", question.label, answer.traceback)
+            say(f"proposer {question.label} failed: {answer.reason}")
+        else:
+            store.set_attribute(keys[i], {**answer.to_json(), "lowest": question.setting.lowest})
+            found[i] = answer
+            say(f"proposer {question.label} answered after {time.monotonic() - begun:.1f} s")
+    by_space: dict[str, list[Proposal]] = {question.space.name: [] for _, question in asked}
+    for i in sorted(found):
+        by_space[asked[i][1].space.name].append(found[i])
+    return by_space, failures
+
+
+def answered(
+    store: Store, methods: Sequence[ProposerConfig], spaces: Iterable[SearchSpace]
+) -> dict[str, list[Proposal]]:
+    """The answers that a study's storage has, by the space's name; none is asked for."""
+    found: dict[str, list[Proposal]] = {}
+    for space in spaces:
+        stored = [store.attribute(_key(config, space)) for config in methods]
+        found[space.name] = [Proposal.from_json(content) for content in stored if content]
+    return found
+
+
+def _key(config: ProposerConfig, space: SearchSpace) -> str:
+    """Where the storage has a proposer's answer."""
+    content = json.dumps([config.model_dump(mode="json"), space.fingerprint], sort_keys=True)
+    return f"proposal:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def suggest(
+    config: ProposerConfig,
+    space: SearchSpace,
+    budget: float,
+    task: Task | None = None,
+    setting: Setting | None = None,
+) -> tuple[Widths, Proposal]:
+    """One method's widths at one budget.
+
+    Args:
+        config: The method and its fields.
+        space: The space.
+        budget: In MACs; met from below within one step of one axis.
+        task: The data; None for methods that read none (their ``reads_data`` is False), and for a
+            user's own, unless its ``reads_data`` is True.
+        setting: The rest; by default a :class:`Setting` down to this budget.
+
+    Returns:
+        The widths, and the proposal whose linear family they are from.
+
+    Raises:
+        StudyError: The method reads data and there is none, or it fails.
+        WidthsError: The budget is below the narrowest network of the space.
+    """
+    proposer = config.make()
+    if task is None and getattr(proposer, "reads_data", ":" not in config.method):
+        raise StudyError(
+            f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
+        )
+    if task is not None and tuple(space.input_shape) != task.input_shape:
+        raise StudyError(
+            f"a space must take the task's images, but {space.name!r} takes {space.input_shape} "
+            f"and those of {task.name!r} are {task.input_shape}"
+        )
+    lowest = min(1.0, budget / space.cost(space.base).macs)
+    setting = setting or Setting()
+    question = Question(config.method, proposer, space, replace(setting, lowest=lowest))
+    answer = propose(question, task and task.for_search(), setting.report)
+    if isinstance(answer, Failure):
+        without = "; it was given no task" if task is None else ""
+        raise StudyError(f"method {config.method!r} failed: {answer.reason}{without}")
+    return along(space, answer, budget), answer

@@ -1,0 +1,420 @@
+"""A study's storage: the one source of truth, in any Optuna database.
+
+A trial's parameters are its widths by axis name (``space/axis`` in a study of several spaces); its
+user attributes are its space, origin, seed, cost, latency, per-epoch curve and error. It is
+inserted *with* all its widths in one transaction, so a kill at any moment leaves whole trials:
+finished ones, and running ones to be taken up again under their own number. Curves never go in as
+intermediate values: under several objectives Optuna's samplers raise on them.
+
+Only the driver opens the storage, and it holds a lease (``lease.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import optuna
+import sqlalchemy
+from optuna.distributions import IntDistribution
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from widthsearch.errors import StorageError, StudyError
+from widthsearch.latency.meter import Latency
+from widthsearch.space.cost import Cost, QuadraticForm
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.trial import Outcome
+from widthsearch.training.trainer import EpochResult
+from widthsearch.widths import Axis, Widths
+
+_STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+}
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+Spaces = Mapping[str, Sequence[str]]
+"""The axes of each space of a study, in order, by the space's name."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate under its number, as it is being trained.
+
+    Attributes:
+        number: Its number in the study.
+        space: The name of its space.
+        widths: The architecture.
+        origin: Where the widths came from.
+        seed: The seed of its initialisation, order of images and augmentation.
+        cost: Its exact cost.
+        latency: Its measured latency; None until it is measured.
+        curve: One result per epoch so far.
+    """
+
+    number: int
+    space: str
+    widths: Widths
+    origin: Mapping[str, Any]
+    seed: int
+    cost: Cost
+    latency: Latency | None = None
+    curve: tuple[EpochResult, ...] = ()
+
+    def outcome(
+        self, state: Literal["finished", "stopped", "failed"], error: str | None = None
+    ) -> Outcome:
+        """What became of it."""
+        accuracy = self.curve[-1].accuracy if state == "finished" else None
+        return Outcome(
+            id=self.number,
+            space=self.space,
+            widths=self.widths,
+            state=state,
+            origin=self.origin,
+            seed=self.seed,
+            cost=self.cost,
+            latency=self.latency,
+            accuracy=accuracy,
+            curve=self.curve,
+            error=error,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SpaceRecord:
+    """What a storage keeps of a space: enough to tell what its widths cost.
+
+    Attributes:
+        name: The space's name.
+        axes: Its axes, without their layers.
+        macs: Its MACs.
+        params: Its parameters.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    macs: QuadraticForm
+    params: QuadraticForm
+
+    @classmethod
+    def of(cls, space: SearchSpace) -> SpaceRecord:
+        """The record of a space."""
+        fields = ("name", "base", "least", "most", "step")
+        axes = tuple(Axis(**{f: getattr(axis, f) for f in fields}) for axis in space.axes)
+        return cls(space.name, axes, space.form("macs"), space.form("params"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_json` reads them back."""
+        fields = ("name", "base", "least", "most", "step")
+        return {
+            "name": self.name,
+            "axes": [{f: getattr(axis, f) for f in fields} for axis in self.axes],
+            "forms": {"macs": self.macs.to_json(), "params": self.params.to_json()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> SpaceRecord:
+        """The record behind a study's attribute."""
+        forms = content["forms"]
+        return cls(
+            content["name"],
+            tuple(Axis(**axis) for axis in content["axes"]),
+            QuadraticForm.from_json(forms["macs"]),
+            QuadraticForm.from_json(forms["params"]),
+        )
+
+
+def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
+    """The axes as Optuna knows them."""
+    return {axis.name: IntDistribution(axis.least, axis.most, step=axis.step) for axis in axes}
+
+
+def directions(objectives: Sequence[str]) -> list[StudyDirection]:
+    """Which way each objective is to go: accuracy up, every cost down."""
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    return [up if name == "accuracy" else down for name in objectives]
+
+
+def _database_errors(method: Method) -> Method:
+    """Turn what the database raises into one line that a user can act on."""
+
+    @functools.wraps(method)
+    def wrapped(self: Store, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            raise _storage_error(self.url, error) from error
+
+    return cast("Method", wrapped)
+
+
+def _storage_error(url: str, error: Exception) -> StorageError:
+    cause: BaseException = error
+    while (deeper := getattr(cause, "orig", None) or cause.__cause__) is not None:
+        cause = deeper
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    try:
+        shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        shown = url
+    if isinstance(cause, ModuleNotFoundError):
+        return StorageError(
+            f"the storage {shown!r} needs its database's driver, but {reason}: install it with pip "
+            "(for PostgreSQL psycopg2-binary)"
+        )
+    return StorageError(
+        f"the storage {shown!r} cannot be used: {reason}; check its address, its permissions "
+        "and the space left on its disk"
+    )
+
+
+def _set_pragmas(connection: Any, _: object) -> None:
+    """Readers never block the driver, and a commit does not wait for the disk to turn.
+
+    With WAL, ``synchronous=NORMAL`` keeps the database whole through any kill of the process; only
+    a power cut may take back the last commits.
+    """
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA busy_timeout=30000")
+    cursor.close()
+
+
+def _open(url: str, *, make_tables: bool) -> BaseStorage:
+    # Optuna tells every new study on stderr, in the middle of the user's table.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(url, skip_table_creation=not make_tables)
+        if storage.engine.dialect.name == "sqlite":
+            sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
+            storage.engine.dispose()  # the connection that made the tables has no pragmas yet
+            with storage.engine.connect():
+                pass
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.OptunaError,
+        ImportError,  # the database's driver is not installed
+        RuntimeError,  # tables of another version of Optuna
+    ) as error:
+        raise _storage_error(url, error) from error
+    return storage
+
+
+class Store:
+    """One study in a storage: trials in, outcomes out.
+
+    Attributes:
+        url: The storage, as any Optuna URL.
+        name: The study's name in it.
+    """
+
+    def __init__(self, url: str, name: str, storage: BaseStorage) -> None:
+        self.url = url
+        self.name = name
+        self._storage = storage
+        self._study = storage.get_study_id_from_name(name)
+
+    @classmethod
+    def create(cls, url: str, name: str, objectives: Sequence[str]) -> Store:
+        """Open the study, made anew where it does not exist yet.
+
+        Raises:
+            StorageError: The storage cannot be opened.
+            StudyError: It has a stranger's study of that name.
+        """
+        storage = _open(url, make_tables=True)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=directions(objectives),
+            load_if_exists=True,
+        )
+        store = cls(url, name, storage)
+        if store.attribute("spaces") is not None:
+            return store
+        if study.directions != directions(objectives):
+            raise StudyError(
+                f"the storage already has an Optuna study {name!r} that is not of widthsearch: "
+                "give the study another name"
+            )
+        with warnings.catch_warnings():
+            # Marked experimental; it only labels what optuna-dashboard shows.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(objectives))
+        return store
+
+    @classmethod
+    def open(cls, url: str, name: str) -> Store:
+        """Open a study that exists.
+
+        Raises:
+            StudyError: There is no such study in the storage.
+            StorageError: The storage cannot be opened.
+        """
+        missing = StudyError(f"study {name!r} has no outcomes yet: run it first")
+        if url.startswith("sqlite:///"):
+            file = sqlalchemy.engine.make_url(url).database
+            if file and not Path(file).exists():  # opening would make an empty one
+                raise missing
+        try:
+            return cls(url, name, _open(url, make_tables=False))
+        except KeyError:
+            raise missing from None
+
+    @_database_errors
+    def attribute(self, key: str) -> Any:
+        """A JSON value that belongs to the whole study; None where it was never set."""
+        return self._storage.get_study_user_attrs(self._study).get(key)
+
+    @_database_errors
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Store a JSON value that belongs to the whole study."""
+        self._storage.set_study_user_attr(self._study, key, value)
+
+    @_database_errors
+    def forget(self, *beginnings: str) -> None:
+        """Unset the study's JSON values whose keys begin so."""
+        for key in self._storage.get_study_user_attrs(self._study):
+            if key.startswith(beginnings):
+                self._storage.set_study_user_attr(self._study, key, None)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a trial has begun."""
+        return bool(self._frozen(*TrialState))
+
+    @_database_errors
+    def begin(
+        self,
+        space: str,
+        axes: Sequence[Axis],
+        widths: Widths,
+        *,
+        origin: Mapping[str, Any],
+        seed: int,
+        cost: Cost,
+        alone: bool = True,
+    ) -> Trial:
+        """Insert a running trial, whole or not at all.
+
+        Args:
+            space: The name of its space.
+            axes: That space's axes.
+            widths: The architecture.
+            origin: Where the widths came from.
+            seed: The trial's seed.
+            cost: Its exact cost.
+            alone: Whether the study has this one space.
+        """
+        own = dict(zip(widths.names, _parameters(space, widths.names, alone), strict=True))
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params={own[name]: width for name, width in widths.items()},
+            distributions={own[name]: d for name, d in distributions(axes).items()},
+            user_attrs={
+                "origin": dict(origin),
+                "seed": seed,
+                "cost": asdict(cost),
+                "space": space,
+            },
+        )
+        key = self._storage.create_new_trial(self._study, template_trial=template)
+        number = self._storage.get_trial_number_from_id(key)
+        return Trial(number, space, widths, dict(origin), seed, cost)
+
+    @_database_errors
+    def record_latency(self, number: int, latency: Latency) -> None:
+        """Store a running trial's measured latency."""
+        self._storage.set_trial_user_attr(self._key(number), "latency", latency.to_json())
+
+    @_database_errors
+    def record_curve(self, number: int, curve: Sequence[EpochResult]) -> None:
+        """Store a running trial's curve so far."""
+        rows = [asdict(result) for result in curve]
+        self._storage.set_trial_user_attr(self._key(number), "curve", rows)
+
+    @_database_errors
+    def finish(self, number: int, values: Sequence[float]) -> None:
+        """Close a trial after its last epoch, with the value of each objective."""
+        self._storage.set_trial_state_values(self._key(number), TrialState.COMPLETE, values)
+
+    @_database_errors
+    def stop(self, number: int) -> None:
+        """Close a trial that a rung stopped; it has no values, so it is never on a front."""
+        self._storage.set_trial_state_values(self._key(number), TrialState.PRUNED)
+
+    @_database_errors
+    def fail(self, number: int, reason: str) -> None:
+        """Close a trial that cannot be trained."""
+        key = self._key(number)
+        self._storage.set_trial_user_attr(key, "error", reason)
+        self._storage.set_trial_state_values(key, TrialState.FAIL)
+
+    @_database_errors
+    def outcomes(self, spaces: Spaces) -> list[Outcome]:
+        """Every trial that is done, by number; ``spaces`` has the axes of each space in order."""
+        return [
+            _trial(frozen, spaces).outcome(_STATES[frozen.state], frozen.user_attrs.get("error"))
+            for frozen in self._frozen(*_STATES)
+            if _is_whole(frozen, spaces)
+        ]
+
+    @_database_errors
+    def take_up(self, spaces: Spaces) -> list[Trial]:
+        """The trials that a driver left running, by number, to go on under their own numbers.
+
+        A running trial without all its widths is not ours (someone asked this study by hand): it
+        fails, and does not count.
+        """
+        running = self._frozen(TrialState.RUNNING)
+        for frozen in running:
+            if not _is_whole(frozen, spaces):
+                self._storage.set_trial_state_values(self._key(frozen.number), TrialState.FAIL)
+        return [_trial(frozen, spaces) for frozen in running if _is_whole(frozen, spaces)]
+
+    def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+
+    def _key(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
+
+
+def _parameters(space: str, names: Sequence[str], alone: bool) -> list[str]:
+    """What Optuna calls the axes of a space."""
+    return list(names) if alone else [f"{space}/{name}" for name in names]
+
+
+def _is_whole(frozen: FrozenTrial, spaces: Spaces) -> bool:
+    space = frozen.user_attrs.get("space", "")
+    if "cost" not in frozen.user_attrs or space not in spaces:
+        return False
+    keys = _parameters(space, spaces[space], len(spaces) == 1)
+    return all(key in frozen.params for key in keys)
+
+
+def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
+    attributes = frozen.user_attrs
+    latency = attributes.get("latency")
+    space = attributes["space"]
+    names = tuple(spaces[space])
+    keys = _parameters(space, names, len(spaces) == 1)
+    return Trial(
+        number=frozen.number,
+        space=space,
+        widths=Widths(names, tuple(frozen.params[key] for key in keys)),
+        origin=attributes["origin"],
+        seed=attributes["seed"],
+        cost=Cost(**attributes["cost"]),
+        latency=None if latency is None else Latency.from_json(latency),
+        curve=tuple(EpochResult(**row) for row in attributes.get("curve", [])),
+    )

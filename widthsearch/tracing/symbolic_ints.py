@@ -1,0 +1,520 @@
+"""Integers that stand for unknown widths: what lets a model run once for all widths.
+
+torch lets a tensor's sizes be ``SymInt``, a thin shell around any object with the interface of a
+*symbolic node*. The nodes here are polynomials in a few symbols (``polynomials.py``).
+
+torch's own symbolic shapes do the same for the compiler with sympy. This is about a hundred times
+faster (``docs/log.md``), because a polynomial here is a small dictionary, and because a width has
+no need of ranges, guards to be replayed, or code generation.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+from widthsearch.tracing.polynomials import (
+    Poly,
+    System,
+    add,
+    as_constant,
+    constant,
+    multiply,
+    symbols_of,
+)
+
+
+class _Expression:
+    """Answers torch's questions about free sympy symbols: there are none."""
+
+    free_symbols: frozenset[Any] = frozenset()
+    is_number = is_Boolean = is_Symbol = False  # noqa: N815 - sympy's names
+    args = ()
+
+
+class _Node:
+    """What torch asks of every symbolic node."""
+
+    shape_env = None
+    constant = None
+    _hint = None
+    expr = _Expression()
+    kind = ""
+
+    def is_int(self) -> bool:
+        return self.kind == "int"
+
+    def is_float(self) -> bool:
+        return self.kind == "float"
+
+    def is_bool(self) -> bool:
+        return self.kind == "bool"
+
+    def is_nested_int(self) -> bool:
+        return False
+
+    def is_symbolic(self) -> bool:
+        return True
+
+    def is_constant(self) -> bool:
+        return False
+
+    def has_hint(self) -> bool:
+        return True
+
+    def maybe_as_int(self) -> int | None:
+        return None
+
+    def maybe_as_float(self) -> float | None:
+        return None
+
+    def maybe_as_bool(self) -> bool | None:
+        return None
+
+    def nested_int(self) -> None:
+        return None
+
+    nested_int_coeff = nested_int
+
+    def clone(self) -> _Node:
+        return self
+
+    def str(self) -> str:
+        return repr(self)
+
+    _graph_repr = __str__ = str
+
+
+class SizeNode(_Node):
+    """A size: a polynomial in the symbols of a system."""
+
+    kind = "int"
+
+    def __init__(self, system: System, poly: Poly) -> None:
+        self.system = system
+        self._poly = poly
+
+    @property
+    def poly(self) -> Poly:
+        """The size in free symbols alone."""
+        self._poly = self.system.canonical(self._poly)
+        return self._poly
+
+    @property
+    def hint(self) -> int:
+        """The size in the model as given."""
+        return self.system.hint(self.poly)
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{c}·{m}" for m, c in self.poly.items()) or "0"
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def wrap_float(self, value: float) -> RatioNode:
+        return RatioNode(self.system, value)
+
+    def wrap_bool(self, value: bool) -> TruthNode:
+        return TruthNode(self.system, value)
+
+    def maybe_as_int(self) -> int | None:
+        return as_constant(self.poly)
+
+    constant_int = maybe_as_int
+
+    def guard_int(self, _file: str = "", _line: int = 0) -> int:
+        return self.system.pin_value(self.poly, self.system.reason())
+
+    int_ = guard_int
+
+    def _new(self, poly: Poly) -> SizeNode:
+        return SizeNode(self.system, poly)
+
+    def add(self, other: SizeNode) -> SizeNode:
+        return self._new(add(self.poly, other.poly))
+
+    def sub(self, other: SizeNode) -> SizeNode:
+        return self._new(add(self.poly, other.poly, -1))
+
+    def mul(self, other: SizeNode) -> SizeNode:
+        return self._new(multiply(self.poly, other.poly))
+
+    def neg(self) -> SizeNode:
+        return self._new(multiply(self.poly, constant(-1)))
+
+    def pos(self) -> SizeNode:
+        return self
+
+    round = floor = ceil = trunc = sym_int = pos
+
+    def abs(self) -> SizeNode:
+        return self if self.hint >= 0 else self.neg()
+
+    def sym_sum(self, nodes: Sequence[SizeNode]) -> SizeNode:
+        total: Poly = {}
+        for node in nodes:
+            total = add(total, node.poly)
+        return self._new(total)
+
+    def pow(self, other: SizeNode) -> SizeNode:
+        out = constant(1)
+        for _ in range(other.guard_int()):
+            out = multiply(out, self.poly)
+        return self._new(out)
+
+    pow_by_natural = pow
+
+    def int_floordiv(self, other: SizeNode) -> SizeNode:
+        return self._new(self.system.quotient(self.poly, other.poly))
+
+    floordiv = int_floordiv
+
+    def mod(self, other: SizeNode) -> SizeNode:
+        return self._new(self.system.remainder(self.poly, other.poly))
+
+    python_mod = mod
+
+    def truediv(self, other: SizeNode) -> RatioNode:
+        return RatioNode(self.system, self.hint / other.hint, (self.poly, other.poly))
+
+    int_truediv = float_truediv = truediv
+
+    def sym_float(self) -> RatioNode:
+        return RatioNode(self.system, float(self.hint), (self.poly, constant(1)))
+
+    def sym_max(self, other: SizeNode) -> SizeNode:
+        return self if self.hint >= other.hint else other
+
+    def sym_min(self, other: SizeNode) -> SizeNode:
+        return self if self.hint <= other.hint else other
+
+    def _compare(self, other: SizeNode, relation: str) -> TruthNode:
+        return TruthNode(self.system, (relation, add(self.poly, other.poly, -1)))
+
+    def eq(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "eq")
+
+    def ne(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "ne")
+
+    def lt(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "lt")
+
+    def le(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "le")
+
+    def gt(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "gt")
+
+    def ge(self, other: SizeNode) -> TruthNode:
+        return self._compare(other, "ge")
+
+    # Memory formats: answered from what is known, without imposing anything.
+
+    def _dense_in(self, sizes: list[Any], strides: list[Any], order: Iterable[int]) -> TruthNode:
+        expected = constant(1)
+        for d in order:
+            size = _poly_of(sizes[d])
+            if size != {(): 1} and add(_poly_of(strides[d]), expected, -1):
+                return self.wrap_bool(False)
+            expected = multiply(expected, size)
+        return self.wrap_bool(True)
+
+    def is_contiguous(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        return self._dense_in(sizes, strides, reversed(range(len(sizes))))
+
+    def is_channels_last_contiguous_2d(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        if len(sizes) != 4:
+            return self.wrap_bool(False)
+        return self._dense_in(sizes, strides, (1, 3, 2, 0))
+
+    def is_channels_last_contiguous_3d(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        if len(sizes) != 5:
+            return self.wrap_bool(False)
+        return self._dense_in(sizes, strides, (1, 4, 3, 2, 0))
+
+    is_channels_last_strides_2d = is_channels_last_contiguous_2d
+    is_channels_last_strides_3d = is_channels_last_contiguous_3d
+
+    def is_non_overlapping_and_dense(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
+        by_stride = sorted(
+            range(len(sizes)), key=lambda d: self.system.hint(_poly_of(strides[d])), reverse=False
+        )
+        return self._dense_in(sizes, strides, by_stride)
+
+    is_non_overlapping_and_dense_indicator = is_non_overlapping_and_dense
+
+
+def _poly_of(size: Any) -> Poly:
+    if isinstance(size, int):
+        return constant(size)
+    node = size if isinstance(size, SizeNode) else size.node
+    poly: Poly = node.poly
+    return poly
+
+
+class RatioNode(_Node):
+    """A float made from sizes: its value in the model as given, and the quotient it came from.
+
+    Floats never reach a shape unless they are rounded; a plain quotient is rounded exactly, any
+    other float pins the symbols that it came from.
+    """
+
+    kind = "float"
+
+    def __init__(
+        self,
+        system: System,
+        value: float,
+        quotient: tuple[Poly, Poly] | None = None,
+        symbols: frozenset[int] = frozenset(),
+    ) -> None:
+        self.system, self.value, self.quotient = system, value, quotient
+        if quotient is not None:
+            symbols = symbols | symbols_of(quotient[0]) | symbols_of(quotient[1])
+        self.symbols = symbols
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    hint = property(lambda self: self.value)
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def wrap_float(self, value: float) -> RatioNode:
+        return RatioNode(self.system, value)
+
+    def guard_float(self, _file: str = "", _line: int = 0) -> float:
+        return self.value
+
+    def sym_float(self) -> RatioNode:
+        return self
+
+    def _rounded(self, rounding: Callable[[float], int]) -> SizeNode:
+        if self.quotient is not None:
+            a, b = self.quotient
+            down = self.system.quotient(a, b)
+            gap = rounding(self.value) - math.floor(self.value)
+            return SizeNode(self.system, add(down, constant(gap)))
+        self.system.pin(sorted(self.symbols), self.system.reason())
+        return SizeNode(self.system, constant(rounding(self.value)))
+
+    def trunc(self) -> SizeNode:
+        return self._rounded(math.trunc)
+
+    sym_int = trunc
+
+    def floor(self) -> SizeNode:
+        return self._rounded(math.floor)
+
+    def ceil(self) -> SizeNode:
+        return self._rounded(math.ceil)
+
+    def round(self, _digits: Any = None) -> SizeNode:
+        return self._rounded(round)
+
+
+def _float_operation(name: str, function: Callable[..., float]) -> None:
+    def method(self: RatioNode, other: Any) -> RatioNode:
+        value = other.value if isinstance(other, RatioNode) else float(other.hint)
+        symbols = getattr(other, "symbols", frozenset()) | self.symbols
+        return RatioNode(self.system, function(self.value, value), None, symbols)
+
+    setattr(RatioNode, name, method)
+
+
+_ARITHMETIC: dict[str, Any] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "float_truediv": operator.truediv,
+    "pow": math.pow,
+    "float_pow": math.pow,
+    "sym_max": max,
+    "sym_min": min,
+}
+for _name, _function in _ARITHMETIC.items():
+    _float_operation(_name, _function)
+
+
+def _float_comparison(name: str, function: Callable[[float, float], bool]) -> None:
+    def method(self: RatioNode, other: Any) -> TruthNode:
+        return TruthNode(self.system, function(self.value, float(other.hint)))
+
+    setattr(RatioNode, name, method)
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _float_comparison(_name, getattr(operator, _name))
+for _name, _unary in {"neg": operator.neg, "abs": abs, "sqrt": math.sqrt}.items():
+    setattr(
+        RatioNode,
+        _name if _name != "sqrt" else "sym_sqrt",
+        lambda self, f=_unary: RatioNode(self.system, f(self.value), None, self.symbols),
+    )
+
+
+_RELATIONS: dict[str, Callable[[int, int], bool]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+
+
+class TruthNode(_Node):
+    """A comparison of sizes, or a combination of comparisons.
+
+    When the run branches on it, it takes the branch of the model as given; an equality that holds
+    is imposed on the system, an inequality is taken to hold at every width (``SearchSpace.check``
+    proves it).
+    """
+
+    kind = "bool"
+
+    def __init__(self, system: System, content: Any) -> None:
+        self.system, self.content = system, content
+
+    def __repr__(self) -> str:
+        return repr(self.content)
+
+    @property
+    def hint(self) -> bool:
+        """Whether it holds for the model as given."""
+        return self._evaluate()
+
+    def wrap_bool(self, value: bool) -> TruthNode:
+        return TruthNode(self.system, value)
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def known(self) -> bool | None:
+        """Its truth if that is the same at every width, else None."""
+        content = self.content
+        if isinstance(content, bool):
+            return content
+        name, *parts = content
+        if name == "not":
+            inner: bool | None = parts[0].known()
+            return None if inner is None else not inner
+        if name in ("and", "or"):
+            known: list[bool | None] = [part.known() for part in parts]
+            decisive: bool = name == "or"
+            if decisive in known:
+                return decisive
+            return None if None in known else not decisive
+        p = self.system.canonical(parts[0])
+        value = as_constant(p)
+        if value is not None:
+            return _RELATIONS[name](value, 0)
+        for sign in (1, -1):
+            least = self.system.least(multiply(p, constant(sign)))
+            if least is not None and least >= 0:  # sign · p is never below 0, perhaps never 0
+                at_bound, beyond = _RELATIONS[name](0, 0), _RELATIONS[name](sign, 0)
+                if at_bound == beyond or least > 0:
+                    return beyond
+        return None
+
+    def _evaluate(self) -> bool:
+        content = self.content
+        if isinstance(content, bool):
+            return content
+        name, *parts = content
+        if name == "not":
+            return not parts[0]._evaluate()
+        if name == "and":
+            return all(part._evaluate() for part in parts)
+        if name == "or":
+            return any(part._evaluate() for part in parts)
+        return _RELATIONS[name](self.system.hint(self.system.canonical(parts[0])), 0)
+
+    def _assume(self, truth: bool) -> None:
+        """Impose the equalities that make this node ``truth``, as it is for the model as given."""
+        if isinstance(self.content, bool) or self.known() is not None:
+            return
+        name, *parts = self.content
+        if name == "not":
+            parts[0]._assume(not truth)
+        elif (name == "and") == truth and name in ("and", "or"):
+            for part in parts:
+                part._assume(truth)
+        elif name in ("and", "or"):
+            next(part for part in parts if part._evaluate() is truth)._assume(truth)
+        elif (name == "eq") == truth and name in ("eq", "ne"):
+            self.system.impose(parts[0])
+
+    def guard_bool(self, _file: str = "", _line: int = 0) -> bool:
+        truth = self._evaluate()
+        self._assume(truth)
+        return truth
+
+    expect_true = bool_ = guard_bool
+
+    def guard_or_false(self, _file: str = "", _line: int = 0) -> bool:
+        known = self.known()
+        if known is not None:
+            return known
+        equality = isinstance(self.content, tuple) and self.content[0] == "eq"
+        return False if equality else self._evaluate()
+
+    guard_size_oblivious = guard_or_false
+
+    def statically_known_true(self, _file: str = "", _line: int = 0) -> bool:
+        return self.known() is True
+
+    def guard_or_true(self, _file: str = "", _line: int = 0) -> bool:
+        return self.known() is not False
+
+    def sym_not(self) -> TruthNode:
+        return TruthNode(self.system, ("not", self))
+
+    not_ = sym_not
+
+    def sym_and(self, other: TruthNode) -> TruthNode:
+        return TruthNode(self.system, ("and", self, other))
+
+    and_ = sym_and
+
+    def sym_or(self, other: TruthNode) -> TruthNode:
+        return TruthNode(self.system, ("or", self, other))
+
+    or_ = sym_or
+
+    def sym_ite(self, then: _Node, otherwise: _Node) -> _Node:
+        return then if self.guard_bool() else otherwise
+
+
+def size(system: System, poly: Poly) -> torch.SymInt | int:
+    """A size for torch: an int where it is known, else a ``SymInt``."""
+    value = as_constant(poly)
+    if value is not None:
+        return value
+    return torch.SymInt(SizeNode(system, poly))  # type: ignore[arg-type]  # any node will do
+
+
+def poly_of(value: torch.SymInt | int) -> Poly:
+    """The polynomial behind a size."""
+    return constant(value) if isinstance(value, int) else _poly_of(value.node)
+
+
+def calling_line(skip: Sequence[str], within: CodeType) -> str:
+    """``file:line`` and the text of the innermost line that runs ``within`` some function.
+
+    Lines of files in the ``skip`` folders are passed over.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not within:
+        filename = frame.f_code.co_filename
+        if not filename.startswith("<") and not any(filename.startswith(s) for s in skip):
+            text = linecache.getline(filename, frame.f_lineno).strip()
+            short = "/".join(filename.replace("\\", "/").split("/")[-2:])
+            return f"{short}:{frame.f_lineno} `{text}`"
+        frame = frame.f_back
+    return "torch's own code"

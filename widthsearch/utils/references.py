@@ -1,0 +1,68 @@
+"""References to functions by name, with one-line errors."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from widthsearch.errors import SpaceError
+
+
+def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
+    """The function behind ``package.module:function`` or ``path/to/file.py:function``.
+
+    Args:
+        reference: The text.
+        error: What is raised, with one line that says what is wrong and what to do.
+    """
+    where, _, name = reference.rpartition(":")
+    beside = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
+    for folder in (str(Path.cwd()), *beside):  # an installed command has neither on its path
+        if folder not in sys.path:
+            sys.path.append(folder)
+    if not where or not name:
+        raise error(
+            f"{reference!r} must be `package.module:function` or `path/to/file.py:function`"
+        )
+    module = _module_from_file(Path(where), reference, error) if where.endswith(".py") else None
+    if module is None:
+        try:
+            module = importlib.import_module(where)
+        except (Exception, SystemExit) as cause:
+            raise error(
+                f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}"
+            ) from cause
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
+        close = difflib.get_close_matches(name, public, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise error(f"{reference!r}: {where} has no function {name!r}{hint}")
+    return function  # type: ignore[no-any-return]
+
+
+def _module_from_file(path: Path, reference: str, error: type[Exception]) -> ModuleType:
+    if not path.is_file():
+        raise error(f"{reference!r}: there is no file {str(path)!r} (looked in {Path.cwd()})")
+    content = path.read_bytes()
+    digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
+    name = f"_widthsearch_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as cause:
+        del sys.modules[name]
+        raise error(f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
+    return module
