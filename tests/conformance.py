@@ -105,7 +105,7 @@ class ProposerConformance:
         """The same seed gives the same proposal; all global random states stay."""
         space = space_of("Residual")
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-        threads, template = torch.get_num_threads(), str(space.template.state_dict())
+        threads, template = torch.get_num_threads(), str(space.model.template.state_dict())
         first = self.propose(space, seed=7)
         assert first == self.propose(space, seed=7)
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
@@ -113,7 +113,7 @@ class ProposerConformance:
         assert torch.equal(before[2], after[2])
         assert (threads, template) == (
             torch.get_num_threads(),
-            str(space.template.state_dict()),
+            str(space.model.template.state_dict()),
         )
 
     def test_it_leaves_the_users_model_alone(self) -> None:

@@ -39,7 +39,7 @@ def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> li
     Returns:
         Per axis, ones of shape (units,) or (images, units), float64, that require gradients.
     """
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     lead = () if images is None else (images,)
     gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in channels.units]
 

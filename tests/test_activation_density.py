@@ -85,7 +85,7 @@ class Known(nn.Module):
 def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) -> list[Counts]:
     """The counts of one forward pass in training."""
     rules = options.pop("rules", {})
-    channels = find_channels(space, options.pop("widths", space.base))
+    channels = find_channels(space.model, options.pop("widths", space.base))
     with DensityMeter(channels, model, options.pop("threshold", None), rules) as meter:
         model(x)
     return meter.counts()
@@ -218,7 +218,7 @@ def test_training_is_counted_alone_and_is_what_it_was() -> None:
     space, task = space_of("Residual"), small_task()
     recipe = Recipe(epochs=1, batch_size=50, lr=0.05)
     models = [space.build(space.base, seed=0) for _ in range(2)]
-    with DensityMeter(find_channels(space, space.base), models[0], None, {}) as meter:
+    with DensityMeter(find_channels(space.model, space.base), models[0], None, {}) as meter:
         TrainingRun(models[0], task, recipe, seed=0).run_epoch()
     TrainingRun(models[1], task, recipe, seed=0).run_epoch()
     assert meter.counts()[1].total.tolist() == [100 * 64] * 32
@@ -233,7 +233,7 @@ def test_a_failing_forward_pass_leaves_nothing_behind() -> None:
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     with (
-        DensityMeter(find_channels(space, space.base), model, None, {}),
+        DensityMeter(find_channels(space.model, space.base), model, None, {}),
         pytest.raises(RuntimeError),
     ):
         model(torch.zeros(2, 5, 8, 8))
@@ -388,7 +388,7 @@ def cut(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[An
     """The base network, and what is cut from it."""
     run = activation_density._PhaseRun(QUICK, space, small_task(), setting(), {}, "phase")
     run.model = space.build(space.base, seed=0)
-    run.channels = find_channels(space.free, space.free.base)
+    run.channels = find_channels(space.free.model, space.free.base)
     run.counts = counts
     return run.model, run.cut(space.widths(widths))
 
@@ -431,7 +431,7 @@ class ZeroPadded(nn.Module):
 def test_channels_that_cannot_be_told_apart_begin_anew(spy: type[Spy]) -> None:
     """Such an axis is resized, but not inherited, and the phase says so."""
     space = SearchSpace.from_model(ZeroPadded, (3, 8, 8))
-    assert find_channels(space, space.base).unknown
+    assert find_channels(space.model, space.base).unknown
     method = replace(QUICK, weights="inherit", drop=100.0)
     phases = method(space, small_task(), setting()).provenance["phases"]
     assert len(phases) >= 2

@@ -39,7 +39,7 @@ def architectures(draw: st.DrawFn, space: SearchSpace) -> BranchedArchitecture:
     """Any branches of some of a space's layers, at any widths off its grid."""
     widths = [draw(st.integers(1, 6)) * axis.unit for axis in space.trace.axes]
     plain = BranchedArchitecture(type(space.base)(space.names, tuple(widths)), {})
-    convs = [n for n, _ in space.template.named_modules() if branchable(space, n)]
+    convs = [n for n, _ in space.model.template.named_modules() if branchable(space, n)]
     layers = {}
     for layer in draw(st.lists(st.sampled_from(convs), unique=True, max_size=3)):
         outputs, inputs = plain.sizes(space, layer)
@@ -140,7 +140,7 @@ def test_torchvision_models_have_branched_spaces() -> None:
     space = load_space("torchvision:resnet18", (3, 64, 64))
     plain = BranchedArchitecture(space.base, {})
     layers = {}
-    for name, module in space.template.named_modules():
+    for name, module in space.model.template.named_modules():
         if branchable(space, name) and module.kernel_size == (3, 3):
             outputs, inputs = plain.sizes(space, name)
             half = outputs // 2
@@ -326,7 +326,8 @@ def test_it_is_a_space_like_any_other() -> None:
     for proposer in (Uniform(), Sensitivity()):
         proposal = proposer(narrow, small_task(), Setting())
         assert all(narrow.widths(w) == w for w in proposal.trajectory)
-    assert find_channels(narrow, narrow.base).unknown  # channels are not followed through branches
+    # Channels are not followed through branches.
+    assert find_channels(narrow.model, narrow.base).unknown
     swapped = dict(architecture.layers)
     swapped["conv1"] = swapped["conv1"][::-1]
     other = branched(space, BranchedArchitecture(architecture.widths, swapped))

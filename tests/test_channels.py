@@ -14,13 +14,9 @@ from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import (
-    Keep,
-    find_channels,
-    gate_gradients,
-    inherit,
-    unit_sums,
-)
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.extraction import Keep
+from widthsearch.channels.sums import gate_gradients, unit_sums
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
@@ -29,7 +25,7 @@ from widthsearch.space.search_space import SearchSpace
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
     """The second part starts where the first ends, at any widths."""
     space = space_of("Concatenated")
-    channels = find_channels(space, space.widths({"stem": 6, "grow": 3}))
+    channels = find_channels(space.model, space.widths({"stem": 6, "grow": 3}))
     assert channels.units == (6, 3, 16)
     for key, dim in (("last.weight", 1), ("bn.weight", 0), ("bn.running_var", 0)):
         assert channels.axis[key, dim].tolist() == [0] * 6 + [1] * 3
@@ -39,14 +35,14 @@ def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
 def test_channels_of_a_flatten_are_blocks() -> None:
     """(N, C, 4, 4) flattens to 16 consecutive elements a channel."""
     space = space_of("Plain")
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     assert channels.unit["fc.weight", 1].tolist() == [i // 16 for i in range(256)]
 
 
 def test_a_unit_of_grouped_channels_is_one_of_each_group() -> None:
     """Four groups of four: channel 0 goes with 4, 8 and 12."""
     space = space_of("Grouped")
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     assert channels.units == (4, 6, 8)
     assert channels.unit["stem.weight", 0].tolist() == [0, 1, 2, 3] * 4
     assert channels.unit["grouped.weight", 0].tolist() == [0, 1, 2, 3, 4, 5] * 4
@@ -58,7 +54,7 @@ def test_a_unit_of_grouped_channels_is_one_of_each_group() -> None:
 def test_every_position_has_its_owner(name: str) -> None:
     """Nothing is unknown, and every unit has as many positions as the shape says."""
     space = space_of(name)
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     assert channels.unknown == frozenset()
     assert all((axes >= 0).all() for axes in channels.axis.values())
 
@@ -105,7 +101,7 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
         modules[layer].register_forward_pre_hook(gated(where))
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(x), torch.arange(16) % 10).backward()
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     for i, (gate, gradient) in enumerate(zip(gates, gate_gradients(channels, model), strict=True)):
         assert gate.grad is not None
         expected = unit_sums(channels, *space.trace.axes[i].maker, gate.grad)[i]
@@ -116,7 +112,7 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
 def random_keep(space: SearchSpace, only: str, seed: int) -> dict[str, list[int]]:
     """Channels to keep: a random number on each axis's grid, of random units."""
     rng = random.Random(seed)
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     keep = {}
     for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
         if i in channels.unknown or only not in axis.name:
@@ -229,7 +225,7 @@ def test_what_attention_compares_is_masked_where_it_is_made() -> None:
 def test_a_linear_layer_on_windows_of_tokens_is_a_reader() -> None:
     """Rows that are split into windows and back do not hide which weights read them."""
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
-    readers = find_channels(space, space.base).readers
+    readers = find_channels(space.model, space.base).readers
     assert readers == {"grow.weight": 1, "fc.weight": 1}
     check_inheritance(space)
 
@@ -271,10 +267,10 @@ def test_what_is_kept_must_fit() -> None:
         "unit": ({"stem": [0, 1, 2, 3]}, "go in units of 4 \\(groups or heads\\), but unit 0"),
     }.values():
         with pytest.raises(WidthsError, match=message):
-            inherit(grouped, model, keep)
+            grouped.inherit(model, keep)
     residual = space_of("Residual")
     with pytest.raises(WidthsError, match="takes multiples of 2, but was given 3"):
-        inherit(residual, residual.build(1.0), {"stem": [0, 1, 2]})
+        residual.inherit(residual.build(1.0), {"stem": [0, 1, 2]})
 
 
 class Padded(nn.Module):
@@ -297,9 +293,9 @@ class Padded(nn.Module):
 def test_channels_that_two_axes_share_cannot_be_cut() -> None:
     """Widths are free of each other, but channel i of one is channel i of the other."""
     space = SearchSpace.from_model(Padded, (3, 8, 8))
-    assert find_channels(space, space.base).unknown == {0, 1}
+    assert find_channels(space.model, space.base).unknown == {0, 1}
     with pytest.raises(SpaceError, match="cannot be told apart"):
-        inherit(space, space.build(1.0), {"narrow": [0, 1, 2, 3]})
+        space.inherit(space.build(1.0), {"narrow": [0, 1, 2, 3]})
 
 
 def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
@@ -313,5 +309,5 @@ def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
         nn.Linear(128, 4),
     )
     space = SearchSpace.from_model(grey, (1, 8, 8))
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     assert set(channels.readers) == {"2.weight", "5.weight"}

@@ -22,10 +22,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from widthsearch.data.tasks import Task, load_task
+from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.training import cuda_graphs as capture
 from widthsearch.training.cuda_graphs import WARM, Repeated, hooked
 from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun, fit

@@ -67,7 +67,7 @@ def test_projection_shortcuts_are_not_grouped() -> None:
     """ResNet-50's other 1×1 convolutions are."""
     space = load_space("torchvision:resnet50", (3, 64, 64))
     found = {layer.name for layer in find_layers(space)}
-    every = {n for n, m in space.template.named_modules() if isinstance(m, nn.Conv2d)}
+    every = {n for n, m in space.model.template.named_modules() if isinstance(m, nn.Conv2d)}
     assert every - found == {"conv1", *(f"layer{i}.0.downsample.0" for i in range(1, 5))}
 
 

@@ -17,7 +17,8 @@ from strategies import MODELS, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels, gate_gradients
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.sums import gate_gradients
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers import Fisher, Magnitude, Setting
 from widthsearch.proposers.fisher import FisherInformation
@@ -51,7 +52,7 @@ def test_delta_is_that_of_explicit_gates(name: str) -> None:
     """Δ over two batches of different sizes, by autograd of a gate for each image, to 1e-5."""
     space = space_of(name)
     model = space.build(space.base, seed=1).double()
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     sums, images = [0.0] * len(space.axes), 0
     with FisherInformation(channels, model) as information:
         for count in (12, 20):
@@ -74,7 +75,7 @@ def test_what_images_feel_adds_up_to_the_gate() -> None:
     """The sum over images, before it is squared, is the gradient of the one gate for all."""
     space = space_of("Residual")
     model = space.build(space.base, seed=1).double()
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     x, y = batch(1, seed=0)
     model.eval()
     with FisherInformation(channels, model) as information:
@@ -87,7 +88,7 @@ def test_what_images_feel_adds_up_to_the_gate() -> None:
 def test_the_network_runs_as_without() -> None:
     """Outputs and gradients are the same while information is gathered; evaluation is not seen."""
     space = space_of("Depthwise")
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     x, y = batch(8, seed=0)
     gradients = []
     for watched in (False, True):
@@ -110,14 +111,14 @@ def test_windows_of_an_image_are_one_image() -> None:
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
     model = space.build(space.base, seed=0).double()
     x, y = batch(6, seed=0)
-    with FisherInformation(find_channels(space, space.base), model) as information:
+    with FisherInformation(find_channels(space.model, space.base), model) as information:
         F.cross_entropy(model(x), y).backward()
         information.gather(6)
     expected = torch.zeros(8, dtype=torch.float64)
     for i in range(6):
         model.zero_grad()
         F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
-        gates = gate_gradients(find_channels(space, space.base), model)
+        gates = gate_gradients(find_channels(space.model, space.base), model)
         expected += gates[space.names.index("embed")].double().square() / 12
     assert torch.allclose(information.deltas()[space.names.index("embed")], expected, rtol=1e-5)
 
@@ -278,7 +279,7 @@ def test_latency_is_refused_before_anything_trains() -> None:
 def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
     """Zero-padded shortcuts: the streams stay, the blocks' inner channels go."""
     space = resnet(8, projection=False)
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     kept = {space.names[i] for i in channels.unknown}
     assert kept
     proposal = Magnitude(every=1)(space, small_task(), replace(setting(), lowest=0.95))
@@ -291,14 +292,14 @@ def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
 @given(space=spaces, data=st.data())
 def test_what_is_left_of_channels_is_found_anew(space: SearchSpace, data: st.DataObject) -> None:
     """Cutting units from a network's channels gives the channels of the narrower network."""
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     axis = data.draw(st.integers(0, len(space.axes) - 1))
     of_step = space.axes[axis].step // space.trace.axes[axis].unit
     some = data.draw(st.permutations(range(channels.units[axis])))[:of_step]
     if space.axes[axis].base - space.axes[axis].step < space.axes[axis].least:
         return
     left = without(channels, axis, np.array(some))
-    anew = find_channels(space, left.widths)
+    anew = find_channels(space.model, left.widths)
     assert left.units == anew.units
     assert left.axis.keys() == anew.axis.keys()
     for where, axes in anew.axis.items():

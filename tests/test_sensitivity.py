@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from strategies import space_of, spaces
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels, gate_gradients
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import DeviceLoader, Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Sensitivity, Setting
@@ -87,7 +88,7 @@ def test_the_gates_of_several_batches_keep_their_signs() -> None:
         ((x, y),) = DeviceLoader(batch, task, len(batch)).batches()
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        signed.append(gate_gradients(find_channels(space, space.base), model))
+        signed.append(gate_gradients(find_channels(space.model, space.base), model))
     for of_axis, first, second in zip(found, *signed, strict=True):
         assert np.allclose(of_axis, ((first + second) / 2).abs(), rtol=1e-4, atol=1e-7)
     assert any((a * b < 0).any() for a, b in zip(*signed, strict=True)), "some signs differ"
@@ -197,7 +198,7 @@ def test_no_axis_goes_below_the_floor(floor: float) -> None:
 def test_channels_that_cannot_be_told_apart_are_scored_as_one() -> None:
     """All of an axis's channels share its mean saliency."""
     space = space_of("Residual")
-    channels = replace(find_channels(space, space.base), unknown=frozenset({0}))
+    channels = replace(find_channels(space.model, space.base), unknown=frozenset({0}))
     scores = [torch.arange(16.0), torch.arange(32.0)]
     blurred, told = channel_scores(space, channels, scores)
     assert blurred.tolist() == [7.5] * 16
@@ -229,7 +230,7 @@ def test_dead_channels_go_first() -> None:
         model.conv2.weight[:, :12] = 0
     x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(x), torch.arange(20) % 10).backward()
-    inner = gate_gradients(find_channels(space, space.base), model)[1]
+    inner = gate_gradients(find_channels(space.model, space.base), model)[1]
     assert not bool(inner[:12].any())
     assert bool((inner[12:] != 0).all())
 

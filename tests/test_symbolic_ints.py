@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from widthsearch.torch_internals import enable_python_dispatcher
 from widthsearch.tracing.polynomials import Poly, System, add, divide, multiply
 from widthsearch.tracing.symbolic_ints import poly_of, size
 
@@ -147,8 +148,6 @@ def test_products_of_unknowns_are_pinned_not_guessed(hints: list[int]) -> None:
 @pytest.mark.parametrize("name", ["sum", "mean", "relu", "flatten"])
 def test_torch_runs_on_symbolic_sizes(name: str) -> None:
     """Meta tensors carry the sizes through torch's own operations."""
-    from torch._dispatch.python import enable_python_dispatcher
-
     system = System()
     (a,) = sizes(system, 8)
     x = torch.empty((2, a, 4, 4), device="meta")

@@ -36,7 +36,7 @@ def main() -> None:
     )
     model = space.build(space.base, seed=arguments.seed)
     run = TrainingRun(model, task, held(recipe, arguments.epochs), seed=arguments.seed)
-    channels = find_channels(space, space.base)
+    channels = find_channels(space.model, space.base)
     while not run.finished:
         with DensityMeter(channels, model, None, {}) as meter:
             run.run_epoch()

@@ -37,12 +37,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from widthsearch.errors import StudyError, one_line
+from widthsearch.torch_internals import BatchNormBase, tree_leaves
 from widthsearch.training.cuda_graphs import WARM, beside, capture
 from widthsearch.utils.devices import check_device, fixed_threads, format_name, pick_memory_format
 
@@ -391,7 +390,7 @@ def fold_batchnorm(model: nn.Module, images: Tensor) -> None:
     for module in model.modules():
         if type(module) in _CONVOLUTIONS:  # exactly: a parametrised one is of a class of its own
             hooks.append(module.register_forward_hook(convolution_ran))
-        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+        elif isinstance(module, BatchNormBase) and module.running_mean is not None:
             hooks.append(module.register_forward_hook(batchnorm_ran))
     with torch.no_grad(), uses:
         uses.saw(model(images))

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from widthsearch.modules.tree import direction_of, is_estimate, join, owner_of, reset, tensors_of
+from widthsearch.torch_internals import TorchDispatchMode, buffers_of, parameters_of
 
 _INIT: dict[CodeType, str] = {
     function.__code__: name
@@ -149,7 +149,7 @@ def _storage(tensor: Tensor) -> int:
 def _owns(module: Any, key: int) -> bool:
     if not isinstance(module, nn.Module):
         return False
-    tensors = (*module._parameters.values(), *module._buffers.values())
+    tensors = (*parameters_of(module).values(), *buffers_of(module).values())
     return any(t is not None and _storage(t) == key for t in tensors)
 
 
@@ -203,7 +203,7 @@ class Scheme:
                 steps[key] = (_RESET,)
             elif bool((tensor == tensor.flatten()[0]).all()):
                 constants[key] = float(tensor.detach().flatten()[0])
-            elif name in module._buffers or not tensor.is_floating_point():
+            elif name in buffers_of(module) or not tensor.is_floating_point():
                 kept[key] = tensor.detach().clone()
             else:
                 values = tensor.detach().float()

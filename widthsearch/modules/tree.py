@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from widthsearch.torch_internals import (
+    ConvNd,
+    NormBase,
+    SpectralNormParametrization,
+    WeightNormParametrization,
+    buffers_of,
+    forward_pre_hooks_of,
+    parameters_of,
+)
 
 _PARAMETRIZATIONS = ".parametrizations."
 _SUFFIX: dict[type, str] = {WeightNorm: "_v", SpectralNorm: "_orig"}
@@ -22,7 +31,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]
     """Every parameter and buffer once: its module, the module's name, its own name, itself."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        for group in (module._parameters, module._buffers):
+        for group in (parameters_of(module), buffers_of(module)):
             for name, tensor in group.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
@@ -56,16 +65,16 @@ def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
 
 def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks_of(module):
         if type(hook) in _SUFFIX:
-            yield hook.name, _SUFFIX[type(hook)]  # type: ignore[attr-defined]
+            yield hook.name, _SUFFIX[type(hook)]
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
     """A tensor with the shape of a module's weight, which a parametrisation may compute."""
     if parametrize.is_parametrized(module, "weight"):
         held: Any = module.parametrizations["weight"]  # type: ignore[index]
-        if isinstance(held[0], _WeightNorm):
+        if isinstance(held[0], WeightNormParametrization):
             return _tensor(held.original1)
         return _tensor(held.original if hasattr(held, "original") else module.weight)
     for hooked, suffix in _hooked(module):
@@ -80,11 +89,11 @@ def _tensor(value: Any) -> Tensor | None:
 
 def is_estimate(module: nn.Module, name: str) -> bool:
     """Whether a buffer is a singular vector that spectral norm estimates as it goes."""
-    if isinstance(module, _SpectralNorm):
+    if isinstance(module, SpectralNormParametrization):
         return name in ("_u", "_v")
     return any(
         isinstance(hook, SpectralNorm) and name in (f"{hook.name}_u", f"{hook.name}_v")
-        for hook in module._forward_pre_hooks.values()
+        for hook in forward_pre_hooks_of(module)
     )
 
 
@@ -93,7 +102,7 @@ def sync_attributes(module: nn.Module) -> None:
     if not isinstance(module, _SIZED):
         return
     weight: Any = weight_of(module)  # its sizes may be symbolic, which torch's types do not know
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ConvNd):
         own, other = weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = own, other * module.groups
@@ -105,7 +114,7 @@ def sync_attributes(module: nn.Module) -> None:
         module.out_features, module.in1_features, module.in2_features = weight.shape
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:
             module.num_features = sized.shape[0]
@@ -138,17 +147,17 @@ def sync_attributes(module: nn.Module) -> None:
 def is_synced(module: nn.Module) -> bool:
     """Whether :func:`sync_attributes` sets all of a module's sizes from its tensors."""
     torchs_own = type(module).__module__.startswith("torch.nn.")
-    sized = any(parameter is not None for parameter in module._parameters.values())
+    sized = any(parameter is not None for parameter in parameters_of(module).values())
     return sized and (torchs_own or isinstance(module, _SIZED))
 
 
 _SIZED = (
-    nn.modules.conv._ConvNd,
+    ConvNd,
     nn.Linear,
     nn.Bilinear,
     nn.Embedding,
     nn.EmbeddingBag,
-    nn.modules.batchnorm._NormBase,
+    NormBase,
     nn.LayerNorm,
     nn.RMSNorm,
     nn.GroupNorm,
@@ -196,7 +205,7 @@ def reset(model: nn.Module, layer: str) -> None:
         shadow.__dict__ = dict(vars(module))
         held = module.parametrizations
         fresh = {name: nn.Parameter(torch.empty_like(getattr(module, name))) for name in held}
-        shadow._parameters = {**module._parameters, **fresh}
+        shadow._parameters = {**parameters_of(module), **fresh}
         shadow.reset_parameters()
         for name, value in fresh.items():
             setattr(module, name, value.detach())
@@ -204,10 +213,12 @@ def reset(model: nn.Module, layer: str) -> None:
 
 def direction_of(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
     """What a weight norm's lengths are the lengths of, and along which dim; else None."""
-    if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], _WeightNorm):
+    if isinstance(module, parametrize.ParametrizationList) and isinstance(
+        module[0], WeightNormParametrization
+    ):
         held: Any = module
         return (held.original1, held[0].dim) if name == "original0" else None
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks_of(module):
         if isinstance(hook, WeightNorm) and name == f"{hook.name}_g":
             return getattr(module, f"{hook.name}_v"), hook.dim
     return None

@@ -197,7 +197,7 @@ class _PhaseRun:
         """Train to the plateau."""
         method, space, setting = self.method, self.space, self.setting
         self.model = model
-        self.channels = find_channels(space.free, space.freed(widths))
+        self.channels = find_channels(space.free.model, space.freed(widths))
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
         recipe = held(setting.recipe, method.max_epochs or setting.recipe.epochs)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from widthsearch.channels.dependency_graph import Channels
 from widthsearch.modules.tree import owner_of
+from widthsearch.torch_internals import ConvNd
 
 RELATIVE_THRESHOLD = 0.05
 """Of the root mean square. Normally distributed activations count as 96% dense by it: a layer that
@@ -94,7 +94,7 @@ class DensityMeter:
         layers = dict(model.named_modules())
         for key, dim in self._channels.readers.items():
             layer = layers[owner_of(key.rpartition(".")[0])]
-            convolution = isinstance(layer, _ConvNd)
+            convolution = isinstance(layer, ConvNd)
             if convolution and (key, dim) not in self._channels.axis and layer.weight.shape[1] == 1:
                 dim = 0  # depthwise: the filter is the channel
             axis, unit = (of.get((key, dim)) for of in (self._channels.axis, self._channels.unit))

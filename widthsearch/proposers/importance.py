@@ -13,6 +13,7 @@ from widthsearch.channels.dependency_graph import Channels
 from widthsearch.errors import StudyError
 from widthsearch.proposers.protocol import PredictedLatency
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.torch_internals import NormBase
 from widthsearch.widths import Widths
 
 Per = Literal["channel", "macs", "params", "latency"]
@@ -21,7 +22,7 @@ Per = Literal["channel", "macs", "params", "latency"]
 CostAt = Literal["recomputed", "fixed"]
 """Whether a channel costs what it does at the widths reached so far, or at the base widths."""
 
-NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm
+NORMS = NormBase | nn.GroupNorm | nn.LayerNorm
 """Layers that normalise."""
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels, unit_sums
+from widthsearch.channels.dependency_graph import Channels
+from widthsearch.channels.sums import unit_sums
 from widthsearch.data.tasks import Task
 from widthsearch.proposers.importance import Per, check_counts
 from widthsearch.proposers.protocol import Proposal, Setting

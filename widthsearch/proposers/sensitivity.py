@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels, gate_gradients
+from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import DeviceLoader, Split, Task
 from widthsearch.proposers.importance import (
     CostAt,
@@ -91,7 +92,7 @@ class Sensitivity:
                 ((x, y),) = DeviceLoader(batch, task, len(batch), device).batches()
                 loss = F.cross_entropy(model(x), y) / self.batches
                 loss.backward()  # type: ignore[no-untyped-call]
-        channels = find_channels(free, free.base)
+        channels = find_channels(free.model, free.base)
         return channel_scores(space, channels, [g.abs() for g in gate_gradients(channels, model)])
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels, find_channels, unit_sums
+from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.sums import unit_sums
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
@@ -83,7 +84,7 @@ class Slimming:
                 f"slimming needs a trained network, but with lr={recipe.lr} training diverged; "
                 "lower it"
             )
-        channels = find_channels(free, free.base)
+        channels = find_channels(free.model, free.base)
         shrink(space, channel_scores(space, channels, norm_scales(channels, model)), removal)
         return Proposal(
             "slimming",

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels, find_channels, gate_gradients
+from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.proposers.importance import NORMS, Per, Removal, check_counts, shrink, thinned
@@ -52,7 +53,7 @@ class SynFlow:
             StudyError: Predicted latency is wanted but not known, or R is beyond float64.
         """
         removal = Removal(space, per=self.per, floor=self.floor, latency=setting.latency)
-        channels = find_channels(space, space.base)
+        channels = find_channels(space.model, space.base)
         device = check_device(setting.device)
         model = linearised(space.build(space.base, seed=setting.seed)).to(device)
         ones = torch.ones(1, *task.input_shape, dtype=torch.float64, device=device)

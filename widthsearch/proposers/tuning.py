@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import Channels, find_channels, inherit
+from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.extraction import inherit
 from widthsearch.data.tasks import DeviceLoader, Task
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers.importance import Per, Removal
@@ -128,7 +129,9 @@ class Tuning:
         """
         of_channel = self.channels.unit[self._space.trace.axes[axis].maker]
         keep = np.flatnonzero(~np.isin(of_channel, units)).tolist()
-        narrow = inherit(self._space, self.model, {self._space.names[axis]: keep}, self.channels)
+        narrow = inherit(
+            self._space.model, self.model, {self._space.names[axis]: keep}, self.channels
+        )
         self.model = narrow.to(memory_format=self._layout)
         self.channels = without(self.channels, axis, units)
 
@@ -226,7 +229,7 @@ def prune_and_tune(
         SpaceError: No axis can be cut.
     """
     base = space.cost(space.base).macs
-    whole = find_channels(space, space.base)
+    whole = find_channels(space.model, space.base)
     removal = Removal(space, per=per, latency=setting.latency, kept=whole.unknown)
     # How many units make a step of each axis.
     counts = [axis.step // t.unit for axis, t in zip(space.axes, space.trace.axes, strict=True)]

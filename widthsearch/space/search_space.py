@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from widthsearch.channels import dependency_graph as channels
+from widthsearch.channels import extraction
 from widthsearch.errors import SpaceError, WidthsError, first_line
-from widthsearch.modules.initialisation import Recorder, Scheme, kept_generators
-from widthsearch.modules.tree import clone, join, set_size, sync_attributes, tensors_of
+from widthsearch.modules.initialisation import Recorder
 from widthsearch.space.constraints import Constraints, default_step, on_grid
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.verification import run_and_count
 from widthsearch.tracing.inputs import Inputs, as_inputs, sample
 from widthsearch.tracing.polynomials import Poly
-from widthsearch.tracing.tracer import Pinned, Trace, trace
+from widthsearch.tracing.traced_model import TracedModel, evaluate
+from widthsearch.tracing.tracer import Pinned, Trace
 from widthsearch.widths import Axis, Widths, fingerprint, read_widths, write_widths
 
 
@@ -56,19 +56,12 @@ class SearchSpace:
     Attributes:
         name: What the space is called in files and tables.
         axes: The free widths, in the order of every width vector.
-        input_shape: One sample's shape, e.g. ``(3, 32, 32)``, or what several inputs are.
-        trace: What one symbolic run of the model told.
-        template: The model as given, on the meta device (sizes without values).
-        scheme: How the model's constructor initialises it.
+        model: The traced model, with one axis per axis of the space.
     """
 
     name: str
     axes: tuple[Axis, ...]
-    input_shape: Any
-    trace: Trace
-    template: nn.Module
-    scheme: Scheme
-    init: Callable[[nn.Module], Any] | None = None
+    model: TracedModel
     _free: SearchSpace | None = field(default=None, repr=False)
     _stepped: frozenset[str] = field(default=frozenset(), repr=False)
     _forms: dict[str, QuadraticForm] = field(default_factory=dict, repr=False)
@@ -133,28 +126,20 @@ class SearchSpace:
                 "an input must be the shape of one sample without the batch, e.g. (3, 224, 224), a "
                 f"tensor, or a sequence or mapping of those, but was {input_shape!r}"
             ) from None
-        traced = trace(made, inputs)
-        if not traced.axes:
+        called = getattr(model, "__name__", "<lambda>")
+        called = type(made).__name__ if called == "<lambda>" else called
+        traced = TracedModel.of(made, inputs, name or called, recorder, init)
+        if not traced.trace.axes:
             raise SpaceError(
-                f"{type(made).__name__} has no free width: each of its {len(traced.pinned)} widths "
-                "is fixed by its input, its output or its code"
+                f"{type(made).__name__} has no free width: each of its "
+                f"{len(traced.trace.pinned)} widths is fixed by its input, its output or its code"
             )
         axes = []
-        for axis in traced.axes:
+        for axis in traced.trace.axes:
             whole = Axis(axis.name, axis.base, axis.unit, axis.base, axis.unit, axis.layers)
             s = default_step(axis.base, axis.unit)
             axes.append(on_grid(whole, s, 0.125 * axis.base, 2 * axis.base))
-        called = getattr(model, "__name__", "<lambda>")
-        called = type(made).__name__ if called == "<lambda>" else called
-        return cls(
-            name=name or called,
-            axes=tuple(axes),
-            input_shape=inputs,
-            trace=traced,
-            template=clone(made, {id(t): _meta(t) for *_, t in tensors_of(made)}),
-            scheme=Scheme.of(made, recorder),
-            init=init,
-        ).under(asked)
+        return cls(traced.name, tuple(axes), traced).under(asked)
 
     # -- constraints -------------------------------------------------------------------------
 
@@ -190,17 +175,17 @@ class SearchSpace:
         trace, axes = asked.apply(self.trace, self.axes, block, stepped)
         free = self._free if trace is self.trace else self.free
         # Not dataclasses.replace: what else is cached on this space is of its own axes.
-        return SearchSpace(
-            self.name,
-            axes,
-            self.input_shape,
-            trace,
-            self.template,
-            self.scheme,
-            self.init,
-            free,
-            stepped,
-        )
+        return SearchSpace(self.name, axes, replace(self.model, trace=trace), free, stepped)
+
+    @property
+    def trace(self) -> Trace:
+        """The result of the model's symbolic run."""
+        return self.model.trace
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of one sample, e.g. ``(3, 32, 32)``, or a tree of several inputs."""
+        return self.model.input_shape
 
     @property
     def free(self) -> SearchSpace:
@@ -414,7 +399,7 @@ class SearchSpace:
         free = self.free
         total = int(free.macs(free.base))
         x = [axis.base // axis.unit for axis in free.trace.axes]
-        of_layer = {name: _evaluate(poly, x) for name, poly in free.trace.layer_macs.items()}
+        of_layer = {name: evaluate(poly, x) for name, poly in free.trace.layer_macs.items()}
         traced = [
             sum(of_layer.get(layer, 0) for layer in set(pin.layers)) / total if total else 0.0
             for pin in free.pinned
@@ -452,60 +437,30 @@ class SearchSpace:
         Raises:
             WidthsError: The widths do not fit the space.
         """
-        vector = self.widths(widths).vector
-        units = [axis.unit for axis in self.trace.axes]
-        x = [w // unit for w, unit in zip(vector, units, strict=True)]
-        tensors: dict[int, Tensor] = {}
-        for _, layer, name, old in tensors_of(self.template):
-            shape = [_evaluate(poly, x) for poly in self.trace.shapes[join(layer, name)]]
-            new = torch.empty(shape, dtype=old.dtype, device=device)
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-            tensors[id(old)] = new
-        model = self.substituted(tensors, lambda poly: _evaluate(poly, x))
-        if initialise and torch.device(device).type != "meta":
-            if seed is None:
-                self._initialise(model)
-            else:
-                with kept_generators():
-                    torch.manual_seed(seed)
-                    self._initialise(model)
-        return model.train()
-
-    def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
-        """The template with other tensors, and its attributes set to fit them.
-
-        Args:
-            tensors: For the id of each of the template's tensors, the one to put in its place.
-            value: What an attribute with this polynomial is set to.
-        """
-        model = clone(self.template, tensors)
-        for (layer, attribute), poly in self.trace.attributes.items():
-            set_size(model, layer, attribute, value(poly))
-        for module in model.modules():
-            sync_attributes(module)
-        return model
+        return self.model.build(
+            self.widths(widths).vector, seed=seed, device=device, initialise=initialise
+        )
 
     def inherit(self, model: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:
         """A narrower network with the weights of the channels that are kept.
 
-        See :func:`widthsearch.channels.dependency_graph.inherit`.
+        See :func:`widthsearch.channels.extraction.inherit`.
+
+        Raises:
+            WidthsError: The channels do not fit the axes, or their number is not on the grid.
         """
-        return channels.inherit(self, model, keep)
+        narrow = extraction.inherit(self.model, model, keep)
+        self.widths(extraction.widths_of(self.model, narrow).vector)
+        return narrow
 
     def masked(
         self, model: nn.Module, keep: Mapping[str, Iterable[int]]
     ) -> AbstractContextManager[nn.Module]:
         """While it lasts, ``model`` computes as if only the channels that are kept were there.
 
-        See :func:`widthsearch.channels.dependency_graph.masked`.
+        See :func:`widthsearch.channels.extraction.masked`.
         """
-        return channels.masked(self, model, keep)
-
-    def _initialise(self, model: nn.Module) -> None:
-        self.scheme.apply(model)
-        if self.init is not None:
-            self.init(model)
+        return extraction.masked(self.model, model, keep)
 
     # -- proof -------------------------------------------------------------------------------
 
@@ -559,14 +514,3 @@ class SearchSpace:
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_forms"} | {"_forms": {}}
-
-
-def _evaluate(poly: Poly, x: Sequence[int]) -> int:
-    return sum(c * math.prod(x[i] for i in monomial) for monomial, c in poly.items())
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    meta = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(meta, requires_grad=tensor.requires_grad)
-    return meta

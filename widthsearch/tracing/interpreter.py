@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from widthsearch.errors import first_line
+from widthsearch.torch_internals import (
+    TorchDispatchMode,
+    enable_python_dispatcher,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+)
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
 from widthsearch.tracing.symbolic_ints import calling_line, poly_of

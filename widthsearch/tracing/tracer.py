@@ -30,6 +30,7 @@ from widthsearch.modules.tree import (
     sync_attributes,
     tensors_of,
 )
+from widthsearch.torch_internals import ConvNd, buffers_of, parameters_of
 from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
 from widthsearch.tracing.interpreter import Run, Stopped, execute
 from widthsearch.tracing.polynomials import (
@@ -224,7 +225,7 @@ def _failure(model: nn.Module, inputs: Any) -> Exception | None:
 
 def _refuse_lazy(model: nn.Module) -> None:
     for layer, module in model.named_modules():
-        if any(is_lazy(p) for p in module._parameters.values()):
+        if any(p is not None and is_lazy(p) for p in parameters_of(module).values()):
             raise TraceError(
                 f"a model's tensors must have sizes, but module {layer or '(the model itself)'!r} "
                 f"({type(module).__name__}) has none before its first run: run the model once on "
@@ -278,10 +279,10 @@ class _Attempt:
         copies: dict[int, Tensor] = {}
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
-            numbers = name in module._buffers and has_content(module, name, tensor)
+            numbers = name in buffers_of(module) and has_content(module, name, tensor)
             why = within(owner, self.fixed)
             layer_of = self.model.get_submodule(owner) if owner != layer else module
-            convolution = isinstance(layer_of, nn.modules.conv._ConvNd) and tensor.dim() > 2
+            convolution = isinstance(layer_of, ConvNd) and tensor.dim() > 2
             output = 1 if convolution and layer_of.transposed else 0
             key = join(layer, name)
             shape: list[torch.SymInt | int] = []
@@ -302,9 +303,7 @@ class _Attempt:
         symbolic = clone(self.model, copies)
         chosen = set(self.attributes)
         for layer, module in symbolic.named_modules():
-            depthwise = isinstance(module, nn.modules.conv._ConvNd) and (
-                1 < module.groups == module.in_channels
-            )
+            depthwise = isinstance(module, ConvNd) and (1 < module.groups == module.in_channels)
             if depthwise and within(layer, self.fixed) is None:
                 chosen.add((layer, "groups"))
         for layer, name in sorted(chosen):

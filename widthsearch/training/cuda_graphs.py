@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 
 from widthsearch.errors import one_line
+from widthsearch.torch_internals import buffers_of, has_global_hooks, has_hooks, has_tensor_hooks
 
 WARM = 3
 """How many steps are run before one is captured: lazy state is made, kernels are loaded."""
@@ -159,18 +159,14 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def hooked(model: nn.Module) -> str | None:
     """Why a model with hooks cannot be captured: they would run once, whatever they count."""
     for name, module in model.named_modules():
-        if any(getattr(module, kind) for kind in _HOOKS):
+        if has_hooks(module):
             return f"module {name!r} has hooks"
     for name, tensor in model.named_parameters():
-        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        if has_tensor_hooks(tensor):
             return f"parameter {name!r} has hooks"
-    if any(getattr(every_module, kind) for kind in _GLOBAL_HOOKS):
+    if has_global_hooks():
         return "hooks on all modules"
     return None
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _HOOKS)
 
 
 def watched(step: Callable[[], None], model: nn.Module) -> str | None:
@@ -214,7 +210,7 @@ def _python_state(model: nn.Module) -> dict[str, Any]:
         "numpy's generator": repr(np.random.get_state()),  # noqa: NPY002  whatever a model uses
     }
     for name, module in model.named_modules():
-        for key, value in (*vars(module).items(), *module._buffers.items()):
+        for key, value in (*vars(module).items(), *buffers_of(module).items()):
             if isinstance(value, Tensor):  # a graph goes on reading the one that it was shown
                 state[f"which tensor is {key!r} of module {name!r}"] = id(value)
             elif isinstance(value, bool | int | float | str):

@@ -27,6 +27,7 @@ from widthsearch.modules.tree import clone, join, sync_attributes, tensors_of
 from widthsearch.space.constraints import default_step, on_grid, substituted
 from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.torch_internals import ConvNd, children_of
 from widthsearch.tracing.polynomials import Poly, add, constant, multiply, symbols_of
 from widthsearch.tracing.tracer import Trace, TracedAxis
 from widthsearch.widths import Axis, Widths
@@ -162,7 +163,7 @@ class BranchedArchitecture:
         """
         key = join(layer, "weight")
         if not branchable(space, layer):
-            module = dict(space.template.named_modules()).get(layer)
+            module = dict(space.model.template.named_modules()).get(layer)
             raise WidthsError(
                 f"a layer with branches must be an ungrouped Conv2d that runs, but {layer!r} is "
                 f"{'no layer' if module is None else type(module).__name__} of space "
@@ -176,13 +177,13 @@ class BranchedArchitecture:
 
 def branchable(space: SearchSpace, layer: str) -> bool:
     """Whether a layer can have branches: an ungrouped Conv2d of that very class, run by itself."""
-    module = dict(space.template.named_modules()).get(layer)
+    module = dict(space.model.template.named_modules()).get(layer)
     return type(module) is nn.Conv2d and module.groups == 1 and layer in space.trace.layer_macs
 
 
 def is_depthwise(module: nn.Module) -> bool:
     """Whether a layer is a convolution that reads one channel a filter, and several in all."""
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    convolution = isinstance(module, ConvNd)
     return convolution and 1 < module.groups == module.in_channels  # type: ignore[operator, return-value]
 
 
@@ -367,30 +368,25 @@ def branched(space: SearchSpace, architecture: BranchedArchitecture) -> SearchSp
         base, unit = bases[traced.name], traced.unit
         whole = Axis(traced.name, base, unit, base, unit, traced.layers)
         axes.append(on_grid(whole, default_step(base, unit), 0.125 * base, 2 * base))
-    template = clone(free.template, {})
+    template = clone(free.model.template, {})
     for layer, branches in architecture.layers.items():
         conv = template.get_submodule(layer)
         assert isinstance(conv, nn.Conv2d)
         outputs, inputs = architecture.sizes(space, layer)
         _put(template, conv, BranchedConv2d(conv, inputs, outputs, branches, "meta"))
     digest = hashlib.sha256(json.dumps(architecture.to_json()).encode()).hexdigest()[:8]
-    return SearchSpace(
-        name=f"{free.name}-branched-{digest}",
-        axes=tuple(axes),
-        input_shape=free.input_shape,
-        trace=trace,
-        template=template,
-        scheme=_scheme(free.scheme, architecture),
-        init=free.init,
-    )
+    name = f"{free.name}-branched-{digest}"
+    scheme = _scheme(free.model.scheme, architecture)
+    model = replace(free.model, name=name, trace=trace, template=template, scheme=scheme)
+    return SearchSpace(name, tuple(axes), model)
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace a module wherever it stands."""
     for module in list(model.modules()):
-        for name, child in module._modules.items():
+        for name, child in children_of(module).items():
             if child is old:
-                module._modules[name] = new
+                children_of(module)[name] = new
 
 
 def _names(layer: str, count: int) -> list[str]:
@@ -493,12 +489,12 @@ def _sum(polys: Sequence[Poly]) -> Poly:
 def _sole_makers(space: SearchSpace, architecture: BranchedArchitecture) -> dict[int, str]:
     """The axes whose channels one branched layer makes, each of them, and nothing else does."""
     makers: dict[int, set[str]] = {}
-    for module, layer, name, tensor in tensors_of(space.template):
+    for module, layer, name, tensor in tensors_of(space.model.template):
         shape = space.trace.shapes[join(layer, name)]
         if tensor.dim() < 2 or is_depthwise(module):
             continue  # biases and norms follow their layer, depthwise convolutions their input
         reads = -1
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        if isinstance(module, nn.Linear | ConvNd):
             reads = 0 if getattr(module, "transposed", False) else 1
         for dim, poly in enumerate(shape):
             for axis in symbols_of(poly) if dim != reads else ():

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from widthsearch.data.tasks import DeviceLoader, Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
 from widthsearch.proposers.filter_groups.branched_space import branchable
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import as_constant

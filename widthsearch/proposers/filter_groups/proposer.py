@@ -233,7 +233,7 @@ class GroupPruning:
         self, space: SearchSpace, model: nn.Module, groups: Mapping[str, Tensor], count: int
     ) -> None:
         self._space, self._free = space, space.free
-        self._channels = find_channels(self._free, self._free.base)
+        self._channels = find_channels(self._free.model, self._free.base)
         self._offsets = np.concatenate([[0], np.cumsum(self._channels.units)])
         weights = {k: p.detach().double().cpu().numpy() for k, p in model.named_parameters()}
         self._made, self._read, self._kept = self._surroundings(model, groups.keys())

@@ -1,0 +1,219 @@
+"""Narrower networks out of trained ones: channels masked, or extracted with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.errors import SpaceError, WidthsError
+from widthsearch.modules.tree import join, tensors_of
+from widthsearch.tracing.traced_model import TracedModel
+from widthsearch.widths import Widths
+
+Keep = Mapping[str, Iterable[int]]
+"""Per axis by name, the channels that are kept; axes left out keep all of theirs."""
+
+
+def kept_units(model: TracedModel, channels: Channels, keep: Keep) -> list[NDArray[np.bool_]]:
+    """Per axis, which units are kept.
+
+    Raises:
+        WidthsError: An axis or a channel does not exist, or channels are kept without those of the
+            same unit (of a group, or a head).
+        SpaceError: The run did not show where an axis's channels lie.
+    """
+    out = [np.ones(n, bool) for n in channels.units]
+    for name, chosen in keep.items():
+        if name not in channels.widths:
+            raise WidthsError(f"space {model.name!r} has no axis {name!r} to keep channels of")
+        i = channels.widths.names.index(name)
+        width, unit = channels.widths.vector[i], model.trace.axes[i].unit
+        kept = np.zeros(width, bool)
+        for channel in chosen:
+            if not 0 <= channel < width:
+                raise WidthsError(
+                    f"axis {name!r} has channels 0 to {width - 1}, but {channel} was to be kept"
+                )
+            kept[channel] = True
+        if not kept.all() and i in channels.unknown:
+            raise SpaceError(
+                f"the channels of axis {name!r} cannot be told apart from those of others, so none "
+                "of them can be cut; leave the axis out"
+            )
+        counts = np.bincount(channels.unit[model.trace.axes[i].maker][kept], minlength=len(out[i]))
+        if not np.isin(counts, (0, unit)).all():
+            raise WidthsError(
+                f"channels of axis {name!r} go in units of {unit} (groups or heads), but unit "
+                f"{int(np.argmax((counts != 0) & (counts != unit)))} was to be kept in part"
+            )
+        out[i] = counts == unit
+    return out
+
+
+def _kept_positions(
+    channels: Channels, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
+) -> NDArray[np.bool_]:
+    axes, units = channels.axis[where], channels.unit[where]
+    return np.array([a < 0 or kept[a][u] for a, u in zip(axes, units, strict=True)], bool)
+
+
+def inherit(
+    model: TracedModel, network: nn.Module, keep: Keep, channels: Channels | None = None
+) -> nn.Module:
+    """A narrower network with the weights that belong to the channels that are kept.
+
+    In eval mode it computes what ``network`` does with the other channels masked (:func:`masked`),
+    but where a width is part of the function itself (the 1/√d of attention).
+
+    Args:
+        model: The traced model.
+        network: A network of it, at any of its widths; it is left as it is.
+        keep: Per axis by name, the channels to keep, in terms of the layer that the axis is named
+            after; axes left out keep all.
+        channels: Where the units lie in ``network``, if that is known.
+
+    Raises:
+        WidthsError: The channels do not fit the axes, or their number is not on the grid.
+    """
+    channels = channels or find_channels(model, widths_of(model, network))
+    kept = kept_units(model, channels, keep)
+    counts = [int(k.sum()) * a.unit for k, a in zip(kept, model.trace.axes, strict=True)]
+    narrow = model.build(counts, initialise=False)
+    old = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(network)}
+    with torch.no_grad():
+        for _, layer, name, new in tensors_of(narrow):
+            key = join(layer, name)
+            values = old[key].detach()
+            for dim in range(values.dim()):
+                if (key, dim) in channels.axis:
+                    index = np.flatnonzero(_kept_positions(channels, kept, (key, dim)))
+                    values = values.index_select(dim, torch.from_numpy(index).to(values.device))
+            new.copy_(values)
+    return narrow.to(next(network.parameters()).device).train(network.training)
+
+
+def widths_of(model: TracedModel, network: nn.Module) -> Widths:
+    """The widths of a network of a model."""
+    sizes = {join(layer, name): tensor.shape for _, layer, name, tensor in tensors_of(network)}
+    vector = tuple(sizes[a.maker[0]][a.maker[1]] for a in model.trace.axes)
+    return Widths(tuple(axis.name for axis in model.trace.axes), vector)
+
+
+@contextmanager
+def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Module]:
+    """While it lasts, ``network`` computes as if only the channels that are kept were there.
+
+    Nobody reads the others: the weights that multiply them are zero meanwhile, as are those that
+    make them in a layer that reads (what attention compares is read by no weight), and layer and
+    group norms leave them out of their statistics.
+
+    Args:
+        model: The traced model.
+        network: A network of it.
+        keep: As for :func:`inherit`.
+
+    Yields:
+        The same network.
+    """
+    channels = find_channels(model, widths_of(model, network))
+    kept = kept_units(model, channels, keep)
+    parameters = dict(network.named_parameters())
+    before: dict[str, Tensor] = {}
+    norms: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for key, dim in _masked_dims(channels, parameters):
+            mask = torch.from_numpy(_kept_positions(channels, kept, (key, dim)))
+            before.setdefault(key, parameters[key].detach().clone())
+            shape = [-1 if d == dim else 1 for d in range(parameters[key].dim())]
+            parameters[key].mul_(mask.view(shape).to(parameters[key]))
+    for layer, module in network.named_modules():
+        where = join(layer, "weight"), 0
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and where in channels.axis:
+            norms[id(module.weight)] = torch.from_numpy(_kept_positions(channels, kept, where))
+    try:
+        with _MaskedNorms(norms):
+            yield network
+    finally:
+        with torch.no_grad():
+            for key, values in before.items():
+                parameters[key].copy_(values)
+
+
+def _masked_dims(channels: Channels, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """The dims of parameters along which a masked network has zeros."""
+    for key in channels.readers:
+        for name in (key, f"{key.removesuffix('weight')}bias"):
+            if name in parameters:
+                dims = range(parameters[name].dim())
+                yield from ((name, dim) for dim in dims if (name, dim) in channels.axis)
+
+
+class _MaskedNorms(TorchFunctionMode):
+    """Layer and group norms over the channels that are kept."""
+
+    def __init__(self, masks: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        if func is F.group_norm:
+            return self._group_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _layer_norm(
+        self,
+        x: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mask = self.masks.get(id(weight))
+        if mask is None or mask.all():
+            return F.layer_norm(x, normalized_shape, weight, bias, eps)
+        inside = mask.to(x)
+        mean = (x * inside).sum(-1, keepdim=True) / inside.sum()
+        variance = ((x - mean).square() * inside).sum(-1, keepdim=True) / inside.sum()
+        out = (x - mean) / (variance + eps).sqrt()
+        out = out if weight is None else out * weight
+        return out if bias is None else out + bias
+
+    def _group_norm(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        mask = self.masks.get(id(weight))
+        if mask is None or mask.all():
+            return F.group_norm(x, num_groups, weight, bias, eps)
+        grouped = x.view(len(x), num_groups, -1, *x.shape[2:])
+        inside = mask.to(x).view(1, num_groups, -1, *[1] * (x.dim() - 2)).expand_as(grouped)
+        dims = tuple(range(2, grouped.dim()))
+        count = inside.sum(dims, keepdim=True)
+        mean = (grouped * inside).sum(dims, keepdim=True) / count
+        variance = ((grouped - mean).square() * inside).sum(dims, keepdim=True) / count
+        out = ((grouped - mean) / (variance + eps).sqrt()).view_as(x)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        out = out if weight is None else out * weight.view(shape)
+        return out if bias is None else out + bias.view(shape)

@@ -1,0 +1,88 @@
+"""Every private symbol of torch that the package uses, in one place.
+
+Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). What is used, and why:
+
+- ``_ConvNd``, ``_NormBase``, ``_BatchNorm``: the common bases of torch's convolutions and norms.
+- ``_WeightNorm``, ``_SpectralNorm``: to tell what a parametrisation computes.
+- ``TorchDispatchMode``: sees every operator below autograd; ``_pytree``: walks its arguments.
+- ``enable_python_dispatcher``: lets symbolic sizes reach composite operators undecomposed.
+- ``_parameters``, ``_buffers``, ``_modules`` and the hooks of a module: the public iterators hide
+  None, non-persistent buffers or shared tensors.
+- ``SymInt``, ``SymFloat``, ``SymBool`` are public, but the protocol of their nodes is not: see
+  ``tracing/symbolic_ints.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
+from torch.nn.modules import module as every_module
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
+
+__all__ = [
+    "BatchNormBase",
+    "ConvNd",
+    "NormBase",
+    "SpectralNormParametrization",
+    "TorchDispatchMode",
+    "WeightNormParametrization",
+    "buffers_of",
+    "children_of",
+    "enable_python_dispatcher",
+    "forward_pre_hooks_of",
+    "has_global_hooks",
+    "has_hooks",
+    "has_tensor_hooks",
+    "parameters_of",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, as it holds them: None where one was registered so."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own buffers by name, persistent or not."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children by name; assigning to it replaces one."""
+    return module._modules
+
+
+def forward_pre_hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The hooks that run before a module's forward; the older weight norms are such hooks."""
+    return iter(module._forward_pre_hooks.values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks around its forward or backward."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks run around every module's forward or backward."""
+    return any(getattr(every_module, f"_global{name}") for name in _HOOKS)
+
+
+def has_tensor_hooks(tensor: Tensor) -> bool:
+    """Whether hooks run on a tensor's gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
