@@ -42,7 +42,7 @@ class World:
         corners = [
             space.macs(np.array([[getattr(axis, end) for axis in space.axes]]))[0]
             for space in spaces
-            for end in ("least", "most")
+            for end in ("min_width", "max_width")
         ]
         self._low, self._high = np.log(min(corners)), np.log(max(corners))
         fronts = [self._front(i, rng) for i in range(len(spaces))]
@@ -106,25 +106,25 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
             return [shared.of_space(sampler.coordinates) for sampler in samplers]
         return [Surrogate.of_trainings(pair) for pair in pairs]
 
-    def points(beliefs: Sequence[Surrogate]) -> list[list[tuple[float, ...]]]:
+    def points(posterior: Sequence[Surrogate]) -> list[list[tuple[float, ...]]]:
         """The objectives' values of all, with accuracy as believed."""
         return [
             [
                 (accuracy, *(trial.values or ())[1:])
                 for trial, accuracy in zip(own, mean.tolist(), strict=True)
             ]
-            for own, belief in zip(known, beliefs, strict=True)
-            for mean in [belief.predict([trial.widths.vector for trial in own]).mean]
+            for own, estimate in zip(known, posterior, strict=True)
+            for mean in [estimate.posterior([trial.widths.vector for trial in own]).mean]
         ]
 
     scores = []
     while sum(map(len, known)) < max(trials):
-        beliefs = surrogates()
-        values = points(beliefs)
+        posterior = surrogates()
+        values = points(posterior)
         found = []
         for i, sampler in enumerate(samplers):
             rivals = [value for j, own in enumerate(values) if j != i for value in own]
-            asked = sampler.propose(known[i], rivals=rivals, surrogate=beliefs[i])
+            asked = sampler.propose(known[i], rivals=rivals, surrogate=posterior[i])
             found += [(each.gain, -len(known[i]), i, each.widths) for each in asked]
         *_, i, widths = max(found, key=lambda each: each[:2])
         known[i].append(world.train(i, widths))

@@ -18,7 +18,8 @@ import torch
 from scipy.stats import kendalltau
 
 from widthsearch import load_space
-from widthsearch.latency.meter import LatencyConfig, LatencyMeter
+from widthsearch.latency.config import LatencyConfig
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyModel, line_of_macs
 from widthsearch.latency.profiles import designed, standard_error
 from widthsearch.space.search_space import SearchSpace

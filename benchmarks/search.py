@@ -194,10 +194,10 @@ def run(table: Table, name: str, seed: int, marks: Sequence[int]) -> dict[int, f
             trial, [seen[-1], float((table.macs if name == "width" else table.log_cost)[row])]
         )
         if trial_number in marks:
-            believed = seen
+            estimated = seen
             if name == "width":
-                believed = sampler.surrogate(study).predict(table.widths[rows]).mean.tolist()
-            scores[trial_number] = table.score(rows, believed)
+                estimated = sampler.surrogate(study).posterior(table.widths[rows]).mean.tolist()
+            scores[trial_number] = table.score(rows, estimated)
     return scores
 
 

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 
 from widthsearch import Recipe, load_space, pareto
 from widthsearch.bayesopt.early_stopping import Curve, FrontStopping
-from widthsearch.data.tasks import Task, TaskConfig, load_task
-from widthsearch.latency.meter import LatencyConfig, LatencyMeter
+from widthsearch.data.config import TaskConfig
+from widthsearch.data.tasks import Task, load_task
+from widthsearch.latency.config import LatencyConfig
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.proposers import PROPOSERS, Setting
 from widthsearch.proposers.families import along
 from widthsearch.space.search_space import SearchSpace
@@ -37,7 +39,7 @@ from widthsearch.widths import Widths
 def drawn(space: SearchSpace, task: Task, trials: int, rng: np.random.Generator) -> list[Widths]:
     """The base, then half from the families of proposers and half random widths."""
     base = space.cost(space.base).macs
-    least = space.cost([axis.least for axis in space.axes]).macs
+    least = space.cost([axis.min_width for axis in space.axes]).macs
     proposals = [PROPOSERS[name]()(space, task, Setting()) for name in ("sensitivity", "uniform")]
     out = {space.base: None}
     while len(out) < trials:

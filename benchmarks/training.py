@@ -35,11 +35,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from search_spaces import resnet_cifar
-from widthsearch.data.tasks import Augmentation, Split, Task, TaskConfig, load_task
+from widthsearch.data.config import TaskConfig
+from widthsearch.data.tasks import Augmentation, Split, Task, load_task
 from widthsearch.latency.meter import hardware_name
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.autotune import probe_concurrency, probe_precision
-from widthsearch.training.trainer import Recipe, TrainingRun, evaluate, parameter_groups
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import TrainingRun, evaluate, parameter_groups
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):

@@ -56,5 +56,5 @@ class DigitsResNet(nn.Module):
 def digits_resnet() -> SearchSpace:
     """Six free widths, from an eighth to one and a half times the base."""
     return SearchSpace.from_model(
-        DigitsResNet, (1, 8, 8), name="digits_resnet", least=0.125, most=1.5
+        DigitsResNet, (1, 8, 8), name="digits_resnet", min_width=0.125, max_width=1.5
     )

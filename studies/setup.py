@@ -30,7 +30,9 @@ def shallow_digits_resnet() -> SearchSpace:
         model.block1 = nn.Sequential()
         return model
 
-    return SearchSpace.from_model(shallow, (1, 8, 8), name="shallow", least=0.125, most=1.5)
+    return SearchSpace.from_model(
+        shallow, (1, 8, 8), name="shallow", min_width=0.125, max_width=1.5
+    )
 
 
 def vgg16_quarter() -> SearchSpace:

@@ -17,7 +17,7 @@ from widthsearch.data.tasks import Augmentation, Split, Task
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import along
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe
+from widthsearch.training.recipe import Recipe
 
 
 @cache
@@ -87,14 +87,14 @@ class ProposerConformance:
             wider = [
                 (*widths.vector[:i], w + axis.step, *widths.vector[i + 1 :])
                 for i, (w, axis) in enumerate(zip(widths.vector, space.axes, strict=True))
-                if w < axis.most
+                if w < axis.max_width
             ]
             assert any(space.macs(v) > share * base for v in wider)
 
     def test_it_stays_inside_constraints(self) -> None:
         """Bounds, steps, pinned and tied axes."""
         free = space_of("Grouped")
-        space = free.constrained(least=0.5, tie=[["stem", "last"]])
+        space = free.constrained(min_width=0.5, tie=[["stem", "last"]])
         for widths in self.propose(space).trajectory:
             assert space.widths(widths) == widths
         pinned = space_of("Residual").constrained(pin="stem", step=8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.space.search_space import SearchSpace
 
 
@@ -39,12 +39,12 @@ def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> li
     Returns:
         Per axis, ones of shape (units,) or (images, units), float64, that require gradients.
     """
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     lead = () if images is None else (images,)
-    gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in channels.units]
+    gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in channels.groups]
 
     def read_by(module: nn.Module, where: tuple[str, int], groups: int, dim: int) -> None:
-        axes, units = channels.axis[where].tolist(), channels.unit[where].tolist()
+        axes, units = channels.axis[where].tolist(), channels.group[where].tolist()
         columns: Sequence[Tensor] = [
             gates[a][..., u] if a >= 0 else torch.ones(*lead, dtype=torch.float64)
             for a, u in zip(axes * groups, units * groups, strict=True)

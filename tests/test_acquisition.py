@@ -10,12 +10,12 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from widthsearch.bayesopt import pareto
-from widthsearch.bayesopt.acquisition import Array, Gain, exceedance
+from widthsearch.bayesopt.acquisition import Array, HypervolumeImprovement, exceedance
 
 coordinate = st.floats(0, 1, width=16)
 
 
-def gained(gain: Gain, accuracy: float, costs: list[float]) -> float:
+def gained(gain: HypervolumeImprovement, accuracy: float, costs: list[float]) -> float:
     """By how much the hypervolume grows, by the definition."""
     high = gain.window[1]
     before = np.column_stack([-gain.accuracy, np.maximum(gain.costs, gain.window[0])])
@@ -24,7 +24,7 @@ def gained(gain: Gain, accuracy: float, costs: list[float]) -> float:
     return pareto.hypervolume(after, reference) - pareto.hypervolume(before, reference)
 
 
-def sure(gain: Gain, accuracy: float, costs: list[float]) -> float:
+def sure(gain: HypervolumeImprovement, accuracy: float, costs: list[float]) -> float:
     """The expected gain by a network of which nothing is uncertain."""
     at = np.array([costs])
     return float(gain(np.array([accuracy]), np.array([1e-9]), at, np.zeros_like(at))[0])
@@ -45,22 +45,24 @@ def test_without_uncertainty_the_gain_over_one_cost_is_exact(
 ) -> None:
     """The difference of two hypervolumes, for any front and any candidate, in any window."""
     points = np.array(front).reshape(-1, 2)
-    gain = Gain(points[:, 0], points[:, 1:], np.array([[low], [1.0]]), floor=0.2)
+    gain = HypervolumeImprovement(points[:, 0], points[:, 1:], np.array([[low], [1.0]]), floor=0.2)
     assert sure(gain, accuracy, [cost]) == pytest.approx(gained(gain, accuracy, [cost]), abs=1e-7)
 
 
 def test_without_costs_the_gain_is_expected_improvement() -> None:
     """Accuracy alone: over the best so far, or the floor."""
-    gain = Gain(np.array([0.5, 0.7]), np.empty((2, 0)), np.empty((2, 0)), floor=0.0)
+    gain = HypervolumeImprovement(
+        np.array([0.5, 0.7]), np.empty((2, 0)), np.empty((2, 0)), floor=0.0
+    )
     mean, sd = np.array([0.6]), np.array([0.2])
     got = gain(mean, sd, np.empty((1, 0)), np.empty((1, 0)))
     assert got == pytest.approx(exceedance(mean, sd, np.array(0.7)))
 
 
-def some_front(rng: np.random.Generator) -> Gain:
+def some_front(rng: np.random.Generator) -> HypervolumeImprovement:
     """Twelve networks over two costs."""
     window = np.array([[0.0, 0.0], [1.0, 2.0]])
-    return Gain(rng.random(12), rng.random((12, 2)) * [1, 2], window, floor=0.1)
+    return HypervolumeImprovement(rng.random(12), rng.random((12, 2)) * [1, 2], window, floor=0.1)
 
 
 def test_the_gain_over_two_costs_is_the_hypervolume_s() -> None:
@@ -93,6 +95,8 @@ def drawn(
 
 def test_what_lies_outside_the_window_is_no_gain() -> None:
     """Too dear is worth nothing; cheaper than the window is as good as its edge."""
-    gain = Gain(np.array([0.5]), np.array([[0.5]]), np.array([[0.2], [0.8]]), floor=0.0)
+    gain = HypervolumeImprovement(
+        np.array([0.5]), np.array([[0.5]]), np.array([[0.2], [0.8]]), floor=0.0
+    )
     assert sure(gain, 0.9, [0.85]) == 0
     assert sure(gain, 0.9, [0.05]) == pytest.approx(sure(gain, 0.9, [0.2]))

@@ -17,7 +17,7 @@ from strategies import counted_flops, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import StudyError
 from widthsearch.proposers import ActivationDensity, activation_density
 from widthsearch.proposers.activation_density import (
@@ -30,7 +30,8 @@ from widthsearch.proposers.activation_density import (
 )
 from widthsearch.proposers.density import Counts, DensityMeter
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun
+from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.trainer import TrainingRun
 
 QUICK = ActivationDensity(patience=1, tolerance=0.3)
 
@@ -85,7 +86,7 @@ class Known(nn.Module):
 def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) -> list[Counts]:
     """The counts of one forward pass in training."""
     rules = options.pop("rules", {})
-    channels = find_channels(space.model, options.pop("widths", space.base))
+    channels = build_dependency_graph(space.model, options.pop("widths", space.base))
     with DensityMeter(channels, model, options.pop("threshold", None), rules) as meter:
         model(x)
     return meter.counts()
@@ -218,7 +219,9 @@ def test_training_is_counted_alone_and_is_what_it_was() -> None:
     space, task = space_of("Residual"), small_task()
     recipe = Recipe(epochs=1, batch_size=50, lr=0.05)
     models = [space.build(space.base, seed=0) for _ in range(2)]
-    with DensityMeter(find_channels(space.model, space.base), models[0], None, {}) as meter:
+    with DensityMeter(
+        build_dependency_graph(space.model, space.base), models[0], None, {}
+    ) as meter:
         TrainingRun(models[0], task, recipe, seed=0).run_epoch()
     TrainingRun(models[1], task, recipe, seed=0).run_epoch()
     assert meter.counts()[1].total.tolist() == [100 * 64] * 32
@@ -233,7 +236,7 @@ def test_a_failing_forward_pass_leaves_nothing_behind() -> None:
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     with (
-        DensityMeter(find_channels(space.model, space.base), model, None, {}),
+        DensityMeter(build_dependency_graph(space.model, space.base), model, None, {}),
         pytest.raises(RuntimeError),
     ):
         model(torch.zeros(2, 5, 8, 8))
@@ -290,7 +293,7 @@ def test_narrower_widths(data: st.DataObject) -> None:
     assert space.widths(got) == got
     assert all(a <= b for a, b in zip(got.vector, space.base.vector, strict=True))
     assert narrowed(space, space.base, [1.0] * n) == space.base
-    assert narrowed(space, space.base, [0.0] * n).vector == tuple(a.least for a in space.axes)
+    assert narrowed(space, space.base, [0.0] * n).vector == tuple(a.min_width for a in space.axes)
     power = first_power(space, space.base, densities)
     assert power is not None
     assert power != space.base and narrowed(space, power, [1.0] * n) == power
@@ -388,7 +391,7 @@ def cut(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[An
     """The base network, and what is cut from it."""
     run = activation_density._PhaseRun(QUICK, space, small_task(), setting(), {}, "phase")
     run.model = space.build(space.base, seed=0)
-    run.channels = find_channels(space.free.model, space.free.base)
+    run.channels = build_dependency_graph(space.unconstrained.model, space.unconstrained.base)
     run.counts = counts
     return run.model, run.cut(space.widths(widths))
 
@@ -404,7 +407,7 @@ def test_the_densest_channels_are_kept() -> None:
 
 def test_tied_axes_keep_the_densest_of_each() -> None:
     """Also at widths that the space without the tie does not have."""
-    space = space_of("Residual").constrained(tie=[["stem", "conv1"]], step=1, least=0.05)
+    space = space_of("Residual").constrained(tie=[["stem", "conv1"]], step=1, min_width=0.05)
     counts = [Counts(np.arange(n, dtype=float), np.full(n, 32.0)) for n in (16, 32)]
     model, narrow = cut(space, counts, [1])
     assert torch.equal(narrow.stem.weight, model.stem.weight[15:])
@@ -431,7 +434,7 @@ class ZeroPadded(nn.Module):
 def test_channels_that_cannot_be_told_apart_begin_anew(spy: type[Spy]) -> None:
     """Such an axis is resized, but not inherited, and the phase says so."""
     space = SearchSpace.from_model(ZeroPadded, (3, 8, 8))
-    assert find_channels(space.model, space.base).unknown
+    assert build_dependency_graph(space.model, space.base).unknown
     method = replace(QUICK, weights="inherit", drop=100.0)
     phases = method(space, small_task(), setting()).provenance["phases"]
     assert len(phases) >= 2

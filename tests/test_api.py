@@ -125,7 +125,7 @@ def test_a_network_is_picked(tmp_path: Path) -> None:
     study = make(tmp_path, trials=12)
     drive(study)
     front = study.front()
-    assert study.pick("best") == max(front, key=study.beliefs().accuracy)
+    assert study.pick("best") == max(front, key=study.posterior().accuracy)
     assert study.pick() in front
     assert [study.pick(outcome.id) for outcome in study.outcomes()] == study.outcomes()
     with pytest.raises(StudyError, match="99"):
@@ -137,7 +137,7 @@ def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> No
     with make(tmp_path).search():
         pass
     changed = tiny.config(recipe={"epochs": 3, "batch_size": 16}, seed=5, trials=2)
-    study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
+    study = Study(changed, tiny.space(min_width=0.5), tiny.task(), folder=tmp_path)
     drive(study)
     assert [len(outcome.curve) for outcome in study.outcomes()] == [3, 3]
     with pytest.raises(StudyError, match="a study keeps its seed"):
@@ -205,7 +205,7 @@ def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
         early_stopping={"kind": "rungs", "first_epoch": 1, "eta": 2},
         proposers=["random"],
     )
-    study = Study(changed, tiny.space(least=0.5), tiny.task(), folder=tmp_path)
+    study = Study(changed, tiny.space(min_width=0.5), tiny.task(), folder=tmp_path)
     drive(study)
     assert len(study.outcomes()) == 7
 
@@ -371,7 +371,7 @@ def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
 
 def test_several_spaces_make_one_front(tmp_path: Path) -> None:
     """Each base, its own candidates at the first one's budgets, and outcomes that know theirs."""
-    spaces = [tiny.space(), tiny.space("other", least=0.5)]
+    spaces = [tiny.space(), tiny.space("other", min_width=0.5)]
     study = Study(tiny.config(trials=9), spaces, tiny.task(), folder=tmp_path)
     drive(study)
     outcomes = study.outcomes()

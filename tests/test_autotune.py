@@ -18,7 +18,8 @@ from widthsearch.errors import DeviceError
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training import autotune as speed
 from widthsearch.training.autotune import ConcurrencyProbe, probe_concurrency, probe_precision
-from widthsearch.training.trainer import EpochResult, Recipe, fit
+from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.trainer import fit
 
 RECIPE = Recipe(epochs=6, batch_size=32, lr=0.1)
 

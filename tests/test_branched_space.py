@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import MODELS, counted_flops, space_of, widths_of
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import WidthsError
 from widthsearch.proposers import Sensitivity, Setting, Uniform
 from widthsearch.proposers.families import LinearFamily
@@ -31,13 +31,14 @@ from widthsearch.proposers.filter_groups.branched_space import (
 )
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
-from widthsearch.training.trainer import Recipe, fit
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import fit
 
 
 @st.composite
 def architectures(draw: st.DrawFn, space: SearchSpace) -> BranchedArchitecture:
     """Any branches of some of a space's layers, at any widths off its grid."""
-    widths = [draw(st.integers(1, 6)) * axis.unit for axis in space.trace.axes]
+    widths = [draw(st.integers(1, 6)) * axis.divisor for axis in space.trace.axes]
     plain = BranchedArchitecture(type(space.base)(space.names, tuple(widths)), {})
     convs = [n for n, _ in space.model.template.named_modules() if branchable(space, n)]
     layers = {}
@@ -327,7 +328,7 @@ def test_it_is_a_space_like_any_other() -> None:
         proposal = proposer(narrow, small_task(), Setting())
         assert all(narrow.widths(w) == w for w in proposal.trajectory)
     # Channels are not followed through branches.
-    assert find_channels(narrow.model, narrow.base).unknown
+    assert build_dependency_graph(narrow.model, narrow.base).unknown
     swapped = dict(architecture.layers)
     swapped["conv1"] = swapped["conv1"][::-1]
     other = branched(space, BranchedArchitecture(architecture.widths, swapped))

@@ -14,9 +14,9 @@ from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.extraction import Keep
-from widthsearch.channels.sums import gate_gradients, unit_sums
+from widthsearch.channels.sums import gate_gradients, group_sums
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
@@ -25,36 +25,36 @@ from widthsearch.space.search_space import SearchSpace
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
     """The second part starts where the first ends, at any widths."""
     space = space_of("Concatenated")
-    channels = find_channels(space.model, space.widths({"stem": 6, "grow": 3}))
-    assert channels.units == (6, 3, 16)
+    channels = build_dependency_graph(space.model, space.widths({"stem": 6, "grow": 3}))
+    assert channels.groups == (6, 3, 16)
     for key, dim in (("last.weight", 1), ("bn.weight", 0), ("bn.running_var", 0)):
         assert channels.axis[key, dim].tolist() == [0] * 6 + [1] * 3
-        assert channels.unit[key, dim].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+        assert channels.group[key, dim].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
 
 
 def test_channels_of_a_flatten_are_blocks() -> None:
     """(N, C, 4, 4) flattens to 16 consecutive elements a channel."""
     space = space_of("Plain")
-    channels = find_channels(space.model, space.base)
-    assert channels.unit["fc.weight", 1].tolist() == [i // 16 for i in range(256)]
+    channels = build_dependency_graph(space.model, space.base)
+    assert channels.group["fc.weight", 1].tolist() == [i // 16 for i in range(256)]
 
 
 def test_a_unit_of_grouped_channels_is_one_of_each_group() -> None:
     """Four groups of four: channel 0 goes with 4, 8 and 12."""
     space = space_of("Grouped")
-    channels = find_channels(space.model, space.base)
-    assert channels.units == (4, 6, 8)
-    assert channels.unit["stem.weight", 0].tolist() == [0, 1, 2, 3] * 4
-    assert channels.unit["grouped.weight", 0].tolist() == [0, 1, 2, 3, 4, 5] * 4
-    assert channels.unit["grouped.weight", 1].tolist() == [0, 1, 2, 3]
-    assert channels.unit["last.weight", 1].tolist() == [0, 1, 2, 3, 4, 5] * 4
+    channels = build_dependency_graph(space.model, space.base)
+    assert channels.groups == (4, 6, 8)
+    assert channels.group["stem.weight", 0].tolist() == [0, 1, 2, 3] * 4
+    assert channels.group["grouped.weight", 0].tolist() == [0, 1, 2, 3, 4, 5] * 4
+    assert channels.group["grouped.weight", 1].tolist() == [0, 1, 2, 3]
+    assert channels.group["last.weight", 1].tolist() == [0, 1, 2, 3, 4, 5] * 4
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_position_has_its_owner(name: str) -> None:
     """Nothing is unknown, and every unit has as many positions as the shape says."""
     space = space_of(name)
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     assert channels.unknown == frozenset()
     assert all((axes >= 0).all() for axes in channels.axis.values())
 
@@ -101,10 +101,10 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
         modules[layer].register_forward_pre_hook(gated(where))
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(x), torch.arange(16) % 10).backward()
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     for i, (gate, gradient) in enumerate(zip(gates, gate_gradients(channels, model), strict=True)):
         assert gate.grad is not None
-        expected = unit_sums(channels, *space.trace.axes[i].maker, gate.grad)[i]
+        expected = group_sums(channels, *space.trace.axes[i].maker, gate.grad)[i]
         assert torch.allclose(expected, gradient.double(), rtol=1e-5, atol=1e-8)
         assert bool(gate.grad.any())
 
@@ -112,14 +112,14 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
 def random_keep(space: SearchSpace, only: str, seed: int) -> dict[str, list[int]]:
     """Channels to keep: a random number on each axis's grid, of random units."""
     rng = random.Random(seed)
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     keep = {}
     for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
         if i in channels.unknown or only not in axis.name:
             continue
         width = rng.choice([w for w in axis.grid if w <= axis.base])
-        units = set(rng.sample(range(channels.units[i]), width // traced.unit))
-        of_channel = channels.unit[traced.maker].tolist()
+        units = set(rng.sample(range(channels.groups[i]), width // traced.divisor))
+        of_channel = channels.group[traced.maker].tolist()
         keep[axis.name] = [c for c, unit in enumerate(of_channel) if unit in units]
     return keep
 
@@ -149,7 +149,7 @@ def check_inheritance(
         full = model(x)
         with space.masked(model, keep):
             expected = model(x)
-        narrow = space.inherit(model, keep)
+        narrow = space.extract(model, keep)
         found = narrow(x)
     scale = expected.abs().max()
     assert scale > 0
@@ -185,7 +185,7 @@ def test_masking_and_cutting_agree(name: str) -> None:
 
 def test_norms_over_channels_leave_the_masked_out() -> None:
     """Layer and group norms compute their statistics over what is kept."""
-    check_inheritance(SearchSpace.from_model(Normed, (3, 8, 8), least=0.5))
+    check_inheritance(SearchSpace.from_model(Normed, (3, 8, 8), min_width=0.5))
 
 
 def test_fixed_groups_of_one_channel_are_no_depthwise_convolution() -> None:
@@ -218,15 +218,15 @@ class Cosine(nn.Module):
 def test_what_attention_compares_is_masked_where_it_is_made() -> None:
     """No weight reads queries and keys: masked ones must be zero, or they change the cosine."""
     space = SearchSpace.from_model(Cosine, (3, 8, 8))
-    assert space.trace.axes[0].unit == 2
+    assert space.trace.axes[0].divisor == 2
     check_inheritance(space)
 
 
 def test_a_linear_layer_on_windows_of_tokens_is_a_reader() -> None:
     """Rows that are split into windows and back do not hide which weights read them."""
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
-    readers = find_channels(space.model, space.base).readers
-    assert readers == {"grow.weight": 1, "fc.weight": 1}
+    consumers = build_dependency_graph(space.model, space.base).consumers
+    assert consumers == {"grow.weight": 1, "fc.weight": 1}
     check_inheritance(space)
 
 
@@ -267,10 +267,10 @@ def test_what_is_kept_must_fit() -> None:
         "unit": ({"stem": [0, 1, 2, 3]}, "go in units of 4 \\(groups or heads\\), but unit 0"),
     }.values():
         with pytest.raises(WidthsError, match=message):
-            grouped.inherit(model, keep)
+            grouped.extract(model, keep)
     residual = space_of("Residual")
     with pytest.raises(WidthsError, match="takes multiples of 2, but was given 3"):
-        residual.inherit(residual.build(1.0), {"stem": [0, 1, 2]})
+        residual.extract(residual.build(1.0), {"stem": [0, 1, 2]})
 
 
 class Padded(nn.Module):
@@ -293,9 +293,9 @@ class Padded(nn.Module):
 def test_channels_that_two_axes_share_cannot_be_cut() -> None:
     """Widths are free of each other, but channel i of one is channel i of the other."""
     space = SearchSpace.from_model(Padded, (3, 8, 8))
-    assert find_channels(space.model, space.base).unknown == {0, 1}
+    assert build_dependency_graph(space.model, space.base).unknown == {0, 1}
     with pytest.raises(SpaceError, match="cannot be told apart"):
-        space.inherit(space.build(1.0), {"narrow": [0, 1, 2, 3]})
+        space.extract(space.build(1.0), {"narrow": [0, 1, 2, 3]})
 
 
 def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
@@ -309,5 +309,5 @@ def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
         nn.Linear(128, 4),
     )
     space = SearchSpace.from_model(grey, (1, 8, 8))
-    channels = find_channels(space.model, space.base)
-    assert set(channels.readers) == {"2.weight", "5.weight"}
+    channels = build_dependency_graph(space.model, space.base)
+    assert set(channels.consumers) == {"2.weight", "5.weight"}

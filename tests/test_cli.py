@@ -91,7 +91,7 @@ def test_space_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_space_is_proved_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     """Networks are built and run, and their counts compared."""
     out = printed(capsys, "space", SPACE, "--check", "--device", "meta")
-    assert "checked: 5 networks (least, most, random 1, random 2, random 3)" in out
+    assert "checked: 5 networks (narrowest, widest, random 1, random 2, random 3)" in out
 
 
 def test_space_shows_what_a_widths_file_costs(
@@ -114,10 +114,10 @@ def test_a_study_searches_its_constrained_space(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Pinned and bounded from YAML; pins are kept; the trained folder loads without the study."""
-    constraints = {"pin": ["block2.*"], "tie": ["block3.*"], "most": {"conv1": 16}}
+    constraints = {"pin": ["block2.*"], "tie": ["block3.*"], "max": {"conv1": 16}}
     file = study_file(tmp_path, constraints=constraints, trials=3, budgets=[0.8])
     content = json.loads(printed(capsys, "space", str(file), "--json"))
-    assert [(a["name"], a["most"]) for a in content["axes"]] == [
+    assert [(a["name"], a["max_width"]) for a in content["axes"]] == [
         *(("conv1", 16), ("block1.conv1", 24), ("block3.conv1", 96)),
     ]
     study = Study.load(file, tmp_path / "runs")

@@ -21,7 +21,7 @@ budgets: [0.1, 2]
 objectives: [accuracy, macs, latency_ms]
 latency: {device: cpu, batch_size: 1, threads: 1}
 early_stopping: {kind: rungs, first_epoch: 3, eta: 3}
-constraints: {pin: [conv1], least: {"block3.*": 0.5, block2.conv1: 8}, most: 1, align: cpu}
+constraints: {pin: [conv1], min: {"block3.*": 0.5, block2.conv1: 8}, max: 1, align: cpu}
 trials: 28
 concurrency: 2
 resources: {cpu: 1, gpu: 0.5}
@@ -44,8 +44,8 @@ def test_a_full_study_file_is_read(tmp_path: Path) -> None:
     assert config.recipe.lr == 0.1
     assert [proposer.method for proposer in config.proposers] == ["sensitivity", "random"]
     assert config.budgets == (0.1, 2.0)
-    assert config.constraints.least == {"block3.*": 0.5, "block2.conv1": 8}
-    assert config.constraints.most == 1.0
+    assert config.constraints.min == {"block3.*": 0.5, "block2.conv1": 8}
+    assert config.constraints.max == 1.0
     assert config.early_stopping == Rungs(first_epoch=3, eta=3)
     assert config.resources.gpu == 0.5
     assert config.latency is not None
@@ -82,9 +82,8 @@ WRONG = {
         "unknown key 'constraints.pins'; did you mean 'pin'?",
     ),
     "rule of a constraint": (
-        {"constraints": {"least": 1.5}},
-        "constraints: `0 < least <= 1` must hold (multiples of an axis's base width), but least is "
-        "1.5",
+        {"constraints": {"min": 1.5}},
+        "constraints: `0 < min <= 1` must hold (multiples of an axis's base width), but min is 1.5",
     ),
     "unknown key like no other": (
         {"resources": {"zzz": 3}},

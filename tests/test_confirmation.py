@@ -33,8 +33,8 @@ def test_finalists_are_trained_again(tmp_path: Path) -> None:
     """As often as asked in the mean, with seeds that nobody had, at the same costs."""
     study = make(tmp_path)
     before = study.outcomes()
-    beliefs, front = study.beliefs(), study.front()
-    finalists = {member.id for member in (*front, *beliefs.undecided)}
+    posterior, front = study.posterior(), study.front()
+    finalists = {member.id for member in (*front, *posterior.undecided)}
     with study.confirmation(seeds=3) as search:
         asked = tiny.drive(search, lucky)
     assert len(asked) == 2 * len(front)
@@ -48,7 +48,7 @@ def test_finalists_are_trained_again(tmp_path: Path) -> None:
     assert {int(o.origin["confirms"]) for o in again[:1]} <= finalists
     trained = Counter(o.widths for o in after)
     assert max(trained.values()) > 1
-    assert study.beliefs()[again[0]].trainings == trained[again[0].widths]
+    assert study.posterior()[again[0]].trainings == trained[again[0].widths]
 
 
 def test_a_confirmed_front_may_still_be_searched(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_batch_is_its_members(data: st.DataObject, space: SearchSpace) -> None
     """Costs of many vectors at once are those of each."""
     batch = data.draw(st.lists(widths_of(space), min_size=1, max_size=5))
     for quantity in ("macs", "params", "activations"):
-        form = space.form(quantity)
+        form = space.cost_form(quantity)
         assert form(np.array(batch)).tolist() == [int(form(w)) for w in batch]
 
 
@@ -56,16 +56,16 @@ def test_costs_grow_with_every_axis(data: st.DataObject, space: SearchSpace) -> 
     narrow = data.draw(widths_of(space))
     i = data.draw(st.integers(0, len(narrow) - 1))
     wide = list(narrow)
-    wide[i] = space.axes[i].most + space.axes[i].step
+    wide[i] = space.axes[i].max_width + space.axes[i].step
     for quantity in ("macs", "params", "activations"):
-        assert space.form(quantity)(wide) > space.form(quantity)(narrow)
+        assert space.cost_form(quantity)(wide) > space.cost_form(quantity)(narrow)
 
 
 @given(st.data(), spaces)
 def test_the_marginal_cost_is_the_derivative(data: st.DataObject, space: SearchSpace) -> None:
     """Of a quadratic form the central difference is exact."""
     widths = np.array(data.draw(widths_of(space)))
-    form = space.form("macs")
+    form = space.cost_form("macs")
     marginal = form.marginal(widths)
     for i, axis in enumerate(space.axes):
         step = np.zeros_like(widths)
@@ -78,7 +78,7 @@ def test_the_marginal_cost_is_the_derivative(data: st.DataObject, space: SearchS
 def test_shares_are_what_vanishes_with_the_axis(data: st.DataObject, space: SearchSpace) -> None:
     """The share of an axis is the cost without it, taken from the whole."""
     widths = np.array(data.draw(widths_of(space)))
-    form = space.form("macs")
+    form = space.cost_form("macs")
     for i, share in enumerate(form.share(widths)):
         without = widths.copy()
         without[i] = 0
@@ -99,7 +99,7 @@ def test_a_form_survives_json(data: st.DataObject, space: SearchSpace) -> None:
     """As plain values; the same costs at any widths."""
     widths = data.draw(widths_of(space))
     for quantity in ("macs", "params", "activations"):
-        form = space.form(quantity)
+        form = space.cost_form(quantity)
         again = QuadraticForm.from_json(json.loads(json.dumps(form.to_json())))
         assert int(again(widths)) == int(form(widths))
         assert (again.marginal(widths) == form.marginal(widths)).all()

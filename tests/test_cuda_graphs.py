@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.training import cuda_graphs as capture
-from widthsearch.training.cuda_graphs import WARM, Repeated, hooked
-from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun, fit
+from widthsearch.training.cuda_graphs import WARM, CudaGraphStep, hooked
+from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.trainer import TrainingRun, fit
 
 QUICK = Recipe(epochs=3, batch_size=32, lr=0.1)
 
@@ -297,7 +298,7 @@ def test_a_capture_that_fails_costs_no_step(recordings: list[Recording]) -> None
         assert total.item() >= 0
         total.add_(1)
 
-    repeated = Repeated(nn.Identity(), torch.device("cpu"))
+    repeated = CudaGraphStep(nn.Identity(), torch.device("cpu"))
     repeated.run(step, 10)
     assert total.item() == 10
     assert repeated.mode == (
@@ -428,13 +429,13 @@ def test_a_failed_capture_leaves_the_device_in_order() -> None:
         if torch.cuda.is_current_stream_capturing():
             total.item()
 
-    repeated = Repeated(dropout, device)
+    repeated = CudaGraphStep(dropout, device)
     repeated.run(step, 10)
     assert repeated.mode.startswith("eager (capture failed: ")
     assert 10 * 1000 * 0.8 < total.item() < 10 * 1000 * 1.2
     # A graph after that is as good as any.
     total.zero_()
-    repeated = Repeated(dropout, device)
+    repeated = CudaGraphStep(dropout, device)
     repeated.run(lambda: total.add_(dropout(x).sum()), 10)  # type: ignore[arg-type, return-value]
     assert repeated.mode == "graph"
     assert 10 * 1000 * 0.8 < total.item() < 10 * 1000 * 1.2
@@ -452,7 +453,7 @@ def test_a_graph_launches_faster_than_python() -> None:
 
     seconds = {}
     for wanted in (True, False):
-        repeated = Repeated(nn.Identity(), device, wanted)
+        repeated = CudaGraphStep(nn.Identity(), device, wanted)
         repeated.run(step, 5)
         torch.cuda.synchronize()
         started = time.perf_counter()

@@ -22,12 +22,12 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from widthsearch.data import decoding
+from widthsearch.data.config import TaskConfig
 from widthsearch.data.tasks import (
     Augmentation,
     DeviceLoader,
     Split,
     Task,
-    TaskConfig,
     load_task,
     stratified,
     task_from_datasets,

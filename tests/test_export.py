@@ -234,10 +234,10 @@ def test_an_old_card_never_stands_beside_new_weights(
 
 def test_training_goes_on_with_the_same_code_alone(tmp_path: Path) -> None:
     """Another network with tensors of the same names and shapes starts anew."""
-    other = SearchSpace.from_model(Silu, (1, 4, 4), name="tiny", least=0.25, step=2)
+    other = SearchSpace.from_model(Silu, (1, 4, 4), name="tiny", min_width=0.25, step=2)
     assert trained(study_of(tmp_path, other), tmp_path / "out", epochs=2) == [1, 2]
     assert trained(study_of(tmp_path, other), tmp_path / "out", epochs=2) == []
-    relu = SearchSpace.from_model(Relu, (1, 4, 4), name="tiny", least=0.25, step=2)
+    relu = SearchSpace.from_model(Relu, (1, 4, 4), name="tiny", min_width=0.25, step=2)
     assert relu.fingerprint == other.fingerprint
     assert trained(study_of(tmp_path / "2", relu), tmp_path / "out", epochs=2) == [1, 2]
 

@@ -29,11 +29,11 @@ from widthsearch.widths import Widths
 def test_a_budget_is_solved_exactly(data: st.DataObject, space: SearchSpace, quantity: str) -> None:
     """The member is on the grid, within the budget, and the next one is not."""
     family = LinearFamily(space, Widths(space.names, data.draw(widths_of(space))))
-    costs = space.form(quantity)(family.members)
+    costs = space.cost_form(quantity)(family.members)
     budget = data.draw(st.floats(float(costs[0]), float(costs[-1]) * 1.1))
     solved = family.solve(budget, quantity)
     assert space.widths(solved) == solved
-    cost = int(space.form(quantity)(solved.vector))
+    cost = int(space.cost_form(quantity)(solved.vector))
     assert cost <= budget
     beyond = costs[costs > cost]
     assert not len(beyond) or beyond.min() > budget
@@ -47,11 +47,11 @@ def test_members_climb_one_step_of_one_axis_at_a_time(
     """From the narrowest to the widest network of the space, through the profile itself."""
     profile = Widths(space.names, data.draw(widths_of(space)))
     members = LinearFamily(space, profile).members
-    assert members[0].tolist() == [axis.least for axis in space.axes]
-    assert members[-1].tolist() == [axis.most for axis in space.axes]
+    assert members[0].tolist() == [axis.min_width for axis in space.axes]
+    assert members[-1].tolist() == [axis.max_width for axis in space.axes]
     steps = np.diff(members, axis=0)
     assert ((steps > 0).sum(1) == 1).all()
-    assert (steps.sum(0) == [axis.most - axis.least for axis in space.axes]).all()
+    assert (steps.sum(0) == [axis.max_width - axis.min_width for axis in space.axes]).all()
     assert list(profile.vector) in members.tolist()
 
 
@@ -129,9 +129,9 @@ def test_a_power_family_by_hand() -> None:
     slope = np.polyfit(tau, np.log([32.0, 16.0, 8.0]), 1)[0]
     assert family.beta == pytest.approx([0.0, slope])
     members = family.members
-    begun = members[:, 1] > space.axes[1].least
+    begun = members[:, 1] > space.axes[1].min_width
     assert set(members[begun, 0]) == {16}  # reached at once, and never left
-    assert members[-1, 1] == space.axes[1].most
+    assert members[-1, 1] == space.axes[1].max_width
     wide = family.solve(2 * space.cost(space.base).macs)
     assert wide["stem"] == 16
     assert wide["conv1"] > 32

@@ -369,7 +369,7 @@ def pruning_of(
     space: SearchSpace, weights: dict[str, list[list[float]]], groups: dict[str, list[int]]
 ) -> GroupPruning:
     """Pruning of 1×1 convolutions with these square roots of energies, and these groups."""
-    model = space.free.build(space.free.base, seed=0)
+    model = space.unconstrained.build(space.unconstrained.base, seed=0)
     with torch.no_grad():
         for layer, values in weights.items():
             weight = model.get_submodule(layer).weight
@@ -396,7 +396,7 @@ def test_dead_structure_goes_from_a_chain() -> None:
         {"a": [0, 0, 1], "b": [0, 0]},
     )
     whole = pruning.pruned(0.0)
-    assert whole.units.all()
+    assert whole.groups.all()
     assert pruning.macs(whole) == 64 * (6 + 6 + 6) + 20
     # b's channel 2 has 2/38 of its energy: below β it goes. a's filter 2 is then read by none, and
     # with it goes group 1 of a, which alone reads channel 1 well; a's group 0 has 2/20 there.
@@ -520,7 +520,7 @@ def test_pinned_axes_keep_their_channels() -> None:
 
 def test_tied_axes_are_as_wide_as_the_widest_asks() -> None:
     """Half of one and all of the other is all."""
-    space = chain_space().constrained(tie=[["stem", "b"]], least=0.5, step=1)
+    space = chain_space().constrained(tie=[["stem", "b"]], min_width=0.5, step=1)
     pruning = pruning_of(
         space,
         {"a": [[3, 0.1], [3, 0.1], [3, 0.1]], "b": [[3, 3, 3], [3, 3, 3]]},
@@ -570,7 +570,7 @@ def test_budgets_are_met_from_below(model: str) -> None:
         narrow = branched(space, pruning.architecture(pruned))
         assert narrow.cost(narrow.base).macs == pruning.macs(pruned)
         if before is not None:
-            assert not (pruned.units & ~before.units).any()
+            assert not (pruned.units & ~before.groups).any()
             assert not any(
                 (a & ~b).any() for a, b in zip(pruned.inputs, before.inputs, strict=True)
             )
@@ -594,7 +594,8 @@ def test_the_branched_network_computes_what_the_masked_one_does(model: str) -> N
     pruning = GroupPruning(space, net, groups, 3)
     pruned = pruning.pruned(0.4)
     fine = space.constrained(
-        least={a.name: t.unit for a, t in zip(space.axes, space.trace.axes, strict=True)}, step=1
+        min_width={a.name: t.divisor for a, t in zip(space.axes, space.trace.axes, strict=True)},
+        step=1,
     )
     reference = copy.deepcopy(net)
     with torch.no_grad():
@@ -604,7 +605,7 @@ def test_the_branched_network_computes_what_the_masked_one_does(model: str) -> N
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad(), fine.masked(reference, pruning.keep(pruned)):
         wanted = reference(x)
-    narrow = fine.inherit(net, pruning.keep(pruned))
+    narrow = fine.extract(net, pruning.keep(pruned))
     ours = with_branches(narrow, pruning.architecture(pruned))
     assert not torch.allclose(wanted, net(x), atol=1e-3)
     torch.testing.assert_close(ours(x), wanted, rtol=1e-5, atol=1e-5)

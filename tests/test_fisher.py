@@ -17,7 +17,7 @@ from strategies import MODELS, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers import Fisher, Magnitude, Setting
@@ -52,7 +52,7 @@ def test_delta_is_that_of_explicit_gates(name: str) -> None:
     """Δ over two batches of different sizes, by autograd of a gate for each image, to 1e-5."""
     space = space_of(name)
     model = space.build(space.base, seed=1).double()
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     sums, images = [0.0] * len(space.axes), 0
     with FisherInformation(channels, model) as information:
         for count in (12, 20):
@@ -75,7 +75,7 @@ def test_what_images_feel_adds_up_to_the_gate() -> None:
     """The sum over images, before it is squared, is the gradient of the one gate for all."""
     space = space_of("Residual")
     model = space.build(space.base, seed=1).double()
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     x, y = batch(1, seed=0)
     model.eval()
     with FisherInformation(channels, model) as information:
@@ -88,7 +88,7 @@ def test_what_images_feel_adds_up_to_the_gate() -> None:
 def test_the_network_runs_as_without() -> None:
     """Outputs and gradients are the same while information is gathered; evaluation is not seen."""
     space = space_of("Depthwise")
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     x, y = batch(8, seed=0)
     gradients = []
     for watched in (False, True):
@@ -111,14 +111,14 @@ def test_windows_of_an_image_are_one_image() -> None:
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
     model = space.build(space.base, seed=0).double()
     x, y = batch(6, seed=0)
-    with FisherInformation(find_channels(space.model, space.base), model) as information:
+    with FisherInformation(build_dependency_graph(space.model, space.base), model) as information:
         F.cross_entropy(model(x), y).backward()
         information.gather(6)
     expected = torch.zeros(8, dtype=torch.float64)
     for i in range(6):
         model.zero_grad()
         F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
-        gates = gate_gradients(find_channels(space.model, space.base), model)
+        gates = gate_gradients(build_dependency_graph(space.model, space.base), model)
         expected += gates[space.names.index("embed")].double().square() / 12
     assert torch.allclose(information.deltas()[space.names.index("embed")], expected, rtol=1e-5)
 
@@ -175,7 +175,7 @@ def test_networks_on_the_way_are_the_narrower_ones() -> None:
         seen.append((net.stem.out_channels, net.conv1.out_channels))
         weights.append(net.conv1.weight.detach().clone())
         # The first two channels of the stem are worth least, then the first four of conv1.
-        worth = [torch.arange(float(n)) for n in tuning.channels.units]
+        worth = [torch.arange(float(n)) for n in tuning.channels.groups]
         worth[0] *= 1e-3 if len(seen) == 1 else 1e3
         return worth
 
@@ -201,7 +201,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
     def score(tuning: Tuning) -> list[Tensor]:
         found.append((tuning.accuracy(), [p.detach().clone() for p in tuning.model.parameters()]))
         tuning.train()
-        return [torch.ones(n) for n in tuning.channels.units]
+        return [torch.ones(n) for n in tuning.channels.groups]
 
     prune_and_tune(space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE)
     assert found[0][0] == result.accuracy
@@ -214,7 +214,7 @@ def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
     space = space_of("Residual")
     removal = Removal(space, per=per)
     steps = {0: (14, 32), 1: (16, 28)}
-    form = space.form(per)
+    form = space.cost_form(per)
     saved = {i: int(form(space.base.vector) - form(narrow)) for i, narrow in steps.items()}
     per_step = np.array([2.0, 4.0])  # one a channel
     worth = {i: per_step[i] / saved[i] for i in steps}
@@ -229,7 +229,7 @@ def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
         tuning.train()
         calls.append(per)
         slopes = [0.95 if i == cheap else 1.0 for i in steps]
-        return [s * torch.ones(n) for s, n in zip(slopes, tuning.channels.units, strict=True)]
+        return [s * torch.ones(n) for s, n in zip(slopes, tuning.channels.groups, strict=True)]
 
     trajectory, _ = prune_and_tune(
         space, small_task(), setting(), even, every=1, lr=1e-9, per=per, pretrain=RECIPE
@@ -261,7 +261,7 @@ def test_divergence_is_one_line() -> None:
 
 def test_a_space_without_an_axis_to_cut_is_refused() -> None:
     """Nothing may go below its `least`."""
-    space = space_of("Residual").constrained(least=1.0)
+    space = space_of("Residual").constrained(min_width=1.0)
     with pytest.raises(SpaceError, match="can be cut alone"):
         Magnitude(every=1)(space, small_task(), setting())
 
@@ -279,7 +279,7 @@ def test_latency_is_refused_before_anything_trains() -> None:
 def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
     """Zero-padded shortcuts: the streams stay, the blocks' inner channels go."""
     space = resnet(8, projection=False)
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     kept = {space.names[i] for i in channels.unknown}
     assert kept
     proposal = Magnitude(every=1)(space, small_task(), replace(setting(), lowest=0.95))
@@ -292,19 +292,19 @@ def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
 @given(space=spaces, data=st.data())
 def test_what_is_left_of_channels_is_found_anew(space: SearchSpace, data: st.DataObject) -> None:
     """Cutting units from a network's channels gives the channels of the narrower network."""
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     axis = data.draw(st.integers(0, len(space.axes) - 1))
-    of_step = space.axes[axis].step // space.trace.axes[axis].unit
-    some = data.draw(st.permutations(range(channels.units[axis])))[:of_step]
-    if space.axes[axis].base - space.axes[axis].step < space.axes[axis].least:
+    of_step = space.axes[axis].step // space.trace.axes[axis].divisor
+    some = data.draw(st.permutations(range(channels.groups[axis])))[:of_step]
+    if space.axes[axis].base - space.axes[axis].step < space.axes[axis].min_width:
         return
     left = without(channels, axis, np.array(some))
-    anew = find_channels(space.model, left.widths)
-    assert left.units == anew.units
+    anew = build_dependency_graph(space.model, left.widths)
+    assert left.groups == anew.groups
     assert left.axis.keys() == anew.axis.keys()
     for where, axes in anew.axis.items():
         assert left.axis[where].tolist() == axes.tolist()
-        assert left.unit[where].tolist() == anew.unit[where].tolist()
+        assert left.group[where].tolist() == anew.group[where].tolist()
 
 
 def test_progress_is_told() -> None:

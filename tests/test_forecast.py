@@ -13,7 +13,7 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting, Uniform
 from widthsearch.proposers.families import along
 from widthsearch.report import tables as report
-from widthsearch.report.forecast import outlook
+from widthsearch.report.forecast import forecast
 
 
 def study(folder: Path, trials: int, **changes: object) -> Study:
@@ -27,7 +27,7 @@ def study(folder: Path, trials: int, **changes: object) -> Study:
 def test_every_proposal_is_foretold_at_every_budget(tmp_path: Path) -> None:
     """Its family's member, narrower and wider than the base, with cost and belief."""
     done = study(tmp_path, 16, proposers=["sensitivity"])
-    found = outlook(done, (0.25, 1.0, 2.0))
+    found = forecast(done, (0.25, 1.0, 2.0))
     of = {(each.origin["proposer"], each.origin["budget"]) for each in found}
     assert of >= {("sensitivity", 0.25), ("sensitivity", 1.0), ("sensitivity", 2.0)}
     assert ("uniform", 0.25) in of  # at 1 and 2 it has the widths of the other one
@@ -48,9 +48,11 @@ def test_every_proposal_is_foretold_at_every_budget(tmp_path: Path) -> None:
 def test_chances_and_gains_by_hand(tmp_path: Path) -> None:
     """Against the best trained network within the MACs, by the normal distribution."""
     done = study(tmp_path, 12, proposers=["sensitivity"])
-    beliefs = done.beliefs()
-    for each in outlook(done, (0.25, 0.5, 1.5)):
-        best = max(beliefs.accuracy(o) for o in beliefs.members if o.cost.macs <= each.cost.macs)
+    posterior = done.posterior()
+    for each in forecast(done, (0.25, 0.5, 1.5)):
+        best = max(
+            posterior.accuracy(o) for o in posterior.members if o.cost.macs <= each.cost.macs
+        )
         z = (each.accuracy - best) / each.sd
         chance = 0.5 * (1 + math.erf(z / math.sqrt(2)))
         density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
@@ -61,16 +63,16 @@ def test_chances_and_gains_by_hand(tmp_path: Path) -> None:
 def test_the_next_training_is_the_greatest_gain_of_what_is_open(tmp_path: Path) -> None:
     """It is named with its widths; what is trained says so."""
     done = study(tmp_path, 12)
-    found = outlook(done)
+    found = forecast(done)
     open_ = [each for each in found if not each.trained]
     best = max(open_, key=lambda each: each.gain)
-    table, line = report.outlook_table(found).renderables
+    table, line = report.forecast_table(found).renderables
     assert str(dict(best.widths)) in str(line)
     assert table.row_count == len(found)
-    assert report.outlook_table([e for e in found if e.trained]).renderables[1:] == []
+    assert report.forecast_table([e for e in found if e.trained]).renderables[1:] == []
 
 
 def test_too_few_trainings_foretell_nothing(tmp_path: Path) -> None:
     """And the error says what to do."""
     with pytest.raises(StudyError, match="too few finished trainings to foretell others: run it"):
-        outlook(study(tmp_path, 4))
+        forecast(study(tmp_path, 4))

@@ -60,7 +60,7 @@ def exact_space(make: Any, inputs: Any, device: str = "meta") -> SearchSpace:
 
 def bases(space: SearchSpace) -> dict[str, tuple[int, int]]:
     """Each axis's base and unit."""
-    return {axis.name: (axis.base, axis.unit) for axis in space.trace.axes}
+    return {axis.name: (axis.base, axis.divisor) for axis in space.trace.axes}
 
 
 def reasons(space: SearchSpace) -> dict[tuple[str, int], str]:

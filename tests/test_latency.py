@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.errors import DeviceError, StudyError
-from widthsearch.latency.meter import Latency, LatencyConfig, LatencyMeter, fold_batchnorm
+from widthsearch.latency.config import Latency, LatencyConfig
+from widthsearch.latency.meter import LatencyMeter, fold_batchnorm
 
 SHAPE = (3, 16, 16)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.errors import StudyError
-from widthsearch.latency.meter import LatencyConfig, LatencyMeter
+from widthsearch.latency.config import LatencyConfig
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyModel, _Layers
 from widthsearch.space.search_space import SearchSpace
 
@@ -69,7 +70,7 @@ def deep() -> SearchSpace:
 def vectors(space: SearchSpace, count: int, seed: int = 0) -> NDArray[np.int64]:
     """Random widths, every second vector in multiples of 8."""
     rng = np.random.default_rng(seed)
-    out = np.stack([rng.integers(a.least, a.most + 1, count) for a in space.axes], 1)
+    out = np.stack([rng.integers(a.min_width, a.max_width + 1, count) for a in space.axes], 1)
     out[::2] = np.maximum(out[::2] // 8 * 8, 8)
     return out
 
@@ -115,7 +116,7 @@ def test_layers_without_a_weight_of_their_own_count_by_their_macs() -> None:
     space = SearchSpace.from_model(
         lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (5, 16), step=2
     )
-    widths = np.array([axis.least for axis in space.axes])
+    widths = np.array([axis.min_width for axis in space.axes])
     macs, _, _ = _Layers(space)(widths, 1)
     whole = space.cost(space.base).macs
     assert macs.sum() * whole == pytest.approx(int(space.macs(widths)))
@@ -195,7 +196,7 @@ def test_predictions_are_positive_and_batched() -> None:
     """One vector gives a number each, many the same numbers; they are what proposers are given."""
     train = vectors(deep(), 30)
     model = LatencyModel.fit(deep(), train, device(8)(train))
-    least = np.array([axis.least for axis in deep().axes])
+    least = np.array([axis.min_width for axis in deep().axes])
     mean, sd = model(np.stack([least, train[0]]))
     assert (mean > 0).all() and (sd > 0).all()
     assert float(model(train[0])[0]) == pytest.approx(mean[1])
@@ -217,8 +218,8 @@ def test_stairs_name_what_costs_nothing() -> None:
     off = deep().widths({stair.name: 25})
     stair = model.stairs(off)[1]
     assert (stair.flat_from, stair.flat_to) == (17, 32)
-    least = model.stairs(deep().widths([axis.least for axis in deep().axes]))[0]
-    most = model.stairs(deep().widths([axis.most for axis in deep().axes]))[0]
+    least = model.stairs(deep().widths([axis.min_width for axis in deep().axes]))[0]
+    most = model.stairs(deep().widths([axis.max_width for axis in deep().axes]))[0]
     assert least.less_ms is None and most.more_ms is None
     assert least.flat_from == least.width and most.flat_to == most.width
 

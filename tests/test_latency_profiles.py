@@ -19,7 +19,7 @@ from torch import nn
 
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency import profiles as profiling
-from widthsearch.latency.meter import Latency, LatencyConfig
+from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.profiles import designed, load_profile, profile, profile_path, report
 from widthsearch.space.search_space import SearchSpace
 
@@ -69,12 +69,12 @@ def test_a_design_has_the_base_the_ends_and_different_networks_on_the_grid() -> 
     vectors = designed(space, 20)
     assert len(set(vectors)) == len(vectors) == 20
     assert vectors[0] == space.base
-    assert vectors[1].vector == tuple(axis.least for axis in space.axes)
-    assert vectors[2].vector == tuple(axis.most for axis in space.axes)
+    assert vectors[1].vector == tuple(axis.min_width for axis in space.axes)
+    assert vectors[2].vector == tuple(axis.max_width for axis in space.axes)
     for widths in vectors:
         assert space.widths(dict(widths)) == widths
     assert designed(space, 8) == vectors[:8]
-    assert len(designed(space.constrained(least=1.0, most=1.25), 50)) <= 4
+    assert len(designed(space.constrained(min_width=1.0, max_width=1.25), 50)) <= 4
 
 
 def test_a_design_has_both_whole_blocks_and_other_widths() -> None:
@@ -139,9 +139,9 @@ def test_a_profile_is_of_one_space() -> None:
     folder = Path("profiles")
     of: Callable[[SearchSpace], Path] = lambda space: profile_path(space, CONFIG, folder)  # noqa: E731
     space = tiny.space()
-    assert of(space.constrained(least=0.5)) == of(space)
+    assert of(space.constrained(min_width=0.5)) == of(space)
     assert of(space.constrained(pin=["first"])) != of(space)
-    larger = SearchSpace.from_model(tiny.Net, (1, 8, 8), name="tiny", least=0.25, step=2)
+    larger = SearchSpace.from_model(tiny.Net, (1, 8, 8), name="tiny", min_width=0.25, step=2)
     assert larger.fingerprint == space.fingerprint
     assert of(larger) != of(space)
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from widthsearch.errors import DeviceError, StudyError
-from widthsearch.latency.meter import Latency
+from widthsearch.latency.config import Latency
 from widthsearch.study.loop import FAILURES_IN_A_ROW, Progress
 from widthsearch.study.storage import Trial
 from widthsearch.study.trial import Outcome, unmended
@@ -394,7 +394,7 @@ def test_a_driver_that_lost_its_lease_stops(tmp_path: Path) -> None:
         trial = search.ask()
         assert trial is not None
         search._store.set_attribute("driver", {"token": "other"})
-        search._lease.renew()
+        search._driver_lock.renew()
         with pytest.raises(StudyError, match="another one took over"):
             search.ask()
         with pytest.raises(StudyError, match="another one took over"):

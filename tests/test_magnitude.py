@@ -7,7 +7,7 @@ import torch
 from conformance import ProposerConformance, setting, small_task
 from strategies import space_of
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.proposers import Magnitude
 from widthsearch.proposers.magnitude import filter_norms
 
@@ -28,7 +28,7 @@ def test_norms_by_hand() -> None:
         model.conv1.weight[3] = -2.0  # its plain sum would be the smallest
         model.conv1.weight[5] = 0.01
         model.conv1.weight[5, 0, 0, 0] = -0.8
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     l1 = filter_norms(channels, model, "l1")[0]
     assert l1.tolist() == pytest.approx([2.7, 2.7, 2.7, 54.0, 2.7, 1.06, 2.7, 2.7])
     l2 = filter_norms(channels, model, "l2")[0]
@@ -42,7 +42,7 @@ def test_a_stream_is_made_by_all_that_is_added_to_it() -> None:
     """And not by what reads it; biases and norms are no filters."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
-    stem, inner = filter_norms(find_channels(space.model, space.base), model, "l1")
+    stem, inner = filter_norms(build_dependency_graph(space.model, space.base), model, "l1")
     made = (model.stem.weight, model.conv2.weight)
     assert torch.allclose(stem, sum(w.detach().abs().sum((1, 2, 3)) for w in made))
     assert torch.allclose(inner, model.conv1.weight.detach().abs().sum((1, 2, 3)))
@@ -52,7 +52,7 @@ def test_a_depthwise_filter_is_one_of_its_channel() -> None:
     """What widens makes it, and so does the filter."""
     space = space_of("Depthwise")
     model = space.build(space.base, seed=0)
-    found = filter_norms(find_channels(space.model, space.base), model, "l1")[1]
+    found = filter_norms(build_dependency_graph(space.model, space.base), model, "l1")[1]
     made = (model.expand.weight, model.depthwise.weight)
     assert torch.allclose(found, sum(w.detach().abs().sum((1, 2, 3)) for w in made))
 
@@ -61,7 +61,7 @@ def test_units_of_groups_add_up() -> None:
     """Channel 0 of each of four groups goes with the others."""
     space = space_of("Grouped")
     model = space.build(space.base, seed=0)
-    found = filter_norms(find_channels(space.model, space.base), model, "l1")[0]
+    found = filter_norms(build_dependency_graph(space.model, space.base), model, "l1")[0]
     of_channel = model.stem.weight.detach().abs().sum((1, 2, 3))
     assert torch.allclose(found, of_channel.view(4, 4).sum(0))
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from widthsearch.bayesopt import pareto
 from widthsearch.errors import StudyError
-from widthsearch.latency.meter import Latency
+from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost
 from widthsearch.study.trial import Outcome
-from widthsearch.training.trainer import EpochResult
+from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Widths
 
 Points = NDArray[np.float64]
@@ -117,7 +117,7 @@ def test_hypervolume_by_hand() -> None:
 
 
 @settings(deadline=None)
-@given(point_sets(most=8, columns=(1, 4)), st.integers(1, 5))
+@given(point_sets(max_width=8, columns=(1, 4)), st.integers(1, 5))
 def test_hypervolume_counts_cells(points: Points, corner: int) -> None:
     """On integers it is the number of unit cells that some point dominates."""
     reference = np.full(points.shape[1], float(corner))

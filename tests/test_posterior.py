@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from widthsearch.latency.meter import Latency
-from widthsearch.study.posterior import Beliefs
+from widthsearch.latency.config import Latency
+from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Outcome
 
@@ -64,51 +64,51 @@ def test_a_record_survives_json() -> None:
 def test_with_few_trainings_means_stand_for_beliefs() -> None:
     """No interval, no probability; repeats are averaged, and are one member."""
     seen = [outcome(0, 4, 4, 80.0), outcome(1, 8, 8, 90.0), outcome(2, 4, 4, 84.0)]
-    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
-    belief = beliefs[seen[2]]
-    assert (belief.accuracy, belief.sd, belief.trainings) == (82.0, None, 2)
-    assert belief.dominated is None
-    assert [member.id for member in beliefs.front()] == [0, 1]
-    assert beliefs.undecided == []
-    assert beliefs.surrogate is None
+    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
+    estimate = posterior[seen[2]]
+    assert (estimate.accuracy, estimate.sd, estimate.trainings) == (82.0, None, 2)
+    assert estimate.dominated is None
+    assert [member.id for member in posterior.front()] == [0, 1]
+    assert posterior.undecided == []
+    assert posterior.surrogate is None
 
 
 def test_luck_is_not_believed() -> None:
     """One network that was far too lucky is drawn to what its neighbours reached."""
     seen = noisy(30, 0.5)
     lucky = replace(seen[5], accuracy=seen[5].accuracy + 4.0)
-    beliefs = Beliefs([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
+    posterior = AccuracyPosterior([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
     true = truth(*lucky.widths.vector)
-    assert abs(beliefs[lucky].accuracy - true) < 0.5 * abs(lucky.accuracy - true)
-    assert beliefs[lucky].sd is not None
+    assert abs(posterior[lucky].accuracy - true) < 0.5 * abs(lucky.accuracy - true)
+    assert posterior[lucky].sd is not None
 
 
 def test_beliefs_are_nearer_to_the_truth_than_trainings() -> None:
     """In the mean over the members, at noise as large as the differences."""
     seen = noisy(40, 1.0)
-    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
-    off = [beliefs[o].accuracy - truth(*o.widths.vector) for o in seen]
+    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
+    off = [posterior[o].accuracy - truth(*o.widths.vector) for o in seen]
     raw = [o.accuracy - truth(*o.widths.vector) for o in seen]
     assert np.square(off).mean() < 0.5 * np.square(raw).mean()
-    assert beliefs.surrogate is not None
-    assert 0.75 <= beliefs.surrogate.coverage(0.9) <= 1.0
-    assert beliefs.surrogate.size == 40
+    assert posterior.surrogate is not None
+    assert 0.75 <= posterior.surrogate.coverage(0.9) <= 1.0
+    assert posterior.surrogate.size == 40
 
 
 def test_the_front_is_drawn_by_beliefs_and_doubts_are_numbers() -> None:
     """Probabilities agree with who is where: the narrowest cannot be dominated."""
     seen = noisy(40, 1.0)
-    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
-    front = beliefs.front()
-    values = [(o.cost.macs, beliefs.accuracy(o)) for o in front]
+    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
+    front = posterior.front()
+    values = [(o.cost.macs, posterior.accuracy(o)) for o in front]
     assert values == sorted(values)
     assert [a for _, a in values] == sorted(a for _, a in values)
     assert front[0].cost.macs == min(o.cost.macs for o in seen)
-    assert beliefs[front[0]].dominated == 0.0
+    assert posterior[front[0]].dominated == 0.0
     poor = [o for o in seen if o not in front]
-    mean = np.mean([beliefs[o].dominated or 0.0 for o in poor])
-    assert mean > np.mean([beliefs[o].dominated or 0.0 for o in front])
-    assert all(0.05 <= (beliefs[o].dominated or 0.0) <= 0.95 for o in beliefs.undecided)
+    mean = np.mean([posterior[o].dominated or 0.0 for o in poor])
+    assert mean > np.mean([posterior[o].dominated or 0.0 for o in front])
+    assert all(0.05 <= (posterior[o].dominated or 0.0) <= 0.95 for o in posterior.undecided)
 
 
 def test_stopped_trials_count_by_their_curves() -> None:
@@ -117,22 +117,22 @@ def test_stopped_trials_count_by_their_curves() -> None:
     stopped = replace(
         seen[-1], id=99, state="stopped", accuracy=None, curve=tiny.curve(seen[-1].accuracy - 5)
     )
-    beliefs = Beliefs([*seen[:-1], stopped], RECORDS, OBJECTIVES)
-    assert beliefs.surrogate is not None and beliefs.surrogate.size == 20
-    assert stopped not in beliefs.members
+    posterior = AccuracyPosterior([*seen[:-1], stopped], RECORDS, OBJECTIVES)
+    assert posterior.surrogate is not None and posterior.surrogate.size == 20
+    assert stopped not in posterior.members
 
 
 def test_nobody_is_believed_to_be_more_than_right() -> None:
     """A trend that goes on beyond 100% ends there."""
     seen = [replace(o, accuracy=min(100.0, 60 + o.widths.vector[0] * 2.8)) for o in noisy(20, 0.3)]
-    beliefs = Beliefs(seen, RECORDS, OBJECTIVES)
-    assert max(beliefs.accuracy(o) for o in beliefs.members) <= 100.0
+    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
+    assert max(posterior.accuracy(o) for o in posterior.members) <= 100.0
 
 
 def test_what_lacks_an_objective_is_no_member() -> None:
     """Latency that was never measured."""
     latency: Latency = tiny.latency(1.0)
     seen = [outcome(0, 4, 4, 80.0, latency=latency), outcome(1, 8, 8, 90.0)]
-    beliefs = Beliefs(seen, RECORDS, ("accuracy", "latency_ms"))
-    assert [member.id for member in beliefs.front()] == [0]
-    assert beliefs.accuracy(seen[1]) == pytest.approx(90.0)
+    posterior = AccuracyPosterior(seen, RECORDS, ("accuracy", "latency_ms"))
+    assert [member.id for member in posterior.front()] == [0]
+    assert posterior.accuracy(seen[1]) == pytest.approx(90.0)

@@ -14,7 +14,7 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.study.config import ProposerConfig
 from widthsearch.study.loop import Progress
-from widthsearch.study.proposals import Failure, Question, propose, suggest, told
+from widthsearch.study.proposals import Failure, ProposalRequest, propose, suggest, told
 
 OWN = '''
 import os
@@ -172,9 +172,9 @@ def test_a_users_own_needs_no_task(own: str) -> None:
         suggest(ProposerConfig(method="sensitivity"), space, half)
 
 
-def question(proposer: Any) -> Question:
+def request(proposer: Any) -> ProposalRequest:
     """Of the tiny space."""
-    return Question("it", proposer, tiny.space(), Setting(seed=3))
+    return ProposalRequest("it", proposer, tiny.space(), Setting(seed=3))
 
 
 def test_what_is_no_proposal_of_the_space_is_refused() -> None:
@@ -182,7 +182,7 @@ def test_what_is_no_proposal_of_the_space_is_refused() -> None:
     space, task = tiny.space(), tiny.task()
 
     def saying(value: object) -> str:
-        answer = propose(question(lambda *_: value), task, print)
+        answer = propose(request(lambda *_: value), task, print)
         assert isinstance(answer, Failure)
         return answer.reason
 
@@ -202,7 +202,7 @@ def test_reports_come_before_the_answer() -> None:
         setting.report("two")
         return Proposal("it", (space.base,), {"seed": setting.seed})
 
-    messages: Iterator[Any] = told(question(reporting), tiny.task())
+    messages: Iterator[Any] = told(request(reporting), tiny.task())
     assert [next(messages), next(messages)] == ["one", "two"]
     answer = next(messages)
     assert answer.provenance == {"seed": 3}

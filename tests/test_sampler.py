@@ -75,7 +75,8 @@ def tiny_study(seed: int = 0, **options: object) -> optuna.Study:
 def score(trial: optuna.Trial) -> tuple[float, float]:
     """A user's own objective, which names its parameters itself."""
     vector = [
-        trial.suggest_int(axis.name, axis.least, axis.most, step=axis.step) for axis in SPACE.axes
+        trial.suggest_int(axis.name, axis.min_width, axis.max_width, step=axis.step)
+        for axis in SPACE.axes
     ]
     return 50 + 2 * vector[0] + vector[1], float(SPACE.macs(np.array(vector)))
 
@@ -151,8 +152,8 @@ def test_the_front_is_of_finished_trials_by_posterior_mean() -> None:
     costs = [trial.values[1] for trial in chosen]
     assert costs == sorted(costs)
     assert all(trial.state == TrialState.COMPLETE for trial in chosen)
-    believed = study.sampler.surrogate(study).predict([[4, 8], [2, 2]])  # type: ignore[attr-defined]
-    assert believed.mean[0] < lucky.values[0] - 1.5
+    estimated = study.sampler.surrogate(study).posterior([[4, 8], [2, 2]])  # type: ignore[attr-defined]
+    assert estimated.mean[0] < lucky.values[0] - 1.5
 
 
 def test_parameters_and_directions_must_be_the_sampler_s() -> None:
@@ -269,8 +270,8 @@ def test_curves_of_stopped_trials_are_learned_from() -> None:
         vector = (*[int(rng.choice(axis.grid)) for axis in AXES[:2]], 128, 128, 16, 16)
         stopped.append(Known(Widths(NAMES, vector), curve=(accuracy(vector) - 30,)))
     at = [[64, 64, 128, 128, 16, 16]]
-    without = sampler().believed(finished).predict(at)
-    with_curves = sampler().believed([*finished, *stopped]).predict(at)
+    without = sampler().fit_surrogate(finished).posterior(at)
+    with_curves = sampler().fit_surrogate([*finished, *stopped]).posterior(at)
     assert with_curves.mean[0] < without.mean[0] - 5
 
 

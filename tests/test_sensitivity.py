@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from strategies import space_of, spaces
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import DeviceLoader, Split
 from widthsearch.errors import StudyError
@@ -88,7 +88,7 @@ def test_the_gates_of_several_batches_keep_their_signs() -> None:
         ((x, y),) = DeviceLoader(batch, task, len(batch)).batches()
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        signed.append(gate_gradients(find_channels(space.model, space.base), model))
+        signed.append(gate_gradients(build_dependency_graph(space.model, space.base), model))
     for of_axis, first, second in zip(found, *signed, strict=True):
         assert np.allclose(of_axis, ((first + second) / 2).abs(), rtol=1e-4, atol=1e-7)
     assert any((a * b < 0).any() for a, b in zip(*signed, strict=True)), "some signs differ"
@@ -104,7 +104,7 @@ def test_channels_go_by_saliency_per_mac() -> None:
     first = [14, 32] if stem < inner else [16, 28]
     path = path_of(space, saliency)
     assert path[:2] == [list(space.base.vector), first]
-    assert path[-1] == [axis.least for axis in space.axes]
+    assert path[-1] == [axis.min_width for axis in space.axes]
     # An axis that matters a million times more goes last.
     path = path_of(space, [saliency[0] * 1e6, saliency[1]], cost="fixed")
     assert [w[1] for w in path[:8]] == [32, 28, 24, 20, 16, 12, 8, 4]
@@ -128,7 +128,7 @@ def test_the_path_is_greedy(space: SearchSpace, per: Per, seed: int) -> None:
     def quantity(widths: NDArray[np.int64]) -> float:
         if per == "channel":
             return float(widths.sum())
-        return float(latency(widths[None])[0] if per == "latency" else space.form(per)(widths))
+        return float(latency(widths[None])[0] if per == "latency" else space.cost_form(per)(widths))
 
     path = [np.array(w) for w in path_of(space, scores, per=per, latency=latency)]
     for before, after in itertools.pairwise(path):
@@ -136,7 +136,7 @@ def test_the_path_is_greedy(space: SearchSpace, per: Per, seed: int) -> None:
         for i, axis in enumerate(space.axes):
             narrower = before.copy()
             narrower[i] -= axis.step
-            if narrower[i] >= axis.least:
+            if narrower[i] >= axis.min_width:
                 gone = axis.base - before[i]
                 lost = np.sort(scores[i])[gone : gone + axis.step].sum()
                 worth[i] = lost / (quantity(before) - quantity(narrower))
@@ -192,13 +192,13 @@ def test_no_axis_goes_below_the_floor(floor: float) -> None:
     shrink(space, [np.ones(16), np.ones(32)], removal)
     for width, axis in zip(removal.path[-1], space.axes, strict=True):
         assert width >= floor * axis.base - 1e-6
-        assert width == axis.least or width - axis.step < floor * axis.base
+        assert width == axis.min_width or width - axis.step < floor * axis.base
 
 
 def test_channels_that_cannot_be_told_apart_are_scored_as_one() -> None:
     """All of an axis's channels share its mean saliency."""
     space = space_of("Residual")
-    channels = replace(find_channels(space.model, space.base), unknown=frozenset({0}))
+    channels = replace(build_dependency_graph(space.model, space.base), unknown=frozenset({0}))
     scores = [torch.arange(16.0), torch.arange(32.0)]
     blurred, told = channel_scores(space, channels, scores)
     assert blurred.tolist() == [7.5] * 16
@@ -230,7 +230,7 @@ def test_dead_channels_go_first() -> None:
         model.conv2.weight[:, :12] = 0
     x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(x), torch.arange(20) % 10).backward()
-    inner = gate_gradients(find_channels(space.model, space.base), model)[1]
+    inner = gate_gradients(build_dependency_graph(space.model, space.base), model)[1]
     assert not bool(inner[:12].any())
     assert bool((inner[12:] != 0).all())
 

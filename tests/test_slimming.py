@@ -9,7 +9,7 @@ from conformance import RECIPE, ProposerConformance, setting, small_task
 from strategies import space_of
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Slimming, slimming
 from widthsearch.proposers.slimming import norm_scales
@@ -30,7 +30,7 @@ def test_scales_are_absolute_and_averaged_over_norms() -> None:
         model.bn.weight.copy_(torch.arange(16.0) - 8)
         model.bn2.weight.fill_(2.0)
         model.bn1.weight.fill_(-0.5)
-    stream, inner = norm_scales(find_channels(space.model, space.base), model)
+    stream, inner = norm_scales(build_dependency_graph(space.model, space.base), model)
     assert stream.tolist() == [(abs(i - 8) + 2) / 2 for i in range(16)]
     assert inner.tolist() == [0.5] * 32
 
@@ -43,7 +43,7 @@ def test_a_norm_over_a_concatenation_is_of_both() -> None:
         model.bn.weight.copy_(torch.arange(12.0))
         model.last.weight.fill_(1.0)
         model.last.weight[3] = -3.0
-    stem, grow, last = norm_scales(find_channels(space.model, space.base), model)
+    stem, grow, last = norm_scales(build_dependency_graph(space.model, space.base), model)
     assert stem.tolist() == list(range(8))
     assert grow.tolist() == list(range(8, 12))
     # Mean |γ| is 5.5; fifteen filters of 1 and one of 3 have a mean of 18/16.
@@ -54,7 +54,7 @@ def test_without_norms_filters_rank_alone() -> None:
     """Each axis's mean is 1."""
     space = space_of("Plain")
     model = space.build(space.base, seed=0)
-    for scores in norm_scales(find_channels(space.model, space.base), model):
+    for scores in norm_scales(build_dependency_graph(space.model, space.base), model):
         assert scores.mean().item() == pytest.approx(1)
         assert scores.std().item() > 0
 
@@ -62,7 +62,9 @@ def test_without_norms_filters_rank_alone() -> None:
 def test_units_of_groups_count_by_channel() -> None:
     """Four channels a unit, each worth 1 on average."""
     space = space_of("Grouped")
-    scores = norm_scales(find_channels(space.model, space.base), space.build(space.base, seed=0))
+    scores = norm_scales(
+        build_dependency_graph(space.model, space.base), space.build(space.base, seed=0)
+    )
     assert [round(float(s.mean()), 5) for s in scores] == [4.0, 4.0, 1.0]
 
 
@@ -74,7 +76,7 @@ def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scale.grad.tolist() == [1.25, 0.75, 1.0]
     means = []
 
-    def spy(channels: Channels, model: nn.Module) -> list[Tensor]:
+    def spy(channels: DependencyGraph, model: nn.Module) -> list[Tensor]:
         means.append(model.bn1.weight.detach().abs().mean().item())
         return norm_scales(channels, model)
 

@@ -151,7 +151,7 @@ class Scaled(Residual):
 
 def test_the_constructors_initialisation_is_followed_at_every_width() -> None:
     """Scales that depend on fans follow the new fans; constants and defaults stay."""
-    space = SearchSpace.from_model(Scaled, (3, 8, 8), most=16.0)
+    space = SearchSpace.from_model(Scaled, (3, 8, 8), max_width=16.0)
     net = space.build(16.0, seed=0)
     stem, inner = 256, 512
     assert net.stem.weight.std().item() == pytest.approx(0.03, rel=0.05)
@@ -391,14 +391,14 @@ def test_constrained_spaces_are_exact(data: st.DataObject, whole: SearchSpace) -
     cost = space.cost(widths)
     assert sum(p.numel() for p in net.parameters()) == cost.params
     assert counted_flops(net, space.input_shape) == 2 * cost.macs
-    freed = space.freed(widths)
+    to_unconstrained = space.to_unconstrained(widths)
     for quantity in ("macs", "params", "activations"):
-        assert whole.form(quantity)(freed.vector) == getattr(cost, quantity)
-    for name, width in freed.items():
+        assert whole.cost_form(quantity)(to_unconstrained.vector) == getattr(cost, quantity)
+    for name, width in to_unconstrained.items():
         maker = name if name in dict(net.named_modules()) else ""
         assert net.get_submodule(maker).weight.shape[0] == width
-    assert space.freed(space.base) == whole.base
-    assert space.free.names == whole.names
+    assert space.to_unconstrained(space.base) == whole.base
+    assert space.unconstrained.names == whole.names
 
 
 def test_a_pinned_axis_is_said_to_be() -> None:
@@ -422,16 +422,16 @@ def test_tied_axes_keep_their_ratio() -> None:
     space = whole.constrained(tie=[["last", "grouped"]])
     stem, axis = space.axes
     assert stem == whole.axes[0]
-    assert (axis.name, axis.base, axis.least, axis.most, axis.step, axis.tied) == (
+    assert (axis.name, axis.base, axis.min_width, axis.max_width, axis.step, axis.tied) == (
         *("grouped", 24, 12, 48, 12),
         ("last",),
     )
-    assert space.freed(space.widths({"grouped": 36})).vector == (16, 36, 12)
+    assert space.to_unconstrained(space.widths({"grouped": 36})).vector == (16, 36, 12)
     again = space.constrained(tie="*")
     assert [(a.name, a.tied, list(a.grid)) for a in again.axes] == [
         ("stem", ("grouped", "last"), [8, 16, 24, 32])
     ]
-    assert again.freed(again.widths([8])).vector == (8, 12, 4)
+    assert again.to_unconstrained(again.widths([8])).vector == (8, 12, 4)
     pinned = {(a.name, *a.tied): a.base for a in whole.constrained(pin="last").axes}
     assert whole.constrained(tie=[["stem", "grouped"]]).fingerprint not in {
         whole.constrained(pin="grouped").fingerprint,
@@ -445,21 +445,21 @@ def test_bounds_and_steps_by_axis_and_glob() -> None:
     space = SearchSpace.from_model(
         Residual,
         (3, 8, 8),
-        least={"*": 0.5, "stem": 4},
-        most={"*": 1.0, "s*": 1.5},
+        min_width={"*": 0.5, "stem": 4},
+        max_width={"*": 1.0, "s*": 1.5},
         step={"*": 4, "conv1": 8},
     )
-    assert [(a.least, a.base, a.most, a.step) for a in space.axes] == [
+    assert [(a.min_width, a.base, a.max_width, a.step) for a in space.axes] == [
         (4, 16, 24, 4),
         (16, 32, 32, 8),
     ]
-    narrower = space.constrained(most=1, least={"conv1": 0.75})
-    assert [(a.least, a.base, a.most, a.step) for a in narrower.axes] == [
+    narrower = space.constrained(max_width=1, min_width={"conv1": 0.75})
+    assert [(a.min_width, a.base, a.max_width, a.step) for a in narrower.axes] == [
         (4, 16, 16, 4),
         (24, 32, 32, 8),
     ]
     assert narrower.fingerprint == space.fingerprint
-    assert narrower.free is narrower
+    assert narrower.unconstrained is narrower
 
 
 @pytest.mark.parametrize(
@@ -489,14 +489,14 @@ def test_a_device_decides_the_steps_that_nobody_gave() -> None:
     """Whole blocks where an axis has eight of them; narrow axes keep their reach and grid."""
     space = SearchSpace.from_model(wide, (3, 8, 8))
     assert [a.step for a in space.axes] == [2, 8, 8, 8]
-    on_cpu = space.under(Constraints(), block=16)
+    on_cpu = space.with_constraints(Constraints(), block=16)
     assert [a.step for a in on_cpu.axes] == [2, 8, 16, 16]
-    assert [a.least for a in on_cpu.axes] == [2, 8, 32, 16]
+    assert [a.min_width for a in on_cpu.axes] == [2, 8, 32, 16]
     assert [a.base for a in on_cpu.axes] == [16, 64, 256, 96]
     assert all(set(a.grid) <= set(b.grid) for a, b in zip(on_cpu.axes, space.axes, strict=True))
     assert on_cpu.fingerprint == space.fingerprint
-    bounded = space.under(Constraints(least=0.5, pin="0"), block=16)
-    assert [(a.step, a.least) for a in bounded.axes] == [(8, 32), (16, 128), (16, 48)]
+    bounded = space.with_constraints(Constraints(min=0.5, pin="0"), block=16)
+    assert [(a.step, a.min_width) for a in bounded.axes] == [(8, 32), (16, 128), (16, 48)]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_steps_that_somebody_gave_stay(
 ) -> None:
     """In the space or in the study; ``none`` is as good as a step."""
     space = SearchSpace.from_model(wide, (3, 8, 8), **of_space)
-    assert [a.step for a in space.under(Constraints(**of_study), block=16).axes] == steps
+    assert [a.step for a in space.with_constraints(Constraints(**of_study), block=16).axes] == steps
 
 
 def test_devices_have_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,7 +545,7 @@ def test_devices_have_their_alignment() -> None:
         ({"pin": ["cnov*"]}, "no axis matches 'cnov*'; did you mean 'conv*'?"),
         ({"pin": "st"}, "no axis matches 'st'; did you mean 'stem'?"),
         ({"pin": "ste?m"}, "no axis matches 'ste?m'; did you mean 'stem'?"),
-        ({"least": {"zzz": 0.5}}, "no axis matches 'zzz'; the axes are stem, conv1"),
+        ({"min_width": {"zzz": 0.5}}, "no axis matches 'zzz'; the axes are stem, conv1"),
         (
             {"tie": [["stem", "fc"]]},
             "no axis matches 'fc': the width of 'fc' is pinned (output of the model)",
@@ -566,17 +566,17 @@ def test_devices_have_their_alignment() -> None:
             "an axis is tied once or pinned, but 'stem' is in another tie too",
         ),
         (
-            {"least": 1.5},
-            "`0 < least <= 1` must hold (multiples of an axis's base width), but least is 1.5",
+            {"min_width": 1.5},
+            "`0 < min <= 1` must hold (multiples of an axis's base width), but min is 1.5",
         ),
         (
-            {"most": {"stem": 0.5}},
-            "`most >= 1` must hold (multiples of an axis's base width, or whole channels), but "
-            "most of 'stem' is 0.5",
+            {"max_width": {"stem": 0.5}},
+            "`max >= 1` must hold (multiples of an axis's base width, or whole channels), but "
+            "max of 'stem' is 0.5",
         ),
         (
-            {"most": {"s*": 2}},
-            "`most >= base` must hold, but axis 'stem' has base=16 and was given most=2 channels; "
+            {"max_width": {"s*": 2}},
+            "`max >= base` must hold, but axis 'stem' has base=16 and was given max=2 channels; "
             "a multiple of the base is written 2.0",
         ),
         ({"step": 0}, "`step >= 1` must hold, in whole channels, but step=0"),
@@ -618,9 +618,9 @@ def test_scores_of_channels_are_folded_over_ties() -> None:
     whole = space_of("Plain")  # 8 and 16 channels
     space = whole.constrained(tie="conv*")
     a, b = np.arange(8.0), np.arange(16.0)[::-1]
-    (folded,) = space.folded([a, b])
-    assert folded.tolist() == [i + (2 * i) + (2 * i + 1) for i in range(8)]
-    assert whole.folded([a, b])[1] is b
+    (tie_scores,) = space.tie_scores([a, b])
+    assert tie_scores.tolist() == [i + (2 * i) + (2 * i + 1) for i in range(8)]
+    assert whole.tie_scores([a, b])[1] is b
 
 
 # -- proof -----------------------------------------------------------------------------------
@@ -630,9 +630,9 @@ def test_scores_of_channels_are_folded_over_ties() -> None:
 def test_small_spaces_are_proved(name: str) -> None:
     """On real tensors."""
     report = space_of(name).check(vectors=1)
-    assert list(report.networks) == ["least", "most", "random 1"]
+    assert list(report.networks) == ["narrowest", "widest", "random 1"]
     assert str(report) == (
-        "checked: 3 networks (least, most, random 1) run forward and backward on cpu; MACs, "
+        "checked: 3 networks (narrowest, widest, random 1) run forward and backward on cpu; MACs, "
         "parameters and activations are what the space says"
     )
 
@@ -681,7 +681,9 @@ def test_a_space_that_does_not_hold_is_named(otherwise: str, message: str) -> No
     space = SearchSpace.from_model(lambda: Branching(otherwise), (3, 8, 8), name="branching")
     with pytest.raises(SpaceError) as error:
         space.check()
-    assert str(error.value).startswith("space 'branching' does not hold at its least widths [2]: ")
+    assert str(error.value).startswith(
+        "space 'branching' does not hold at its narrowest widths [2]: "
+    )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

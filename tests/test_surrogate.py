@@ -52,15 +52,15 @@ def test_a_left_out_outcome_is_predicted_as_if_it_had_never_been() -> None:
     """The closed form, against a posterior without the row at the same amplitudes."""
     widths, accuracy = trained(12)
     whole = Surrogate.fit(COORDINATES, widths, accuracy)
-    left = whole.left_out()
+    left = whole.loo_posterior()
     for i in (0, 5, 11):
         others = np.delete(np.arange(12), i)
         seen = Features.of(COORDINATES, widths[others])
         lower = factor(whole.amplitudes, seen, np.zeros(11))
         without = replace(whole, _seen=seen, _y=whole._y[others], _lower=lower)
-        belief = without.predict(widths[i : i + 1])
-        assert left.mean[i] == pytest.approx(belief.mean[0], rel=1e-6)
-        assert left.sd[i] == pytest.approx(np.hypot(belief.sd[0], whole.noise), rel=1e-6)
+        estimate = without.posterior(widths[i : i + 1])
+        assert left.mean[i] == pytest.approx(estimate.mean[0], rel=1e-6)
+        assert left.sd[i] == pytest.approx(np.hypot(estimate.sd[0], whole.noise), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [50, 100])
@@ -71,8 +71,8 @@ def test_its_intervals_are_calibrated(count: int) -> None:
         surrogate = fitted(count, seed=seed)
         coverage.append(surrogate.coverage(0.9))
         fresh = GRID.random(np.random.default_rng(99 + seed), 300)
-        belief = surrogate.predict(fresh)
-        unseen.append((np.abs(truth(fresh) - belief.mean) < 1.645 * belief.sd).mean())
+        estimate = surrogate.posterior(fresh)
+        unseen.append((np.abs(truth(fresh) - estimate.mean) < 1.645 * estimate.sd).mean())
     assert 0.8 < np.mean(coverage) < 0.97
     assert 0.8 < np.mean(unseen) <= 1.0
 
@@ -80,7 +80,7 @@ def test_its_intervals_are_calibrated(count: int) -> None:
 def test_more_outcomes_make_it_right_and_the_noise_is_learned() -> None:
     """The error falls below the noise of one training, a tenth of what the widths decide."""
     fresh = GRID.random(np.random.default_rng(7), 300)
-    errors = [np.std(fitted(n).predict(fresh).mean - truth(fresh)) for n in (10, 40, 160)]
+    errors = [np.std(fitted(n).posterior(fresh).mean - truth(fresh)) for n in (10, 40, 160)]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.5
     assert fitted(160).noise == pytest.approx(0.5, rel=0.25)
@@ -91,8 +91,8 @@ def test_repeats_are_evidence_of_noise_and_of_the_mean() -> None:
     widths, accuracy = trained(20)
     again = np.concatenate([widths, np.repeat(widths[:1], 9, axis=0)])
     more = np.concatenate([accuracy, truth(widths[:1]) + np.tile([-0.5, 0.5, 0.0], 3)])
-    once = Surrogate.fit(COORDINATES, widths, accuracy).predict(widths[:1])
-    often = Surrogate.fit(COORDINATES, again, more).predict(widths[:1])
+    once = Surrogate.fit(COORDINATES, widths, accuracy).posterior(widths[:1])
+    often = Surrogate.fit(COORDINATES, again, more).posterior(widths[:1])
     assert often.sd[0] < 0.7 * once.sd[0]
     assert often.mean[0] == pytest.approx(truth(widths[:1])[0], abs=0.4)
 
@@ -103,8 +103,8 @@ def test_a_doubtful_outcome_counts_for_less() -> None:
     accuracy[0] -= 15
     variance = np.zeros(30)
     variance[0] = 15.0**2
-    plain = Surrogate.fit(COORDINATES, widths, accuracy).predict(widths)
-    doubted = Surrogate.fit(COORDINATES, widths, accuracy, variance).predict(widths)
+    plain = Surrogate.fit(COORDINATES, widths, accuracy).posterior(widths)
+    doubted = Surrogate.fit(COORDINATES, widths, accuracy, variance).posterior(widths)
     assert np.std(doubted.mean - truth(widths)) < np.std(plain.mean - truth(widths))
 
 
@@ -114,8 +114,8 @@ def test_the_unit_of_accuracy_does_not_matter() -> None:
     percent = Surrogate.fit(COORDINATES, widths, accuracy)
     share = Surrogate.fit(COORDINATES, widths, accuracy / 100)
     for of_share, of_percent in [
-        (share.predict(widths).mean, percent.predict(widths).mean),
-        (share.predict(widths).sd, percent.predict(widths).sd),
+        (share.posterior(widths).mean, percent.posterior(widths).mean),
+        (share.posterior(widths).sd, percent.posterior(widths).sd),
     ]:
         assert 100 * of_share == pytest.approx(of_percent, rel=1e-5)
 
@@ -124,8 +124,8 @@ def test_what_is_expected_to_come_narrows_but_does_not_move_beliefs() -> None:
     """Means stay everywhere, and no belief widens; those of the expected narrow most."""
     surrogate = fitted(15)
     fresh = GRID.random(np.random.default_rng(3), 50)
-    later = surrogate.expecting(fresh[:2])
-    before, after = surrogate.predict(fresh), later.predict(fresh)
+    later = surrogate.condition_on(fresh[:2])
+    before, after = surrogate.posterior(fresh), later.posterior(fresh)
     assert after.mean == pytest.approx(before.mean, abs=1e-6)
     assert (after.sd <= before.sd + 1e-9).all()
     assert (after.sd[:2] < before.sd[:2]).all()
@@ -135,9 +135,9 @@ def test_one_outcome_is_enough_and_so_are_equal_ones() -> None:
     """Beliefs stay finite: the level that was seen, and much doubt elsewhere."""
     for accuracy in ([93.0], [93.0, 93.0, 93.0]):
         widths = GRID.random(np.random.default_rng(0), len(accuracy))
-        belief = Surrogate.fit(COORDINATES, widths, accuracy).predict(GRID.whole()[::4096])
-        assert np.isfinite(belief.mean).all()
-        assert (belief.sd > 0).all()
+        estimate = Surrogate.fit(COORDINATES, widths, accuracy).posterior(GRID.whole()[::4096])
+        assert np.isfinite(estimate.mean).all()
+        assert (estimate.sd > 0).all()
 
 
 def test_a_family_is_predicted_at_all_its_budgets() -> None:
@@ -215,11 +215,11 @@ def test_a_space_learns_from_another_one() -> None:
     few = trainings(DEEP, 52.0, 4)
     fresh = Grid(DEEP.axes).random(np.random.default_rng(9), 300)
     true = by_capacity(DEEP, fresh, 52.0)
-    alone = Surrogate.of_trainings((DEEP, few)).predict(fresh)
+    alone = Surrogate.of_trainings((DEEP, few)).posterior(fresh)
     shared = Surrogate.of_trainings((flat, trainings(COORDINATES, 50.0, 30)), (deep, few))
-    belief = shared.of_space(deep).predict(fresh)
-    assert np.abs(belief.mean - true).mean() < 0.5 * np.abs(alone.mean - true).mean()
-    assert (np.abs(belief.mean - true) < 1.645 * belief.sd).mean() > 0.8
+    estimate = shared.of_space(deep).posterior(fresh)
+    assert np.abs(estimate.mean - true).mean() < 0.5 * np.abs(alone.mean - true).mean()
+    assert (np.abs(estimate.mean - true) < 1.645 * estimate.sd).mean() > 0.8
     assert shared.size == 34
 
 
@@ -231,8 +231,8 @@ def test_spaces_keep_what_is_their_own() -> None:
     for surrogate in (Surrogate.of_trainings(*pairs), Surrogate.of_trainings(*reversed(pairs))):
         for own, level in zip(placed, (50.0, 58.0), strict=True):
             fresh = Grid(own.axes).random(np.random.default_rng(9), 200)
-            belief = surrogate.of_space(own).predict(fresh)
-            assert np.abs(belief.mean - by_capacity(own, fresh, level)).mean() < 0.5
+            estimate = surrogate.of_space(own).posterior(fresh)
+            assert np.abs(estimate.mean - by_capacity(own, fresh, level)).mean() < 0.5
 
 
 def test_a_single_space_is_together_with_nobody() -> None:
@@ -253,8 +253,8 @@ def test_joint_beliefs_over_spaces_agree_with_each_alone() -> None:
     widths = [Grid(own.axes).random(np.random.default_rng(1), 5) for own in (flat, deep)]
     every = Features.of(flat, widths[0]).and_(Features.of(deep, widths[1]))
     mean, covariance = shared.joint(every)
-    each = [shared.of_space(own).predict(w) for own, w in zip((flat, deep), widths, strict=True)]
-    assert mean == pytest.approx(np.concatenate([belief.mean for belief in each]))
-    sd = np.concatenate([belief.sd for belief in each])
+    each = [shared.of_space(own).posterior(w) for own, w in zip((flat, deep), widths, strict=True)]
+    assert mean == pytest.approx(np.concatenate([estimate.mean for estimate in each]))
+    sd = np.concatenate([estimate.sd for estimate in each])
     assert np.sqrt(np.diag(covariance)) == pytest.approx(sd, rel=1e-4)
     assert np.abs(covariance[:5, 5:]).max() > 0.01 * sd.min() ** 2

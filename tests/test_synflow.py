@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import space_of
 from torch import nn
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.data.tasks import Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers import SynFlow
@@ -47,7 +47,7 @@ def test_scores_by_hand() -> None:
         model[1].running_var.fill_(7.0)
     w1, w2 = (model[i].weight.detach().double().abs() for i in (0, 4))
     expected = w2.sum(0) * w1.sum((1, 2, 3))
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     ones = torch.ones(1, 3, 1, 1, dtype=torch.float64)
     (found,) = synaptic_flow(channels, linearised(model), ones)
     assert found == pytest.approx(expected.numpy())
@@ -63,7 +63,9 @@ def test_flow_is_conserved(seed: int) -> None:
     space = space_of("Plain")
     model = linearised(space.build(space.base, seed=seed))
     ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
-    sums = [s.sum() for s in synaptic_flow(find_channels(space.model, space.base), model, ones)]
+    sums = [
+        s.sum() for s in synaptic_flow(build_dependency_graph(space.model, space.base), model, ones)
+    ]
     assert sums == pytest.approx([model(ones).sum().item()] * 2)
 
 
@@ -91,7 +93,7 @@ def test_a_product_beyond_float64_is_refused() -> None:
             parameter.fill_(1e200)
     ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(StudyError, match="beyond float64"):
-        synaptic_flow(find_channels(space.model, space.base), linearised(model), ones)
+        synaptic_flow(build_dependency_graph(space.model, space.base), linearised(model), ones)
 
 
 def test_rounds_are_checked() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from widthsearch.report import tables as report
 from widthsearch.space.cost import Cost
 from widthsearch.study.loop import Progress
-from widthsearch.study.posterior import Beliefs
+from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Outcome
 
@@ -57,10 +57,12 @@ def test_the_front_volume_by_hand() -> None:
     low, high = outcome(1, 100, 80.0, 1.0), outcome(2, 200, 90.0, 1.0)
     middle = outcome(3, 150, 88.0, 1.0)
     every = [low, high, middle]
-    beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
-    assert report.front_volume([low, high], beliefs) == pytest.approx(0.0)
-    assert report.front_volume([low, middle, high], beliefs) == pytest.approx(0.8 * 0.5)
-    assert report.front_volume([], beliefs) == 0.0
+    posterior = AccuracyPosterior(
+        every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
+    )
+    assert report.front_volume([low, high], posterior) == pytest.approx(0.0)
+    assert report.front_volume([low, middle, high], posterior) == pytest.approx(0.8 * 0.5)
+    assert report.front_volume([], posterior) == 0.0
 
 
 def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
@@ -73,13 +75,15 @@ def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
         replace(outcome(5, 50, 70.0, 1.0), origin=uniform),
     ]
     every = [*mine, *rivals]
-    beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
-    (line,) = report.comparisons(beliefs, every)
+    posterior = AccuracyPosterior(
+        every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
+    )
+    (line,) = report.comparisons(posterior, every)
     gains = "+0.00 points at equal MACs (-2.00 to +2.00; only 2 can be compared)"
     assert line.startswith(  # nobody else has 50 MACs
         f"Beside uniform widths (3 of them) the best of the other networks have {gains}"
     )
-    (line,) = report.comparisons(beliefs, every[:3])
+    (line,) = report.comparisons(posterior, every[:3])
     assert "+2.00 points at equal MACs (only 1 can be compared)" in line
 
 
@@ -93,13 +97,15 @@ def shown(tables: RenderableType, width: int) -> str:
 def test_a_narrow_terminal_cuts_no_number() -> None:
     """IDs, accuracies, costs and the names of axes are whole; origins and layers give way."""
     every = [outcome(i, 10**i, 70.0 + i, 1.0 / (i + 1)) for i in range(12)]
-    beliefs = Beliefs(every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
-    table = report._outcome_table("front", every, every[0], beliefs)
+    posterior = AccuracyPosterior(
+        every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
+    )
+    table = report._outcome_table("front", every, every[0], posterior)
     for width in (50, 65, 80):
         lines = shown(table, width)
         assert "…" not in lines
         for o in every:
-            cells = [str(o.id), f"{o.accuracy:.2f}", f"{beliefs.accuracy(o):.2f}"]
+            cells = [str(o.id), f"{o.accuracy:.2f}", f"{posterior.accuracy(o):.2f}"]
             row = next(line.split() for line in lines.splitlines() if cells[1] in line.split())
             assert row[0] == cells[0]
             assert cells[2] in row

@@ -44,7 +44,7 @@ def test_a_depthwise_convolution_ties_its_groups() -> None:
 def test_groups_make_units() -> None:
     """Widths around a convolution in four groups are multiples of four."""
     traced = trace(MODELS["Grouped"](), (3, 8, 8))
-    assert [(axis.name, axis.unit) for axis in traced.axes] == [
+    assert [(axis.name, axis.divisor) for axis in traced.axes] == [
         ("stem", 4),
         ("grouped", 4),
         ("last", 1),
@@ -63,13 +63,13 @@ class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 1)
-        self.free = nn.Conv2d(8, 8, 1)
+        self.unconstrained = nn.Conv2d(8, 8, 1)
         self.fc = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hard-codes the first convolution's width."""
         x = self.conv(x).view(-1, 8, 64).view(-1, 8, 8, 8)
-        return self.fc(self.free(x).mean((2, 3)))
+        return self.fc(self.unconstrained(x).mean((2, 3)))
 
 
 def test_a_width_that_code_fixes_is_pinned_at_its_line() -> None:
@@ -257,6 +257,6 @@ class Windows(nn.Module):
 def test_heads_are_freed_beside_another_number_of_their_value() -> None:
     """With the window symbolic as well, nothing is freed; the number of heads alone frees."""
     traced = trace(Windows(), (3, 8, 8))
-    assert (traced.axes[0].base, traced.axes[0].unit) == (32, 8)
+    assert (traced.axes[0].base, traced.axes[0].divisor) == (32, 8)
     assert ("attention", "num_heads") in traced.attributes
     assert ("attention", "window_size[0]") not in traced.attributes

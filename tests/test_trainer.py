@@ -18,15 +18,8 @@ from torch import Tensor, nn
 
 from widthsearch.data.tasks import Split, Task, load_task
 from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
-from widthsearch.training.trainer import (
-    CHECKPOINT,
-    EpochResult,
-    Recipe,
-    TrainingRun,
-    evaluate,
-    fit,
-    parameter_groups,
-)
+from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.trainer import CHECKPOINT, TrainingRun, evaluate, fit, parameter_groups
 from widthsearch.utils.devices import check_device, fixed_threads, pick_memory_format
 
 QUICK = Recipe(epochs=4, batch_size=32, lr=0.1)

@@ -32,7 +32,7 @@ def test_no_grid_value_is_nearer_than_nearest(axis: Axis, width: float) -> None:
 @given(axes())
 def test_bounds_and_base_are_on_the_grid(axis: Axis) -> None:
     """Least, base and most are widths that check accepts."""
-    for width in (axis.least, axis.base, axis.most):
+    for width in (axis.min_width, axis.base, axis.max_width):
         assert axis.check(width) == width
 
 
@@ -40,16 +40,17 @@ def test_bounds_and_base_are_on_the_grid(axis: Axis) -> None:
     ("fields", "message"),
     [
         (
-            {"base": 48, "least": 64, "most": 32},
-            "`least <= base <= most` must hold, but axis 'a' has least=64, base=48, most=32",
+            {"base": 48, "min_width": 64, "max_width": 32},
+            "`min_width <= base <= max_width` must hold, but axis 'a' has min_width=64, "
+            "base=48, max_width=32",
         ),
         (
-            {"base": 16, "least": 4, "most": 32, "step": 8},
-            "`least` must be a multiple of `step`, but axis 'a' has least=4, step=8",
+            {"base": 16, "min_width": 4, "max_width": 32, "step": 8},
+            "`min_width` must be a multiple of `step`, but axis 'a' has min_width=4, step=8",
         ),
         (
-            {"base": 16, "least": 0, "most": 32},
-            "`step >= 1` and `least >= 1` must hold, but axis 'a' has step=1, least=0",
+            {"base": 16, "min_width": 0, "max_width": 32},
+            "`step >= 1` and `min_width >= 1` must hold, but axis 'a' has step=1, min_width=0",
         ),
     ],
 )

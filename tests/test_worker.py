@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from widthsearch.runner.worker import Worker, is_out_of_memory
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun
+from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.trainer import TrainingRun
 
 RECIPE = Recipe(epochs=4, batch_size=32)
 
@@ -161,7 +162,7 @@ class Greedy(tiny.Net):
 def test_a_lack_of_memory_is_told_from_other_failures(tmp_path: Path) -> None:
     """So that the trial can be given the machine to itself."""
     greedy = worker(
-        tmp_path, SearchSpace.from_model(Greedy, (1, 4, 4), name="tiny", least=0.25, step=2)
+        tmp_path, SearchSpace.from_model(Greedy, (1, 4, 4), name="tiny", min_width=0.25, step=2)
     )
     greedy.take(1, "tiny", [4, 4], seed=0)
     report = greedy.step()

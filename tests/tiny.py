@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.data.tasks import Augmentation, Split, Task
-from widthsearch.latency.meter import Latency
+from widthsearch.latency.config import Latency
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.cost import Cost
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
-from widthsearch.study.driver_lock import Lease
+from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Search
 from widthsearch.study.storage import Store, Trial
-from widthsearch.training.trainer import EpochResult
+from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Widths
 
 
@@ -48,7 +48,7 @@ class Net(nn.Module):
 @cache
 def space(name: str = "tiny", least: float = 0.25) -> SearchSpace:
     """A grid of 8 × 8 widths: 2, 4, ... 16 on both axes."""
-    return SearchSpace.from_model(Net, (1, 4, 4), name=name, least=least, most=2.0, step=2)
+    return SearchSpace.from_model(Net, (1, 4, 4), name=name, min_width=least, max_width=2.0, step=2)
 
 
 @cache
@@ -132,11 +132,11 @@ CANDIDATES = [
 def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[Search]:
     """A search over the tiny space, with its storage in a folder."""
     store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
-    with Lease(store) as lease:
+    with DriverLock(store) as driver_lock:
         spaces = options.pop("spaces", {"tiny": space()})
         base = Candidate("tiny", space().base, {"base": True})
         options["candidates"] = [base, *options.get("candidates", CANDIDATES)]
-        yield Search(settings, spaces, store, lease, **options)
+        yield Search(settings, spaces, store, driver_lock, **options)
 
 
 def wide_is_good(trial: Trial, epoch: int) -> float:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from widthsearch.api import Study as Study
     from widthsearch.bayesopt.sampler import WidthSampler as WidthSampler
+    from widthsearch.data.config import TaskConfig as TaskConfig
     from widthsearch.data.tasks import Task as Task
-    from widthsearch.data.tasks import TaskConfig as TaskConfig
     from widthsearch.data.tasks import load_task as load_task
     from widthsearch.errors import WidthsearchError as WidthsearchError
     from widthsearch.export import load as load
     from widthsearch.export import train as train
-    from widthsearch.latency.meter import Latency as Latency
-    from widthsearch.latency.meter import LatencyConfig as LatencyConfig
+    from widthsearch.latency.config import Latency as Latency
+    from widthsearch.latency.config import LatencyConfig as LatencyConfig
     from widthsearch.proposers import Proposal as Proposal
     from widthsearch.proposers import Setting as Setting
     from widthsearch.space.cost import Cost as Cost
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace as SearchSpace
     from widthsearch.study.config import StudyConfig as StudyConfig
     from widthsearch.study.trial import Outcome as Outcome
-    from widthsearch.training.trainer import Recipe as Recipe
+    from widthsearch.training.recipe import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
 
@@ -43,17 +43,17 @@ __version__ = "0.1.0"
 _WHERE = {
     "Axis": "widths",
     "Cost": "space.cost",
-    "Latency": "latency.meter",
-    "LatencyConfig": "latency.meter",
+    "Latency": "latency.config",
+    "LatencyConfig": "latency.config",
     "Outcome": "study.trial",
     "Proposal": "proposers",
-    "Recipe": "training.trainer",
+    "Recipe": "training.recipe",
     "SearchSpace": "space.search_space",
     "Setting": "proposers",
     "Study": "api",
     "StudyConfig": "study.config",
     "Task": "data.tasks",
-    "TaskConfig": "data.tasks",
+    "TaskConfig": "data.config",
     "WidthSampler": "bayesopt.sampler",
     "Widths": "widths",
     "WidthsearchError": "errors",

@@ -23,7 +23,8 @@ import torch
 from widthsearch.bayesopt import pareto
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.errors import StorageError, StudyError
-from widthsearch.latency.meter import Latency, LatencyConfig, LatencyMeter
+from widthsearch.latency.config import Latency, LatencyConfig
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyModel
 from widthsearch.latency.profiles import load_profile
 from widthsearch.proposers import Proposal, Setting, families
@@ -33,14 +34,21 @@ from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import ProposerConfig, StudyConfig
 from widthsearch.study.confirmation import Confirmation
-from widthsearch.study.driver_lock import Lease
+from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Progress, Search
-from widthsearch.study.posterior import Beliefs
-from widthsearch.study.proposals import Engine, Question, Say, in_turn, proposals
+from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.proposals import (
+    Engine,
+    ProgressCallback,
+    ProposalRequest,
+    in_turn,
+    proposals,
+)
 from widthsearch.study.storage import SpaceRecord, Store, Trial
 from widthsearch.study.trial import Outcome
 from widthsearch.training.autotune import probe_concurrency, probe_precision
-from widthsearch.training.trainer import Recipe, check_model
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import check_model
 from widthsearch.utils.devices import check_device, cores
 from widthsearch.widths import Widths
 
@@ -118,7 +126,7 @@ class Study:
         timed = "latency_ms" in config.objectives
         device = (config.latency or LatencyConfig()).device if timed else config.device
         block = default_block(device)
-        named = {space.name: space.under(config.constraints, block) for space in spaces}
+        named = {space.name: space.with_constraints(config.constraints, block) for space in spaces}
         if len(named) < len(spaces):
             raise StudyError(
                 "the spaces of a study must have different names, but are "
@@ -191,17 +199,17 @@ class Study:
         """
         return self._stored()[0]
 
-    def beliefs(self) -> Beliefs:
+    def posterior(self) -> AccuracyPosterior:
         """What is believed of the networks that were trained.
 
         Raises:
             StudyError: The study was never run.
         """
-        return Beliefs(*self._stored(), self.config.objectives, self.config.limits)
+        return AccuracyPosterior(*self._stored(), self.config.objectives, self.config.limits)
 
     def front(self) -> list[Outcome]:
         """The finished outcomes that no other dominates by believed accuracy, fewest MACs first."""
-        return self.beliefs().front()
+        return self.posterior().front()
 
     def pick(self, spec: str | int = "knee") -> Outcome:
         """One of the trained networks: see :func:`~widthsearch.bayesopt.pareto.pick`.
@@ -212,9 +220,9 @@ class Study:
         Raises:
             StudyError: The study was never run, the spec is none of these, or nothing fits it.
         """
-        beliefs, objectives = self.beliefs(), self.config.objectives
+        posterior, objectives = self.posterior(), self.config.objectives
         return pareto.pick(
-            beliefs.front(), spec, objectives, beliefs.accuracy, trials=self.outcomes()
+            posterior.front(), spec, objectives, posterior.accuracy, trials=self.outcomes()
         )
 
     def _stored(self) -> tuple[list[Outcome], dict[str, SpaceRecord]]:
@@ -246,7 +254,7 @@ class Study:
             StudyError: Another driver holds it, or what is stored does not fit the configuration.
             StorageError: The storage cannot be opened.
         """
-        with self._driving() as (store, lease):
+        with self._driving() as (store, driver_lock):
             say = self._sayer(store, on_progress)
             config = self._concurrent(self._settled(store), store, say)
             share = round(config.baselines * config.trials)
@@ -260,7 +268,7 @@ class Study:
                 config,
                 self.spaces,
                 store,
-                lease,
+                driver_lock,
                 candidates=queue,
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 profiles=self._profiles,
@@ -299,23 +307,23 @@ class Study:
             raise StudyError(f"`seeds >= 2` must hold to confirm anything, but seeds={seeds}")
         if not self.front():
             raise StudyError(f"study {self.config.name!r} has no front to confirm: run it first")
-        with self._driving() as (store, lease):
+        with self._driving() as (store, driver_lock):
             records = {name: SpaceRecord.of(space) for name, space in self.spaces.items()}
             say = self._sayer(store, on_progress)
             yield Confirmation(
                 self._concurrent(self._settled(store), store, say),
                 self.spaces,
                 store,
-                lease,
+                driver_lock,
                 records,
                 seeds,
                 on_progress=on_progress,
             )
 
-    def _budgets(self, say: Say) -> tuple[float, ...]:
+    def _budgets(self, say: ProgressCallback) -> tuple[float, ...]:
         """The budgets that some network meets; all, where none does, for that is an error."""
         base = self.space.cost(self.space.base).macs
-        least = min(s.cost([a.least for a in s.axes]).macs for s in self.spaces.values()) / base
+        least = min(s.cost([a.min_width for a in s.axes]).macs for s in self.spaces.values()) / base
         met = tuple(budget for budget in self.config.budgets if budget >= least)
         if not met or len(met) == len(self.config.budgets):
             return self.config.budgets
@@ -335,7 +343,7 @@ class Study:
         )
 
     @contextmanager
-    def _driving(self) -> Iterator[tuple[Store, Lease]]:
+    def _driving(self) -> Iterator[tuple[Store, DriverLock]]:
         """Check what can be checked, and claim the storage."""
         config = self.config
         for space in self.spaces.values():
@@ -359,10 +367,10 @@ class Study:
                 f"the study's folder {str(self.folder)!r} cannot be made: {error.strerror}"
             ) from None
         store = Store.create(self.storage, config.name, config.objectives)
-        with Lease(store) as lease:
+        with DriverLock(store) as driver_lock:
             self._claim(store)
             (self.folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            yield store, lease
+            yield store, driver_lock
 
     def _check_limits(self) -> None:
         """That exact costs can be within the limits."""
@@ -372,7 +380,7 @@ class Study:
             ends = [
                 getattr(space.cost([getattr(axis, end) for axis in space.axes]), name)
                 for space in self.spaces.values()
-                for end in ("least", "most")
+                for end in ("min_width", "max_width")
             ]
             if min(ends) > high or max(ends) < low:
                 raise StudyError(
@@ -444,7 +452,7 @@ class Study:
         recipe = replace(config.recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})
 
-    def _concurrent(self, config: StudyConfig, store: Store, say: Say) -> StudyConfig:
+    def _concurrent(self, config: StudyConfig, store: Store, say: ProgressCallback) -> StudyConfig:
         """The configuration with a number of trials at once, probed once for each machine."""
         if config.concurrency != "auto":
             return config
@@ -488,7 +496,7 @@ class Study:
         return {}
 
     def _proposals(
-        self, store: Store, recipe: Recipe, engine: Engine, say: Say
+        self, store: Store, recipe: Recipe, engine: Engine, say: ProgressCallback
     ) -> dict[str, list[Proposal]]:
         """Each space's proposals."""
         config = self.config
@@ -500,14 +508,16 @@ class Study:
             own = setting if profile is None else replace(setting, latency=profile.predicted)
             for method in config.proposers:
                 label = self._label(method, space)
-                asked.append((method, Question(label, method.make(), space, own, threads)))
+                asked.append((method, ProposalRequest(label, method.make(), space, own, threads)))
         found, self.failures = proposals(store, asked, self.task.for_search(), engine, say)
         return found
 
     def _label(self, proposer: ProposerConfig, space: SearchSpace) -> str:
         return proposer.method if len(self.spaces) == 1 else f"{proposer.method} of {space.name}"
 
-    def _sayer(self, store: Store, on_progress: Callable[[Progress], None] | None) -> Say:
+    def _sayer(
+        self, store: Store, on_progress: Callable[[Progress], None] | None
+    ) -> ProgressCallback:
         """Tells whoever watches what happens before there is a search."""
         begun = time.monotonic()
         done = store.outcomes({name: space.names for name, space in self.spaces.items()})

@@ -111,15 +111,16 @@ def _space(options: argparse.Namespace) -> int:
 def _propose(options: argparse.Namespace) -> int:
     """Ask one method for widths at a budget; shows them beside the base."""
     from widthsearch.api import Study
-    from widthsearch.data.tasks import TaskConfig, load_task
-    from widthsearch.latency.meter import LatencyConfig
+    from widthsearch.data.config import TaskConfig
+    from widthsearch.data.tasks import load_task
+    from widthsearch.latency.config import LatencyConfig
     from widthsearch.latency.profiles import load_profile
     from widthsearch.proposers import Setting
     from widthsearch.report import tables as report
     from widthsearch.space.loading import load_space
     from widthsearch.study.config import ProposerConfig
     from widthsearch.study.proposals import suggest
-    from widthsearch.training.trainer import Recipe
+    from widthsearch.training.recipe import Recipe
 
     if options.out is not None and options.out.lower().endswith(".png"):
         raise StudyError(
@@ -182,7 +183,7 @@ def _profile(options: argparse.Namespace) -> int:
     """Measure networks of a space on a device, and learn to predict the latency of all others."""
     from widthsearch.api import Study
     from widthsearch.latency import profiles as profiling
-    from widthsearch.latency.meter import LatencyConfig
+    from widthsearch.latency.config import LatencyConfig
     from widthsearch.report import tables as report
     from widthsearch.space.loading import load_space
 
@@ -221,9 +222,9 @@ def _pareto(options: argparse.Namespace) -> int:
     study = Study.load(options.study, options.runs)
     expected = None
     if options.families:
-        from widthsearch.report.forecast import outlook
+        from widthsearch.report.forecast import forecast
 
-        expected = outlook(study)
+        expected = forecast(study)
     console = _console(stderr=options.json or options.csv)
     if options.json:
         content = report.front_json(study)
@@ -235,7 +236,7 @@ def _pareto(options: argparse.Namespace) -> int:
     else:
         report.show(console, report.front_tables(study))
         if expected is not None:
-            report.show(console, report.outlook_table(expected))
+            report.show(console, report.forecast_table(expected))
     report.say(console, report.write_front(study))
     return 0
 
@@ -259,7 +260,7 @@ def _train(options: argparse.Namespace) -> int:
     from widthsearch import export
     from widthsearch.api import Study
     from widthsearch.report import tables as report
-    from widthsearch.training.trainer import EpochResult
+    from widthsearch.training.recipe import EpochResult
 
     study = Study.load(options.study, options.runs)
     outcome = study.pick(options.pick)

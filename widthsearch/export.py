@@ -29,7 +29,8 @@ from widthsearch.space.constraints import Constraints
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.trial import Outcome
-from widthsearch.training.trainer import CHECKPOINT, EpochResult, TrainingRun, evaluate
+from widthsearch.training.recipe import EpochResult
+from widthsearch.training.trainer import CHECKPOINT, TrainingRun, evaluate
 from widthsearch.utils.files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ def _space_of(about: Any, folder: Path) -> SearchSpace:
         where = str.__str__(reference)
     except TypeError as error:
         raise StudyError(f"{card!r} is damaged ({error}); train the pick again") from None
-    return load_space(where, shape).under(asked)
+    return load_space(where, shape).with_constraints(asked)
 
 
 def _from_anywhere(reference: str | None) -> str | None:

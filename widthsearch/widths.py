@@ -23,13 +23,13 @@ from widthsearch.errors import WidthsError
 class Axis:
     """One free width of a model, with the grid of values it may take.
 
-    The grid is ``range(least, most + 1, step)``; ``least``, ``base`` and ``most`` lie on it.
+    The grid is ``range(min_width, max_width + 1, step)``; ``base`` and both bounds lie on it.
 
     Attributes:
         name: The first layer that makes this width, e.g. ``layer1.0.conv1``.
         base: The width in the model as it was given, in channels.
-        least: The smallest width allowed, in channels.
-        most: The largest width allowed, in channels.
+        min_width: The smallest width allowed, in channels.
+        max_width: The largest width allowed, in channels.
         step: The distance of two widths on the grid; every width is a multiple of it.
         layers: Every layer with a parameter or buffer whose shape depends on this axis.
         tied: The axes that a user tied to this one: they keep their bases' ratio to it.
@@ -37,24 +37,24 @@ class Axis:
 
     name: str
     base: int
-    least: int
-    most: int
+    min_width: int
+    max_width: int
     step: int = 1
     layers: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.step < 1 or self.least < 1:
+        if self.step < 1 or self.min_width < 1:
             raise WidthsError(
-                f"`step >= 1` and `least >= 1` must hold, but axis {self.name!r} has "
-                f"step={self.step}, least={self.least}"
+                f"`step >= 1` and `min_width >= 1` must hold, but axis {self.name!r} has "
+                f"step={self.step}, min_width={self.min_width}"
             )
-        if not self.least <= self.base <= self.most:
+        if not self.min_width <= self.base <= self.max_width:
             raise WidthsError(
-                f"`least <= base <= most` must hold, but axis {self.name!r} has "
-                f"least={self.least}, base={self.base}, most={self.most}"
+                f"`min_width <= base <= max_width` must hold, but axis {self.name!r} has "
+                f"min_width={self.min_width}, base={self.base}, max_width={self.max_width}"
             )
-        for bound in ("least", "base", "most"):
+        for bound in ("min_width", "base", "max_width"):
             value = getattr(self, bound)
             if value % self.step:
                 raise WidthsError(
@@ -65,27 +65,27 @@ class Axis:
     @property
     def grid(self) -> range:
         """Every width this axis may take, ascending."""
-        return range(self.least, self.most + 1, self.step)
+        return range(self.min_width, self.max_width + 1, self.step)
 
     def nearest(self, width: float) -> int:
         """The grid value nearest to ``width`` (ties go up); idempotent."""
         snapped = math.floor(width / self.step + 0.5) * self.step
-        return min(max(snapped, self.least), self.most)
+        return min(max(snapped, self.min_width), self.max_width)
 
     def check(self, width: int) -> int:
         """Return ``width`` if it is on the grid.
 
         Raises:
-            WidthsError: It is outside ``least .. most`` or not a multiple of ``step``.
+            WidthsError: It is outside ``min_width .. max_width`` or not a multiple of ``step``.
         """
         if isinstance(width, bool) or not isinstance(width, int):
             raise WidthsError(
                 f"a width must be an integer, but axis {self.name!r} was given {width!r}"
             )
-        if not self.least <= width <= self.most:
+        if not self.min_width <= width <= self.max_width:
             raise WidthsError(
-                f"axis {self.name!r} takes {self.least} to {self.most} channels, but was given "
-                f"{width}; the nearest it takes is {self.nearest(width)}"
+                f"axis {self.name!r} takes {self.min_width} to {self.max_width} channels, "
+                f"but was given {width}; the nearest it takes is {self.nearest(width)}"
             )
         if width % self.step:
             raise WidthsError(

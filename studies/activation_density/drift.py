@@ -11,7 +11,7 @@ import torch
 
 from search_spaces.quickstart import digits_resnet
 from widthsearch import Recipe
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.data.tasks import load_task
 from widthsearch.proposers.activation_density import density_of_axes, held
 from widthsearch.proposers.density import DensityMeter
@@ -36,7 +36,7 @@ def main() -> None:
     )
     model = space.build(space.base, seed=arguments.seed)
     run = TrainingRun(model, task, held(recipe, arguments.epochs), seed=arguments.seed)
-    channels = find_channels(space.model, space.base)
+    channels = build_dependency_graph(space.model, space.base)
     while not run.finished:
         with DensityMeter(channels, model, None, {}) as meter:
             run.run_epoch()

@@ -151,7 +151,7 @@ def main() -> None:
     space, task = made.space, made.task
     recipe = replace(made.recipe, weight_decay=arguments.weight_decay)
     if arguments.step:
-        space = space.constrained(step=arguments.step, least=dict.fromkeys(space.names, 1))
+        space = space.constrained(step=arguments.step, min_width=dict.fromkeys(space.names, 1))
     found, proposals = [], []
     for seed in range(arguments.seeds):
         setting = Setting(seed, arguments.device, recipe, arguments.lowest, report=print)

@@ -64,8 +64,8 @@ class Learned:
         model, groups, measured = proposer.learned(space, task, setting)
         pruning = GroupPruning(space, model, groups, proposer.groups)
         print(f"seed {setting.seed}: {measured}", flush=True)
-        units = {a.name: t.unit for a, t in zip(space.axes, space.trace.axes, strict=True)}
-        fine = space.under(Constraints(least=units, step=1))
+        units = {a.name: t.divisor for a, t in zip(space.axes, space.trace.axes, strict=True)}
+        fine = space.with_constraints(Constraints(min=units, step=1))
         base = space.cost(space.base).macs
         self.architectures: dict[float, BranchedArchitecture] = {}
         self.plain: dict[float, Widths] = {}
@@ -77,7 +77,7 @@ class Learned:
             self.architectures[share] = pruning.architecture(pruned)
             profile = pruning.projected(pruned)
             self.plain[share] = LinearFamily(space, profile).solve(share * base)
-            narrow = fine.inherit(model, pruning.keep(pruned))
+            narrow = fine.extract(model, pruning.keep(pruned))
             self.inherited[share] = with_branches(narrow, self.architectures[share])
 
 

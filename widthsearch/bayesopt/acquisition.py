@@ -23,7 +23,7 @@ _NODES = 512  # where the integral over two or more costs, or uncertain ones, is
 
 
 @dataclass(frozen=True, eq=False)
-class Gain:
+class HypervolumeImprovement:
     """The expected gain of hypervolume over accuracy and costs, in accuracy times units of cost.
 
     Attributes:

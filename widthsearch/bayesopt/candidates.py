@@ -28,14 +28,14 @@ class Grid:
     axes: Sequence[Axis]
 
     @cached_property
-    def least(self) -> Batch:
+    def min_width(self) -> Batch:
         """The narrowest network, (axes,)."""
-        return np.array([axis.least for axis in self.axes])
+        return np.array([axis.min_width for axis in self.axes])
 
     @cached_property
-    def most(self) -> Batch:
+    def max_width(self) -> Batch:
         """The widest network, (axes,)."""
-        return np.array([axis.most for axis in self.axes])
+        return np.array([axis.max_width for axis in self.axes])
 
     @cached_property
     def step(self) -> Batch:
@@ -54,21 +54,21 @@ class Grid:
 
     def nearest(self, widths: NDArray[Any]) -> Batch:
         """The width vectors on the grid nearest to real numbers, (N, axes)."""
-        steps = np.floor((widths - self.least) / self.step + 0.5).astype(np.int64)
-        return self._inside(steps * self.step + self.least)
+        steps = np.floor((widths - self.min_width) / self.step + 0.5).astype(np.int64)
+        return self._inside(steps * self.step + self.min_width)
 
     def random(self, rng: np.random.Generator, count: int) -> Batch:
         """Networks of all sizes and shapes: half uniform, half around one multiplier."""
-        span = np.log(self.most / self.least)
+        span = np.log(self.max_width / self.min_width)
         size = rng.random((count, 1))
         around = size + rng.normal(0, 0.25, (count, len(self.axes)))
-        scaled = self.least * np.exp(np.clip(around, 0, 1) * span)
-        uniform = self.least + rng.random(scaled.shape) * (self.most - self.least)
+        scaled = self.min_width * np.exp(np.clip(around, 0, 1) * span)
+        uniform = self.min_width + rng.random(scaled.shape) * (self.max_width - self.min_width)
         return self.nearest(np.where(rng.random((count, 1)) < 0.5, uniform, scaled))
 
     def families(self, profiles: Batch, count: int) -> Batch:
         """Each profile times so many multipliers, from all axes at least to all at most."""
-        low, high = (self.least / profiles).min(), (self.most / profiles).max()
+        low, high = (self.min_width / profiles).min(), (self.max_width / profiles).max()
         multipliers = np.geomspace(low, high, count)
         scaled = multipliers[:, None, None] * profiles
         return self.nearest(scaled.reshape(-1, len(self.axes)))
@@ -92,8 +92,8 @@ class Grid:
             who = np.flatnonzero(rng.random(count) < 1 / (1 + moves))
             axis = rng.integers(len(self.axes), size=len(who))
             near = child[who, axis] + rng.choice((-1, 1), len(who)) * self.step[axis]
-            levels = (self.most - self.least)[axis] // self.step[axis] + 1
-            far = self.least[axis] + rng.integers(levels) * self.step[axis]
+            levels = (self.max_width - self.min_width)[axis] // self.step[axis] + 1
+            far = self.min_width[axis] + rng.integers(levels) * self.step[axis]
             child[who, axis] = np.where(rng.random(len(who)) < 0.5, near, far)
         return self._inside(child)
 
@@ -108,5 +108,5 @@ class Grid:
         return pairs
 
     def _inside(self, widths: Batch) -> Batch:
-        inside: Batch = np.clip(widths, self.least, self.most)
+        inside: Batch = np.clip(widths, self.min_width, self.max_width)
         return inside

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
-from widthsearch.bayesopt.acquisition import Gain
+from widthsearch.bayesopt.acquisition import HypervolumeImprovement
 from widthsearch.bayesopt.candidates import Batch, Grid
 from widthsearch.bayesopt.pareto import non_dominated
 from widthsearch.bayesopt.surrogate import (
@@ -229,7 +229,7 @@ class WidthSampler(BaseSampler):
         Raises:
             ValueError: None is finished.
         """
-        return self.believed(self._known(study))
+        return self.fit_surrogate(self._known(study))
 
     def front(self, study: Study) -> list[FrozenTrial]:
         """The finished trials that no other dominates by posterior mean, fewest of the costs first.
@@ -243,7 +243,7 @@ class WidthSampler(BaseSampler):
             return []
         widths = [[t.params[name] for name in self._names] for t in done]
         points = np.array([t.values for t in done]) * self._signs
-        points[:, self._accuracy] = -self.surrogate(study).predict(widths).mean
+        points[:, self._accuracy] = -self.surrogate(study).posterior(widths).mean
         kept = np.flatnonzero(non_dominated(points))
         costs = np.delete(points, self._accuracy, axis=1)
         return [done[i] for i in sorted(kept, key=lambda i: (*costs[i], done[i].number))]
@@ -266,7 +266,7 @@ class WidthSampler(BaseSampler):
 
     # -- the search --------------------------------------------------------------------------
 
-    def believed(self, known: Sequence[Known]) -> Surrogate:
+    def fit_surrogate(self, known: Sequence[Known]) -> Surrogate:
         """The surrogate of accuracy: finished trials, and what the curves of others foretell.
 
         Raises:
@@ -330,7 +330,7 @@ class WidthSampler(BaseSampler):
             if len(trials) < fewest or not any(trial.values for trial in known):
                 found = self._first(rng, len(trials), barred)
             else:
-                view = view or self._view(trials, rivals, surrogate or self.believed(trials))
+                view = view or self._view(trials, rivals, surrogate or self.fit_surrogate(trials))
                 found = self._best(rng, view, barred)
             if found is None:
                 break
@@ -338,7 +338,9 @@ class WidthSampler(BaseSampler):
             out.append(found)
             trials.append(Known(found.widths, running=True))
             if view is not None:
-                view = view.expecting(_Pool.of(self.coordinates, np.array([found.widths.vector])))
+                view = view.condition_on(
+                    _Pool.of(self.coordinates, np.array([found.widths.vector]))
+                )
         return out
 
     @cached_property
@@ -387,17 +389,17 @@ class WidthSampler(BaseSampler):
         if latency is None and "latency_ms" in self.objectives:
             ms = values[:, self.objectives.index("latency_ms")]
             latency = learned_latency(self.coordinates, widths, ms)
-        mean = surrogate.predict(widths).mean
+        mean = surrogate.posterior(widths).mean
         costs = np.log(np.delete(values, self._accuracy, axis=1))
         names = [name for name in self.objectives if name != "accuracy"]
         window = np.array([self._window(name, costs[:, i]) for i, name in enumerate(names)])
         spaces = Coordinates.together(self.coordinates.spaces) or [self.coordinates]
         narrowest = [
-            surrogate.of_space(space).predict([[axis.least for axis in space.axes]]).mean[0]
+            surrogate.of_space(space).posterior([[axis.min_width for axis in space.axes]]).mean[0]
             for space in spaces
         ]
         others = np.array(rivals).reshape(-1, len(self.objectives))
-        gain = Gain(
+        gain = HypervolumeImprovement(
             accuracy=np.concatenate([mean, others[:, self._accuracy]]),
             costs=np.concatenate([costs, np.log(np.delete(others, self._accuracy, axis=1))]),
             window=window.reshape(-1, 2).T,
@@ -407,7 +409,7 @@ class WidthSampler(BaseSampler):
         view = _View(tuple(names), self._limits, surrogate, latency, gain, front)
         running = [trial.widths.vector for trial in trials if trial.running]
         if running:
-            view = view.expecting(_Pool.of(self.coordinates, np.array(running)))
+            view = view.condition_on(_Pool.of(self.coordinates, np.array(running)))
         return view
 
     def _window(self, name: str, seen: Array) -> tuple[float, float]:
@@ -516,15 +518,15 @@ class _View:
     limits: Mapping[str, tuple[float, float]]
     surrogate: Surrogate
     latency: LatencyPredictor | None
-    gain: Gain
+    gain: HypervolumeImprovement
     front: Batch
 
     def gains(self, pool: _Pool) -> Array:
         """The expected gain by each candidate, (N,)."""
-        belief = self.surrogate.predict(pool.features)
-        moved = belief.sd**2 / np.sqrt(belief.sd**2 + self.surrogate.noise**2)
+        estimate = self.surrogate.posterior(pool.features)
+        moved = estimate.sd**2 / np.sqrt(estimate.sd**2 + self.surrogate.noise**2)
         costs, costs_sd = self._log_costs(pool)
-        gains = self.gain(belief.mean, moved, costs, costs_sd)
+        gains = self.gain(estimate.mean, moved, costs, costs_sd)
         if "latency_ms" in self.limits and self.latency is not None:
             ms, sd = self.latency(pool.widths)
             low, high = (
@@ -533,15 +535,15 @@ class _View:
             gains *= ndtr(high) - ndtr(low)
         return gains
 
-    def expecting(self, pool: _Pool) -> _View:
+    def condition_on(self, pool: _Pool) -> _View:
         """The same once networks are trained that come out as believed."""
-        mean = self.surrogate.predict(pool.features).mean
+        mean = self.surrogate.posterior(pool.features).mean
         gain = replace(
             self.gain,
             accuracy=np.concatenate([self.gain.accuracy, mean]),
             costs=np.concatenate([self.gain.costs, self._log_costs(pool)[0]]),
         )
-        return replace(self, surrogate=self.surrogate.expecting(pool.features), gain=gain)
+        return replace(self, surrogate=self.surrogate.condition_on(pool.features), gain=gain)
 
     def _log_costs(self, pool: _Pool) -> tuple[Array, Array]:
         """Logs of the costs and their standard deviations, (N, D); 0 where exact."""
@@ -562,9 +564,9 @@ def learned_latency(coordinates: Coordinates, widths: Batch, ms: Array) -> Laten
     surrogate = Surrogate.fit(coordinates, widths, np.log(ms))
 
     def predict(at: Batch) -> tuple[Array, Array]:
-        belief = surrogate.predict(at)
-        median = np.exp(belief.mean)
-        return median, median * belief.sd
+        estimate = surrogate.posterior(at)
+        median = np.exp(estimate.mean)
+        return median, median * estimate.sd
 
     return predict
 

@@ -143,16 +143,16 @@ class Coordinates:
 
     @cached_property
     def _least(self) -> Array:
-        return np.log([axis.least for axis in self.axes])
+        return np.log([axis.min_width for axis in self.axes])
 
     @cached_property
     def _span(self) -> Array:
-        span = np.log([axis.most for axis in self.axes]) - self._least
+        span = np.log([axis.max_width for axis in self.axes]) - self._least
         return np.where(span > 0, span, 1.0)
 
     @cached_property
     def _own_range(self) -> dict[str, tuple[float, float]]:
-        corners = np.array([[a.least for a in self.axes], [a.most for a in self.axes]])
+        corners = np.array([[a.min_width for a in self.axes], [a.max_width for a in self.axes]])
         return {
             name: (float(np.log(low)), float(np.log(high)))
             for name, cost in self.costs.items()
@@ -393,7 +393,7 @@ class Surrogate:
         """How many trainings it has learned from."""
         return len(self._y)
 
-    def expecting(self, widths: ArrayLike | Features) -> Surrogate:
+    def condition_on(self, widths: ArrayLike | Features) -> Surrogate:
         """This surrogate once networks are trained, (N, axes), if each comes out as believed.
 
         Means stay; what is uncertain near those networks is less so (Kriging believer: Ginsbourger,
@@ -421,7 +421,7 @@ class Surrogate:
         weights: Array = cho_solve((self._lower, True), self._y, check_finite=False)
         return weights
 
-    def predict(self, widths: ArrayLike | Features) -> Prediction:
+    def posterior(self, widths: ArrayLike | Features) -> Prediction:
         """What is believed of networks, trained or not, (N, axes)."""
         at = self._features(widths)
         across = _blend(self.amplitudes[:-1], at.covariances(self._seen))
@@ -440,9 +440,9 @@ class Surrogate:
 
     def along(self, family: Family) -> Prediction:
         """What is believed of each member of a family, narrowest first."""
-        return self.predict(family.members)
+        return self.posterior(family.members)
 
-    def left_out(self) -> Prediction:
+    def loo_posterior(self) -> Prediction:
         """What is believed of each outcome's accuracy when it is left out, noise included.
 
         Closed form (Rasmussen and Williams, Gaussian Processes, 2006, equation 5.12), with
@@ -458,7 +458,7 @@ class Surrogate:
 
         Calibrated intervals give about ``level``.
         """
-        left = self.left_out()
+        left = self.loo_posterior()
         seen = self._y * self._unit + self._level
         return float((np.abs(seen - left.mean) <= ndtri(0.5 + level / 2) * left.sd).mean())
 

@@ -3,8 +3,9 @@
 Every position along every symbolic dim of every parameter and buffer is an element. The model runs
 once, and next to each tensor runs a tensor of the elements it is made of: views, concatenations and
 shuffles act on the elements as they act on values; where values meet (in a sum, a norm, a matrix
-product) their elements are one. What is one in the end is a *unit* of an axis: what can only be
-removed together. A unit is a channel, or as many channels as the axis has groups or heads.
+product) their elements are one. Each equivalence class is a *group*: the smallest set of channels
+that can be pruned together. A group of an axis is one channel, or several where a convolution has
+groups or attention has heads.
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ from widthsearch.widths import Widths
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
-    """Where the units of each axis lie in a network of certain widths.
+class DependencyGraph:
+    """Where the groups of each axis lie in a network of certain widths.
 
     Attributes:
         widths: The network's widths.
-        units: Per axis, how many units it has: its width by its channels per unit.
+        groups: Per axis, its number of groups: its width by its channels per group.
         axis: Per tensor and dim that follows axes, the axis of each position, -1 where unknown.
-        unit: The same for the unit within the axis.
+        group: The same for the group within the axis.
         readers: Per tensor, the dim along which it multiplies channels that it reads.
-        unknown: Axes for which the run did not show where all of their units lie.
+        unknown: Axes for which the run did not show where all of their groups lie.
     """
 
     widths: Widths
-    units: tuple[int, ...]
+    groups: tuple[int, ...]
     axis: Mapping[tuple[str, int], NDArray[np.int64]]
-    unit: Mapping[tuple[str, int], NDArray[np.int64]]
-    readers: Mapping[str, int]
+    group: Mapping[tuple[str, int], NDArray[np.int64]]
+    consumers: Mapping[str, int]
     unknown: frozenset[int]
 
 
-def find_channels(model: TracedModel, widths: Widths) -> Channels:
-    """Where each axis's units lie in every parameter and buffer of a network of these widths."""
+def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGraph:
+    """Where each axis's groups lie in every parameter and buffer of a network of these widths."""
     system = System(
-        hints=[w // a.unit for w, a in zip(widths.vector, model.trace.axes, strict=True)]
+        hints=[w // a.divisor for w, a in zip(widths.vector, model.trace.axes, strict=True)]
     )
     elements = Elements()
     run = Propagation(elements)
@@ -77,11 +78,11 @@ def find_channels(model: TracedModel, widths: Widths) -> Channels:
         copies[id(tensor)] = meta
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
     run_on_meta(symbolic, sample(model.input_shape, 1, "meta"), run)
-    units = [w // a.unit for w, a in zip(widths.vector, model.trace.axes, strict=True)]
+    groups = [w // a.divisor for w, a in zip(widths.vector, model.trace.axes, strict=True)]
     roots = {where: elements.find(made) for where, made in own.items()}
-    unit_of = [_numbered(model, i, count, roots) for i, count in enumerate(units)]
+    group_of = [_numbered(model, i, count, roots) for i, count in enumerate(groups)]
     axes: dict[tuple[str, int], NDArray[np.int64]] = {}
-    unit: dict[tuple[str, int], NDArray[np.int64]] = {}
+    group: dict[tuple[str, int], NDArray[np.int64]] = {}
     unknown: set[int] = set()
     for (key, dim), these in roots.items():
         length = model.trace.shapes[key][dim]
@@ -89,19 +90,19 @@ def find_channels(model: TracedModel, widths: Widths) -> Channels:
         found = np.full((len(these), 2), -1)
         for position, root in enumerate(these.tolist()):
             for number in owners:
-                if root in unit_of[number]:
-                    found[position] = number, unit_of[number][root]
-        axes[key, dim], unit[key, dim] = found.T
+                if root in group_of[number]:
+                    found[position] = number, group_of[number][root]
+        axes[key, dim], group[key, dim] = found.T
         for number in owners:
-            counts = np.bincount(found[found[:, 0] == number, 1], minlength=units[number])
+            counts = np.bincount(found[found[:, 0] == number, 1], minlength=groups[number])
             if (counts != length.get((number,), 0)).any():
                 unknown.add(number)
     lost = np.concatenate([np.empty(0, np.int64), *elements.wandering])
     lost_roots = set(elements.find(lost[lost >= 0]).tolist())
-    unknown.update(i for i, a in enumerate(unit_of) if not lost_roots.isdisjoint(a))
-    for i, a in enumerate(unit_of):  # a channel of one axis that is also one of another's
-        unknown.update(n for k, b in enumerate(unit_of[:i]) if a.keys() & b.keys() for n in (i, k))
-    return Channels(widths, tuple(units), axes, unit, run.readers, frozenset(unknown))
+    unknown.update(i for i, a in enumerate(group_of) if not lost_roots.isdisjoint(a))
+    for i, a in enumerate(group_of):  # a channel of one axis that is also one of another's
+        unknown.update(n for k, b in enumerate(group_of[:i]) if a.keys() & b.keys() for n in (i, k))
+    return DependencyGraph(widths, tuple(groups), axes, group, run.consumers, frozenset(unknown))
 
 
 def _numbered(
@@ -110,11 +111,11 @@ def _numbered(
     count: int,
     roots: Mapping[tuple[str, int], NDArray[np.int64]],
 ) -> dict[int, int]:
-    """The unit of an axis that each representative stands for.
+    """The group of an axis that each representative stands for.
 
     An axis can hold several sets of channels that only have their number in common (the residual
     stream of a transformer, and the heads of its attention). Each is numbered on its own, from the
-    axis's maker on. Where one has more channels than there are units, a unit is several of them.
+    axis's maker on. Where one has more channels than there are groups, a group is several of them.
     """
     followers = [
         where for where in roots if model.trace.shapes[where[0]][where[1]].keys() == {(axis,)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.modules.tree import join, tensors_of
 from widthsearch.tracing.traced_model import TracedModel
@@ -23,7 +23,9 @@ Keep = Mapping[str, Iterable[int]]
 """Per axis by name, the channels that are kept; axes left out keep all of theirs."""
 
 
-def kept_units(model: TracedModel, channels: Channels, keep: Keep) -> list[NDArray[np.bool_]]:
+def kept_groups(
+    model: TracedModel, channels: DependencyGraph, keep: Keep
+) -> list[NDArray[np.bool_]]:
     """Per axis, which units are kept.
 
     Raises:
@@ -31,12 +33,12 @@ def kept_units(model: TracedModel, channels: Channels, keep: Keep) -> list[NDArr
             same unit (of a group, or a head).
         SpaceError: The run did not show where an axis's channels lie.
     """
-    out = [np.ones(n, bool) for n in channels.units]
+    out = [np.ones(n, bool) for n in channels.groups]
     for name, chosen in keep.items():
         if name not in channels.widths:
             raise WidthsError(f"space {model.name!r} has no axis {name!r} to keep channels of")
         i = channels.widths.names.index(name)
-        width, unit = channels.widths.vector[i], model.trace.axes[i].unit
+        width, unit = channels.widths.vector[i], model.trace.axes[i].divisor
         kept = np.zeros(width, bool)
         for channel in chosen:
             if not 0 <= channel < width:
@@ -49,7 +51,7 @@ def kept_units(model: TracedModel, channels: Channels, keep: Keep) -> list[NDArr
                 f"the channels of axis {name!r} cannot be told apart from those of others, so none "
                 "of them can be cut; leave the axis out"
             )
-        counts = np.bincount(channels.unit[model.trace.axes[i].maker][kept], minlength=len(out[i]))
+        counts = np.bincount(channels.group[model.trace.axes[i].maker][kept], minlength=len(out[i]))
         if not np.isin(counts, (0, unit)).all():
             raise WidthsError(
                 f"channels of axis {name!r} go in units of {unit} (groups or heads), but unit "
@@ -60,14 +62,14 @@ def kept_units(model: TracedModel, channels: Channels, keep: Keep) -> list[NDArr
 
 
 def _kept_positions(
-    channels: Channels, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
+    channels: DependencyGraph, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
 ) -> NDArray[np.bool_]:
-    axes, units = channels.axis[where], channels.unit[where]
+    axes, units = channels.axis[where], channels.group[where]
     return np.array([a < 0 or kept[a][u] for a, u in zip(axes, units, strict=True)], bool)
 
 
-def inherit(
-    model: TracedModel, network: nn.Module, keep: Keep, channels: Channels | None = None
+def extract(
+    model: TracedModel, network: nn.Module, keep: Keep, channels: DependencyGraph | None = None
 ) -> nn.Module:
     """A narrower network with the weights that belong to the channels that are kept.
 
@@ -84,9 +86,9 @@ def inherit(
     Raises:
         WidthsError: The channels do not fit the axes, or their number is not on the grid.
     """
-    channels = channels or find_channels(model, widths_of(model, network))
-    kept = kept_units(model, channels, keep)
-    counts = [int(k.sum()) * a.unit for k, a in zip(kept, model.trace.axes, strict=True)]
+    channels = channels or build_dependency_graph(model, widths_of(model, network))
+    kept = kept_groups(model, channels, keep)
+    counts = [int(k.sum()) * a.divisor for k, a in zip(kept, model.trace.axes, strict=True)]
     narrow = model.build(counts, initialise=False)
     old = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(network)}
     with torch.no_grad():
@@ -124,8 +126,8 @@ def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Mo
     Yields:
         The same network.
     """
-    channels = find_channels(model, widths_of(model, network))
-    kept = kept_units(model, channels, keep)
+    channels = build_dependency_graph(model, widths_of(model, network))
+    kept = kept_groups(model, channels, keep)
     parameters = dict(network.named_parameters())
     before: dict[str, Tensor] = {}
     norms: dict[int, Tensor] = {}
@@ -148,9 +150,11 @@ def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Mo
                 parameters[key].copy_(values)
 
 
-def _masked_dims(channels: Channels, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+def _masked_dims(
+    channels: DependencyGraph, parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[str, int]]:
     """The dims of parameters along which a masked network has zeros."""
-    for key in channels.readers:
+    for key in channels.consumers:
         for name in (key, f"{key.removesuffix('weight')}bias"):
             if name in parameters:
                 dims = range(parameters[name].dim())

@@ -90,7 +90,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fields: dict[int, list[Field]] = {}
         self.kept: list[Tensor] = []  # so that no id is used twice
         self.parameters: dict[int, str] = {}
-        self.readers: dict[str, int] = {}
+        self.consumers: dict[str, int] = {}
 
     def put(self, tensor: Tensor, fields: Iterable[Field]) -> None:
         """Say what a tensor is made of."""
@@ -125,7 +125,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for d, elements in enumerate(held):
                     if own is not None and elements is not None and torch.equal(own, elements):
                         dim = d
-            self.readers[name] = dim
+            self.consumers[name] = dim
 
     origin: dict[int, Tensor]
 

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels
+from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.modules.tree import join
 from widthsearch.torch_internals import NormBase
 
 
-def unit_sums(channels: Channels, key: str, dim: int, values: Tensor) -> dict[int, Tensor]:
+def group_sums(channels: DependencyGraph, key: str, dim: int, values: Tensor) -> dict[int, Tensor]:
     """Sum values by the unit that they belong to.
 
     Args:
@@ -23,17 +23,17 @@ def unit_sums(channels: Channels, key: str, dim: int, values: Tensor) -> dict[in
     Returns:
         Per axis that the dim follows, shape (units,).
     """
-    axes, units = channels.axis[key, dim], channels.unit[key, dim]
+    axes, units = channels.axis[key, dim], channels.group[key, dim]
     out = {}
     for axis in sorted(set(axes.tolist()) - {-1}):
         mine = torch.from_numpy(np.flatnonzero(axes == axis)).to(values.device)
         index = torch.from_numpy(units[axes == axis]).to(values.device)
-        sums = torch.zeros(channels.units[axis], dtype=values.dtype, device=values.device)
+        sums = torch.zeros(channels.groups[axis], dtype=values.dtype, device=values.device)
         out[axis] = sums.index_add_(0, index, values[mine])
     return out
 
 
-def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
+def gate_gradients(channels: DependencyGraph, model: nn.Module) -> list[Tensor]:
     """∂L/∂c for a gate c = 1 on each unit of each axis, where the axis is read.
 
     The gate on the inputs of an axis's readers need not be there: its gradient is the sum over
@@ -50,7 +50,7 @@ def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
     """
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    out = [torch.zeros(n, device=device) for n in channels.units]
+    out = [torch.zeros(n, device=device) for n in channels.groups]
     read: set[int] = set()
 
     def collect(key: str, dim: int) -> None:
@@ -59,11 +59,11 @@ def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
             return
         products = (parameter.detach() * parameter.grad).movedim(dim, 0)
         products = products.reshape(len(products), -1).sum(1)
-        for axis, sums in unit_sums(channels, key, dim, products).items():
+        for axis, sums in group_sums(channels, key, dim, products).items():
             read.add(axis)
             out[axis] = out[axis] + sums
 
-    for key, dim in channels.readers.items():
+    for key, dim in channels.consumers.items():
         where = _read_dim(channels, parameters[key], key, dim)
         if where is not None:
             collect(*where)
@@ -77,7 +77,9 @@ def gate_gradients(channels: Channels, model: nn.Module) -> list[Tensor]:
     return out
 
 
-def _read_dim(channels: Channels, parameter: Tensor, key: str, dim: int) -> tuple[str, int] | None:
+def _read_dim(
+    channels: DependencyGraph, parameter: Tensor, key: str, dim: int
+) -> tuple[str, int] | None:
     """The dim of a reader along which it has the channels that it reads."""
     if (key, dim) in channels.axis:
         return key, dim

@@ -282,7 +282,7 @@ class _Layers:
 
     def __init__(self, space: SearchSpace) -> None:
         trace, n = space.trace, len(space.axes)
-        units = [axis.unit for axis in trace.axes]
+        units = [axis.divisor for axis in trace.axes]
         self._units = np.array(units, np.float64)
         self._whole: list[QuadraticForm] = []  # layers whose MACs are no product of a weight's dims
         factors: list[int] = []  # MACs over the product of the weight's free dims

@@ -23,7 +23,8 @@ from rich.table import Table
 from scipy.stats import qmc
 
 from widthsearch.errors import StudyError, writing
-from widthsearch.latency.meter import Latency, LatencyConfig, LatencyMeter, hardware_name
+from widthsearch.latency.config import Latency, LatencyConfig
+from widthsearch.latency.meter import LatencyMeter, hardware_name
 from widthsearch.latency.predictor import LatencyModel
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import check_device
@@ -139,8 +140,14 @@ def designed(space: SearchSpace, count: int) -> list[Widths]:
         At most ``count`` different width vectors; fewer where the space has no more of them.
     """
     axes = space.axes
-    out = [space.base, space.widths([a.least for a in axes]), space.widths([a.most for a in axes])]
-    base, least, most = (np.array([getattr(a, k) for a in axes]) for k in ("base", "least", "most"))
+    out = [
+        space.base,
+        space.widths([a.min_width for a in axes]),
+        space.widths([a.max_width for a in axes]),
+    ]
+    base, least, most = (
+        np.array([getattr(a, k) for a in axes]) for k in ("base", "min_width", "max_width")
+    )
     low, high = np.log((least / base).min()), np.log((most / base).max())
     points = qmc.Sobol(len(axes) + 1, rng=0).random_base2(math.ceil(math.log2(4 * count)))
     for i, (scale, *shares) in enumerate(points):
@@ -196,7 +203,7 @@ def report(model: LatencyModel) -> Table:
 def _setting(space: SearchSpace, config: LatencyConfig) -> dict[str, Any]:
     """All that a network's latency depends on besides its widths."""
     measured = {key: value for key, value in asdict(config).items() if key != "pairs"}
-    cost = space.free.cost(space.free.base)
+    cost = space.unconstrained.cost(space.unconstrained.base)
     return {
         **measured,
         "hardware": hardware_name(check_device(config.device)),

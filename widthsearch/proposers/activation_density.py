@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import nn
 
-from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter
 from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe, TrainingRun
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import TrainingRun
 from widthsearch.widths import Widths
 
 
@@ -134,7 +135,7 @@ class ActivationDensity:
         free = [
             d
             for d, w, axis in zip(last.densities, last.widths.vector, space.axes, strict=True)
-            if w > axis.least and not math.isnan(d)
+            if w > axis.min_width and not math.isnan(d)
         ]
         if all(d >= self.until for d in free):
             return f"every density is {self.until:g} or more, or its axis at its least"
@@ -190,14 +191,16 @@ class _PhaseRun:
         self.method, self.space, self.task = method, space, task
         self.setting, self.rules, self.called = setting, rules, called
         self.model: nn.Module
-        self.channels: Channels
+        self.channels: DependencyGraph
         self.counts: list[Counts] = []
 
     def __call__(self, widths: Widths, model: nn.Module, seed: int, inherited: bool) -> Phase:
         """Train to the plateau."""
         method, space, setting = self.method, self.space, self.setting
         self.model = model
-        self.channels = find_channels(space.free.model, space.freed(widths))
+        self.channels = build_dependency_graph(
+            space.unconstrained.model, space.to_unconstrained(widths)
+        )
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
         recipe = held(setting.recipe, method.max_epochs or setting.recipe.epochs)
@@ -232,22 +235,22 @@ class _PhaseRun:
 
     def cut(self, widths: Widths) -> nn.Module | None:
         """The network of those widths with the densest channels' weights, if they can be told."""
-        free = self.space.free
+        free = self.space.unconstrained
         # Narrower than its own grid allows is what ties and bounds of the space may ask of it.
-        finest = {axis.name: axis.unit for axis in free.trace.axes}
-        free = free.constrained(least=finest, step=finest)
-        freed = self.space.freed(widths)
+        finest = {axis.name: axis.divisor for axis in free.trace.axes}
+        free = free.constrained(min_width=finest, step=finest)
+        to_unconstrained = self.space.to_unconstrained(widths)
         keep: dict[str, list[int]] = {}
         for i, (axis, counts) in enumerate(zip(free.trace.axes, self.counts, strict=True)):
-            if freed[axis.name] == self.channels.widths[axis.name]:
+            if to_unconstrained[axis.name] == self.channels.widths[axis.name]:
                 continue
             if i in self.channels.unknown:
                 return None
             densest = np.argsort(-counts.density(), kind="stable")
-            units = densest[: freed[axis.name] // axis.unit]
-            channels = np.flatnonzero(np.isin(self.channels.unit[axis.maker], units))
+            units = densest[: to_unconstrained[axis.name] // axis.divisor]
+            channels = np.flatnonzero(np.isin(self.channels.group[axis.maker], units))
             keep[axis.name] = channels.tolist()
-        return free.inherit(self.model, keep)
+        return free.extract(self.model, keep)
 
 
 def held(recipe: Recipe, epochs: int) -> Recipe:
@@ -299,7 +302,7 @@ def first_power(space: SearchSpace, widths: Widths, densities: Sequence[float]) 
     Returns:
         None where every axis is at its least.
     """
-    if all(w <= axis.least for w, axis in zip(widths.vector, space.axes, strict=True)):
+    if all(w <= axis.min_width for w, axis in zip(widths.vector, space.axes, strict=True)):
         return None
     shares = np.clip(np.nan_to_num(np.asarray(densities), nan=1.0), 0.0, 0.99)
     powers, found = shares, widths
@@ -322,7 +325,7 @@ def training_complexity(phases: Sequence[tuple[int, int]], epochs: int, macs: in
 
 def density_of_axes(space: SearchSpace, counts: Sequence[Counts]) -> tuple[float, ...]:
     """Each axis's density; tied ones' over all of their counts. NaN where nothing was counted."""
-    index = {name: i for i, name in enumerate(space.free.names)}
+    index = {name: i for i, name in enumerate(space.unconstrained.names)}
     out = []
     for axis in space.axes:
         mine = [counts[index[name]] for name in (axis.name, *axis.tied)]

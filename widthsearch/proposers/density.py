@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from widthsearch.channels.dependency_graph import Channels
+from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.modules.tree import owner_of
 from widthsearch.torch_internals import ConvNd
 
@@ -80,7 +80,11 @@ class DensityMeter:
     """
 
     def __init__(
-        self, channels: Channels, model: nn.Module, threshold: float | None, rules: dict[str, float]
+        self,
+        channels: DependencyGraph,
+        model: nn.Module,
+        threshold: float | None,
+        rules: dict[str, float],
     ) -> None:
         self._channels, self._threshold, self._rules = channels, threshold, rules
         self._model = model
@@ -92,12 +96,12 @@ class DensityMeter:
     def __enter__(self) -> DensityMeter:
         model = self._model
         layers = dict(model.named_modules())
-        for key, dim in self._channels.readers.items():
+        for key, dim in self._channels.consumers.items():
             layer = layers[owner_of(key.rpartition(".")[0])]
             convolution = isinstance(layer, ConvNd)
             if convolution and (key, dim) not in self._channels.axis and layer.weight.shape[1] == 1:
                 dim = 0  # depthwise: the filter is the channel
-            axis, unit = (of.get((key, dim)) for of in (self._channels.axis, self._channels.unit))
+            axis, unit = (of.get((key, dim)) for of in (self._channels.axis, self._channels.group))
             if (convolution or isinstance(layer, nn.Linear)) and axis is not None:
                 assert unit is not None
                 self._readers[key] = _Reader(1 if convolution else -1, axis, unit)
@@ -113,7 +117,7 @@ class DensityMeter:
 
     def counts(self) -> list[Counts]:
         """What was counted, per axis of the space that the channels are of."""
-        out = [Counts(np.zeros(n), np.zeros(n)) for n in self._channels.units]
+        out = [Counts(np.zeros(n), np.zeros(n)) for n in self._channels.groups]
         seen = [(r, r.active) for r in self._readers.values() if r.active is not None]
         counted = torch.cat([active for _, active in seen] or [torch.empty(0)]).cpu().numpy()
         start = 0

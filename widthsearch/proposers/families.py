@@ -49,7 +49,7 @@ class Family(ABC):
         )
         steps = [(tau, i) for tau, i in steps if tau < math.inf]
         moves = np.zeros((len(steps) + 1, len(self.space.axes)), np.int64)
-        moves[0] = [axis.least for axis in self.space.axes]
+        moves[0] = [axis.min_width for axis in self.space.axes]
         for row, (_, i) in enumerate(steps, start=1):
             moves[row, i] = self.space.axes[i].step
         return moves.cumsum(0)
@@ -64,7 +64,7 @@ class Family(ABC):
         Raises:
             WidthsError: Even the narrowest member costs more.
         """
-        costs = self.space.form(quantity)(self.members)
+        costs = self.space.cost_form(quantity)(self.members)
         last = bisect.bisect_right(costs.tolist(), budget) - 1
         if last < 0:
             raise WidthsError(
@@ -264,7 +264,7 @@ def _within(spaces: Mapping[str, SearchSpace], budget: float) -> list[tuple[Sear
     macs = budget * first.cost(first.base).macs
     found = []
     for space in spaces.values():
-        ends = [[axis.least for axis in space.axes], [axis.most for axis in space.axes]]
+        ends = [[axis.min_width for axis in space.axes], [axis.max_width for axis in space.axes]]
         narrowest, widest = space.macs(ends)
         if narrowest <= macs and (macs <= widest or space is first):
             found.append((space, macs))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from widthsearch.channels.dependency_graph import Channels
+from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.data.tasks import Task
 from widthsearch.proposers.importance import Per, check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe
+from widthsearch.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class FisherInformation(TorchFunctionMode):
         model: The network that will run.
     """
 
-    def __init__(self, channels: Channels, model: nn.Module) -> None:
+    def __init__(self, channels: DependencyGraph, model: nn.Module) -> None:
         super().__init__()
-        self._units = channels.units
+        self._units = channels.groups
         self._readers: dict[int, tuple[str, NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._unseen: list[set[str]] = [set() for _ in channels.units]
+        self._unseen: list[set[str]] = [set() for _ in channels.groups]
         for key, parameter in model.named_parameters():
-            where = key, channels.readers.get(key, -1)
+            where = key, channels.consumers.get(key, -1)
             if where == (key, 1) and parameter.shape[1] == 1 and where not in channels.axis:
                 where = key, 0  # depthwise: the filter is the channel
             if where in channels.axis:
-                self._readers[id(parameter)] = key, channels.axis[where], channels.unit[where]
+                self._readers[id(parameter)] = key, channels.axis[where], channels.group[where]
                 for axis in set(channels.axis[where].tolist()) - {-1}:
                     self._unseen[axis].add(key)
         self._read = {i for i, keys in enumerate(self._unseen) if keys}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels
+from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.errors import StudyError
 from widthsearch.proposers.protocol import PredictedLatency
 from widthsearch.space.search_space import SearchSpace
@@ -35,7 +35,7 @@ def check_counts(proposer: object, *fields: str) -> None:
 
 
 def channel_scores(
-    space: SearchSpace, channels: Channels, scores: Sequence[Tensor]
+    space: SearchSpace, channels: DependencyGraph, scores: Sequence[Tensor]
 ) -> list[NDArray[np.float64]]:
     """Scores of a space's channels from those of the units of :attr:`~SearchSpace.free`.
 
@@ -51,12 +51,12 @@ def channel_scores(
         Per axis of the space, shape (base,).
     """
     out = []
-    for i, (axis, units) in enumerate(zip(space.free.trace.axes, scores, strict=True)):
-        of_unit = units.detach().double().cpu().numpy() / axis.unit
+    for i, (axis, units) in enumerate(zip(space.unconstrained.trace.axes, scores, strict=True)):
+        of_unit = units.detach().double().cpu().numpy() / axis.divisor
         if i in channels.unknown:
             of_unit = np.full_like(of_unit, of_unit.mean())
-        out.append(np.repeat(of_unit, axis.unit))
-    return space.folded(out)
+        out.append(np.repeat(of_unit, axis.divisor))
+    return space.tie_scores(out)
 
 
 class Removal:
@@ -100,16 +100,16 @@ class Removal:
         self.widths = np.array(space.base.vector, np.int64)
         self.path = [self.widths.copy()]
         self._steps = np.array([axis.step for axis in space.axes], np.int64)
-        least = np.array([axis.least for axis in space.axes])
+        least = np.array([axis.min_width for axis in space.axes])
         above_floor = np.ceil(floor * self.widths / self._steps - 1e-9).astype(np.int64)
-        self.least = np.maximum(least, above_floor * self._steps)
-        self.least[list(kept)] = self.widths[list(kept)]
+        self.min_width = np.maximum(least, above_floor * self._steps)
+        self.min_width[list(kept)] = self.widths[list(kept)]
         self._fixed = self._saved() if cost == "fixed" else None
 
     @property
     def possible(self) -> NDArray[np.bool_]:
         """Which axes may lose a step more."""
-        allowed: NDArray[np.bool_] = self.widths - self._steps >= self.least
+        allowed: NDArray[np.bool_] = self.widths - self._steps >= self.min_width
         return allowed
 
     def weakest(self, losses: NDArray[np.float64]) -> int | None:
@@ -140,7 +140,7 @@ class Removal:
             predicted = self._latency(np.vstack([now, now - narrower]))
             saved, whole = predicted[0] - predicted[1:], predicted[0]
         else:
-            form = self._space.form(self._per)
+            form = self._space.cost_form(self._per)
             curvature = np.diag(form.quadratic) / form.units**2
             saved = form.marginal(self.widths) * self._steps - curvature * self._steps**2
             whole = np.float64(form(self.widths))
@@ -172,7 +172,7 @@ def shrink(
     ]
     steps = [0] * len(losses)
     upcoming = np.array([loss[0] for loss in losses])
-    form = space.form("macs")
+    form = space.cost_form("macs")
     while not until or form(removal.widths) > until:
         axis = removal.weakest(upcoming)
         if axis is None:

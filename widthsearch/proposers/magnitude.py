@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels
-from widthsearch.channels.sums import unit_sums
+from widthsearch.channels.dependency_graph import DependencyGraph
+from widthsearch.channels.sums import group_sums
 from widthsearch.data.tasks import Task
 from widthsearch.proposers.importance import Per, check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe
+from widthsearch.training.recipe import Recipe
 
 Norm = Literal["l1", "l2"]
 
@@ -65,7 +65,7 @@ class Magnitude:
         return filter_norms(tuning.channels, tuning.model, self.norm)
 
 
-def filter_norms(channels: Channels, model: nn.Module, norm: Norm) -> list[Tensor]:
+def filter_norms(channels: DependencyGraph, model: nn.Module, norm: Norm) -> list[Tensor]:
     """The norm of the filters that make each unit of each axis, over all layers that make it.
 
     Args:
@@ -78,13 +78,13 @@ def filter_norms(channels: Channels, model: nn.Module, norm: Norm) -> list[Tenso
     """
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    out = [torch.zeros(n, device=device) for n in channels.units]
+    out = [torch.zeros(n, device=device) for n in channels.groups]
     for key, dim in channels.axis:
         weight = parameters.get(key)
-        if weight is None or weight.dim() < 2 or channels.readers.get(key) == dim:
+        if weight is None or weight.dim() < 2 or channels.consumers.get(key) == dim:
             continue
         amounts = weight.detach().abs() if norm == "l1" else weight.detach().square()
         sums = amounts.movedim(dim, 0).flatten(1).sum(1).float()
-        for axis, of_units in unit_sums(channels, key, dim, sums).items():
+        for axis, of_units in group_sums(channels, key, dim, sums).items():
             out[axis] = out[axis] + of_units
     return out if norm == "l1" else [total.sqrt() for total in out]

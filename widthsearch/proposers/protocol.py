@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe
+from widthsearch.training.recipe import Recipe
 from widthsearch.widths import Widths
 
 PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import DeviceLoader, Split, Task
 from widthsearch.proposers.importance import (
@@ -80,7 +80,7 @@ class Sensitivity:
 
         Of tied axes, the channels that matter least in each go together.
         """
-        free, device = space.free, check_device(setting.device)
+        free, device = space.unconstrained, check_device(setting.device)
         rng = np.random.default_rng(setting.seed)
         model = free.build(free.base, seed=setting.seed).to(device)
         # Train mode: before training, batch norm's running statistics say nothing. The gates stand
@@ -92,7 +92,7 @@ class Sensitivity:
                 ((x, y),) = DeviceLoader(batch, task, len(batch), device).batches()
                 loss = F.cross_entropy(model(x), y) / self.batches
                 loss.backward()  # type: ignore[no-untyped-call]
-        channels = find_channels(free.model, free.base)
+        channels = build_dependency_graph(free.model, free.base)
         return channel_scores(space, channels, [g.abs() for g in gate_gradients(channels, model)])
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels, find_channels
-from widthsearch.channels.sums import unit_sums
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
+from widthsearch.channels.sums import group_sums
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
@@ -25,7 +25,8 @@ from widthsearch.proposers.importance import (
 from widthsearch.proposers.magnitude import filter_norms
 from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe, fit
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import fit
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Slimming:
             StudyError: Training diverged, or predicted latency is wanted but not known.
         """
         removal = Removal(space, per=self.per, floor=self.floor, latency=setting.latency)
-        free, recipe = space.free, self.recipe or setting.recipe
+        free, recipe = space.unconstrained, self.recipe or setting.recipe
         model = free.build(free.base, seed=setting.seed)
         for _, scale in _scales(model):
             # ∂λ|γ|/∂γ = λ sign(γ), added to the gradient of the loss
@@ -84,7 +85,7 @@ class Slimming:
                 f"slimming needs a trained network, but with lr={recipe.lr} training diverged; "
                 "lower it"
             )
-        channels = find_channels(free.model, free.base)
+        channels = build_dependency_graph(free.model, free.base)
         shrink(space, channel_scores(space, channels, norm_scales(channels, model)), removal)
         return Proposal(
             "slimming",
@@ -106,7 +107,7 @@ def _scales(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def norm_scales(channels: Channels, model: nn.Module) -> list[Tensor]:
+def norm_scales(channels: DependencyGraph, model: nn.Module) -> list[Tensor]:
     """What slimming ranks channels by.
 
     Args:
@@ -118,13 +119,13 @@ def norm_scales(channels: Channels, model: nn.Module) -> list[Tensor]:
     """
     scales = _scales(model)
     device = next(model.parameters()).device
-    totals = [torch.zeros(n, device=device) for n in channels.units]
-    counts = [torch.zeros(n, device=device) for n in channels.units]
+    totals = [torch.zeros(n, device=device) for n in channels.groups]
+    counts = [torch.zeros(n, device=device) for n in channels.groups]
     for key, scale in scales:
         if (key, 0) in channels.axis:
             magnitude = scale.detach().abs()
             for into, values in ((totals, magnitude), (counts, torch.ones_like(magnitude))):
-                for axis, sums in unit_sums(channels, key, 0, values).items():
+                for axis, sums in group_sums(channels, key, 0, values).items():
                     into[axis] = into[axis] + sums
     mean = torch.cat([s.detach().abs() for _, s in scales]).mean() if scales else torch.ones(())
     filters = filter_norms(channels, model, "l1")

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import Channels, find_channels
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
@@ -53,13 +53,13 @@ class SynFlow:
             StudyError: Predicted latency is wanted but not known, or R is beyond float64.
         """
         removal = Removal(space, per=self.per, floor=self.floor, latency=setting.latency)
-        channels = find_channels(space.model, space.base)
+        channels = build_dependency_graph(space.model, space.base)
         device = check_device(setting.device)
         model = linearised(space.build(space.base, seed=setting.seed)).to(device)
         ones = torch.ones(1, *task.input_shape, dtype=torch.float64, device=device)
-        units = [axis.unit for axis in space.trace.axes]
-        left = [np.arange(n) for n in channels.units]
-        base, narrowest = space.macs([space.base.vector, removal.least])
+        units = [axis.divisor for axis in space.trace.axes]
+        left = [np.arange(n) for n in channels.groups]
+        base, narrowest = space.macs([space.base.vector, removal.min_width])
         for target in np.geomspace(base, narrowest, self.rounds + 1)[1:]:
             scores = [
                 s[of] for s, of in zip(synaptic_flow(channels, model, ones), left, strict=True)
@@ -97,7 +97,9 @@ def _pass_on(x: Tensor) -> Tensor:
     return x
 
 
-def synaptic_flow(channels: Channels, model: nn.Module, ones: Tensor) -> list[NDArray[np.float64]]:
+def synaptic_flow(
+    channels: DependencyGraph, model: nn.Module, ones: Tensor
+) -> list[NDArray[np.float64]]:
     """Per axis, Σ w ∂R/∂w over the weights that read each unit, shape (units,).
 
     Args:
@@ -121,12 +123,14 @@ def synaptic_flow(channels: Channels, model: nn.Module, ones: Tensor) -> list[ND
     return [np.full_like(s, s.mean()) if i in channels.unknown else s for i, s in enumerate(scores)]
 
 
-def silence(channels: Channels, model: nn.Module, axis: int, units: NDArray[np.int64]) -> None:
+def silence(
+    channels: DependencyGraph, model: nn.Module, axis: int, units: NDArray[np.int64]
+) -> None:
     """Set to zero all weights that make or read units of an axis."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for (key, dim), axes in channels.axis.items():
             if key in parameters:
-                mine = (axes == axis) & np.isin(channels.unit[key, dim], units)
+                mine = (axes == axis) & np.isin(channels.group[key, dim], units)
                 index = torch.from_numpy(np.flatnonzero(mine)).to(parameters[key].device)
                 parameters[key].index_fill_(dim, index, 0)

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import Channels, find_channels
-from widthsearch.channels.extraction import inherit
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
+from widthsearch.channels.extraction import extract
 from widthsearch.data.tasks import DeviceLoader, Task
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers.importance import Per, Removal
 from widthsearch.proposers.protocol import Setting
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe, evaluate, fit, parameter_groups
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import evaluate, fit, parameter_groups
 from widthsearch.utils.devices import (
     autocast,
     check_device,
@@ -56,7 +57,7 @@ class Tuning:
         self,
         space: SearchSpace,
         model: nn.Module,
-        channels: Channels,
+        channels: DependencyGraph,
         task: Task,
         recipe: Recipe,
         *,
@@ -127,34 +128,34 @@ class Tuning:
             axis: The axis, by index.
             units: Units of the network as it is now.
         """
-        of_channel = self.channels.unit[self._space.trace.axes[axis].maker]
+        of_channel = self.channels.group[self._space.trace.axes[axis].maker]
         keep = np.flatnonzero(~np.isin(of_channel, units)).tolist()
-        narrow = inherit(
+        narrow = extract(
             self._space.model, self.model, {self._space.names[axis]: keep}, self.channels
         )
         self.model = narrow.to(memory_format=self._layout)
         self.channels = without(self.channels, axis, units)
 
 
-def without(channels: Channels, axis: int, units: NDArray[np.intp]) -> Channels:
+def without(channels: DependencyGraph, axis: int, units: NDArray[np.intp]) -> DependencyGraph:
     """Where units lie in a network from which those units of an axis were cut."""
-    left = np.ones(channels.units[axis], bool)
+    left = np.ones(channels.groups[axis], bool)
     left[units] = False
     number = np.cumsum(left) - 1
     axes, unit = {}, {}
     for where, of_position in channels.axis.items():
-        mine, of_axis = of_position == axis, channels.unit[where].copy()
+        mine, of_axis = of_position == axis, channels.group[where].copy()
         stays = ~mine
         stays[mine] = left[of_axis[mine]]
         of_axis[mine] = number[of_axis[mine]]
         axes[where], unit[where] = of_position[stays], of_axis[stays]
-    counts = list(channels.units)
+    counts = list(channels.groups)
     each = channels.widths.vector[axis] // counts[axis]
     counts[axis] = int(left.sum())
     vector = list(channels.widths.vector)
     vector[axis] = each * counts[axis]
     widths = Widths(channels.widths.names, tuple(vector))
-    return replace(channels, widths=widths, units=tuple(counts), axis=axes, unit=unit)
+    return replace(channels, widths=widths, groups=tuple(counts), axis=axes, group=unit)
 
 
 def check_rate(lr: float) -> None:
@@ -229,10 +230,10 @@ def prune_and_tune(
         SpaceError: No axis can be cut.
     """
     base = space.cost(space.base).macs
-    whole = find_channels(space.model, space.base)
+    whole = build_dependency_graph(space.model, space.base)
     removal = Removal(space, per=per, latency=setting.latency, kept=whole.unknown)
     # How many units make a step of each axis.
-    counts = [axis.step // t.unit for axis, t in zip(space.axes, space.trace.axes, strict=True)]
+    counts = [axis.step // t.divisor for axis, t in zip(space.axes, space.trace.axes, strict=True)]
     if not removal.possible.any():
         raise _nothing_to_cut(space)
     model, _ = trained_base(space, task, pretrain, setting)

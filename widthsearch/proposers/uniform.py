@@ -27,7 +27,7 @@ class Uniform:
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """The base, scaled; depends on neither data nor seed."""
-        lowest = min(axis.least / axis.base for axis in space.axes)
+        lowest = min(axis.min_width / axis.base for axis in space.axes)
         multipliers = [1 - (1 - lowest) * i / max(1, self.members - 1) for i in range(self.members)]
         trajectory = dict.fromkeys(space.widths(m) for m in multipliers)
         return Proposal(

@@ -27,7 +27,7 @@ BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Expected:
+class Forecast:
     """What is believed of a member of a family.
 
     Attributes:
@@ -70,7 +70,7 @@ class Expected:
         }
 
 
-def outlook(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Expected]:
+def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]:
     """The study's proposals and uniform widths, in its families, at each budget.
 
     Where to train next is where :attr:`Expected.gain` is greatest among those that are not trained.
@@ -82,8 +82,8 @@ def outlook(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Expected]:
     Raises:
         StudyError: The study was never run, or too little is trained to believe anything.
     """
-    beliefs = study.beliefs()
-    surrogate = beliefs.surrogate
+    posterior = study.posterior()
+    surrogate = posterior.surrogate
     if surrogate is None:
         raise StudyError(
             f"study {study.config.name!r} has too few finished trainings to foretell others: run it"
@@ -94,26 +94,26 @@ def outlook(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Expected]:
         uniform = Uniform()(space, None, Setting())  # type: ignore[arg-type]  # reads no data
         if not any(proposal.method == uniform.method for proposal in found[name]):
             found[name].append(uniform)
-    trained = {(member.space, member.widths) for member in beliefs.members}
-    known = [(member.cost.macs, beliefs.accuracy(member)) for member in beliefs.members]
+    trained = {(member.space, member.widths) for member in posterior.members}
+    known = [(member.cost.macs, posterior.accuracy(member)) for member in posterior.members]
     least = min(accuracy for _, accuracy in known)
     out = []
     base = study.space.cost(study.space.base).macs
-    narrowest = min(s.cost([axis.least for axis in s.axes]).macs for s in spaces.values())
+    narrowest = min(s.cost([axis.min_width for axis in s.axes]).macs for s in spaces.values())
     met = [budget for budget in budgets if budget * base >= narrowest]
     for candidate in families.candidates(spaces, found, met, config.families):
         cost = spaces[candidate.space].cost(candidate.widths)
-        if candidate.space not in beliefs.coordinates:  # nothing of it is trained
+        if candidate.space not in posterior.coordinates:  # nothing of it is trained
             continue
-        belief = surrogate.of_space(beliefs.coordinates[candidate.space]).predict(
+        estimate = surrogate.of_space(posterior.coordinates[candidate.space]).posterior(
             [candidate.widths.vector]
         )
-        mean, sd = min(float(belief.mean[0]), 100.0), float(belief.sd[0])
+        mean, sd = min(float(estimate.mean[0]), 100.0), float(estimate.sd[0])
         best = max((accuracy for macs, accuracy in known if macs <= cost.macs), default=least)
         ahead = (mean - best) / sd
         density = np.exp(-(ahead**2) / 2) / np.sqrt(2 * np.pi)
         out.append(
-            Expected(
+            Forecast(
                 candidate.space,
                 candidate.widths,
                 candidate.origin,

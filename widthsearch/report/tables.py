@@ -26,10 +26,10 @@ from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
 from widthsearch.latency.profiles import standard_error
 from widthsearch.proposers import Proposal
-from widthsearch.report.forecast import Expected
+from widthsearch.report.forecast import Forecast
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.loop import Progress
-from widthsearch.study.posterior import INTERVAL, Beliefs
+from widthsearch.study.posterior import INTERVAL, AccuracyPosterior
 from widthsearch.study.trial import Outcome
 from widthsearch.widths import Widths
 
@@ -78,18 +78,18 @@ def _uncut(table: Table) -> Table:
 def space_tables(space: SearchSpace) -> Group:
     """A space as tables: its axes, with their share of MACs, and what is pinned and why."""
     cost = space.cost(space.base)
-    shares = space.form("macs").share(space.base.vector)
+    shares = space.cost_form("macs").share(space.base.vector)
     axes = Table(
         title=f"{space.name}: {len(space.axes)} axes, input {_shape_text(space.input_shape)}"
     )
     axes.add_column("axis", no_wrap=True)
-    for column in ("base", "least", "most", "step", "MACs"):
+    for column in ("base", "min", "max", "step", "MACs"):
         axes.add_column(column, justify="right", no_wrap=True)
     axes.add_column("layers")
     for axis, share in zip(space.axes, shares, strict=True):
         axes.add_row(
             Text(axis.name),
-            *(str(getattr(axis, field)) for field in ("base", "least", "most", "step")),
+            *(str(getattr(axis, field)) for field in ("base", "min_width", "max_width", "step")),
             f"{share:.1%}",
             Text(_shown(axis.layers) + (f"; {len(axis.tied)} tied to it" if axis.tied else "")),
         )
@@ -119,7 +119,7 @@ def space_tables(space: SearchSpace) -> Group:
 def space_json(space: SearchSpace) -> dict[str, Any]:
     """A space as plain JSON values."""
     cost = space.cost(space.base)
-    shares = space.form("macs").share(space.base.vector)
+    shares = space.cost_form("macs").share(space.base.vector)
     return {
         "name": space.name,
         "fingerprint": space.fingerprint,
@@ -131,8 +131,8 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
             {
                 "name": axis.name,
                 "base": axis.base,
-                "least": axis.least,
-                "most": axis.most,
+                "min_width": axis.min_width,
+                "max_width": axis.max_width,
                 "step": axis.step,
                 "share_of_macs": float(share),
                 "layers": list(axis.layers),
@@ -225,20 +225,20 @@ def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outco
     return sorted(found, key=lambda o: o.cost.macs)
 
 
-def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
+def comparisons(posterior: AccuracyPosterior, outcomes: Sequence[Outcome]) -> list[str]:
     """By how much what was found beats each baseline at equal cost of each kind; a line a baseline.
 
     The baselines themselves are not among what was found: a gain may be a loss.
     """
-    found = [o for o in beliefs.members if o.origin.keys().isdisjoint(("base", "baseline"))]
+    found = [o for o in posterior.members if o.origin.keys().isdisjoint(("base", "baseline"))]
     lines = []
     for method in ("uniform", "random"):
         rivals = baseline(outcomes, method)
         said = []
         for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
-            if cost not in beliefs.objectives:
+            if cost not in posterior.objectives:
                 continue
-            gains = pareto.gains(found, rivals, cost, beliefs.accuracy)
+            gains = pareto.gains(found, rivals, cost, posterior.accuracy)
             if gains:
                 mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
                 spread = f"{low:+.2f} to {high:+.2f}" if len(gains) > 1 else ""
@@ -255,14 +255,14 @@ def comparisons(beliefs: Beliefs, outcomes: Sequence[Outcome]) -> list[str]:
 
 def front_json(study: Study) -> dict[str, Any]:
     """The front, the base model and the uniform baseline as plain JSON values."""
-    outcomes, beliefs = study.outcomes(), study.beliefs()
+    outcomes, posterior = study.outcomes(), study.posterior()
     base = _base(outcomes)
     return {
         "study": study.config.name,
         "objectives": list(study.config.objectives),
-        "front": [_member(o, beliefs) for o in beliefs.front()],
-        "base": None if base is None else _member(base, beliefs),
-        "uniform": [_member(o, beliefs) for o in baseline(outcomes) if not o.origin.get("base")],
+        "front": [_member(o, posterior) for o in posterior.front()],
+        "base": None if base is None else _member(base, posterior),
+        "uniform": [_member(o, posterior) for o in baseline(outcomes) if not o.origin.get("base")],
     }
 
 
@@ -270,28 +270,28 @@ def _base(outcomes: Sequence[Outcome]) -> Outcome | None:
     return next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
 
 
-def _member(outcome: Outcome, beliefs: Beliefs) -> dict[str, Any]:
+def _member(outcome: Outcome, posterior: AccuracyPosterior) -> dict[str, Any]:
     keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
     content = outcome.to_json()
     member = {key: content[key] for key in (*keys, "origin")}
-    return {**member, "believed": asdict(beliefs[outcome])}
+    return {**member, "believed": asdict(posterior[outcome])}
 
 
 def front_csv(study: Study) -> str:
     """The front as CSV: one row a member, one column an axis."""
-    beliefs = study.beliefs()
-    front = beliefs.front()
+    posterior = study.posterior()
+    front = posterior.front()
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = list(dict.fromkeys(name for o in front for name in o.widths))
     columns = ["id", "space", "accuracy", "believed", "sd", "trainings", "dominated"]
     writer.writerow([*columns, "macs", "params", "latency_ms", "origin", *names])
     for o in front:
-        belief = beliefs[o]
+        estimate = posterior[o]
         writer.writerow(
             [
-                *(o.id, o.space, o.accuracy, belief.accuracy, belief.sd, belief.trainings),
-                *(belief.dominated, o.cost.macs, o.cost.params, o.latency_ms),
+                *(o.id, o.space, o.accuracy, estimate.accuracy, estimate.sd, estimate.trainings),
+                *(estimate.dominated, o.cost.macs, o.cost.params, o.latency_ms),
                 described(o.origin),
                 *(o.widths.get(name, "") for name in names),
             ]
@@ -301,8 +301,8 @@ def front_csv(study: Study) -> str:
 
 def front_tables(study: Study) -> Group:
     """The front and the uniform baseline as tables, and what is worth knowing about them."""
-    outcomes, beliefs = study.outcomes(), study.beliefs()
-    front, base = beliefs.front(), _base(outcomes)
+    outcomes, posterior = study.outcomes(), study.posterior()
+    front, base = posterior.front(), _base(outcomes)
     states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
     counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none is done"
     stand = f"{len(outcomes)} trial{'s' * (len(outcomes) != 1)}: {counted}."
@@ -312,34 +312,36 @@ def front_tables(study: Study) -> Group:
         )
     rivals = baseline(outcomes)
     parts: list[RenderableType] = [
-        _outcome_table(f"front of {study.config.name}", front, base, beliefs),
+        _outcome_table(f"front of {study.config.name}", front, base, posterior),
         _widths_listed(front),
     ]
     if rivals:
-        parts.append(_outcome_table("uniform baseline", rivals, base, beliefs))
+        parts.append(_outcome_table("uniform baseline", rivals, base, posterior))
     if len(front) >= FEW:
         stand += (
-            f" Hypervolume over {', '.join(beliefs.objectives)}, as a share of the box that all "
-            f"finished trials span: front {front_volume(front, beliefs):.3f}, uniform baseline "
-            f"{front_volume(rivals, beliefs):.3f}."
+            f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that all "
+            f"finished trials span: front {front_volume(front, posterior):.3f}, uniform baseline "
+            f"{front_volume(rivals, posterior):.3f}."
         )
     parts.append(Text(stand))
-    parts.extend(Text(line) for line in (*comparisons(beliefs, outcomes), *_doubts(front, beliefs)))
+    parts.extend(
+        Text(line) for line in (*comparisons(posterior, outcomes), *_doubts(front, posterior))
+    )
     parts.extend(Text(remark) for remark in remarks(front, base))
     return Group(*parts)
 
 
-def _doubts(front: Sequence[Outcome], beliefs: Beliefs) -> list[str]:
+def _doubts(front: Sequence[Outcome], posterior: AccuracyPosterior) -> list[str]:
     """How far the accuracies can be trusted."""
     lines = []
-    if (surrogate := beliefs.surrogate) is not None:
+    if (surrogate := posterior.surrogate) is not None:
         lines.append(
             "Believed accuracy is over seeds, with its 90% interval; one training scatters by "
             f"{surrogate.noise:.2f} points (standard deviation). Left out, "
             f"{surrogate.coverage(0.9):.0%} of {surrogate.size} trainings lie in their 90% "
             "interval."
         )
-    doubtful = [o for o in front if (beliefs[o].dominated or 0.0) > 0.5]
+    doubtful = [o for o in front if (posterior[o].dominated or 0.0) > 0.5]
     if doubtful:
         lines.append(
             f"Marked ?: dominated by another trained network with probability above one half "
@@ -348,7 +350,7 @@ def _doubts(front: Sequence[Outcome], beliefs: Beliefs) -> list[str]:
     return lines
 
 
-def outlook_table(expected: Sequence[Expected]) -> Group:
+def forecast_table(expected: Sequence[Forecast]) -> Group:
     """What proposals promise at every size, and where to train next."""
     several = len({each.space for each in expected}) > 1
     table = Table(title="families, as believed", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -376,44 +378,44 @@ def outlook_table(expected: Sequence[Expected]) -> Group:
     )
 
 
-def front_volume(members: Sequence[Outcome], beliefs: Beliefs) -> float:
+def front_volume(members: Sequence[Outcome], posterior: AccuracyPosterior) -> float:
     """The hypervolume of some outcomes, as a share of the box that all finished ones span.
 
     By believed accuracy.
     """
-    if not members or not beliefs.members:
+    if not members or not posterior.members:
         return 0.0
 
     def points(of: Sequence[Outcome]) -> NDArray[np.float64]:
-        found = pareto.objective_points(of, beliefs.objectives)
-        found[:, beliefs.objectives.index("accuracy")] = [-beliefs.accuracy(o) for o in of]
+        found = pareto.objective_points(of, posterior.objectives)
+        found[:, posterior.objectives.index("accuracy")] = [-posterior.accuracy(o) for o in of]
         return found
 
-    every = points(beliefs.members)
+    every = points(posterior.members)
     low, high = every.min(0), every.max(0)
     span = np.where(high > low, high - low, 1.0)
-    return pareto.hypervolume((points(members) - low) / span, np.ones(len(beliefs.objectives)))
+    return pareto.hypervolume((points(members) - low) / span, np.ones(len(posterior.objectives)))
 
 
 def _outcome_table(
-    title: str, outcomes: Sequence[Outcome], base: Outcome | None, beliefs: Beliefs
+    title: str, outcomes: Sequence[Outcome], base: Outcome | None, posterior: AccuracyPosterior
 ) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     timed = any(o.latency is not None for o in outcomes)
     several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
-    sized = "params" in beliefs.objectives
+    sized = "params" in posterior.objectives
     columns = ["id", *(["space"] if several else []), "origin", "acc %"]
     columns += ["believed", "MACs", "×base", *(["params"] if sized else [])]
     columns += ["ms", "×base"] if timed else []
     _add_columns(table, columns)
     for o in outcomes:
-        belief = beliefs[o]
-        believed = f"{belief.accuracy:.2f}"
-        believed += "" if belief.sd is None else f" ±{INTERVAL * belief.sd:.2f}"
-        believed += f" ({belief.trainings}×)" if belief.trainings > 1 else ""
-        believed += " ?" if (belief.dominated or 0.0) > 0.5 else ""
+        estimate = posterior[o]
+        estimated = f"{estimate.accuracy:.2f}"
+        estimated += "" if estimate.sd is None else f" ±{INTERVAL * estimate.sd:.2f}"
+        estimated += f" ({estimate.trainings}×)" if estimate.trainings > 1 else ""
+        estimated += " ?" if (estimate.dominated or 0.0) > 0.5 else ""
         row = [str(o.id), *([o.space] if several else []), described(o.origin)]
-        row += [f"{o.accuracy:.2f}", believed, short(o.cost.macs)]
+        row += [f"{o.accuracy:.2f}", estimated, short(o.cost.macs)]
         row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else ""]
         row += [short(o.cost.params)] if sized else []
         if timed and o.latency is not None:
@@ -480,7 +482,7 @@ def plot_front(study: Study, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    outcomes, beliefs = study.outcomes(), study.beliefs()
+    outcomes, posterior = study.outcomes(), study.posterior()
     finished = [o for o in outcomes if o.state == "finished"]
     costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
     figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
@@ -488,9 +490,9 @@ def plot_front(study: Study, path: Path) -> None:
     labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         value = partial(pareto.objective_value, objective=cost)
-        flat = [(value(o), -beliefs.accuracy(o)) for o in beliefs.members]
+        flat = [(value(o), -posterior.accuracy(o)) for o in posterior.members]
         kept = pareto.non_dominated(np.array(flat).reshape(-1, 2))
-        front = [o for o, keep in zip(beliefs.members, kept, strict=True) if keep]
+        front = [o for o, keep in zip(posterior.members, kept, strict=True) if keep]
         axes.plot(
             [value(o) for o in finished],
             [o.accuracy for o in finished],
@@ -507,7 +509,8 @@ def plot_front(study: Study, path: Path) -> None:
             (front, {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"}),
         ):
             points = sorted(
-                (value(o), beliefs.accuracy(o), INTERVAL * (beliefs[o].sd or 0.0)) for o in members
+                (value(o), posterior.accuracy(o), INTERVAL * (posterior[o].sd or 0.0))
+                for o in members
             )
             if points:
                 x, y, error = zip(*points, strict=True)

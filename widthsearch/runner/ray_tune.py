@@ -36,7 +36,7 @@ from widthsearch.errors import SpaceError, StorageError, StudyError, one_line
 from widthsearch.runner.worker import Report, Worker
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.loop import Search
-from widthsearch.study.proposals import Answer, Failure, Question, Say
+from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
 from widthsearch.study.storage import Trial
 
 RETRIES = 2
@@ -87,10 +87,10 @@ class Session:
             self._ray = None
 
     def propose(
-        self, questions: Sequence[Question], task: Task, say: Say
-    ) -> Iterator[tuple[int, Answer]]:
+        self, requests: Sequence[ProposalRequest], task: Task, say: ProgressCallback
+    ) -> Iterator[tuple[int, ProposalResult]]:
         """Ask proposers side by side, as Ray tasks with a trial's resources each."""
-        if not questions:
+        if not requests:
             return
         self._start(say)
         resources = self._config.resources
@@ -105,15 +105,15 @@ class Session:
         shared = ray.put(task)
         streams: dict[Any, int] = {}
         try:
-            for i, question in enumerate(questions):
-                asked = pickled(question, f"proposer {question.label!r}")
+            for i, request in enumerate(requests):
+                asked = pickled(request, f"proposer {request.label!r}")
                 streams[options.remote(asked, shared)] = i
             while streams:
                 ready, _ = ray.wait(list(streams), num_returns=1, timeout=TICK_SECONDS)
                 for stream in ready:
                     message = _next(stream)
                     if isinstance(message, str):
-                        say(f"{questions[streams[stream]].label}: {message}")
+                        say(f"{requests[streams[stream]].label}: {message}")
                     else:
                         yield streams.pop(stream), message
         except BaseException:
@@ -155,7 +155,7 @@ class Session:
             self._logging = True
         return logs
 
-    def _start(self, say: Say) -> None:
+    def _start(self, say: ProgressCallback) -> None:
         if self._ray is None:
             self._logs()
             with contextlib.ExitStack() as stack:
@@ -164,10 +164,10 @@ class Session:
                 self._ray = stack.pop_all()
 
 
-def _answering() -> Callable[[bytes, Task], Iterator[str | Answer]]:
+def _answering() -> Callable[[bytes, Task], Iterator[str | ProposalResult]]:
     """What a task runs; made in a function for the same reason as :func:`_trainee`."""
 
-    def answering(pickled: bytes, task: Task) -> Iterator[str | Answer]:
+    def answering(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
         from widthsearch.runner.worker import answer
 
         yield from answer(pickled, task)
@@ -175,10 +175,10 @@ def _answering() -> Callable[[bytes, Task], Iterator[str | Answer]]:
     return answering
 
 
-def _next(stream: Any) -> str | Answer:
+def _next(stream: Any) -> str | ProposalResult:
     """The next message of a task; that it died is one too."""
     try:
-        message: str | Answer = ray.get(next(stream))
+        message: str | ProposalResult = ray.get(next(stream))
     except ray.exceptions.RayError as error:
         return Failure(f"its worker process died (killed, or out of memory?): {one_line(error)}")
     return message
@@ -275,7 +275,7 @@ class _Joint:
         finished: Any = Searcher.FINISHED
         return finished if self.failure is not None or self.search.done else None
 
-    def hear(self, number: int, report: Report) -> bool:
+    def on_report(self, number: int, report: Report) -> bool:
         """Tell the search of a worker's report; returns whether the trial goes on."""
         goes_on = False
         with self.kept():
@@ -294,7 +294,7 @@ class _Joint:
             shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
         return goes_on
 
-    def lose(self, number: int) -> None:
+    def on_worker_lost(self, number: int) -> None:
         """Give up a trial whose worker died again and again."""
         if self.interrupts.requested:
             return  # a terminal's Ctrl-C reaches the workers too: the trial is innocent
@@ -344,7 +344,7 @@ class _Searcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         if error:
-            self._joint.lose(self._numbers[trial_id])
+            self._joint.on_worker_lost(self._numbers[trial_id])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the storage has it."""
@@ -363,7 +363,7 @@ class _Rungs(FIFOScheduler):
     def on_trial_result(
         self, tune_controller: object, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
-        goes_on = self._joint.hear(trial.config["number"], result["report"])
+        goes_on = self._joint.on_report(trial.config["number"], result["report"])
         decision: str = TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
         return decision
 
@@ -471,7 +471,7 @@ class _Interrupts:
 
 
 @contextlib.contextmanager
-def _ray(config: StudyConfig, say: Say, interrupts: _Interrupts) -> Iterator[bool]:
+def _ray(config: StudyConfig, say: ProgressCallback, interrupts: _Interrupts) -> Iterator[bool]:
     """Ray, started or joined; yields whether it is ours to shut down."""
     ours = not ray.is_initialized()
     address = config.ray_address

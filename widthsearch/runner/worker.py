@@ -18,8 +18,9 @@ import torch
 from widthsearch.data.tasks import Task
 from widthsearch.errors import CheckpointError, DeviceError, one_line
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.proposals import Answer, Failure, Question, told
-from widthsearch.training.trainer import EpochResult, Recipe, TrainingRun
+from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, told
+from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.trainer import TrainingRun
 from widthsearch.widths import Widths
 
 
@@ -173,14 +174,14 @@ class Worker:
         )
 
 
-def answer(pickled: bytes, task: Task) -> Iterator[str | Answer]:
+def answer(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
     """Ask a proposer whose question was pickled by the driver; yields its reports, then its answer.
 
     What goes wrong with unpickling is the proposer's failure as well.
     """
     try:
-        question: Question = pickle.loads(pickled)
+        request: ProposalRequest = pickle.loads(pickled)
     except Exception as error:  # noqa: BLE001  reported, with its traceback
         yield Failure(one_line(error), traceback.format_exc())
         return
-    yield from told(question, task)
+    yield from told(request, task)

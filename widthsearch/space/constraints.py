@@ -38,9 +38,9 @@ class Constraints:
         pin: Axes that are fixed at their base.
         tie: Groups of axes; those of a group keep their bases' ratio and become one axis, named
             after the first. One text is a group, and so is a list of names within the list.
-        least: The smallest width: a multiple of the base, or by axis multiples (floats) or
+        min: The smallest width: a multiple of the base, or by axis multiples (floats) or
             channels (integers).
-        most: The largest width, in the same way.
+        max: The largest width, in the same way.
         step: The distance of two widths in channels, or that by axis. One step for all, or for a
             glob, is changed where the base or whole units of an axis (its groups, heads) ask for
             it; one of an axis that is named must fit both.
@@ -52,8 +52,8 @@ class Constraints:
 
     pin: str | Sequence[str] = ()
     tie: str | Sequence[str | Sequence[str]] = ()
-    least: float | Mapping[str, int | float] | None = None
-    most: float | Mapping[str, int | float] | None = None
+    min: float | Mapping[str, int | float] | None = None
+    max: float | Mapping[str, int | float] | None = None
     step: int | Mapping[str, int] | None = None
     align: int | str | None = None
 
@@ -61,7 +61,7 @@ class Constraints:
         ties = (entry if isinstance(entry, str) else _listed(entry) for entry in _listed(self.tie))
         object.__setattr__(self, "pin", _listed(self.pin))
         object.__setattr__(self, "tie", tuple(ties))
-        for bound in ("least", "most"):
+        for bound in ("min", "max"):
             given = getattr(self, bound)
             for name, value in given.items() if isinstance(given, Mapping) else [("", given)]:
                 if value is not None:
@@ -128,17 +128,17 @@ class Constraints:
         values: list[Poly] = [{}] * len(axes)
         for i, traced in enumerate(trace.axes):
             if i in pinned:
-                values[i] = constant(traced.base // traced.unit)
+                values[i] = constant(traced.base // traced.divisor)
             elif first_of.get(i, i) == i:
                 group = ties.get(i, [i])
                 unit, axis = _joined(
-                    [gridded[j] for j in group], [trace.axes[j].unit for j in group]
+                    [gridded[j] for j in group], [trace.axes[j].divisor for j in group]
                 )
                 for j in group:
                     width = trace.axes[j].base * unit // axis.base  # of j, a unit of the tie
-                    values[j] = {(len(kept),): width // trace.axes[j].unit}
+                    values[j] = {(len(kept),): width // trace.axes[j].divisor}
                 kept.append(axis)
-                kept_traced.append(replace(traced, unit=unit, layers=axis.layers))
+                kept_traced.append(replace(traced, divisor=unit, layers=axis.layers))
         if not pinned and not groups:
             return trace, tuple(kept)
         by_user = [
@@ -154,7 +154,7 @@ class Constraints:
         names = [axis.name for axis in axes]
         least, most, steps = (
             _by_axis(given, names, trace)
-            for given in (_multiple(self.least), _multiple(self.most), self.step)
+            for given in (_multiple(self.min), _multiple(self.max), self.step)
         )
         block = BLOCKS.get(self.align) if isinstance(self.align, str) else self.align
         stepped = stepped | self.stepped(trace, axes)
@@ -162,15 +162,15 @@ class Constraints:
         for i, (axis, traced) in enumerate(zip(axes, trace.axes, strict=True)):
             step = axis.step
             if i in steps:
-                step = math.gcd(math.lcm(traced.unit, int(steps[i])), axis.base)
+                step = math.gcd(math.lcm(traced.divisor, int(steps[i])), axis.base)
                 if isinstance(self.step, Mapping) and axis.name in self.step and step != steps[i]:
-                    raise _no_step(axis, traced.unit, steps[i])
+                    raise _no_step(axis, traced.divisor, steps[i])
             elif block is not None:
-                step = aligned_step(axis.base, traced.unit, int(block))
+                step = aligned_step(axis.base, traced.divisor, int(block))
             elif default is not None and not axis.tied and axis.name not in stepped:
-                step = default_step(axis.base, traced.unit, default)
-            low = _channels("least", axis, least[i]) if i in least else axis.least
-            high = _channels("most", axis, most[i]) if i in most else axis.most
+                step = default_step(axis.base, traced.divisor, default)
+            low = _channels("min", axis, least[i]) if i in least else axis.min_width
+            high = _channels("max", axis, most[i]) if i in most else axis.max_width
             out.append(on_grid(axis, step, low, high))
         return out
 
@@ -229,8 +229,8 @@ def on_grid(axis: Axis, step: int, least: float, most: float) -> Axis:
     return replace(
         axis,
         step=step,
-        least=max(step, math.ceil(least / step - slack) * step),
-        most=max(axis.base, math.floor(most / step + slack) * step),
+        min_width=max(step, math.ceil(least / step - slack) * step),
+        max_width=max(axis.base, math.floor(most / step + slack) * step),
     )
 
 
@@ -274,8 +274,8 @@ def _check_bound(bound: str, name: str, value: Any) -> None:
     if name and _whole(value) and value >= 1:
         return
     number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-    if not number or not (0 < value <= 1 if bound == "least" else value >= 1):
-        rule = "0 < least <= 1" if bound == "least" else "most >= 1"
+    if not number or not (0 < value <= 1 if bound == "min" else value >= 1):
+        rule = "0 < min <= 1" if bound == "min" else "max >= 1"
         where = f" of {name!r}" if name else ""
         channels = ", or whole channels" if name else ""
         raise SpaceError(
@@ -288,8 +288,8 @@ def _channels(bound: str, axis: Axis, value: int | float) -> float:
     """A bound in channels."""
     if not _whole(value):
         return axis.base * float(value)
-    if (value > axis.base) if bound == "least" else (value < axis.base):
-        relation = "least <= base" if bound == "least" else "most >= base"
+    if (value > axis.base) if bound == "min" else (value < axis.base):
+        relation = "min <= base" if bound == "min" else "max >= base"
         raise SpaceError(
             f"`{relation}` must hold, but axis {axis.name!r} has base={axis.base} and was given "
             f"{bound}={value} channels; a multiple of the base is written {float(value)}"
@@ -355,8 +355,8 @@ def _joined(axes: Sequence[Axis], units: Sequence[int]) -> tuple[int, Axis]:
         layers=tuple(dict.fromkeys(layer for axis in axes for layer in axis.layers)),
         tied=tuple(name for axis in axes for name in (axis.name, *axis.tied))[1:],
     )
-    least = max(axis.least * first.base / axis.base for axis in axes)
-    most = min(axis.most * first.base / axis.base for axis in axes)
+    least = max(axis.min_width * first.base / axis.base for axis in axes)
+    most = min(axis.max_width * first.base / axis.base for axis in axes)
     return ratio * multiple(units), on_grid(tied, ratio * multiple(steps), least, most)
 
 

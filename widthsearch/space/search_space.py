@@ -62,7 +62,7 @@ class SearchSpace:
     name: str
     axes: tuple[Axis, ...]
     model: TracedModel
-    _free: SearchSpace | None = field(default=None, repr=False)
+    _unconstrained: SearchSpace | None = field(default=None, repr=False)
     _stepped: frozenset[str] = field(default=frozenset(), repr=False)
     _forms: dict[str, QuadraticForm] = field(default_factory=dict, repr=False)
 
@@ -73,8 +73,8 @@ class SearchSpace:
         input_shape: Inputs,
         *,
         name: str | None = None,
-        least: float | Mapping[str, int | float] = 0.125,
-        most: float | Mapping[str, int | float] = 2.0,
+        min_width: float | Mapping[str, int | float] = 0.125,
+        max_width: float | Mapping[str, int | float] = 2.0,
         step: int | Mapping[str, int] | None = None,
         align: int | str | None = None,
         pin: str | Sequence[str] = (),
@@ -92,9 +92,9 @@ class SearchSpace:
                 :data:`~widthsearch.tracing.inputs.Inputs`.
             name: The space's name; by default the function's, or the class's of what a lambda
                 makes.
-            least: The smallest width of each axis, as a share of its base; or by axis, see
+            min_width: The smallest width of each axis, as a share of its base; or by axis, see
                 :class:`~widthsearch.space.constraints.Constraints` (default: an eighth).
-            most: The largest width of each axis, as a multiple of its base; or by axis (twice
+            max_width: The largest width of each axis, as a multiple of its base; or by axis (twice
                 where nothing matches).
             step: The distance of two widths on each axis's grid, in channels, or that by axis; by
                 default that of ``space.constraints.default_step``. One step for all, or for a glob,
@@ -108,7 +108,7 @@ class SearchSpace:
             TraceError: The model cannot be traced; names the module and the operation.
             SpaceError: It has no free width, or a constraint cannot be met.
         """
-        asked = Constraints(pin, tie, least, most, step, align)
+        asked = Constraints(pin, tie, min_width, max_width, step, align)
         if not callable(model):
             raise SpaceError(
                 "a space is made from a torch.nn.Module, or a function without arguments that "
@@ -136,10 +136,10 @@ class SearchSpace:
             )
         axes = []
         for axis in traced.trace.axes:
-            whole = Axis(axis.name, axis.base, axis.unit, axis.base, axis.unit, axis.layers)
-            s = default_step(axis.base, axis.unit)
+            whole = Axis(axis.name, axis.base, axis.divisor, axis.base, axis.divisor, axis.layers)
+            s = default_step(axis.base, axis.divisor)
             axes.append(on_grid(whole, s, 0.125 * axis.base, 2 * axis.base))
-        return cls(traced.name, tuple(axes), traced).under(asked)
+        return cls(traced.name, tuple(axes), traced).with_constraints(asked)
 
     # -- constraints -------------------------------------------------------------------------
 
@@ -148,8 +148,8 @@ class SearchSpace:
         *,
         pin: str | Sequence[str] = (),
         tie: str | Sequence[str | Sequence[str]] = (),
-        least: float | Mapping[str, int | float] | None = None,
-        most: float | Mapping[str, int | float] | None = None,
+        min_width: float | Mapping[str, int | float] | None = None,
+        max_width: float | Mapping[str, int | float] | None = None,
         step: int | Mapping[str, int] | None = None,
         align: int | str | None = None,
     ) -> SearchSpace:
@@ -160,9 +160,9 @@ class SearchSpace:
         Raises:
             SpaceError: A name matches no axis, a bound excludes the base, or nothing is left.
         """
-        return self.under(Constraints(pin, tie, least, most, step, align))
+        return self.with_constraints(Constraints(pin, tie, min_width, max_width, step, align))
 
-    def under(self, asked: Constraints, block: int | None = None) -> SearchSpace:
+    def with_constraints(self, asked: Constraints, block: int | None = None) -> SearchSpace:
         """The same for constraints that are a value, such as a study's.
 
         Args:
@@ -173,7 +173,7 @@ class SearchSpace:
         """
         stepped = self._stepped | asked.stepped(self.trace, self.axes)
         trace, axes = asked.apply(self.trace, self.axes, block, stepped)
-        free = self._free if trace is self.trace else self.free
+        free = self._unconstrained if trace is self.trace else self.unconstrained
         # Not dataclasses.replace: what else is cached on this space is of its own axes.
         return SearchSpace(self.name, axes, replace(self.model, trace=trace), free, stepped)
 
@@ -188,24 +188,24 @@ class SearchSpace:
         return self.model.input_shape
 
     @property
-    def free(self) -> SearchSpace:
+    def unconstrained(self) -> SearchSpace:
         """The space before any axis was pinned or tied by a user: every axis is a width of its own.
 
         What looks at channels (saliency, masks) looks there: what is tied has its own channels.
         """
-        return self if self._free is None else self._free
+        return self if self._unconstrained is None else self._unconstrained
 
-    def freed(self, widths: Widths) -> Widths:
+    def to_unconstrained(self, widths: Widths) -> Widths:
         """The same architecture as widths of :attr:`free` (perhaps off that space's grid)."""
         owners = {name: axis for axis in self.axes for name in (axis.name, *axis.tied)}
         vector = []
-        for axis in self.free.axes:
+        for axis in self.unconstrained.axes:
             owner = owners.get(axis.name)
             width = axis.base if owner is None else widths[owner.name] * axis.base // owner.base
             vector.append(width)
-        return Widths(self.free.names, tuple(vector))
+        return Widths(self.unconstrained.names, tuple(vector))
 
-    def folded(self, scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    def tie_scores(self, scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
         """Scores of the channels of each axis of :attr:`free`, as scores of this space's channels.
 
         A unit of tied axes is so many channels of each: the lowest-scored go together, and each of
@@ -217,15 +217,15 @@ class SearchSpace:
         Returns:
             Per axis of this space, shape (base,); untied axes' are as they were given.
         """
-        index = {name: i for i, name in enumerate(self.free.names)}
+        index = {name: i for i, name in enumerate(self.unconstrained.names)}
         out = []
         for axis, traced in zip(self.axes, self.trace.axes, strict=True):
             own = scores[index[axis.name]]
             if axis.tied:
-                units = axis.base // traced.unit
+                units = axis.base // traced.divisor
                 members = [np.sort(scores[index[name]]) for name in (axis.name, *axis.tied)]
                 sums = np.sum([m.reshape(units, -1).sum(1) for m in members], axis=0)
-                own = np.repeat(sums / traced.unit, traced.unit)
+                own = np.repeat(sums / traced.divisor, traced.divisor)
             out.append(own)
         return out
 
@@ -320,11 +320,11 @@ class SearchSpace:
 
     # -- cost --------------------------------------------------------------------------------
 
-    def form(self, quantity: str) -> QuadraticForm:
+    def cost_form(self, quantity: str) -> QuadraticForm:
         """The quadratic form of ``macs``, ``params`` or ``activations``."""
         if quantity not in self._forms:
             poly: Poly = getattr(self.trace, quantity)
-            units = [axis.unit for axis in self.trace.axes]
+            units = [axis.divisor for axis in self.trace.axes]
             self._forms[quantity] = QuadraticForm.from_poly(poly, units)
         return self._forms[quantity]
 
@@ -342,15 +342,15 @@ class SearchSpace:
         Raises:
             WidthsError: They have another shape, or are not whole numbers from 0 on.
         """
-        return self.form("macs")(self._vectors(widths))
+        return self.cost_form("macs")(self._vectors(widths))
 
     def params(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
         """Number of parameters; arguments, shapes and errors as in :meth:`macs`."""
-        return self.form("params")(self._vectors(widths))
+        return self.cost_form("params")(self._vectors(widths))
 
     def activations(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
         """Output elements of all convolutions and matrix products; the rest as in :meth:`macs`."""
-        return self.form("activations")(self._vectors(widths))
+        return self.cost_form("activations")(self._vectors(widths))
 
     def _vectors(self, widths: Widths | Sequence[Widths] | ArrayLike) -> NDArray[np.int64]:
         """Width vectors as integers, shape (N, axes) or (axes,)."""
@@ -396,15 +396,15 @@ class SearchSpace:
 
         Shares overlap, since a layer's cost depends on both its widths.
         """
-        free = self.free
+        free = self.unconstrained
         total = int(free.macs(free.base))
-        x = [axis.base // axis.unit for axis in free.trace.axes]
+        x = [axis.base // axis.divisor for axis in free.trace.axes]
         of_layer = {name: evaluate(poly, x) for name, poly in free.trace.layer_macs.items()}
         traced = [
             sum(of_layer.get(layer, 0) for layer in set(pin.layers)) / total if total else 0.0
             for pin in free.pinned
         ]
-        shares = dict(zip(free.names, free.form("macs").share(free.base.vector), strict=True))
+        shares = dict(zip(free.names, free.cost_form("macs").share(free.base.vector), strict=True))
         return (*traced, *(float(shares[p.name]) for p in self.pinned[len(free.pinned) :]))
 
     def cost(self, widths: Widths | float | Mapping[str, int] | Sequence[int]) -> Cost:
@@ -441,7 +441,7 @@ class SearchSpace:
             self.widths(widths).vector, seed=seed, device=device, initialise=initialise
         )
 
-    def inherit(self, model: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:
+    def extract(self, model: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:
         """A narrower network with the weights of the channels that are kept.
 
         See :func:`widthsearch.channels.extraction.inherit`.
@@ -449,7 +449,7 @@ class SearchSpace:
         Raises:
             WidthsError: The channels do not fit the axes, or their number is not on the grid.
         """
-        narrow = extraction.inherit(self.model, model, keep)
+        narrow = extraction.extract(self.model, model, keep)
         self.widths(extraction.widths_of(self.model, narrow).vector)
         return narrow
 
@@ -485,8 +485,8 @@ class SearchSpace:
         """
         rng = random.Random(seed)
         asked = {
-            "least": [axis.least for axis in self.axes],
-            "most": [axis.most for axis in self.axes],
+            "narrowest": [axis.min_width for axis in self.axes],
+            "widest": [axis.max_width for axis in self.axes],
         }
         for i in range(vectors):
             asked[f"random {i + 1}"] = [rng.choice(axis.grid) for axis in self.axes]

@@ -27,12 +27,12 @@ from pydantic import (
 )
 
 from widthsearch.bayesopt.early_stopping import FrontStopping
-from widthsearch.data.tasks import TaskConfig
+from widthsearch.data.config import TaskConfig
 from widthsearch.errors import SpaceError, StudyError
-from widthsearch.latency.meter import LatencyConfig
+from widthsearch.latency.config import LatencyConfig
 from widthsearch.proposers import PROPOSERS, Proposer
 from widthsearch.space.constraints import Constraints
-from widthsearch.training.trainer import Recipe
+from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import load_function
 
 Objective = Literal["accuracy", "macs", "params", "latency_ms"]

@@ -9,9 +9,9 @@ from dataclasses import replace
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
-from widthsearch.study.driver_lock import Lease
+from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Progress, Search
-from widthsearch.study.posterior import Beliefs
+from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.storage import SpaceRecord, Store, Trial
 from widthsearch.study.trial import Outcome
 from widthsearch.widths import Widths
@@ -42,17 +42,17 @@ class Confirmation(Search):
         config: StudyConfig,
         spaces: Mapping[str, SearchSpace],
         store: Store,
-        lease: Lease,
+        driver_lock: DriverLock,
         records: Mapping[str, SpaceRecord],
         seeds: int,
         *,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        super().__init__(config, spaces, store, lease, on_progress=on_progress)
+        super().__init__(config, spaces, store, driver_lock, on_progress=on_progress)
         self._records = records
-        beliefs = self._believed()
-        front = beliefs.front()
-        missing = seeds * len(front) - sum(beliefs[member].trainings for member in front)
+        posterior = self._posterior()
+        front = posterior.front()
+        missing = seeds * len(front) - sum(posterior[member].trainings for member in front)
         missing -= sum("confirms" in trial.origin for trial in self._open.values())
         self._wanted = max(0, missing) + self._begun
 
@@ -64,24 +64,26 @@ class Confirmation(Search):
     def _total(self) -> int:
         return self._wanted
 
-    def _believed(self) -> Beliefs:
-        return Beliefs(list(self.outcomes.values()), self._records, self.config.objectives)
+    def _posterior(self) -> AccuracyPosterior:
+        return AccuracyPosterior(
+            list(self.outcomes.values()), self._records, self.config.objectives
+        )
 
     def _drawn(self) -> Candidate:
-        beliefs = self._believed()
-        front = beliefs.front()
-        finalists = {member.id: member for member in (*front, *beliefs.undecided)}
+        posterior = self._posterior()
+        front = posterior.front()
+        finalists = {member.id: member for member in (*front, *posterior.undecided)}
         pending: Counter[tuple[str, Widths]] = Counter(
             (trial.space, trial.widths) for trial in self._open.values()
         )
 
         def worth(member: Outcome) -> tuple[float, int]:
-            belief = beliefs[member]
+            estimate = posterior[member]
             waiting = pending[member.space, member.widths]
-            if belief.sd is None or beliefs.surrogate is None:  # whoever was trained least
-                return -belief.trainings - waiting, -member.id
-            p = belief.dominated or 0.0
-            variance, noise = belief.sd**2, beliefs.surrogate.noise**2
+            if estimate.sd is None or posterior.surrogate is None:  # whoever was trained least
+                return -estimate.trainings - waiting, -member.id
+            p = estimate.dominated or 0.0
+            variance, noise = estimate.sd**2, posterior.surrogate.noise**2
             left = variance / (1 + waiting * variance / max(noise, 1e-12))
             return max(p * (1 - p), _DECIDED) * left, -member.id
 

@@ -14,11 +14,11 @@ from typing import Any
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.study.storage import Store
 
-BEAT_SECONDS = 5.0
-LEASE_SECONDS = 30.0
+HEARTBEAT_SECONDS = 5.0
+TIMEOUT_SECONDS = 30.0
 
 
-class Lease:
+class DriverLock:
     """The right to drive a study, held from ``with`` to its end.
 
     It is a study attribute with the holder and a time, renewed every few seconds by a thread. A
@@ -36,7 +36,7 @@ class Lease:
         self._lost = False
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> DriverLock:
         holder = self._store.attribute(self.KEY)
         if holder is not None and not _is_gone(holder):
             silent = time.time() - holder["time"]
@@ -44,7 +44,7 @@ class Lease:
                 f"a study has one driver at a time, but {self._store.name!r} is being run by "
                 f"process {holder['pid']} on {holder['host']} (last sign of life {silent:.0f} s "
                 f"ago): wait for it or stop it; if it was killed, run again in "
-                f"{max(1.0, LEASE_SECONDS - silent):.0f} s"
+                f"{max(1.0, TIMEOUT_SECONDS - silent):.0f} s"
             )
         self._write()
         self._thread.start()
@@ -84,14 +84,14 @@ class Lease:
         self._store.set_attribute(self.KEY, holder)
 
     def _beat(self) -> None:
-        while not self._lost and not self._ended.wait(BEAT_SECONDS):
+        while not self._lost and not self._ended.wait(HEARTBEAT_SECONDS):
             # A full disk or a network's hiccup: the driver's own next write says so aloud.
             with contextlib.suppress(StorageError):
                 self.renew()
 
 
 def _is_gone(holder: Mapping[str, Any]) -> bool:
-    if time.time() - holder["time"] > LEASE_SECONDS:
+    if time.time() - holder["time"] > TIMEOUT_SECONDS:
         return True
     if holder["host"] != socket.gethostname():
         return False

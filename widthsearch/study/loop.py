@@ -31,16 +31,16 @@ from widthsearch.bayesopt.pareto import Points
 from widthsearch.bayesopt.sampler import Known, WidthSampler
 from widthsearch.bayesopt.surrogate import Coordinates, Surrogate
 from widthsearch.errors import StudyError, WidthsearchError, one_line
-from widthsearch.latency.meter import Latency
+from widthsearch.latency.config import Latency
 from widthsearch.latency.predictor import LatencyModel
 from widthsearch.latency.profiles import standard_error
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import Rungs, StudyConfig
-from widthsearch.study.driver_lock import Lease
+from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.storage import Store, Trial
 from widthsearch.study.trial import Outcome, unmended
-from widthsearch.training.trainer import EpochResult
+from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Widths
 
 FAILURES_IN_A_ROW = 5
@@ -96,7 +96,7 @@ class Search:
         config: StudyConfig,
         spaces: Mapping[str, SearchSpace],
         store: Store,
-        lease: Lease,
+        driver_lock: DriverLock,
         *,
         candidates: Iterable[Candidate] = (),
         measure: Callable[[Trial, float | None], Latency] | None = None,
@@ -107,7 +107,7 @@ class Search:
         self.config = config
         self.spaces = spaces
         self._store = store
-        self._lease = lease
+        self._driver_lock = driver_lock
         self._measure = measure
         self._profiles = profiles or {}
         self._latency_models: dict[str, tuple[int, LatencyModel]] = {}
@@ -172,7 +172,7 @@ class Search:
         Raises:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
-        self._lease.check()
+        self._driver_lock.check()
         if self._waiting or any(self.is_alone(number) for number in self._open):
             return self._next_alone()
         if self._taken_up:
@@ -187,7 +187,7 @@ class Search:
 
         An epoch may be reported again after a restart; its rung is then decided anew.
         """
-        self._lease.check()
+        self._driver_lock.check()
         self._first_epoch = self._first_epoch or time.monotonic()
         trial = self._open[number] = replace(self._open[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
@@ -329,8 +329,8 @@ class Search:
             columns = []
             for objective in self.config.objectives:
                 if objective == "accuracy":
-                    believed = shared.of_space(sampler.coordinates).predict(vectors)
-                    columns.append(believed.mean.tolist())
+                    estimated = shared.of_space(sampler.coordinates).posterior(vectors)
+                    columns.append(estimated.mean.tolist())
                 elif objective == "latency_ms":
                     ms = self._predicted(name, vectors)[0].tolist()
                     pairs = zip(own, ms, strict=True)

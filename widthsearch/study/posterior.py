@@ -33,7 +33,7 @@ Architecture = tuple[str, Widths]
 
 
 @dataclass(frozen=True)
-class Belief:
+class AccuracyEstimate:
     """What is believed of one architecture.
 
     Attributes:
@@ -50,7 +50,7 @@ class Belief:
     dominated: float | None = None
 
 
-class Beliefs:
+class AccuracyPosterior:
     """What is believed after some outcomes.
 
     Args:
@@ -105,9 +105,9 @@ class Beliefs:
             *((self.coordinates[name], own) for name, own in trainings.items())
         )
 
-    def __getitem__(self, outcome: Outcome) -> Belief:
+    def __getitem__(self, outcome: Outcome) -> AccuracyEstimate:
         """What is believed of a finished outcome's architecture."""
-        return self._beliefs[outcome.space, outcome.widths]
+        return self._estimates[outcome.space, outcome.widths]
 
     def accuracy(self, outcome: Outcome) -> float:
         """The believed accuracy of a finished outcome's architecture."""
@@ -146,17 +146,17 @@ class Beliefs:
         return points
 
     @cached_property
-    def _beliefs(self) -> dict[Architecture, Belief]:
+    def _estimates(self) -> dict[Architecture, AccuracyEstimate]:
         trained: dict[Architecture, list[float]] = {}
         for o in self._outcomes:
             if o.accuracy is not None:
                 trained.setdefault((o.space, o.widths), []).append(o.accuracy)
-        believed = {
-            key: Belief(statistics.fmean(accuracies), None, len(accuracies))
+        estimated = {
+            key: AccuracyEstimate(statistics.fmean(accuracies), None, len(accuracies))
             for key, accuracies in trained.items()
         }
         if self.surrogate is None or not self.members:
-            return believed
+            return estimated
         grouped = [
             (coordinates, own)
             for name, coordinates in self.coordinates.items()
@@ -183,5 +183,5 @@ class Beliefs:
             sd = float(np.sqrt(covariance[i, i]))
             key = member.space, member.widths
             accuracy = min(float(mean[i]), 100.0)
-            believed[key] = Belief(accuracy, sd, len(trained[key]), float(beaten))
-        return believed
+            estimated[key] = AccuracyEstimate(accuracy, sd, len(trained[key]), float(beaten))
+        return estimated

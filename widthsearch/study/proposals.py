@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Question:
+class ProposalRequest:
     """A proposer, and what it is given beside the data.
 
     Attributes:
@@ -64,20 +64,24 @@ class Failure:
     traceback: str = ""
 
 
-Say = Callable[[str], None]
-Answer = Proposal | Failure
-Engine = Callable[[Sequence[Question], Task, Say], Iterator[tuple[int, Answer]]]
+ProgressCallback = Callable[[str], None]
+ProposalResult = Proposal | Failure
+Engine = Callable[
+    [Sequence[ProposalRequest], Task, ProgressCallback], Iterator[tuple[int, ProposalResult]]
+]
 """Answers questions about a task, by their index, in any order; says how far each is meanwhile."""
 
 
-def propose(question: Question, task: Task | None, report: Say) -> Answer:
+def propose(
+    request: ProposalRequest, task: Task | None, report: ProgressCallback
+) -> ProposalResult:
     """Ask; whatever the method raises is its failure."""
-    setting = replace(question.setting, report=report)
+    setting = replace(request.setting, report=report)
     try:
-        with fixed_threads(question.threads):
+        with fixed_threads(request.threads):
             # None is for those that read no data.
-            proposal = question.proposer(question.space, task, setting)  # type: ignore[arg-type]
-        return _checked(proposal, question.space)
+            proposal = request.proposer(request.space, task, setting)  # type: ignore[arg-type]
+        return _checked(proposal, request.space)
     except Exception as error:  # noqa: BLE001  reported, with its traceback
         return Failure(one_line(error), traceback.format_exc())
 
@@ -94,11 +98,11 @@ def _checked(proposal: object, space: SearchSpace) -> Proposal:
     return proposal
 
 
-def told(question: Question, task: Task) -> Iterator[str | Answer]:
+def told(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]:
     """Ask, and yield what the method reports on its way; the answer comes last."""
-    messages: queue.Queue[str | Answer] = queue.Queue()
+    messages: queue.Queue[str | ProposalResult] = queue.Queue()
     thread = threading.Thread(
-        target=lambda: messages.put(propose(question, task, messages.put)), daemon=True
+        target=lambda: messages.put(propose(request, task, messages.put)), daemon=True
     )
     thread.start()
     while True:
@@ -109,22 +113,24 @@ def told(question: Question, task: Task) -> Iterator[str | Answer]:
             return
 
 
-def in_turn(questions: Sequence[Question], task: Task, say: Say) -> Iterator[tuple[int, Answer]]:
+def in_turn(
+    requests: Sequence[ProposalRequest], task: Task, say: ProgressCallback
+) -> Iterator[tuple[int, ProposalResult]]:
     """The plain engine: one after the other, in this process."""
-    for i, question in enumerate(questions):
-        yield i, propose(question, task, partial(_labelled, say, question.label))
+    for i, request in enumerate(requests):
+        yield i, propose(request, task, partial(_labelled, say, request.label))
 
 
-def _labelled(say: Say, label: str, line: str) -> None:
+def _labelled(say: ProgressCallback, label: str, line: str) -> None:
     say(f"{label}: {line}")
 
 
 def proposals(
     store: Store,
-    asked: Sequence[tuple[ProposerConfig, Question]],
+    asked: Sequence[tuple[ProposerConfig, ProposalRequest]],
     task: Task,
     engine: Engine,
-    say: Say,
+    say: ProgressCallback,
 ) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
     """The answer to each question: from the storage, where it was asked for networks as small.
 
@@ -140,26 +146,26 @@ def proposals(
         are missing, by the question's label. A missing one is asked again by the next run.
     """
     found: dict[int, Proposal] = {}
-    keys = [_key(config, question.space) for config, question in asked]
-    for i, (key, (_, question)) in enumerate(zip(keys, asked, strict=True)):
+    keys = [_key(config, request.space) for config, request in asked]
+    for i, (key, (_, request)) in enumerate(zip(keys, asked, strict=True)):
         stored = store.attribute(key)
-        if stored is not None and stored["lowest"] <= question.setting.lowest:
+        if stored is not None and stored["lowest"] <= request.setting.lowest:
             found[i] = Proposal.from_json(stored)
     missing = [i for i in range(len(asked)) if i not in found]
     failures = {}
     begun = time.monotonic()
     for index, answer in engine([asked[i][1] for i in missing], task, say):
         i = missing[index]
-        question = asked[i][1]
+        request = asked[i][1]
         if isinstance(answer, Failure):
-            failures[question.label] = answer.reason
-            _logger.info("proposer %s failed\n%s", question.label, answer.traceback)
-            say(f"proposer {question.label} failed: {answer.reason}")
+            failures[request.label] = answer.reason
+            _logger.info("proposer %s failed\n%s", request.label, answer.traceback)
+            say(f"proposer {request.label} failed: {answer.reason}")
         else:
-            store.set_attribute(keys[i], {**answer.to_json(), "lowest": question.setting.lowest})
+            store.set_attribute(keys[i], {**answer.to_json(), "lowest": request.setting.lowest})
             found[i] = answer
-            say(f"proposer {question.label} answered after {time.monotonic() - begun:.1f} s")
-    by_space: dict[str, list[Proposal]] = {question.space.name: [] for _, question in asked}
+            say(f"proposer {request.label} answered after {time.monotonic() - begun:.1f} s")
+    by_space: dict[str, list[Proposal]] = {request.space.name: [] for _, request in asked}
     for i in sorted(found):
         by_space[asked[i][1].space.name].append(found[i])
     return by_space, failures
@@ -218,8 +224,8 @@ def suggest(
         )
     lowest = min(1.0, budget / space.cost(space.base).macs)
     setting = setting or Setting()
-    question = Question(config.method, proposer, space, replace(setting, lowest=lowest))
-    answer = propose(question, task and task.for_search(), setting.report)
+    request = ProposalRequest(config.method, proposer, space, replace(setting, lowest=lowest))
+    answer = propose(request, task and task.for_search(), setting.report)
     if isinstance(answer, Failure):
         without = "; it was given no task" if task is None else ""
         raise StudyError(f"method {config.method!r} failed: {answer.reason}{without}")

@@ -26,11 +26,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from widthsearch.errors import StorageError, StudyError
-from widthsearch.latency.meter import Latency
+from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.trial import Outcome
-from widthsearch.training.trainer import EpochResult
+from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
 
 _STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
@@ -108,13 +108,13 @@ class SpaceRecord:
     @classmethod
     def of(cls, space: SearchSpace) -> SpaceRecord:
         """The record of a space."""
-        fields = ("name", "base", "least", "most", "step")
+        fields = ("name", "base", "min_width", "max_width", "step")
         axes = tuple(Axis(**{f: getattr(axis, f) for f in fields}) for axis in space.axes)
-        return cls(space.name, axes, space.form("macs"), space.form("params"))
+        return cls(space.name, axes, space.cost_form("macs"), space.cost_form("params"))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` reads them back."""
-        fields = ("name", "base", "least", "most", "step")
+        fields = ("name", "base", "min_width", "max_width", "step")
         return {
             "name": self.name,
             "axes": [{f: getattr(axis, f) for f in fields} for axis in self.axes],
@@ -135,7 +135,9 @@ class SpaceRecord:
 
 def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
     """The axes as Optuna knows them."""
-    return {axis.name: IntDistribution(axis.least, axis.most, step=axis.step) for axis in axes}
+    return {
+        axis.name: IntDistribution(axis.min_width, axis.max_width, step=axis.step) for axis in axes
+    }
 
 
 def directions(objectives: Sequence[str]) -> list[StudyDirection]:

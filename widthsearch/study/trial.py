@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from widthsearch.latency.meter import Latency
+    from widthsearch.latency.config import Latency
     from widthsearch.space.cost import Cost
-    from widthsearch.training.trainer import EpochResult
+    from widthsearch.training.recipe import EpochResult
     from widthsearch.widths import Widths
 
 

@@ -95,7 +95,7 @@ def in_numbers(tree: Any, system: System, reason: str) -> Any:
     return fixed if found else None
 
 
-class Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, stands in for batch norm, and remembers what is running."""
 
     def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:
@@ -272,7 +272,7 @@ class Stopped(Exception):  # noqa: N818 - what it becomes depends on where it st
 
 
 @contextmanager
-def _explained(model: nn.Module, run: Run) -> Iterator[None]:
+def _explained(model: nn.Module, run: SymbolicInterpreter) -> Iterator[None]:
     """Name the module and the operation in whatever goes wrong."""
     try:
         yield
@@ -327,7 +327,7 @@ def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
 
 def execute(
     symbolic: nn.Module, system: System, inputs: Any, fixed: Mapping[str, str], *, train: bool
-) -> Run:
+) -> SymbolicInterpreter:
     """Run a model of symbolic sizes; its outputs' sizes are pinned.
 
     Args:
@@ -342,7 +342,7 @@ def execute(
     """
     # Training mode refuses batches of one sample in batch norm.
     x = sample(inputs, 2 if train else 1)
-    run = Run(system, tuple(_tensors_in(x)))
+    run = SymbolicInterpreter(system, tuple(_tensors_in(x)))
     system.reason = run.reason
     hooks = []
     for layer, module in symbolic.named_modules():
@@ -362,7 +362,7 @@ def execute(
     return run
 
 
-def _entering(run: Run, layer: str) -> Callable[..., None]:
+def _entering(run: SymbolicInterpreter, layer: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any) -> None:
         run.layers.append(layer)
 
@@ -376,7 +376,7 @@ def _with_numbers(system: System, reason: str) -> Callable[..., Any]:
     return hook
 
 
-def _leaving(run: Run) -> Callable[..., None]:
+def _leaving(run: SymbolicInterpreter) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, _out: Any) -> None:
         run.layers.pop()
 

@@ -78,7 +78,7 @@ class TracedModel:
             device: Where the tensors are created.
             initialise: False leaves values undefined, for weights that are loaded next.
         """
-        x = [w // axis.unit for w, axis in zip(vector, self.trace.axes, strict=True)]
+        x = [w // axis.divisor for w, axis in zip(vector, self.trace.axes, strict=True)]
         tensors: dict[int, Tensor] = {}
         for _, layer, name, old in tensors_of(self.template):
             shape = [evaluate(poly, x) for poly in self.trace.shapes[join(layer, name)]]

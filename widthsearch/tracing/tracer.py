@@ -32,7 +32,7 @@ from widthsearch.modules.tree import (
 )
 from widthsearch.torch_internals import ConvNd, buffers_of, parameters_of
 from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
-from widthsearch.tracing.interpreter import Run, Stopped, execute
+from widthsearch.tracing.interpreter import Stopped, SymbolicInterpreter, execute
 from widthsearch.tracing.polynomials import (
     Poly,
     System,
@@ -52,7 +52,7 @@ class TracedAxis:
     Attributes:
         name: The first layer that makes the width.
         base: The width in the model as given, in channels.
-        unit: Channels per unit of the polynomials' variable; widths are multiples of it
+        divisor: Channels per unit of the polynomials' variable; widths are multiples of it
             (groups of a grouped convolution, heads).
         layers: Every layer with a tensor whose shape depends on the axis.
         maker: The tensor and the dim that the axis is named after.
@@ -60,7 +60,7 @@ class TracedAxis:
 
     name: str
     base: int
-    unit: int
+    divisor: int
     layers: tuple[str, ...]
     maker: tuple[str, int]
 
@@ -88,7 +88,7 @@ class Pinned:
 class Trace:
     """What one symbolic run of a model tells.
 
-    Polynomials are over the axes' indices; variable ``i`` is ``width_i / axes[i].unit``.
+    Polynomials are over the axes' indices; variable ``i`` is ``width_i / axes[i].divisor``.
 
     Attributes:
         axes: The free widths.
@@ -360,7 +360,7 @@ def _collect(
     symbols: Mapping[int, _Symbol],
     sized: Mapping[str, Tensor],
     attributes: Mapping[tuple[str, str], Poly],
-    run: Run,
+    run: SymbolicInterpreter,
 ) -> Trace:
     owners: dict[int, list[int]] = {}  # free symbol -> the symbols that are a multiple of it
     layers: dict[int, dict[str, None]] = {}  # free symbol -> the layers it shapes
@@ -385,10 +385,10 @@ def _collect(
             name = where.tensor
         count = sum(axis.name.split("#")[0] == name for axis in axes)
         name = f"{name}#{count + 1}" if count else name
-        unit = system.value(namer).get((free,), 1) if namer in owners.get(free, ()) else 1
+        divisor = system.value(namer).get((free,), 1) if namer in owners.get(free, ()) else 1
         maker = where.tensor, where.dim
-        base = system.hints[free] * unit
-        axes.append(TracedAxis(name, base, unit, tuple(layers[free]), maker))
+        base = system.hints[free] * divisor
+        axes.append(TracedAxis(name, base, divisor, tuple(layers[free]), maker))
 
     index = {free: i for i, (_, free) in enumerate(ordered)}
 
@@ -447,7 +447,7 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
 def trace_to_json(trace: Trace) -> dict[str, Any]:
     """A trace as JSON values."""
     return {
-        "axes": [[a.name, a.base, a.unit, a.layers, a.maker] for a in trace.axes],
+        "axes": [[a.name, a.base, a.divisor, a.layers, a.maker] for a in trace.axes],
         "pinned": [[p.name, p.size, p.reason, p.layers, p.places] for p in trace.pinned],
         "shapes": [[name, *map(_terms, shape)] for name, shape in trace.shapes.items()],
         "attributes": [[*where, _terms(poly)] for where, poly in trace.attributes.items()],

@@ -26,7 +26,8 @@ from torch import nn
 from widthsearch.data.tasks import Task
 from widthsearch.errors import DeviceError, one_line
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Recipe, TrainingRun, evaluate, evaluation_batch
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import TrainingRun, evaluate, evaluation_batch
 from widthsearch.utils.devices import check_device
 
 CLEARLY = 1.2

@@ -27,7 +27,7 @@ WARM = 3
 """How many steps are run before one is captured: lazy state is made, kernels are loaded."""
 
 
-class Repeated:
+class CudaGraphStep:
     """Runs a step again and again: on a GPU, after :data:`WARM` times, as a CUDA graph.
 
     No step is run twice or left out: the first ones are steps as any other, and capturing runs

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from widthsearch.errors import DeviceError
-
-Precision = Literal["auto", "fp32", "bf16"]
-"""``bf16`` is autocast; ``auto`` is bf16 on a CUDA device that has it in hardware, else fp32."""
 
 
 def check_device(name: str) -> torch.device:
@@ -40,8 +36,8 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context that runs a network in that precision."""
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that runs a network in that precision (``auto``, ``fp32`` or ``bf16``)."""
     bf16 = precision == "bf16"
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

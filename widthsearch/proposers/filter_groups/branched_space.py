@@ -82,19 +82,20 @@ class BranchedArchitecture:
             WidthsError: It does not fit the space: one line that names the culprit.
         """
         given, layers = (_mapping(content, key) for key in ("widths", "layers"))
-        names = space.free.names
+        free = space.unconstrained
+        names = free.names
         if sorted(map(str, given)) != sorted(names):
             odd = sorted(set(map(str, given)) ^ set(names))[0]
             raise WidthsError(
-                f"`widths` must name the {len(names)} axes of space {space.free.name!r}, but "
+                f"`widths` must name the {len(names)} axes of space {free.name!r}, but "
                 f"{odd!r} is in one of the two alone"
             )
-        for axis, traced in zip(space.free.axes, space.free.trace.axes, strict=True):
+        for axis, traced in zip(free.axes, free.trace.axes, strict=True):
             width = given[axis.name]
-            if not _whole(width) or width < 1 or width % traced.unit:
+            if not _whole(width) or width < 1 or width % traced.divisor:
                 raise WidthsError(
-                    f"axis {axis.name!r} takes multiples of {traced.unit} from {traced.unit} on, "
-                    f"but `widths` has {width!r}"
+                    f"axis {axis.name!r} takes multiples of {traced.divisor} from "
+                    f"{traced.divisor} on, but `widths` has {width!r}"
                 )
         out = {}
         for layer, listed in layers.items():
@@ -169,8 +170,8 @@ class BranchedArchitecture:
                 f"{'no layer' if module is None else type(module).__name__} of space "
                 f"{space.name!r}"
             )
-        shape = space.free.trace.shapes[key]
-        units = [axis.unit for axis in space.free.trace.axes]
+        shape = space.unconstrained.trace.shapes[key]
+        units = [axis.divisor for axis in space.unconstrained.trace.axes]
         outputs, inputs = (QuadraticForm.from_poly(poly, units) for poly in shape[:2])
         return int(outputs(self.widths.vector)), int(inputs(self.widths.vector))
 
@@ -361,11 +362,11 @@ def branched(space: SearchSpace, architecture: BranchedArchitecture) -> SearchSp
         WidthsError: The architecture does not fit the space.
     """
     architecture.check(space)
-    free = space.free
+    free = space.unconstrained
     trace, bases = _rewritten(free, architecture)
     axes = []
     for traced in trace.axes:
-        base, unit = bases[traced.name], traced.unit
+        base, unit = bases[traced.name], traced.divisor
         whole = Axis(traced.name, base, unit, base, unit, traced.layers)
         axes.append(on_grid(whole, default_step(base, unit), 0.125 * base, 2 * base))
     template = clone(free.model.template, {})
@@ -400,7 +401,7 @@ def positions(space: SearchSpace, layer: str) -> int:
         space: A plain space without ties and pins.
         layer: A convolution of it.
     """
-    units = [axis.unit for axis in space.trace.axes]
+    units = [axis.divisor for axis in space.trace.axes]
     base = space.base.vector
     weights = 1
     for poly in space.trace.shapes[join(layer, "weight")]:
@@ -463,7 +464,7 @@ def _rewritten(
                 (key, dim)
                 for key, shape in shapes.items()
                 for dim, poly in enumerate(shape)
-                if poly == {(i,): traced.unit}
+                if poly == {(i,): traced.divisor}
             ]
             axes[i] = replace(traced, maker=(same or [traced.maker])[0])
     rewritten = replace(

@@ -28,7 +28,8 @@ from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import as_constant
-from widthsearch.training.trainer import Recipe, parameter_groups
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import parameter_groups
 from widthsearch.utils.devices import (
     autocast,
     check_device,

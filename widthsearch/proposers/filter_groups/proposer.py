@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import find_channels
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.data.tasks import Task
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.modules.tree import join
@@ -28,7 +28,8 @@ from widthsearch.proposers.tuning import trained_base
 from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing.polynomials import add
-from widthsearch.training.trainer import Recipe, evaluate
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import evaluate
 from widthsearch.widths import Widths
 
 Bools = NDArray[np.bool_]
@@ -130,7 +131,7 @@ class FilterGroups:
 
         Groups are one integer a filter, by layer.
         """
-        free = space.free
+        free = space.unconstrained
         layers = find_layers(free)
         if not layers:
             raise SpaceError(
@@ -232,9 +233,9 @@ class GroupPruning:
     def __init__(
         self, space: SearchSpace, model: nn.Module, groups: Mapping[str, Tensor], count: int
     ) -> None:
-        self._space, self._free = space, space.free
-        self._channels = find_channels(self._free.model, self._free.base)
-        self._offsets = np.concatenate([[0], np.cumsum(self._channels.units)])
+        self._space, self._free = space, space.unconstrained
+        self._channels = build_dependency_graph(self._free.model, self._free.base)
+        self._offsets = np.concatenate([[0], np.cumsum(self._channels.groups)])
         weights = {k: p.detach().double().cpu().numpy() for k, p in model.named_parameters()}
         self._made, self._read, self._kept = self._surroundings(model, groups.keys())
         self._layers = []
@@ -257,7 +258,7 @@ class GroupPruning:
     def _units(self, layer: str, dim: int) -> Ints:
         """The unit at each position of a layer's weight; the one behind the last where unknown."""
         where = join(layer, "weight"), dim
-        axis, unit = self._channels.axis[where], self._channels.unit[where]
+        axis, unit = self._channels.axis[where], self._channels.group[where]
         known: Ints = np.where(axis >= 0, self._offsets[axis] + unit, self._offsets[-1])
         return known
 
@@ -265,12 +266,12 @@ class GroupPruning:
         """Which units layers that are not grouped make and read, and which stay in any case."""
         channels = self._channels
         made, read, kept = (np.zeros(self._offsets[-1] + 1, bool) for _ in range(3))
-        seen = np.zeros(len(channels.units), bool)
+        seen = np.zeros(len(channels.groups), bool)
         for key, parameter in model.named_parameters():
             layer = key.rpartition(".")[0]
             if parameter.dim() < 2 or is_depthwise(model.get_submodule(layer)):
                 continue  # norms, biases and depthwise convolutions go with their channels
-            reader = channels.readers.get(key)
+            reader = channels.consumers.get(key)
             for dim in range(parameter.dim()):
                 axes = channels.axis.get((key, dim))
                 if axes is None:
@@ -278,7 +279,7 @@ class GroupPruning:
                 if dim == reader:
                     seen[axes[axes >= 0]] = True
                 if layer not in grouped:
-                    units = self._offsets[axes] + channels.unit[key, dim]
+                    units = self._offsets[axes] + channels.group[key, dim]
                     (read if dim == reader else made)[units[axes >= 0]] = True
         owned = {name for axis in self._space.axes for name in (axis.name, *axis.tied)}
         for axis, name in enumerate(self._free.names):
@@ -330,12 +331,12 @@ class GroupPruning:
         poly = self._free.trace.macs
         for layer in self._layers:
             poly = add(poly, self._free.trace.layer_macs[layer.name], -1)
-        return QuadraticForm.from_poly(poly, [axis.unit for axis in self._free.trace.axes])
+        return QuadraticForm.from_poly(poly, [axis.divisor for axis in self._free.trace.axes])
 
     def widths(self, pruned: Pruned) -> Widths:
         """The widths of ``space.free``, off its grid: the channels that there are."""
         units = np.add.reduceat(pruned.units[:-1], self._offsets[:-1], dtype=np.int64)
-        each = [axis.unit for axis in self._free.trace.axes]
+        each = [axis.divisor for axis in self._free.trace.axes]
         return Widths(
             self._free.names, tuple(int(n) * unit for n, unit in zip(units, each, strict=True))
         )
@@ -397,7 +398,7 @@ class GroupPruning:
         """Per axis of ``space.free``, the channels that there are, as ``space.inherit`` takes."""
         out = {}
         for i, axis in enumerate(self._free.trace.axes):
-            units = self._offsets[i] + self._channels.unit[axis.maker]
+            units = self._offsets[i] + self._channels.group[axis.maker]
             out[axis.name] = np.flatnonzero(pruned.units[units]).tolist()
         return out
 
