@@ -63,13 +63,13 @@ class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 1)
-        self.unconstrained = nn.Conv2d(8, 8, 1)
+        self.free = nn.Conv2d(8, 8, 1)
         self.fc = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hard-codes the first convolution's width."""
         x = self.conv(x).view(-1, 8, 64).view(-1, 8, 8, 8)
-        return self.fc(self.unconstrained(x).mean((2, 3)))
+        return self.fc(self.free(x).mean((2, 3)))
 
 
 def test_a_width_that_code_fixes_is_pinned_at_its_line() -> None:
