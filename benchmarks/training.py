@@ -41,7 +41,7 @@ from widthsearch.latency.meter import hardware_name
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import TrainingRun, evaluate, parameter_groups
+from widthsearch.training.trainer import Trainer, evaluate, parameter_groups
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
@@ -116,7 +116,7 @@ class Ours:
     """This project's loop."""
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe, device: str) -> None:
-        self.run = TrainingRun(model, task, recipe, seed=0, device=device)
+        self.run = Trainer(model, task, recipe, seed=0, device=device)
         self.model = model
 
     @property

@@ -27,7 +27,7 @@ from torch import nn
 from widthsearch import LatencyConfig, Recipe, SearchSpace, Widths
 from widthsearch.data.tasks import Task
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.training.trainer import TrainingRun, evaluate
+from widthsearch.training.trainer import Trainer, evaluate
 
 Schedule = Literal["epochs", "compute"]
 """``epochs``: the recipe's for all; ``compute``: times base MACs over the network's MACs."""
@@ -147,7 +147,7 @@ def train(
 ) -> float:
     """Train a network by a recipe, perhaps for another number of epochs; its accuracy after."""
     stretched = _stretched(recipe, epochs or recipe.epochs)
-    run = TrainingRun(model, task, stretched, seed=seed, device=device)
+    run = Trainer(model, task, stretched, seed=seed, device=device)
     while not run.finished:
         result = run.run_epoch()
     return (
@@ -192,8 +192,7 @@ def ratios(
     for entry in entries:
         measured = meter.measure(entry.build(0))
         runs = [
-            TrainingRun(which.build(0), task, timed, seed=0, device=device)
-            for which in (base, entry)
+            Trainer(which.build(0), task, timed, seed=0, device=device) for which in (base, entry)
         ]
         seconds = np.array([[run.run_epoch().seconds for run in runs] for _ in range(epochs + 1)])
         training = np.median(seconds[1:, 1] / seconds[1:, 0])  # the first warms caches

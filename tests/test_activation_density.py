@@ -31,7 +31,7 @@ from widthsearch.proposers.activation_density import (
 from widthsearch.proposers.density import Counts, DensityMeter
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 
 QUICK = ActivationDensity(patience=1, tolerance=0.3)
 
@@ -222,8 +222,8 @@ def test_training_is_counted_alone_and_is_what_it_was() -> None:
     with DensityMeter(
         build_dependency_graph(space.model, space.base), models[0], None, {}
     ) as meter:
-        TrainingRun(models[0], task, recipe, seed=0).run_epoch()
-    TrainingRun(models[1], task, recipe, seed=0).run_epoch()
+        Trainer(models[0], task, recipe, seed=0).run_epoch()
+    Trainer(models[1], task, recipe, seed=0).run_epoch()
     assert meter.counts()[1].total.tolist() == [100 * 64] * 32
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -316,7 +316,7 @@ def test_phases_hold_the_highest_learning_rate() -> None:
 # --- phases ---
 
 
-class Spy(TrainingRun):
+class Spy(Trainer):
     """Records the networks that are trained; accuracies can be dictated."""
 
     runs: list[Spy]
@@ -341,7 +341,7 @@ class Spy(TrainingRun):
 def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
     """A fresh one in place of the training loop."""
     own = type("Own", (Spy,), {"runs": []})
-    monkeypatch.setattr(activation_density, "TrainingRun", own)
+    monkeypatch.setattr(activation_density, "Trainer", own)
     return own
 
 

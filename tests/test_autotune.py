@@ -72,7 +72,7 @@ def test_bf16_is_taken_where_it_is_clearly_faster(
 ) -> None:
     """By the median of five pairs, however short the time."""
     Timed.seconds = {"fp32": [2.0], "bf16": bf16}
-    monkeypatch.setattr(speed, "TrainingRun", Timed)
+    monkeypatch.setattr(speed, "Trainer", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE, threads=1, seconds=0.0)
     assert (probe.precision, probe.speedup) == (precision, pytest.approx(speedup))
     assert (probe.device, probe.threads, probe.pairs) == ("cpu", 1, 5)
@@ -81,7 +81,7 @@ def test_bf16_is_taken_where_it_is_clearly_faster(
 def test_a_cpu_without_bf16_is_known_by_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes ten times as long there; one is enough."""
     Timed.seconds = {"fp32": [2.0], "bf16": [20.0, 0.1]}
-    monkeypatch.setattr(speed, "TrainingRun", Timed)
+    monkeypatch.setattr(speed, "Trainer", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE)
     assert (probe.precision, probe.speedup, probe.pairs) == ("fp32", 0.1, 0)
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.training import cuda_graphs as capture
-from widthsearch.training.cuda_graphs import WARM, CudaGraphStep, hooked
+from widthsearch.training.cuda_graphs import WARMUP_STEPS, CudaGraphStep, find_hooks
 from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import TrainingRun, fit
+from widthsearch.training.trainer import Trainer, fit
 
 QUICK = Recipe(epochs=3, batch_size=32, lr=0.1)
 
@@ -136,8 +136,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     monkeypatch.setattr(capture, "_python_state", host)
     monkeypatch.setattr(capture, "can_capture", lambda device: True)
     monkeypatch.setattr(capture, "capture", record)
-    monkeypatch.setattr(capture, "beside", lambda device: nullcontext())
-    monkeypatch.setattr(capture, "waiting", lambda: nullcontext([]))
+    monkeypatch.setattr(capture, "on_capture_stream", lambda device: nullcontext())
+    monkeypatch.setattr(capture, "device_waits", lambda: nullcontext([]))
     return made
 
 
@@ -157,14 +157,14 @@ def test_a_captured_run_gives_the_numbers_of_the_plain_loop(
     plain, captured = convnet(), convnet()
     curve = fit(plain, few(), replace(recipe, capture=False), seed=0)
     assert not recordings
-    run = TrainingRun(captured, few(), recipe, seed=0)
+    run = Trainer(captured, few(), recipe, seed=0)
     while not run.finished:
         run.run_epoch()
     assert run.mode.endswith(", graph")
     assert untimed(run.curve) == untimed(curve)
     assert weights(captured) == weights(plain)
     steps = 3 * (len(few().train) // 32)
-    assert recordings[0].replays == steps - WARM
+    assert recordings[0].replays == steps - WARMUP_STEPS
 
 
 def test_evaluation_is_captured_too(recordings: list[Recording]) -> None:
@@ -175,17 +175,20 @@ def test_evaluation_is_captured_too(recordings: list[Recording]) -> None:
     task = replace(task, validation=type(task.validation)(images, labels))
     curves = [fit(convnet(), task, replace(QUICK, capture=on), seed=0) for on in (True, False)]
     assert untimed(curves[0]) == untimed(curves[1])
-    assert [recording.replays for recording in recordings] == [3 * 8 - WARM, 3 * 7 - WARM]
+    assert [recording.replays for recording in recordings] == [
+        3 * 8 - WARMUP_STEPS,
+        3 * 7 - WARMUP_STEPS,
+    ]
 
 
 def test_a_resumed_run_captures_anew(recordings: list[Recording], tmp_path: Path) -> None:
     """Loaded into a run that has a graph already: the graph is dropped, the numbers hold."""
-    whole = TrainingRun(convnet(), few(), QUICK, seed=1)
+    whole = Trainer(convnet(), few(), QUICK, seed=1)
     whole.run_epoch()
     whole.save(tmp_path)
     whole.run_epoch()
     model = convnet(seed=9)
-    again = TrainingRun(model, few(), QUICK, seed=1)
+    again = Trainer(model, few(), QUICK, seed=1)
     again.run_epoch()
     again.load(tmp_path)
     again.run_epoch()
@@ -199,7 +202,7 @@ def test_short_epochs_warm_up_together(recordings: list[Recording]) -> None:
     recipe = replace(QUICK, batch_size=128)
     curves = [fit(convnet(), few(), replace(recipe, capture=on), seed=0) for on in (True, False)]
     assert untimed(curves[0]) == untimed(curves[1])
-    assert recordings[0].replays == 3 * 2 - WARM
+    assert recordings[0].replays == 3 * 2 - WARMUP_STEPS
 
 
 def test_gradients_do_not_outlive_an_epoch() -> None:
@@ -211,7 +214,7 @@ def test_gradients_do_not_outlive_an_epoch() -> None:
 
 def test_a_run_is_freed_with_its_last_reference(recordings: list[Recording]) -> None:
     """No cycle keeps a graph, and the device's memory, until Python collects."""
-    run = TrainingRun(convnet(), few(), QUICK, seed=0)
+    run = Trainer(convnet(), few(), QUICK, seed=0)
     run.run_epoch()
     there = weakref.ref(run)
     gc.disable()
@@ -281,7 +284,7 @@ def test_what_cannot_be_captured_is_run_eagerly_and_says_why(
     curves = []
     for on in (True, False):
         random.seed(0)
-        run = TrainingRun(convnet(middle=middle), few(), replace(QUICK, capture=on), seed=0)
+        run = Trainer(convnet(middle=middle), few(), replace(QUICK, capture=on), seed=0)
         run.run_epoch()
         run.run_epoch()
         curves.append(untimed(run.curve))
@@ -310,8 +313,8 @@ def test_a_step_that_waits_for_the_device_is_not_captured(
     recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch says where; capturing is not even tried."""
-    monkeypatch.setattr(capture, "waiting", lambda: nullcontext(["net.py:7"]))
-    run = TrainingRun(convnet(), few(), QUICK, seed=0)
+    monkeypatch.setattr(capture, "device_waits", lambda: nullcontext(["net.py:7"]))
+    run = Trainer(convnet(), few(), QUICK, seed=0)
     run.run_epoch()
     assert run.mode.endswith("eager (the step waits for the device: net.py:7)")
     assert not recordings
@@ -320,7 +323,7 @@ def test_a_step_that_waits_for_the_device_is_not_captured(
 def test_hooks_that_come_between_epochs_end_a_graph(recordings: list[Recording]) -> None:
     """A hook is Python: a graph would skip it."""
     model = convnet()
-    run = TrainingRun(model, few(), QUICK, seed=0)
+    run = Trainer(model, few(), QUICK, seed=0)
     run.run_epoch()
     assert run.mode.endswith("graph")
     seen: list[bool] = []
@@ -332,7 +335,7 @@ def test_hooks_that_come_between_epochs_end_a_graph(recordings: list[Recording])
 
 def test_every_kind_of_hook_is_found() -> None:
     """Of modules, of parameters, and of all modules."""
-    assert hooked(convnet()) is None
+    assert find_hooks(convnet()) is None
     for register, reason in (
         (lambda net: net[4].register_forward_pre_hook(print), "module '4' has hooks"),
         (lambda net: net[4].register_full_backward_hook(print), "module '4' has hooks"),
@@ -344,10 +347,10 @@ def test_every_kind_of_hook_is_found() -> None:
     ):
         model = convnet()
         register(model)
-        assert hooked(model) == reason
+        assert find_hooks(model) == reason
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert hooked(convnet()) == "hooks on all modules"
+        assert find_hooks(convnet()) == "hooks on all modules"
     finally:
         handle.remove()
 
@@ -362,7 +365,7 @@ def test_a_graph_trains_as_the_eager_loop_does() -> None:
     final: dict[bool, list[float]] = {True: [], False: []}
     for on, accuracies in final.items():
         for seed in range(5):
-            run = TrainingRun(
+            run = Trainer(
                 convnet(seed), task, replace(recipe, capture=on), seed=seed, device="cuda"
             )
             while not run.finished:
@@ -407,12 +410,12 @@ def test_a_model_with_control_flow_by_data_trains_eagerly_on_cuda(
     middle: type[nn.Module], reason: str
 ) -> None:
     """It says why, learns all the same, and the next model is captured as ever."""
-    run = TrainingRun(convnet(middle=middle), few(), QUICK, seed=0, device="cuda")
+    run = Trainer(convnet(middle=middle), few(), QUICK, seed=0, device="cuda")
     while not run.finished:
         run.run_epoch()
     assert reason in run.mode
     assert run.curve[-1].loss < run.curve[0].loss
-    after = TrainingRun(convnet(), few(), QUICK, seed=0, device="cuda")
+    after = Trainer(convnet(), few(), QUICK, seed=0, device="cuda")
     after.run_epoch()
     assert after.mode.endswith("graph"), after.mode
 

@@ -23,7 +23,7 @@ from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.trial import Outcome
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
 
 
@@ -180,15 +180,15 @@ def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the training goes on from the last checkpoint."""
-    study, whole = study_of(tmp_path), TrainingRun.save
+    study, whole = study_of(tmp_path), Trainer.save
 
-    def save(run: TrainingRun, folder: Path) -> None:
+    def save(run: Trainer, folder: Path) -> None:
         if run.epoch == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         whole(run, folder)
 
     with monkeypatch.context() as patch, pytest.raises(StudyError, match="No space left"):
-        patch.setattr(TrainingRun, "save", save)
+        patch.setattr(Trainer, "save", save)
         trained(study, tmp_path / "out", epochs=3)
     assert trained(study, tmp_path / "out", epochs=3) == [2, 3]
 

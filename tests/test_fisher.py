@@ -25,7 +25,7 @@ from widthsearch.proposers.fisher import FisherInformation
 from widthsearch.proposers.importance import Removal
 from widthsearch.proposers.tuning import Tuning, prune_and_tune, without
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
 
 resnet: Any = load_function(
@@ -193,7 +193,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
     """With a rate of almost nothing and no removal the network is the pretrained one."""
     space, task = space_of("Residual"), small_task()
     model = space.build(space.base, seed=0)
-    run = TrainingRun(model, task, RECIPE, seed=0)
+    run = Trainer(model, task, RECIPE, seed=0)
     while not run.finished:
         result = run.run_epoch()
     found = []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from widthsearch.data.tasks import Split, Task, load_task
 from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
 from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import CHECKPOINT, TrainingRun, evaluate, fit, parameter_groups
+from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate, fit, parameter_groups
 from widthsearch.utils.devices import check_device, fixed_threads, pick_memory_format
 
 QUICK = Recipe(epochs=4, batch_size=32, lr=0.1)
@@ -179,12 +179,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: An
     recipe = replace(QUICK, precision=precision)
     whole = convnet(dropout=0.2)
     curve = fit(whole, few(), recipe, seed=1)
-    run = TrainingRun(convnet(dropout=0.2), few(), recipe, seed=1)
+    run = Trainer(convnet(dropout=0.2), few(), recipe, seed=1)
     run.run_epoch()
     run.run_epoch()
     run.save(tmp_path)
     model = convnet(seed=99, dropout=0.2)  # whatever it was is overwritten
-    resumed = TrainingRun(model, few(), recipe, seed=1)
+    resumed = Trainer(model, few(), recipe, seed=1)
     resumed.load(tmp_path)
     assert resumed.epoch == 2
     assert resumed.curve == run.curve
@@ -199,10 +199,10 @@ def test_cuda_repeats_and_resumes_exactly(tmp_path: Path) -> None:
     """On CUDA too: same seed, same numbers, interrupted or not."""
     whole, model = convnet(dropout=0.2), convnet(dropout=0.2)
     curve = fit(whole, few(), QUICK, seed=1, device="cuda")
-    run = TrainingRun(convnet(dropout=0.2), few(), QUICK, seed=1, device="cuda")
+    run = Trainer(convnet(dropout=0.2), few(), QUICK, seed=1, device="cuda")
     run.run_epoch()
     run.save(tmp_path)
-    resumed = TrainingRun(model, few(), QUICK, seed=1, device="cuda")
+    resumed = Trainer(model, few(), QUICK, seed=1, device="cuda")
     resumed.load(tmp_path)
     while not resumed.finished:
         resumed.run_epoch()
@@ -213,10 +213,10 @@ def test_cuda_repeats_and_resumes_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("precision", "shown"), [("auto", "fp32"), ("bf16", "bf16")])
 def test_a_run_says_how_it_trains(precision: Any, shown: str) -> None:
     """Precision, memory format, and that a CPU has no graphs."""
-    run = TrainingRun(convnet(), few(), replace(QUICK, precision=precision), seed=0)
+    run = Trainer(convnet(), few(), replace(QUICK, precision=precision), seed=0)
     run.run_epoch()
     assert run.mode == run.curve[-1].mode == f"{shown}, channels_last, eager"
-    viewing = TrainingRun(Viewing(), few(), replace(QUICK, precision=precision), seed=0)
+    viewing = Trainer(Viewing(), few(), replace(QUICK, precision=precision), seed=0)
     assert viewing.mode == f"{shown}, contiguous, eager"
 
 
@@ -226,7 +226,7 @@ def test_threads_are_set_while_training_alone() -> None:
     model = convnet()
     model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     with fixed_threads(1):
-        run = TrainingRun(model, few(), replace(QUICK, epochs=1), seed=0, threads=2)
+        run = Trainer(model, few(), replace(QUICK, epochs=1), seed=0, threads=2)
         run.run_epoch()
         assert torch.get_num_threads() == 1
     assert set(seen) == {2}
@@ -238,7 +238,7 @@ def test_threads_are_set_while_training_alone() -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A folder with a checkpoint after one epoch."""
-    run = TrainingRun(convnet(), few(), QUICK, seed=0)
+    run = Trainer(convnet(), few(), QUICK, seed=0)
     run.run_epoch()
     run.save(tmp_path)
     return tmp_path
@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, spoil: Any) -> None:
     file = saved / CHECKPOINT
     file.write_bytes(spoil(file.read_bytes()))
     model = convnet()
-    run = TrainingRun(model, few(), QUICK, seed=0)
+    run = Trainer(model, few(), QUICK, seed=0)
     with pytest.raises(CheckpointError, match=r"training\.ckpt is damaged; start the run anew"):
         run.load(saved)
     assert run.epoch == 0
@@ -276,13 +276,13 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, spoil: Any) -> None:
 def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
     """The error names what differs, and both values."""
     for run, message in (
-        (TrainingRun(convnet(), few(), QUICK, seed=3), "run.seed=0 where this one has 3"),
+        (Trainer(convnet(), few(), QUICK, seed=3), "run.seed=0 where this one has 3"),
         (
-            TrainingRun(convnet(), few(), replace(QUICK, lr=0.2), seed=0),
+            Trainer(convnet(), few(), replace(QUICK, lr=0.2), seed=0),
             r"run\.recipe\.lr=0\.1 where this one has 0\.2",
         ),
-        (TrainingRun(convnet(width=8), few(), QUICK, seed=0), r"run\.model='\w+' where"),
-        (TrainingRun(convnet(), digits(), QUICK, seed=0), r"run\.task=\['digits', 270, .*1079"),
+        (Trainer(convnet(width=8), few(), QUICK, seed=0), r"run\.model='\w+' where"),
+        (Trainer(convnet(), digits(), QUICK, seed=0), r"run\.task=\['digits', 270, .*1079"),
     ):
         with pytest.raises(CheckpointError, match=message):
             run.load(saved)
@@ -292,12 +292,12 @@ def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     """A folder without one is named."""
     with pytest.raises(CheckpointError, match="No such file"):
-        TrainingRun(convnet(), few(), QUICK, seed=0).load(tmp_path / "none")
+        Trainer(convnet(), few(), QUICK, seed=0).load(tmp_path / "none")
 
 
 def test_a_checkpoint_is_replaced_in_one_step(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If writing fails half-way, the last checkpoint is still there and whole."""
-    run = TrainingRun(convnet(), few(), QUICK, seed=0)
+    run = Trainer(convnet(), few(), QUICK, seed=0)
     run.load(saved)
     run.run_epoch()
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_is_replaced_in_one_step(saved: Path, monkeypatch: pytest.M
         patched.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             run.save(saved)
-    again = TrainingRun(convnet(), few(), QUICK, seed=0)
+    again = Trainer(convnet(), few(), QUICK, seed=0)
     again.load(saved)
     assert again.epoch == 1
     run.save(saved)
@@ -394,7 +394,7 @@ def test_a_network_that_does_not_fit_the_task() -> None:
         (nn.Conv2d(1, 10, 3), r"for 2 images it gives \(2, 10, 6, 6\)"),
     ):
         with pytest.raises(DataError, match=message) as error:
-            TrainingRun(model, digits(), QUICK, seed=0)
+            Trainer(model, digits(), QUICK, seed=0)
         assert "\n" not in str(error.value)
 
 
@@ -427,7 +427,7 @@ def test_a_device_that_is_not_there() -> None:
     assert check_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "cdua"):
         with pytest.raises(DeviceError, match=f"'{name}' is not; this machine has cpu"):
-            TrainingRun(convnet(), few(), QUICK, seed=0, device=name)
+            Trainer(convnet(), few(), QUICK, seed=0, device=name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from widthsearch.runner.worker import Worker, is_out_of_memory
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 
 RECIPE = Recipe(epochs=4, batch_size=32)
 
@@ -124,17 +124,17 @@ def test_a_full_disk_is_not_the_candidates_fault(
 ) -> None:
     """Nor is a device that is not there; other errors of the system may be."""
 
-    def full(self: TrainingRun, folder: Path) -> None:
+    def full(self: Trainer, folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def denied(self: TrainingRun, folder: Path) -> None:
+    def denied(self: Trainer, folder: Path) -> None:
         raise OSError(errno.EACCES, "Permission denied")
 
     one = worker(tmp_path)
     one.take(0, "tiny", [4, 4], seed=0)
-    monkeypatch.setattr(TrainingRun, "save", full)
+    monkeypatch.setattr(Trainer, "save", full)
     assert str(one.step().broken).startswith("No space left on device for the checkpoint '")
-    monkeypatch.setattr(TrainingRun, "save", denied)
+    monkeypatch.setattr(Trainer, "save", denied)
     assert one.step().failure == "PermissionError: [Errno 13] Permission denied"
     nowhere = worker(tmp_path, device="cuda:77")
     nowhere.take(0, "tiny", [4, 4], seed=0)
@@ -195,7 +195,7 @@ def test_a_network_too_large_for_two_images_lacks_memory(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(network, "forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
-        TrainingRun(network, tiny.task(), RECIPE, seed=0)
+        Trainer(network, tiny.task(), RECIPE, seed=0)
 
 
 def test_a_process_whose_gpu_is_gone_says_so(
@@ -203,13 +203,13 @@ def test_a_process_whose_gpu_is_gone_says_so(
 ) -> None:
     """An illegal access is the end of all CUDA in a process, other errors are not."""
 
-    def broken(self: TrainingRun) -> None:
+    def broken(self: Trainer) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     def gone() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(TrainingRun, "run_epoch", broken)
+    monkeypatch.setattr(Trainer, "run_epoch", broken)
     for synchronize, lost in ((gone, True), (lambda: None, False)):
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
         one = worker(tmp_path)

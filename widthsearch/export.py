@@ -30,7 +30,7 @@ from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.trial import Outcome
 from widthsearch.training.recipe import EpochResult
-from widthsearch.training.trainer import CHECKPOINT, TrainingRun, evaluate
+from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate
 from widthsearch.utils.files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _train_one(
 ) -> None:
     checkpoints = folder / "checkpoints" / str(number)
     code = source_digest(model)
-    run = TrainingRun(model, task, recipe, seed=seed, device=device, code=code)
+    run = Trainer(model, task, recipe, seed=seed, device=device, code=code)
     if (checkpoints / CHECKPOINT).exists():
         try:
             run.load(checkpoints)

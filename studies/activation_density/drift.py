@@ -15,7 +15,7 @@ from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.data.tasks import load_task
 from widthsearch.proposers.activation_density import density_of_axes, held
 from widthsearch.proposers.density import DensityMeter
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         weight_decay=arguments.weight_decay,
     )
     model = space.build(space.base, seed=arguments.seed)
-    run = TrainingRun(model, task, held(recipe, arguments.epochs), seed=arguments.seed)
+    run = Trainer(model, task, held(recipe, arguments.epochs), seed=arguments.seed)
     channels = build_dependency_graph(space.model, space.base)
     while not run.finished:
         with DensityMeter(channels, model, None, {}) as meter:

@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 from widthsearch.errors import StudyError, one_line
 from widthsearch.latency.config import Backend, Latency, LatencyConfig
 from widthsearch.torch_internals import BatchNormBase, tree_leaves
-from widthsearch.training.cuda_graphs import WARM, beside, capture
+from widthsearch.training.cuda_graphs import WARMUP_STEPS, capture, on_capture_stream
 from widthsearch.utils.devices import check_device, fixed_threads, format_name, pick_memory_format
 
 _BLOCK_MS = 2.0  # a block runs for at least so long, well above what the clock and the loop cost
@@ -203,8 +203,8 @@ def _ready(net: nn.Module, images: Tensor, backend: Backend) -> Callable[[], obj
                     "to eager"
                 ) from error
             return partial(compiled, images)
-        with beside(images.device):
-            for _ in range(WARM):
+        with on_capture_stream(images.device):
+            for _ in range(WARMUP_STEPS):
                 net(images)
             graph, reason = capture(lambda: net(images), images.device)
     if graph is None:

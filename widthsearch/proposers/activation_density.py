@@ -18,7 +18,7 @@ from widthsearch.proposers.density import Counts, DensityMeter
 from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 from widthsearch.widths import Widths
 
 
@@ -204,7 +204,7 @@ class _PhaseRun:
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
         recipe = held(setting.recipe, method.max_epochs or setting.recipe.epochs)
-        run = TrainingRun(model, self.task, recipe, seed=seed, device=setting.device)
+        run = Trainer(model, self.task, recipe, seed=seed, device=setting.device)
         history: list[tuple[float, ...]] = []
         plateau = False
         while not (run.finished or plateau):

@@ -20,7 +20,7 @@ from widthsearch.errors import CheckpointError, DeviceError, one_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, told
 from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import TrainingRun
+from widthsearch.training.trainer import Trainer
 from widthsearch.widths import Widths
 
 
@@ -118,7 +118,7 @@ class Worker:
         """
         self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
         self._folder = self._checkpoints / str(number)
-        self._run: TrainingRun | None = None
+        self._run: Trainer | None = None
         if self._device.startswith("cuda") and 0 < self._share < 1 and torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0 if alone else self._share)
@@ -160,11 +160,11 @@ class Worker:
         self._run.save(self._folder)
         return Report(self._run.curve, note)
 
-    def _begin(self) -> TrainingRun:
+    def _begin(self) -> Trainer:
         if self._space not in self._spaces:
             self._spaces[self._space] = pickle.loads(self._pickled[self._space])
         space = self._spaces[self._space]
-        return TrainingRun(
+        return Trainer(
             space.build(Widths(space.names, self._vector), seed=self._seed),
             self._task,
             self._recipe,

@@ -27,7 +27,7 @@ from widthsearch.data.tasks import Task
 from widthsearch.errors import DeviceError, one_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import TrainingRun, evaluate, evaluation_batch
+from widthsearch.training.trainer import Trainer, evaluate, evaluation_batch
 from widthsearch.utils.devices import check_device
 
 CLEARLY = 1.2
@@ -86,7 +86,7 @@ def probe_precision(
     """
     small = _few(task, recipe.batch_size)
     runs = [
-        TrainingRun(
+        Trainer(
             copy.deepcopy(model),
             small,
             _endless(replace(recipe, precision=precision)),
@@ -256,7 +256,7 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         model = space.build(space.base, seed=0)
         # Once, for its memory; the steps alone are timed.
         evaluate(model, replace(task, validation=validated), "validation", device, recipe.precision)
-        run = TrainingRun(
+        run = Trainer(
             model,
             task,
             _endless(recipe),

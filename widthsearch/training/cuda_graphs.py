@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from widthsearch.errors import one_line
 from widthsearch.torch_internals import buffers_of, has_global_hooks, has_hooks, has_tensor_hooks
 
-WARM = 3
+WARMUP_STEPS = 3
 """How many steps are run before one is captured: lazy state is made, kernels are loaded."""
 
 
 class CudaGraphStep:
-    """Runs a step again and again: on a GPU, after :data:`WARM` times, as a CUDA graph.
+    """Runs a step again and again: on a GPU, after :data:`WARMUP_STEPS` times, as a CUDA graph.
 
     No step is run twice or left out: the first ones are steps as any other, and capturing runs
     nothing. Random numbers go on from where torch's generator is, captured or not. A graph belongs
@@ -61,20 +61,20 @@ class CudaGraphStep:
     def run(self, step: Callable[[], None], times: int) -> None:
         """Run the step so often. It is not kept: every call gets the same one."""
         if self._possible and self._refusal is None:
-            self._refusal = hooked(self._model)  # each time: they come and go between epochs
+            self._refusal = find_hooks(self._model)  # each time: they come and go between epochs
         if not self._possible or self._refusal is not None:
             self._graph = None
             for _ in range(times):
                 step()
             return
-        with beside(self._device):
+        with on_capture_stream(self._device):
             for _ in range(times):
-                if self._graph is None and self._refusal is None and self._before >= WARM:
+                if self._graph is None and self._refusal is None and self._before >= WARMUP_STEPS:
                     self._graph, self._refusal = capture(step, self._device)
                 if self._graph is not None:
                     self._graph.replay()
-                elif self._before == WARM - 1:
-                    self._refusal = watched(step, self._model)
+                elif self._before == WARMUP_STEPS - 1:
+                    self._refusal = run_and_check(step, self._model)
                 else:
                     step()
                 self._before += 1
@@ -90,7 +90,7 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
     """The step as a graph, or why it cannot be one; in neither case has it been run.
 
-    To be called :func:`beside` the default stream, after steps that were run there.
+    Call it within :func:`on_capture_stream`, after steps that ran there.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream, inference = torch.cuda.current_stream(device), torch.is_inference_mode_enabled()
@@ -136,7 +136,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) 
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
+def on_capture_stream(device: torch.device) -> Iterator[None]:
     """Run on the one stream of this process for captured work, in turn with the current one.
 
     Graphs cannot be captured on the default stream, and autograd stays on the stream of a
@@ -156,7 +156,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def hooked(model: nn.Module) -> str | None:
+def find_hooks(model: nn.Module) -> str | None:
     """Why a model with hooks cannot be captured: they would run once, whatever they count."""
     for name, module in model.named_modules():
         if has_hooks(module):
@@ -169,14 +169,14 @@ def hooked(model: nn.Module) -> str | None:
     return None
 
 
-def watched(step: Callable[[], None], model: nn.Module) -> str | None:
+def run_and_check(step: Callable[[], None], model: nn.Module) -> str | None:
     """Run the step once, and say why it cannot be captured.
 
     A step that waits for the device may branch on what it reads; what Python draws or counts would
     be the same in every repetition.
     """
     before = _python_state(model)
-    with waiting() as waits:
+    with device_waits() as waits:
         step()
     after = _python_state(model)
     for what, value in before.items():
@@ -186,7 +186,7 @@ def watched(step: Callable[[], None], model: nn.Module) -> str | None:
 
 
 @contextmanager
-def waiting() -> Iterator[list[str]]:
+def device_waits() -> Iterator[list[str]]:
     """Where host code waits for the device, as torch knows it: a line for each wait."""
     lines: list[str] = []
     before = torch.cuda.get_sync_debug_mode()

@@ -106,7 +106,7 @@ class EpochResult:
         loss: Mean training loss, label smoothing included.
         accuracy: Top-1 on the validation split after it, in percent; NaN once training diverged.
         seconds: Wall time of training, without evaluation.
-        mode: How it was trained, see :attr:`TrainingRun.mode`; empty where that is not known.
+        mode: How it was trained, see :attr:`Trainer.mode`; empty where that is not known.
     """
 
     epoch: int

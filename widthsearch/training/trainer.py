@@ -40,7 +40,7 @@ CHECKPOINT = "training.ckpt"
 """The file that a run writes into the folder it is given."""
 
 
-class TrainingRun:
+class Trainer:
     """A network being trained, an epoch a call; the network that is given is the one that learns.
 
     Args:
@@ -217,9 +217,9 @@ def fit(
 ) -> tuple[EpochResult, ...]:
     """Train a network by the whole recipe, or until it diverges; returns the curve.
 
-    The arguments are those of :class:`TrainingRun`; ``on_epoch`` is called with each result.
+    The arguments are those of :class:`Trainer`; ``on_epoch`` is called with each result.
     """
-    run = TrainingRun(model, task, recipe, seed=seed, device=device)
+    run = Trainer(model, task, recipe, seed=seed, device=device)
     while not run.finished:
         result = run.run_epoch()
         if on_epoch is not None:
