@@ -180,12 +180,16 @@ def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
 
 
 def test_a_network_that_does_not_fit_the_data_is_told_at_once(tmp_path: Path) -> None:
-    """Four outputs for five classes: before anything is written."""
+    """Four outputs for five classes, or a batch larger than the data: nothing is written."""
     five = replace(tiny.task(), classes=5)
     study = Study(tiny.config(), tiny.space(), five, folder=tmp_path / "five")
     with pytest.raises(DataError, match="give its last layer 5 outputs"):
         drive(study)
     assert not (tmp_path / "five").exists()
+    study = make(tmp_path / "large", recipe={"epochs": 4, "batch_size": 64})
+    with pytest.raises(StudyError, match="batch_size=64 and task 'tiny' has 32 training images"):
+        drive(study)
+    assert not (tmp_path / "large").exists()
 
 
 def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None:

@@ -390,8 +390,8 @@ def test_a_network_that_does_not_fit_the_task() -> None:
     """Wrong channels or too few classes: one line with the task's name and the shape."""
     for model, message in (
         (nn.Conv2d(3, 8, 3), r"fails on those of 'digits', \(1, 8, 8\): .*expected input"),
-        (Constant(0, classes=5), r"logits of shape \(N, 10\) .*it gives \(2, 5\); give its last"),
-        (nn.Conv2d(1, 10, 3), r"for 2 images it gives \(2, 10, 6, 6\)"),
+        (Constant(0, classes=5), r"logits of shape \(N, 10\) .*it returns \(2, 5\); give its last"),
+        (nn.Conv2d(1, 10, 3), r"for 2 images it returns \(2, 10, 6, 6\)"),
     ):
         with pytest.raises(DataError, match=message) as error:
             Trainer(model, digits(), QUICK, seed=0)
@@ -420,6 +420,14 @@ def test_a_network_that_cannot_take_channels_last_trains_all_the_same() -> None:
     assert pick_memory_format(convnet(), blank) is torch.channels_last
     assert model.training
     assert fit(model, few(), replace(QUICK, epochs=1), seed=0)[0].accuracy > 10
+
+
+def test_a_batch_larger_than_the_training_split_is_refused() -> None:
+    """An epoch would silently be one step on fewer images than the recipe names."""
+    message = "batch_size=4096 and task 'digits' has 1079 training images; lower the recipe's"
+    with pytest.raises(StudyError, match=message):
+        Trainer(convnet(), digits(), replace(QUICK, batch_size=4096), seed=0)
+    assert Trainer(convnet(), digits(), replace(QUICK, batch_size=1079), seed=0).epoch == 0
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -48,7 +48,7 @@ from widthsearch.study.storage import SpaceRecord, Store, Trial
 from widthsearch.study.trial import Outcome
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import check_model
+from widthsearch.training.trainer import check_batch_size, check_model
 from widthsearch.utils.devices import check_device, cores
 from widthsearch.widths import Widths
 
@@ -354,6 +354,7 @@ class Study:
                     f"{tuple(self.task.input_shape)}: make the space with the task's shape"
                 )
         self._check_limits()
+        check_batch_size(config.recipe, self.task)
         if config.ray_address is None:
             device = check_device(config.device)
             for space in self.spaces.values():

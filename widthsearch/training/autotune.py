@@ -89,7 +89,7 @@ def probe_precision(
         Trainer(
             copy.deepcopy(model),
             small,
-            _endless(replace(recipe, precision=precision)),
+            _endless(replace(recipe, precision=precision), len(small.train)),
             seed=0,
             device=device,
             threads=threads,
@@ -259,7 +259,7 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         run = Trainer(
             model,
             task,
-            _endless(recipe),
+            _endless(recipe, len(task.train) // 8),
             seed=0,
             device=device,
             threads=threads,
@@ -279,9 +279,10 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         tell(failed=one_line(error))
 
 
-def _endless(recipe: Recipe) -> Recipe:
-    """The same steps for as long as one likes, at a rate at which nothing diverges."""
-    return replace(recipe, epochs=_ENDLESS, warmup_epochs=None, lr=min(recipe.lr, 1e-3))
+def _endless(recipe: Recipe, batch_size: int) -> Recipe:
+    """The recipe with practically endless epochs, and a learning rate at which nothing diverges."""
+    lr = min(recipe.lr, 1e-3)
+    return replace(recipe, epochs=_ENDLESS, batch_size=batch_size, warmup_epochs=None, lr=lr)
 
 
 def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PIXELS) -> Task:

@@ -18,8 +18,8 @@ class Recipe:
 
     Attributes:
         epochs: Passes over the training split.
-        batch_size: Images a step, at least 2; never more than there are. What is left over of an
-            epoch, less than a batch, is left out, other images each time.
+        batch_size: Images per step: at least 2, at most the size of the training split. Each epoch
+            skips the remainder that fills no batch, different images each time.
         lr: The highest learning rate.
         momentum: SGD's momentum.
         nesterov: Whether the momentum looks ahead.

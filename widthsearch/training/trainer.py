@@ -1,9 +1,9 @@
-"""The one training loop, step by step: an epoch at a time, saved and resumed exactly.
+"""The one training loop: it trains an epoch a call, and resumes from a checkpoint exactly.
 
-An epoch's randomness (the order of images, augmentation, dropout) is a function of the run's seed
-and the epoch's number alone. So a checkpoint holds no generator, and a resumed run gives the
-numbers of an uninterrupted one: bit for bit on a CPU with the same number of threads. On CUDA,
-cuDNN is held to deterministic kernels; another operation that a model calls may have none.
+The seed and the number of an epoch alone determine the epoch's random numbers (the order of images,
+augmentation, dropout). A checkpoint therefore holds no generator state, and a resumed training
+gives the numbers of an uninterrupted one: bit for bit on a CPU with the same number of threads. On
+CUDA, cuDNN is restricted to deterministic kernels; other operations of a model may have none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthsearch.data.tasks import DeviceLoader, Task
-from widthsearch.errors import DataError
+from widthsearch.errors import DataError, StudyError, first_line
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.recipe import EpochResult, Precision, Recipe
@@ -34,27 +34,38 @@ from widthsearch.utils.devices import (
     format_name,
     pick_memory_format,
     seeded,
+    uses_bf16,
 )
 
 CHECKPOINT = "training.ckpt"
-"""The file that a run writes into the folder it is given."""
+"""The name of the file that :meth:`Trainer.save` writes into a folder."""
 
 
 class Trainer:
-    """A network being trained, an epoch a call; the network that is given is the one that learns.
+    """Trains a network in place, one epoch a call.
 
     Args:
-        model: Takes (N, C, H, W) and gives logits (N, classes or more).
-        task: What it learns.
-        recipe: How it learns.
-        seed: For the order of images, augmentation and dropout. The initialisation is the model's.
-        device: Where, e.g. ``cpu`` or ``cuda:0``; the model is moved there.
-        threads: CPU threads while it trains; None leaves torch's number.
-        code: What tells the model's code from other code: checkpoints are of the same alone.
+        model: Maps images (N, C, H, W) to logits (N, classes or more).
+        task: The images and labels.
+        recipe: Optimizer, schedule, batch size and precision.
+        seed: Seeds the order of images, augmentation and dropout, but not the initial weights.
+        device: E.g. ``cpu`` or ``cuda:0``; the model is moved there.
+        threads: CPU threads during training; None leaves torch's number.
+        code: An identifier of the model's code; a checkpoint of other code is refused.
 
     Raises:
-        DeviceError: The device is not there.
-        DataError: The model cannot take the task's images, or gives no logit for some class.
+        DeviceError: The device does not exist.
+        DataError: The model cannot process the task's images, or has too few outputs.
+        StudyError: A batch is larger than the training split.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> trainer = Trainer(model, load_task("digits"), Recipe(epochs=2, batch_size=32), seed=0)
+        >>> while not trainer.finished:
+        ...     result = trainer.run_epoch()
+        >>> result.epoch, result.accuracy > 50
+        (2, True)
     """
 
     def __init__(
@@ -68,6 +79,7 @@ class Trainer:
         threads: int | None = None,
         code: str | None = None,
     ) -> None:
+        check_batch_size(recipe, task)
         self._device = check_device(device)
         self._recipe, self._seed, self._threads = recipe, seed, threads
         self._model = model.to(self._device)
@@ -84,7 +96,7 @@ class Trainer:
             self._device,
             recipe.capture,
         )
-        # What a step reads and writes stays where it is, so that a CUDA graph can repeat the step.
+        # A CUDA graph repeats a step at fixed addresses: steps read and write these tensors only.
         images = self._train.steps * self._train.batch_size
         self._batch = torch.arange(self._train.batch_size, device=self._device)
         self._draws = torch.zeros(6, images, dtype=torch.int64, device=self._device)
@@ -112,28 +124,28 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """How many epochs were trained."""
+        """The number of epochs trained so far."""
         return len(self._curve)
 
     @property
     def curve(self) -> tuple[EpochResult, ...]:
-        """The result of each epoch that was trained."""
+        """The results of the epochs trained so far."""
         return tuple(self._curve)
 
     @property
     def finished(self) -> bool:
-        """Whether no epoch is left: all were trained, or training diverged."""
+        """Whether all epochs were trained, or training diverged."""
         diverged = bool(self._curve) and math.isnan(self._curve[-1].accuracy)
         return diverged or self.epoch >= self._recipe.epochs
 
     @property
     def mode(self) -> str:
-        """How it trains: precision, memory format, and whether steps are a CUDA graph or eager.
+        """Precision, memory format, and whether steps run as a CUDA graph or eagerly.
 
-        For example ``bf16, channels_last, graph``, or ``fp32, contiguous, eager (why not as a
-        graph)``. A graph is there after the first few steps.
+        For example ``bf16, channels_last, graph``, or ``fp32, contiguous, eager (reason)``. A graph
+        exists after the first few steps.
         """
-        precision = "bf16" if self._cast._enabled else "fp32"
+        precision = "bf16" if uses_bf16(self._device, self._recipe.precision) else "fp32"
         return f"{precision}, {format_name(self._layout)}, {self._steps.mode}"
 
     def run_epoch(self) -> EpochResult:
@@ -153,7 +165,10 @@ class Trainer:
         return self._curve[-1]
 
     def _train_epoch(self, generator: torch.Generator) -> float:
-        """One pass over the training split; the mean loss. The host waits for the device once."""
+        """Train on every whole batch once; returns the mean loss.
+
+        The host waits for the device only once, at the end.
+        """
         steps = self._train.steps
         first = self.epoch * steps
         rates = [self._recipe.learning_rate(first + i, steps) for i in range(steps)]
@@ -164,11 +179,11 @@ class Trainer:
         self._loss.zero_()
         self._model.train()
         self._steps.run(self._step, steps)
-        self._optimizer.zero_grad()  # a graph's gradients would keep its memory
+        self._optimizer.zero_grad()  # gradients in the graph's memory would keep it alive
         return self._loss.item() / steps
 
     def _step(self) -> None:
-        """The next step: batch, learning rate, forward, loss, backward, optimizer."""
+        """One optimizer step on the next batch; all state is in tensors, see ``__init__``."""
         columns = self._at * self._train.batch_size + self._batch
         images, labels = self._train.augmented(self._draws.index_select(1, columns))
         self._rate.copy_(self._rates.index_select(0, self._at).squeeze())
@@ -182,7 +197,7 @@ class Trainer:
         self._at.add_(1)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into the folder; the last one stays until the new one is whole."""
+        """Replace the folder's checkpoint atomically."""
         state = {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -191,18 +206,18 @@ class Trainer:
         write_checkpoint(folder / CHECKPOINT, self._identity, state)
 
     def load(self, folder: Path) -> None:
-        """Go on from the folder's checkpoint as if never interrupted.
+        """Restore the state from the folder's checkpoint, to continue exactly from there.
 
         Raises:
-            CheckpointError: It is not there, is damaged, or is of another run; this run is then as
-                it was.
+            CheckpointError: The checkpoint is missing, damaged or of another training; the trainer
+                is then unchanged.
         """
         state = read_checkpoint(folder / CHECKPOINT, self._identity, self._device)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate
-        self._steps.forget()  # momentum lies elsewhere now
+        self._steps.forget()  # the momentum buffers have new addresses
         self._curve = [EpochResult(*result) for result in state["curve"]]
 
 
@@ -215,16 +230,16 @@ def fit(
     device: str = "cpu",
     on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> tuple[EpochResult, ...]:
-    """Train a network by the whole recipe, or until it diverges; returns the curve.
+    """Train a network by the whole recipe, or until it diverges; returns the learning curve.
 
-    The arguments are those of :class:`Trainer`; ``on_epoch`` is called with each result.
+    The arguments are those of :class:`Trainer`; ``on_epoch`` is called with each epoch's result.
     """
-    run = Trainer(model, task, recipe, seed=seed, device=device)
-    while not run.finished:
-        result = run.run_epoch()
+    trainer = Trainer(model, task, recipe, seed=seed, device=device)
+    while not trainer.finished:
+        result = trainer.run_epoch()
         if on_epoch is not None:
             on_epoch(result)
-    return run.curve
+    return trainer.curve
 
 
 def evaluate(
@@ -234,11 +249,13 @@ def evaluate(
     device: str = "cpu",
     precision: Precision = "auto",
 ) -> float:
-    """Top-1 accuracy on a split in percent; NaN if a logit is not finite. Moves the model there.
+    """Top-1 accuracy on a split in percent; NaN if a logit is not finite.
+
+    The model is moved to the device.
 
     Raises:
-        DeviceError: The device is not there.
-        DataError: The task has no such split, or the model does not fit it.
+        DeviceError: The device does not exist.
+        DataError: The task has no such split, or the model does not fit the task.
     """
     place = check_device(device)
     model.to(place)
@@ -249,7 +266,7 @@ def evaluate(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """A network's trainable parameters, decayed (two dimensions or more) and not."""
+    """Trainable parameters in two groups: decayed (two dimensions or more) and not decayed."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -258,7 +275,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.memory_format:
-    """Run the network on two blank images; the memory format to run it in."""
+    """Check a network on two blank images, and return the memory format it should run in.
+
+    Raises:
+        DataError: The model cannot process the task's images, or has too few outputs.
+    """
     blank = torch.zeros(2, *task.input_shape, device=device)
     training = model.training
     try:
@@ -270,18 +291,32 @@ def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.mem
         raise
     except (RuntimeError, ValueError) as error:
         raise DataError(
-            f"a network must take the task's images, but fails on those of {task.name!r}, "
-            f"{task.input_shape}: {str(error).splitlines()[0]}"
+            f"a network must process the task's images, but fails on those of {task.name!r}, "
+            f"{task.input_shape}: {first_line(error)}"
         ) from error
     finally:
         model.train(training)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if isinstance(shape, str) or len(shape) != 2 or shape[1] < task.classes:
         raise DataError(
-            f"a network must give logits of shape (N, {task.classes}) for task {task.name!r}, but "
-            f"for 2 images it gives {shape}; give its last layer {task.classes} outputs"
+            f"a network must return logits of shape (N, {task.classes}) for task {task.name!r}, "
+            f"but for 2 images it returns {shape}; give its last layer {task.classes} outputs"
         )
     return layout
+
+
+def check_batch_size(recipe: Recipe, task: Task) -> None:
+    """Check that a training split has at least one whole batch.
+
+    Raises:
+        StudyError: It has not.
+    """
+    if recipe.batch_size > len(task.train):
+        raise StudyError(
+            f"`batch_size <= training images` must hold, but the recipe has batch_size="
+            f"{recipe.batch_size} and task {task.name!r} has {len(task.train)} training images; "
+            "lower the recipe's batch_size"
+        )
 
 
 def _whole_split(
@@ -293,21 +328,23 @@ def _whole_split(
     split = task.validation if name == "validation" else task.test
     if split is None:
         raise DataError(
-            f"task {task.name!r} has no test split here, for a search gets none; load the task anew"
+            f"task {task.name!r} has no test split here, because a search removes it; load the "
+            "task again"
         )
-    # As many pixels at once as keep a GPU busy; on a CPU as few as stay in its caches (ResNet-20 on
-    # 32×32, fp32, one core: 1,580 images a second in batches of 32, 480 in batches of 2,048).
     return DeviceLoader(split, task, evaluation_batch(task, device.type), device, layout)
 
 
 def evaluation_batch(task: Task, device_type: str) -> int:
-    """How many images are evaluated at once."""
+    """The batch size of an evaluation: enough pixels for a GPU, few enough for a CPU's caches.
+
+    ResNet-20 on 32×32, fp32, one core: 1,580 images/s in batches of 32, 480 in batches of 2,048.
+    """
     pixels = 2**16 if device_type == "cpu" else 2**21
     return max(8, pixels // math.prod(task.input_shape[1:]))
 
 
 class _Evaluation:
-    """Top-1 accuracy of a network on a split, as often as it is called."""
+    """Computes a network's top-1 accuracy on a split at each call."""
 
     def __init__(
         self,
@@ -325,7 +362,7 @@ class _Evaluation:
         self._steps = CudaGraphStep(model, device, capture)
 
     def __call__(self) -> float:
-        """In percent; NaN if a logit is not finite."""
+        """The accuracy in percent; NaN if a logit is not finite."""
         model, loader = self._model, self._loader
         self._at.zero_()
         self._hits.zero_()
@@ -340,13 +377,13 @@ class _Evaluation:
         return 100 * self._hits.item() / len(loader) if self._finite.item() else math.nan
 
     def _step(self) -> None:
-        """The next whole batch."""
+        """Evaluate the next whole batch."""
         self._count(self._at * self._loader.batch_size + self._batch)
         self._at.add_(1)
 
     def _count(self, chosen: Tensor) -> None:
         images, labels = self._loader.plain(chosen)
-        with self._cast:  # here, for what it casts once must not outlive a captured step
+        with self._cast:  # entered here: autocast's cache of cast weights must not outlive a step
             logits = self._model(images)
         self._hits.add_((logits.argmax(dim=1) == labels).sum())
         self._finite.logical_and_(logits.isfinite().all())

@@ -36,12 +36,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context that runs a network in that precision (``auto``, ``fp32`` or ``bf16``)."""
-    bf16 = precision == "bf16"
+def uses_bf16(device: torch.device, precision: str) -> bool:
+    """Whether a precision (``auto``, ``fp32`` or ``bf16``) means bf16 on a device."""
     if precision == "auto" and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return precision == "bf16"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that runs a network in a precision (``auto``, ``fp32`` or ``bf16``)."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
