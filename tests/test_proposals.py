@@ -67,6 +67,10 @@ def broken(space, task, setting):
     raise RuntimeError("out of ideas\\nreally")
 
 
+def leaves(space, task, setting):
+    raise SystemExit("no data here")
+
+
 def dies(space, task, setting):
     os._exit(1)
 '''
@@ -209,16 +213,73 @@ def test_reports_come_before_the_answer() -> None:
     assert list(messages) == []
 
 
+class Unprintable(Exception):  # noqa: N818  a user's own
+    """An exception whose own text cannot be made."""
+
+    def __str__(self) -> str:
+        """Fail as well."""
+        raise RuntimeError("no text")
+
+
+def ends_by(error: BaseException) -> Any:
+    """A proposer that raises this."""
+
+    def proposer(space: Any, task: Any, setting: Setting) -> Proposal:
+        raise error
+
+    return proposer
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (SystemExit("no data here\nreally"), "SystemExit: no data here"),
+        (SystemExit(3), "SystemExit: 3"),
+        (GeneratorExit(), "GeneratorExit"),
+        (Unprintable(), "Unprintable"),
+    ],
+)
+def test_every_exception_of_a_proposer_is_its_failure(error: BaseException, reason: str) -> None:
+    """In this process and in a task's thread, which would never end without a result."""
+    (streamed,) = told(request(ends_by(error)), tiny.task())
+    for failure in (propose(request(ends_by(error)), tiny.task(), print), streamed):
+        assert isinstance(failure, Failure)
+        assert failure.reason == reason
+        assert failure.traceback.startswith("Traceback")
+
+
+def test_ctrl_c_ends_the_study_but_not_a_task() -> None:
+    """In the main thread KeyboardInterrupt is the user's, in a task's thread the proposer's."""
+    interrupted = request(ends_by(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        propose(interrupted, tiny.task(), print)
+    assert [result.reason for result in told(interrupted, tiny.task())] == ["KeyboardInterrupt"]
+
+
+def test_a_report_that_is_no_text_is_a_message() -> None:
+    """It is not taken for the result."""
+
+    def counting(space: Any, task: Any, setting: Setting) -> Proposal:
+        setting.report(5)  # type: ignore[arg-type]
+        return Proposal("it", (space.base,), {})
+
+    message, result = told(request(counting), tiny.task())
+    assert message == "5"
+    assert isinstance(result, Proposal)
+
+
 @pytest.mark.ray
 def test_ray_asks_side_by_side(tmp_path: Path, own: str) -> None:
     """Modules that no worker can import travel along; one that kills its process is survived."""
-    made = study(tmp_path, f"{own}:dies", f"{own}:halves", "sensitivity", f"{own}:broken", trials=3)
+    names = ("dies", "halves", "broken", "leaves")
+    made = study(tmp_path, *(f"{own}:{name}" for name in names), "sensitivity", trials=3)
     heard: list[Progress] = []
     made.run(heard.append)
     messages = [progress.message for progress in heard]
     assert made.failures[f"{own}:broken"] == "RuntimeError: out of ideas"
     assert made.failures[f"{own}:dies"].startswith("its worker process died")
-    assert set(made.failures) == {f"{own}:broken", f"{own}:dies"}
+    assert made.failures[f"{own}:leaves"] == "SystemExit: no data here"
+    assert set(made.failures) == {f"{own}:{name}" for name in ("broken", "dies", "leaves")}
     assert f"{own}:halves: seed 0" in messages
     assert [o.state for o in made.outcomes()] == ["finished"] * 3
     assert {"halves", "sensitivity"} & set(origins(made))

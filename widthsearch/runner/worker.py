@@ -181,7 +181,7 @@ def answer(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
     """
     try:
         request: ProposalRequest = pickle.loads(pickled)
-    except Exception as error:  # noqa: BLE001  reported, with its traceback
-        yield Failure(one_line(error), traceback.format_exc())
+    except BaseException as error:  # noqa: BLE001  SystemExit too; reported, with its traceback
+        yield Failure.of(error)
         return
     yield from told(request, task)

@@ -63,6 +63,15 @@ class Failure:
     reason: str
     traceback: str = ""
 
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """The failure that an exception is, while it is being handled."""
+        try:
+            reason = one_line(error)
+        except Exception:  # noqa: BLE001  its __str__ is the user's code, and may raise as well
+            reason = type(error).__name__
+        return cls(reason, traceback.format_exc())
+
 
 ProgressCallback = Callable[[str], None]
 ProposalResult = Proposal | Failure
@@ -75,15 +84,17 @@ Engine = Callable[
 def propose(
     request: ProposalRequest, task: Task | None, report: ProgressCallback
 ) -> ProposalResult:
-    """Ask; whatever the method raises is its failure."""
-    setting = replace(request.setting, report=report)
+    """Ask a proposer; whatever it raises, except KeyboardInterrupt, becomes a Failure."""
+    setting = replace(request.setting, report=lambda message: report(str(message)))
     try:
         with fixed_threads(request.threads):
             # None is for those that read no data.
             proposal = request.proposer(request.space, task, setting)  # type: ignore[arg-type]
         return _checked(proposal, request.space)
-    except Exception as error:  # noqa: BLE001  reported, with its traceback
-        return Failure(one_line(error), traceback.format_exc())
+    except KeyboardInterrupt:  # the user's
+        raise
+    except BaseException as error:  # noqa: BLE001  SystemExit too; reported, with its traceback
+        return Failure.of(error)
 
 
 def _checked(proposal: object, space: SearchSpace) -> Proposal:
@@ -99,11 +110,21 @@ def _checked(proposal: object, space: SearchSpace) -> Proposal:
 
 
 def told(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]:
-    """Ask, and yield what the method reports on its way; the answer comes last."""
+    """Ask a proposer in a thread; yield the messages it reports, then its result.
+
+    However the proposer ends, the thread puts a result into the queue: else the loop would wait for
+    ever.
+    """
     messages: queue.Queue[str | ProposalResult] = queue.Queue()
-    thread = threading.Thread(
-        target=lambda: messages.put(propose(request, task, messages.put)), daemon=True
-    )
+
+    def ask() -> None:
+        try:
+            result = propose(request, task, messages.put)
+        except BaseException as error:  # noqa: BLE001  KeyboardInterrupt, which no user sent here
+            result = Failure.of(error)
+        messages.put(result)
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     while True:
         message = messages.get()
