@@ -94,8 +94,9 @@ def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError) as caught:
         drive(other)
     assert str(caught.value) == (
-        "a study keeps its space, but 'tiny' was begun with 'tiny' (2 axes) and is now given "
-        "'other' (2 axes): put the space back, or give the study another name"
+        "a study keeps its space, but 'tiny' was begun with 'tiny' (2 axes, 10,400 MACs) and is "
+        "now given 'other' (2 axes, 10,400 MACs): put the space back, or give the study another "
+        "name"
     )
     assert (tmp_path / "study.yaml").read_text() == before
     drive(make(tmp_path, trials=3))

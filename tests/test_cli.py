@@ -432,7 +432,7 @@ def test_networks_that_cost_something_else_are_another_space(
         tiny.drive(search)
     space.write_text("K = 5\n" + code)
     assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
-    assert "cost something else now than when 'small' was begun" in capsys.readouterr().err
+    assert "'small' was begun with 't' (1 axes, 4,688 MACs) and is now" in capsys.readouterr().err
 
 
 def test_a_function_that_raises_is_one_line(

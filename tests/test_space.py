@@ -372,6 +372,20 @@ def test_a_space_travels_to_workers() -> None:
     assert again.cost(0.5) == space.cost(0.5)
 
 
+def test_models_that_differ_in_kernel_size_have_other_fingerprints() -> None:
+    """Their layers have the same names and widths, but their networks cost something else."""
+
+    def space(kernel: int) -> SearchSpace:
+        return SearchSpace.from_model(
+            lambda: nn.Sequential(nn.Conv2d(3, 8, kernel, padding="same"), nn.Conv2d(8, 4, 1)),
+            (3, 8, 8),
+            name="net",
+        )
+
+    assert space(3).axes == space(5).axes
+    assert space(3).fingerprint == space(3).fingerprint != space(5).fingerprint
+
+
 def test_a_model_without_freedom_is_refused() -> None:
     """There is nothing to search."""
     with pytest.raises(SpaceError, match="has no free width"):
@@ -731,7 +745,7 @@ def test_widths_of_another_space_are_refused(tmp_path: Path) -> None:
     own.constrained(pin="conv1").save_widths(path, 0.5)
     with pytest.raises(WidthsError, match="the file has no axis 'conv1'"):
         own.load_widths(path)
-    with pytest.raises(WidthsError, match="other axes are tied to theirs"):
+    with pytest.raises(WidthsError, match="other axes are tied to theirs, or the same widths cost"):
         own.constrained(tie="*").load_widths(path)
 
 

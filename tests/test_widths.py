@@ -102,9 +102,17 @@ def test_widths_are_values() -> None:
 
 
 def test_the_fingerprint_depends_on_meaning_alone() -> None:
-    """Bounds and steps may change; names and order may not."""
+    """Bounds, steps and the order of a cost's terms may change; names, ties and costs may not."""
     a, b = Axis("a", 16, 8, 32, 8), Axis("b", 16, 8, 32, 8)
-    assert fingerprint("s", [a, b]) == fingerprint("s", [Axis("a", 16, 2, 64, 2), b])
-    assert len({fingerprint("s", [a, b]), fingerprint("s", [b, a]), fingerprint("t", [a, b])}) == 3
+    macs = {(0, 1): 9, (0,): 27}
+    of = fingerprint("s", [a, b], [macs])
+    assert of == "7013b8781bb767f4"
+    assert of == fingerprint("s", [Axis("a", 16, 2, 64, 2), b], [{(0,): 27, (0, 1): 9}])
     tied = Axis("a", 16, 8, 32, 8, tied=("c",))
-    assert fingerprint("s", [tied, b]) != fingerprint("s", [a, b])
+    others = {
+        fingerprint("s", [b, a], [macs]),
+        fingerprint("t", [a, b], [macs]),
+        fingerprint("s", [tied, b], [macs]),
+        fingerprint("s", [a, b], [{**macs, (0, 1): 25}]),
+    }
+    assert len({of, *others}) == 5

@@ -10,13 +10,13 @@ import difflib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from widthsearch.errors import WidthsError
+from widthsearch.utils.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,26 @@ class Widths(Mapping[str, int]):
         return dict(self)
 
 
-def fingerprint(name: str, axes: Sequence[Axis]) -> str:
-    """A short hash of what makes a width vector meaningful: the space's name, and its axes' names.
+def fingerprint(
+    name: str, axes: Sequence[Axis], costs: Sequence[Mapping[tuple[int, ...], int]]
+) -> str:
+    """A short hash of everything that gives a width vector its meaning.
 
-    With them go their bases and what is tied to them. The bounds and steps are left out: they say
-    what a search may visit, not what a vector means.
+    It covers the space's name, the axes' names, bases and ties, and the cost polynomials, which
+    differ between models whose layers have the same names and widths but other kernels or
+    resolutions. Bounds and steps are left out: they limit a search, but change no network.
+
+    Args:
+        name: The space's name.
+        axes: The space's axes.
+        costs: Cost polynomials over the axes: the coefficient of each monomial.
+
+    Returns:
+        16 hexadecimal digits, the same in every process and Python version.
     """
-    content = json.dumps([name, [[axis.name, axis.base, *axis.tied] for axis in axes]])
+    # Sorted: the order of a polynomial's terms depends on the order of the model's operations.
+    terms = [sorted([*monomial, value] for monomial, value in cost.items()) for cost in costs]
+    content = json.dumps([name, [[axis.name, axis.base, *axis.tied] for axis in axes], terms])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -153,37 +166,40 @@ def fingerprint(name: str, axes: Sequence[Axis]) -> str:
 _KEYS = ("space", "fingerprint", "base", "widths")
 
 
-def write_widths(path: Path, name: str, axes: Sequence[Axis], widths: Widths) -> None:
-    """Write a width vector, with what it takes to know its space again.
+def write_widths(
+    path: Path, name: str, axes: Sequence[Axis], space_fingerprint: str, widths: Widths
+) -> None:
+    """Write a width vector as JSON, with its space's name, fingerprint and base widths.
 
     Args:
-        path: The file; one that is there stays until the new one is whole.
+        path: The file; an existing file is replaced in one step.
         name: The space's name.
         axes: The space's axes.
-        widths: A width vector of it.
+        space_fingerprint: The space's :func:`fingerprint`.
+        widths: A width vector of the space.
     """
     content = {
         "space": name,
-        "fingerprint": fingerprint(name, axes),
+        "fingerprint": space_fingerprint,
         "base": {axis.name: axis.base for axis in axes},
         "widths": widths.to_json(),
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_widths(path: Path, name: str, axes: Sequence[Axis]) -> Widths:
-    """The width vector in a file that :func:`write_widths` wrote, or a person edited.
+def read_widths(path: Path, name: str, axes: Sequence[Axis], space_fingerprint: str) -> Widths:
+    """Read a width vector that :func:`write_widths` wrote; its widths may be edited by hand.
 
     Args:
         path: The file.
-        name: The name of the space that it is read for.
+        name: The name of the space that the widths are for.
         axes: That space's axes.
+        space_fingerprint: That space's :func:`fingerprint`.
 
     Raises:
-        WidthsError: It cannot be read, is of another space (says what differs), or holds what is
-            not on the grid.
+        WidthsError: The file cannot be read, belongs to another space (the message names the
+            first difference), or has a width that is not on the grid.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -201,11 +217,11 @@ def read_widths(path: Path, name: str, axes: Sequence[Axis]) -> Widths:
             raise WidthsError(
                 f"`{key}` must be one integer by axis name, but {str(path)!r} has {value!r}"
             )
-    if difference := _difference(content["space"], content["fingerprint"], base, name, axes):
+    if content["fingerprint"] != space_fingerprint:
         raise WidthsError(
             f"widths must be loaded into their own space, but {str(path)!r} is of "
             f"{content['space']!r} ({len(base)} axes) and the space given is {name!r} "
-            f"({len(axes)} axes): {difference}"
+            f"({len(axes)} axes): {_difference(content['space'], base, name, axes)}"
         )
     names = tuple(axis.name for axis in axes)
     for key in widths:
@@ -225,12 +241,8 @@ def read_widths(path: Path, name: str, axes: Sequence[Axis]) -> Widths:
     return Widths(names, tuple(widths[name] for name in names))
 
 
-def _difference(
-    of: Any, fingerprinted: Any, base: Mapping[str, Any], name: str, axes: Sequence[Axis]
-) -> str | None:
-    """The first thing in which a file's space differs from another, if any."""
-    if fingerprinted == fingerprint(name, axes):
-        return None
+def _difference(space: Any, base: Mapping[str, Any], name: str, axes: Sequence[Axis]) -> str:
+    """The first difference between a file's space and another space."""
     bases = {axis.name: axis.base for axis in axes}
     for axis in base:
         if axis not in bases:
@@ -240,8 +252,8 @@ def _difference(
             return f"the file has no axis {axis!r}"
         if base[axis] != bases[axis]:
             return f"the base of axis {axis!r} is {base[axis]} in the file and {bases[axis]} in it"
-    if of != name:
+    if space != name:
         return "their names differ, though their axes are alike"
     if list(base) != list(bases):
         return "their axes are in another order"
-    return "other axes are tied to theirs"
+    return "other axes are tied to theirs, or the same widths cost something else"

@@ -243,8 +243,9 @@ class SearchSpace:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what gives a width vector its meaning: the space's name and its axes."""
-        return fingerprint(self.name, self.axes)
+        """A hash of the space's name, its axes and its cost polynomials, but not of its grid."""
+        trace = self.trace
+        return fingerprint(self.name, self.axes, (trace.macs, trace.params, trace.activations))
 
     @property
     def pinned(self) -> tuple[Pinned, ...]:
@@ -303,7 +304,7 @@ class SearchSpace:
         Raises:
             WidthsError: The widths do not fit the space.
         """
-        write_widths(Path(path), self.name, self.axes, self.widths(widths))
+        write_widths(Path(path), self.name, self.axes, self.fingerprint, self.widths(widths))
 
     def load_widths(self, path: Path | str) -> Widths:
         """The width vector in a file of :meth:`save_widths`, also where a person edited it.
@@ -312,7 +313,7 @@ class SearchSpace:
             WidthsError: It cannot be read, is of another space (says what differs), or is not on
                 the grid.
         """
-        return read_widths(Path(path), self.name, self.axes)
+        return read_widths(Path(path), self.name, self.axes, self.fingerprint)
 
     def _listed(self) -> str:
         shown = ", ".join(self.names[:8])
