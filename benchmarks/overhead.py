@@ -3,7 +3,7 @@
     python -m benchmarks.overhead [STUDY] [--trials 12 28]
 
 Runs the study in a temporary folder in a process of its own, as a user would, and reads the
-training time of every epoch from its outcomes. What is on top of the 1 that training alone would
+training time of every epoch from its trials. What is on top of the 1 that training alone would
 take: starting Python, torch and Ray, tracing, proposals, latency measurements (which have the
 machine to themselves), evaluation, checkpoints, the storage, and idle ends of generations.
 
@@ -23,10 +23,10 @@ from pathlib import Path
 
 from widthsearch import Study
 from widthsearch.study.config import StudyConfig
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial
 
 
-def timed(config: StudyConfig) -> tuple[float, list[Outcome]]:
+def timed(config: StudyConfig) -> tuple[float, list[Trial]]:
     """Seconds of `widthsearch run`, and what came of it."""
     with tempfile.TemporaryDirectory() as runs:
         file = Path(runs, "study.yaml")
@@ -35,24 +35,24 @@ def timed(config: StudyConfig) -> tuple[float, list[Outcome]]:
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall = time.perf_counter() - started
-        return wall, Study.load(config.name, runs).outcomes()
+        return wall, Study.load(config.name, runs).trials()
 
 
-def trained(outcomes: list[Outcome]) -> float:
+def trained(trials: list[Trial]) -> float:
     """Seconds of pure training."""
-    return sum(result.seconds for outcome in outcomes for result in outcome.curve)
+    return sum(result.seconds for trial in trials for result in trial.curve)
 
 
 def whole(config: StudyConfig) -> None:
-    wall, outcomes = timed(config)
-    ideal = trained(outcomes) / config.at_once
+    wall, trials = timed(config)
+    ideal = trained(trials) / config.at_once
     print(f"study                                   {config.name}")
     print(
-        f"trials, epochs                          {len(outcomes)}, "
-        f"{sum(len(outcome.curve) for outcome in outcomes)}"
+        f"trials, epochs                          {len(trials)}, "
+        f"{sum(len(trial.curve) for trial in trials)}"
     )
     print(f"wall time                               {wall:8.1f} s")
-    print(f"pure training time                      {trained(outcomes):8.1f} s")
+    print(f"pure training time                      {trained(trials):8.1f} s")
     print(f"pure training time ÷ concurrency ({config.at_once})      {ideal:8.1f} s")
     print(f"overhead: wall ÷ (training ÷ concurrency) {wall / ideal:6.2f}")
 

@@ -42,15 +42,15 @@ def drive(study: Study, trials: int | None = None) -> None:
         tiny.drive(search, trials=trials)
 
 
-def test_outcomes_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
+def test_trials_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
     """A study that was made in Python, found again by its name."""
     drive(make(tmp_path / "tiny"))
     study = Study.load("tiny", runs=tmp_path)
-    assert [outcome.id for outcome in study.outcomes()] == list(range(6))
+    assert [trial.number for trial in study.trials()] == list(range(6))
     front = study.front()
     assert [member.cost.macs for member in front] == sorted(m.cost.macs for m in front)
-    assert {member.id for member in front} <= set(range(6))
-    assert study.outcomes()[0].widths == tiny.space().base
+    assert {member.number for member in front} <= set(range(6))
+    assert study.trials()[0].widths == tiny.space().base
     with pytest.raises(StudyError, match=r"study 'tiny' names no space: add `space:`"):
         study.run()
 
@@ -66,7 +66,7 @@ def test_a_study_is_found_by_name_folder_or_yaml(tmp_path: Path) -> None:
     for reference in ("tiny", runs / "tiny", str(runs / "tiny")):
         found = Study.load(reference, runs=runs)
         assert found.folder == runs / "tiny"
-        assert len(found.outcomes()) == 3
+        assert len(found.trials()) == 3
 
 
 def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
         Study.load("tinny", runs=tmp_path)
 
 
-def test_a_study_that_was_never_run_has_no_outcomes(tmp_path: Path) -> None:
+def test_a_study_that_was_never_run_has_no_trials(tmp_path: Path) -> None:
     """And asking makes no files."""
     study = make(tmp_path / "tiny")
-    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet: run it first"):
-        study.outcomes()
+    with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
+        study.trials()
     assert not (tmp_path / "tiny").exists()
 
 
@@ -111,7 +111,7 @@ def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
         ({"task": "digits"}, "task=None and now has"),
     ],
 )
-def test_what_would_make_outcomes_incomparable_is_refused(
+def test_what_would_make_trials_incomparable_is_refused(
     tmp_path: Path, changes: dict[str, Any], place: str
 ) -> None:
     """With the place, what it was, and what it is now."""
@@ -128,7 +128,7 @@ def test_a_network_is_picked(tmp_path: Path) -> None:
     front = study.front()
     assert study.pick("best") == max(front, key=study.posterior().accuracy)
     assert study.pick() in front
-    assert [study.pick(outcome.id) for outcome in study.outcomes()] == study.outcomes()
+    assert [study.pick(trial.number) for trial in study.trials()] == study.trials()
     with pytest.raises(StudyError, match="99"):
         study.pick(99)
 
@@ -140,7 +140,7 @@ def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> No
     changed = tiny.config(recipe={"epochs": 3, "batch_size": 16}, seed=5, trials=2)
     study = Study(changed, tiny.space(min_width=0.5), tiny.task(), folder=tmp_path)
     drive(study)
-    assert [len(outcome.curve) for outcome in study.outcomes()] == [3, 3]
+    assert [len(trial.curve) for trial in study.trials()] == [3, 3]
     with pytest.raises(StudyError, match="a study keeps its seed"):
         drive(make(tmp_path, recipe={"epochs": 3, "batch_size": 16}))
     with make(tmp_path / "other").search():
@@ -171,11 +171,11 @@ def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
         trials=9,
     )
     drive(study)
-    for outcome in study.outcomes():
-        compared = "base" in outcome.origin or "baseline" in outcome.origin
-        assert compared or outcome.cost.macs <= 4000
-    assert any(outcome.cost.macs > 4000 for outcome in study.outcomes())
-    assert all(outcome.cost.macs <= 4000 for outcome in study.front())
+    for trial in study.trials():
+        compared = "base" in trial.origin or "baseline" in trial.origin
+        assert compared or trial.cost.macs <= 4000
+    assert any(trial.cost.macs > 4000 for trial in study.trials())
+    assert all(trial.cost.macs <= 4000 for trial in study.front())
     with pytest.raises(StudyError, match=r"limits.macs is \[0, 10\] and networks have 872 to "):
         drive(make(tmp_path / "other", limits={"macs": (0, 10)}))
 
@@ -197,7 +197,7 @@ def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None
     """The base, and what the sampler asks for."""
     study = make(tmp_path, proposers=[], baselines=0.0)
     drive(study)
-    assert [outcome.origin for outcome in study.outcomes()[1:]] == 5 * [{"sampler": "width"}]
+    assert [trial.origin for trial in study.trials()[1:]] == 5 * [{"sampler": "width"}]
 
 
 def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
     )
     study = Study(changed, tiny.space(min_width=0.5), tiny.task(), folder=tmp_path)
     drive(study)
-    assert len(study.outcomes()) == 7
+    assert len(study.trials()) == 7
 
 
 def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_latency_is_measured_where_it_is_an_objective(tmp_path: Path) -> None:
     drive(make(tmp_path, trials=2, **settings), trials=1)
     study = make(tmp_path, trials=4, **settings)
     drive(study)
-    latencies = [outcome.latency for outcome in study.outcomes()]
+    latencies = [trial.latency for trial in study.trials()]
     assert len({latency.base_ms for latency in latencies if latency is not None}) == 1
     assert len(latencies) == 4
 
@@ -362,8 +362,8 @@ def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
     for name in ("one", "two"):
         drive(make(tmp_path / name, name=name, storage=url, trials=2))
     assert not (tmp_path / "one" / "study.db").exists()
-    assert len(Store.open(url, "one").outcomes({"tiny": ("first", "second")})) == 2
-    assert len(Study.load(tmp_path / "two").outcomes()) == 2
+    assert len(Store.open(url, "one").trials({"tiny": ("first", "second")})) == 2
+    assert len(Study.load(tmp_path / "two").trials()) == 2
 
 
 def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
@@ -375,16 +375,16 @@ def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_spaces_make_one_front(tmp_path: Path) -> None:
-    """Each base, its own candidates at the first one's budgets, and outcomes that know theirs."""
+    """Each base, its own candidates at the first one's budgets, and trials that know theirs."""
     spaces = [tiny.space(), tiny.space("other", min_width=0.5)]
     study = Study(tiny.config(trials=9), spaces, tiny.task(), folder=tmp_path)
     drive(study)
-    outcomes = study.outcomes()
-    assert [o.space for o in outcomes[:2]] == ["tiny", "other"]
-    assert all(o.origin == {"base": True} for o in outcomes[:2])
-    assert len({(o.space, o.widths) for o in outcomes}) == 9
-    assert {o.space for o in outcomes if "sampler" in o.origin} == {"tiny", "other"}
-    assert [o.id for o in Study.load(tmp_path).outcomes()] == list(range(9))
+    trials = study.trials()
+    assert [o.space for o in trials[:2]] == ["tiny", "other"]
+    assert all(o.origin == {"base": True} for o in trials[:2])
+    assert len({(o.space, o.widths) for o in trials}) == 9
+    assert {o.space for o in trials if "sampler" in o.origin} == {"tiny", "other"}
+    assert [o.number for o in Study.load(tmp_path).trials()] == list(range(9))
     drive(Study(tiny.config(trials=10), spaces, tiny.task(), folder=tmp_path))
     with pytest.raises(StudyError, match="begun with tiny, other and is now given tiny: put them"):
         drive(make(tmp_path, trials=11))

@@ -123,11 +123,11 @@ def test_a_study_searches_its_constrained_space(
     study = Study.load(file, tmp_path / "runs")
     with study.search() as search:
         tiny.drive(search)
-    outcome = study.front()[0]
-    assert list(outcome.widths) == ["conv1", "block1.conv1", "block3.conv1"]
-    widthsearch.train(study, outcome, seeds=1, epochs=1, folder=tmp_path / "trained")
+    trial = study.front()[0]
+    assert list(trial.widths) == ["conv1", "block1.conv1", "block3.conv1"]
+    widthsearch.train(study, trial, seeds=1, epochs=1, folder=tmp_path / "trained")
     net = widthsearch.load(tmp_path / "trained")
-    assert net.block3.conv2.out_channels == outcome.widths["block3.conv1"]
+    assert net.block3.conv2.out_channels == trial.widths["block3.conv1"]
     free = Study.load(study_file(tmp_path), tmp_path / "runs")
     with pytest.raises(widthsearch.WidthsearchError, match="keeps its space"), free.search():
         pass
@@ -233,8 +233,8 @@ def test_train_writes_a_folder_that_loads(
 def test_train_goes_on_where_it_was_interrupted(runs: Path, tmp_path: Path) -> None:
     """After a kill, finished epochs are not trained again and the result is the same."""
     study = Study.load("small", runs)
-    outcome = study.front()[0]
-    whole = widthsearch.train(study, outcome, seeds=1, epochs=3, folder=tmp_path / "a")
+    trial = study.front()[0]
+    whole = widthsearch.train(study, trial, seeds=1, epochs=3, folder=tmp_path / "a")
     trained = []
 
     def interrupt(_number: int, result: Any) -> None:
@@ -244,10 +244,10 @@ def test_train_goes_on_where_it_was_interrupted(runs: Path, tmp_path: Path) -> N
 
     with pytest.raises(KeyboardInterrupt):
         widthsearch.train(
-            study, outcome, seeds=1, epochs=3, folder=tmp_path / "b", on_epoch=interrupt
+            study, trial, seeds=1, epochs=3, folder=tmp_path / "b", on_epoch=interrupt
         )
     again = widthsearch.train(
-        study, outcome, seeds=1, epochs=3, folder=tmp_path / "b",
+        study, trial, seeds=1, epochs=3, folder=tmp_path / "b",
         on_epoch=lambda _number, result: trained.append(result.epoch),
     )  # fmt: skip
     assert trained == [1, 2, 3]
@@ -560,7 +560,7 @@ def test_confirm_trains_the_front_again(
     shutil.copytree(runs, tmp_path / "runs")
     out = printed(capsys, "confirm", "small", "--seeds", "2", "--runs", str(tmp_path / "runs"))
     assert "front of small" in out
-    again = [o for o in Study.load("small", tmp_path / "runs").outcomes() if "confirms" in o.origin]
+    again = [o for o in Study.load("small", tmp_path / "runs").trials() if "confirms" in o.origin]
     assert again
     assert "(2×)" in out
     assert cli.main(["confirm", "small", "--seeds", "1", "--runs", str(tmp_path / "runs")]) == 2

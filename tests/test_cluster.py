@@ -51,8 +51,8 @@ def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> No
     study.run(hear)
     assert removed
     assert not ray.is_initialized()
-    outcomes = study.outcomes()
-    assert [outcome.state for outcome in outcomes] == ["finished"] * 6
-    assert all(len(outcome.curve) == 60 for outcome in outcomes)
-    assert len({outcome.widths for outcome in outcomes}) == 6
+    trials = study.trials()
+    assert [trial.state for trial in trials] == ["finished"] * 6
+    assert all(len(trial.curve) == 60 for trial in trials)
+    assert len({trial.widths for trial in trials}) == 6
     assert any("worker process died" in progress.message for progress in heard)

@@ -11,7 +11,7 @@ import tiny
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.study.storage import Trial
+from widthsearch.study.trial import Trial
 
 
 def lucky(trial: Trial, epoch: int) -> float:
@@ -32,18 +32,18 @@ def make(folder: Path, trials: int = 16) -> Study:
 def test_finalists_are_trained_again(tmp_path: Path) -> None:
     """As often as asked in the mean, with seeds that nobody had, at the same costs."""
     study = make(tmp_path)
-    before = study.outcomes()
+    before = study.trials()
     posterior, front = study.posterior(), study.front()
-    finalists = {member.id for member in (*front, *posterior.undecided)}
+    finalists = {member.number for member in (*front, *posterior.undecided)}
     with study.confirmation(seeds=3) as search:
         asked = tiny.drive(search, lucky)
     assert len(asked) == 2 * len(front)
-    after = study.outcomes()
+    after = study.trials()
     assert after[: len(before)] == before
     again = after[len(before) :]
     assert all(o.origin["confirms"] is not None for o in again)
     assert len({o.seed for o in after}) == len(after)
-    by_id = {o.id: o for o in after}
+    by_id = {o.number: o for o in after}
     assert all(by_id[int(o.origin["confirms"])].widths == o.widths for o in again)
     assert {int(o.origin["confirms"]) for o in again[:1]} <= finalists
     trained = Counter(o.widths for o in after)
@@ -71,8 +71,8 @@ def test_a_killed_confirmation_goes_on(tmp_path: Path) -> None:
         search.ask()  # begun, and killed
     with study.confirmation(seeds=3) as search:
         tiny.drive(search, lucky)
-    assert all(o.state == "finished" for o in study.outcomes())
-    assert len(study.outcomes()) >= 16 + min(total, 3)
+    assert all(o.state == "finished" for o in study.trials())
+    assert len(study.trials()) >= 16 + min(total, 3)
 
 
 def test_a_study_without_a_front_has_nothing_to_confirm(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from widthsearch.data.tasks import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial
 from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
 
@@ -60,20 +60,11 @@ def study_of(folder: Path, space: SearchSpace | None = None) -> Study:
         return study
 
 
-def outcome_of(study: Study) -> Outcome:
+def trial_of(study: Study) -> Trial:
     """Its base, as if it had been trained."""
     space = study.space
-    return Outcome(
-        id=0,
-        space=space.name,
-        widths=space.base,
-        state="finished",
-        origin={"base": True},
-        seed=0,
-        cost=space.cost(space.base),
-        latency=None,
-        accuracy=90.0,
-        curve=tiny.curve(90.0),
+    return tiny.finished(
+        0, space.base, 90.0, space=space.name, origin={"base": True}, cost=space.cost(space.base)
     )
 
 
@@ -81,7 +72,7 @@ def trained(study: Study, folder: Path, epochs: int = 1, **more: Any) -> list[in
     """The epochs that a final training went through."""
     seen: list[int] = []
     more.setdefault("on_epoch", lambda _number, result: seen.append(result.epoch))
-    export.train(study, outcome_of(study), seeds=1, epochs=epochs, folder=folder, **more)
+    export.train(study, trial_of(study), seeds=1, epochs=epochs, folder=folder, **more)
     return seen
 
 

@@ -41,7 +41,7 @@ def test_every_proposal_is_foretold_at_every_budget(tmp_path: Path) -> None:
             assert each.widths == along(space, uniform, each.origin["budget"] * base)
         truth = 2.0 * sum(each.widths.vector) + 4  # after four epochs
         assert abs(each.accuracy - truth) < 4 * each.sd + 0.5
-    trained = {outcome.widths for outcome in done.outcomes()}
+    trained = {trial.widths for trial in done.trials()}
     assert all(each.trained == (each.widths in trained) for each in found)
 
 

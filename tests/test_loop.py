@@ -12,8 +12,7 @@ import tiny
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.study.loop import FAILURES_IN_A_ROW, Progress
-from widthsearch.study.storage import Trial
-from widthsearch.study.trial import Outcome, unmended
+from widthsearch.study.trial import Trial, unresolved_failures
 
 OBJECTIVES = ["accuracy", "macs", "latency_ms"]
 
@@ -79,32 +78,32 @@ def test_what_failed_is_trained_again_where_that_is_asked_for(tmp_path: Path) ->
     """First, under new numbers; it counts once, and only what still fails is a failure."""
     settings = tiny.config(trials=6)
 
-    def asked(*, retry: bool, broken: bool) -> list[tuple[int, int]]:
-        trials = []
+    def run(*, retry: bool, broken: bool) -> list[tuple[int, int]]:
+        asked = []
         with tiny.searching(tmp_path, settings, retry=retry) as search:
             while (trial := search.ask()) is not None:
-                trials.append((trial.number, trial.widths.vector[0]))
+                asked.append((trial.number, trial.widths.vector[0]))
                 if broken and trial.widths.vector[0] == 4:
                     search.fail(trial.number, "a bug")
                     continue
                 for epoch in range(1, 5):
                     search.report(trial.number, tiny.curve(*[50.0] * epoch))
-            outcomes.update(search.outcomes)
-        return trials
+            after.update(search.trials)
+        return asked
 
-    outcomes: dict[int, Outcome] = {}
-    first = asked(retry=False, broken=True)
+    after: dict[int, Trial] = {}
+    first = run(retry=False, broken=True)
     assert len(first) == 6
     failed = [number for number, width in first if width == 4]
     assert len(failed) >= 2
-    assert [o.id for o in unmended([*outcomes.values()])] == failed
-    assert asked(retry=False, broken=False) == []
-    assert asked(retry=True, broken=False) == [(6 + i, 4) for i in range(len(failed))]
-    assert [outcomes[6 + i].widths for i in range(len(failed))] == [
-        outcomes[number].widths for number in failed
+    assert [o.number for o in unresolved_failures([*after.values()])] == failed
+    assert run(retry=False, broken=False) == []
+    assert run(retry=True, broken=False) == [(6 + i, 4) for i in range(len(failed))]
+    assert [after[6 + i].widths for i in range(len(failed))] == [
+        after[number].widths for number in failed
     ]
-    assert unmended([*outcomes.values()]) == []
-    assert asked(retry=True, broken=False) == []
+    assert unresolved_failures([*after.values()]) == []
+    assert run(retry=True, broken=False) == []
 
 
 def test_same_seed_same_study(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_a_running_trial_is_taken_up_under_its_number(tmp_path: Path) -> None:
         asked = tiny.drive(search)
     assert [trial.number for trial in asked] == [2, 3, 4, 5]
     assert asked[0].curve == tiny.curve(11, 12)
-    assert list(search.outcomes) == list(range(6))
+    assert list(search.trials) == list(range(6))
 
 
 def test_a_finished_study_asks_for_nothing(tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_a_space_that_is_used_up_ends_the_study(tmp_path: Path) -> None:
         while (trial := search.ask()) is not None:
             search.report(trial.number, tiny.curve(10))
         assert search.done
-    assert len({outcome.widths for outcome in search.outcomes.values()}) == 64
+    assert len({trial.widths for trial in search.trials.values()}) == 64
     assert told[-1].total == 64
     assert told[-1].message == (
         "every width vector of the space has been tried: the study ends after 64 of 70 trials"
@@ -183,12 +182,12 @@ def test_a_failed_candidate_counts_and_is_survived(tmp_path: Path) -> None:
         assert not search.report(second.number, tiny.curve(10, math.nan))
         tiny.drive(search)
     with tiny.searching(tmp_path, tiny.config()) as search:
-        outcomes = search.outcomes
-    assert len(outcomes) == 6
-    assert outcomes[0].error == "RuntimeError: no"
-    assert outcomes[1].error == "training diverged in epoch 2: its loss is 1.0"
-    assert len(outcomes[1].curve) == 2
-    assert [outcome.state for outcome in outcomes.values()][2:] == ["finished"] * 4
+        trials = search.trials
+    assert len(trials) == 6
+    assert trials[0].error == "RuntimeError: no"
+    assert trials[1].error == "training diverged in epoch 2: its loss is 1.0"
+    assert len(trials[1].curve) == 2
+    assert [trial.state for trial in trials.values()][2:] == ["finished"] * 4
 
 
 def test_failures_in_a_row_stop_the_study(tmp_path: Path) -> None:
@@ -212,7 +211,7 @@ def test_failures_in_a_row_stop_the_study(tmp_path: Path) -> None:
         "RuntimeError: the disk burns"
     )
     with tiny.searching(tmp_path, tiny.config(trials=30)) as search:
-        assert len(search.outcomes) == 10
+        assert len(search.trials) == 10
         assert search.ask() is not None
 
 
@@ -295,7 +294,7 @@ def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
     with tiny.searching(tmp_path, settings, measure=measure) as search:
         trial = search.ask()
         assert trial is not None
-        assert search.outcomes[1].error == "RuntimeError: no kernel"
+        assert search.trials[1].error == "RuntimeError: no kernel"
     (tmp_path / "other").mkdir()
     with (
         tiny.searching(tmp_path / "other", settings, measure=no_device) as search,
@@ -317,7 +316,7 @@ def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
     accuracy = {8: 50.0, 12: 60.0, 10: 40.0, 2: 20.0, 14: 30.0}
     with tiny.searching(tmp_path, settings, candidates=candidates) as search:
         tiny.drive(search, lambda trial, epoch: accuracy[trial.widths["first"]])
-    states = {o.widths["first"]: (o.state, len(o.curve)) for o in search.outcomes.values()}
+    states = {o.widths["first"]: (o.state, len(o.curve)) for o in search.trials.values()}
     assert states == {
         8: ("finished", 4),
         12: ("finished", 4),
@@ -325,7 +324,7 @@ def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
         2: ("finished", 4),
         14: ("stopped", 1),
     }
-    assert search.outcomes[2].accuracy is None
+    assert search.trials[2].accuracy is None
 
 
 def test_base_and_baselines_are_never_stopped(tmp_path: Path) -> None:
@@ -339,7 +338,7 @@ def test_base_and_baselines_are_never_stopped(tmp_path: Path) -> None:
     ]
     with tiny.searching(tmp_path, settings, candidates=candidates) as search:
         tiny.drive(search, lambda trial, epoch: 90.0 if trial.number in (1, 2) else 10.0)
-    states = [outcome.state for outcome in search.outcomes.values()]
+    states = [trial.state for trial in search.trials.values()]
     assert states == ["finished", "finished", "finished", "finished", "stopped"]
 
 
@@ -353,13 +352,13 @@ def test_rungs_are_rebuilt_from_the_storage(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     with tiny.searching(tmp_path / "whole", settings) as search:
         tiny.drive(search, accuracy)
-        whole = list(search.outcomes.values())
+        whole = list(search.trials.values())
     for _ in range(20):
         with tiny.searching(tmp_path, settings) as search:
             tiny.drive(search, accuracy, trials=1)
     with tiny.searching(tmp_path, settings) as search:
-        assert list(search.outcomes.values()) == whole
-    assert {outcome.state for outcome in whole} == {"finished", "stopped"}
+        assert list(search.trials.values()) == whole
+    assert {trial.state for trial in whole} == {"finished", "stopped"}
     assert {len(o.curve) for o in whole if o.state == "stopped"} <= {1, 2, 4}
 
 
@@ -370,7 +369,7 @@ def test_an_epoch_may_be_told_again(tmp_path: Path) -> None:
         assert trial is not None
         for told in (tiny.curve(1, 2), tiny.curve(1, 2), tiny.curve(5), tiny.curve(5, 6, 7, 8)):
             search.report(trial.number, told)
-    assert search.outcomes[0].curve == tiny.curve(5, 6, 7, 8)
+    assert search.trials[0].curve == tiny.curve(5, 6, 7, 8)
 
 
 def test_progress_tells_where_the_study_stands(tmp_path: Path) -> None:
@@ -425,7 +424,7 @@ def test_the_front_stops_what_will_not_reach_it(tmp_path: Path) -> None:
 
     with tiny.searching(tmp_path, settings, candidates=candidates) as search:
         tiny.drive(search, accuracy)
-    states = {o.widths.vector: (o.state, len(o.curve) < 8) for o in search.outcomes.values()}
+    states = {o.widths.vector: (o.state, len(o.curve) < 8) for o in search.trials.values()}
     assert states.pop((8, 10)) == ("stopped", True)
     assert set(states.values()) == {("finished", False)}
 
@@ -457,5 +456,5 @@ def test_what_ran_out_of_memory_is_trained_again_by_itself(tmp_path: Path) -> No
         assert new is not None
         assert new.number == 3
         assert not search.is_alone(3)
-    states = {number: outcome.state for number, outcome in search.outcomes.items()}
-    assert states == {0: "failed", 1: "finished", 2: "finished"}
+    states = {number: trial.state for number, trial in search.trials.items()}
+    assert states == {0: "failed", 1: "finished", 2: "finished", 3: "running"}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from widthsearch.bayesopt import pareto
-from widthsearch.errors import StudyError
-from widthsearch.latency.config import Latency
-from widthsearch.space.cost import Cost
-from widthsearch.study.trial import Outcome
-from widthsearch.training.recipe import EpochResult
-from widthsearch.widths import Widths
 
 Points = NDArray[np.float64]
 
@@ -117,7 +109,7 @@ def test_hypervolume_by_hand() -> None:
 
 
 @settings(deadline=None)
-@given(point_sets(max_width=8, columns=(1, 4)), st.integers(1, 5))
+@given(point_sets(most=8, columns=(1, 4)), st.integers(1, 5))
 def test_hypervolume_counts_cells(points: Points, corner: int) -> None:
     """On integers it is the number of unit cells that some point dominates."""
     reference = np.full(points.shape[1], float(corner))
@@ -183,138 +175,3 @@ def test_promotion_keeps_the_best_share(points: Points, eta: int) -> None:
         if goes_on[i]:
             assert all(goes_on[j] for j, other in enumerate(points) if dominates(other, point))
             assert (rank < rank[i]).sum() < quota
-
-
-# --- outcomes ---
-
-
-def make_outcome(
-    id: int, accuracy: float | None, macs: int, latency_ms: float | None = None, **changes: Any
-) -> Outcome:
-    """An outcome with just enough in it."""
-    latency = None
-    if latency_ms is not None:
-        latency = Latency(
-            latency_ms, 0.1, 1.0, 0.1, 1.0, "cpu", "x", "eager", 1, "float32", "contiguous", 1, 40
-        )
-    outcome = Outcome(
-        id=id,
-        space="tiny",
-        widths=Widths(("conv1",), (id + 1,)),
-        state="finished" if accuracy is not None else "stopped",
-        origin={"sampler": "tpe"},
-        seed=0,
-        cost=Cost(macs, macs // 10, macs // 5),
-        latency=latency,
-        accuracy=accuracy,
-        curve=(EpochResult(1, 0.5, 50.0, 0.1),),
-    )
-    return replace(outcome, **changes)
-
-
-OUTCOMES = [
-    make_outcome(0, 98.0, 1000, 1.0),
-    make_outcome(1, 97.0, 400, 0.8),
-    make_outcome(2, 96.0, 500, 0.7),
-    make_outcome(3, 90.0, 100, 0.6),
-    make_outcome(4, None, 50, 0.1),  # stopped
-    make_outcome(5, 99.0, 10),  # never measured
-    make_outcome(6, 97.0, 400, 0.9),
-]
-
-
-def ids(outcomes: list[Outcome]) -> list[int]:
-    """Their IDs."""
-    return [outcome.id for outcome in outcomes]
-
-
-def test_front_of_outcomes() -> None:
-    """Finished ones with every objective, fewest MACs first; accuracy is to be high."""
-    assert ids(pareto.front(OUTCOMES, ("accuracy", "macs", "latency_ms"))) == [3, 1, 2, 0]
-    assert ids(pareto.front(OUTCOMES, ("accuracy", "macs"))) == [5]
-    assert ids(pareto.front(OUTCOMES[:5], ("accuracy", "params"))) == [3, 1, 0]
-    assert ids(pareto.front(OUTCOMES[1:2] + OUTCOMES[6:], ("accuracy", "macs"))) == [1, 6]
-    assert pareto.front([], ("accuracy", "macs")) == []
-    with pytest.raises(StudyError, match=r"one of accuracy, macs, .* but was 'flops'"):
-        pareto.front(OUTCOMES, ("accuracy", "flops"))
-
-
-@given(st.permutations(OUTCOMES))
-def test_front_of_outcomes_is_unchanged_by_order(outcomes: list[Outcome]) -> None:
-    """The same list, whatever the order of the outcomes."""
-    objectives = ("accuracy", "macs", "latency_ms")
-    assert pareto.front(outcomes, objectives) == pareto.front(OUTCOMES, objectives)
-
-
-def test_picks() -> None:
-    """By ID, best, knee and limits; among those within a limit the most accurate."""
-    front = pareto.front(OUTCOMES, ("accuracy", "macs", "latency_ms"))
-    assert pareto.pick(front, "2").id == 2
-    assert pareto.pick(front, 3).id == 3
-    assert pareto.pick(front, "best").id == 0
-    assert pareto.pick(front, "knee").id == 1
-    assert pareto.pick(front, "macs<=4e2").id == 1
-    assert pareto.pick(front, " latency_ms <= 0.75 ").id == 2
-    assert pareto.pick(front, "params<=10").id == 3
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("44", "ID must be a finished trial's, but 44 is none; finished .*on the front 3, 1, 2, 0"),
-        ("macs<=99", "'macs<=99' leaves none; the least macs on the front is 100"),
-        ("worst", "a pick must be a trial's ID, best, knee, or a limit .*but was 'worst'"),
-        ("macs<=many", "but was 'macs<=many'"),
-        ("accuracy<=3", "but was 'accuracy<=3'"),
-        ("macs<3", "but was 'macs<3'"),
-        ("-1", "but was '-1'"),
-    ],
-)
-def test_picks_that_cannot_be(spec: str, message: str) -> None:
-    """Each is refused with the rule, the spec and what there is."""
-    front = pareto.front(OUTCOMES, ("accuracy", "macs", "latency_ms"))
-    with pytest.raises(StudyError, match=message):
-        pareto.pick(front, spec)
-    with pytest.raises(StudyError, match="run the study first"):
-        pareto.pick([], spec)
-
-
-def test_a_pick_by_id_is_of_any_finished_trial() -> None:
-    """A baseline that is not on the front, say; one that failed is refused, and a few are named."""
-    front = pareto.front(OUTCOMES, ("accuracy", "macs", "latency_ms"))
-    assert pareto.pick(front, "5", trials=OUTCOMES).id == 5
-    with pytest.raises(StudyError, match="but 5 is none"):
-        pareto.pick(front, "5")
-    failed = make_outcome(90, None, 1, None, state="failed", error="diverged")
-    many = [replace(OUTCOMES[0], id=number) for number in range(10, 30)]
-    said = "but 90 has failed; finished are 10, 11, 12, 13, 14, 15, 16, 17, …, and on the front 3"
-    with pytest.raises(StudyError, match=said):
-        pareto.pick(front, "90", trials=[*many, failed])
-
-
-def test_a_limit_on_what_was_not_measured() -> None:
-    """Without a latency nobody is within a limit on it, and the error says so."""
-    front = pareto.front(OUTCOMES, ("accuracy", "macs"))
-    with pytest.raises(StudyError, match="no member of the front has a latency_ms"):
-        pareto.pick(front, "latency_ms<=1")
-
-
-def test_outcomes_are_json() -> None:
-    """Costs and latency are flat, and an epoch that diverged is null rather than NaN."""
-    outcome = make_outcome(
-        7,
-        None,
-        1000,
-        0.5,
-        state="failed",
-        error="diverged",
-        curve=(EpochResult(1, math.inf, math.nan, 0.5),),
-    )
-    stored = json.loads(json.dumps(outcome.to_json(), allow_nan=False))
-    assert stored["widths"] == {"conv1": 8}
-    assert (stored["macs"], stored["params"], stored["activations"]) == (1000, 100, 200)
-    assert (stored["latency_ms"], stored["latency"]["pairs"]) == (0.5, 40)
-    assert stored["curve"] == [
-        {"epoch": 1, "loss": None, "accuracy": None, "seconds": 0.5, "mode": ""}
-    ]
-    assert (stored["state"], stored["accuracy"], stored["error"]) == ("failed", None, "diverged")

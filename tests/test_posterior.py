@@ -1,4 +1,4 @@
-"""Beliefs: luck is not merit."""
+"""The posterior of accuracies, and the front that it implies."""
 
 from __future__ import annotations
 
@@ -11,31 +11,20 @@ import tiny
 from widthsearch.latency.config import Latency
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.storage import SpaceRecord
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial, TrialState
 
 RECORDS = {"tiny": SpaceRecord.of(tiny.space())}
 OBJECTIVES = ("accuracy", "macs")
 
 
-def outcome(number: int, first: int, second: int, accuracy: float, **changes: object) -> Outcome:
-    """A finished training of a tiny network."""
+def trial(number: int, first: int, second: int, accuracy: float, **changes: object) -> Trial:
+    """A finished training of a tiny network, at its exact cost."""
     widths = tiny.widths(first, second)
-    made = Outcome(
-        id=number,
-        space="tiny",
-        widths=widths,
-        state="finished",
-        origin={"sampler": "width"},
-        seed=number,
-        cost=tiny.space().cost(widths),
-        latency=None,
-        accuracy=accuracy,
-        curve=tiny.curve(accuracy),
-    )
-    return replace(made, **changes)
+    changes = {"cost": tiny.space().cost(widths), **changes}
+    return tiny.finished(number, widths, accuracy, **changes)
 
 
-def noisy(count: int, noise: float, seed: int = 0) -> list[Outcome]:
+def noisy(count: int, noise: float, seed: int = 0) -> list[Trial]:
     """Trainings whose true accuracy grows with the logs of both widths."""
     rng = np.random.default_rng(seed)
     grid = [(a, b) for a in range(2, 17, 2) for b in range(2, 17, 2)]
@@ -44,8 +33,13 @@ def noisy(count: int, noise: float, seed: int = 0) -> list[Outcome]:
     for number, i in enumerate(chosen):
         first, second = grid[i]
         accuracy = truth(first, second) + noise * rng.standard_normal()
-        made.append(outcome(number, first, second, float(accuracy)))
+        made.append(trial(number, first, second, float(accuracy)))
     return made
+
+
+def accuracies(trials: list[Trial]) -> list[float]:
+    """The accuracy that each training came to."""
+    return [trial.accuracy for trial in trials if trial.accuracy is not None]
 
 
 def truth(first: int, second: int) -> float:
@@ -63,12 +57,12 @@ def test_a_record_survives_json() -> None:
 
 def test_with_few_trainings_means_stand_for_beliefs() -> None:
     """No interval, no probability; repeats are averaged, and are one member."""
-    seen = [outcome(0, 4, 4, 80.0), outcome(1, 8, 8, 90.0), outcome(2, 4, 4, 84.0)]
+    seen = [trial(0, 4, 4, 80.0), trial(1, 8, 8, 90.0), trial(2, 4, 4, 84.0)]
     posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
     estimate = posterior[seen[2]]
     assert (estimate.accuracy, estimate.sd, estimate.trainings) == (82.0, None, 2)
     assert estimate.dominated is None
-    assert [member.id for member in posterior.front()] == [0, 1]
+    assert [member.number for member in posterior.front()] == [0, 1]
     assert posterior.undecided == []
     assert posterior.surrogate is None
 
@@ -76,10 +70,10 @@ def test_with_few_trainings_means_stand_for_beliefs() -> None:
 def test_luck_is_not_believed() -> None:
     """One network that was far too lucky is drawn to what its neighbours reached."""
     seen = noisy(30, 0.5)
-    lucky = replace(seen[5], accuracy=seen[5].accuracy + 4.0)
+    lucky = replace(seen[5], curve=tiny.curve(accuracies(seen)[5] + 4.0))
     posterior = AccuracyPosterior([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
     true = truth(*lucky.widths.vector)
-    assert abs(posterior[lucky].accuracy - true) < 0.5 * abs(lucky.accuracy - true)
+    assert abs(posterior[lucky].accuracy - true) < 0.5 * abs(accuracies([lucky])[0] - true)
     assert posterior[lucky].sd is not None
 
 
@@ -88,7 +82,7 @@ def test_beliefs_are_nearer_to_the_truth_than_trainings() -> None:
     seen = noisy(40, 1.0)
     posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
     off = [posterior[o].accuracy - truth(*o.widths.vector) for o in seen]
-    raw = [o.accuracy - truth(*o.widths.vector) for o in seen]
+    raw = np.array(accuracies(seen)) - [truth(*o.widths.vector) for o in seen]
     assert np.square(off).mean() < 0.5 * np.square(raw).mean()
     assert posterior.surrogate is not None
     assert 0.75 <= posterior.surrogate.coverage(0.9) <= 1.0
@@ -113,10 +107,12 @@ def test_the_front_is_drawn_by_beliefs_and_doubts_are_numbers() -> None:
 
 def test_stopped_trials_count_by_their_curves() -> None:
     """A stopped training tells something: the surrogate learns from it, and it is no member."""
-    seen = [replace(o, curve=tiny.curve(o.accuracy - 5, o.accuracy)) for o in noisy(20, 0.3)]
-    stopped = replace(
-        seen[-1], id=99, state="stopped", accuracy=None, curve=tiny.curve(seen[-1].accuracy - 5)
-    )
+    seen = noisy(20, 0.3)
+    seen = [
+        replace(o, curve=tiny.curve(final - 5, final))
+        for o, final in zip(seen, accuracies(seen), strict=True)
+    ]
+    stopped = replace(seen[-1], number=99, state=TrialState.STOPPED, curve=seen[-1].curve[:1])
     posterior = AccuracyPosterior([*seen[:-1], stopped], RECORDS, OBJECTIVES)
     assert posterior.surrogate is not None and posterior.surrogate.size == 20
     assert stopped not in posterior.members
@@ -124,7 +120,10 @@ def test_stopped_trials_count_by_their_curves() -> None:
 
 def test_nobody_is_believed_to_be_more_than_right() -> None:
     """A trend that goes on beyond 100% ends there."""
-    seen = [replace(o, accuracy=min(100.0, 60 + o.widths.vector[0] * 2.8)) for o in noisy(20, 0.3)]
+    seen = [
+        replace(o, curve=tiny.curve(min(100.0, 60 + o.widths.vector[0] * 2.8)))
+        for o in noisy(20, 0.3)
+    ]
     posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
     assert max(posterior.accuracy(o) for o in posterior.members) <= 100.0
 
@@ -132,7 +131,7 @@ def test_nobody_is_believed_to_be_more_than_right() -> None:
 def test_what_lacks_an_objective_is_no_member() -> None:
     """Latency that was never measured."""
     latency: Latency = tiny.latency(1.0)
-    seen = [outcome(0, 4, 4, 80.0, latency=latency), outcome(1, 8, 8, 90.0)]
+    seen = [trial(0, 4, 4, 80.0, latency=latency), trial(1, 8, 8, 90.0)]
     posterior = AccuracyPosterior(seen, RECORDS, ("accuracy", "latency_ms"))
-    assert [member.id for member in posterior.front()] == [0]
+    assert [member.number for member in posterior.front()] == [0]
     assert posterior.accuracy(seen[1]) == pytest.approx(90.0)

@@ -92,7 +92,7 @@ def study(folder: Path, *proposers: Any, **changes: Any) -> Study:
 
 def origins(of: Study) -> list[str]:
     """Who proposed each trial."""
-    return [str(o.origin.get("proposer", "")) for o in of.outcomes()]
+    return [str(o.origin.get("proposer", "")) for o in of.trials()]
 
 
 def drive(of: Study) -> list[str]:
@@ -281,5 +281,5 @@ def test_ray_asks_side_by_side(tmp_path: Path, own: str) -> None:
     assert made.failures[f"{own}:leaves"] == "SystemExit: no data here"
     assert set(made.failures) == {f"{own}:{name}" for name in ("broken", "dies", "leaves")}
     assert f"{own}:halves: seed 0" in messages
-    assert [o.state for o in made.outcomes()] == ["finished"] * 3
+    assert [o.state for o in made.trials()] == ["finished"] * 3
     assert {"halves", "sensitivity"} & set(origins(made))

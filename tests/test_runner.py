@@ -23,8 +23,8 @@ from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.runner import ray_tune as runner
 from widthsearch.study.loop import Progress
-from widthsearch.study.storage import Store, Trial
-from widthsearch.study.trial import Outcome
+from widthsearch.study.storage import Store
+from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths
 
 pytestmark = pytest.mark.ray
@@ -114,7 +114,7 @@ def unlucky(
 
 def errors(study: Study) -> dict[int, str | None]:
     """Why each width failed."""
-    return {outcome.widths["conv"]: outcome.error for outcome in study.outcomes()}
+    return {trial.widths["conv"]: trial.error for trial in study.trials()}
 
 
 def test_an_exception_fails_the_candidate_at_once(unlucky: tuple[Study, list[Progress]]) -> None:
@@ -146,12 +146,12 @@ def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(
 ) -> None:
     """The trial finishes; whoever watches is told."""
     study, told = unlucky
-    (outcome,) = [o for o in study.outcomes() if o.widths["conv"] == 10]
-    assert outcome.state == "finished"
-    assert [result.epoch for result in outcome.curve] == [1, 2, 3, 4]
-    message = f"trial {outcome.id}: its worker process died; another one goes on"
+    (trial,) = [o for o in study.trials() if o.widths["conv"] == 10]
+    assert trial.state == "finished"
+    assert [result.epoch for result in trial.curve] == [1, 2, 3, 4]
+    message = f"trial {trial.number}: its worker process died; another one goes on"
     assert any(progress.message.startswith(message) for progress in told)
-    message = f"trial {outcome.id} ran out of memory; it will be trained again by itself"
+    message = f"trial {trial.number} ran out of memory; it will be trained again by itself"
     assert any(progress.message == message for progress in told)
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_restarts_the_trial_and_says_so(
 ) -> None:
     """With the checkpoint's name."""
     study, told = unlucky
-    assert study.outcomes()[0].state == "finished"
+    assert study.trials()[0].state == "finished"
     (said,) = [p.message for p in told if "starts from its first epoch" in p.message]
     assert said.startswith("trial 0 starts from its first epoch: a checkpoint must be")
     assert "training.ckpt is damaged" in said
@@ -248,9 +248,9 @@ class Driver:
             start_new_session=True,
         )
 
-    def outcomes(self) -> dict[int, Outcome]:
+    def trials(self) -> dict[int, Trial]:
         """What is done."""
-        return {outcome.id: outcome for outcome in self.study.outcomes()}
+        return {trial.number: trial for trial in self.study.trials()}
 
     def running(self) -> list[Trial]:
         """What is being trained."""
@@ -296,7 +296,7 @@ def test_a_killed_study_goes_on(ray_here: Path, tmp_path: Path) -> None:
     killed.wait_for(2)
     killed.process.kill()
     killed.end()
-    after_kill = killed.outcomes()
+    after_kill = killed.trials()
     assert 2 <= len(after_kill) < 8
     assert killed.running()
 
@@ -306,25 +306,25 @@ def test_a_killed_study_goes_on(ray_here: Path, tmp_path: Path) -> None:
     os.killpg(interrupted.process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
     assert interrupted.end() == (130, "")
     assert time.monotonic() - before < 10
-    after_interrupt = interrupted.outcomes()
+    after_interrupt = interrupted.trials()
     assert after_kill.items() <= after_interrupt.items()
     assert len(after_interrupt) < 8
 
     study = long_study(tmp_path)
     study.run()
-    outcomes = {outcome.id: outcome for outcome in study.outcomes()}
-    assert after_interrupt.items() <= outcomes.items()
-    assert list(outcomes) == list(range(8))
-    assert len({outcome.widths for outcome in outcomes.values()}) == 8
-    assert {outcome.state for outcome in outcomes.values()} == {"finished"}
+    trials = {trial.number: trial for trial in study.trials()}
+    assert after_interrupt.items() <= trials.items()
+    assert list(trials) == list(range(8))
+    assert len({trial.widths for trial in trials.values()}) == 8
+    assert {trial.state for trial in trials.values()} == {"finished"}
     assert killed.running() == []
 
     # Each stop costs a running trial at most the epoch that was not yet in its checkpoint.
     epochs = trained(ray_here)
-    for number, outcome in outcomes.items():
-        assert len(outcome.curve) == EPOCHS
+    for number, trial in trials.items():
+        assert len(trial.curve) == EPOCHS
         stops = (number not in after_kill) + (number not in after_interrupt)
-        assert EPOCHS <= epochs[outcome.widths] <= EPOCHS + stops
+        assert EPOCHS <= epochs[trial.widths] <= EPOCHS + stops
 
     long_study(tmp_path).run()
     assert trained(ray_here) == epochs

@@ -1,4 +1,4 @@
-"""The storage: whole trials in, outcomes out."""
+"""The storage: trials come back as they were stored."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import optuna
 import pytest
 import tiny
-from optuna.trial import TrialState
 
 from widthsearch.errors import StorageError, StudyError
-from widthsearch.study.storage import Store, Trial
+from widthsearch.study.storage import Store
+from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
 
 SPACES = {"tiny": ("first", "second")}
@@ -43,7 +43,7 @@ def begin(store: Store, first: int = 4, second: int = 8) -> Trial:
     )
 
 
-def test_outcomes_come_back_as_they_went_in(store: Store, url: str) -> None:
+def test_trials_come_back_as_they_were_stored(store: Store, url: str) -> None:
     """Finished, stopped and failed: every field, from a storage that was opened anew."""
     trials = [begin(store, first) for first in (4, 6, 8)]
     for i, trial in enumerate(trials):
@@ -54,15 +54,15 @@ def test_outcomes_come_back_as_they_went_in(store: Store, url: str) -> None:
     store.stop(1)
     store.fail(2, "RuntimeError: no")
 
-    assert Store.open(url, "tiny").outcomes(SPACES) == [
-        trials[0].outcome("finished"),
-        trials[1].outcome("stopped"),
-        trials[2].outcome("failed", "RuntimeError: no"),
+    assert Store.open(url, "tiny").trials(SPACES) == [
+        replace(trials[0], state=TrialState.FINISHED),
+        replace(trials[1], state=TrialState.STOPPED),
+        replace(trials[2], state=TrialState.FAILED, error="RuntimeError: no"),
     ]
 
 
 def test_a_running_trial_is_taken_up_as_it_was(store: Store, url: str) -> None:
-    """Under its own number, with its latency and curve; and it is no outcome."""
+    """Under its own number, with its latency and curve."""
     begin(store)
     trial = begin(store, 6)
     store.record_latency(trial.number, tiny.latency(0.5))
@@ -70,9 +70,8 @@ def test_a_running_trial_is_taken_up_as_it_was(store: Store, url: str) -> None:
 
     anew = Store.open(url, "tiny")
 
-    assert anew.outcomes(SPACES) == []
-    taken = anew.take_up(SPACES)
-    assert [t.number for t in taken] == [0, 1]
+    taken = anew.trials(SPACES)
+    assert [(t.number, t.state) for t in taken] == [(0, "running"), (1, "running")]
     assert taken[1] == replace(trial, latency=tiny.latency(0.5), curve=tiny.curve(50))
 
 
@@ -81,9 +80,11 @@ def test_a_half_written_trial_fails_and_does_not_count(store: Store, url: str) -
     study = optuna.load_study(study_name="tiny", storage=url)
     study.ask({"first": optuna.distributions.IntDistribution(2, 16, step=2)})
 
-    assert store.take_up(SPACES) == []
-    assert store.outcomes(SPACES) == []
-    assert optuna.load_study(study_name="tiny", storage=url).trials[0].state == TrialState.FAIL
+    assert store.trials(SPACES) == []
+    store.fail_partial(SPACES)
+    assert store.trials(SPACES) == []
+    (partial,) = optuna.load_study(study_name="tiny", storage=url).trials
+    assert partial.state == optuna.trial.TrialState.FAIL
 
 
 def test_a_trial_is_inserted_whole_or_not_at_all(
@@ -104,7 +105,7 @@ def test_a_trial_is_inserted_whole_or_not_at_all(
         begin(store)
     monkeypatch.undo()
 
-    assert store.take_up(SPACES) == []
+    assert store.trials(SPACES) == []
     assert begin(store).number == 0
 
 
@@ -139,11 +140,11 @@ def test_sqlite_is_in_wal_mode(store: Store, tmp_path: Path) -> None:
 
 def test_a_study_that_was_never_run_is_named(url: str, tmp_path: Path) -> None:
     """And asking for it makes no empty database."""
-    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet: run it first"):
+    with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
         Store.open(url, "tiny")
     assert not (tmp_path / "study.db").exists()
     Store.create(url, "other", OBJECTIVES)
-    with pytest.raises(StudyError, match="study 'tiny' has no outcomes yet"):
+    with pytest.raises(StudyError, match="study 'tiny' has no trials yet"):
         Store.open(url, "tiny")
 
 
@@ -193,6 +194,6 @@ def test_several_spaces_share_a_study(store: Store) -> None:
         ("other", [axis], Widths(("second",), (6,))),
     ):
         store.begin(space, axes, widths, origin={}, seed=0, cost=tiny.COST, alone=False)
-    first, second = store.take_up(both)
+    first, second = store.trials(both)
     assert (first.space, first.widths) == ("tiny", tiny.widths(4, 8))
     assert (second.space, dict(second.widths)) == ("other", {"second": 6})

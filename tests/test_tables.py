@@ -15,32 +15,28 @@ from widthsearch.space.cost import Cost
 from widthsearch.study.loop import Progress
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.storage import SpaceRecord
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial
 
 
-def outcome(number: int, macs: int, accuracy: float, milliseconds: float) -> Outcome:
-    """A finished outcome."""
-    return Outcome(
-        id=number,
-        space="tiny",
-        widths=tiny.widths(number + 2, 8),
-        state="finished",
+def trial(number: int, macs: int, accuracy: float, milliseconds: float) -> Trial:
+    """A finished trial."""
+    return tiny.finished(
+        number,
+        tiny.widths(number + 2, 8),
+        accuracy,
         origin={"base": True} if number == 0 else {"sampler": "tpe"},
-        seed=0,
         cost=Cost(macs, 10, 5),
         latency=tiny.latency(milliseconds),
-        accuracy=accuracy,
-        curve=tiny.curve(accuracy),
     )
 
 
 def test_members_whose_latency_is_not_shown_to_fall_are_named() -> None:
     """Fewer MACs, no faster beyond two standard errors: said; faster, or with more MACs: not."""
-    base = outcome(0, 1000, 90.0, 1.0)
-    slower = outcome(1, 500, 89.0, 1.2)
-    same = outcome(2, 400, 88.0, 0.995)
-    faster = outcome(3, 300, 87.0, 0.8)
-    wider = outcome(4, 2000, 91.0, 1.5)
+    base = trial(0, 1000, 90.0, 1.0)
+    slower = trial(1, 500, 89.0, 1.2)
+    same = trial(2, 400, 88.0, 0.995)
+    faster = trial(3, 300, 87.0, 0.8)
+    wider = trial(4, 2000, 91.0, 1.5)
     said = report.remarks([faster, same, slower, base, wider], base)
     assert said == [  # two standard errors of four pairs: 2 × 1.858 × 0.01 / √4
         "Latency is not shown to fall, though MACs do, on none (id, share of the base's MACs: of "
@@ -54,8 +50,8 @@ def test_members_whose_latency_is_not_shown_to_fall_are_named() -> None:
 
 def test_the_front_volume_by_hand() -> None:
     """A box from (80%, 100) to (90%, 200): two corners, and one member in the middle."""
-    low, high = outcome(1, 100, 80.0, 1.0), outcome(2, 200, 90.0, 1.0)
-    middle = outcome(3, 150, 88.0, 1.0)
+    low, high = trial(1, 100, 80.0, 1.0), trial(2, 200, 90.0, 1.0)
+    middle = trial(3, 150, 88.0, 1.0)
     every = [low, high, middle]
     posterior = AccuracyPosterior(
         every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
@@ -67,12 +63,12 @@ def test_the_front_volume_by_hand() -> None:
 
 def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
     """By hand: at 100 MACs 80% against 78%, at 200 MACs 90% against 92%; a loss is a loss."""
-    mine = [outcome(1, 100, 80.0, 1.0), outcome(2, 200, 90.0, 1.0)]
+    mine = [trial(1, 100, 80.0, 1.0), trial(2, 200, 90.0, 1.0)]
     uniform = {"proposer": "uniform", "family": "linear", "budget": 0.5, "baseline": True}
     rivals = [
-        replace(outcome(3, 100, 78.0, 1.0), origin=uniform),
-        replace(outcome(4, 200, 92.0, 1.0), origin=uniform),
-        replace(outcome(5, 50, 70.0, 1.0), origin=uniform),
+        replace(trial(3, 100, 78.0, 1.0), origin=uniform),
+        replace(trial(4, 200, 92.0, 1.0), origin=uniform),
+        replace(trial(5, 50, 70.0, 1.0), origin=uniform),
     ]
     every = [*mine, *rivals]
     posterior = AccuracyPosterior(
@@ -96,16 +92,16 @@ def shown(tables: RenderableType, width: int) -> str:
 
 def test_a_narrow_terminal_cuts_no_number() -> None:
     """IDs, accuracies, costs and the names of axes are whole; origins and layers give way."""
-    every = [outcome(i, 10**i, 70.0 + i, 1.0 / (i + 1)) for i in range(12)]
+    every = [trial(i, 10**i, 70.0 + i, 1.0 / (i + 1)) for i in range(12)]
     posterior = AccuracyPosterior(
         every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
     )
-    table = report._outcome_table("front", every, every[0], posterior)
+    table = report._trial_table("front", every, every[0], posterior)
     for width in (50, 65, 80):
         lines = shown(table, width)
         assert "…" not in lines
         for o in every:
-            cells = [str(o.id), f"{o.accuracy:.2f}", f"{posterior.accuracy(o):.2f}"]
+            cells = [str(o.number), f"{o.accuracy:.2f}", f"{posterior.accuracy(o):.2f}"]
             row = next(line.split() for line in lines.splitlines() if cells[1] in line.split())
             assert row[0] == cells[0]
             assert cells[2] in row

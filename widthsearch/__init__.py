@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from widthsearch.space.loading import load_space as load_space
     from widthsearch.space.search_space import SearchSpace as SearchSpace
     from widthsearch.study.config import StudyConfig as StudyConfig
-    from widthsearch.study.trial import Outcome as Outcome
+    from widthsearch.study.trial import Trial as Trial
+    from widthsearch.study.trial import TrialState as TrialState
     from widthsearch.training.recipe import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
@@ -45,7 +46,6 @@ _WHERE = {
     "Cost": "space.cost",
     "Latency": "latency.config",
     "LatencyConfig": "latency.config",
-    "Outcome": "study.trial",
     "Proposal": "proposers",
     "Recipe": "training.recipe",
     "SearchSpace": "space.search_space",
@@ -54,6 +54,8 @@ _WHERE = {
     "StudyConfig": "study.config",
     "Task": "data.tasks",
     "TaskConfig": "data.config",
+    "Trial": "study.trial",
+    "TrialState": "study.trial",
     "WidthSampler": "bayesopt.sampler",
     "Widths": "widths",
     "WidthsearchError": "errors",

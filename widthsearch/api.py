@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from widthsearch.bayesopt import pareto
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency, LatencyConfig
@@ -34,6 +33,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import ProposerConfig, StudyConfig
 from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
+from widthsearch.study.front import pick
 from widthsearch.study.loop import Progress, Search
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.proposals import (
@@ -43,8 +43,8 @@ from widthsearch.study.proposals import (
     in_turn,
     proposals,
 )
-from widthsearch.study.storage import SpaceRecord, Store, Trial
-from widthsearch.study.trial import Outcome
+from widthsearch.study.storage import SpaceRecord, Store
+from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import check_batch_size, check_model
@@ -182,16 +182,15 @@ class Study:
             self.search(on_progress, session.propose, retry=retry) as search,
         ):
             session.train(search, self.task)
-        finished = [done for done in search.outcomes.values() if done.state == "finished"]
-        if not finished:
-            reasons = [done.error for done in search.outcomes.values() if done.error]
+        if all(trial.state != TrialState.FINISHED for trial in search.trials.values()):
+            reasons = [trial.error for trial in search.trials.values() if trial.error]
             raise StudyError(
                 f"study {self.config.name!r} has no finished trial; the last failed: "
                 f"{reasons[-1] if reasons else 'none'}"
             )
 
-    def outcomes(self) -> list[Outcome]:
-        """Every trial that is done, by number.
+    def trials(self) -> list[Trial]:
+        """Every trial that has ended, by number.
 
         Raises:
             StudyError: The study was never run.
@@ -199,19 +198,23 @@ class Study:
         return self._stored()[0]
 
     def posterior(self) -> AccuracyPosterior:
-        """What is believed of the networks that were trained.
+        """The estimated accuracy of each trained network.
 
         Raises:
             StudyError: The study was never run.
         """
         return AccuracyPosterior(*self._stored(), self.config.objectives, self.config.limits)
 
-    def front(self) -> list[Outcome]:
-        """The finished outcomes that no other dominates by believed accuracy, fewest MACs first."""
+    def front(self) -> list[Trial]:
+        """The front by estimated accuracy, within the limits, fewest MACs first.
+
+        Raises:
+            StudyError: The study was never run.
+        """
         return self.posterior().front()
 
-    def pick(self, spec: str | int = "knee") -> Outcome:
-        """One of the trained networks: see :func:`~widthsearch.bayesopt.pareto.pick`.
+    def pick(self, spec: str | int = "knee") -> Trial:
+        """One of the trained networks: see :func:`~widthsearch.study.front.pick`.
 
         Args:
             spec: ``knee`` or ``best`` of the front, a limit such as ``macs<=2e6``, or a trial's ID.
@@ -220,19 +223,18 @@ class Study:
             StudyError: The study was never run, the spec is none of these, or nothing fits it.
         """
         posterior, objectives = self.posterior(), self.config.objectives
-        return pareto.pick(
-            posterior.front(), spec, objectives, posterior.accuracy, trials=self.outcomes()
-        )
+        return pick(posterior.front(), spec, objectives, posterior.accuracy, trials=self.trials())
 
-    def _stored(self) -> tuple[list[Outcome], dict[str, SpaceRecord]]:
-        """What the storage has, without the space's code."""
+    def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord]]:
+        """The trials that have ended and the spaces' records, without the spaces' code."""
         store = Store.open(self.storage, self.config.name)
         stored = store.attribute("spaces")
         if stored is None:
-            raise StudyError(f"study {self.config.name!r} has no outcomes yet: run it first")
+            raise StudyError(f"study {self.config.name!r} has no trials yet: run it first")
         records = {space["name"]: SpaceRecord.from_json(space) for space in stored}
         names = {name: [a.name for a in record.axes] for name, record in records.items()}
-        return store.outcomes(names), records
+        trials = [trial for trial in store.trials(names) if trial.state != TrialState.RUNNING]
+        return trials, records
 
     @contextmanager
     def search(
@@ -307,14 +309,12 @@ class Study:
         if not self.front():
             raise StudyError(f"study {self.config.name!r} has no front to confirm: run it first")
         with self._driving() as (store, driver_lock):
-            records = {name: SpaceRecord.of(space) for name, space in self.spaces.items()}
             say = self._sayer(store, on_progress)
             yield Confirmation(
                 self._concurrent(self._settled(store), store, say),
                 self.spaces,
                 store,
                 driver_lock,
-                records,
                 seeds,
                 on_progress=on_progress,
             )
@@ -514,18 +514,20 @@ class Study:
     ) -> ProgressCallback:
         """Tells whoever watches what happens before there is a search."""
         begun = time.monotonic()
-        done = store.outcomes({name: space.names for name, space in self.spaces.items()})
-        accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
+        config = self.config
+        trials = store.trials({name: space.names for name, space in self.spaces.items()})
+        done = sum(trial.state != TrialState.RUNNING for trial in trials)
+        posterior = AccuracyPosterior(trials, self.spaces, config.objectives, config.limits)
 
         def say(message: str) -> None:
             if on_progress is not None:
                 on_progress(
                     Progress(
-                        done=len(done),
+                        done=done,
                         running=0,
-                        total=max(self.config.trials, len(done)),
-                        best_accuracy=max(accuracies, default=None),
-                        front_size=len(pareto.front(done, self.config.objectives)),
+                        total=max(config.trials, done),
+                        best_accuracy=posterior.best_accuracy,
+                        front_size=len(posterior.front()),
                         elapsed=time.monotonic() - begun,
                         remaining=None,
                         message=message,

@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     """Run a study, or go on with it; ends by printing the front."""
     from widthsearch.api import Study
     from widthsearch.report import tables as report
-    from widthsearch.study.trial import unmended
+    from widthsearch.study.trial import unresolved_failures
 
     study = Study.load(options.study, options.runs)
     console = _console()
@@ -67,9 +67,9 @@ def _run(options: argparse.Namespace) -> int:
         study.run(view, retry=options.retry)
     report.show(console, report.front_tables(study))
     report.say(console, report.write_front(study))
-    failed = unmended(study.outcomes())
+    failed = unresolved_failures(study.trials())
     for o in failed:
-        report.say(console, f"failed: trial {o.id}: {o.error}")
+        report.say(console, f"failed: trial {o.number}: {o.error}")
     for method, reason in study.failures.items():
         report.say(console, f"failed: proposer {method}: {reason}")
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
@@ -263,13 +263,13 @@ def _train(options: argparse.Namespace) -> int:
     from widthsearch.training.recipe import EpochResult
 
     study = Study.load(options.study, options.runs)
-    outcome = study.pick(options.pick)
-    folder = Path(options.out) if options.out else study.folder / "trained" / str(outcome.id)
+    trial = study.pick(options.pick)
+    folder = Path(options.out) if options.out else study.folder / "trained" / str(trial.number)
     console = _console()
     report.say(
         console,
-        f"training {study.config.name} {outcome.id} ({outcome.cost.macs:,} MACs): "
-        f"{' '.join(map(str, outcome.widths.vector))}",
+        f"training {study.config.name} {trial.number} ({trial.cost.macs:,} MACs): "
+        f"{' '.join(map(str, trial.widths.vector))}",
     )
 
     def on_epoch(number: int, result: EpochResult) -> None:
@@ -278,7 +278,7 @@ def _train(options: argparse.Namespace) -> int:
 
     card = export.train(
         study,
-        outcome,
+        trial,
         seeds=options.seeds,
         epochs=options.epochs,
         device=options.device,

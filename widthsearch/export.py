@@ -28,7 +28,7 @@ from widthsearch.modules.source import source_digest
 from widthsearch.space.constraints import Constraints
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial
 from widthsearch.training.recipe import EpochResult
 from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate
 from widthsearch.utils.files import write_atomically
@@ -40,7 +40,7 @@ WIDTHS, WEIGHTS, CARD = "widths.json", "weights.pt", "card.json"
 
 def train(
     study: Study,
-    outcome: Outcome,
+    trial: Trial,
     *,
     seeds: int = 3,
     epochs: int | None = None,
@@ -48,7 +48,7 @@ def train(
     folder: Path | str | None = None,
     on_epoch: Callable[[int, EpochResult], None] | None = None,
 ) -> dict[str, Any]:
-    """Train an outcome's widths in full, once a seed, and test each network.
+    """Train a trial's widths in full, once a seed, and test each network.
 
     Networks learn from the training and validation splits together; the test split is read once a
     network, after its last epoch. An interrupted call goes on where it ended. What the folder holds
@@ -56,7 +56,7 @@ def train(
 
     Args:
         study: The study.
-        outcome: Whose widths to train.
+        trial: The trial whose widths to train.
         seeds: How many networks; the weights that are kept are the first's, whatever its accuracy.
         epochs: Instead of the recipe's.
         device: Instead of the study's.
@@ -70,14 +70,14 @@ def train(
     Raises:
         StudyError: The task has no test split, training diverged, or the folder cannot be written.
     """
-    task, space = study.task, study.spaces[outcome.space]
+    task, space = study.task, study.spaces[trial.space]
     if task.test is None:
         raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
     if seeds < 1:
         raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
     recipe = study.recipe if epochs is None else replace(study.recipe, epochs=epochs)
     device = device or study.config.device
-    folder = Path(folder or study.folder / "trained" / str(outcome.id))
+    folder = Path(folder or study.folder / "trained" / str(trial.number))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     everything = replace(task, train=_joined(task.train, task.validation))
@@ -85,15 +85,15 @@ def train(
     first: nn.Module | None = None
     for i in range(seeds):
         seed = int(np.random.SeedSequence((study.config.seed, 1, i)).generate_state(1)[0])
-        model = space.build(outcome.widths, seed=seed)
+        model = space.build(trial.widths, seed=seed)
         _train_one(model, everything, recipe, seed, device, folder, i, on_epoch)
         tested[seed] = evaluate(model, task, "test", device, recipe.precision)
         first = first or model
     assert first is not None
     card = {
         "study": study.config.name,
-        "outcome": outcome.id,
-        "origin": dict(outcome.origin),
+        "trial": trial.number,
+        "origin": dict(trial.origin),
         "space": {
             "reference": _from_anywhere(study.reference(space.name)),
             "input": study.config.input,
@@ -110,10 +110,10 @@ def train(
         },
         "recipe": asdict(recipe),
         "device": device,
-        "macs": outcome.cost.macs,
-        "params": outcome.cost.params,
-        "activations": outcome.cost.activations,
-        "latency": None if outcome.latency is None else outcome.latency.to_json(),
+        "macs": trial.cost.macs,
+        "params": trial.cost.params,
+        "activations": trial.cost.activations,
+        "latency": None if trial.latency is None else trial.latency.to_json(),
         "test_accuracy": {
             "mean": statistics.fmean(tested.values()),
             "std": statistics.stdev(tested.values()) if seeds > 1 else None,
@@ -126,7 +126,7 @@ def train(
     torch.save({key: value.cpu() for key, value in first.state_dict().items()}, weights)
     with writing(folder):
         _remove(folder / CARD)  # first, and written last: a folder with a card is whole
-        space.save_widths(folder / WIDTHS, outcome.widths)
+        space.save_widths(folder / WIDTHS, trial.widths)
         write_atomically(folder / WEIGHTS, lambda file: file.write(weights.getbuffer()))
         _write_json(folder / CARD, card)
     return card

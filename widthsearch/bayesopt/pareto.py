@@ -1,4 +1,4 @@
-"""The front: dominance, ranks, hypervolume, knee, rungs, and picking a member.
+"""The geometry of Pareto fronts: dominance, ranks, hypervolume, knee, rungs.
 
 The geometry works on an array of points (N, M) where **every column is to be minimised** (so
 accuracy goes in negated), without NaN. A point dominates another when it is no worse in every
@@ -10,18 +10,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from widthsearch.errors import StudyError
-
-if TYPE_CHECKING:
-    from widthsearch.study.trial import Outcome
-
-OBJECTIVES = ("accuracy", "macs", "params", "latency_ms")
 Points = NDArray[np.float64]
 
 
@@ -232,144 +225,3 @@ def promoted(points: ArrayLike, index: int, eta: int) -> bool:
     lonelier = distance > distance[np.searchsorted(peers, index)]
     better = int((rank < rank[index]).sum()) + int(lonelier.sum())
     return better < math.ceil(len(array) / eta)
-
-
-def objective_value(outcome: Outcome, objective: str) -> float:
-    """An outcome's value of an objective as a person reads it; NaN where it has none."""
-    value: Any
-    if objective in ("macs", "params"):
-        value = getattr(outcome.cost, objective)
-    else:
-        value = getattr(outcome, objective)
-    return math.nan if value is None else float(value)
-
-
-def objective_points(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> Points:
-    """The outcomes as points to minimise, (N, objectives): accuracy negated, NaN where missing."""
-    for objective in objectives:
-        if objective not in OBJECTIVES:
-            raise StudyError(
-                f"an objective must be one of {', '.join(OBJECTIVES)}, but was {objective!r}"
-            )
-    sign = [-1.0 if objective == "accuracy" else 1.0 for objective in objectives]
-    values = [[objective_value(o, objective) for objective in objectives] for o in outcomes]
-    return np.array(values).reshape(len(outcomes), len(objectives)) * sign
-
-
-def front(outcomes: Sequence[Outcome], objectives: Sequence[str]) -> list[Outcome]:
-    """The finished outcomes that no other dominates, fewest MACs first.
-
-    An outcome that lacks one of the objectives (a latency that was never measured) takes no part.
-    """
-    points = objective_points(outcomes, objectives)
-    known = [
-        i for i, o in enumerate(outcomes) if o.state == "finished" and not np.isnan(points[i]).any()
-    ]
-    mask = non_dominated(points[known])
-    members = [outcomes[i] for i, kept in zip(known, mask, strict=True) if kept]
-    return sorted(members, key=lambda o: (o.cost.macs, o.id))
-
-
-def gains(
-    chosen: Sequence[Outcome],
-    rivals: Sequence[Outcome],
-    cost: str,
-    accuracy: Callable[[Outcome], float],
-) -> list[float]:
-    """By how many points the best of some outcomes beats each rival at no more of a cost.
-
-    Args:
-        chosen: Finished outcomes.
-        rivals: Finished outcomes, e.g. a baseline.
-        cost: ``macs``, ``params`` or ``latency_ms``.
-        accuracy: What is believed of an outcome.
-
-    Returns:
-        One number for each rival that some outcome can be compared with: one that costs no more.
-    """
-    found = []
-    for rival in rivals:
-        limit = objective_value(rival, cost)
-        within = [accuracy(o) for o in chosen if objective_value(o, cost) <= limit]
-        if within:
-            found.append(max(within) - accuracy(rival))
-    return found
-
-
-def pick(
-    front: Sequence[Outcome],
-    spec: str | int,
-    objectives: Sequence[str] = ("accuracy", "macs"),
-    accuracy: Callable[[Outcome], float] | None = None,
-    trials: Sequence[Outcome] = (),
-) -> Outcome:
-    """The front's member that ``spec`` asks for, or by its ID any finished trial.
-
-    ``best`` is the most accurate, ``knee`` the one of greatest bulge over ``objectives``, a number
-    the trial of that ID, and a limit such as ``macs<=2e6``, ``params<=1e5`` or ``latency_ms<=0.5``
-    the most accurate within it.
-
-    Args:
-        front: The front.
-        spec: What is asked for.
-        objectives: What the front is of.
-        accuracy: What is believed of a member; None for what one training came to.
-        trials: Others that an ID may name, such as a baseline.
-
-    Raises:
-        StudyError: The spec is none of these, or no member fits it.
-    """
-    if not front:
-        raise StudyError(f"a pick needs a front, but {spec!r} picks from none: run the study first")
-    of = accuracy or (lambda outcome: outcome.accuracy or 0.0)
-
-    def most_accurate(members: Sequence[Outcome]) -> Outcome:
-        return max(members, key=lambda o: (of(o), -o.cost.macs, -o.id))
-
-    spec = str(spec).strip()
-    if spec == "knee":
-        points = objective_points(front, objectives)
-        points[:, list(objectives).index("accuracy")] = [-of(member) for member in front]
-        return front[knee(points)]
-    if spec == "best":
-        return most_accurate(front)
-    if spec.isdecimal():
-        known = {o.id: o for o in (*trials, *front)}
-        named = known.get(int(spec))
-        if named is not None and named.state == "finished":
-            return named
-        some = [str(o.id) for o in known.values() if o.state == "finished"]
-        raise StudyError(
-            f"a picked ID must be a finished trial's, but {spec} "
-            f"{f'has {named.state}' if named else 'is none'}; finished are "
-            f"{', '.join(some[:8])}{', …' if len(some) > 8 else ''}, and on the front "
-            f"{', '.join(str(member.id) for member in front)}"
-        )
-    objective, limit = _limit(spec)
-    values = [objective_value(member, objective) for member in front]
-    within = [member for member, value in zip(front, values, strict=True) if value <= limit]
-    if not within:
-        measured = [value for value in values if not math.isnan(value)]
-        least = (
-            f"the least {objective} on the front is {min(measured):g}"
-            if measured
-            else (f"no member of the front has a {objective}")
-        )
-        raise StudyError(
-            f"a pick's limit must leave a member of the front, but {spec!r} leaves none; {least}"
-        )
-    return most_accurate(within)
-
-
-def _limit(spec: str) -> tuple[str, float]:
-    objective, _, number = (part.strip() for part in spec.partition("<="))
-    try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if objective not in OBJECTIVES[1:] or math.isnan(limit):
-        raise StudyError(
-            "a pick must be a trial's ID, best, knee, or a limit on macs, params or latency_ms "
-            f"such as 'macs<=2e6', but was {spec!r}"
-        )
-    return objective, limit

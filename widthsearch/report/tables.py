@@ -28,9 +28,11 @@ from widthsearch.latency.profiles import standard_error
 from widthsearch.proposers import Proposal
 from widthsearch.report.forecast import Forecast
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.front import gains as equal_cost_gains
+from widthsearch.study.front import objective_points, objective_value
 from widthsearch.study.loop import Progress
 from widthsearch.study.posterior import INTERVAL, AccuracyPosterior
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths
 
 FEW = 3
@@ -213,7 +215,7 @@ def described(origin: Mapping[str, Any]) -> str:
     return str(origin.get("sampler", "given"))
 
 
-def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outcome]:
+def baseline(outcomes: Sequence[Trial], method: str = "uniform") -> list[Trial]:
     """A finished baseline, ``uniform`` (the bases with it) or ``random``, fewest MACs first."""
 
     def belongs(origin: Mapping[str, Any]) -> bool:
@@ -225,7 +227,7 @@ def baseline(outcomes: Sequence[Outcome], method: str = "uniform") -> list[Outco
     return sorted(found, key=lambda o: o.cost.macs)
 
 
-def comparisons(posterior: AccuracyPosterior, outcomes: Sequence[Outcome]) -> list[str]:
+def comparisons(posterior: AccuracyPosterior, outcomes: Sequence[Trial]) -> list[str]:
     """By how much what was found beats each baseline at equal cost of each kind; a line a baseline.
 
     The baselines themselves are not among what was found: a gain may be a loss.
@@ -238,7 +240,7 @@ def comparisons(posterior: AccuracyPosterior, outcomes: Sequence[Outcome]) -> li
         for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
             if cost not in posterior.objectives:
                 continue
-            gains = pareto.gains(found, rivals, cost, posterior.accuracy)
+            gains = equal_cost_gains(found, rivals, cost, posterior.accuracy)
             if gains:
                 mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
                 spread = f"{low:+.2f} to {high:+.2f}" if len(gains) > 1 else ""
@@ -255,7 +257,7 @@ def comparisons(posterior: AccuracyPosterior, outcomes: Sequence[Outcome]) -> li
 
 def front_json(study: Study) -> dict[str, Any]:
     """The front, the base model and the uniform baseline as plain JSON values."""
-    outcomes, posterior = study.outcomes(), study.posterior()
+    outcomes, posterior = study.trials(), study.posterior()
     base = _base(outcomes)
     return {
         "study": study.config.name,
@@ -266,11 +268,11 @@ def front_json(study: Study) -> dict[str, Any]:
     }
 
 
-def _base(outcomes: Sequence[Outcome]) -> Outcome | None:
+def _base(outcomes: Sequence[Trial]) -> Trial | None:
     return next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
 
 
-def _member(outcome: Outcome, posterior: AccuracyPosterior) -> dict[str, Any]:
+def _member(outcome: Trial, posterior: AccuracyPosterior) -> dict[str, Any]:
     keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
     content = outcome.to_json()
     member = {key: content[key] for key in (*keys, "origin")}
@@ -290,7 +292,14 @@ def front_csv(study: Study) -> str:
         estimate = posterior[o]
         writer.writerow(
             [
-                *(o.id, o.space, o.accuracy, estimate.accuracy, estimate.sd, estimate.trainings),
+                *(
+                    o.number,
+                    o.space,
+                    o.accuracy,
+                    estimate.accuracy,
+                    estimate.sd,
+                    estimate.trainings,
+                ),
                 *(estimate.dominated, o.cost.macs, o.cost.params, o.latency_ms),
                 described(o.origin),
                 *(o.widths.get(name, "") for name in names),
@@ -301,7 +310,7 @@ def front_csv(study: Study) -> str:
 
 def front_tables(study: Study) -> Group:
     """The front and the uniform baseline as tables, and what is worth knowing about them."""
-    outcomes, posterior = study.outcomes(), study.posterior()
+    outcomes, posterior = study.trials(), study.posterior()
     front, base = posterior.front(), _base(outcomes)
     states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
     counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none is done"
@@ -312,11 +321,11 @@ def front_tables(study: Study) -> Group:
         )
     rivals = baseline(outcomes)
     parts: list[RenderableType] = [
-        _outcome_table(f"front of {study.config.name}", front, base, posterior),
+        _trial_table(f"front of {study.config.name}", front, base, posterior),
         _widths_listed(front),
     ]
     if rivals:
-        parts.append(_outcome_table("uniform baseline", rivals, base, posterior))
+        parts.append(_trial_table("uniform baseline", rivals, base, posterior))
     if len(front) >= FEW:
         stand += (
             f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that all "
@@ -331,7 +340,7 @@ def front_tables(study: Study) -> Group:
     return Group(*parts)
 
 
-def _doubts(front: Sequence[Outcome], posterior: AccuracyPosterior) -> list[str]:
+def _doubts(front: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]:
     """How far the accuracies can be trusted."""
     lines = []
     if (surrogate := posterior.surrogate) is not None:
@@ -345,7 +354,8 @@ def _doubts(front: Sequence[Outcome], posterior: AccuracyPosterior) -> list[str]
     if doubtful:
         lines.append(
             f"Marked ?: dominated by another trained network with probability above one half "
-            f"({', '.join(str(o.id) for o in doubtful)}); widthsearch confirm trains them again."
+            f"({', '.join(str(o.number) for o in doubtful)}); widthsearch confirm trains them "
+            "again."
         )
     return lines
 
@@ -378,7 +388,7 @@ def forecast_table(expected: Sequence[Forecast]) -> Group:
     )
 
 
-def front_volume(members: Sequence[Outcome], posterior: AccuracyPosterior) -> float:
+def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> float:
     """The hypervolume of some outcomes, as a share of the box that all finished ones span.
 
     By believed accuracy.
@@ -386,8 +396,8 @@ def front_volume(members: Sequence[Outcome], posterior: AccuracyPosterior) -> fl
     if not members or not posterior.members:
         return 0.0
 
-    def points(of: Sequence[Outcome]) -> NDArray[np.float64]:
-        found = pareto.objective_points(of, posterior.objectives)
+    def points(of: Sequence[Trial]) -> NDArray[np.float64]:
+        found = objective_points(of, posterior.objectives)
         found[:, posterior.objectives.index("accuracy")] = [-posterior.accuracy(o) for o in of]
         return found
 
@@ -397,8 +407,8 @@ def front_volume(members: Sequence[Outcome], posterior: AccuracyPosterior) -> fl
     return pareto.hypervolume((points(members) - low) / span, np.ones(len(posterior.objectives)))
 
 
-def _outcome_table(
-    title: str, outcomes: Sequence[Outcome], base: Outcome | None, posterior: AccuracyPosterior
+def _trial_table(
+    title: str, outcomes: Sequence[Trial], base: Trial | None, posterior: AccuracyPosterior
 ) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     timed = any(o.latency is not None for o in outcomes)
@@ -414,7 +424,7 @@ def _outcome_table(
         estimated += "" if estimate.sd is None else f" ±{INTERVAL * estimate.sd:.2f}"
         estimated += f" ({estimate.trainings}×)" if estimate.trainings > 1 else ""
         estimated += " ?" if (estimate.dominated or 0.0) > 0.5 else ""
-        row = [str(o.id), *([o.space] if several else []), described(o.origin)]
+        row = [str(o.number), *([o.space] if several else []), described(o.origin)]
         row += [f"{o.accuracy:.2f}", estimated, short(o.cost.macs)]
         row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else ""]
         row += [short(o.cost.params)] if sized else []
@@ -434,20 +444,20 @@ def _add_columns(table: Table, columns: Sequence[str]) -> None:
         table.add_column(column, justify="left" if left else "right", no_wrap=not told)
 
 
-def _widths_listed(outcomes: Sequence[Outcome]) -> Text:
+def _widths_listed(outcomes: Sequence[Trial]) -> Text:
     """The widths of some outcomes, a line each, under the names of their axes."""
     if not outcomes:
         return Text("no finished trial has all objectives")
-    digits = max(len(str(o.id)) for o in outcomes)
+    digits = max(len(str(o.number)) for o in outcomes)
     lines = []
     for space in dict.fromkeys(o.space for o in outcomes):
         own = [o for o in outcomes if o.space == space]
         lines.append(f"widths of {space} by id, in the order {', '.join(own[0].widths)}:")
-        lines += [f"  {o.id:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in own]
+        lines += [f"  {o.number:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in own]
     return Text("\n".join(lines))
 
 
-def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
+def remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
     """The members whose MACs fell but whose latency is not shown to have; a line a device."""
     shown: dict[str, list[str]] = {}
     for o in front:
@@ -455,9 +465,8 @@ def remarks(front: Sequence[Outcome], base: Outcome | None) -> list[str]:
             continue
         error = 2 * standard_error(o.latency) / o.latency.base_ms
         if o.latency.ratio + error >= 1:
-            told = (
-                f"{o.id} ({o.cost.macs / base.cost.macs:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
-            )
+            share = o.cost.macs / base.cost.macs
+            told = f"{o.number} ({share:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
             shown.setdefault(o.latency.hardware, []).append(told)
     return [
         f"Latency is not shown to fall, though MACs do, on {hardware} (id, share of the base's "
@@ -482,17 +491,14 @@ def plot_front(study: Study, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    outcomes, posterior = study.outcomes(), study.posterior()
+    outcomes, posterior = study.trials(), study.posterior()
     finished = [o for o in outcomes if o.state == "finished"]
     costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
     figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
     FigureCanvasAgg(figure)
     labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        value = partial(pareto.objective_value, objective=cost)
-        flat = [(value(o), -posterior.accuracy(o)) for o in posterior.members]
-        kept = pareto.non_dominated(np.array(flat).reshape(-1, 2))
-        front = [o for o, keep in zip(posterior.members, kept, strict=True) if keep]
+        value = partial(objective_value, objective=cost)
         axes.plot(
             [value(o) for o in finished],
             [o.accuracy for o in finished],
@@ -506,7 +512,10 @@ def plot_front(study: Study, path: Path) -> None:
                 baseline(outcomes),
                 {"marker": "s", "linestyle": "--", "color": "tab:blue", "label": "uniform"},
             ),
-            (front, {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"}),
+            (
+                posterior.front(),
+                {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"},
+            ),
         ):
             points = sorted(
                 (value(o), posterior.accuracy(o), INTERVAL * (posterior[o].sd or 0.0))

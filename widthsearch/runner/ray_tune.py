@@ -37,7 +37,7 @@ from widthsearch.runner.worker import Report, Worker
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.loop import Search
 from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
-from widthsearch.study.storage import Trial
+from widthsearch.study.trial import Trial
 
 RETRIES = 2
 """How often a trial whose worker died is started again."""

@@ -11,9 +11,8 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Progress, Search
-from widthsearch.study.posterior import AccuracyPosterior
-from widthsearch.study.storage import SpaceRecord, Store, Trial
-from widthsearch.study.trial import Outcome
+from widthsearch.study.storage import Store
+from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths
 
 _DECIDED = 0.05
@@ -32,7 +31,6 @@ class Confirmation(Search):
         spaces: Its spaces by name.
         store: Its storage.
         lease: The right to drive it.
-        records: The records of its spaces.
         seeds: How many trainings the front's members are to have in the mean.
         on_progress: Is told where it stands.
     """
@@ -43,57 +41,50 @@ class Confirmation(Search):
         spaces: Mapping[str, SearchSpace],
         store: Store,
         driver_lock: DriverLock,
-        records: Mapping[str, SpaceRecord],
         seeds: int,
         *,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         super().__init__(config, spaces, store, driver_lock, on_progress=on_progress)
-        self._records = records
-        posterior = self._posterior()
+        posterior = self.posterior
         front = posterior.front()
         missing = seeds * len(front) - sum(posterior[member].trainings for member in front)
-        missing -= sum("confirms" in trial.origin for trial in self._open.values())
+        missing -= sum("confirms" in self.trials[number].origin for number in self.running)
         self._wanted = max(0, missing) + self._begun
 
     @property
     def _begun(self) -> int:
-        return len(self.outcomes) + len(self._open)
+        return len(self.trials)
 
     @property
     def _total(self) -> int:
         return self._wanted
 
-    def _posterior(self) -> AccuracyPosterior:
-        return AccuracyPosterior(
-            list(self.outcomes.values()), self._records, self.config.objectives
-        )
-
     def _drawn(self) -> Candidate:
-        posterior = self._posterior()
+        posterior = self.posterior
         front = posterior.front()
-        finalists = {member.id: member for member in (*front, *posterior.undecided)}
+        finalists = {member.number: member for member in (*front, *posterior.undecided)}
         pending: Counter[tuple[str, Widths]] = Counter(
-            (trial.space, trial.widths) for trial in self._open.values()
+            (self.trials[number].space, self.trials[number].widths) for number in self.running
         )
 
-        def worth(member: Outcome) -> tuple[float, int]:
+        def worth(member: Trial) -> tuple[float, int]:
             estimate = posterior[member]
             waiting = pending[member.space, member.widths]
             if estimate.sd is None or posterior.surrogate is None:  # whoever was trained least
-                return -estimate.trainings - waiting, -member.id
+                return -estimate.trainings - waiting, -member.number
             p = estimate.dominated or 0.0
             variance, noise = estimate.sd**2, posterior.surrogate.noise**2
             left = variance / (1 + waiting * variance / max(noise, 1e-12))
-            return max(p * (1 - p), _DECIDED) * left, -member.id
+            return max(p * (1 - p), _DECIDED) * left, -member.number
 
         chosen = max(finalists.values(), key=worth)
-        return Candidate(chosen.space, chosen.widths, {"confirms": chosen.id})
+        return Candidate(chosen.space, chosen.widths, {"confirms": chosen.number})
 
     def _begin(self, candidate: Candidate) -> Trial:
         trial = super()._begin(candidate)
-        latency = self.outcomes[int(str(candidate.origin["confirms"]))].latency
+        latency = self.trials[int(str(candidate.origin["confirms"]))].latency
         if latency is not None:  # it does not depend on the seed
             self._store.record_latency(trial.number, latency)
-            trial = self._open[trial.number] = replace(trial, latency=latency)
+            trial = self.trials[trial.number] = replace(trial, latency=latency)
         return trial

@@ -38,8 +38,9 @@ from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import Rungs, StudyConfig
 from widthsearch.study.driver_lock import DriverLock
-from widthsearch.study.storage import Store, Trial
-from widthsearch.study.trial import Outcome, unmended
+from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.storage import Store
+from widthsearch.study.trial import Trial, TrialState, unresolved_failures
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Widths
 
@@ -54,10 +55,11 @@ class Progress:
     """Where a study stands.
 
     Attributes:
-        done: Trials that are done, whatever became of them.
-        running: Trials that have begun and are not done.
+        done: Trials that have ended, in whatever state.
+        running: Trials that have begun and not ended.
         total: Trials that there will be.
-        best_accuracy: The best finished trial's, in percent.
+        best_accuracy: The estimated accuracy of the front's most accurate member, in percent; None
+            while the front is empty.
         front_size: Members of the front.
         elapsed: Seconds since this run began.
         remaining: Seconds to go at the pace since the first epoch of this run; None before a trial
@@ -88,7 +90,7 @@ class Search:
     Attributes:
         config: The study's configuration.
         spaces: The spaces by name.
-        outcomes: The trials that are done, by number.
+        trials: Every trial, running ones too, by number.
     """
 
     def __init__(
@@ -118,20 +120,22 @@ class Search:
         if isinstance(stopping, Rungs):
             self._rungs = stopping.rungs(config.recipe.epochs)
 
-        self.outcomes = {outcome.id: outcome for outcome in store.outcomes(names)}
-        self._open = {trial.number: trial for trial in store.take_up(names)}
-        self._taken_up = list(self._open.values())  # begun by a driver that was killed
-        self._ready: deque[Trial] = deque()  # those of _open that no engine has been given yet
-        self._waiting: deque[int] = deque()  # those of _open that want a machine to themselves
+        store.fail_partial(names)
+        self.trials = {trial.number: trial for trial in store.trials(names)}
+        running = [trial for trial in self.trials.values() if trial.state == TrialState.RUNNING]
+        self._taken_up = running  # begun by a driver that was killed
+        self._ready: deque[Trial] = deque()  # running ones that no engine has been given yet
+        self._waiting: deque[int] = deque()  # running ones that need a machine to themselves
         self._retried: set[int] = set()  # those that were given one
-        failed = unmended(list(self.outcomes.values()), self._taken_up)
-        again = {o.id: Candidate(o.space, o.widths, o.origin) for o in failed if retry}
-        left = {o.id for o in failed} - again.keys()
-        self._mended = {
-            o.id for o in self.outcomes.values() if o.state == "failed" and o.id not in left
+        failed = unresolved_failures(list(self.trials.values()))
+        again = {t.number: Candidate(t.space, t.widths, t.origin) for t in failed if retry}
+        left = {trial.number for trial in failed} - again.keys()
+        self._superseded = {
+            trial.number
+            for trial in self.trials.values()
+            if trial.state == TrialState.FAILED and trial.number not in left
         }
-        self._seen = {(trial.space, trial.widths) for trial in self._taken_up}
-        self._seen |= {(o.space, o.widths) for o in self.outcomes.values() if o.id not in again}
+        self._seen = {(t.space, t.widths) for t in self.trials.values() if t.number not in again}
         queue: dict[tuple[str, Widths], Candidate] = {}
         for candidate in (*again.values(), *candidates):
             queue.setdefault((candidate.space, candidate.widths), candidate)
@@ -153,18 +157,33 @@ class Search:
         self._failures = 0
         self._started = time.monotonic()
         self._first_epoch: float | None = None
-        self._done_before = len(self.outcomes)
-        self._front_of = (-1, 0)  # how many outcomes the front was drawn from, and its size
+        self._done_before = self._done
+        self._posterior: tuple[int, AccuracyPosterior] | None = None
 
     @property
     def done(self) -> bool:
         """Whether every trial is done."""
-        return not self._open and not self._may_begin()
+        return not self.running and not self._may_begin()
 
     @property
     def running(self) -> tuple[int, ...]:
-        """The numbers of the trials that have begun and are not done."""
-        return tuple(self._open)
+        """The numbers of the trials that have begun and not ended."""
+        return tuple(t.number for t in self.trials.values() if t.state == TrialState.RUNNING)
+
+    @property
+    def posterior(self) -> AccuracyPosterior:
+        """The posterior of the trials that have ended; computed anew once another one has."""
+        if self._posterior is None or self._posterior[0] != self._done:
+            trials, config = list(self.trials.values()), self.config
+            self._posterior = (
+                self._done,
+                AccuracyPosterior(trials, self.spaces, config.objectives, config.limits),
+            )
+        return self._posterior[1]
+
+    @property
+    def _done(self) -> int:
+        return len(self.trials) - len(self.running)
 
     def ask(self) -> Trial | None:
         """The next trial to train; None while there is none before another one is done, or at all.
@@ -173,7 +192,7 @@ class Search:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
         self._driver_lock.check()
-        if self._waiting or any(self.is_alone(number) for number in self._open):
+        if self._waiting or any(self.is_alone(number) for number in self.running):
             return self._next_alone()
         if self._taken_up:
             self._make_ready(self._taken_up)
@@ -189,7 +208,7 @@ class Search:
         """
         self._driver_lock.check()
         self._first_epoch = self._first_epoch or time.monotonic()
-        trial = self._open[number] = replace(self._open[number], curve=tuple(curve))
+        trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
         last = trial.curve[-1]
         if not math.isfinite(last.accuracy):
@@ -197,11 +216,11 @@ class Search:
             return False
         if last.epoch >= self.config.recipe.epochs:
             self._store.finish(number, self._values(trial))
-            self._close(trial.outcome("finished"))
+            self._close(replace(trial, state=TrialState.FINISHED))
             return False
         if last.epoch in self._rungs and not self._goes_on(trial, last.epoch):
             self._store.stop(number)
-            self._close(trial.outcome("stopped"))
+            self._close(replace(trial, state=TrialState.STOPPED))
             return False
         self.notify()
         return True
@@ -213,7 +232,7 @@ class Search:
             StudyError: It is the last straw: ``FAILURES_IN_A_ROW``.
         """
         self._store.fail(number, reason)
-        self._close(self._open[number].outcome("failed", reason))
+        self._close(replace(self.trials[number], state=TrialState.FAILED, error=reason))
         if self._failures >= FAILURES_IN_A_ROW:
             raise StudyError(
                 f"{self._failures} candidates failed in a row, so study {self.config.name!r} "
@@ -235,15 +254,15 @@ class Search:
 
     def is_alone(self, number: int) -> bool:
         """Whether a trial is trained while no other one runs."""
-        return number in self._retried and number not in self._waiting and number in self._open
+        return number in self._retried and number not in self._waiting and number in self.running
 
     def _next_alone(self) -> Trial | None:
         """The next trial that wants a machine to itself, once no other one is being trained."""
         idle = {*self._waiting, *(trial.number for trial in self._ready)}
         idle.update(trial.number for trial in self._taken_up)
-        if not self._waiting or not self._open.keys() <= idle:
+        if not self._waiting or not idle.issuperset(self.running):
             return None
-        return self._open[self._waiting.popleft()]
+        return self.trials[self._waiting.popleft()]
 
     def notify(self, message: str = "") -> None:
         """Let whoever watches know where the study stands."""
@@ -255,9 +274,8 @@ class Search:
     @property
     def _begun(self) -> int:
         """How many of this search's trials have begun; what failed and is trained again is one."""
-        done = [o for o in self.outcomes.values() if o.id not in self._mended]
-        trials: list[Trial | Outcome] = [*done, *self._open.values()]
-        return sum("confirms" not in trial.origin for trial in trials)
+        counted = self.trials.keys() - self._superseded
+        return sum("confirms" not in self.trials[number].origin for number in counted)
 
     @property
     def _total(self) -> int:
@@ -267,7 +285,7 @@ class Search:
     def _may_begin(self) -> bool:
         if self._exhausted or self._begun >= self._total:
             return False
-        return self._measure is None or not self._open
+        return self._measure is None or not self.running
 
     def _generation(self) -> list[Trial]:
         """Begin the trials that are next; one, where no latency is to be measured."""
@@ -307,7 +325,7 @@ class Search:
         return max(found, key=lambda each: each[:2])[2] if found else None
 
     def _shared(self, known: Mapping[str, Sequence[Known]]) -> Surrogate | None:
-        """What is believed of several spaces at once; None where there is one, or no outcome."""
+        """One surrogate of several spaces; None of a single space, or before a trial finished."""
         if len(known) == 1 or not any(trial.values for own in known.values() for trial in own):
             return None
         samplers = self._samplers
@@ -317,8 +335,7 @@ class Search:
 
     def _rivals(self, space: str, shared: Surrogate) -> list[tuple[float, ...]]:
         """The other spaces' networks, trained or in training, with their accuracy as believed."""
-        live: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state == "finished"]
-        live += self._open.values()
+        live = self._in_state(TrialState.FINISHED, TrialState.RUNNING)
         rivals: list[tuple[float, ...]] = []
         for name, sampler in self._samplers.items():
             own = [trial for trial in live if trial.space == name]
@@ -342,8 +359,7 @@ class Search:
 
     def _predicted(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
         """Predicted latency of a space's networks: from its profile and from what was measured."""
-        trials: list[Trial | Outcome] = [*self.outcomes.values(), *self._open.values()]
-        own = [(t.widths.vector, t.latency) for t in trials if t.space == space]
+        own = [(t.widths.vector, t.latency) for t in self.trials.values() if t.space == space]
         measured = [(vector, latency) for vector, latency in own if latency is not None]
         count, model = self._latency_models.get(space, (-1, None))
         if model is None or count != len(measured):
@@ -364,18 +380,19 @@ class Search:
 
     def _known(self, space: str) -> list[Known]:
         """What a space's sampler learns from, by number."""
-        trials: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
-        trials += self._open.values()
         return [
             Known(
                 trial.widths,
-                None if getattr(trial, "accuracy", None) is None else self._values(trial),
+                None if trial.accuracy is None else self._values(trial),
                 tuple(result.accuracy for result in trial.curve),
-                isinstance(trial, Trial),
+                trial.state == TrialState.RUNNING,
             )
-            for trial in sorted(trials, key=_number)
-            if trial.space == space
+            for trial in self.trials.values()
+            if trial.space == space and trial.state != TrialState.FAILED
         ]
+
+    def _in_state(self, *states: TrialState) -> list[Trial]:
+        return [trial for trial in self.trials.values() if trial.state in states]
 
     def _begin(self, candidate: Candidate) -> Trial:
         space = self.spaces[candidate.space]
@@ -388,14 +405,13 @@ class Search:
             cost=space.cost(candidate.widths),
             alone=len(self.spaces) == 1,
         )
-        self._open[trial.number] = trial
+        self.trials[trial.number] = trial
         self._seen.add((candidate.space, candidate.widths))
         return trial
 
     def _seed(self, purpose: str) -> int:
         """A seed for the trial that begins next: of the study's seed and the count of trials."""
-        begun = len(self.outcomes) + len(self._open)
-        entropy = (self.config.seed, begun, *purpose.encode())
+        entropy = (self.config.seed, len(self.trials), *purpose.encode())
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _make_ready(self, trials: Sequence[Trial]) -> None:
@@ -412,20 +428,19 @@ class Search:
                     self.fail(trial.number, one_line(error))
                     continue
                 self._store.record_latency(trial.number, latency)
-                trial = self._open[trial.number] = replace(trial, latency=latency)
+                trial = self.trials[trial.number] = replace(trial, latency=latency)
             self._ready.append(trial)
 
     def _base_ms(self) -> float | None:
         """The base model's latency as this study measured it once: all others are on its scale."""
-        known = [outcome.latency for outcome in self.outcomes.values()]
-        known += [trial.latency for trial in self._open.values()]
+        known = (trial.latency for trial in self.trials.values())
         return next((latency.base_ms for latency in known if latency is not None), None)
 
-    def _values(self, trial: Trial | Outcome) -> tuple[float, ...]:
+    def _values(self, trial: Trial) -> tuple[float, ...]:
         """The value of each objective as a person reads it, with the last epoch's accuracy."""
         return tuple(self._value(trial, name, -1) for name in self.config.objectives)
 
-    def _value(self, trial: Trial | Outcome, objective: str, index: int) -> float:
+    def _value(self, trial: Trial, objective: str, index: int) -> float:
         if objective == "accuracy":
             return trial.curve[index].accuracy
         if objective == "latency_ms":
@@ -443,14 +458,14 @@ class Search:
         if stopping is None or not trial.origin.keys().isdisjoint(("base", "baseline", "confirms")):
             return True
         if isinstance(stopping, FrontStopping):
-            finished = [o for o in self.outcomes.values() if o.state == "finished"]
+            finished = self._in_state(TrialState.FINISHED)
             if len(finished) < stopping.finished:
                 return True
             peers = [self._curve(peer) for peer in finished]
             return not stopping(self._curve(trial), peers)
         return self._passes(trial, epoch, stopping)
 
-    def _curve(self, trial: Trial | Outcome) -> Curve:
+    def _curve(self, trial: Trial) -> Curve:
         costs = [self._value(trial, n, -1) for n in self.config.objectives if n != "accuracy"]
         return Curve(tuple(result.accuracy for result in trial.curve), tuple(costs))
 
@@ -460,43 +475,37 @@ class Search:
         Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
         not.
         """
-        rung: list[Trial | Outcome] = [o for o in self.outcomes.values() if o.state != "failed"]
-        rung = [peer for peer in (*rung, *self._open.values()) if len(peer.curve) >= epoch]
+        rung = [
+            peer
+            for peer in self.trials.values()
+            if peer.state != TrialState.FAILED and len(peer.curve) >= epoch
+        ]
         signs = [-1.0 if name == "accuracy" else 1.0 for name in self.config.objectives]
         points = np.array(
             [[self._value(peer, n, epoch - 1) for n in self.config.objectives] for peer in rung]
         )
         return pareto.promoted(points * signs, rung.index(trial), stopping.eta)
 
-    def _close(self, outcome: Outcome) -> None:
-        del self._open[outcome.id]
-        self.outcomes[outcome.id] = outcome
-        failed = outcome.state == "failed"
+    def _close(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        failed = trial.state == TrialState.FAILED
         self._failures = self._failures + 1 if failed else 0
-        self.notify(f"trial {outcome.id} failed: {outcome.error}" if failed else "")
+        self.notify(f"trial {trial.number} failed: {trial.error}" if failed else "")
 
     def _progress(self, message: str) -> Progress:
-        done = list(self.outcomes.values())
-        if self._front_of[0] != len(done):
-            self._front_of = (len(done), len(pareto.front(done, self.config.objectives)))
-        accuracies = [outcome.accuracy for outcome in done if outcome.accuracy is not None]
-        now = time.monotonic()
-        total = len(done) + len(self._open)
+        now, done = time.monotonic(), self._done
+        total = len(self.trials)
         if not self._exhausted:
             total += max(0, self._total - self._begun)
-        lately = len(done) - self._done_before
+        lately = done - self._done_before
         training = now - (self._first_epoch or now)
         return Progress(
-            done=len(done),
-            running=len(self._open),
+            done=done,
+            running=len(self.running),
             total=total,
-            best_accuracy=max(accuracies, default=None),
-            front_size=self._front_of[1],
+            best_accuracy=self.posterior.best_accuracy,
+            front_size=len(self.posterior.front()),
             elapsed=now - self._started,
-            remaining=training / lately * (total - len(done)) if lately else None,
+            remaining=training / lately * (total - done) if lately else None,
             message=message,
         )
-
-
-def _number(trial: Trial | Outcome) -> int:
-    return trial.number if isinstance(trial, Trial) else trial.id

@@ -1,15 +1,15 @@
-"""What is believed of networks that were trained: their accuracy, and who is on the front.
+"""Posterior accuracy of the trained networks, and the Pareto front it implies.
 
-One training's accuracy is luck as much as merit: seed noise is as large as the differences that
-matter, so the raw best is a winner's curse. The surrogate has learned the noise and what like
-networks reached; the front is drawn by what it believes.
+One training's accuracy is noisy: the noise of its seed is as large as the differences that matter,
+so the best single training is overestimated (winner's curse). The surrogate estimates the noise and
+each network's expected accuracy from all trainings; the front is drawn by these estimates.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.bayesopt import pareto
-from widthsearch.bayesopt.surrogate import Coordinates, Features, Surrogate, Training
-from widthsearch.study.storage import SpaceRecord
-from widthsearch.study.trial import Outcome
+from widthsearch.bayesopt.surrogate import Coordinates, Features, Priced, Surrogate, Training
+from widthsearch.study.front import objective_points, objective_value
+from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
 
 ENOUGH = 8
-"""Finished trainings before the surrogate is asked; with fewer, means stand for it."""
+"""Finished trainings that the surrogate needs; with fewer, the mean of each network's trainings
+stands for its expected accuracy."""
 
 INTERVAL = 1.645
 """Standard deviations to each side that hold 90% of a normal distribution."""
@@ -34,14 +35,14 @@ Architecture = tuple[str, Widths]
 
 @dataclass(frozen=True)
 class AccuracyEstimate:
-    """What is believed of one architecture.
+    """The posterior of one network's accuracy.
 
     Attributes:
-        accuracy: Expected accuracy over seeds, in percent.
-        sd: Standard deviation of that belief in percent; None where there is no surrogate.
-        trainings: How often it was trained to the end.
-        dominated: The probability that another trained architecture dominates it: one with no
-            more of any cost and a higher accuracy; None where there is no surrogate.
+        accuracy: Its mean: expected accuracy over seeds, in percent.
+        sd: Its standard deviation, in percent; None where there is no surrogate.
+        trainings: The number of its finished trainings.
+        dominated: The probability that another trained network dominates it: one with no more of
+            any cost and a higher accuracy; None where there is no surrogate.
     """
 
     accuracy: float
@@ -51,53 +52,56 @@ class AccuracyEstimate:
 
 
 class AccuracyPosterior:
-    """What is believed after some outcomes.
+    """The posterior of all trained networks' accuracies, and their front.
+
+    Everything is computed when it is first asked for: the front takes one fit of the surrogate, the
+    probabilities of being dominated take draws from the joint posterior.
 
     Args:
-        outcomes: All trials of a study.
-        spaces: Its spaces by name.
+        trials: All trials of a study.
+        spaces: Its spaces, or their records, by name.
         objectives: Its objectives.
-        limits: The least and most of costs that matter: nothing outside is on the front.
+        limits: The least and greatest values of costs: no network outside is on the front.
     """
 
     def __init__(
         self,
-        outcomes: Sequence[Outcome],
-        spaces: Mapping[str, SpaceRecord],
+        trials: Sequence[Trial],
+        spaces: Mapping[str, Priced],
         objectives: Sequence[str],
         limits: Mapping[Any, tuple[float, float]] | None = None,
     ) -> None:
         self.objectives = tuple(objectives)
         self._limits = dict(limits or {})
-        self._outcomes = outcomes
+        self._trials = trials
         self._spaces = spaces
 
     @cached_property
-    def members(self) -> list[Outcome]:
+    def members(self) -> list[Trial]:
         """The first finished training of each architecture that has all objectives."""
-        first: dict[Architecture, Outcome] = {}
-        points = pareto.objective_points(self._outcomes, self.objectives)
-        for outcome, point in zip(self._outcomes, points, strict=True):
-            if outcome.state == "finished" and not np.isnan(point).any():
-                first.setdefault((outcome.space, outcome.widths), outcome)
+        first: dict[Architecture, Trial] = {}
+        points = objective_points(self._trials, self.objectives)
+        for trial, point in zip(self._trials, points, strict=True):
+            if trial.state == TrialState.FINISHED and not np.isnan(point).any():
+                first.setdefault((trial.space, trial.widths), trial)
         return list(first.values())
 
     @cached_property
     def coordinates(self) -> dict[str, Coordinates]:
-        """Of the spaces that were trained, by name."""
-        trained = {o.space for o in self._outcomes if o.accuracy is not None}
+        """Those of the spaces with a finished trial, by name."""
+        trained = {trial.space for trial in self._trials if trial.accuracy is not None}
         names = [name for name in self._spaces if name in trained]
         placed = Coordinates.together([Coordinates.of(self._spaces[name]) for name in names])
         return dict(zip(names, placed, strict=True))
 
     @cached_property
     def surrogate(self) -> Surrogate | None:
-        """Of all spaces that were trained; None where there is too little to learn from."""
+        """Fitted to the trials of all spaces; None with fewer than ``ENOUGH`` finished ones."""
         trainings = {name: list[Training]() for name in self.coordinates}
-        for o in self._outcomes:
-            if o.state != "failed" and o.space in trainings:
-                curve = [result.accuracy for result in o.curve]
-                trainings[o.space].append(Training(o.widths.vector, o.accuracy, curve))
+        for t in self._trials:
+            if t.state in (TrialState.FINISHED, TrialState.STOPPED) and t.space in trainings:
+                curve = [result.accuracy for result in t.curve]
+                trainings[t.space].append(Training(t.widths.vector, t.accuracy, curve))
         every = [training for own in trainings.values() for training in own]
         if sum(training.accuracy is not None for training in every) < ENOUGH:
             return None
@@ -105,34 +109,44 @@ class AccuracyPosterior:
             *((self.coordinates[name], own) for name, own in trainings.items())
         )
 
-    def __getitem__(self, outcome: Outcome) -> AccuracyEstimate:
-        """What is believed of a finished outcome's architecture."""
-        return self._estimates[outcome.space, outcome.widths]
+    def __getitem__(self, trial: Trial) -> AccuracyEstimate:
+        """The estimate of a finished trial's architecture."""
+        return self._estimates[trial.space, trial.widths]
 
-    def accuracy(self, outcome: Outcome) -> float:
-        """The believed accuracy of a finished outcome's architecture."""
-        return self[outcome].accuracy
+    def accuracy(self, trial: Trial) -> float:
+        """The estimated accuracy of a finished trial's architecture, in percent."""
+        return self._means[trial.space, trial.widths]
 
-    def front(self) -> list[Outcome]:
-        """The members that no other dominates by believed accuracy, fewest MACs first."""
+    def front(self) -> list[Trial]:
+        """The members within the limits that no other dominates by estimated accuracy.
+
+        Returns:
+            The first training of each network of the front, fewest MACs first.
+        """
+        return list(self._front)
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The estimated accuracy of the front's most accurate member; None for an empty front."""
+        return max(map(self.accuracy, self._front), default=None)
+
+    @cached_property
+    def _front(self) -> list[Trial]:
         inside = np.flatnonzero([self._is_within(member) for member in self.members])
         kept = inside[pareto.non_dominated(self._points[inside])]
-        return sorted((self.members[i] for i in kept), key=lambda o: (o.cost.macs, o.id))
+        return sorted((self.members[i] for i in kept), key=lambda t: (t.cost.macs, t.number))
 
-    def _is_within(self, member: Outcome) -> bool:
+    def _is_within(self, member: Trial) -> bool:
         return all(
-            low <= pareto.objective_value(member, name) <= high
+            low <= objective_value(member, name) <= high
             for name, (low, high) in self._limits.items()
         )
 
     @property
-    def undecided(self) -> list[Outcome]:
-        """Members that may or may not be on the front, the least decided first.
-
-        Those whose probability of being dominated is from 5% to 95%.
-        """
+    def undecided(self) -> list[Trial]:
+        """Members dominated with a probability from 5% to 95%, the nearest to 50% first."""
         open_ = [
-            (abs(p - 0.5), member.id, member)
+            (abs(p - 0.5), member.number, member)
             for member in self.members
             if (p := self[member].dominated) is not None and 0.05 <= p <= 0.95
         ]
@@ -140,23 +154,23 @@ class AccuracyPosterior:
 
     @cached_property
     def _points(self) -> NDArray[np.float64]:
-        """The members as points to minimise, by believed accuracy."""
-        points = pareto.objective_points(self.members, self.objectives)
-        points[:, self.objectives.index("accuracy")] = [-self.accuracy(o) for o in self.members]
+        """The members as points to minimise, by estimated accuracy."""
+        points = objective_points(self.members, self.objectives)
+        points[:, self.objectives.index("accuracy")] = [-self.accuracy(t) for t in self.members]
         return points
 
     @cached_property
-    def _estimates(self) -> dict[Architecture, AccuracyEstimate]:
+    def _trained(self) -> dict[Architecture, list[float]]:
+        """The accuracy of each finished training."""
         trained: dict[Architecture, list[float]] = {}
-        for o in self._outcomes:
-            if o.accuracy is not None:
-                trained.setdefault((o.space, o.widths), []).append(o.accuracy)
-        estimated = {
-            key: AccuracyEstimate(statistics.fmean(accuracies), None, len(accuracies))
-            for key, accuracies in trained.items()
-        }
-        if self.surrogate is None or not self.members:
-            return estimated
+        for trial in self._trials:
+            if trial.accuracy is not None:
+                trained.setdefault((trial.space, trial.widths), []).append(trial.accuracy)
+        return trained
+
+    @cached_property
+    def _features(self) -> Features:
+        """The members as the surrogate sees them, in their order."""
         grouped = [
             (coordinates, own)
             for name, coordinates in self.coordinates.items()
@@ -167,12 +181,32 @@ class AccuracyPosterior:
             for coordinates, own in grouped
         ]
         order = np.argsort([i for _, own in grouped for i in own])
-        mean, covariance = self.surrogate.joint(reduce(Features.and_, seen).rows(order))
+        return reduce(Features.and_, seen).rows(order)
+
+    @cached_property
+    def _means(self) -> dict[Architecture, float]:
+        """The estimated accuracies."""
+        means = {key: statistics.fmean(own) for key, own in self._trained.items()}
+        if self.surrogate is not None and self.members:
+            posterior = self.surrogate.posterior(self._features)
+            for member, mean in zip(self.members, posterior.mean, strict=True):
+                means[member.space, member.widths] = min(float(mean), 100.0)
+        return means
+
+    @cached_property
+    def _estimates(self) -> dict[Architecture, AccuracyEstimate]:
+        estimated = {
+            key: AccuracyEstimate(mean, None, len(self._trained[key]))
+            for key, mean in self._means.items()
+        }
+        if self.surrogate is None or not self.members:
+            return estimated
+        mean, covariance = self.surrogate.joint(self._features)
         draws = np.random.default_rng(0).multivariate_normal(
             mean, covariance, _DRAWS, check_valid="ignore", method="eigh"
         )
         costs = np.delete(
-            pareto.objective_points(self.members, self.objectives),
+            objective_points(self.members, self.objectives),
             self.objectives.index("accuracy"),
             axis=1,
         )
@@ -180,8 +214,8 @@ class AccuracyPosterior:
             rivals = (costs <= costs[i]).all(axis=1)
             rivals[i] = False
             beaten = (draws[:, rivals] > draws[:, [i]]).any(axis=1).mean()
-            sd = float(np.sqrt(covariance[i, i]))
             key = member.space, member.widths
-            accuracy = min(float(mean[i]), 100.0)
-            estimated[key] = AccuracyEstimate(accuracy, sd, len(trained[key]), float(beaten))
+            estimated[key] = replace(
+                estimated[key], sd=float(np.sqrt(covariance[i, i])), dominated=float(beaten)
+            )
         return estimated

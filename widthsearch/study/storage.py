@@ -16,77 +16,35 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
 from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import TrialState as OptunaState
 
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.trial import Outcome
+from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
 
-_STATES: dict[TrialState, Literal["finished", "stopped", "failed"]] = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "stopped",
-    TrialState.FAIL: "failed",
+_STATES = {
+    OptunaState.RUNNING: TrialState.RUNNING,
+    OptunaState.COMPLETE: TrialState.FINISHED,
+    OptunaState.PRUNED: TrialState.STOPPED,
+    OptunaState.FAIL: TrialState.FAILED,
 }
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 Spaces = Mapping[str, Sequence[str]]
 """The axes of each space of a study, in order, by the space's name."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate under its number, as it is being trained.
-
-    Attributes:
-        number: Its number in the study.
-        space: The name of its space.
-        widths: The architecture.
-        origin: Where the widths came from.
-        seed: The seed of its initialisation, order of images and augmentation.
-        cost: Its exact cost.
-        latency: Its measured latency; None until it is measured.
-        curve: One result per epoch so far.
-    """
-
-    number: int
-    space: str
-    widths: Widths
-    origin: Mapping[str, Any]
-    seed: int
-    cost: Cost
-    latency: Latency | None = None
-    curve: tuple[EpochResult, ...] = ()
-
-    def outcome(
-        self, state: Literal["finished", "stopped", "failed"], error: str | None = None
-    ) -> Outcome:
-        """What became of it."""
-        accuracy = self.curve[-1].accuracy if state == "finished" else None
-        return Outcome(
-            id=self.number,
-            space=self.space,
-            widths=self.widths,
-            state=state,
-            origin=self.origin,
-            seed=self.seed,
-            cost=self.cost,
-            latency=self.latency,
-            accuracy=accuracy,
-            curve=self.curve,
-            error=error,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +171,7 @@ def _open(url: str, *, make_tables: bool) -> BaseStorage:
 
 
 class Store:
-    """One study in a storage: trials in, outcomes out.
+    """One study in a storage.
 
     Attributes:
         url: The storage, as any Optuna URL.
@@ -263,7 +221,7 @@ class Store:
             StudyError: There is no such study in the storage.
             StorageError: The storage cannot be opened.
         """
-        missing = StudyError(f"study {name!r} has no outcomes yet: run it first")
+        missing = StudyError(f"study {name!r} has no trials yet: run it first")
         if url.startswith("sqlite:///"):
             file = sqlalchemy.engine.make_url(url).database
             if file and not Path(file).exists():  # opening would make an empty one
@@ -293,7 +251,7 @@ class Store:
     @property
     def begun(self) -> bool:
         """Whether a trial has begun."""
-        return bool(self._frozen(*TrialState))
+        return bool(self._frozen(*OptunaState))
 
     @_database_errors
     def begin(
@@ -320,7 +278,7 @@ class Store:
         """
         own = dict(zip(widths.names, _parameters(space, widths.names, alone), strict=True))
         template = create_trial(
-            state=TrialState.RUNNING,
+            state=OptunaState.RUNNING,
             params={own[name]: width for name, width in widths.items()},
             distributions={own[name]: d for name, d in distributions(axes).items()},
             user_attrs={
@@ -348,43 +306,39 @@ class Store:
     @_database_errors
     def finish(self, number: int, values: Sequence[float]) -> None:
         """Close a trial after its last epoch, with the value of each objective."""
-        self._storage.set_trial_state_values(self._key(number), TrialState.COMPLETE, values)
+        self._storage.set_trial_state_values(self._key(number), OptunaState.COMPLETE, values)
 
     @_database_errors
     def stop(self, number: int) -> None:
         """Close a trial that a rung stopped; it has no values, so it is never on a front."""
-        self._storage.set_trial_state_values(self._key(number), TrialState.PRUNED)
+        self._storage.set_trial_state_values(self._key(number), OptunaState.PRUNED)
 
     @_database_errors
     def fail(self, number: int, reason: str) -> None:
         """Close a trial that cannot be trained."""
         key = self._key(number)
         self._storage.set_trial_user_attr(key, "error", reason)
-        self._storage.set_trial_state_values(key, TrialState.FAIL)
+        self._storage.set_trial_state_values(key, OptunaState.FAIL)
 
     @_database_errors
-    def outcomes(self, spaces: Spaces) -> list[Outcome]:
-        """Every trial that is done, by number; ``spaces`` has the axes of each space in order."""
+    def trials(self, spaces: Spaces) -> list[Trial]:
+        """Every trial, by number; ``spaces`` has the axes of each space in order.
+
+        A trial without all its widths is another program's (a study may be asked by hand): it is
+        left out.
+        """
         return [
-            _trial(frozen, spaces).outcome(_STATES[frozen.state], frozen.user_attrs.get("error"))
-            for frozen in self._frozen(*_STATES)
-            if _is_whole(frozen, spaces)
+            _trial(frozen, spaces) for frozen in self._frozen(*_STATES) if _is_whole(frozen, spaces)
         ]
 
     @_database_errors
-    def take_up(self, spaces: Spaces) -> list[Trial]:
-        """The trials that a driver left running, by number, to go on under their own numbers.
-
-        A running trial without all its widths is not ours (someone asked this study by hand): it
-        fails, and does not count.
-        """
-        running = self._frozen(TrialState.RUNNING)
-        for frozen in running:
+    def fail_partial(self, spaces: Spaces) -> None:
+        """Close the running trials that :meth:`trials` leaves out, so that none runs for ever."""
+        for frozen in self._frozen(OptunaState.RUNNING):
             if not _is_whole(frozen, spaces):
-                self._storage.set_trial_state_values(self._key(frozen.number), TrialState.FAIL)
-        return [_trial(frozen, spaces) for frozen in running if _is_whole(frozen, spaces)]
+                self._storage.set_trial_state_values(self._key(frozen.number), OptunaState.FAIL)
 
-    def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
+    def _frozen(self, *states: OptunaState) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
 
     def _key(self, number: int) -> int:
@@ -419,4 +373,6 @@ def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
         cost=Cost(**attributes["cost"]),
         latency=None if latency is None else Latency.from_json(latency),
         curve=tuple(EpochResult(**row) for row in attributes.get("curve", [])),
+        state=_STATES[frozen.state],
+        error=attributes.get("error"),
     )

@@ -1,4 +1,4 @@
-"""Outcomes: what became of a candidate, as plain values.
+"""One trial of a study: a network, its training and its state, as plain values.
 
 Nothing here needs torch, so a stored study can be read and its front drawn without it.
 """
@@ -6,9 +6,10 @@ Nothing here needs torch, so a stored study can be read and its front drawn with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthsearch.latency.config import Latency
@@ -17,53 +18,82 @@ if TYPE_CHECKING:
     from widthsearch.widths import Widths
 
 
+class TrialState(StrEnum):
+    """The state of a trial; every state but ``running`` is final."""
+
+    RUNNING = "running"
+    """It has begun: it waits for its training, or is being trained."""
+    FINISHED = "finished"
+    """It was trained for all epochs of the recipe."""
+    STOPPED = "stopped"
+    """Early stopping ended it."""
+    FAILED = "failed"
+    """It could not be trained, or its training diverged."""
+
+
 @dataclass(frozen=True)
-class Outcome:
-    """A candidate that is done: finished, stopped early, or failed.
+class Trial:
+    """One training of one network from scratch.
 
     Attributes:
-        id: The trial's number in the study.
-        space: The name of the space that the widths are of.
+        number: Its number in the study, from 0; tables and JSON call it ``id``.
+        space: The name of the space that the widths belong to.
         widths: The architecture.
-        state: ``finished`` after the recipe's last epoch, ``stopped`` at a rung, or ``failed``.
         origin: Where the widths came from, e.g. ``{"proposer": "sensitivity", "family": "linear",
-            "budget": 0.5}``, ``{"sampler": "tpe"}`` or ``{"base": True}``.
+            "budget": 0.5}``, ``{"sampler": "width"}`` or ``{"base": True}``.
         seed: The seed of its initialisation, order of images and augmentation.
         cost: Its MACs, parameters and activation elements; exact.
-        latency: Its measured inference latency; None where the study measures none.
-        accuracy: Top-1 on the validation split after the last epoch, in percent; None unless
-            finished.
-        curve: One result per epoch that was trained.
-        error: Why it failed, in one line; None unless failed.
+        latency: Its measured inference latency; None where it is not measured.
+        curve: One result per epoch trained so far.
+        state: Whether it is running, or how it ended.
+        error: Why it failed, in one line; None unless it failed.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from widthsearch.space.cost import Cost
+        >>> from widthsearch.training.recipe import EpochResult
+        >>> from widthsearch.widths import Widths
+        >>> trial = Trial(0, "net", Widths(("conv1",), (8,)), {"base": True}, 0, Cost(900, 80, 64))
+        >>> trial.state, trial.accuracy
+        (<TrialState.RUNNING: 'running'>, None)
+        >>> curve = (EpochResult(epoch=1, loss=0.4, accuracy=91.5, seconds=2.0),)
+        >>> replace(trial, curve=curve, state=TrialState.FINISHED).accuracy
+        91.5
     """
 
-    id: int
+    number: int
     space: str
     widths: Widths
-    state: Literal["finished", "stopped", "failed"]
     origin: Mapping[str, Any]
     seed: int
     cost: Cost
-    latency: Latency | None
-    accuracy: float | None
-    curve: tuple[EpochResult, ...]
+    latency: Latency | None = None
+    curve: tuple[EpochResult, ...] = ()
+    state: TrialState = TrialState.RUNNING
     error: str | None = None
 
     def __post_init__(self) -> None:
-        assert (self.state == "finished") == (self.accuracy is not None), self
+        assert (self.state == TrialState.FAILED) == (self.error is not None), self
         assert self.accuracy is None or math.isfinite(self.accuracy), self
-        assert (self.state == "failed") == (self.error is not None), self
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 on the validation split after the last epoch, in percent; None unless finished."""
+        return self.curve[-1].accuracy if self.state == TrialState.FINISHED else None
 
     @property
     def latency_ms(self) -> float | None:
-        """The median measured latency in milliseconds, where there is one."""
+        """The median measured latency in milliseconds; None where it is not measured."""
         return None if self.latency is None else self.latency.median_ms
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values, costs and latency flat; NaN (a diverged epoch) as null."""
+        """Everything as JSON values: costs and latency flat, NaN (a diverged epoch) as null.
+
+        The number stands under ``id``.
+        """
         return {
-            "id": self.id,
-            "state": self.state,
+            "id": self.number,
+            "state": self.state.value,
             "origin": dict(self.origin),
             "seed": self.seed,
             "space": self.space,
@@ -85,32 +115,16 @@ class Outcome:
         }
 
 
-class Architecture(Protocol):
-    """What has widths of a space."""
-
-    @property
-    def space(self) -> str:
-        """The space's name."""
-        ...
-
-    @property
-    def widths(self) -> Widths:
-        """The widths."""
-        ...
-
-
-def unmended(outcomes: Sequence[Outcome], begun: Iterable[Architecture] = ()) -> list[Outcome]:
-    """Failed outcomes, by ID, whose architecture no other one has that came later or did not fail.
+def unresolved_failures(trials: Sequence[Trial]) -> list[Trial]:
+    """The failed trials, by number, whose architecture has no later trial and none that is well.
 
     Args:
-        outcomes: All of a study.
-        begun: What is being trained.
+        trials: All trials of a study; running ones resolve a failure too.
     """
-    done = [outcome for outcome in outcomes if outcome.state != "failed"]
-    known = {(trial.space, trial.widths) for trial in (*done, *begun)}
+    known = {(t.space, t.widths) for t in trials if t.state != TrialState.FAILED}
     found = []
-    for outcome in sorted(outcomes, key=lambda o: -o.id):
-        if outcome.state == "failed" and (outcome.space, outcome.widths) not in known:
-            known.add((outcome.space, outcome.widths))
-            found.append(outcome)
+    for trial in sorted(trials, key=lambda t: -t.number):
+        if trial.state == TrialState.FAILED and (trial.space, trial.widths) not in known:
+            known.add((trial.space, trial.widths))
+            found.append(trial)
     return found[::-1]

@@ -1,0 +1,145 @@
+"""Trials as points of the objectives, comparisons at equal cost, and picks from a front.
+
+The front itself is :meth:`~widthsearch.study.posterior.AccuracyPosterior.front`: there is no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from widthsearch.bayesopt.pareto import Points, knee
+from widthsearch.errors import StudyError
+from widthsearch.study.trial import Trial, TrialState
+
+OBJECTIVES = ("accuracy", "macs", "params", "latency_ms")
+
+
+def objective_value(trial: Trial, objective: str) -> float:
+    """A trial's value of an objective, in the objective's own unit; NaN where it has none."""
+    value: Any
+    if objective in ("macs", "params"):
+        value = getattr(trial.cost, objective)
+    else:
+        value = getattr(trial, objective)
+    return math.nan if value is None else float(value)
+
+
+def objective_points(trials: Sequence[Trial], objectives: Sequence[str]) -> Points:
+    """The trials as points to minimise, (N, objectives): accuracy negated, NaN where missing."""
+    for objective in objectives:
+        if objective not in OBJECTIVES:
+            raise StudyError(
+                f"an objective must be one of {', '.join(OBJECTIVES)}, but was {objective!r}"
+            )
+    sign = [-1.0 if objective == "accuracy" else 1.0 for objective in objectives]
+    values = [[objective_value(trial, objective) for objective in objectives] for trial in trials]
+    return np.array(values).reshape(len(trials), len(objectives)) * sign
+
+
+def gains(
+    chosen: Sequence[Trial],
+    rivals: Sequence[Trial],
+    cost: str,
+    accuracy: Callable[[Trial], float],
+) -> list[float]:
+    """The lead in accuracy, in points, of the best chosen trial over each rival at no more cost.
+
+    Args:
+        chosen: Finished trials.
+        rivals: Finished trials, e.g. a baseline.
+        cost: ``macs``, ``params`` or ``latency_ms``.
+        accuracy: The estimated accuracy of a trial.
+
+    Returns:
+        One number for each rival that can be compared: one than which some chosen trial costs no
+        more.
+    """
+    found = []
+    for rival in rivals:
+        limit = objective_value(rival, cost)
+        within = [accuracy(trial) for trial in chosen if objective_value(trial, cost) <= limit]
+        if within:
+            found.append(max(within) - accuracy(rival))
+    return found
+
+
+def pick(
+    front: Sequence[Trial],
+    spec: str | int,
+    objectives: Sequence[str],
+    accuracy: Callable[[Trial], float],
+    trials: Sequence[Trial] = (),
+) -> Trial:
+    """The front's member that ``spec`` names, or any finished trial by its ID.
+
+    ``best`` is the most accurate, ``knee`` the one of greatest bulge over ``objectives``, a number
+    the trial of that ID, and a limit such as ``macs<=2e6``, ``params<=1e5`` or ``latency_ms<=0.5``
+    the most accurate within it.
+
+    Args:
+        front: The front.
+        spec: The name, limit or ID.
+        objectives: The objectives of the front.
+        accuracy: The estimated accuracy of a member.
+        trials: Others that an ID may name, such as a baseline.
+
+    Raises:
+        StudyError: The spec is none of these, or no member fits it.
+    """
+    if not front:
+        raise StudyError(f"a pick needs a front, but {spec!r} picks from none: run the study first")
+
+    def most_accurate(members: Sequence[Trial]) -> Trial:
+        return max(members, key=lambda t: (accuracy(t), -t.cost.macs, -t.number))
+
+    spec = str(spec).strip()
+    if spec == "knee":
+        points = objective_points(front, objectives)
+        points[:, list(objectives).index("accuracy")] = [-accuracy(member) for member in front]
+        return front[knee(points)]
+    if spec == "best":
+        return most_accurate(front)
+    if spec.isdecimal():
+        known = {trial.number: trial for trial in (*trials, *front)}
+        named = known.get(int(spec))
+        if named is not None and named.state == TrialState.FINISHED:
+            return named
+        some = [str(t.number) for t in known.values() if t.state == TrialState.FINISHED]
+        raise StudyError(
+            f"a picked ID must be a finished trial's, but {spec} "
+            f"{f'has {named.state}' if named else 'is none'}; finished are "
+            f"{', '.join(some[:8])}{', …' if len(some) > 8 else ''}, and on the front "
+            f"{', '.join(str(member.number) for member in front)}"
+        )
+    objective, limit = _limit(spec)
+    values = [objective_value(member, objective) for member in front]
+    within = [member for member, value in zip(front, values, strict=True) if value <= limit]
+    if not within:
+        measured = [value for value in values if not math.isnan(value)]
+        least = (
+            f"the least {objective} on the front is {min(measured):g}"
+            if measured
+            else (f"no member of the front has a {objective}")
+        )
+        raise StudyError(
+            f"a pick's limit must leave a member of the front, but {spec!r} leaves none; {least}"
+        )
+    return most_accurate(within)
+
+
+def _limit(spec: str) -> tuple[str, float]:
+    objective, _, number = (part.strip() for part in spec.partition("<="))
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if objective not in OBJECTIVES[1:] or math.isnan(limit):
+        raise StudyError(
+            "a pick must be a trial's ID, best, knee, or a limit on macs, params or latency_ms "
+            f"such as 'macs<=2e6', but was {spec!r}"
+        )
+    return objective, limit
