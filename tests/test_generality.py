@@ -523,7 +523,7 @@ PINNED: dict[str, tuple[Callable[[], nn.Module], tuple[str, int], str]] = {
             **conv(n=Numbers(), b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
         ),
         ("a", 16),
-        "needs numbers at test_generality.py:",
+        "needs integers at test_generality.py:",
     ),
     "an operation without symbolic sizes": (
         lambda: Model(

@@ -1,15 +1,16 @@
 """Every private symbol of torch that the package uses, in one place.
 
-Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). What is used, and why:
+Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbols and their uses:
 
 - ``_ConvNd``, ``_NormBase``, ``_BatchNorm``: the common bases of torch's convolutions and norms.
-- ``_WeightNorm``, ``_SpectralNorm``: to tell what a parametrisation computes.
+- ``_WeightNorm``, ``_SpectralNorm``: parametrisations whose formulas the package knows.
 - ``TorchDispatchMode``: sees every operator below autograd; ``_pytree``: walks its arguments.
 - ``enable_python_dispatcher``: lets symbolic sizes reach composite operators undecomposed.
 - ``_parameters``, ``_buffers``, ``_modules`` and the hooks of a module: the public iterators hide
   None, non-persistent buffers or shared tensors.
-- ``SymInt``, ``SymFloat``, ``SymBool`` are public, but the protocol of their nodes is not: see
-  ``tracing/symbolic_ints.py``.
+- the interface of a *symbolic node*: ``SymInt``, ``SymFloat`` and ``SymBool`` are public, but the
+  methods that they call on the node inside are not. ``SymbolicNode`` holds the constant answers,
+  ``tracing/symbolic_ints.py`` the others.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "ConvNd",
     "NormBase",
     "SpectralNormParametrization",
+    "SymbolicNode",
     "TorchDispatchMode",
     "WeightNormParametrization",
     "buffers_of",
@@ -54,7 +56,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own parameters by name, as it holds them: None where one was registered so."""
+    """A module's own parameters by name; None where None was registered."""
     return module._parameters
 
 
@@ -86,3 +88,49 @@ def has_global_hooks() -> bool:
 def has_tensor_hooks(tensor: Tensor) -> bool:
     """Whether hooks run on a tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+class _Expression:
+    """Stands in for a node's sympy expression: torch asks it for free symbols."""
+
+    free_symbols: frozenset[Any] = frozenset()
+    is_number = is_Boolean = is_Symbol = False  # noqa: N815 - sympy's names
+    args = ()
+
+
+class SymbolicNode:
+    """The methods of torch's symbolic nodes whose answer is the same for every size.
+
+    Attributes:
+        kind: ``int``, ``float`` or ``bool``: the type that the node stands for.
+    """
+
+    kind = ""
+    shape_env = None
+    constant = None
+    _hint = None
+    expr = _Expression()
+
+    def clone(self) -> SymbolicNode:
+        """Nodes are immutable."""
+        return self
+
+    def str(self) -> str:
+        """The node as text."""
+        return repr(self)
+
+    _graph_repr = __str__ = str
+
+
+for _kind in ("int", "float", "bool"):
+    setattr(SymbolicNode, f"is_{_kind}", lambda self, kind=_kind: self.kind == kind)
+    setattr(SymbolicNode, f"maybe_as_{_kind}", lambda _self: None)
+for _name, _answer in {
+    "is_nested_int": False,
+    "is_symbolic": True,
+    "is_constant": False,
+    "has_hint": True,
+    "nested_int": None,
+    "nested_int_coeff": None,
+}.items():
+    setattr(SymbolicNode, _name, lambda _self, answer=_answer: answer)

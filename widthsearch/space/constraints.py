@@ -19,7 +19,7 @@ import torch
 
 from widthsearch.errors import SpaceError
 from widthsearch.tracing.polynomials import Poly, add, constant, multiply
-from widthsearch.tracing.tracer import Pinned, Trace, TracedAxis
+from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
 from widthsearch.widths import Axis
 
 BLOCKS: Mapping[str, int] = {"cuda": 8, "cpu": 16}

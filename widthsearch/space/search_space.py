@@ -24,9 +24,9 @@ from widthsearch.space.constraints import Constraints, default_step, on_grid
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.verification import run_and_count
 from widthsearch.tracing.inputs import Inputs, as_inputs, sample
-from widthsearch.tracing.polynomials import Poly
-from widthsearch.tracing.traced_model import TracedModel, evaluate
-from widthsearch.tracing.tracer import Pinned, Trace
+from widthsearch.tracing.polynomials import Poly, evaluate
+from widthsearch.tracing.trace import Pinned, Trace
+from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Axis, Widths, fingerprint, read_widths, write_widths
 
 

@@ -1,4 +1,4 @@
-"""What a model takes: shapes, and the samples that are made of them."""
+"""Descriptions of a model's inputs, and batches of zeros made from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 Inputs = Sequence[Any] | Mapping[str, Any] | Tensor
-"""One sample of what a model takes, without the batch: a shape, e.g. ``(3, 224, 224)``; a tensor
+"""One sample of a model's inputs, without the batch: a shape, e.g. ``(3, 224, 224)``; a tensor
 where the dtype matters, e.g. ``torch.zeros(16, dtype=torch.long)`` for token ids; a sequence of
-those, one a positional argument; or a mapping, by keyword argument."""
+those, one per positional argument; or a mapping, by keyword argument."""
 
 
 def as_inputs(inputs: Inputs) -> Any:
-    """The same in tuples, dictionaries and meta tensors: comparable, and small to send about."""
+    """The same in tuples, dictionaries and meta tensors: comparable, and small to pickle."""
     if isinstance(inputs, Tensor):
         return inputs.detach().to("meta")
     if isinstance(inputs, Mapping):
@@ -24,6 +24,25 @@ def as_inputs(inputs: Inputs) -> Any:
     if all(hasattr(value, "__index__") and not isinstance(value, Tensor) for value in inputs):
         return tuple(map(operator.index, inputs))
     return tuple(map(as_inputs, inputs))
+
+
+def inputs_to_json(inputs: Any) -> Any:
+    """Inputs in the form of :func:`as_inputs` as JSON values."""
+    if isinstance(inputs, Tensor):
+        return {"tensor": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+    if isinstance(inputs, Mapping):
+        return {"mapping": {name: inputs_to_json(value) for name, value in inputs.items()}}
+    return inputs if isinstance(inputs, int) else [inputs_to_json(value) for value in inputs]
+
+
+def inputs_from_json(content: Any) -> Any:
+    """The inputs behind :func:`inputs_to_json`'s values."""
+    if isinstance(content, Mapping) and "tensor" in content:
+        dtype = getattr(torch, content["dtype"])
+        return torch.empty(content["tensor"], dtype=dtype, device="meta")
+    if isinstance(content, Mapping):
+        return {name: inputs_from_json(value) for name, value in content["mapping"].items()}
+    return content if isinstance(content, int) else tuple(map(inputs_from_json, content))
 
 
 def sample(inputs: Any, batch: int, device: str | torch.device = "meta") -> Any:
@@ -38,7 +57,7 @@ def sample(inputs: Any, batch: int, device: str | torch.device = "meta") -> Any:
 
 
 def call(model: Callable[..., Any], x: Any) -> Any:
-    """``model`` of what :func:`sample` made."""
+    """Call ``model`` with a batch from :func:`sample`."""
     if isinstance(x, tuple):
         return model(*x)
     return model(**x) if isinstance(x, Mapping) else model(x)

@@ -1,22 +1,33 @@
-"""The symbolic run itself: what is asked of each operation that runs, and what it leaves behind.
+"""The symbolic run: intercepts every operation, imposes its size rules and counts its FLOPs.
 
-Kernels for tensors without values check less than real ones do; what they would let pass is asked
-here. What cannot run on symbolic sizes is given numbers, and what entered it is pinned.
+Meta-device kernels validate less than real ones. The checks they skip are made here.
+
+Notation: ``x``, ``weight`` and ``out`` are meta tensors whose sizes are polynomials (``Poly``) over
+the symbols of a ``System``. *Impose* means: make an equation of two sizes hold at every width.
+*Pin* means: fix a size at its value in the model as given, with a reason. *Integers* are sizes that
+were pinned on entry to an operation or a module that cannot run on symbolic sizes.
+
+Example: a convolution with a weight of ``s0 × s1 × 3 × 3`` reads a tensor of ``s7`` channels. The
+meta kernel does not compare the two, so ``_convolution`` imposes ``s7 = s1``. Its output has ``s0``
+channels, and torch's FLOP formula adds ``2 · 9 · H · W · s0 · s1`` to the FLOPs of the layer.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
 from widthsearch.errors import first_line
 from widthsearch.torch_internals import (
@@ -28,10 +39,11 @@ from widthsearch.torch_internals import (
 )
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
-from widthsearch.tracing.symbolic_ints import calling_line, poly_of
+from widthsearch.tracing.symbolic_ints import poly_of
 
 aten = torch.ops.aten
 
+# Folders whose lines are no part of a model's code.
 _SKIP = tuple(
     f"{Path(spec.origin).parent}{os.sep}"
     for name in ("torch", "widthsearch")
@@ -71,11 +83,11 @@ _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
     aten.index_put: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
     aten.index_put_: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
 }
-"""Per operation that looks up by index, the dims in which it does, by its further arguments."""
+"""Per operation that indexes a tensor by another, the indexed dims given its other arguments."""
 
 
-def in_numbers(tree: Any, system: System, reason: str) -> Any:
-    """``tree`` with every symbolic size fixed, or None if there is none."""
+def with_integers(tree: Any, system: System, reason: str) -> Any:
+    """``tree`` with every symbolic size pinned, or None if it has none."""
     found = False
 
     def fix(value: Any) -> Any:
@@ -96,12 +108,23 @@ def in_numbers(tree: Any, system: System, reason: str) -> Any:
 
 
 class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, stands in for batch norm, and remembers what is running."""
+    """Imposes the size rules of operations, counts FLOPs, and tracks the module that is running.
+
+    Attributes:
+        inputs: The model's inputs by id, and tensors computed from them alone.
+        layers: Names of the modules that are running, outermost first.
+        operation: The operation that is running.
+        of_input: Whether it reads one of ``inputs``.
+        used: Ids of the tensors that some operation read.
+        flops: FLOPs per layer.
+        activations: Output elements of all convolutions and matrix products.
+        fixed_in: Layers in which an equation took a symbol's freedom.
+    """
 
     def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.system = system
-        self.inputs = {id(x): x for x in inputs}  # and what is made of them alone
+        self.inputs = {id(x): x for x in inputs}
         self.layers: list[str] = []
         self.operation = ""
         self.of_input = False
@@ -111,11 +134,11 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fixed_in: set[str] = set()
 
     def reason(self) -> str:
-        """Why an equation that is imposed now holds."""
+        """The reason of an equation that is imposed now."""
         return "input of the model" if self.of_input else self.line()
 
     def line(self) -> str:
-        """The line that is running."""
+        """The line that is running, as a reason for a pin in the layer that is running."""
         self.fixed_in.add(self.layers[-1] if self.layers else "")
         return _line()
 
@@ -134,7 +157,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
             if all(a.device.type != "meta" for a in tensors):
-                return func(*args, **kwargs)  # plain tensors of the model's own keep their values
+                return func(*args, **kwargs)  # plain tensor attributes keep their values
             args = tree_map_only(Tensor, lambda a: a.to("meta"), args)
         if packet in BATCH_NORMS:
             return self._batch_norm(len(func._schema.returns), *args)
@@ -144,39 +167,38 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch._check(args[1].shape[0] == args[0].shape[1])
         elif func.namespace not in ("aten", "prims", "prim"):
             why = f"{func} may check no sizes: {self.reason()}"
-            args, kwargs = in_numbers((args, kwargs), self.system, why) or (args, kwargs)
+            args, kwargs = with_integers((args, kwargs), self.system, why) or (args, kwargs)
         elif packet in _LOOK_UPS:
             self._look_up(_LOOK_UPS[packet], *args)
         elif packet.__name__.startswith(("upsample_", "_upsample_")):
-            self._position(args[0])
+            self._pin_positions(args[0])
         elif packet in (aten.slice, aten.select):
-            self._cut(packet, *args)
+            self._slice(packet, *args)
         elif packet is aten.topk:
-            self._never_below(
-                poly_of(args[0].shape[args[2] if len(args) > 2 else -1]), poly_of(args[1])
-            )
+            dim = args[2] if len(args) > 2 else -1
+            self._impose_at_least(poly_of(args[0].shape[dim]), poly_of(args[1]))
         try:
             out = func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
-            out = self._in_numbers(func, args, kwargs, error)
+            out = self._run_with_integers(func, args, kwargs, error)
         if self.of_input and all(id(a) in self.inputs for a in tensors) and isinstance(out, Tensor):
             self.inputs[id(out)] = out
         if packet in flop_registry:
             self._count(flop_registry[packet](*args, **kwargs, out_val=out), out)
         return out
 
-    def _in_numbers(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
-        """An operation without a kernel for symbolic sizes, or for tensors without values at all.
+    def _run_with_integers(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
+        """Run an operation without a kernel for symbolic sizes, or without a meta kernel.
 
-        What enters it is fixed. Its outputs' sizes are then those for zeros, unless it is known
-        that they depend on values.
+        The sizes of its inputs are pinned. Without a meta kernel it runs on zeros on the CPU for
+        its outputs' sizes, unless torch marks them as dependent on values.
         """
-        says = first_line(error).split(". ")[0][:160]
-        why = f"{self.line()} ({func} takes no symbolic sizes: {says})"
-        numbers = in_numbers((args, kwargs), self.system, why)
-        if numbers is None and not isinstance(error, NotImplementedError):
+        message = first_line(error).split(". ")[0][:160]
+        why = f"{self.line()} ({func} takes no symbolic sizes: {message})"
+        pinned = with_integers((args, kwargs), self.system, why)
+        if pinned is None and not isinstance(error, NotImplementedError):
             raise error
-        args, kwargs = numbers or (args, kwargs)
+        args, kwargs = pinned or (args, kwargs)
         try:
             return func(*args, **kwargs)
         except NotImplementedError:
@@ -186,56 +208,59 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tree_map_only(Tensor, lambda t: t.to("meta"), func(*zeros[0], **zeros[1]))
 
     def _look_up(self, dims: Callable[..., Iterator[int]], x: Tensor, *rest: Any) -> None:
-        """Positions that a model knows by number: another size would have no meaning there."""
+        """Pin an indexed dim: an index is a position, which other sizes do not have."""
         for dim in dims(*rest):
             if (n := poly_of(x.shape[dim])) and as_constant(n) is None:
                 self.system.pin_value(n, f"looked up by index: {_line()}")
 
-    def _position(self, x: Tensor) -> None:
-        """What is resized to an image is a grid of positions, even where it is a parameter."""
+    def _pin_positions(self, x: Tensor) -> None:
+        """Pin the dims that are resized: they are spatial, even those of a parameter."""
         for n in x.shape[2:]:
             if as_constant(p := poly_of(n)) is None:
                 self.system.pin_value(p, f"a position, not a channel: {_line()}")
 
-    def _cut(self, packet: Any, x: Tensor, dim: int = 0, *place: Any) -> None:
-        """A slice or a choice asks that its places are there at every width."""
+    def _slice(self, packet: Any, x: Tensor, dim: int = 0, *bounds: Any) -> None:
+        """Impose that the bounds of a slice, or a selected index, exist at every width."""
         n = poly_of(x.shape[dim])
         last = add(n, constant(1), -1) if packet is aten.select else n
-        for at in place[:2]:
-            if at is None or at == sys.maxsize:
+        for bound in bounds[:2]:
+            if bound is None or bound == sys.maxsize:
                 continue
-            p = poly_of(at)
+            p = poly_of(bound)
             if self.system.hint(p) < 0:
                 p = add(p, n)
-            for more, less in ((p, constant(0)), (last, p)):
-                self._never_below(more, less)
+            self._impose_at_least(p, constant(0))
+            self._impose_at_least(last, p)
 
-    def _never_below(self, more: Poly, less: Poly) -> None:
+    def _impose_at_least(self, a: Poly, b: Poly) -> None:
+        """Impose ``a >= b`` at every width."""
         system = self.system
-        if system.never_below(more, less):
+        if system.never_below(a, b):
             return
-        more, less = system.canonical(more), system.canonical(less)
-        part: Poly = {}
-        for monomial in sorted(more):  # a number that the code keeps may be some of the parts
-            part = add(part, {monomial: more[monomial]})
-            if symbols_of(less) <= system.soft and system.hint(part) == system.hint(less):
-                system.impose(add(less, part, -1))
+        a, b = system.canonical(a), system.canonical(b)
+        # An attribute of the module may be the first terms of a sum: x[:, :self.first] of a
+        # concatenation of `first` and other channels.
+        prefix: Poly = {}
+        for monomial in sorted(a):
+            prefix = add(prefix, {monomial: a[monomial]})
+            if symbols_of(b) <= system.soft and system.hint(prefix) == system.hint(b):
+                system.impose(add(b, prefix, -1))
                 return
-        rest = system.hint(more) - system.hint(less)
-        if rest > 0 and symbols_of(less):  # the larger is the smaller and something else
-            less = add(less, {(system.fresh(rest),): 1})
-            system.impose(add(more, less, -1))
+        rest = system.hint(a) - system.hint(b)
+        if rest > 0 and symbols_of(b):  # a = b + t, with a new symbol t
+            b = add(b, {(system.fresh(rest),): 1})
+            system.impose(add(a, b, -1))
         else:
-            system.pin_value(more, self.reason())
-            system.pin_value(less, self.reason())
+            system.pin_value(a, self.reason())
+            system.pin_value(b, self.reason())
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
-        """What convolutions ask of their weights and biases, but not on the meta device."""
+        """Impose the channels of a convolution, which its meta kernel does not compare."""
         transposed, groups = options[3], options[5]
         inputs = weight.shape[0] if transposed else weight.shape[1] * groups
         torch._check(x.shape[1] == inputs)
         for n in weight.shape[2:]:
-            if as_constant(poly_of(n)) is None:  # a weight from code of the model's own
+            if as_constant(poly_of(n)) is None:  # a weight that is no nn.Conv's
                 self.system.pin_value(poly_of(n), "size of a convolution's kernel")
         torch._check(weight.shape[0] % groups == 0)
         if bias is not None:
@@ -243,7 +268,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch._check(bias.shape[0] == outputs)
 
     def _batch_norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        """Batch norm keeps shapes; all it asks is that its vectors have x's channels."""
+        """Replace batch norm: the output has x's shape, its vectors x's channels."""
         for vector in rest:
             if isinstance(vector, Tensor) and vector.dim() == 1:
                 self.used.add(id(vector))
@@ -259,12 +284,25 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _line() -> str:
-    """The line of the model's code that is running."""
-    return calling_line(_SKIP, run_on_meta.__code__)
+    """``file:line`` and the text of the innermost line of the model's code that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not run_on_meta.__code__:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(("<", *_SKIP)):
+            text = linecache.getline(filename, frame.f_lineno).strip()
+            short = "/".join(filename.replace("\\", "/").split("/")[-2:])
+            return f"{short}:{frame.f_lineno} `{text}`"
+        frame = frame.f_back
+    return "torch's own code"
 
 
-class Stopped(Exception):  # noqa: N818 - what it becomes depends on where it stopped
-    """A run that came to an end in some layer."""
+class TraceInterrupted(Exception):  # noqa: N818 - the tracer pins the layer's sizes and goes on
+    """A run that failed in some layer.
+
+    Attributes:
+        layer: The module's name, empty for the model itself.
+        reason: The reason for pinning the sizes that enter the module.
+    """
 
     def __init__(self, layer: str, reason: str, message: str) -> None:
         super().__init__(message)
@@ -273,25 +311,25 @@ class Stopped(Exception):  # noqa: N818 - what it becomes depends on where it st
 
 @contextmanager
 def _explained(model: nn.Module, run: SymbolicInterpreter) -> Iterator[None]:
-    """Name the module and the operation in whatever goes wrong."""
+    """Name the module and the operation in any error."""
     try:
         yield
     except Exception as error:
         layer = run.layers[-1] if run.layers else ""
         kind = type(model.get_submodule(layer)).__name__
-        place = calling_line_of(error)
-        raise Stopped(
+        place = _line_of(error)
+        raise TraceInterrupted(
             layer,
-            f"needs numbers at {place}: {first_line(error)}",
+            f"needs integers at {place}: {first_line(error)}",
             f"cannot trace {type(model).__name__}: module {layer or '(the model itself)'!r} "
             f"({kind}) failed at {place} in operation {run.operation or 'none'}: "
             f"{first_line(error)}. A model must run on tensors without values (device 'meta') for "
-            "an input of the shape given; move what reads values out of forward",
+            "an input of the shape given; move code that reads values out of forward",
         ) from error
 
 
-def calling_line_of(error: BaseException) -> str:
-    """``file:line`` of the innermost frame of ``error`` that is not torch's or ours."""
+def _line_of(error: BaseException) -> str:
+    """``file:line`` of the innermost frame of ``error`` outside torch and this package."""
     place = "torch's own code"
     traceback = error.__traceback__
     while traceback is not None:
@@ -303,8 +341,8 @@ def calling_line_of(error: BaseException) -> str:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Attention's fused inference path hides its products from the counter."""
+def no_fast_path() -> Iterator[None]:
+    """Turn off attention's fused inference path, which hides its products from FLOP counters."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -314,9 +352,9 @@ def _no_fast_path() -> Iterator[None]:
 
 
 def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
-    """Run a model whose tensors are on the meta device, on :func:`sample`'s tensors, in a mode."""
+    """Run a model on the meta device in a dispatch mode, on a batch from :func:`sample`."""
     with (
-        _no_fast_path(),
+        no_fast_path(),
         torch.device("meta"),
         enable_python_dispatcher(),
         torch.no_grad(),
@@ -328,57 +366,58 @@ def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
 def execute(
     symbolic: nn.Module, system: System, inputs: Any, fixed: Mapping[str, str], *, train: bool
 ) -> SymbolicInterpreter:
-    """Run a model of symbolic sizes; its outputs' sizes are pinned.
+    """Run a model of symbolic sizes; the sizes of its outputs are pinned.
 
     Args:
         symbolic: The model; its tensors are on the meta device.
         system: The symbols in its sizes.
-        inputs: What it takes, as :func:`~widthsearch.tracing.inputs.as_inputs` gives it.
-        fixed: Modules that are to run in numbers, each with the reason.
+        inputs: Its inputs, as :func:`~widthsearch.tracing.inputs.as_inputs` returns them.
+        fixed: Modules that run on integers, each with the reason.
         train: Whether to run in training mode.
 
     Raises:
-        Stopped: It fails somewhere.
+        TraceInterrupted: A module fails.
     """
     # Training mode refuses batches of one sample in batch norm.
     x = sample(inputs, 2 if train else 1)
     run = SymbolicInterpreter(system, tuple(_tensors_in(x)))
     system.reason = run.reason
-    hooks = []
-    for layer, module in symbolic.named_modules():
-        hooks.append(module.register_forward_pre_hook(_entering(run, layer)))
-        hooks.append(module.register_forward_hook(_leaving(run)))
-        if layer in fixed:
-            hook = _with_numbers(system, fixed[layer])
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    hooks = track_layers(symbolic, run.layers)
+    for layer, reason in fixed.items():
+        module = symbolic.get_submodule(layer)
+        hook = _pinning(system, reason)
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     symbolic.train(train)
     with _explained(symbolic, run):
         out = run_on_meta(symbolic, x, run)
-    for hook in hooks:
-        hook.remove()
+    for handle in hooks:
+        handle.remove()
     for tensor in _tensors_in(out):
         for n in tensor.shape:
             system.pin_value(poly_of(n), "output of the model")
     return run
 
 
-def _entering(run: SymbolicInterpreter, layer: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any) -> None:
-        run.layers.append(layer)
+def track_layers(model: nn.Module, layers: list[str]) -> list[RemovableHandle]:
+    """Keep the names of the modules that are running in ``layers``, the innermost last.
 
-    return hook
+    Returns:
+        The hooks that do it; remove them after the run.
+    """
+
+    def leave(*_: Any) -> None:  # a hook's result would replace the module's output
+        layers.pop()
+
+    handles = []
+    for layer, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, at=layer: layers.append(at)))
+        handles.append(module.register_forward_hook(leave))
+    return handles
 
 
-def _with_numbers(system: System, reason: str) -> Callable[..., Any]:
+def _pinning(system: System, reason: str) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return in_numbers((args, kwargs), system, reason)
-
-    return hook
-
-
-def _leaving(run: SymbolicInterpreter) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, _out: Any) -> None:
-        run.layers.pop()
+        return with_integers((args, kwargs), system, reason)
 
     return hook
 

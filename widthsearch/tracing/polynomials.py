@@ -1,22 +1,38 @@
-"""Affine algebra of unknown sizes: polynomials, and a system of equations solved as they come.
+"""Polynomials in unknown sizes, and a system of equations that is solved as equations arrive.
 
-A polynomial is a small dictionary. When a symbolic run finds two sizes equal, the equation is
-imposed on the :class:`System`, which solves it at once: that is how layers that must agree find
-each other. All equations that networks impose are linear (residual sums, concatenations,
-flattening); each is solved for its youngest symbol, so what remains free are the oldest symbols,
-and those become the axes.
+Notation: a symbol is an integer, numbered in the order of creation: ``s0`` is older than ``s1``.
+A monomial is the tuple of its symbols, ``(1, 2)`` for ``s1·s2`` and ``()`` for the constant term; a
+polynomial is the dictionary of its coefficients: ``{(): 5, (0,): 2}`` is ``5 + 2·s0``. The *hint*
+of a symbol or polynomial is its value in the model as given. A symbol is *solved* once an equation
+expresses it by other symbols, *pinned* once it is a constant, and *free* otherwise. Every size is 1
+or more.
+
+When a symbolic run finds two sizes equal, ``System.impose`` solves the equation at once. Equations
+of networks are linear (residual sums, concatenations, flattening) but for a few products (heads
+times their width). Each is solved for its youngest symbol, so that the oldest symbols remain free;
+these become the axes.
+
+Example: a stem of ``s0 = 8`` channels and a branch of ``s1 = 4``, concatenated::
+
+    found by the run                         equation          afterwards
+    a norm of s2 = 12 channels reads both    s2 = s0 + s1      s2 → s0 + s1
+    s3 = 12 channels are added to them       s3 = s2           s3 → s0 + s1
+    they are split into 4 groups of s4 = 3   4·s4 = s0 + s1    s0 → 4·s5, s1 → 4·s6, s4 → s5 + s6
+    code compares s0 with a literal 8        4·s5 = 8          s5 → 2, pinned
+
+``s6`` is the only free symbol in the end: the branch is an axis, in steps of 4 channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 Monomial = tuple[int, ...]
 """The symbols of one term, ascending, repeated for powers; ``()`` for the constant."""
 Poly = dict[Monomial, int]
-"""A polynomial: the non-zero coefficient of each monomial. Never changed once it is made."""
+"""A polynomial: the non-zero coefficient of each monomial. It is never changed in place."""
 
 
 def constant(value: int) -> Poly:
@@ -93,13 +109,18 @@ def divide(a: Poly, b: Poly) -> Poly | None:
     return quotient
 
 
+def evaluate(poly: Poly, x: Sequence[int]) -> int:
+    """The value of a polynomial where symbol ``i`` is ``x[i]``."""
+    return sum(c * math.prod(x[i] for i in monomial) for monomial, c in poly.items())
+
+
 @dataclass(frozen=True)
 class Pin:
-    """Why one symbol lost its freedom.
+    """A symbol that became a constant.
 
     Attributes:
         symbol: The symbol.
-        reason: The line of code that needed its value, or what it is tied to.
+        reason: The line of code that needed its value, or the rule that fixed it.
     """
 
     symbol: int
@@ -113,12 +134,24 @@ class System:
     Attributes:
         hints: The value of each symbol in the model as given.
         solution: For each symbol that is no longer free, the affine form it equals.
-        pins: Each symbol that became a constant, and why.
-        parents: For each solved symbol, the symbols that its equation tied it to.
-        opaque: Symbols that stand for a non-zero remainder, each with what it came from. They may
-            be compared; where one would reach a shape, what it came from is pinned.
-        soft: Symbols of numbers that a model's code keeps, which are fixed before any tensor's.
-        reason: Says which code is running; asked when an equation takes a symbol's freedom.
+        pins: Each symbol that became a constant, with the reason.
+        parents: For each solved symbol, the symbols in its equation.
+        opaque: Symbols that stand for a non-zero remainder ``a % b``, each with the sum of the
+            symbols of ``a`` and ``b``. They may be compared; where one would reach a shape, the
+            symbols of ``a`` and ``b`` are pinned.
+        soft: Symbols of integer attributes of modules, which are pinned before any tensor's.
+        reason: Returns the reason of a pin now: the line that is running.
+
+    Example:
+        >>> system = System()
+        >>> a, b, both = (system.fresh(hint) for hint in (8, 4, 12))
+        >>> system.impose({(both,): 1, (a,): -1, (b,): -1})  # both = a + b
+        >>> system.value(both)
+        {(0,): 1, (1,): 1}
+        >>> system.pin_value({(a,): 1}, "a literal 8")
+        8
+        >>> system.value(both)
+        {(): 8, (1,): 1}
     """
 
     hints: list[int] = field(default_factory=list)
@@ -154,7 +187,7 @@ class System:
         return out
 
     def value(self, symbol: int) -> Poly:
-        """What ``symbol`` equals, in free symbols alone."""
+        """The polynomial that ``symbol`` equals, in free symbols alone."""
         if symbol not in self.solution:
             return {(symbol,): 1}
         known = self.solution[symbol]
@@ -165,14 +198,12 @@ class System:
 
     def hint(self, p: Poly) -> int:
         """The value of ``p`` in the model as given."""
-        total = 0
-        for monomial, coefficient in p.items():
-            total += coefficient * math.prod(self.hints[s] for s in monomial)
-        return total
+        return evaluate(p, self.hints)
 
     def least(self, p: Poly) -> int | None:
-        """A bound that ``p`` is never below, as every size is 1 or more; None if there is none."""
+        """The minimum of ``p`` over all sizes of 1 or more; None if it has none."""
         p = self.canonical(p)
+        # Without negative coefficients the minimum is at 1 for every symbol: the coefficients' sum.
         if any(c < 0 for m, c in p.items() if m) or any(s in self.opaque for s in symbols_of(p)):
             return None
         return sum(p.values())
@@ -216,7 +247,7 @@ class System:
         self._balance(linear, p.get((), 0))
 
     def _simplify(self, p: Poly) -> None:
-        """Impose ``p = 0``, which has products: those are made linear, or else all is fixed."""
+        """Impose ``p = 0`` for a ``p`` with products: solved if it factors, else pinned."""
         for symbol in symbols_of(p):  # (x + c)·f = 0, with c >= 0, means f = 0
             slope = {_without(m, symbol): c for m, c in p.items() if symbol in m}
             rest = {m: c for m, c in p.items() if symbol not in m}
@@ -235,9 +266,13 @@ class System:
     def _balance(self, linear: dict[int, int], rest: int) -> None:
         """Solve ``Σ linear[s]·s + rest = 0`` so that no size can become negative.
 
-        With the positive terms on one side and the negative ones on the other, a side that is one
-        symbol is solved for it: what it equals is then a sum. Where both sides are sums they are
-        matched part by part, which asks more than the equation does.
+        The negative terms are moved to the right: ``Σ c·s = Σ c·s`` with positive coefficients.
+        If one side is a single symbol, the equation is solved for it, and its value is a sum. If
+        both sides are sums, they are equated term by term, a stronger condition than the equation.
+        If that is impossible, all symbols are pinned.
+
+        Example: ``s5 + s6 = s1 + s2``, with the hints 8 + 4 = 8 + 4, becomes ``s5 = s1``, ``s6 =
+        s2``. With the hints 8 + 4 = 6 + 6 all four are pinned.
         """
         left = {s: c for s, c in linear.items() if c > 0}
         right = {s: -c for s, c in linear.items() if c < 0}
@@ -258,7 +293,11 @@ class System:
             self.pin(sorted(linear), self.reason())
 
     def _solve_for(self, symbol: int, factor: int, other: dict[int, int], rest: int) -> None:
-        """Solve ``factor·symbol = Σ other[s]·s + rest``: every part becomes a multiple."""
+        """Solve ``factor·symbol = Σ other[s]·s + rest`` for ``symbol``.
+
+        Every term must be a multiple of the factor: where a coefficient is not, its symbol is
+        replaced by a multiple of a new one. ``2·s9 = 3·s1`` becomes ``s1 = 2·t``, ``s9 = 3·t``.
+        """
         if rest % factor:
             self.pin(sorted([symbol, *other]), self.reason())
             return
@@ -280,7 +319,7 @@ class System:
         self._solve(symbol, value)
 
     def _pairs(self, left: dict[int, int], right: dict[int, int]) -> list[tuple[int, int]]:
-        """The terms of two sums matched in order of age, if each is worth the same."""
+        """The terms of two sums paired from old to young, if the hints of each pair are equal."""
         if len(left) != len(right):
             return []
         pairs = list(zip(sorted(left), sorted(right), strict=True))
@@ -302,7 +341,7 @@ class System:
         return p
 
     def remainder(self, a: Poly, b: Poly) -> Poly:
-        """``a % b``: divisibility that holds for the model as given is imposed."""
+        """``a % b``; if it is 0 in the model as given, it is imposed to be 0."""
         a, b = self.canonical(a), self.canonical(b)
         left = self.hint(a) % self.hint(b)
         if left == 0:
@@ -315,7 +354,7 @@ class System:
         return {(symbol,): 1}
 
     def quotient(self, a: Poly, b: Poly) -> Poly:
-        """``a // b``, with the remainder that it has for the model as given imposed."""
+        """``a // b``; the remainder in the model as given is imposed at every width."""
         a, b = self.canonical(a), self.canonical(b)
         exact = divide(a, b)
         if exact is not None:
@@ -329,7 +368,7 @@ class System:
         remainder = constant(r)
         if divisor is None and r == self.hint(b) - 1:  # (x + b - 1) // b, rounding up
             remainder = add(b, constant(1), -1)
-        elif divisor is None and r:  # what is left of a narrower b is not known
+        elif divisor is None and r:  # the remainder of a narrower b is unknown
             return constant(self.pin_value(a, self.reason()) // self.pin_value(b, self.reason()))
         fixed = divisor is None or as_constant(a) is not None
         out: Poly = constant(q) if fixed else {(self.fresh(q),): 1}

@@ -1,25 +1,37 @@
-"""Integers that stand for unknown widths: what lets a model run once for all widths.
+"""Symbolic integers for torch: sizes of tensors that are polynomials in unknown widths.
 
-torch lets a tensor's sizes be ``SymInt``, a thin shell around any object with the interface of a
-*symbolic node*. The nodes here are polynomials in a few symbols (``polynomials.py``).
+Torch accepts a ``SymInt`` as a tensor's size: a thin wrapper around any object with the interface
+of a *symbolic node*. Torch's kernels compute with sizes through the node's methods.
 
-torch's own symbolic shapes do the same for the compiler with sympy. This is about a hundred times
-faster (``docs/log.md``), because a polynomial here is a small dictionary, and because a width has
-no need of ranges, guards to be replayed, or code generation.
+Notation:
+
+- ``SizeNode``, an integer: a ``Poly`` over the symbols of a ``System``.
+- ``RatioNode``, a float: its value in the model as given, and the quotient that it came from.
+- ``TruthNode``, a boolean: a relation of a polynomial with 0, or a combination of such relations.
+- *hint*: the value in the model as given.
+- *guard*: torch's word for a request for a plain value, e.g. to take a branch. A guard on an
+  integer pins its symbols; on an equality that holds, it imposes the equality on the system; on any
+  other relation it imposes nothing: ``SearchSpace.check`` tests whether it holds at other widths.
+
+Example: in ``x + y`` torch asks whether the channels ``s0`` of ``x`` and ``s1`` of ``y`` are equal:
+``eq`` makes ``TruthNode(("eq", s0 - s1))`` and ``guard_bool`` evaluates it with the hints,
+``16 - 16 = 0``. It is true, so ``s1 = s0`` is imposed, and both layers share one axis from here on.
+
+Torch's own symbolic shapes do the same for the compiler with sympy. This is about a hundred times
+faster (``docs/log.md``): a polynomial here is a small dictionary, and widths need no ranges, no
+replay of guards and no code generation.
 """
 
 from __future__ import annotations
 
-import linecache
 import math
 import operator
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
+from widthsearch.torch_internals import SymbolicNode
 from widthsearch.tracing.polynomials import (
     Poly,
     System,
@@ -31,68 +43,7 @@ from widthsearch.tracing.polynomials import (
 )
 
 
-class _Expression:
-    """Answers torch's questions about free sympy symbols: there are none."""
-
-    free_symbols: frozenset[Any] = frozenset()
-    is_number = is_Boolean = is_Symbol = False  # noqa: N815 - sympy's names
-    args = ()
-
-
-class _Node:
-    """What torch asks of every symbolic node."""
-
-    shape_env = None
-    constant = None
-    _hint = None
-    expr = _Expression()
-    kind = ""
-
-    def is_int(self) -> bool:
-        return self.kind == "int"
-
-    def is_float(self) -> bool:
-        return self.kind == "float"
-
-    def is_bool(self) -> bool:
-        return self.kind == "bool"
-
-    def is_nested_int(self) -> bool:
-        return False
-
-    def is_symbolic(self) -> bool:
-        return True
-
-    def is_constant(self) -> bool:
-        return False
-
-    def has_hint(self) -> bool:
-        return True
-
-    def maybe_as_int(self) -> int | None:
-        return None
-
-    def maybe_as_float(self) -> float | None:
-        return None
-
-    def maybe_as_bool(self) -> bool | None:
-        return None
-
-    def nested_int(self) -> None:
-        return None
-
-    nested_int_coeff = nested_int
-
-    def clone(self) -> _Node:
-        return self
-
-    def str(self) -> str:
-        return repr(self)
-
-    _graph_repr = __str__ = str
-
-
-class SizeNode(_Node):
+class SizeNode(SymbolicNode):
     """A size: a polynomial in the symbols of a system."""
 
     kind = "int"
@@ -189,6 +140,8 @@ class SizeNode(_Node):
     def sym_float(self) -> RatioNode:
         return RatioNode(self.system, float(self.hint), (self.poly, constant(1)))
 
+    # The larger of two sizes in the model as given is taken to be the larger at every width.
+
     def sym_max(self, other: SizeNode) -> SizeNode:
         return self if self.hint >= other.hint else other
 
@@ -198,25 +151,7 @@ class SizeNode(_Node):
     def _compare(self, other: SizeNode, relation: str) -> TruthNode:
         return TruthNode(self.system, (relation, add(self.poly, other.poly, -1)))
 
-    def eq(self, other: SizeNode) -> TruthNode:
-        return self._compare(other, "eq")
-
-    def ne(self, other: SizeNode) -> TruthNode:
-        return self._compare(other, "ne")
-
-    def lt(self, other: SizeNode) -> TruthNode:
-        return self._compare(other, "lt")
-
-    def le(self, other: SizeNode) -> TruthNode:
-        return self._compare(other, "le")
-
-    def gt(self, other: SizeNode) -> TruthNode:
-        return self._compare(other, "gt")
-
-    def ge(self, other: SizeNode) -> TruthNode:
-        return self._compare(other, "ge")
-
-    # Memory formats: answered from what is known, without imposing anything.
+    # Memory formats: answered from the known sizes and strides, without imposing anything.
 
     def _dense_in(self, sizes: list[Any], strides: list[Any], order: Iterable[int]) -> TruthNode:
         expected = constant(1)
@@ -260,11 +195,11 @@ def _poly_of(size: Any) -> Poly:
     return poly
 
 
-class RatioNode(_Node):
-    """A float made from sizes: its value in the model as given, and the quotient it came from.
+class RatioNode(SymbolicNode):
+    """A float computed from sizes: its value in the model as given, and its quotient of sizes.
 
-    Floats never reach a shape unless they are rounded; a plain quotient is rounded exactly, any
-    other float pins the symbols that it came from.
+    A float reaches a shape only by rounding. A plain quotient of sizes is rounded exactly; any
+    other float pins the symbols that it was computed from.
     """
 
     kind = "float"
@@ -355,6 +290,7 @@ def _float_comparison(name: str, function: Callable[[float, float], bool]) -> No
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _float_comparison(_name, getattr(operator, _name))
+    setattr(SizeNode, _name, lambda self, other, name=_name: self._compare(other, name))
 for _name, _unary in {"neg": operator.neg, "abs": abs, "sqrt": math.sqrt}.items():
     setattr(
         RatioNode,
@@ -368,12 +304,11 @@ _RELATIONS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
-class TruthNode(_Node):
-    """A comparison of sizes, or a combination of comparisons.
+class TruthNode(SymbolicNode):
+    """A relation of sizes, or a combination of relations.
 
-    When the run branches on it, it takes the branch of the model as given; an equality that holds
-    is imposed on the system, an inequality is taken to hold at every width (``SearchSpace.check``
-    proves it).
+    ``content`` is a bool, ``(relation, polynomial)``, which means ``polynomial relation 0``, or
+    ``("not" | "and" | "or", *nodes)``. A branch on it takes the branch of the model as given.
     """
 
     kind = "bool"
@@ -396,7 +331,7 @@ class TruthNode(_Node):
         return SizeNode(self.system, constant(value))
 
     def known(self) -> bool | None:
-        """Its truth if that is the same at every width, else None."""
+        """Its truth value if that is the same at every width, else None."""
         content = self.content
         if isinstance(content, bool):
             return content
@@ -487,7 +422,7 @@ class TruthNode(_Node):
 
     or_ = sym_or
 
-    def sym_ite(self, then: _Node, otherwise: _Node) -> _Node:
+    def sym_ite(self, then: SymbolicNode, otherwise: SymbolicNode) -> SymbolicNode:
         return then if self.guard_bool() else otherwise
 
 
@@ -496,25 +431,9 @@ def size(system: System, poly: Poly) -> torch.SymInt | int:
     value = as_constant(poly)
     if value is not None:
         return value
-    return torch.SymInt(SizeNode(system, poly))  # type: ignore[arg-type]  # any node will do
+    return torch.SymInt(SizeNode(system, poly))  # type: ignore[arg-type]  # torch types it SymNode
 
 
 def poly_of(value: torch.SymInt | int) -> Poly:
     """The polynomial behind a size."""
     return constant(value) if isinstance(value, int) else _poly_of(value.node)
-
-
-def calling_line(skip: Sequence[str], within: CodeType) -> str:
-    """``file:line`` and the text of the innermost line that runs ``within`` some function.
-
-    Lines of files in the ``skip`` folders are passed over.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not within:
-        filename = frame.f_code.co_filename
-        if not filename.startswith("<") and not any(filename.startswith(s) for s in skip):
-            text = linecache.getline(filename, frame.f_lineno).strip()
-            short = "/".join(filename.replace("\\", "/").split("/")[-2:])
-            return f"{short}:{frame.f_lineno} `{text}`"
-        frame = frame.f_back
-    return "torch's own code"

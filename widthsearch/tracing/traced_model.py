@@ -1,8 +1,7 @@
-"""A model after its symbolic run: makes networks of its class at any widths."""
+"""A model after its symbolic run: builds networks of its class at any widths."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,23 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widthsearch.errors import TraceError
 from widthsearch.modules.initialisation import Recorder, Scheme, kept_generators
 from widthsearch.modules.tree import clone, join, set_size, sync_attributes, tensors_of
-from widthsearch.tracing.polynomials import Poly
-from widthsearch.tracing.tracer import Trace, trace
+from widthsearch.tracing.polynomials import Poly, evaluate
+from widthsearch.tracing.trace import Trace
+from widthsearch.tracing.tracer import trace
 
 
 @dataclass(frozen=True, eq=False)
 class TracedModel:
-    """A model and what its symbolic run found, before any width is chosen.
+    """A model and the trace of its symbolic run, before any width is chosen.
 
     Attributes:
-        name: What messages call it.
+        name: The model's name in messages.
         input_shape: The shape of one sample, e.g. ``(3, 32, 32)``, or a tree of several inputs.
         trace: The result of the symbolic run.
         template: The model as given, on the meta device (sizes without values).
         scheme: How the model's constructor initialises it.
         init: Called on each network after the recorded scheme.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> traced = TracedModel.of(model, (5,), "mlp", None, None)
+        >>> network = traced.build([6], seed=0)
+        >>> network[0], network[2].weight.shape
+        (Linear(in_features=5, out_features=6, bias=True), torch.Size([3, 6]))
     """
 
     name: str
@@ -44,20 +52,25 @@ class TracedModel:
         name: str,
         recorder: Recorder | None,
         init: Callable[[nn.Module], Any] | None,
+        known: Trace | None = None,
     ) -> TracedModel:
         """Trace a model.
 
         Args:
             model: The model; it is left unchanged.
             inputs: One sample's shape, as :func:`~widthsearch.tracing.inputs.as_inputs` returns it.
-            name: What messages call it.
-            recorder: What recorded its constructor; None where a module was given.
+            name: The model's name in messages.
+            recorder: The recorder of its constructor; None where a module was given.
             init: Called on each network after the recorded scheme.
+            known: The model's trace, if it was traced before.
 
         Raises:
-            TraceError: The model cannot be traced.
+            TraceError: The model cannot be traced, or its tensors have other names or shapes than
+                in the known trace.
         """
-        traced = trace(model, inputs)
+        if known is not None and (difference := _difference(known, model)):
+            raise TraceError(f"a trace must be of the model given, but {difference}")
+        traced = known or trace(model, inputs)
         template = clone(model, {id(t): _meta(t) for *_, t in tensors_of(model)})
         return cls(name, inputs, traced, template, Scheme.of(model, recorder), init)
 
@@ -72,13 +85,13 @@ class TracedModel:
         """A new network at these widths, in training mode.
 
         Args:
-            vector: One width per axis of the trace, in channels: multiples of each axis's unit.
+            vector: One width per axis of the trace, in channels: a multiple of its divisor.
             seed: Seeds the initialisation and leaves the global generators as they were; None
                 draws from them.
             device: Where the tensors are created.
             initialise: False leaves values undefined, for weights that are loaded next.
         """
-        x = [w // axis.divisor for w, axis in zip(vector, self.trace.axes, strict=True)]
+        x = self.trace.variables(vector)
         tensors: dict[int, Tensor] = {}
         for _, layer, name, old in tensors_of(self.template):
             shape = [evaluate(poly, x) for poly in self.trace.shapes[join(layer, name)]]
@@ -100,8 +113,8 @@ class TracedModel:
         """The template with other tensors, and its attributes set to fit them.
 
         Args:
-            tensors: For the id of each of the template's tensors, its replacement.
-            value: The value of an attribute with this polynomial.
+            tensors: The replacement of each tensor of the template, by the tensor's id.
+            value: Evaluates the polynomial of an attribute.
         """
         network = clone(self.template, tensors)
         for (layer, attribute), poly in self.trace.attributes.items():
@@ -116,9 +129,18 @@ class TracedModel:
             self.init(network)
 
 
-def evaluate(poly: Poly, x: Sequence[int]) -> int:
-    """The value of a polynomial where variable ``i`` is ``x[i]``."""
-    return sum(c * math.prod(x[i] for i in monomial) for monomial, c in poly.items())
+def _difference(trace: Trace, model: nn.Module) -> str | None:
+    """The first tensor of a model with another name or shape than in a trace, if any."""
+    x = trace.variables(trace.base)
+    traced = {key: tuple(evaluate(p, x) for p in shape) for key, shape in trace.shapes.items()}
+    found = {join(layer, name): tuple(tensor.shape) for _, layer, name, tensor in tensors_of(model)}
+    for key in (*traced, *found):
+        if traced.get(key) != found.get(key):
+            return (
+                f"its tensor {key!r} has the shape {found.get(key, 'of no tensor')} in the model "
+                f"and {traced.get(key, 'of no tensor')} in the trace"
+            )
+    return None
 
 
 def _meta(tensor: Tensor) -> Tensor:

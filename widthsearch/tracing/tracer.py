@@ -1,15 +1,20 @@
-"""One symbolic run of a model: its axes, the shape of every tensor, and its cost.
+"""Traces a model: finds its free widths, the shape of every tensor, and its cost.
 
-Every parameter and buffer gets symbols for sizes, the model runs once on meta tensors, and what
-the run had to equate *is* the coupling of its layers (``symbolic.py``). FLOPs are counted on the
-way with torch's own formulas, so they come out as polynomials in the widths.
+Every size of every parameter and buffer becomes a symbol, and the model runs once on meta tensors
+of these sizes. Each equation that the run imposes couples two layers; the symbols that remain free
+are the axes. FLOPs are counted during the run by torch's own formulas, so they are polynomials in
+the symbols.
+
+Example: in ``Linear(5, 8)``, ``ReLU``, ``Linear(8, 3)`` the weights have the sizes ``s0 × s1`` and
+``s2 × s3``. The input imposes ``s1 = 5``, the product in the second layer ``s3 = s0``, and the
+output pins ``s2 = 3``. One axis is left: ``s0``, with a base of 8 channels, named after layer 0.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +37,7 @@ from widthsearch.modules.tree import (
 )
 from widthsearch.torch_internals import ConvNd, buffers_of, parameters_of
 from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
-from widthsearch.tracing.interpreter import Stopped, SymbolicInterpreter, execute
+from widthsearch.tracing.interpreter import SymbolicInterpreter, TraceInterrupted, execute
 from widthsearch.tracing.polynomials import (
     Poly,
     System,
@@ -43,85 +48,17 @@ from widthsearch.tracing.polynomials import (
     symbols_of,
 )
 from widthsearch.tracing.symbolic_ints import poly_of, size
-
-
-@dataclass(frozen=True)
-class TracedAxis:
-    """An axis as the run found it.
-
-    Attributes:
-        name: The first layer that makes the width.
-        base: The width in the model as given, in channels.
-        divisor: Channels per unit of the polynomials' variable; widths are multiples of it
-            (groups of a grouped convolution, heads).
-        layers: Every layer with a tensor whose shape depends on the axis.
-        maker: The tensor and the dim that the axis is named after.
-    """
-
-    name: str
-    base: int
-    divisor: int
-    layers: tuple[str, ...]
-    maker: tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """A width that is not free.
-
-    Attributes:
-        name: The first layer with this width.
-        size: Its value, in channels.
-        reason: What fixes it.
-        layers: Every layer whose shape depends on it.
-        places: The tensors and dims with this width, or a multiple of it.
-    """
-
-    name: str
-    size: int
-    reason: str
-    layers: tuple[str, ...]
-    places: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one symbolic run of a model tells.
-
-    Polynomials are over the axes' indices; variable ``i`` is ``width_i / axes[i].divisor``.
-
-    Attributes:
-        axes: The free widths.
-        pinned: The widths that are not free, each with its reason.
-        shapes: Per parameter and buffer, its sizes as polynomials.
-        attributes: Per module and attribute that repeats a size, its value.
-        macs: Multiply-accumulates of one sample's forward pass in eval mode (half of what
-            ``FlopCounterMode`` counts as FLOPs).
-        params: Number of parameters.
-        activations: Output elements of every operation that multiplies (convolutions, matrix
-            products) for one sample; "activations" of Radosavovic et al. 2020 (RegNet, section 2).
-        layer_macs: The MACs of each layer.
-    """
-
-    axes: tuple[TracedAxis, ...]
-    pinned: tuple[Pinned, ...]
-    shapes: Mapping[str, tuple[Poly, ...]]
-    attributes: Mapping[tuple[str, str], Poly]
-    macs: Poly
-    params: Poly
-    activations: Poly
-    layer_macs: Mapping[str, Poly]
+from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
 
 
 @dataclass
 class _Symbol:
-    """Where a symbol stands."""
+    """The dim of a tensor whose size a symbol is."""
 
     layer: str
     tensor: str  # its name in the state dict
     dim: int
-    makes: bool
-    """Whether it is the output width of a layer's weight."""
+    makes: bool  # whether it is the output width of a layer's weight
 
 
 def numel(tensor: Tensor) -> Poly:
@@ -135,18 +72,18 @@ def numel(tensor: Tensor) -> Poly:
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Run ``model`` on symbolic widths.
 
-    Modules keep sizes in attributes of their own (``self.hidden_dim``) and use them in forward,
-    which fixes a width. Where a run met that, it is run again with those attributes symbolic, and
-    what that frees is kept. A module whose code needs numbers is given numbers: its widths are
-    pinned, and the run goes on around it.
+    Modules store sizes in attributes (``self.hidden_dim``) and use them in forward, which fixes a
+    width. After such a run the model runs again with these attributes symbolic, and the run with
+    the most free widths is kept. A module whose code needs integers gets integers: its widths are
+    pinned, and the rest of the model is traced around it.
 
     Args:
         model: Any module; neither it nor its tensors are changed.
         inputs: One sample's shape, e.g. ``(3, 224, 224)``; see :data:`Inputs` for several inputs.
 
     Raises:
-        TraceError: The model cannot run on meta tensors; names the module and the operation. Or it
-            cannot run on such an input at all.
+        TraceError: The model cannot run on meta tensors (the message names the module and the
+            operation), or not on such an input.
     """
     inputs = as_inputs(inputs)
     _refuse_lazy(model)
@@ -154,8 +91,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     while True:
         try:
             return _freest(model, inputs, fixed).collect()
-        except Stopped as stop:
-            if not stop.layer or within(stop.layer, fixed) is not None:
+        except TraceInterrupted as stop:
+            if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := _failure(model, inputs)) is not None:
                     raise TraceError(
                         f"the model fails on its input {inputs!r}: {first_line(failure)}; give one "
@@ -167,20 +104,20 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt:
-    """The attempt with the attributes symbolic that free the most."""
+    """The attempt with the most free sizes, over choices of attributes to make symbolic."""
     best = latest = _Attempt(model, inputs, frozenset(), fixed)
     tried: frozenset[tuple[str, str]] = frozenset()
     while repeated := latest.repeated_sizes(tried):
         tried |= repeated
         try:
             latest = _Attempt(model, inputs, latest.attributes | repeated, fixed)
-        except Stopped:  # the code needs a number there
+        except TraceInterrupted:  # the code needs an integer there
             continue
         if latest.freedom < best.freedom:
-            break  # a number that was none: with it symbolic, less can be followed
-        if latest.freedom == best.freedom:  # such a number may undo what another one frees
+            break  # one of them was no size: made symbolic, it couples sizes that are independent
+        if latest.freedom == best.freedom:  # one attribute may pin what another one frees
             for part in _by_name(repeated):
-                with suppress(Stopped):
+                with suppress(TraceInterrupted):
                     attempt = _Attempt(model, inputs, best.attributes | part, fixed)
                     if attempt.freedom > best.freedom:
                         best = latest = attempt
@@ -191,15 +128,15 @@ def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt
 
 
 def _by_name(places: Set[tuple[str, str]]) -> list[frozenset[tuple[str, str]]]:
-    """Attributes (of modules) of several names in parts of one name each; nothing if of one."""
+    """The attributes grouped by name; an empty list if all have the same name."""
     parts: dict[str, set[tuple[str, str]]] = {}
     for layer, name in sorted(places):
         parts.setdefault(name.partition("[")[0], set()).add((layer, name))
     return [frozenset(part) for part in parts.values()] if len(parts) > 1 else []
 
 
-def within(layer: str, fixed: Mapping[str, str]) -> str | None:
-    """Why a layer is to be given numbers, if it is."""
+def reason_within(layer: str, fixed: Mapping[str, str]) -> str | None:
+    """The reason for which a layer, or a module that contains it, runs on integers; else None."""
     for name, reason in fixed.items():
         if layer == name or layer.startswith(f"{name}."):
             return reason
@@ -207,7 +144,7 @@ def within(layer: str, fixed: Mapping[str, str]) -> str | None:
 
 
 def _failure(model: nn.Module, inputs: Any) -> Exception | None:
-    """What goes wrong where the model itself runs on zeros, if it is on the CPU."""
+    """The error of the model's own forward pass on zeros, if it has one and is on the CPU."""
     tensors = {id(tensor): tensor for *_, tensor in tensors_of(model)}
     if any(tensor.device.type != "cpu" for tensor in tensors.values()):
         return None
@@ -218,7 +155,7 @@ def _failure(model: nn.Module, inputs: Any) -> Exception | None:
         warnings.simplefilter("ignore")
         try:
             call(clone(model, tensors).eval(), sample(inputs, 1, "cpu"))
-        except Exception as error:  # noqa: BLE001  a model may raise anything
+        except Exception as error:  # noqa: BLE001  forward may raise any error
             return error
     return None
 
@@ -234,7 +171,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 class _Attempt:
-    """A run with certain attributes symbolic and certain layers in numbers, and all it told."""
+    """One run with a choice of symbolic attributes and of layers that run on integers."""
 
     def __init__(
         self,
@@ -253,14 +190,15 @@ class _Attempt:
 
     @property
     def freedom(self) -> int:
-        """How many sizes of tensors are not fixed."""
+        """The number of tensor sizes that are not fixed."""
         values = (self.system.value(symbol) for symbol in self.symbols)
         return sum(as_constant(value) is None for value in values)
 
     def repeated_sizes(self, tried: Set[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-        """Attributes of modules in which a width was fixed that may be sizes.
+        """Integer attributes of the modules in which a width was fixed.
 
-        First those that have such a width's value, then any other number.
+        Attributes with the value of a fixed width come first: only if there are none left, all
+        other integers of these modules are returned.
         """
         fixed = {self.system.hints[pin.symbol] for pin in self.system.pins} - {1}
         numbers = {
@@ -280,7 +218,7 @@ class _Attempt:
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
             numbers = name in buffers_of(module) and has_content(module, name, tensor)
-            why = within(owner, self.fixed)
+            why = reason_within(owner, self.fixed)
             layer_of = self.model.get_submodule(owner) if owner != layer else module
             convolution = isinstance(layer_of, ConvNd) and tensor.dim() > 2
             output = 1 if convolution and layer_of.transposed else 0
@@ -304,7 +242,7 @@ class _Attempt:
         chosen = set(self.attributes)
         for layer, module in symbolic.named_modules():
             depthwise = isinstance(module, ConvNd) and (1 < module.groups == module.in_channels)
-            if depthwise and within(layer, self.fixed) is None:
+            if depthwise and reason_within(layer, self.fixed) is None:
                 chosen.add((layer, "groups"))
         for layer, name in sorted(chosen):
             hint = dict(sizes_in(symbolic.get_submodule(layer)))[name]
@@ -317,7 +255,7 @@ class _Attempt:
         return symbolic
 
     def _settle(self, used: set[int]) -> None:
-        """Pin what is left open: what nothing read, what is in no tensor, what is not quadratic."""
+        """Pin sizes of unused tensors, attributes in no tensor's shape, and cubic terms."""
         system = self.system
         for symbol, where in self.symbols.items():
             if id(self.sized[where.tensor]) not in used:
@@ -327,19 +265,19 @@ class _Attempt:
         shaping = {s for symbol in self.symbols for s in symbols_of(system.value(symbol))}
         for (layer, name), poly in self.values.items():
             loose = symbols_of(system.canonical(poly)) - shaping
-            system.pin(sorted(loose), f"attribute {join(layer, name)!r}, which no tensor repeats")
+            system.pin(sorted(loose), f"attribute {join(layer, name)!r} is no tensor's size")
         costs = [*self.run.flops.values(), self.run.activations, *map(numel, self.sized.values())]
         while high := [m for poly in costs for m in system.canonical(poly) if len(m) > 2]:
-            # Most often a number of tokens that are parameters, which every layer multiplies.
+            # Most often a number of tokens that are parameters: it is a factor of every layer.
             powers = Counter(s for monomial in high for s in monomial)
             worst = max(powers, key=lambda s: (powers[s], s))
             system.pin([worst], "the cost is not quadratic in it")
 
     def collect(self) -> Trace:
-        """What the run told, in terms of axes."""
+        """The trace: shapes and costs as polynomials over the axes."""
         used = self.run.used
         if any(id(tensor) not in used for tensor in self.sized.values()):
-            # Some layers run in training alone (auxiliary heads): let them say what they tie.
+            # Some layers run only in training mode (auxiliary heads); they impose equations too.
             again = execute(self.symbolic, self.system, self.inputs, self.fixed, train=True)
             used = used | again.used
         self._settle(used)
@@ -347,7 +285,7 @@ class _Attempt:
 
 
 def has_content(module: nn.Module, name: str, buffer: Tensor) -> bool:
-    """Whether a buffer holds more than one value, so that it has no like at other sizes."""
+    """Whether a buffer holds different values, so that it cannot be made for other sizes."""
     if is_estimate(module, name):
         return False
     if not buffer.is_floating_point():
@@ -362,8 +300,8 @@ def _collect(
     attributes: Mapping[tuple[str, str], Poly],
     run: SymbolicInterpreter,
 ) -> Trace:
-    owners: dict[int, list[int]] = {}  # free symbol -> the symbols that are a multiple of it
-    layers: dict[int, dict[str, None]] = {}  # free symbol -> the layers it shapes
+    owners: dict[int, list[int]] = {}  # free symbol -> symbols that are a multiple of it
+    layers: dict[int, dict[str, None]] = {}  # free symbol -> layers whose shapes depend on it
     for symbol, where in symbols.items():
         value = system.value(symbol)
         for free in symbols_of(value):
@@ -371,6 +309,8 @@ def _collect(
             if len(value) == 1 and len(next(iter(value))) == 1:
                 owners.setdefault(free, []).append(symbol)
 
+    # An axis is named after the oldest symbol that is a multiple of the free one, if possible the
+    # output width of a weight. Its width counts that symbol's channels.
     ordered: list[tuple[int, int]] = []  # (symbol that names the axis, free symbol)
     for free in layers:
         named = owners.get(free) or [min(s for s in symbols if free in symbols_of(system.value(s)))]
@@ -425,7 +365,7 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
     grouped: dict[int, list[int]] = {}
     for symbol in symbols:
         if as_constant(system.value(symbol)) is not None:
-            root = symbol
+            root = symbol  # the symbol whose pin made this one a constant
             while root not in reasons:
                 root = min(system.parents[root], key=lambda s: s not in reasons)
             grouped.setdefault(root, []).append(symbol)
@@ -442,45 +382,3 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
         )
         for row, found in rows.items()
     )
-
-
-def trace_to_json(trace: Trace) -> dict[str, Any]:
-    """A trace as JSON values."""
-    return {
-        "axes": [[a.name, a.base, a.divisor, a.layers, a.maker] for a in trace.axes],
-        "pinned": [[p.name, p.size, p.reason, p.layers, p.places] for p in trace.pinned],
-        "shapes": [[name, *map(_terms, shape)] for name, shape in trace.shapes.items()],
-        "attributes": [[*where, _terms(poly)] for where, poly in trace.attributes.items()],
-        "macs": _terms(trace.macs),
-        "params": _terms(trace.params),
-        "activations": _terms(trace.activations),
-        "layer_macs": [[layer, _terms(poly)] for layer, poly in trace.layer_macs.items()],
-    }
-
-
-def trace_from_json(content: Mapping[str, Any]) -> Trace:
-    """The trace that :func:`trace_to_json` was given."""
-    return Trace(
-        axes=tuple(
-            TracedAxis(name, base, unit, tuple(layers), (maker[0], maker[1]))
-            for name, base, unit, layers, maker in content["axes"]
-        ),
-        pinned=tuple(
-            Pinned(name, size, reason, tuple(layers), tuple((key, dim) for key, dim in places))
-            for name, size, reason, layers, places in content["pinned"]
-        ),
-        shapes={name: tuple(map(_poly, shape)) for name, *shape in content["shapes"]},
-        attributes={(layer, name): _poly(terms) for layer, name, terms in content["attributes"]},
-        macs=_poly(content["macs"]),
-        params=_poly(content["params"]),
-        activations=_poly(content["activations"]),
-        layer_macs={layer: _poly(terms) for layer, terms in content["layer_macs"]},
-    )
-
-
-def _terms(poly: Poly) -> list[list[int]]:
-    return [[coefficient, *monomial] for monomial, coefficient in poly.items()]
-
-
-def _poly(terms: Iterable[list[int]]) -> Poly:
-    return {tuple(monomial): coefficient for coefficient, *monomial in terms}

@@ -29,7 +29,7 @@ from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.torch_internals import ConvNd, children_of
 from widthsearch.tracing.polynomials import Poly, add, constant, multiply, symbols_of
-from widthsearch.tracing.tracer import Trace, TracedAxis
+from widthsearch.tracing.trace import Trace, TracedAxis
 from widthsearch.widths import Axis, Widths
 
 
