@@ -18,11 +18,11 @@ Points = NDArray[np.float64]
 
 
 @st.composite
-def point_sets(draw: st.DrawFn, most: int = 14, columns: tuple[int, int] = (1, 5)) -> Points:
+def point_sets(draw: st.DrawFn, max_points: int = 14, columns: tuple[int, int] = (1, 5)) -> Points:
     """Points on a small grid, so that ties and duplicates are common."""
     width = draw(st.integers(*columns))
     row = st.lists(st.integers(0, 4), min_size=width, max_size=width)
-    return np.array(draw(st.lists(row, min_size=1, max_size=most)), dtype=np.float64)
+    return np.array(draw(st.lists(row, min_size=1, max_size=max_points)), dtype=np.float64)
 
 
 def dominates(a: Points, b: Points) -> bool:
@@ -109,7 +109,7 @@ def test_hypervolume_by_hand() -> None:
 
 
 @settings(deadline=None)
-@given(point_sets(most=8, columns=(1, 4)), st.integers(1, 5))
+@given(point_sets(max_points=8, columns=(1, 4)), st.integers(1, 5))
 def test_hypervolume_counts_cells(points: Points, corner: int) -> None:
     """On integers it is the number of unit cells that some point dominates."""
     reference = np.full(points.shape[1], float(corner))

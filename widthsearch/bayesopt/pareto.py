@@ -9,83 +9,11 @@ together. All results depend on the set of points only, never on their order.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Points = NDArray[np.float64]
-
-
-class _Cover(Protocol):
-    """Points that were added in lexicographic order, asked whether they dominate the next."""
-
-    def covers(self, point: tuple[float, ...]) -> bool: ...
-
-    def add(self, point: tuple[float, ...]) -> None: ...
-
-
-class _Staircase:
-    """The front of a growing set of points in the plane: x ascends, y descends.
-
-    ``area`` is what the set dominates inside ``reference``; each step takes O(log n) (plus a
-    memory move).
-    """
-
-    def __init__(self, reference: tuple[float, float] = (math.inf, math.inf)) -> None:
-        self.reference = reference
-        self.area = 0.0
-        self.xs: list[float] = []
-        self.ys: list[float] = []
-
-    def covers(self, point: tuple[float, ...]) -> bool:
-        x, y = point[-2:]
-        i = bisect_right(self.xs, x)
-        return i > 0 and self.ys[i - 1] <= y
-
-    def add(self, point: tuple[float, ...]) -> None:
-        x, y = point[-2:]
-        if self.covers(point):
-            return
-        first = bisect_left(self.xs, x)
-        last = first  # the members first .. last - 1 are the ones that (x, y) now dominates
-        while last < len(self.xs) and self.ys[last] >= y:
-            last += 1
-        if math.isfinite(self.reference[0]):
-            # Left to right, the strips between the old stairs and y.
-            ceiling = self.ys[first - 1] if first else self.reference[1]
-            left = x
-            for i in range(first, last):
-                self.area += (self.xs[i] - left) * (ceiling - y)
-                left, ceiling = self.xs[i], self.ys[i]
-            right = self.xs[last] if last < len(self.xs) else self.reference[0]
-            self.area += (right - left) * (ceiling - y)
-        self.xs[first:last] = [x]
-        self.ys[first:last] = [y]
-
-
-class _Rows:
-    """The same question in any number of dimensions, by comparing with every member."""
-
-    def __init__(self, dimensions: int) -> None:
-        self.rows: Points = np.empty((16, dimensions))
-        self.count = 0
-
-    def covers(self, point: tuple[float, ...]) -> bool:
-        return bool((self.rows[: self.count] <= point).all(axis=1).any())
-
-    def add(self, point: tuple[float, ...]) -> None:
-        if self.count == len(self.rows):
-            self.rows = np.concatenate([self.rows, np.empty_like(self.rows)])
-        self.rows[self.count] = point
-        self.count += 1
-
-
-def _cover(dimensions: int) -> _Cover:
-    # Points come in lexicographic order, so the first column needs no look: up to three columns
-    # are a question in the plane.
-    return _Staircase() if dimensions <= 3 else _Rows(dimensions)
 
 
 def _checked(points: ArrayLike) -> Points:
@@ -96,87 +24,65 @@ def _checked(points: ArrayLike) -> Points:
     return array
 
 
-def _distinct(points: Points) -> tuple[list[tuple[float, ...]], NDArray[np.intp]]:
-    """The different points in lexicographic order (at least two columns), and who is which."""
-    if points.shape[1] == 1:
-        points = np.column_stack([np.zeros(len(points)), points])
-    rows, inverse = np.unique(points, axis=0, return_inverse=True)
-    return [tuple(row) for row in rows.tolist()], inverse.reshape(-1)
+def _distinct(points: ArrayLike) -> tuple[Points, NDArray[np.intp]]:
+    """The different points in lexicographic order, as columns (M, D), and the index of each.
+
+    In that order a point can be dominated by an earlier one only.
+    """
+    rows, inverse = np.unique(_checked(points), axis=0, return_inverse=True)
+    return np.ascontiguousarray(rows.T), inverse.reshape(-1)
 
 
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other point dominates; a mask (N,). O(N log N) for up to 3 columns."""
-    array = _checked(points)
-    rows, inverse = _distinct(array)
-    cover = _cover(array.shape[1])
-    kept = np.zeros(len(rows), dtype=np.bool_)
-    for i, row in enumerate(rows):
-        if not cover.covers(row):
-            cover.add(row)
-            kept[i] = True
+    """Which points no other point dominates; a mask (N,). O(N F) for a front of F points."""
+    columns, inverse = _distinct(points)
+    kept = np.zeros(columns.shape[1], dtype=np.bool_)
+    left = np.arange(columns.shape[1])
+    while len(left):  # the first that is left is on the front; what it dominates is not
+        first, left = left[0], left[1:]
+        kept[first] = True
+        left = left[(columns[:, left] < columns[:, first, None]).any(axis=0)]
     return kept[inverse]
 
 
 def ranks(points: ArrayLike) -> NDArray[np.int64]:
-    """Each point's place in non-dominated sorting, (N,): 0 on the front, 1 on the next, and so on.
+    """Each point's rank in non-dominated sorting, (N,): 0 on the front, 1 on the next, …. O(N²).
 
-    In lexicographic order each point joins the first front that does not dominate it. Where a front
-    dominates a point so do all before it, so bisection finds that front (ENS-BS: Zhang et al., An
-    Efficient Approach to Nondominated Sorting, IEEE TEC 19(2), 2015).
+    A point's rank is the length of the longest chain of points in which each dominates the next and
+    the last one dominates the point.
     """
-    array = _checked(points)
-    rows, inverse = _distinct(array)
-    fronts: list[_Cover] = []
-    rank = np.zeros(len(rows), dtype=np.int64)
-    for i, row in enumerate(rows):
-        joined, above = 0, len(fronts)
-        while joined < above:
-            middle = (joined + above) // 2
-            if fronts[middle].covers(row):
-                joined = middle + 1
-            else:
-                above = middle
-        if joined == len(fronts):
-            fronts.append(_cover(array.shape[1]))
-        fronts[joined].add(row)
-        rank[i] = joined
+    columns, inverse = _distinct(points)
+    rank = np.zeros(columns.shape[1], dtype=np.int64)
+    for i in range(1, len(rank)):
+        dominating = (columns[:, :i] <= columns[:, i, None]).all(axis=0)
+        rank[i] = (rank[:i][dominating] + 1).max(initial=0)
     return rank[inverse]
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """The volume that the points dominate inside the reference point; exact for any M.
 
-    Up to three columns by one sweep (O(N log N); Beume et al., On the Complexity of Computing the
-    Hypervolume Indicator, IEEE TEC 13(5), 2009), more by slicing down to three. Points that are not
-    better than the reference in every column count for nothing.
+    Points that are not better than the reference in every column count for nothing. O(N log N) for
+    two columns; each further column multiplies that by the points of the front.
     """
     array, corner = _checked(points), np.asarray(reference, dtype=np.float64)
     assert np.isfinite(array).all() and np.isfinite(corner).all()
     assert corner.shape == (array.shape[1],), (corner.shape, array.shape)
-    inside = array[(array < corner).all(axis=1)]
-    if not len(inside):
-        return 0.0
-    padding = max(0, 3 - array.shape[1])  # a line or a plane is a sweep through slabs 1 thick
-    inside = np.pad(inside, ((0, 0), (padding, 0)))
-    return _volume(inside, np.pad(corner, (padding, 0), constant_values=1.0))
+    return _volume(array[(array < corner).all(axis=1)], corner)
 
 
 def _volume(points: Points, corner: Points) -> float:
-    """Slabs along the first column: their thickness times what all points up to them dominate."""
-    rows, _ = _distinct(points[non_dominated(points)])
-    heights = [row[0] for row in rows[1:]] + [float(corner[0])]
-    volume = 0.0
-    if len(corner) == 3:
-        stairs = _Staircase((float(corner[1]), float(corner[2])))
-        for row, height in zip(rows, heights, strict=True):
-            stairs.add(row)
-            volume += stairs.area * (height - row[0])
-        return volume
-    rest = np.array([row[1:] for row in rows]).reshape(len(rows), len(corner) - 1)
-    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        if height > row[0]:
-            volume += _volume(rest[: i + 1], corner[1:]) * (height - row[0])
-    return volume
+    """Sum over slabs along the first column: thickness times what the points up to it dominate."""
+    if len(corner) == 1:
+        return float(corner[0] - points.min(initial=corner[0]))
+    if len(corner) > 2:
+        points = points[non_dominated(points)]
+    rows = points[np.lexsort(points.T[::-1])]
+    thickness = np.diff(rows[:, 0], append=corner[0])
+    if len(corner) == 2:
+        return float(thickness @ (corner[1] - np.minimum.accumulate(rows[:, 1])))
+    slabs = (t * _volume(rows[: i + 1, 1:], corner[1:]) for i, t in enumerate(thickness) if t > 0)
+    return float(sum(slabs))
 
 
 def knee(points: ArrayLike) -> int:
