@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from search_spaces import resnet_cifar
-from widthsearch.data.config import TaskConfig
-from widthsearch.data.tasks import Augmentation, Split, Task, load_task
+from widthsearch.data.config import Augmentation, TaskConfig
+from widthsearch.data.tasks import Split, Task, load_task
 from widthsearch.latency.meter import hardware_name
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.autotune import probe_concurrency, probe_precision

@@ -13,7 +13,8 @@ import torch
 from strategies import MODELS, space_of
 from torch import nn
 
-from widthsearch.data.tasks import Augmentation, Split, Task
+from widthsearch.data.config import Augmentation
+from widthsearch.data.tasks import Split, Task
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import along
 from widthsearch.space.search_space import SearchSpace

@@ -139,7 +139,7 @@ WRONG = {
     ),
     "rule of the recipe": (
         {"recipe": {"epochs": 0}},
-        "`epochs >= 1` must hold, but the recipe has epochs=0",
+        "recipe.epochs must be greater than or equal to 1, but was 0",
     ),
     "unknown choice": (
         {"recipe": {"schedule": "cos"}},
@@ -169,11 +169,11 @@ WRONG = {
     ),
     "unknown field of a proposer": (
         {"proposers": [{"method": "sensitivity", "batchsize": 3}]},
-        "proposers.0 unknown key 'batchsize'; did you mean 'batch_size'?",
+        "proposers.0: unknown key 'batchsize'; did you mean 'batch_size'?",
     ),
     "bad field of a proposer": (
         {"proposers": [{"method": "sensitivity", "batch_size": "x"}]},
-        "proposers.0 batch_size must be a whole number, but was 'x'",
+        "proposers.0: batch_size must be a whole number, but was 'x'",
     ),
     "late rung": (
         {"recipe": {"epochs": 3}, "early_stopping": {"kind": "rungs", "first_epoch": 3}},

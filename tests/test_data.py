@@ -22,9 +22,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from widthsearch.data import decoding
-from widthsearch.data.config import TaskConfig
+from widthsearch.data.config import Augmentation, TaskConfig
 from widthsearch.data.tasks import (
-    Augmentation,
     DeviceLoader,
     Split,
     Task,
@@ -374,20 +373,20 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "spoil", "message"),
     [
-        ("nowhere", lambda root: None, "must be laid out as .*nowhere is missing"),
+        ("nowhere", lambda root: None, r"train/<class>/\*\.jpg and <.*, but .*nowhere is missing"),
         ("train", lambda root: None, r"must be laid out as .*train/train is missing"),
         ("", lambda root: (root / "train/bee/0.png").rename(root / "0.png"), None),
         (
             "",
             lambda root: [path.unlink() for path in (root / "train/bee").iterdir()],
-            r"every class needs images \(\.bmp .*\), but .*train/bee has none",
+            r"every class needs images \(\.bmp .*\), but .*train/bee has none; lay them out as <f",
         ),
         (
             "",
             lambda root: (root / "train/bee").rename(root / "bee"),
-            "2 classes or more, but .*train has 1 sub-folders",
+            r"2 classes or more, but .*train has 1 .*lay the images out as <folder>/train/<class>/",
         ),
-        ("", lambda root: (root / "test/cat").mkdir(), "test also has 'cat'"),
+        ("", lambda root: (root / "test/cat").mkdir(), "test also has 'cat'; remove it, or add it"),
         (
             "",
             lambda root: (root / "train/ant/0.png").write_bytes(b"no image"),
@@ -553,14 +552,22 @@ def test_classes_must_be_complete() -> None:
     ("config", "message"),
     [
         ({"name": "mnist"}, "a task must be digits, cifar10, .*but was 'mnist'"),
-        ({"name": "digits", "validation": 1.0}, "`0 < validation < 1` must hold.*validation=1.0"),
-        ({"name": "digits", "crop_padding": -1}, "`crop_padding >= 0` must hold.*crop_padding=-1"),
-        ({"name": "digits", "cutout": -1}, "`cutout >= 0` must hold.*cutout=-1"),
+        ({"name": "digits", "validation": 1.0}, "task.validation must be less than 1, but was 1.0"),
+        ({"name": "digits", "crop_padding": -1}, "task.crop_padding must be .*, but was -1"),
+        ({"name": "digits", "cutout": -1}, "task.cutout must be .*, but was -1"),
         ({"name": "digits", "crop_padding": 8}, "less than the image's side.*crop_padding=8"),
-        ({"name": "digits", "folder": "x"}, "`folder` is for cifar10 and image_folder alone"),
-        ({"name": "cifar10", "image_size": 8}, "`image_size` is for image_folder alone"),
-        ({"name": "image_folder"}, "image_folder needs `folder`"),
-        ({"name": "image_folder", "folder": "x", "image_size": 0}, "`image_size >= 1` must hold"),
+        ({"name": "digits", "folder": "x"}, "task: folder is for cifar10 and image_folder only"),
+        ({"name": "cifar10", "image_size": 8}, "task: image_size is for image_folder only"),
+        (
+            {"name": "image_folder"},
+            r"needs a folder, but has none; write `task: {name: image_folder, folder: path}` for a "
+            r"folder with <folder>/train/<class>/\*\.jpg and <folder>/test/<class>/\*\.jpg",
+        ),
+        (
+            {"name": "image_folder", "folder": "x", "image_size": 0},
+            "task.image_size must be greater than or equal to 1, but was 0",
+        ),
+        ({"name": "digits", "fold": 3}, "unknown key 'task.fold'; did you mean 'folder'"),
     ],
 )
 def test_configurations_that_cannot_be(config: dict[str, object], message: str) -> None:

@@ -364,21 +364,29 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "`batch_size >= 1` must hold, but latency has batch_size=0"),
-        ({"threads": 0}, "`threads >= 1` must hold, but latency has threads=0"),
-        ({"pairs": 3}, "`pairs >= 4` must hold, but latency has pairs=3"),
+        ({"batch_size": 0}, "latency.batch_size must be greater than or equal to 1, but was 0"),
+        ({"threads": 0}, "latency.threads must be greater than or equal to 1, but was 0"),
+        ({"pairs": 3}, "latency.pairs must be greater than or equal to 4, but was 3"),
         (
             {"backend": "onnx"},
-            "`backend` must be eager or graph or compile or onnxruntime, but latency has "
-            "backend='onnx'",
+            "latency.backend must be 'eager', 'graph', 'compile' or 'onnxruntime', but was 'onnx'",
         ),
-        ({"backend": "graph"}, "backend 'graph' needs a CUDA device, but latency has device='cpu'"),
-        ({"backend": "onnxruntime", "device": "cuda"}, "'onnxruntime' needs device='cpu'"),
-        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "'onnxruntime' needs dtype='float32'"),
-        ({"dtype": "int8"}, "`dtype` must be float32 or bfloat16, but latency has dtype='int8'"),
+        (
+            {"backend": "graph"},
+            "latency: backend 'graph' needs a CUDA device, but device is 'cpu'; set the backend to",
+        ),
+        (
+            {"backend": "onnxruntime", "device": "cuda"},
+            "'onnxruntime' needs device 'cpu' and dtype 'float32', but they are 'cuda' and 'float",
+        ),
+        (
+            {"backend": "onnxruntime", "dtype": "bfloat16"},
+            "'onnxruntime' needs device 'cpu' and dtype 'float32', but they are 'cpu' and 'bfloat",
+        ),
+        ({"dtype": "int8"}, "latency.dtype must be 'float32' or 'bfloat16', but was 'int8'"),
     ],
 )
-def test_configurations_that_cannot_be(change: dict[str, object], message: str) -> None:
-    """Each is refused with the rule and the value."""
+def test_an_invalid_configuration_is_refused(change: dict[str, object], message: str) -> None:
+    """The message names the place, the rule and the value."""
     with pytest.raises(StudyError, match=message):
         LatencyConfig(**change)  # type: ignore[arg-type]

@@ -441,27 +441,35 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "`epochs >= 1` must hold, but the recipe has epochs=0"),
-        ({"batch_size": 1}, "`batch_size >= 2` must hold"),
-        ({"lr": -0.1}, "`0 < lr < inf` must hold, but the recipe has lr=-0.1"),
-        ({"lr": math.nan}, "lr=nan"),
-        ({"momentum": 0.0}, "momentum > 0"),
-        ({"momentum": 1.0}, "0 <= momentum < 1"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-        ({"schedule": "step"}, "schedule='step'"),
-        ({"epochs": 3, "warmup_epochs": 3}, "`0 <= warmup_epochs < epochs` must hold"),
-        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
-        ({"precision": "fp16"}, "precision='fp16'"),
+        ({"epochs": 0}, "recipe.epochs must be greater than or equal to 1, but was 0"),
+        ({"batch_size": 1}, "recipe.batch_size must be greater than or equal to 2, but was 1"),
+        ({"lr": -0.1}, "recipe.lr must be greater than 0, but was -0.1"),
+        ({"lr": math.nan}, "recipe.lr must be a finite number, but was nan"),
+        (
+            {"momentum": 0.0},
+            "recipe: momentum must be greater than 0 with nesterov, but was 0; set",
+        ),
+        ({"momentum": 1.0}, "recipe.momentum must be less than 1, but was 1.0"),
+        ({"weight_decay": -1.0}, "recipe.weight_decay must be .*, but was -1.0"),
+        ({"schedule": "step"}, "recipe.schedule must be 'cosine', .*, but was 'step'"),
+        (
+            {"epochs": 3, "warmup_epochs": 3},
+            "recipe: warmup_epochs must be less than epochs, but they are 3 and 3",
+        ),
+        ({"warmup_epochs": -1}, "recipe.warmup_epochs must be .*, but was -1"),
+        ({"label_smoothing": 1.0}, "recipe.label_smoothing must be less than 1, but was 1.0"),
+        ({"precision": "fp16"}, "recipe.precision must be 'auto', 'fp32' or 'bf16', but was 'fp16"),
+        ({"epoch": 3}, "unknown key 'recipe.epoch'; did you mean 'epochs'"),
     ],
 )
-def test_recipes_that_cannot_be(change: dict[str, Any], message: str) -> None:
-    """Each is refused with the rule and the value."""
+def test_an_invalid_recipe_is_refused(change: dict[str, Any], message: str) -> None:
+    """The message names the place, the rule and the value."""
     with pytest.raises(StudyError, match=message):
         Recipe(**change)
 
 
-def test_a_whole_number_is_a_learning_rate() -> None:
-    """It stays no integer: the schedule's values would be cut."""
+def test_an_integer_learning_rate_trains_like_a_float() -> None:
+    """An integer tensor would truncate the schedule's values."""
     curves = []
     for lr in (1, 1.0):
         curve = fit(convnet(), few(), replace(QUICK, lr=lr), seed=0)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.data.tasks import Augmentation, Split, Task
+from widthsearch.data.config import Augmentation
+from widthsearch.data.tasks import Split, Task
 from widthsearch.latency.config import Latency
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.cost import Cost

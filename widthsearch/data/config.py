@@ -1,62 +1,91 @@
-"""What a study says of its data. Imports no torch."""
+"""The configuration of a study's data. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from widthsearch.errors import DataError
+from widthsearch.utils.validation import validated_dataclass
+
+IMAGE_FOLDER_LAYOUT = "<folder>/train/<class>/*.jpg and <folder>/test/<class>/*.jpg"
 
 
-@dataclass(frozen=True)
-class TaskConfig:
-    """Which task, and how to prepare it; None leaves a choice to the task.
+@validated_dataclass("augmentation", DataError)
+class Augmentation:
+    """The random changes to training images, drawn anew for each image in each epoch.
 
     Attributes:
-        name: ``digits``, ``cifar10``, ``image_folder``, or ``package.module:function`` or
-            ``path/to/file.py:function``, a function that returns two datasets (train, test).
-        folder: Where ``image_folder`` lies, or where ``cifar10`` lies or is downloaded to.
-        image_size: Side in pixels to which the images of ``image_folder`` are scaled (the shorter
-            side) and cropped (the longer one, about the centre); needed where they differ in size.
+        crop_padding: Images are shifted by up to this many pixels each way; the border is
+            reflected.
+        flip: Whether half of the images are mirrored left to right, and the other half in the next
+            epoch (alternating flip, Jordan 2024, arXiv 2404.00498).
+        cutout: The side in pixels of a square that is blanked. Its centre is drawn over the whole
+            image, so parts of it may lie outside (DeVries and Taylor 2017, arXiv 1708.04552).
+
+    Raises:
+        DataError: A value is negative.
+    """
+
+    crop_padding: int = Field(default=0, ge=0)
+    flip: bool = False
+    cutout: int = Field(default=0, ge=0)
+
+
+@validated_dataclass("task", DataError)
+class TaskConfig:
+    """Names a task and overrides its preparation; None leaves a choice to the task.
+
+    Attributes:
+        name: ``digits``, ``cifar10``, ``image_folder``, or a function that returns two datasets
+            (train, test) as ``package.module:function`` or ``path/to/file.py:function``.
+        folder: The folder of ``image_folder``; or where ``cifar10`` lies or is downloaded to.
+        image_size: The side in pixels to which the images of ``image_folder`` are scaled (the
+            shorter side) and cropped (the longer side, centred); needed if their sizes differ.
         validation: The share of every class of train that is held out; by default 0.25 for
             ``digits`` (it is small), else 0.1.
-        split_seed: Decides which images are held out.
+        split_seed: Seeds the choice of the images that are held out.
         crop_padding: See :class:`Augmentation`. By default 1 for ``digits``, an eighth of the image
-            for ``cifar10`` (4) and ``image_folder``, none for datasets of your own.
+            for ``cifar10`` (4) and ``image_folder``, 0 for datasets of your own.
         flip: See :class:`Augmentation`. By default on for ``cifar10`` and ``image_folder``.
-        cutout: See :class:`Augmentation`. By default none.
+        cutout: See :class:`Augmentation`. By default 0.
+
+    Raises:
+        DataError: A value breaks a rule.
+
+    Example:
+        >>> TaskConfig("digits", validation=0.1).validation
+        0.1
+        >>> TaskConfig("digits", validation=1.0)
+        Traceback (most recent call last):
+        widthsearch.errors.DataError: task.validation must be less than 1, but was 1.0
     """
 
     name: str
     folder: str | None = None
-    image_size: int | None = None
-    validation: float | None = None
-    split_seed: int = 0
-    crop_padding: int | None = None
+    image_size: int | None = Field(default=None, ge=1)
+    validation: float | None = Field(default=None, gt=0, lt=1)
+    split_seed: int = Field(default=0, ge=0)
+    crop_padding: int | None = Field(default=None, ge=0)
     flip: bool | None = None
-    cutout: int | None = None
+    cutout: int | None = Field(default=None, ge=0)
 
-    def __post_init__(self) -> None:
-        for field, rule, holds in (
-            ("image_size", "image_size >= 1", self.image_size is None or self.image_size >= 1),
-            (
-                "validation",
-                "0 < validation < 1",
-                self.validation is None or 0 < self.validation < 1,
-            ),
-            ("split_seed", "split_seed >= 0", self.split_seed >= 0),
-            ("crop_padding", "crop_padding >= 0", (self.crop_padding or 0) >= 0),
-            ("cutout", "cutout >= 0", (self.cutout or 0) >= 0),
-        ):
-            if not holds:
-                value = getattr(self, field)
-                raise DataError(f"`{rule}` must hold, but task {self.name!r} has {field}={value!r}")
-        for field, takers in (
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "image_folder" and self.folder is None:
+            raise ValueError(
+                "'image_folder' needs a folder, but has none; write `task: {name: image_folder, "
+                f"folder: path}}` for a folder with {IMAGE_FOLDER_LAYOUT}"
+            )
+        for key, tasks in (
             ("folder", ("cifar10", "image_folder")),
             ("image_size", ("image_folder",)),
         ):
-            value = getattr(self, field)
-            if value is not None and self.name not in takers:
-                raise DataError(
-                    f"`{field}` is for {' and '.join(takers)} alone, but task {self.name!r} has "
-                    f"{field}={value!r}; leave it out"
+            value = getattr(self, key)
+            if value is not None and self.name not in tasks:
+                raise ValueError(
+                    f"{key} is for {' and '.join(tasks)} only, but task {self.name!r} has "
+                    f"{key}={value!r}; remove it"
                 )
+        return self

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from widthsearch.data.config import IMAGE_FOLDER_LAYOUT
 from widthsearch.errors import DataError
 from widthsearch.utils.files import VARIABLE, cache_folder
 
@@ -30,7 +31,6 @@ _logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _WIDE = ("I", "F")  # how PIL's modes of more than 8 bits begin
-_LAYOUT = "<folder>/train/<class>/<image> and <folder>/test/<class>/<image>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,30 +102,29 @@ def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
 # --- folders of images ---
 
 
-def image_folder(
-    folder: str | None, image_size: int | None
-) -> tuple[Split, Split, tuple[str, ...]]:
+def image_folder(folder: str, image_size: int | None) -> tuple[Split, Split, tuple[str, ...]]:
     """torchvision's ImageFolder layout for train and test, as RGB, and the classes' names.
 
     It is decoded once and cached, keyed by the listing (relative paths, sizes, times of change) and
     the image size; that takes as much disk as the decoded images. Where the cache cannot be written
     it is decoded each time. What begins with a dot is passed over.
     """
-    if folder is None:
-        raise DataError(f"image_folder needs `folder`: a folder laid out as {_LAYOUT}")
     root = Path(folder).expanduser()
     for needed in (root, root / "train", root / "test"):
         if not needed.is_dir():
-            raise DataError(f"image_folder must be laid out as {_LAYOUT}, but {needed} is missing")
+            raise DataError(
+                f"image_folder must be laid out as {IMAGE_FOLDER_LAYOUT}, but {needed} is missing"
+            )
     classes = _folders(root / "train")
     if len(classes) < 2:
         raise DataError(
             f"image_folder needs 2 classes or more, but {root / 'train'} has {len(classes)} "
-            "sub-folders; put the images of each class into a sub-folder of their own"
+            f"sub-folders; lay the images out as {IMAGE_FOLDER_LAYOUT}"
         )
     if strangers := sorted({*_folders(root / "test")} - {*classes}):
         raise DataError(
-            f"test may only have classes of train, but {root / 'test'} also has {strangers[0]!r}"
+            f"test must have no other classes than train, but {root / 'test'} also has "
+            f"{strangers[0]!r}; remove it, or add it to train"
         )
     halves = [_listed(root / half, classes) for half in ("train", "test")]
     key = hashlib.sha256(json.dumps([2, image_size]).encode())
@@ -194,7 +193,8 @@ def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
         )
         if not paths:
             raise DataError(
-                f"every class needs images ({' '.join(IMAGE_SUFFIXES)}), but {half / name} has none"
+                f"every class needs images ({' '.join(IMAGE_SUFFIXES)}), but {half / name} has "
+                f"none; lay them out as {IMAGE_FOLDER_LAYOUT}"
             )
         listed += [(path, label) for path in paths]
     return listed

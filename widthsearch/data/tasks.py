@@ -18,27 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from widthsearch.data import decoding
-from widthsearch.data.config import TaskConfig
+from widthsearch.data.config import Augmentation, TaskConfig
 from widthsearch.data.decoding import Split as Split
 from widthsearch.errors import DataError
 from widthsearch.utils.references import load_function
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to training images, drawn anew for each image in each epoch.
-
-    Attributes:
-        crop_padding: Images are shifted by up to this many pixels each way; the rim is reflected.
-        flip: Whether half of the images are mirrored left to right: the other half in the next
-            epoch (alternating flip, Jordan 2024, arXiv 2404.00498).
-        cutout: Side in pixels of a square that is blanked, at a place drawn over the whole image,
-            so parts of it may lie outside (DeVries and Taylor 2017, arXiv 1708.04552).
-    """
-
-    crop_padding: int = 0
-    flip: bool = False
-    cutout: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +79,7 @@ def load_task(config: TaskConfig | str) -> Task:
         if config.name == "cifar10":
             train, test, names = decoding.cifar10(config.folder)
         else:
+            assert config.folder is not None, "TaskConfig requires it"
             train, test, names = decoding.image_folder(config.folder, config.image_size)
         augmentation = Augmentation(min(train.images.shape[2:]) // 8, flip=True)
         task = _task(config, train, test, validation=0.1, augmentation=augmentation)

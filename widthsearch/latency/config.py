@@ -1,88 +1,99 @@
-"""How latency is measured, and what a measurement is. Imports no torch."""
+"""The configuration and the result of a latency measurement. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self
 
-from widthsearch.errors import StudyError
+from pydantic import Field, model_validator
+
+from widthsearch.utils.validation import validated_dataclass
 
 Backend = Literal["eager", "graph", "compile", "onnxruntime"]
 
 
-@dataclass(frozen=True)
+@validated_dataclass("latency")
 class LatencyConfig:
     """How latency is measured.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        backend: What runs the network: ``eager`` is PyTorch as it is, ``graph`` a CUDA graph of it,
-            ``compile`` torch.compile (it takes up to a minute a network, and a C++ compiler on a
-            CPU), ``onnxruntime`` ONNX Runtime on a CPU in float32.
-        batch_size: Images a run.
+        backend: The engine that runs the network: ``eager`` is plain PyTorch, ``graph`` a CUDA
+            graph of it, ``compile`` torch.compile (up to a minute per network; needs a C++ compiler
+            on a CPU), ``onnxruntime`` ONNX Runtime on a CPU in float32.
+        batch_size: Samples per run.
         threads: CPU threads.
-        dtype: Of weights and images.
-        pairs: How often the network and the base model take turns; ±2% needs 40 to 80 on a CPU.
+        dtype: The type of weights and floating-point inputs.
+        pairs: The number of pairs of blocks, one of the network and one of the base model. An
+            accuracy of ±2% needs 40 to 80 on a CPU.
+
+    Raises:
+        StudyError: A value breaks a rule.
+
+    Example:
+        >>> LatencyConfig(batch_size=8).backend
+        'eager'
+        >>> LatencyConfig(backend="graph")
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: latency: backend 'graph' needs a CUDA device, but device is \
+'cpu'; set the backend to eager
     """
 
     device: str = "cpu"
     backend: Backend = "eager"
-    batch_size: int = 1
-    threads: int = 1
+    batch_size: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    pairs: int = 40
+    pairs: int = Field(default=40, ge=4)
 
-    def __post_init__(self) -> None:
-        for name, least in {"batch_size": 1, "threads": 1, "pairs": 4}.items():
-            if getattr(self, name) < least:
-                raise StudyError(
-                    f"`{name} >= {least}` must hold, but latency has {name}={getattr(self, name)}"
-                )
-        for name, choices in {
-            "backend": get_args(Backend),
-            "dtype": ("float32", "bfloat16"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise StudyError(
-                    f"`{name}` must be {' or '.join(choices)}, but latency has "
-                    f"{name}={getattr(self, name)!r}"
-                )
-        on_cpu, fp32 = self.device == "cpu", self.dtype == "float32"
-        for backend, rule, holds in (
-            ("graph", "needs a CUDA device", not on_cpu),
-            ("onnxruntime", "needs device='cpu'", on_cpu),
-            ("onnxruntime", "needs dtype='float32'", fp32),
-        ):
-            if self.backend == backend and not holds:
-                raise StudyError(
-                    f"latency's backend {backend!r} {rule}, but latency has "
-                    f"device={self.device!r} and dtype={self.dtype!r}"
-                )
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        on_cpu = self.device == "cpu"
+        if self.backend == "graph" and on_cpu:
+            raise ValueError(
+                "backend 'graph' needs a CUDA device, but device is 'cpu'; set the backend to eager"
+            )
+        if self.backend == "onnxruntime" and not (on_cpu and self.dtype == "float32"):
+            raise ValueError(
+                "backend 'onnxruntime' needs device 'cpu' and dtype 'float32', but they are "
+                f"{self.device!r} and {self.dtype!r}; set the backend to eager"
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class Latency:
-    """A network's inference latency, and what it was measured on.
+    """A network's inference latency, relative to a base model that was measured alongside.
 
-    A block's time is the median of its runs.
+    The time of a block is the median of its runs; the ratio of a pair is the time of the network's
+    block over that of the base model's block next to it.
 
     Attributes:
-        median_ms: Time of one run in milliseconds on the base model's scale: ratio × base_ms.
-        spread_ms: Its spread: ratio_spread × base_ms.
-        ratio: Median over the pairs of the network's block over the base model's beside it.
-        ratio_spread: Half the interquartile range of that over the pairs: about half of them lie
-            within one spread of the median. The median itself is surer, by about the square root
-            of their number.
-        base_ms: The base model's median block, measured once in a study.
-        device: As it was asked for.
-        hardware: The device's name as it gives it.
-        backend: What ran the network.
-        batch_size: Images a run.
-        dtype: Of weights and images.
-        memory_format: ``channels_last`` where the network can take it, else ``contiguous``.
+        median_ms: The time of one run in milliseconds: ratio × base_ms.
+        spread_ms: The spread of that time: ratio_spread × base_ms.
+        ratio: The median ratio over the pairs.
+        ratio_spread: Half the interquartile range of the ratios over the pairs. The median itself
+            is more accurate, by about the square root of the number of pairs.
+        base_ms: The base model's median block time, measured once per study.
+        device: As configured.
+        hardware: The name of the CPU or GPU.
+        backend: As configured.
+        batch_size: Samples per run.
+        dtype: As configured.
+        memory_format: ``channels_last`` where the network supports it, else ``contiguous``.
         threads: CPU threads.
-        pairs: How often the two took turns.
-        clock_mhz: The GPU's clock after measuring, where it can be read; it is never set.
+        pairs: The number of pairs of blocks.
+        clock_mhz: The GPU's clock after the measurement, where it can be read; it is never set.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.latency.meter import LatencyMeter
+        >>> base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> latency = LatencyMeter(base, (3, 16, 16), LatencyConfig(pairs=4)).measure(base)
+        >>> latency.median_ms == latency.ratio * latency.base_ms
+        True
+        >>> Latency.from_json(latency.to_json()) == latency
+        True
     """
 
     median_ms: float
@@ -106,5 +117,5 @@ class Latency:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Latency:
-        """What :meth:`to_json` gave."""
+        """Inverse of :meth:`to_json`."""
         return cls(**fields)

@@ -6,7 +6,6 @@ Every error is one line that names the place, the rule and the value.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -34,6 +33,7 @@ from widthsearch.proposers import PROPOSERS, Proposer
 from widthsearch.space.constraints import Constraints
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import load_function
+from widthsearch.utils.validation import explain, hint
 
 Objective = Literal["accuracy", "macs", "params", "latency_ms"]
 
@@ -120,7 +120,7 @@ class ProposerConfig(BaseModel):
         if self.method not in PROPOSERS:
             raise ValueError(
                 f"must name a proposer or be `module:name`, but was {self.method!r}"
-                f"{_hint(self.method, PROPOSERS)}"
+                f"{hint(self.method, PROPOSERS)}"
             )
         self.make()
         return self
@@ -135,7 +135,7 @@ class ProposerConfig(BaseModel):
         try:
             return cls(method=method, **fields)
         except ValidationError as error:
-            raise StudyError(_explain(error)) from None
+            raise StudyError(explain(error, _SECTIONS)) from None
 
     def make(self) -> Proposer:
         """The proposer itself.
@@ -172,11 +172,11 @@ class ProposerConfig(BaseModel):
         fields = self.model_extra or {}
         for key in fields:
             if key not in known:
-                raise ValueError(f"unknown key {key!r}{_hint(key, known)}")
+                raise ValueError(f"unknown key {key!r}{hint(key, known)}")
         try:
             made: Proposer = TypeAdapter(proposer).validate_python(fields)
         except ValidationError as error:
-            raise ValueError(_explain(error)) from None
+            raise ValueError(explain(error, {"": proposer})) from None
         return made
 
 
@@ -271,7 +271,7 @@ class StudyConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise StudyError(_explain(error)) from None
+            raise StudyError(explain(error, _SECTIONS)) from None
         except SpaceError as error:
             raise StudyError(f"constraints: {error}") from None
 
@@ -367,6 +367,7 @@ class StudyConfig(BaseModel):
 
 
 _SECTIONS: dict[str, Any] = {
+    "": StudyConfig,
     "constraints": Constraints,
     "task": TaskConfig,
     "recipe": Recipe,
@@ -375,72 +376,3 @@ _SECTIONS: dict[str, Any] = {
     "early_stopping.rungs": Rungs,
     "resources": Resources,
 }
-
-
-def _keys(section: Any) -> list[str]:
-    if issubclass(section, BaseModel):
-        return list(section.model_fields)
-    return [field.name for field in dataclasses.fields(section)]
-
-
-def _hint(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(sorted(known))}"
-
-
-_KINDS: Mapping[str, str] = {
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    **dict.fromkeys(("tuple_type", "list_type", "is_instance_of"), "a list"),
-    **dict.fromkeys(
-        ("dict_type", "model_type", "model_attributes_type", "dataclass_type"),
-        "a mapping of keys to values",
-    ),
-    "string_type": "text",
-}
-"""What a value must be, by pydantic's types of errors."""
-
-
-def _place(error: Any) -> str:
-    """Where an error is, without the names of the types that were tried there."""
-    types, made = ("str", "int", "float", "[key]"), ("dict[", "json-or-python[")
-    parts = [str(part) for part in error["loc"]]
-    return ".".join(p for p in parts if p not in types and not p.startswith(made))
-
-
-def _rule(errors: list[Any]) -> str:
-    """What errors at one place ask for: one, or one for each type that was tried."""
-    first = errors[0]
-    if first["type"] in _KINDS:
-        kinds = (_KINDS[error["type"]] for error in errors if error["type"] in _KINDS)
-        return f"must be {' or '.join(dict.fromkeys(kinds))}"
-    if first["type"] in ("too_short", "too_long"):
-        short = first["type"] == "too_short"
-        count = first["ctx"]["min_length" if short else "max_length"]
-        return f"must have at {'least' if short else 'most'} {count} item{'s' * (count != 1)}"
-    if first["type"] == "union_tag_invalid":
-        key, tags = first["ctx"]["discriminator"].strip("'"), first["ctx"]["expected_tags"]
-        return f"must have the {key} {tags.replace(', ', ' or ')}"
-    rule = str(first["msg"]).replace("Input should", "must")
-    return f"{rule[0].lower()}{rule[1:]}"
-
-
-def _explain(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    errors = error.errors(include_url=False)
-    inside = [e for e in errors if f"{_place(e)}.".startswith(f"{_place(errors[0])}.")]
-    first = max(inside, key=lambda e: _place(e).count("."))  # of types that were tried, the closest
-    place = _place(first)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        section, _, key = place.rpartition(".")
-        known = _keys(_SECTIONS.get(section, StudyConfig))
-        return f"unknown key {place!r}{_hint(key, known)}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"key {place!r} is missing"
-    if first["type"] == "value_error":
-        return f"{place} {first['ctx']['error']}".strip()
-    rule = _rule([e for e in errors if _place(e) == place])
-    return f"{place} {rule}, but was {first['input']!r}"

@@ -1,76 +1,78 @@
-"""What is asked of a training, and what each of its epochs reports. Imports no torch."""
+"""The recipe of a training and the result of each epoch. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
-from widthsearch.errors import StudyError
+from pydantic import Field, model_validator
+
+from widthsearch.utils.validation import validated_dataclass
 
 Precision = Literal["auto", "fp32", "bf16"]
 """``bf16`` is autocast; ``auto`` is bf16 on a CUDA device that has it in hardware, else fp32."""
 
 
-@dataclass(frozen=True)
+@validated_dataclass("recipe")
 class Recipe:
-    """How a network is trained: SGD on cross-entropy.
+    """How a network is trained: SGD with momentum on cross-entropy.
 
     Attributes:
         epochs: Passes over the training split.
         batch_size: Images per step: at least 2, at most the size of the training split. Each epoch
             skips the remainder that fills no batch, different images each time.
-        lr: The highest learning rate.
-        momentum: SGD's momentum.
-        nesterov: Whether the momentum looks ahead.
-        weight_decay: L2 penalty of parameters with two dimensions or more; BatchNorm and biases
-            have none.
-        schedule: After the linear warm-up the learning rate falls to zero, along half a cosine
-            (``cosine``) or a line (``one_cycle``; the momentum stays), or stays (``constant``).
-        warmup_epochs: Length of the warm-up; None for three tenths of the epochs with
-            ``one_cycle`` and a tenth with the others.
-        label_smoothing: Share of each label that is spread over all classes.
-        precision: ``bf16`` is autocast; ``auto`` is bf16 on a CUDA device that has it in hardware,
-            else fp32; a study on a CPU tries which is faster, once (``autotune.py``).
-        capture: Whether a step is run as one CUDA graph, on a GPU and where the network allows it.
+        lr: The peak learning rate.
+        momentum: The momentum of SGD.
+        nesterov: Whether to use Nesterov momentum.
+        weight_decay: L2 penalty of parameters with two dimensions or more; BatchNorm parameters and
+            biases have none.
+        schedule: After a linear warm-up the learning rate decays to zero along half a cosine
+            (``cosine``) or a line (``one_cycle``; the momentum is constant), or remains
+            (``constant``).
+        warmup_epochs: The length of the warm-up; None means 30% of the epochs with ``one_cycle``
+            and 10% with the other schedules.
+        label_smoothing: The share of each label that is spread over all classes.
+        precision: ``bf16`` is autocast; ``auto`` is bf16 on a CUDA device with bf16 hardware, else
+            fp32. A study on a CPU probes once which is faster (see ``training/autotune.py``).
+        capture: Whether to run steps as a CUDA graph, on a GPU and where the network allows it.
+
+    Raises:
+        StudyError: A value breaks a rule.
+
+    Example:
+        >>> recipe = Recipe(epochs=2, lr=1.0, warmup_epochs=0.5)
+        >>> [round(recipe.learning_rate(step, steps_per_epoch=4), 2) for step in range(8)]
+        [0.33, 0.67, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
+        >>> Recipe(label_smoothing=1)
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: recipe.label_smoothing must be less than 1, but was 1
     """
 
-    epochs: int = 10
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = True
-    weight_decay: float = 5e-4
+    weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    warmup_epochs: float | None = None
-    label_smoothing: float = 0.0
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Precision = "auto"
     capture: bool = True
 
-    def __post_init__(self) -> None:
-        for field, rule, holds in (
-            ("epochs", "epochs >= 1", self.epochs >= 1),
-            ("batch_size", "batch_size >= 2", self.batch_size >= 2),
-            ("lr", "0 < lr < inf", 0 < self.lr < math.inf),
-            ("momentum", "0 <= momentum < 1", 0 <= self.momentum < 1),
-            ("momentum", "momentum > 0 (for nesterov)", self.momentum > 0 or not self.nesterov),
-            ("weight_decay", "0 <= weight_decay < inf", 0 <= self.weight_decay < math.inf),
-            (
-                "schedule",
-                "schedule in ('cosine', 'one_cycle', 'constant')",
-                self.schedule in ("cosine", "one_cycle", "constant"),
-            ),
-            ("warmup_epochs", "0 <= warmup_epochs < epochs", 0 <= self.warmup < self.epochs),
-            ("label_smoothing", "0 <= label_smoothing < 1", 0 <= self.label_smoothing < 1),
-            (
-                "precision",
-                "precision in ('auto', 'fp32', 'bf16')",
-                self.precision in ("auto", "fp32", "bf16"),
-            ),
-        ):
-            if not holds:
-                value = getattr(self, field)
-                raise StudyError(f"`{rule}` must hold, but the recipe has {field}={value!r}")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "momentum must be greater than 0 with nesterov, but was 0; set nesterov to false"
+            )
+        if not self.warmup < self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be less than epochs, but they are {self.warmup_epochs:g} and "
+                f"{self.epochs}"
+            )
+        return self
 
     @property
     def warmup(self) -> float:
@@ -80,10 +82,14 @@ class Recipe:
         return self.epochs * (0.3 if self.schedule == "one_cycle" else 0.1)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0 over the whole run.
+        """The learning rate of a step.
 
-        With W steps of warm-up it is ``lr (step + 1) / (W + 1)`` before step W, ``lr`` at step W,
-        and falls from there to the 0 that the step after the last would have, or stays.
+        With W steps of warm-up it is ``lr (step + 1) / (W + 1)`` before step W and ``lr`` at step
+        W. It then decays so that the step after the last one would have 0, or remains.
+
+        Args:
+            step: The step's number, from 0 over all epochs.
+            steps_per_epoch: The number of steps per epoch.
         """
         total = self.epochs * steps_per_epoch
         warm = round(self.warmup * steps_per_epoch)
@@ -99,14 +105,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What an epoch came to.
+    """The result of one epoch of training.
 
     Attributes:
-        epoch: Its number, from 1.
-        loss: Mean training loss, label smoothing included.
-        accuracy: Top-1 on the validation split after it, in percent; NaN once training diverged.
+        epoch: The epoch's number, from 1.
+        loss: The mean training loss, with label smoothing.
+        accuracy: Top-1 accuracy on the validation split in percent; NaN if training diverged.
         seconds: Wall time of training, without evaluation.
-        mode: How it was trained, see :attr:`Trainer.mode`; empty where that is not known.
+        mode: Precision and execution of the steps, see :attr:`Trainer.mode`; empty if unknown.
     """
 
     epoch: int
