@@ -29,7 +29,7 @@ from widthsearch.data.config import TaskConfig
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.proposers import PROPOSERS, Setting
+from widthsearch.proposers import Setting, proposer_class
 from widthsearch.proposers.families import along
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import fit
@@ -40,7 +40,8 @@ def drawn(space: SearchSpace, task: Task, trials: int, rng: np.random.Generator)
     """The base, then half from the families of proposers and half random widths."""
     base = space.cost(space.base).macs
     least = space.cost([axis.min_width for axis in space.axes]).macs
-    proposals = [PROPOSERS[name]()(space, task, Setting()) for name in ("sensitivity", "uniform")]
+    methods = map(proposer_class, ("sensitivity", "uniform"))
+    proposals = [method()(space, task, Setting()) for method in methods]
     out = {space.base: None}
     while len(out) < trials:
         if rng.random() < 0.5:

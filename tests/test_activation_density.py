@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import StudyError
-from widthsearch.proposers import ActivationDensity, activation_density
+from widthsearch.proposers import activation_density
 from widthsearch.proposers.activation_density import (
+    ActivationDensity,
     density_of_axes,
     first_power,
     held,

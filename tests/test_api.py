@@ -24,7 +24,8 @@ from widthsearch.errors import (
     StudyError,
     WidthsError,
 )
-from widthsearch.proposers import Proposal, Sensitivity, Setting
+from widthsearch.proposers import Proposal, Setting
+from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.loop import Progress
 from widthsearch.study.storage import Store

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import WidthsError
-from widthsearch.proposers import Sensitivity, Setting, Uniform
+from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
 from widthsearch.proposers.filter_groups.branched_space import (
     Branch,
@@ -29,6 +29,8 @@ from widthsearch.proposers.filter_groups.branched_space import (
     with_branches,
     without_branches,
 )
+from widthsearch.proposers.sensitivity import Sensitivity
+from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
 from widthsearch.training.recipe import Recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.errors import SpaceError, StudyError
-from widthsearch.proposers import FilterGroups, Setting
+from widthsearch.proposers import Setting
 from widthsearch.proposers.filter_groups.branched_space import (
     BranchedArchitecture,
     branched,
@@ -28,7 +28,12 @@ from widthsearch.proposers.filter_groups.learning import (
     find_layers,
     learn_groups,
 )
-from widthsearch.proposers.filter_groups.proposer import GroupPruning, Pruned, cumulative_shares
+from widthsearch.proposers.filter_groups.proposer import (
+    FilterGroups,
+    GroupPruning,
+    Pruned,
+    cumulative_shares,
+)
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 
@@ -396,7 +401,7 @@ def test_dead_structure_goes_from_a_chain() -> None:
         {"a": [0, 0, 1], "b": [0, 0]},
     )
     whole = pruning.pruned(0.0)
-    assert whole.groups.all()
+    assert whole.units.all()
     assert pruning.macs(whole) == 64 * (6 + 6 + 6) + 20
     # b's channel 2 has 2/38 of its energy: below β it goes. a's filter 2 is then read by none, and
     # with it goes group 1 of a, which alone reads channel 1 well; a's group 0 has 2/20 there.
@@ -570,7 +575,7 @@ def test_budgets_are_met_from_below(model: str) -> None:
         narrow = branched(space, pruning.architecture(pruned))
         assert narrow.cost(narrow.base).macs == pruning.macs(pruned)
         if before is not None:
-            assert not (pruned.units & ~before.groups).any()
+            assert not (pruned.units & ~before.units).any()
             assert not any(
                 (a & ~b).any() for a, b in zip(pruned.inputs, before.inputs, strict=True)
             )

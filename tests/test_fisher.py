@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.errors import SpaceError, StudyError
-from widthsearch.proposers import Fisher, Magnitude, Setting
-from widthsearch.proposers.fisher import FisherInformation
+from widthsearch.proposers import Setting
+from widthsearch.proposers.fisher import Fisher, FisherInformation
 from widthsearch.proposers.importance import Removal
+from widthsearch.proposers.magnitude import Magnitude
 from widthsearch.proposers.tuning import Tuning, prune_and_tune, without
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import Trainer

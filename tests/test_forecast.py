@@ -10,8 +10,9 @@ import tiny
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.proposers import Setting, Uniform
+from widthsearch.proposers import Setting
 from widthsearch.proposers.families import along
+from widthsearch.proposers.uniform import Uniform
 from widthsearch.report import tables as report
 from widthsearch.report.forecast import forecast
 

@@ -8,8 +8,7 @@ from conformance import ProposerConformance, setting, small_task
 from strategies import space_of
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
-from widthsearch.proposers import Magnitude
-from widthsearch.proposers.magnitude import filter_norms
+from widthsearch.proposers.magnitude import Magnitude, filter_norms
 
 
 class TestMagnitude(ProposerConformance):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from conformance import ProposerConformance, small_task
 from strategies import space_of
 
 from widthsearch.errors import StudyError
-from widthsearch.proposers import PROPOSERS, Proposal, Random, Setting, Uniform
+from widthsearch.proposers import PROPOSERS, Proposal, Setting, proposer_class
+from widthsearch.proposers.random import Random
+from widthsearch.proposers.uniform import Uniform
 
 
 class TestUniform(ProposerConformance):
@@ -46,6 +51,27 @@ def test_a_proposal_that_is_none_is_refused(path: list[tuple[int, int]], said: s
     """A user's own method may be wrong; whose it is, is said."""
     with pytest.raises(StudyError, match=said):
         Proposal("mine", tuple(tiny.widths(*vector) for vector in path), {})
+
+
+def test_the_table_of_methods_needs_no_torch() -> None:
+    """Importing the package, its protocol and its table imports neither torch nor a method."""
+    code = """if True:
+        import sys
+        from widthsearch.proposers import PROPOSERS, Proposal, Setting
+        Setting()
+        loaded = [m for m in sys.modules if m.startswith("widthsearch.proposers.")]
+        assert loaded == ["widthsearch.proposers.protocol"], loaded
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_methods_are_found_by_name() -> None:
+    """Each reference of the table names a class; an unknown name is refused in one line."""
+    for name in PROPOSERS:
+        assert dataclasses.is_dataclass(proposer_class(name))
+    with pytest.raises(StudyError, match=r"a proposer must be one of .*uniform.*, but was 'sense'"):
+        proposer_class("sense")
 
 
 def test_random_depends_on_its_seed() -> None:

@@ -22,9 +22,9 @@ from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import DeviceLoader, Split
 from widthsearch.errors import StudyError
-from widthsearch.proposers import Sensitivity, Setting
+from widthsearch.proposers import Setting
 from widthsearch.proposers.importance import Per, Removal, channel_scores, shrink
-from widthsearch.proposers.sensitivity import balanced
+from widthsearch.proposers.sensitivity import Sensitivity, balanced
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.references import load_function
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import StudyError
-from widthsearch.proposers import Slimming, slimming
-from widthsearch.proposers.slimming import norm_scales
+from widthsearch.proposers import slimming
+from widthsearch.proposers.slimming import Slimming, norm_scales
 
 
 class TestSlimming(ProposerConformance):

@@ -16,8 +16,7 @@ from torch import nn
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.data.tasks import Split
 from widthsearch.errors import StudyError
-from widthsearch.proposers import SynFlow
-from widthsearch.proposers.synflow import linearised, silence, synaptic_flow
+from widthsearch.proposers.synflow import SynFlow, linearised, silence, synaptic_flow
 from widthsearch.space.search_space import SearchSpace
 
 

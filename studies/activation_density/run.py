@@ -14,8 +14,10 @@ from studies.compare import train
 from studies.setup import parser, setup
 from widthsearch import Recipe, SearchSpace, Widths
 from widthsearch.data.tasks import Task
-from widthsearch.proposers import ActivationDensity, Proposal, Setting, Uniform
+from widthsearch.proposers import Proposal, Setting
+from widthsearch.proposers.activation_density import ActivationDensity
 from widthsearch.proposers.families import along
+from widthsearch.proposers.uniform import Uniform
 
 VARIANTS: Mapping[str, ActivationDensity] = {
     "reinit": ActivationDensity(),

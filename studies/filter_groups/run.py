@@ -34,7 +34,7 @@ from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace
 from widthsearch.data.tasks import Task
 from widthsearch.latency.meter import LatencyMeter, fold_batchnorm
-from widthsearch.proposers import FilterGroups, Setting
+from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
 from widthsearch.proposers.filter_groups.branched_space import (
     Branch,
@@ -44,7 +44,7 @@ from widthsearch.proposers.filter_groups.branched_space import (
     with_branches,
     without_branches,
 )
-from widthsearch.proposers.filter_groups.proposer import GroupPruning
+from widthsearch.proposers.filter_groups.proposer import FilterGroups, GroupPruning
 from widthsearch.space.constraints import Constraints
 from widthsearch.utils.devices import fixed_threads
 from widthsearch.widths import Widths

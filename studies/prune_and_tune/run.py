@@ -26,8 +26,10 @@ from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace, Widths
 from widthsearch.data.tasks import Task
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.proposers import Fisher, Magnitude, Setting
+from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
+from widthsearch.proposers.fisher import Fisher
+from widthsearch.proposers.magnitude import Magnitude
 from widthsearch.proposers.tuning import Tuning, prune_and_tune
 
 

@@ -18,8 +18,13 @@ from torch import nn
 from studies.compare import Entry, compare, ratios, table
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace, Widths
-from widthsearch.proposers import Proposer, Random, Sensitivity, Setting, Slimming, SynFlow, Uniform
+from widthsearch.proposers import Proposer, Setting
 from widthsearch.proposers.families import along
+from widthsearch.proposers.random import Random
+from widthsearch.proposers.sensitivity import Sensitivity
+from widthsearch.proposers.slimming import Slimming
+from widthsearch.proposers.synflow import SynFlow
+from widthsearch.proposers.uniform import Uniform
 
 METHODS: Mapping[str, Proposer] = {
     "sensitivity": Sensitivity(),

@@ -1,48 +1,53 @@
-"""Methods that propose width vectors: one file a method, named in one mapping."""
+"""Pruning methods that propose width vectors: one file per published method, named in one table.
+
+May import: ``latency``, ``training``, ``channels``, ``space`` and below. Importing this package
+imports no torch; :func:`proposer_class` imports the module of one method.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from widthsearch.proposers.activation_density import ActivationDensity
-from widthsearch.proposers.filter_groups.proposer import FilterGroups
-from widthsearch.proposers.fisher import Fisher
-from widthsearch.proposers.magnitude import Magnitude
+from widthsearch.errors import StudyError
 from widthsearch.proposers.protocol import Proposal, Proposer, Setting
-from widthsearch.proposers.random import Random
-from widthsearch.proposers.sensitivity import Sensitivity
-from widthsearch.proposers.slimming import Slimming
-from widthsearch.proposers.synflow import SynFlow
-from widthsearch.proposers.uniform import Uniform
 
-PROPOSERS: Mapping[str, Callable[..., Proposer]] = MappingProxyType(
+PROPOSERS: Mapping[str, str] = MappingProxyType(
     {
-        "activation_density": ActivationDensity,
-        "sensitivity": Sensitivity,
-        "synflow": SynFlow,
-        "slimming": Slimming,
-        "filter_groups": FilterGroups,
-        "fisher": Fisher,
-        "magnitude": Magnitude,
-        "uniform": Uniform,
-        "random": Random,
+        "activation_density": "activation_density:ActivationDensity",
+        "sensitivity": "sensitivity:Sensitivity",
+        "synflow": "synflow:SynFlow",
+        "slimming": "slimming:Slimming",
+        "filter_groups": "filter_groups.proposer:FilterGroups",
+        "fisher": "fisher:Fisher",
+        "magnitude": "magnitude:Magnitude",
+        "uniform": "uniform:Uniform",
+        "random": "random:Random",
     }
 )
-"""Every method by the name that studies use; its fields are its hyperparameters."""
+"""The class of each method, as ``module:Class`` within this package, by the name in studies."""
 
-__all__ = [
-    "PROPOSERS",
-    "ActivationDensity",
-    "FilterGroups",
-    "Fisher",
-    "Magnitude",
-    "Proposal",
-    "Proposer",
-    "Random",
-    "Sensitivity",
-    "Setting",
-    "Slimming",
-    "SynFlow",
-    "Uniform",
-]
+__all__ = ["PROPOSERS", "Proposal", "Proposer", "Setting", "proposer_class"]
+
+
+def proposer_class(name: str) -> Callable[..., Proposer]:
+    """The class of a method: a frozen dataclass whose fields are the hyperparameters.
+
+    Args:
+        name: A name in :data:`PROPOSERS`.
+
+    Raises:
+        StudyError: No method has this name.
+
+    Example:
+        >>> proposer_class("uniform")(members=4)
+        Uniform(members=4)
+    """
+    if name not in PROPOSERS:
+        raise StudyError(f"a proposer must be one of {', '.join(PROPOSERS)}, but was {name!r}")
+    module, _, class_name = PROPOSERS[name].partition(":")
+    proposer: Callable[..., Proposer] = getattr(
+        importlib.import_module(f"{__name__}.{module}"), class_name
+    )
+    return proposer

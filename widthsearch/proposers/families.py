@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.errors import WidthsError
-from widthsearch.proposers import Proposal, Random, Setting, Uniform
+from widthsearch.proposers import Proposal, Setting
+from widthsearch.proposers.random import Random
+from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 

@@ -1,20 +1,25 @@
-"""What every proposer is: a frozen dataclass of hyperparameters whose call is the method."""
+"""The interface of every proposer: a frozen dataclass of hyperparameters, called with a space.
+
+Imports no torch, so that a study can be read without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
-from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.data.tasks import Task
+    from widthsearch.space.search_space import SearchSpace
 
 PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Predicted latency in ms of width vectors: shape (N, axes) to (N,)."""

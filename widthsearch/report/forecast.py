@@ -16,7 +16,8 @@ from scipy.special import ndtr
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.proposers import Setting, Uniform, families
+from widthsearch.proposers import Setting, families
+from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.cost import Cost
 from widthsearch.study.proposals import answered
 from widthsearch.study.storage import Store

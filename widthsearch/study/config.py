@@ -29,7 +29,7 @@ from widthsearch.bayesopt.early_stopping import FrontStopping
 from widthsearch.data.config import TaskConfig
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency.config import LatencyConfig
-from widthsearch.proposers import PROPOSERS, Proposer
+from widthsearch.proposers import PROPOSERS, Proposer, proposer_class
 from widthsearch.space.constraints import Constraints
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import load_function
@@ -145,7 +145,7 @@ class ProposerConfig(BaseModel):
             ValueError: One of ours does not take the fields.
         """
         if ":" not in self.method:
-            return self._filled(PROPOSERS[self.method])
+            return self._filled(proposer_class(self.method))
         own: Any = load_function(self.method, StudyError)
         if isinstance(own, type) and not dataclasses.is_dataclass(own):
             raise StudyError(
