@@ -25,41 +25,41 @@ from widthsearch.space.search_space import SearchSpace
 def test_channels_of_a_concatenation_lie_one_after_the_other() -> None:
     """The second part starts where the first ends, at any widths."""
     space = space_of("Concatenated")
-    channels = build_dependency_graph(space.model, space.widths({"stem": 6, "grow": 3}))
-    assert channels.groups == (6, 3, 16)
+    graph = build_dependency_graph(space.model, space.widths({"stem": 6, "grow": 3}))
+    assert graph.groups == (6, 3, 16)
     for key, dim in (("last.weight", 1), ("bn.weight", 0), ("bn.running_var", 0)):
-        assert channels.axis[key, dim].tolist() == [0] * 6 + [1] * 3
-        assert channels.group[key, dim].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+        assert graph.axis[key, dim].tolist() == [0] * 6 + [1] * 3
+        assert graph.group[key, dim].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
 
 
 def test_channels_of_a_flatten_are_blocks() -> None:
     """(N, C, 4, 4) flattens to 16 consecutive elements a channel."""
     space = space_of("Plain")
-    channels = build_dependency_graph(space.model, space.base)
-    assert channels.group["fc.weight", 1].tolist() == [i // 16 for i in range(256)]
+    graph = build_dependency_graph(space.model, space.base)
+    assert graph.group["fc.weight", 1].tolist() == [i // 16 for i in range(256)]
 
 
-def test_a_unit_of_grouped_channels_is_one_of_each_group() -> None:
+def test_a_pruning_group_of_grouped_channels_has_one_channel_of_each_group() -> None:
     """Four groups of four: channel 0 goes with 4, 8 and 12."""
     space = space_of("Grouped")
-    channels = build_dependency_graph(space.model, space.base)
-    assert channels.groups == (4, 6, 8)
-    assert channels.group["stem.weight", 0].tolist() == [0, 1, 2, 3] * 4
-    assert channels.group["grouped.weight", 0].tolist() == [0, 1, 2, 3, 4, 5] * 4
-    assert channels.group["grouped.weight", 1].tolist() == [0, 1, 2, 3]
-    assert channels.group["last.weight", 1].tolist() == [0, 1, 2, 3, 4, 5] * 4
+    graph = build_dependency_graph(space.model, space.base)
+    assert graph.groups == (4, 6, 8)
+    assert graph.group["stem.weight", 0].tolist() == [0, 1, 2, 3] * 4
+    assert graph.group["grouped.weight", 0].tolist() == [0, 1, 2, 3, 4, 5] * 4
+    assert graph.group["grouped.weight", 1].tolist() == [0, 1, 2, 3]
+    assert graph.group["last.weight", 1].tolist() == [0, 1, 2, 3, 4, 5] * 4
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_position_has_its_owner(name: str) -> None:
     """Nothing is unknown, and every unit has as many positions as the shape says."""
     space = space_of(name)
-    channels = build_dependency_graph(space.model, space.base)
-    assert channels.unknown == frozenset()
-    assert all((axes >= 0).all() for axes in channels.axis.values())
+    graph = build_dependency_graph(space.model, space.base)
+    assert graph.unknown == frozenset()
+    assert all((axes >= 0).all() for axes in graph.axis.values())
 
 
-# Per model and reading layer: per axis, its slice of the layer's input channels.
+# Per model and consumer: per axis, its slice of the consumer's input channels.
 GATES: Mapping[str, Mapping[str, Mapping[int, tuple[int, int, int]]]] = {
     "Plain": {"conv2": {0: (0, 8, 1)}, "fc": {1: (0, 256, 16)}},
     "Residual": {"conv1": {0: (0, 16, 1)}, "conv2": {1: (0, 32, 1)}, "fc": {0: (0, 16, 1)}},
@@ -101,26 +101,26 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
         modules[layer].register_forward_pre_hook(gated(where))
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(x), torch.arange(16) % 10).backward()
-    channels = build_dependency_graph(space.model, space.base)
-    for i, (gate, gradient) in enumerate(zip(gates, gate_gradients(channels, model), strict=True)):
+    graph = build_dependency_graph(space.model, space.base)
+    for i, (gate, gradient) in enumerate(zip(gates, gate_gradients(graph, model), strict=True)):
         assert gate.grad is not None
-        expected = group_sums(channels, *space.trace.axes[i].maker, gate.grad)[i]
+        expected = group_sums(graph, *space.trace.axes[i].maker, gate.grad)[i]
         assert torch.allclose(expected, gradient.double(), rtol=1e-5, atol=1e-8)
         assert bool(gate.grad.any())
 
 
 def random_keep(space: SearchSpace, only: str, seed: int) -> dict[str, list[int]]:
-    """Channels to keep: a random number on each axis's grid, of random units."""
+    """Channels to keep: a random width on each axis's grid, of random groups."""
     rng = random.Random(seed)
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     keep = {}
     for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
-        if i in channels.unknown or only not in axis.name:
+        if i in graph.unknown or only not in axis.name:
             continue
         width = rng.choice([w for w in axis.grid if w <= axis.base])
-        units = set(rng.sample(range(channels.groups[i]), width // traced.divisor))
-        of_channel = channels.group[traced.maker].tolist()
-        keep[axis.name] = [c for c, unit in enumerate(of_channel) if unit in units]
+        groups = set(rng.sample(range(graph.groups[i]), width // traced.divisor))
+        of_channel = graph.group[traced.maker].tolist()
+        keep[axis.name] = [c for c, group in enumerate(of_channel) if group in groups]
     return keep
 
 
@@ -264,7 +264,7 @@ def test_what_is_kept_must_fit() -> None:
     for keep, message in {
         "axis": ({"nothing": [0]}, "has no axis 'nothing'"),
         "channel": ({"stem": [16]}, "has channels 0 to 15, but 16 was to be kept"),
-        "unit": ({"stem": [0, 1, 2, 3]}, "go in units of 4 \\(groups or heads\\), but unit 0"),
+        "unit": ({"stem": [0, 1, 2, 3]}, "are kept in groups of 4, but group 0"),
     }.values():
         with pytest.raises(WidthsError, match=message):
             grouped.extract(model, keep)
@@ -294,7 +294,7 @@ def test_channels_that_two_axes_share_cannot_be_cut() -> None:
     """Widths are free of each other, but channel i of one is channel i of the other."""
     space = SearchSpace.from_model(Padded, (3, 8, 8))
     assert build_dependency_graph(space.model, space.base).unknown == {0, 1}
-    with pytest.raises(SpaceError, match="cannot be told apart"):
+    with pytest.raises(SpaceError, match="cannot be separated from those of others"):
         space.extract(space.build(1.0), {"narrow": [0, 1, 2, 3]})
 
 
@@ -309,5 +309,5 @@ def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
         nn.Linear(128, 4),
     )
     space = SearchSpace.from_model(grey, (1, 8, 8))
-    channels = build_dependency_graph(space.model, space.base)
-    assert set(channels.consumers) == {"2.weight", "5.weight"}
+    graph = build_dependency_graph(space.model, space.base)
+    assert set(graph.consumers) == {"2.weight", "5.weight"}

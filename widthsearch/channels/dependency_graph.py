@@ -1,10 +1,9 @@
-"""Which elements of which tensors belong to channel i of an axis.
+"""The dependency graph: which positions of which tensors belong to channel i of an axis.
 
-Every position along every symbolic dim of every parameter and buffer is an element. The model runs
-once, and next to each tensor runs a tensor of the elements it is made of: views, concatenations and
-shuffles act on the elements as they act on values; where values meet (in a sum, a norm, a matrix
-product) their elements are one. Each equivalence class is a *group*: the smallest set of channels
-that can be pruned together. A group of an axis is one channel, or several where a convolution has
+Every position along every symbolic dim of every parameter and buffer is an element
+(``elements.py``). The model runs once, and each operation unites the elements that depend on each
+other (``propagation.py``). Each equivalence class is a *group*: the smallest set of channels that
+can be pruned together. A group is one channel of its axis, or several where a convolution has
 groups or attention has heads.
 """
 
@@ -31,15 +30,25 @@ from widthsearch.widths import Widths
 
 @dataclass(frozen=True, eq=False)
 class DependencyGraph:
-    """Where the groups of each axis lie in a network of certain widths.
+    """The positions of each axis's groups in the tensors of a network of certain widths.
 
     Attributes:
         widths: The network's widths.
-        groups: Per axis, its number of groups: its width by its channels per group.
-        axis: Per tensor and dim that follows axes, the axis of each position, -1 where unknown.
+        groups: Per axis, its number of groups: its width divided by its channels per group.
+        axis: Per tensor and dim that depends on axes, the axis of each position; -1 if unknown.
         group: The same for the group within the axis.
-        readers: Per tensor, the dim along which it multiplies channels that it reads.
-        unknown: Axes for which the run did not show where all of their groups lie.
+        consumers: Per weight that multiplies channels of its input, the dim along which it does.
+        unknown: Axes with groups whose positions the run did not determine; they cannot be pruned
+            channel by channel.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 5, 1))
+        >>> traced = TracedModel.of(model, (3, 8, 8), "net", None, None)
+        >>> graph = build_dependency_graph(traced, Widths(("0",), (2,)))
+        >>> graph.group["0.weight", 0], graph.group["1.bias", 0], graph.group["2.weight", 1]
+        (array([0, 1]), array([0, 1]), array([0, 1]))
+        >>> graph.consumers
+        {'2.weight': 1}
     """
 
     widths: Widths
@@ -51,13 +60,16 @@ class DependencyGraph:
 
 
 def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGraph:
-    """Where each axis's groups lie in every parameter and buffer of a network of these widths."""
-    system = System(
-        hints=[w // a.divisor for w, a in zip(widths.vector, model.trace.axes, strict=True)]
-    )
+    """The dependency graph of a network with these widths.
+
+    Args:
+        model: The traced model.
+        widths: The network's widths, one per axis of the trace.
+    """
+    groups = model.trace.variables(widths.vector)
+    system = System(hints=list(groups))
     elements = Elements()
     run = Propagation(elements)
-    run.origin = {}
     own: dict[tuple[str, int], NDArray[np.int64]] = {}
     copies: dict[int, Tensor] = {}
     for _, layer, name, tensor in tensors_of(model.template):
@@ -68,19 +80,17 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
         for dim, p in enumerate(shape):
             if as_constant(p) is None:
                 own[key, dim] = elements.new(system.hint(p))
-                form = [1] * len(shape)
-                form[dim] = -1
-                fields.append(torch.from_numpy(own[key, dim]).view(form))
+                along_dim = [-1 if d == dim else 1 for d in range(len(shape))]
+                fields.append(torch.from_numpy(own[key, dim]).view(along_dim))
         if isinstance(tensor, nn.Parameter):
             meta = nn.Parameter(meta, requires_grad=False)
             run.parameters[id(meta)] = key
-        run.put(meta, fields)
+        run.set_fields(meta, fields)
         copies[id(tensor)] = meta
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
     run_on_meta(symbolic, sample(model.input_shape, 1, "meta"), run)
-    groups = [w // a.divisor for w, a in zip(widths.vector, model.trace.axes, strict=True)]
     roots = {where: elements.find(made) for where, made in own.items()}
-    group_of = [_numbered(model, i, count, roots) for i, count in enumerate(groups)]
+    group_of = [_number_groups(model, i, count, roots) for i, count in enumerate(groups)]
     axes: dict[tuple[str, int], NDArray[np.int64]] = {}
     group: dict[tuple[str, int], NDArray[np.int64]] = {}
     unknown: set[int] = set()
@@ -95,47 +105,44 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
         axes[key, dim], group[key, dim] = found.T
         for number in owners:
             counts = np.bincount(found[found[:, 0] == number, 1], minlength=groups[number])
+            # A dim of `c·x` positions has c of each of the axis's x groups, or some were not found.
             if (counts != length.get((number,), 0)).any():
                 unknown.add(number)
-    lost = np.concatenate([np.empty(0, np.int64), *elements.wandering])
-    lost_roots = set(elements.find(lost[lost >= 0]).tolist())
-    unknown.update(i for i, a in enumerate(group_of) if not lost_roots.isdisjoint(a))
-    for i, a in enumerate(group_of):  # a channel of one axis that is also one of another's
+    unfollowed = np.concatenate([np.empty(0, np.int64), *elements.unfollowed])
+    unfollowed_roots = set(elements.find(unfollowed[unfollowed >= 0]).tolist())
+    unknown.update(i for i, a in enumerate(group_of) if not unfollowed_roots.isdisjoint(a))
+    for i, a in enumerate(group_of):  # axes with a common class cannot be pruned independently
         unknown.update(n for k, b in enumerate(group_of[:i]) if a.keys() & b.keys() for n in (i, k))
     return DependencyGraph(widths, tuple(groups), axes, group, run.consumers, frozenset(unknown))
 
 
-def _numbered(
+def _number_groups(
     model: TracedModel,
     axis: int,
     count: int,
     roots: Mapping[tuple[str, int], NDArray[np.int64]],
 ) -> dict[int, int]:
-    """The group of an axis that each representative stands for.
+    """The number of the group of each class, by the class's representative.
 
-    An axis can hold several sets of channels that only have their number in common (the residual
-    stream of a transformer, and the heads of its attention). Each is numbered on its own, from the
-    axis's maker on. Where one has more channels than there are groups, a group is several of them.
+    One axis can hold several sets of channels that only have their number in common (the residual
+    stream of a transformer, and the heads of its attention). Each set is numbered on its own, the
+    set of the axis's maker first. A set of more channels than there are groups has several
+    consecutive channels in each group.
     """
-    followers = [
+    # Dims whose size is a multiple of this axis's variable; sums of axes are numbered through them.
+    remaining = [
         where for where in roots if model.trace.shapes[where[0]][where[1]].keys() == {(axis,)}
     ]
-    followers.sort(key=lambda where: where != model.trace.axes[axis].maker)
+    remaining.sort(key=lambda where: where != model.trace.axes[axis].maker)
     numbered: dict[int, int] = {}
-    while followers:
-        together: dict[int, None] = {}
-        rest = followers
-        grown = True
-        while grown:  # all dims that share a channel with the first
-            mine = [
-                w for w in rest if not together or not together.keys().isdisjoint(roots[w].tolist())
-            ]
-            mine = mine if together else rest[:1]
-            grown = bool(mine)
-            rest = [w for w in rest if w not in mine]
-            together.update(dict.fromkeys(root for w in mine for root in roots[w].tolist()))
-        followers = rest
-        if len(together) % count == 0:
-            each = len(together) // count
-            numbered.update({root: i // each for i, root in enumerate(together)})
+    while remaining:
+        connected = remaining[:1]
+        classes: dict[int, None] = {}  # a set that keeps its order
+        while connected:  # all dims that share a class with the first, directly or through others
+            remaining = [where for where in remaining if where not in connected]
+            classes.update(dict.fromkeys(c for where in connected for c in roots[where].tolist()))
+            connected = [w for w in remaining if not classes.keys().isdisjoint(roots[w].tolist())]
+        if len(classes) % count == 0:
+            per_group = len(classes) // count
+            numbered.update({root: i // per_group for i, root in enumerate(classes)})
     return numbered

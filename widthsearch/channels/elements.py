@@ -1,4 +1,15 @@
-"""Elements: positions along the symbolic dims of tensors, and which of them are one."""
+"""Elements, the positions along tensors' dims, and their equivalence classes (union-find).
+
+Notation: an *element* is one position along one symbolic dim of a parameter or buffer, numbered
+from 0. A *field* says which elements the entries of a tensor depend on: an int64 tensor of elements
+that is broadcastable to the tensor's shape, with -1 where there is none. A field *varies* along the
+dims in which it has more than one entry. A tensor has one field per group of dims with elements.
+
+Example: the output of a convolution with four filters, elements 10 to 13, has the field
+``[10, 11, 12, 13]`` of shape ``(1, 4, 1, 1)``. Its view as ``(N, 2, 2, H, W)`` has the field
+``[[10, 11], [12, 13]]`` of shape ``(1, 2, 2, 1, 1)``. A residual sum with a tensor of the field
+``[20, 21, 22, 23]`` unites 10 with 20, 11 with 21, 12 with 22 and 13 with 23.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +21,51 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Field = Tensor
-"""Elements (int64) of a tensor, broadcastable to its shape; -1 where there is none."""
+"""Elements (int64), broadcastable to the shape of the tensor that they belong to; -1 for none."""
 
 
 class Elements:
-    """Elements, and which of them are one (union-find).
+    """A union-find forest: ``parent[i]`` is a smaller element of the same class, or ``i`` itself.
 
     Attributes:
-        wandering: Elements whose place depends on the widths.
+        unfollowed: Elements whose position in some tensor depends on the widths.
+
+    Example:
+        >>> elements = Elements()
+        >>> first, second = elements.new(3), elements.new(3)
+        >>> elements.unite(torch.from_numpy(first), torch.from_numpy(second))
+        >>> elements.find(second).tolist()
+        [0, 1, 2]
     """
 
     def __init__(self) -> None:
         self.parent = np.empty(0, np.int64)
-        self.wandering: list[NDArray[np.int64]] = []
+        self.unfollowed: list[NDArray[np.int64]] = []
 
     def new(self, count: int) -> NDArray[np.int64]:
-        """So many new elements."""
+        """Make new elements, each a class of its own."""
         first = len(self.parent)
         made = np.arange(first, first + count, dtype=np.int64)
         self.parent = np.concatenate([self.parent, made])
         return made
 
     def find(self, elements: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The representative of each element."""
+        """The representative of each element's class: its smallest element."""
         while True:
             up = self.parent[elements]
             if (up == elements).all():
                 return up
-            self.parent[elements] = self.parent[up]
+            self.parent[elements] = self.parent[up]  # halves the paths for the next search
             elements = up
 
     def unite(self, a: Field, b: Field) -> None:
-        """Make elements at the same place one; -1 is no element."""
+        """Unite the classes of elements at equal positions of two broadcastable fields."""
         a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         x, y = a.reshape(-1).numpy(), b.reshape(-1).numpy()
         both = (x >= 0) & (y >= 0)
         x, y = self.find(x[both]), self.find(y[both])
+        # One representative may be in several pairs, and gets the smallest of its partners as its
+        # parent; the other pairs are still apart and go another round.
         while (apart := x != y).any():
             x, y = x[apart], y[apart]
             np.minimum.at(self.parent, np.maximum(x, y), np.minimum(x, y))
@@ -53,7 +73,7 @@ class Elements:
 
 
 def hinted(value: Any) -> Any:
-    """Symbolic sizes as numbers."""
+    """Symbolic sizes as integers, also in lists and tuples."""
     if isinstance(value, torch.SymInt):
         return value.node.hint
     if isinstance(value, list | tuple):
@@ -62,12 +82,12 @@ def hinted(value: Any) -> Any:
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """A tensor's shape in numbers."""
+    """A tensor's shape in integers."""
     return tuple(hinted(n) for n in tensor.shape)
 
 
 def compressed(field: Field) -> Field:
-    """The same, with size 1 along every dim on which it does not depend."""
+    """The field with size 1 along every dim in which it repeats the same elements."""
     for dim in range(field.dim()):
         if field.shape[dim] > 1 and bool((field == field.narrow(dim, 0, 1)).all()):
             field = field.narrow(dim, 0, 1)
@@ -75,5 +95,5 @@ def compressed(field: Field) -> Field:
 
 
 def varies(field: Field) -> set[int]:
-    """The dims along which a field depends on the position."""
+    """The dims along which a field varies."""
     return {dim for dim, n in enumerate(field.shape) if n > 1}

@@ -1,4 +1,4 @@
-"""Narrower networks out of trained ones: channels masked, or extracted with their weights."""
+"""Narrower networks from trained ones: channels are masked, or extracted with their weights."""
 
 from __future__ import annotations
 
@@ -20,25 +20,22 @@ from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Widths
 
 Keep = Mapping[str, Iterable[int]]
-"""Per axis by name, the channels that are kept; axes left out keep all of theirs."""
+"""Per axis by name, the channels that are kept; an axis that is left out keeps all of its own."""
 
 
-def kept_groups(
-    model: TracedModel, channels: DependencyGraph, keep: Keep
-) -> list[NDArray[np.bool_]]:
-    """Per axis, which units are kept.
+def kept_groups(model: TracedModel, graph: DependencyGraph, keep: Keep) -> list[NDArray[np.bool_]]:
+    """Per axis, a mask of the groups that are kept.
 
     Raises:
-        WidthsError: An axis or a channel does not exist, or channels are kept without those of the
-            same unit (of a group, or a head).
-        SpaceError: The run did not show where an axis's channels lie.
+        WidthsError: An axis or a channel does not exist, or a part of a group is kept.
+        SpaceError: The positions of an axis's channels are unknown.
     """
-    out = [np.ones(n, bool) for n in channels.groups]
+    out = [np.ones(n, bool) for n in graph.groups]
     for name, chosen in keep.items():
-        if name not in channels.widths:
+        if name not in graph.widths:
             raise WidthsError(f"space {model.name!r} has no axis {name!r} to keep channels of")
-        i = channels.widths.names.index(name)
-        width, unit = channels.widths.vector[i], model.trace.axes[i].divisor
+        i = graph.widths.names.index(name)
+        width, per_group = graph.widths.vector[i], model.trace.axes[i].divisor
         kept = np.zeros(width, bool)
         for channel in chosen:
             if not 0 <= channel < width:
@@ -46,48 +43,48 @@ def kept_groups(
                     f"axis {name!r} has channels 0 to {width - 1}, but {channel} was to be kept"
                 )
             kept[channel] = True
-        if not kept.all() and i in channels.unknown:
+        if not kept.all() and i in graph.unknown:
             raise SpaceError(
-                f"the channels of axis {name!r} cannot be told apart from those of others, so none "
-                "of them can be cut; leave the axis out"
+                f"the channels of axis {name!r} cannot be separated from those of others, so none "
+                "of them can be removed; leave the axis out"
             )
-        counts = np.bincount(channels.group[model.trace.axes[i].maker][kept], minlength=len(out[i]))
-        if not np.isin(counts, (0, unit)).all():
+        counts = np.bincount(graph.group[model.trace.axes[i].maker][kept], minlength=len(out[i]))
+        if not np.isin(counts, (0, per_group)).all():
             raise WidthsError(
-                f"channels of axis {name!r} go in units of {unit} (groups or heads), but unit "
-                f"{int(np.argmax((counts != 0) & (counts != unit)))} was to be kept in part"
+                f"channels of axis {name!r} are kept in groups of {per_group}, but group "
+                f"{int(np.argmax((counts != 0) & (counts != per_group)))} was to be kept in part"
             )
-        out[i] = counts == unit
+        out[i] = counts == per_group
     return out
 
 
 def _kept_positions(
-    channels: DependencyGraph, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
+    graph: DependencyGraph, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
 ) -> NDArray[np.bool_]:
-    axes, units = channels.axis[where], channels.group[where]
-    return np.array([a < 0 or kept[a][u] for a, u in zip(axes, units, strict=True)], bool)
+    axes, groups = graph.axis[where], graph.group[where]
+    return np.array([a < 0 or kept[a][g] for a, g in zip(axes, groups, strict=True)], bool)
 
 
 def extract(
-    model: TracedModel, network: nn.Module, keep: Keep, channels: DependencyGraph | None = None
+    model: TracedModel, network: nn.Module, keep: Keep, graph: DependencyGraph | None = None
 ) -> nn.Module:
-    """A narrower network with the weights that belong to the channels that are kept.
+    """A narrower network with the weights of the channels that are kept.
 
-    In eval mode it computes what ``network`` does with the other channels masked (:func:`masked`),
-    but where a width is part of the function itself (the 1/√d of attention).
+    In eval mode its outputs are those of ``network`` with the other channels masked
+    (:func:`masked`), unless a width is part of the function itself (the 1/√d of attention).
 
     Args:
         model: The traced model.
-        network: A network of it, at any of its widths; it is left as it is.
-        keep: Per axis by name, the channels to keep, in terms of the layer that the axis is named
-            after; axes left out keep all.
-        channels: Where the units lie in ``network``, if that is known.
+        network: A network of the model, at any of its widths; it is left unchanged.
+        keep: Per axis by name, the channels to keep, numbered as in the layer that the axis is
+            named after; an axis that is left out keeps all of its channels.
+        graph: The dependency graph of ``network``, if it is known.
 
     Raises:
         WidthsError: The channels do not fit the axes, or their number is not on the grid.
     """
-    channels = channels or build_dependency_graph(model, widths_of(model, network))
-    kept = kept_groups(model, channels, keep)
+    graph = graph or build_dependency_graph(model, widths_of(model, network))
+    kept = kept_groups(model, graph, keep)
     counts = [int(k.sum()) * a.divisor for k, a in zip(kept, model.trace.axes, strict=True)]
     narrow = model.build(counts, initialise=False)
     old = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(network)}
@@ -96,15 +93,15 @@ def extract(
             key = join(layer, name)
             values = old[key].detach()
             for dim in range(values.dim()):
-                if (key, dim) in channels.axis:
-                    index = np.flatnonzero(_kept_positions(channels, kept, (key, dim)))
+                if (key, dim) in graph.axis:
+                    index = np.flatnonzero(_kept_positions(graph, kept, (key, dim)))
                     values = values.index_select(dim, torch.from_numpy(index).to(values.device))
             new.copy_(values)
     return narrow.to(next(network.parameters()).device).train(network.training)
 
 
 def widths_of(model: TracedModel, network: nn.Module) -> Widths:
-    """The widths of a network of a model."""
+    """The widths of a network that was built from a traced model."""
     sizes = {join(layer, name): tensor.shape for _, layer, name, tensor in tensors_of(network)}
     vector = tuple(sizes[a.maker[0]][a.maker[1]] for a in model.trace.axes)
     return Widths(tuple(axis.name for axis in model.trace.axes), vector)
@@ -112,35 +109,35 @@ def widths_of(model: TracedModel, network: nn.Module) -> Widths:
 
 @contextmanager
 def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Module]:
-    """While it lasts, ``network`` computes as if only the channels that are kept were there.
+    """Within the context, ``network`` computes as if it only had the channels that are kept.
 
-    Nobody reads the others: the weights that multiply them are zero meanwhile, as are those that
-    make them in a layer that reads (what attention compares is read by no weight), and layer and
-    group norms leave them out of their statistics.
+    The weights that multiply the other channels are zero meanwhile. So are the weights that produce
+    them in a consumer, because queries and keys are multiplied by each other and by no weight.
+    Layer and group norms leave masked channels out of their statistics.
 
     Args:
         model: The traced model.
-        network: A network of it.
-        keep: As for :func:`inherit`.
+        network: A network of the model.
+        keep: As for :func:`extract`.
 
     Yields:
         The same network.
     """
-    channels = build_dependency_graph(model, widths_of(model, network))
-    kept = kept_groups(model, channels, keep)
+    graph = build_dependency_graph(model, widths_of(model, network))
+    kept = kept_groups(model, graph, keep)
     parameters = dict(network.named_parameters())
     before: dict[str, Tensor] = {}
     norms: dict[int, Tensor] = {}
     with torch.no_grad():
-        for key, dim in _masked_dims(channels, parameters):
-            mask = torch.from_numpy(_kept_positions(channels, kept, (key, dim)))
+        for key, dim in _masked_dims(graph, parameters):
+            mask = torch.from_numpy(_kept_positions(graph, kept, (key, dim)))
             before.setdefault(key, parameters[key].detach().clone())
             shape = [-1 if d == dim else 1 for d in range(parameters[key].dim())]
             parameters[key].mul_(mask.view(shape).to(parameters[key]))
     for layer, module in network.named_modules():
         where = join(layer, "weight"), 0
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and where in channels.axis:
-            norms[id(module.weight)] = torch.from_numpy(_kept_positions(channels, kept, where))
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and where in graph.axis:
+            norms[id(module.weight)] = torch.from_numpy(_kept_positions(graph, kept, where))
     try:
         with _MaskedNorms(norms):
             yield network
@@ -151,18 +148,22 @@ def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Mo
 
 
 def _masked_dims(
-    channels: DependencyGraph, parameters: Mapping[str, Tensor]
+    graph: DependencyGraph, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, int]]:
-    """The dims of parameters along which a masked network has zeros."""
-    for key in channels.consumers:
+    """The parameters and dims along which a mask is applied: those of consumers."""
+    for key in graph.consumers:
         for name in (key, f"{key.removesuffix('weight')}bias"):
             if name in parameters:
                 dims = range(parameters[name].dim())
-                yield from ((name, dim) for dim in dims if (name, dim) in channels.axis)
+                yield from ((name, dim) for dim in dims if (name, dim) in graph.axis)
 
 
 class _MaskedNorms(TorchFunctionMode):
-    """Layer and group norms over the channels that are kept."""
+    """Computes layer and group norms over the channels that are kept.
+
+    Args:
+        masks: Per norm's weight, by id, whether each channel is kept.
+    """
 
     def __init__(self, masks: Mapping[int, Tensor]) -> None:
         super().__init__()

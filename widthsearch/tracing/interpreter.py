@@ -49,19 +49,19 @@ _SKIP = tuple(
     for name in ("torch", "widthsearch")
     if (spec := importlib.util.find_spec(name)) and spec.origin
 )
-BATCH_NORMS = frozenset(
-    getattr(aten, name)
-    for name in (
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "_native_batch_norm_legit_functional",
-        "_batch_norm_with_update",
-        "_batch_norm_no_update",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-    )
-    if hasattr(aten, name)
+
+
+def operators(names: str) -> frozenset[Any]:
+    """The ATen operators with these names, as far as this version of torch has them."""
+    return frozenset(getattr(aten, name) for name in names.split() if hasattr(aten, name))
+
+
+BATCH_NORMS = operators(
+    """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _native_batch_norm_legit_functional _batch_norm_with_update _batch_norm_no_update
+    cudnn_batch_norm miopen_batch_norm
+    """
 )
 
 
