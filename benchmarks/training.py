@@ -37,11 +37,11 @@ from torchvision.transforms import v2
 from search_spaces import resnet_cifar
 from widthsearch.data.config import Augmentation, TaskConfig
 from widthsearch.data.tasks import Split, Task, load_task
-from widthsearch.latency.meter import hardware_name
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer, evaluate, parameter_groups
+from widthsearch.utils.devices import hardware_name
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,8 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.errors import DeviceError, StudyError
-from widthsearch.latency.config import Latency, LatencyConfig
-from widthsearch.latency.meter import LatencyMeter, fold_batchnorm
+from widthsearch.latency.backends import BACKENDS
+from widthsearch.latency.config import BackendName, Latency, LatencyConfig
+from widthsearch.latency.folding import fold_batchnorm
+from widthsearch.latency.meter import LatencyMeter
+from widthsearch.utils.devices import measurement_lock
 
 SHAPE = (3, 16, 16)
 
@@ -177,6 +184,48 @@ def test_a_network_that_branches_on_values_has_no_graph() -> None:
     assert LatencyMeter(convnet(8), SHAPE, eager).measure(Branching()).ratio > 0
 
 
+# --- inputs ---
+
+
+class Tokens(nn.Module):
+    """An embedding and a linear layer: integers, with an optional second input of real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(N, T), (N, 8) to (N, 3)."""
+        mean = self.embed(ids).mean(1)
+        return self.head(mean if scale is None else mean * scale)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.full((6,), 4),
+        (torch.zeros(6, dtype=torch.long), (8,)),
+        {"scale": (8,), "ids": torch.zeros(6, dtype=torch.long)},
+    ],
+    ids=["tensor", "positional", "keyword"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kind_of_input_is_measured(inputs: Any, dtype: Any) -> None:
+    """A sample tensor of integers, several inputs by position, and several by name."""
+    config = LatencyConfig(batch_size=2, dtype=dtype, pairs=4)
+    latency = LatencyMeter(Tokens(), inputs, config).measure(Tokens())
+    assert latency.median_ms > 0
+    assert latency.memory_format == "contiguous"
+
+
+def test_sequences_are_measured() -> None:
+    """A shape without channels_last."""
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4))
+    latency = LatencyMeter(net, (3, 9), LatencyConfig(pairs=4)).measure(net)
+    assert latency.memory_format == "contiguous"
+
+
 # --- other backends ---
 
 
@@ -192,6 +241,11 @@ def test_compiled_networks_are_timed_as_such() -> None:
         assert 0.3 < latency.ratio < 3
 
 
+def test_every_backend_has_a_class() -> None:
+    """The names in the configuration are those of the mapping."""
+    assert get_args(BackendName) == tuple(BACKENDS)
+
+
 @pytest.mark.filterwarnings("default")  # the exporter's
 def test_onnx_runtime_is_timed_or_asked_for() -> None:
     """Where it is missing, one line says what to install."""
@@ -204,6 +258,8 @@ def test_onnx_runtime_is_timed_or_asked_for() -> None:
     wide, same = meter.measure(convnet(128)), meter.measure(convnet(8))
     assert (wide.backend, wide.memory_format) == ("onnxruntime", "contiguous")
     assert wide.ratio > 2 * same.ratio
+    inputs = {"scale": (8,), "ids": torch.zeros(6, dtype=torch.long)}
+    assert LatencyMeter(Tokens(), inputs, config).measure(Tokens()).backend == "onnxruntime"
 
 
 def test_one_measurement_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +290,27 @@ def test_one_measurement_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for thread in threads:
         thread.join()
     assert together == 1
-    assert len(list(tmp_path.glob("*-latency-cpu.lock"))) == 1
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o666 == 0o666  # other users of the machine share the lock
+
+
+def test_a_gpu_has_one_lock_whatever_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes with different ``CUDA_VISIBLE_DEVICES`` lock the same GPU by its UUID."""
+    uuids = {0: "aaaa", 1: "bbbb"}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: Mock(uuid=uuids[device.index])
+    )
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    first, second = (measurement_lock(device).lock_file for device in devices)
+    assert first != second
+    uuids[0] = "bbbb"  # now hidden behind another index
+    assert measurement_lock(devices[0]).lock_file == second
+
+
+def test_the_meter_needs_no_fcntl() -> None:
+    """Windows has no such module."""
+    code = "import sys; sys.modules['fcntl'] = None; import widthsearch.latency.meter"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- folding ---
@@ -357,7 +433,7 @@ def test_a_batchnorm_without_statistics_does_not_fold() -> None:
 
 def test_a_device_that_is_not_there() -> None:
     """The error lists the devices that are."""
-    with pytest.raises(DeviceError, match="'cuda:99' is not; this machine has cpu"):
+    with pytest.raises(DeviceError, match="'cuda:99' does not; this machine has cpu"):
         LatencyMeter(convnet(8), SHAPE, LatencyConfig(device="cuda:99"))
 
 

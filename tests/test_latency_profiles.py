@@ -14,8 +14,9 @@ from unittest.mock import Mock
 
 import pytest
 import tiny
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency import profiles as profiling
@@ -208,6 +209,28 @@ def test_a_real_profile_of_a_tiny_space(tmp_path: Path) -> None:
     assert content["setting"]["batch_size"] == 1
     assert content["base_ms"] > 0 and min(content["ms"]) > 0
     assert model.errors.networks == 6
+
+
+class Tokens(nn.Module):
+    """An embedding and two linear layers, of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(N, T) to (N, 3)."""
+        return self.head(self.hidden(self.embed(ids)).relu().mean(1))
+
+
+def test_a_space_of_a_sample_tensor_has_a_profile(tmp_path: Path) -> None:
+    """Its networks take token ids, so the meter makes integers; the file is found again."""
+    space = SearchSpace.from_model(Tokens, torch.zeros(6, dtype=torch.long), name="tokens")
+    model = profile(space, CONFIG, vectors=3, folder=tmp_path)
+    assert len(model.ms) == 3
+    assert load_profile(space, CONFIG, tmp_path) is not None
 
 
 # --- the report ---

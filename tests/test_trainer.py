@@ -434,7 +434,7 @@ def test_a_device_that_is_not_there() -> None:
     """The error lists the devices that are."""
     assert check_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "cdua"):
-        with pytest.raises(DeviceError, match=f"'{name}' is not; this machine has cpu"):
+        with pytest.raises(DeviceError, match=f"'{name}' does not; this machine has cpu"):
             Trainer(convnet(), few(), QUICK, seed=0, device=name)
 
 

@@ -33,7 +33,8 @@ from studies.compare import Entry, Result, compare, table, train
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace
 from widthsearch.data.tasks import Task
-from widthsearch.latency.meter import LatencyMeter, fold_batchnorm
+from widthsearch.latency.folding import fold_batchnorm
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
 from widthsearch.proposers.filter_groups.branched_space import (

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from widthsearch.utils.validation import validated_dataclass
 
-Backend = Literal["eager", "graph", "compile", "onnxruntime"]
+BackendName = Literal["eager", "graph", "compile", "onnxruntime"]
 
 
 @validated_dataclass("latency")
@@ -40,7 +40,7 @@ class LatencyConfig:
     """
 
     device: str = "cpu"
-    backend: Backend = "eager"
+    backend: BackendName = "eager"
     batch_size: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -80,7 +80,8 @@ class Latency:
         backend: As configured.
         batch_size: Samples per run.
         dtype: As configured.
-        memory_format: ``channels_last`` where the network supports it, else ``contiguous``.
+        memory_format: ``channels_last`` for a network of images that supports it, else
+            ``contiguous``.
         threads: CPU threads.
         pairs: The number of pairs of blocks.
         clock_mhz: The GPU's clock after the measurement, where it can be read; it is never set.

@@ -24,10 +24,10 @@ from scipy.stats import qmc
 
 from widthsearch.errors import StudyError, writing
 from widthsearch.latency.config import Latency, LatencyConfig
-from widthsearch.latency.meter import LatencyMeter, hardware_name
+from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyModel
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.utils.devices import check_device
+from widthsearch.utils.devices import check_device, hardware_name
 from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
 from widthsearch.widths import Widths
 

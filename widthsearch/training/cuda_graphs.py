@@ -86,7 +86,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 def capture(
-    step: Callable[[], None], device: torch.device
+    step: Callable[[], object], device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
     """The step as a graph, or why it cannot be one; in neither case has it been run.
 

@@ -1,39 +1,65 @@
-"""Devices, and how a network is run on one: threads, randomness, precision, memory format."""
+"""Devices, and the state that a network runs in: threads, randomness, precision, memory format."""
 
 from __future__ import annotations
 
 import os
+import platform
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from widthsearch.errors import DeviceError
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name: ``cpu``, ``cuda`` or ``cuda:N``.
+    """The device with a name: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        DeviceError: It is not there.
+        DeviceError: The device does not exist.
     """
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "cuda" and len(there) > 1:
+    existing = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "cuda" and len(existing) > 1:
         return torch.device("cuda", torch.cuda.current_device())
-    if name not in there:
+    if name not in existing:
         raise DeviceError(
-            f"a device must be there, but {name!r} is not; this machine has {', '.join(there)}"
+            f"a device must exist, but {name!r} does not; this machine has {', '.join(existing)}"
         )
     return torch.device(name)
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def hardware_name(device: torch.device) -> str:
+    """The model name of the GPU or the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or "x86_64" on Linux
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measurement_lock(device: torch.device) -> FileLock:
+    """The machine-wide lock of a device for measurements; the system frees it with its process.
+
+    A GPU has a lock by its UUID, because ``CUDA_VISIBLE_DEVICES`` renumbers GPUs per process. The
+    CPU has one lock. All users of the machine share these locks, so the files are writable by all.
+    """
+    name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+    return FileLock(Path(tempfile.gettempdir(), f"widthsearch-latency-{name}.lock"), mode=0o666)
 
 
 def uses_bf16(device: torch.device, precision: str) -> bool:
@@ -49,16 +75,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """The layout that a network runs fastest in: channels_last, where it can take it.
+    """The fastest memory format of a network: channels_last if the network supports it.
 
-    On a CPU with AVX-512 that is 1.2 times as fast as contiguous in fp32 (ResNet-20 in training,
-    ResNet-18 at inference), and CUDA's bf16 kernels want it. A network that calls ``view`` on a
-    feature map cannot take it, and says so when it is run.
+    On a CPU with AVX-512 it is 1.2 times as fast as contiguous in fp32 (ResNet-20 in training,
+    ResNet-18 at inference), and CUDA's bf16 kernels require it. A network that calls ``view`` on a
+    feature map does not support it and raises.
     """
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():  # not inference mode: what a model keeps from here must train later
+        with (
+            torch.no_grad()
+        ):  # not inference mode: a tensor that the model caches must be trainable
             model(images.to(memory_format=torch.channels_last))
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):
@@ -76,21 +104,30 @@ def format_name(layout: torch.memory_format) -> str:
 
 @contextmanager
 def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Generator]:
-    """A CPU generator of an epoch's own; torch's generators are seeded too, and put back after."""
+    """Seed torch's generators for an epoch, and restore them afterwards.
+
+    Args:
+        seed: The seed of the training.
+        epoch: The epoch's number.
+        device: Its generator is seeded with the CPU's.
+
+    Yields:
+        A CPU generator for the data, independent of torch's, which are the model's.
+    """
     words = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64) >> np.uint64(1)
-    of_data, of_model = words.tolist()
+    data_seed, model_seed = words.tolist()
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus, device_type="cuda"):
-        torch.default_generator.manual_seed(of_model)  # torch.manual_seed would seed every GPU
+        torch.default_generator.manual_seed(model_seed)  # torch.manual_seed would seed every GPU
         for gpu in gpus:
             with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(of_model)
-        yield torch.Generator().manual_seed(of_data)
+                torch.cuda.manual_seed(model_seed)
+        yield torch.Generator().manual_seed(data_seed)
 
 
 @contextmanager
 def fixed_threads(threads: int | None) -> Iterator[None]:
-    """Run with so many CPU threads; None leaves torch's number."""
+    """Set the number of CPU threads; None leaves torch's number."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
     try:
@@ -101,7 +138,7 @@ def fixed_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def deterministic_cudnn() -> Iterator[None]:
-    """Let cuDNN neither choose kernels by timing them nor take any that adds in any order."""
+    """Restrict cuDNN to deterministic kernels, and do not let it choose kernels by timing."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
