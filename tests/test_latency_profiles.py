@@ -143,7 +143,6 @@ def test_a_profile_is_of_one_space() -> None:
     assert of(space.constrained(min_width=0.5)) == of(space)
     assert of(space.constrained(pin=["first"])) != of(space)
     larger = SearchSpace.from_model(tiny.Net, (1, 8, 8), name="tiny", min_width=0.25, step=2)
-    assert larger.fingerprint == space.fingerprint
     assert of(larger) != of(space)
 
 

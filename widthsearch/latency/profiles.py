@@ -203,14 +203,12 @@ def report(model: LatencyModel) -> Table:
 def _setting(space: SearchSpace, config: LatencyConfig) -> dict[str, Any]:
     """All that a network's latency depends on besides its widths."""
     measured = {key: value for key, value in asdict(config).items() if key != "pairs"}
-    cost = space.unconstrained.cost(space.unconstrained.base)
     return {
         **measured,
         "hardware": hardware_name(check_device(config.device)),
         "torch": torch.__version__,
         "fingerprint": space.fingerprint,
         "input": repr(space.input_shape),
-        "base": asdict(cost),
     }
 
 
