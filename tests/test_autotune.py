@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import signal
 import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +23,7 @@ from torch import nn
 from widthsearch.data.tasks import load_task
 from widthsearch.errors import DeviceError
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training import autotune as speed
+from widthsearch.training import autotune
 from widthsearch.training.autotune import ConcurrencyProbe, probe_concurrency, probe_precision
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import fit
@@ -72,7 +79,7 @@ def test_bf16_is_taken_where_it_is_clearly_faster(
 ) -> None:
     """By the median of five pairs, however short the time."""
     Timed.seconds = {"fp32": [2.0], "bf16": bf16}
-    monkeypatch.setattr(speed, "Trainer", Timed)
+    monkeypatch.setattr(autotune, "Trainer", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE, threads=1, seconds=0.0)
     assert (probe.precision, probe.speedup) == (precision, pytest.approx(speedup))
     assert (probe.device, probe.threads, probe.pairs) == ("cpu", 1, 5)
@@ -81,7 +88,7 @@ def test_bf16_is_taken_where_it_is_clearly_faster(
 def test_a_cpu_without_bf16_is_known_by_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes ten times as long there; one is enough."""
     Timed.seconds = {"fp32": [2.0], "bf16": [20.0, 0.1]}
-    monkeypatch.setattr(speed, "Trainer", Timed)
+    monkeypatch.setattr(autotune, "Trainer", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE)
     assert (probe.precision, probe.speedup, probe.pairs) == ("fp32", 0.1, 0)
 
@@ -136,32 +143,26 @@ def test_bf16_is_as_accurate_as_fp32() -> None:
 
 
 class Counted:
-    """A process that makes as many steps a second as is said here, by their number at once."""
+    """A process whose training speed is given, by the number of processes at once."""
 
-    rates: dict[int, float]
-    alive = 0
+    rates: ClassVar[dict[int, float]]
+    alive: ClassVar[int] = 0
 
     def __init__(self) -> None:
         Counted.alive += 1
-        self.ready = False
 
-    def ask(self, asked: bytes) -> None:
-        """Told what to train."""
-
-    def write(self, seconds: float) -> None:
-        """Told to go."""
-
-    def read(self) -> dict[str, Any]:
-        """Ready, or failed where there is no rate; then steps."""
+    def submit(self, function: Callable[..., Any], *_: Any) -> Future[float | None]:
+        """Preparation fails where there is no rate; training gives the rate."""
+        future: Future[float | None] = Future()
         if Counted.alive not in Counted.rates:
-            return {"failed": "OutOfMemoryError: CUDA out of memory"}
-        if not self.ready:
-            self.ready = True
-            return {"ready": True}
-        return {"steps": 10 * Counted.rates[Counted.alive], "seconds": 10.0}
+            future.set_exception(RuntimeError("OutOfMemoryError: CUDA out of memory"))
+        else:
+            rate = Counted.rates[Counted.alive]
+            future.set_result(rate if function is autotune._train else None)
+        return future
 
-    def end(self) -> None:
-        """Gone."""
+    def shutdown(self, cancel_futures: bool) -> None:
+        """End."""
         Counted.alive -= 1
 
 
@@ -182,9 +183,9 @@ def test_the_best_number_at_once(
     best: int,
     limit: str | None,
 ) -> None:
-    """The most candidates an hour, with as few processes as come close; memory is a limit."""
+    """The most candidates per hour, with as few processes as come close; memory is a limit."""
     Counted.rates = rates
-    monkeypatch.setattr(speed, "_Trainer", Counted)
+    monkeypatch.setattr(autotune, "_process", Counted)
     probe = probe_concurrency(b"", load_task("digits"), RECIPE, numbers=(1, 2, 4))
     assert probe.candidates_per_hour == pytest.approx(tried)
     assert probe.best == best
@@ -194,7 +195,7 @@ def test_the_best_number_at_once(
 
 
 def test_candidates_are_counted_in_processes_of_their_own() -> None:
-    """One that trains digits for a moment, and one whose space cannot be read."""
+    """One process trains digits for a moment; another one cannot unpickle its space."""
     space = SearchSpace.from_model(nn_model, (1, 8, 8))
     probe = probe_concurrency(
         pickle.dumps(space), load_task("digits"), RECIPE, numbers=(1,), seconds=0.1
@@ -203,6 +204,49 @@ def test_candidates_are_counted_in_processes_of_their_own() -> None:
     assert probe.candidates_per_hour[1] > 0
     with pytest.raises(DeviceError, match="cannot: 1 at once: UnpicklingError"):
         probe_concurrency(b"nothing", load_task("digits"), RECIPE, numbers=(1,))
+
+
+def test_a_process_that_dies_ends_the_probe() -> None:
+    """For example killed for its memory: the error is one line."""
+    killed = pickle.dumps(Killed())
+    with pytest.raises(DeviceError, match="cannot: 1 at once: A process in the process pool was"):
+        probe_concurrency(killed, load_task("digits"), RECIPE, numbers=(1,))
+
+
+class Killed:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_probe_does_not_run_the_users_script_again(tmp_path: Path) -> None:
+    """A script without ``if __name__ == "__main__"`` runs once, whatever processes it starts."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from widthsearch.training import autotune\n"
+        "print('running')\n"
+        "process = autotune._process()\n"
+        "print(autotune._on_each([process], abs, -3))\n"
+        "process.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["running", "[3]"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_process_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    """Otherwise it would hold the device's memory for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from widthsearch.training import autotune\n"
+        "autotune._on_each([autotune._process()], abs, 1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # The process inherits the pipe, so reading to its end waits for the process, too.
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL
 
 
 def nn_model() -> nn.Module:

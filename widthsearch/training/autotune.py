@@ -1,51 +1,56 @@
-"""Short probes of a machine: in which precision a CPU trains faster, how many trials at once.
+"""Short probes of a machine: the faster precision on a CPU, and the best number of trials at once.
 
-Times decide here, and they are never quite the same twice. So whoever drives a study probes once
-and keeps the answer: every trial of it gets the same precision, and the same seed gives the same
-numbers.
+Measured times differ from run to run, so a study probes once and stores the result: all its trials
+then have the same precision, and the same seed gives the same numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
+import os
 import pickle
 import statistics
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, BinaryIO, Literal
+from multiprocessing import get_context, parent_process
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from widthsearch.data.tasks import Task
-from widthsearch.errors import DeviceError, one_line
+from widthsearch.data.tasks import Split, Task
+from widthsearch.errors import DeviceError, first_line, one_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer, evaluate, evaluation_batch
 from widthsearch.utils.devices import check_device
 
-CLEARLY = 1.2
-"""bf16 is taken where it is faster than fp32 by this factor at least."""
+MIN_SPEEDUP = 1.2
+"""bf16 is chosen where it is faster than fp32 by at least this factor."""
 
-_PIXELS = 2**14  # of a probe's batch: 16 images of 32×32
-_ENDLESS = 10**6  # epochs, so that the learning rate hardly rises while the probe lasts
+_PROBE_PIXELS = 2**14  # per batch of the precision probe: 16 images of 32×32
+_EPOCH_STEPS = 8  # per epoch of the concurrency probe
+_ENDLESS = 10**6  # epochs: the warm-up of the learning rate outlasts any probe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PrecisionProbe:
-    """How training in bf16 compares with fp32 on a device.
+    """The result of :func:`probe_precision`.
 
     Attributes:
-        precision: What to train in.
-        speedup: Time of an fp32 step over that of a bf16 step, the median over pairs.
-        pairs: How often the two took turns; 0 where the first step in bf16 left no doubt.
-        device: Where.
+        precision: The precision to train in.
+        speedup: The time of an fp32 step over that of a bf16 step, the median over pairs.
+        pairs: The number of pairs of steps; 0 if the first step in bf16 was clearly slower.
+        device: The device.
         threads: CPU threads; None for torch's number.
     """
 
@@ -69,23 +74,23 @@ def probe_precision(
     threads: int | None = None,
     seconds: float = 0.5,
 ) -> PrecisionProbe:
-    """Train a network in turns in fp32 and bf16, and say which is faster.
+    """Time training steps in fp32 and bf16 in turns, on small batches.
 
-    Both are in the memory format that the network takes, on small batches. On a CPU that computes
-    in bf16, ResNet-20 trains 1.3 times as fast in bf16 in batches of 8, and 1.9 times in batches of
-    128; on one that does not, up to ten times as slow. Very small networks gain nothing either way.
+    On a CPU with bf16 units, ResNet-20 trains 1.3 times as fast in bf16 in batches of 8, and 1.9
+    times in batches of 128; on a CPU without them, up to ten times slower. Very small networks gain
+    nothing in either case.
 
     Args:
-        model: The study's base network; it is left as it is.
-        task: What it learns; a batch of it is used.
-        recipe: Whose batch size, optimizer and loss are used.
-        device: Where.
+        model: The study's base network; it is copied, not changed.
+        task: Its first images are used.
+        recipe: Batch size, optimizer and loss.
+        device: The device.
         threads: CPU threads.
-        seconds: No pair of steps begins later, after the first step of each; but there are five at
-            least, unless bf16's first step takes three times as long as fp32's.
+        seconds: No pair of steps begins after this time, but there are at least five pairs, unless
+            the first step in bf16 takes three times as long as in fp32.
     """
     small = _few(task, recipe.batch_size)
-    runs = [
+    trainers = [
         Trainer(
             copy.deepcopy(model),
             small,
@@ -96,30 +101,36 @@ def probe_precision(
         )
         for precision in ("fp32", "bf16")
     ]
-    # These make the kernels, and do not count; what is common to both is made by fp32.
-    fp32, bf16 = (run.run_epoch().seconds for run in runs)
-    # A network that diverges at once is its trials' to report.
-    if bf16 > 3 * fp32 or any(run.finished for run in runs):
+    # The first steps create the kernels and are not counted. fp32 creates the common ones.
+    fp32, bf16 = (trainer.run_epoch().seconds for trainer in trainers)
+    # If the network diverges at once, its trials will report that.
+    if bf16 > 3 * fp32 or any(trainer.finished for trainer in trainers):
         return PrecisionProbe("fp32", fp32 / bf16, 0, device, threads)
     started = time.perf_counter()
     ratios: list[float] = []
     while len(ratios) < 5 or time.perf_counter() - started < seconds:
-        fp32, bf16 = (run.run_epoch().seconds for run in runs)
+        fp32, bf16 = (trainer.run_epoch().seconds for trainer in trainers)
         ratios.append(fp32 / bf16)
     speedup = statistics.median(ratios)
-    precision: Literal["fp32", "bf16"] = "bf16" if speedup >= CLEARLY else "fp32"
+    precision: Literal["fp32", "bf16"] = "bf16" if speedup >= MIN_SPEEDUP else "fp32"
     return PrecisionProbe(precision, speedup, len(ratios), device, threads)
 
 
 @dataclass(frozen=True)
 class ConcurrencyProbe:
-    """How many candidates an hour a device trains, by how many train at once.
+    """The result of :func:`probe_concurrency`.
 
     Attributes:
-        candidates_per_hour: By their number at once, ascending. Base networks, without evaluation.
-        device: Where.
-        threads: CPU threads of each.
-        limit: Why no more were tried, in one line; None if as many were as was asked for.
+        candidates_per_hour: Base networks trained per hour, without evaluation, by the number of
+            them at once, ascending.
+        device: The device.
+        threads: CPU threads of each process.
+        limit: Why no more were tried, in one line; None if all numbers were tried.
+
+    Example:
+        >>> probe = ConcurrencyProbe({1: 50.0, 2: 90.0, 4: 92.0}, "cpu", threads=1, limit=None)
+        >>> probe.best
+        2
     """
 
     candidates_per_hour: dict[int, float]
@@ -129,7 +140,7 @@ class ConcurrencyProbe:
 
     @property
     def best(self) -> int:
-        """The least number that comes within 3% of the most candidates an hour."""
+        """The smallest number within 3% of the most candidates per hour."""
         most = max(self.candidates_per_hour.values())
         return min(n for n, rate in self.candidates_per_hour.items() if rate >= 0.97 * most)
 
@@ -149,144 +160,138 @@ def probe_concurrency(
     numbers: Sequence[int] = (1, 2, 4, 8),
     seconds: float = 2.0,
 ) -> ConcurrencyProbe:
-    """Train the base network in ever more processes at once, and count steps.
+    """Train the base network in more and more processes at once, and count steps.
 
     Args:
-        space: The space, pickled, as workers get it.
-        task: What is learnt; a few batches of it are used.
-        recipe: How, its precision decided.
-        device: Where all of them train.
-        threads: CPU threads of each.
-        numbers: How many at once, ascending. The next is not tried where this one trains fewer
-            candidates an hour than the last, or where a process fails (out of memory).
-        seconds: How long each number is tried.
+        space: The pickled space, as workers receive it.
+        task: A few batches of it are used.
+        recipe: The recipe, with a decided precision.
+        device: The device that all processes train on.
+        threads: CPU threads of each process.
+        numbers: The numbers of processes, ascending. The probe stops after a number that trains
+            fewer candidates per hour than a smaller one, or at a process that fails (for example
+            out of memory).
+        seconds: The duration of each number's measurement.
 
     Raises:
-        DeviceError: Not even one can train.
+        DeviceError: Not even one process can train.
     """
     check_device(device)
-    small = _few(task, recipe.batch_size, batches=8, pixels=2**62)
+    small = _few(task, recipe.batch_size, _EPOCH_STEPS, pixels=2**62)
     steps_of_one = recipe.epochs * (len(task.train) // min(recipe.batch_size, len(task.train)))
-    whole = evaluation_batch(task, torch.device(device).type)
-    validated = task.validation.subset(np.arange(min(whole, len(task.validation))))
-    asked = pickle.dumps((space, small, validated, recipe, device, threads))
-    processes: list[_Trainer] = []
+    batch = min(evaluation_batch(task, torch.device(device).type), len(task.validation))
+    evaluated = task.validation.subset(np.arange(batch))
+    processes: list[ProcessPoolExecutor] = []
     rates: dict[int, float] = {}
     limit: str | None = None
     try:
         for number in numbers:
-            new = [_Trainer() for _ in range(number - len(processes))]
+            new = [_process() for _ in range(number - len(processes))]
             processes += new
-            for process in new:  # all of them import torch meanwhile
-                process.ask(asked)
-            failures = [told["failed"] for told in (p.read() for p in new) if "failed" in told]
-            if not failures:
-                for process in processes:
-                    process.write(seconds)
-                counts = [process.read() for process in processes]
-                failures = [count["failed"] for count in counts if "failed" in count]
-            if failures:
-                limit = f"{number} at once: {failures[0]}"
+            try:
+                _on_each(new, _prepare, space, small, evaluated, recipe, device, threads)
+                rates[number] = 3600 / steps_of_one * sum(_on_each(processes, _train, seconds))
+            except RuntimeError as error:  # of a process, or it died
+                limit = f"{number} at once: {first_line(error)}"
                 break
-            steps = sum(count["steps"] / count["seconds"] for count in counts)
-            rates[number] = 3600 * steps / steps_of_one
             if rates[number] < max(rates.values()):
-                limit = f"{number} at once train fewer candidates an hour than less did"
+                limit = f"{number} at once train fewer candidates per hour than fewer did"
                 break
     finally:
         for process in processes:
-            process.end()
+            process.shutdown(cancel_futures=True)
     if not rates:
         raise DeviceError(f"a candidate must train on {device!r}, but cannot: {limit}")
     return ConcurrencyProbe(rates, device, threads, limit)
 
 
-class _Trainer:
-    """A process that trains the base network for as long as it is told to, again and again.
+def _process() -> ProcessPoolExecutor:
+    """One process, so that every task of a probe runs in a process of its own."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent)
 
-    Not of multiprocessing, which would run the user's own script again.
+
+def _on_each(
+    processes: Sequence[ProcessPoolExecutor], function: Callable[..., T], *args: Any
+) -> list[T]:
+    """Run a function in all processes at once.
+
+    Raises:
+        RuntimeError: The function failed in a process, or the process died.
     """
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "widthsearch.training.autotune"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def ask(self, asked: bytes) -> None:
-        self._send(len(asked).to_bytes(8, "big") + asked)
-
-    def write(self, seconds: float) -> None:
-        self._send(f"{seconds}\n".encode())
-
-    def read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        told: dict[str, Any] = json.loads(line) if line else {"failed": "its process died"}
-        return told
-
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # it ends at the end of its input
-        self._process.wait()
-        self._process.stdout.close()
-
-    def _send(self, content: bytes) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and reading will say so
-            self._process.stdin.write(content)
-            self._process.stdin.flush()
+    with _hidden_main():
+        futures = [process.submit(function, *args) for process in processes]
+    return [future.result() for future in futures]
 
 
-def _serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """What a :class:`_Trainer`'s process does."""
-
-    def tell(**told: Any) -> None:
-        sink.write(json.dumps(told).encode() + b"\n")
-        sink.flush()
-
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Hide the user's script from processes that start now: they would run it again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        size = int.from_bytes(source.read(8), "big")
-        pickled, task, validated, recipe, device, threads = pickle.loads(source.read(size))
-        torch.set_num_threads(threads)
-        space: SearchSpace = pickle.loads(pickled)
-        model = space.build(space.base, seed=0)
-        # Once, for its memory; the steps alone are timed.
-        evaluate(model, replace(task, validation=validated), "validation", device, recipe.precision)
-        run = Trainer(
-            model,
-            task,
-            _endless(recipe, len(task.train) // 8),
-            seed=0,
-            device=device,
-            threads=threads,
-        )
-        first = run.run_epoch()  # eight steps: kernels are made, a graph is captured
-        if run.finished:
-            raise FloatingPointError(f"training diverged at once: its loss is {first.loss}")
-        tell(ready=True)
-        for line in source:
-            end = time.perf_counter() + float(line)
-            before = len(run.curve)
-            while time.perf_counter() < end:
-                run.run_epoch()
-            results = run.curve[before:]
-            tell(steps=8 * len(results), seconds=sum(result.seconds for result in results))
-    except Exception as error:  # noqa: BLE001  told to whoever asked
-        tell(failed=one_line(error))
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
-def _endless(recipe: Recipe, batch_size: int) -> Recipe:
-    """The recipe with practically endless epochs, and a learning rate at which nothing diverges."""
-    lr = min(recipe.lr, 1e-3)
-    return replace(recipe, epochs=_ENDLESS, batch_size=batch_size, warmup_epochs=None, lr=lr)
+# --- in the processes ---
+
+_trainer: Trainer
 
 
-def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PIXELS) -> Task:
-    """So many batches of a task, of so many pixels at most, and two images to validate on."""
+def _end_with_parent() -> None:
+    """End this process with its parent, even if the parent is killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _picklable_errors() -> Iterator[None]:
+    """Reduce any exception to a RuntimeError of one line, which the parent can unpickle."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  the parent reports it
+        raise RuntimeError(one_line(error)) from None
+
+
+@_picklable_errors()
+def _prepare(
+    pickled: bytes, task: Task, evaluated: Split, recipe: Recipe, device: str, threads: int
+) -> None:
+    """Build the base network, evaluate it once for its memory, and train it for an epoch."""
+    global _trainer
+    torch.set_num_threads(threads)
+    space: SearchSpace = pickle.loads(pickled)
+    model = space.build(space.base, seed=0)
+    evaluate(model, replace(task, validation=evaluated), "validation", device, recipe.precision)
+    endless = _endless(recipe, len(task.train) // _EPOCH_STEPS)
+    _trainer = Trainer(model, task, endless, seed=0, device=device, threads=threads)
+    first = _trainer.run_epoch()  # creates kernels, captures a graph
+    if _trainer.finished:
+        raise FloatingPointError(f"training diverged at once: its loss is {first.loss}")
+
+
+@_picklable_errors()
+def _train(seconds: float) -> float:
+    """Train for a while; steps per second."""
+    end, before = time.perf_counter() + seconds, len(_trainer.curve)
+    while time.perf_counter() < end:
+        _trainer.run_epoch()
+    results = _trainer.curve[before:]
+    return _EPOCH_STEPS * len(results) / sum(result.seconds for result in results)
+
+
+# --- what is trained ---
+
+
+def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PROBE_PIXELS) -> Task:
+    """A few batches of a task with at most so many pixels each, and two images for validation."""
     _, height, width = task.input_shape
     size = min(batch_size, max(2, pixels // (height * width)), len(task.train))
     return replace(
@@ -297,5 +302,7 @@ def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PIXELS) -
     )
 
 
-if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)
+def _endless(recipe: Recipe, batch_size: int) -> Recipe:
+    """The recipe with practically endless epochs, and a learning rate at which nothing diverges."""
+    lr = min(recipe.lr, 1e-3)
+    return replace(recipe, epochs=_ENDLESS, batch_size=batch_size, warmup_epochs=None, lr=lr)
