@@ -36,7 +36,8 @@ from torchvision.transforms import v2
 
 from search_spaces import resnet_cifar
 from widthsearch.data.config import Augmentation, TaskConfig
-from widthsearch.data.tasks import Split, Task, load_task
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task, load_task
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe

@@ -14,7 +14,8 @@ from strategies import MODELS, space_of
 from torch import nn
 
 from widthsearch.data.config import Augmentation
-from widthsearch.data.tasks import Split, Task
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import along
 from widthsearch.space.search_space import SearchSpace

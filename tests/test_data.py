@@ -21,16 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from widthsearch.data import decoding
+from widthsearch.data import sources
 from widthsearch.data.config import Augmentation, TaskConfig
-from widthsearch.data.tasks import (
-    DeviceLoader,
-    Split,
-    Task,
-    load_task,
-    stratified,
-    task_from_datasets,
-)
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task, load_task, stratified, task_from_datasets
 from widthsearch.errors import DataError
 
 
@@ -71,7 +66,7 @@ def test_digits_are_split_in_balance() -> None:
     assert task.test is not None
     splits = (task.train, task.validation, task.test)
     assert [len(split) for split in splits] == [1079, 359, 359]
-    assert sorted(r for s in splits for r in rows(s)) == sorted(rows(decoding.digits()))
+    assert sorted(r for s in splits for r in rows(s)) == sorted(rows(sources.digits()))
     for split in splits:
         counts = np.bincount(split.labels, minlength=10)
         assert counts.max() - counts.min() <= 0.06 * counts.max() + 1
@@ -275,9 +270,9 @@ def test_image_folder_is_decoded_once(
     """The second time comes from the cache; a change of a file decodes again."""
     root = make_folder(tmp_path / "images")
     decoded = []
-    read = decoding._read_image
+    read = sources._read_image
     monkeypatch.setattr(
-        decoding, "_read_image", lambda path, size: decoded.append(path) or read(path, size)
+        sources, "_read_image", lambda path, size: decoded.append(path) or read(path, size)
     )
     first = folder_task(root, validation=0.25)
     times = len(decoded)

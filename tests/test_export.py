@@ -18,7 +18,7 @@ from torchvision.transforms.functional import normalize
 
 from widthsearch import export
 from widthsearch.api import Study
-from widthsearch.data.tasks import DeviceLoader
+from widthsearch.data.loaders import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace

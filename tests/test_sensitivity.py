@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
-from widthsearch.data.tasks import DeviceLoader, Split
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.sources import Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.importance import Per, Removal, channel_scores, shrink

@@ -14,7 +14,7 @@ from strategies import space_of
 from torch import nn
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
-from widthsearch.data.tasks import Split
+from widthsearch.data.sources import Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers.synflow import SynFlow, linearised, silence, synaptic_flow
 from widthsearch.space.search_space import SearchSpace

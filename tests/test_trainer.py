@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from widthsearch.data.tasks import Split, Task, load_task
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task, load_task
 from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate, fit, parameter_groups

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.data.config import Augmentation
-from widthsearch.data.tasks import Split, Task
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task
 from widthsearch.latency.config import Latency
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.cost import Cost

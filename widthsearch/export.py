@@ -22,7 +22,8 @@ from torch import nn
 
 from widthsearch import __version__
 from widthsearch.api import Study
-from widthsearch.data.tasks import Split, Task
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.modules.source import source_digest
 from widthsearch.space.constraints import Constraints

@@ -7,19 +7,15 @@ for final training: :meth:`Task.for_search` takes it away.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from widthsearch.data import decoding
+from widthsearch.data import sources
 from widthsearch.data.config import Augmentation, TaskConfig
-from widthsearch.data.decoding import Split as Split
+from widthsearch.data.sources import Split
 from widthsearch.errors import DataError
 from widthsearch.utils.references import load_function
 
@@ -70,17 +66,17 @@ def load_task(config: TaskConfig | str) -> Task:
     if isinstance(config, str):
         config = TaskConfig(config)
     if config.name == "digits":
-        everything = decoding.digits()
+        everything = sources.digits()
         kept, held = stratified(everything.labels, share=0.2, seed=0)
         train, test = everything.subset(kept), everything.subset(held)
         task = _task(config, train, test, validation=0.25, augmentation=Augmentation(1))
         return replace(task, names=tuple(map(str, range(10))))
     if config.name in ("cifar10", "image_folder"):
         if config.name == "cifar10":
-            train, test, names = decoding.cifar10(config.folder)
+            train, test, names = sources.cifar10(config.folder)
         else:
             assert config.folder is not None, "TaskConfig requires it"
-            train, test, names = decoding.image_folder(config.folder, config.image_size)
+            train, test, names = sources.image_folder(config.folder, config.image_size)
         augmentation = Augmentation(min(train.images.shape[2:]) // 8, flip=True)
         task = _task(config, train, test, validation=0.1, augmentation=augmentation)
         return replace(task, names=names)
@@ -115,7 +111,7 @@ def task_from_datasets(train: Any, test: Any, config: TaskConfig) -> Task:
         DataError: The datasets give something else.
     """
     halves = (
-        decoding.read_dataset(half, f"{which} of task {config.name!r}")
+        sources.read_dataset(half, f"{which} of task {config.name!r}")
         for which, half in (("train", train), ("test", test))
     )
     return _task(config, *halves, validation=0.1, augmentation=Augmentation())
@@ -189,158 +185,3 @@ def _channel_statistics(
         # A constant channel becomes 0, not NaN.
         stds.append(float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum())) or 1.0)
     return tuple(means), tuple(stds)
-
-
-class DeviceLoader:
-    """A split as one tensor on a device, and batches made there.
-
-    On the CPU the tensor is the split's own memory. Augmenting is one gather: shift, reflection and
-    mirroring are in the index into the flat array of all images, so no padded or mirrored copy is
-    ever made. With normalisation one CPU core makes 190,000 images of 3×32×32 a second. Nothing
-    waits for the device, so a CUDA graph can hold all of it.
-
-    Args:
-        split: The images and labels.
-        task: Whose mean, std and augmentation to use.
-        batch_size: Images a batch; never more than there are.
-        device: Where the tensors lie.
-        memory_format: Of the batches.
-
-    Attributes:
-        batch_size: Images a batch.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        task: Task,
-        batch_size: int,
-        device: torch.device | str = "cpu",
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> None:
-        with warnings.catch_warnings():  # arrays shared between processes are read-only: so are we
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self._images = torch.from_numpy(split.images).to(device)
-            self._labels = torch.from_numpy(split.labels).to(device)
-        self.batch_size = min(batch_size, len(split))
-        self._memory_format = memory_format
-        self._augmentation = task.augmentation
-        _, channels, height, width = split.images.shape
-        mean, std = (torch.tensor(m).view(1, -1, 1, 1) for m in (task.mean, task.std))
-        self._scale, self._shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
-        padding = task.augmentation.crop_padding
-        self._rows = (_reflected(height, padding) * width).to(device)
-        self._columns = _reflected(width, padding).to(device)
-        self._planes = (torch.arange(channels) * (height * width)).to(device)
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self._labels)
-
-    @property
-    def steps(self) -> int:
-        """The number of whole batches."""
-        return len(self._labels) // self.batch_size
-
-    def batches(
-        self,
-        *,
-        augment: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images float32 (N, C, H, W), normalised, and labels int64 (N,).
-
-        Without a generator: every image once, in order, the last batch as large as is left. With
-        one (on the CPU, whatever the device): shuffled, and whole batches only. So every step of
-        training has as many images as the others (BatchNorm cannot learn from one image), and the
-        few that are left out are others in every epoch. Augmenting needs a generator.
-
-        Args:
-            augment: Whether to augment.
-            generator: See above.
-        """
-        if generator is None:
-            assert not augment, "augmenting needs a generator"
-            for start in range(0, len(self), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                yield self._normalised(self._images[part]), self._labels[part]
-            return
-        # All of the epoch's draws at once: one transfer an epoch, the same draws on any device.
-        draws = self.draws(generator).to(self._images.device)
-        for start in range(0, self.steps * self.batch_size, self.batch_size):
-            batch = draws[:, start : start + self.batch_size]
-            yield self.augmented(batch) if augment else self.plain(batch[0])
-
-    def draws(self, generator: torch.Generator, epoch: int | None = None) -> Tensor:
-        """An epoch's order of images and what each is augmented by, drawn on the CPU.
-
-        Args:
-            generator: What to draw from, on the CPU.
-            epoch: Its number. In an even one those images are mirrored that are not in an odd one;
-                None draws which are.
-
-        Returns:
-            int64 (6, images), a column an image: its index, its row in the tables of shifts down
-            and right, whether it is mirrored, and where the square's centre is cut out.
-        """
-        count, augmentation = len(self), self._augmentation
-        height, width = self._images.shape[2:]
-        order = torch.randperm(count, generator=generator)
-        shifts = torch.randint(2 * augmentation.crop_padding + 1, (2, count), generator=generator)
-        if epoch is None:
-            mirrored = torch.rand(count, generator=generator) < 0.5
-        else:
-            sides = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
-            mirrored = sides[order] ^ bool(epoch % 2)
-        draws = [order, *shifts, (mirrored & augmentation.flip).long()]
-        for side in (height, width):
-            draws.append(
-                torch.randint(side, (count,), generator=generator)
-                if augmentation.cutout
-                else torch.zeros_like(order)
-            )
-        return torch.stack(draws)
-
-    def plain(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The images with these indices, int64 (N,), as :meth:`batches` gives them."""
-        return self._normalised(self._images[chosen]), self._labels[chosen]
-
-    def augmented(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of columns of :meth:`draws`, int64 (6, N), on the device; likewise."""
-        chosen, down, right, mirrored, *centre = draws
-        rows_NH = self._rows[down] + (chosen * self._images[0].numel())[:, None]  # noqa: N806
-        columns_NW = self._columns[right]  # noqa: N806
-        columns_NW = torch.where(  # noqa: N806
-            mirrored[:, None].bool(), columns_NW.flip(1), columns_NW
-        )
-        index_NCHW = (  # noqa: N806
-            rows_NH[:, None, :, None]
-            + self._planes[None, :, None, None]
-            + columns_NW[:, None, None, :]
-        )
-        pixels = self._images.view(-1).index_select(0, index_NCHW.view(-1)).view(index_NCHW.shape)
-        blank = self._cut_out(*centre) if self._augmentation.cutout else None
-        return self._normalised(pixels, blank), self._labels[chosen]
-
-    def _cut_out(self, row: Tensor, column: Tensor) -> Tensor:
-        """Which pixels are blanked, (N, 1, H, W), around centres (N,)."""
-        side = self._augmentation.cutout
-        inside = []
-        for size, centre in zip(self._images.shape[2:], (row, column), strict=True):
-            first = (centre - side // 2)[:, None]
-            at = torch.arange(size, device=centre.device)
-            inside.append((at >= first) & (at < first + side))
-        return inside[0][:, None, :, None] & inside[1][:, None, None, :]
-
-    def _normalised(self, images: Tensor, blank: Tensor | None = None) -> Tensor:
-        floats = images.to(torch.float32).mul_(self._scale).add_(self._shift)
-        if blank is not None:
-            floats.masked_fill_(blank, 0.0)
-        # Last, for arithmetic across three channels that lie innermost takes ten times as long.
-        return floats.contiguous(memory_format=self._memory_format)
-
-
-def _reflected(size: int, padding: int) -> Tensor:
-    """Where pixels come from, (2 × padding + 1, size): row s is shifted by s - padding."""
-    shifted = torch.arange(-padding, padding + 1)[:, None] + torch.arange(size)
-    return (size - 1) - (size - 1 - shifted.abs()).abs()

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
-from widthsearch.data.tasks import DeviceLoader, Split, Task
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task
 from widthsearch.proposers.importance import (
     CostAt,
     Per,

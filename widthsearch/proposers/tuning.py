@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.extraction import extract
-from widthsearch.data.tasks import DeviceLoader, Task
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.tasks import Task
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers.importance import Per, Removal
 from widthsearch.proposers.protocol import Setting

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from widthsearch.data.tasks import Split, Task
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task
 from widthsearch.errors import DeviceError, first_line, one_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widthsearch.data.tasks import DeviceLoader, Task
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.tasks import Task
 from widthsearch.errors import DataError, StudyError, first_line
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.cuda_graphs import CudaGraphStep

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.data.tasks import DeviceLoader, Task
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
 from widthsearch.proposers.filter_groups.branched_space import branchable
