@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import nn
 
-import widthsearch.api
+import widthsearch.study.checks
+import widthsearch.study.driver
 from widthsearch.api import Study
 from widthsearch.errors import (
     DataError,
@@ -27,7 +28,7 @@ from widthsearch.errors import (
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.loop import Progress
+from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.training.autotune import ConcurrencyProbe, PrecisionProbe
 
@@ -268,15 +269,15 @@ def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """By one probe, for all trials, proposers and the final training; one that is named stays."""
 
     def probe(*_: Any, **__: Any) -> PrecisionProbe:
-        monkeypatch.setattr(widthsearch.api, "probe_precision", None)  # never again
+        monkeypatch.setattr(widthsearch.study.driver, "probe_precision", None)  # never again
         return PrecisionProbe("bf16", 2.0, 5, "cpu", 1)
 
-    monkeypatch.setattr(widthsearch.api, "probe_precision", probe)
+    monkeypatch.setattr(widthsearch.study.driver, "probe_precision", probe)
     study = make(tmp_path / "a", trials=4)
     drive(study, trials=1)
     for again in (study, make(tmp_path / "a", trials=4)):
         with again.search() as search:
-            assert search.config.recipe.precision == again.recipe.precision == "bf16"
+            assert search.config.recipe.precision == again.resolve_recipe().precision == "bf16"
         assert again.config.recipe.precision == "auto"
     stored = Store.open(study.storage, "tiny").attribute("precision")
     assert (stored["precision"], stored["speedup"]) == ("bf16", 2.0)
@@ -295,8 +296,8 @@ def test_the_number_at_once_is_found_once_a_machine(
         asked.append(list(numbers))
         return ConcurrencyProbe({1: 100.0, 2: 150.0, 4: 140.0}, "cpu", 1, None)
 
-    monkeypatch.setattr(widthsearch.api, "probe_concurrency", probe)
-    monkeypatch.setattr(widthsearch.api, "cores", lambda: 6)
+    monkeypatch.setattr(widthsearch.study.driver, "probe_concurrency", probe)
+    monkeypatch.setattr(widthsearch.study.driver, "cores", lambda: 6)
     told: list[Progress] = []
     for _ in range(2):
         with make(tmp_path, concurrency="auto").search(told.append) as search:
@@ -306,7 +307,7 @@ def test_the_number_at_once_is_found_once_a_machine(
         "concurrency 2 on each device; base networks an hour: 100 by 1 at once, 150 by 2 at once, "
         "140 by 4 at once"
     )
-    monkeypatch.setattr(widthsearch.api, "cores", lambda: 2)
+    monkeypatch.setattr(widthsearch.study.driver, "cores", lambda: 2)
     with make(tmp_path, concurrency="auto").search():
         assert asked[1:] == [[1, 2]]
     with pytest.raises(StudyError, match="is decided when a study is run"):
@@ -320,9 +321,9 @@ def test_a_gpu_is_shared_by_as_many_as_train_at_once(
 ) -> None:
     """Two GPUs, three on each."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(widthsearch.api, "check_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(widthsearch.study.checks, "check_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr(
-        widthsearch.api,
+        widthsearch.study.driver,
         "probe_concurrency",
         lambda *_, **__: ConcurrencyProbe({1: 1.0, 2: 1.5, 3: 2.0}, "cuda", 1, None),
     )

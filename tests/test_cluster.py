@@ -11,7 +11,7 @@ import tiny
 from ray.cluster_utils import Cluster
 
 from widthsearch.api import Study
-from widthsearch.study.loop import Progress
+from widthsearch.study.progress import Progress
 
 pytestmark = pytest.mark.ray
 

@@ -11,7 +11,8 @@ import tiny
 
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency.config import Latency
-from widthsearch.study.loop import FAILURES_IN_A_ROW, Progress
+from widthsearch.study.loop import FAILURES_IN_A_ROW
+from widthsearch.study.progress import Progress
 from widthsearch.study.trial import Trial, unresolved_failures
 
 OBJECTIVES = ["accuracy", "macs", "latency_ms"]

@@ -13,7 +13,7 @@ from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.study.config import ProposerConfig
-from widthsearch.study.loop import Progress
+from widthsearch.study.progress import Progress
 from widthsearch.study.proposals import Failure, ProposalRequest, propose, suggest, told
 
 OWN = '''

@@ -22,7 +22,7 @@ import tiny
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.runner import ray_tune as runner
-from widthsearch.study.loop import Progress
+from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths

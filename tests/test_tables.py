@@ -12,8 +12,8 @@ from rich.console import Console, RenderableType
 
 from widthsearch.report import tables as report
 from widthsearch.space.cost import Cost
-from widthsearch.study.loop import Progress
 from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.progress import Progress
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Trial
 

@@ -76,7 +76,8 @@ def train(
         raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
     if seeds < 1:
         raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
-    recipe = study.recipe if epochs is None else replace(study.recipe, epochs=epochs)
+    recipe = study.resolve_recipe()
+    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(trial.number))
     with writing(folder):

@@ -30,8 +30,8 @@ from widthsearch.report.forecast import Forecast
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.front import gains as equal_cost_gains
 from widthsearch.study.front import objective_points, objective_value
-from widthsearch.study.loop import Progress
 from widthsearch.study.posterior import INTERVAL, AccuracyPosterior
+from widthsearch.study.progress import Progress
 from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths
 

@@ -10,7 +10,8 @@ from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
-from widthsearch.study.loop import Progress, Search
+from widthsearch.study.loop import Search
+from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths

@@ -19,7 +19,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -39,6 +39,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import Rungs, StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, unresolved_failures
 from widthsearch.training.recipe import EpochResult
@@ -48,33 +49,6 @@ FAILURES_IN_A_ROW = 5
 """So many, and the study stops: a broken machine would burn the whole queue."""
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a study stands.
-
-    Attributes:
-        done: Trials that have ended, in whatever state.
-        running: Trials that have begun and not ended.
-        total: Trials that there will be.
-        best_accuracy: The estimated accuracy of the front's most accurate member, in percent; None
-            while the front is empty.
-        front_size: Members of the front.
-        elapsed: Seconds since this run began.
-        remaining: Seconds to go at the pace since the first epoch of this run; None before a trial
-            is done in it.
-        message: What just happened; may be empty.
-    """
-
-    done: int
-    running: int
-    total: int
-    best_accuracy: float | None
-    front_size: int
-    elapsed: float
-    remaining: float | None
-    message: str = ""
 
 
 class Search:

@@ -62,6 +62,10 @@ class AccuracyPosterior:
         spaces: Its spaces, or their records, by name.
         objectives: Its objectives.
         limits: The least and greatest values of costs: no network outside is on the front.
+
+    Attributes:
+        trials: The trials.
+        objectives: The objectives.
     """
 
     def __init__(
@@ -73,15 +77,15 @@ class AccuracyPosterior:
     ) -> None:
         self.objectives = tuple(objectives)
         self._limits = dict(limits or {})
-        self._trials = trials
+        self.trials = trials
         self._spaces = spaces
 
     @cached_property
     def members(self) -> list[Trial]:
         """The first finished training of each architecture that has all objectives."""
         first: dict[Architecture, Trial] = {}
-        points = objective_points(self._trials, self.objectives)
-        for trial, point in zip(self._trials, points, strict=True):
+        points = objective_points(self.trials, self.objectives)
+        for trial, point in zip(self.trials, points, strict=True):
             if trial.state == TrialState.FINISHED and not np.isnan(point).any():
                 first.setdefault((trial.space, trial.widths), trial)
         return list(first.values())
@@ -89,7 +93,7 @@ class AccuracyPosterior:
     @cached_property
     def coordinates(self) -> dict[str, Coordinates]:
         """Those of the spaces with a finished trial, by name."""
-        trained = {trial.space for trial in self._trials if trial.accuracy is not None}
+        trained = {trial.space for trial in self.trials if trial.accuracy is not None}
         names = [name for name in self._spaces if name in trained]
         placed = Coordinates.together([Coordinates.of(self._spaces[name]) for name in names])
         return dict(zip(names, placed, strict=True))
@@ -98,7 +102,7 @@ class AccuracyPosterior:
     def surrogate(self) -> Surrogate | None:
         """Fitted to the trials of all spaces; None with fewer than ``ENOUGH`` finished ones."""
         trainings = {name: list[Training]() for name in self.coordinates}
-        for t in self._trials:
+        for t in self.trials:
             if t.state in (TrialState.FINISHED, TrialState.STOPPED) and t.space in trainings:
                 curve = [result.accuracy for result in t.curve]
                 trainings[t.space].append(Training(t.widths.vector, t.accuracy, curve))
@@ -163,7 +167,7 @@ class AccuracyPosterior:
     def _trained(self) -> dict[Architecture, list[float]]:
         """The accuracy of each finished training."""
         trained: dict[Architecture, list[float]] = {}
-        for trial in self._trials:
+        for trial in self.trials:
             if trial.accuracy is not None:
                 trained.setdefault((trial.space, trial.widths), []).append(trial.accuracy)
         return trained

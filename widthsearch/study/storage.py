@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
@@ -29,10 +29,12 @@ from optuna.trial import TrialState as OptunaState
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
-from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
+
+if TYPE_CHECKING:
+    from widthsearch.space.search_space import SearchSpace
 
 _STATES = {
     OptunaState.RUNNING: TrialState.RUNNING,

@@ -1,0 +1,127 @@
+"""Checks before a study is driven: of its parts against each other, and against its storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from widthsearch.data.tasks import Task
+from widthsearch.errors import StudyError
+from widthsearch.latency.config import LatencyConfig
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.storage import SpaceRecord, Store
+from widthsearch.training.trainer import check_batch_size, check_model
+from widthsearch.utils.devices import check_device
+
+_FIXED = ("task", "recipe", "objectives", "latency", "seed")
+"""Sections that make trials comparable: they cannot change once a study has begun."""
+
+_DERIVED = ("proposal:", "precision", "concurrency")
+"""Beginnings of the storage's keys whose values follow from the configuration."""
+
+
+def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Task) -> None:
+    """Check that the spaces, the task, the limits and the devices fit together.
+
+    Raises:
+        StudyError: A space was traced at another input shape, or no network is within the limits.
+        DataError: The base model does not fit the task.
+        DeviceError: A device is not there.
+    """
+    for space in spaces.values():
+        if tuple(space.input_shape) != tuple(task.input_shape):
+            raise StudyError(
+                f"a space's costs are for one input shape, but {space.name!r} was traced at "
+                f"{tuple(space.input_shape)} and the images of {task.name!r} are "
+                f"{tuple(task.input_shape)}: make the space with the task's shape"
+            )
+    _check_limits(config, spaces)
+    check_batch_size(config.recipe, task)
+    if config.ray_address is None:
+        device = check_device(config.device)
+        for space in spaces.values():
+            check_model(space.build(space.base, seed=config.seed).to(device), task, device)
+        if "latency_ms" in config.objectives:
+            check_device((config.latency or LatencyConfig()).device)
+
+
+def _check_limits(config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> None:
+    """Check that exact costs can be within the limits."""
+    for name, (low, high) in config.limits.items():
+        if name == "latency_ms":
+            continue
+        ends = [
+            getattr(space.cost([getattr(axis, end) for axis in space.axes]), name)
+            for space in spaces.values()
+            for end in ("min_width", "max_width")
+        ]
+        if min(ends) > high or max(ends) < low:
+            raise StudyError(
+                f"some network must be within the limits, but limits.{name} is [{low:g}, "
+                f"{high:g}] and networks have {min(ends):,} to {max(ends):,}: change the "
+                "limits or the constraints"
+            )
+
+
+def claim(store: Store, config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> None:
+    """Write the configuration and the spaces into the storage, or compare them with what it holds.
+
+    Until a trial has begun only the objectives are kept: the storage's study was made with them.
+
+    Raises:
+        StudyError: A fixed section of the configuration, or a space, is another one.
+    """
+    name, now = config.name, config.to_json()
+    described = [_described(space) for space in spaces.values()]
+    stored, before = store.attribute("spaces"), store.attribute("config")
+    begun = stored is not None and store.begun
+    fixed = _FIXED if begun else ("objectives",)
+    for key in fixed if stored is not None else ():
+        for place, old, new in _differences(key, before.get(key), now[key]):
+            raise StudyError(
+                f"a study keeps its {key}, but {name!r} was begun with {place}={old!r} and "
+                f"now has {new!r}: put it back, or give the study another name"
+            )
+    if begun:
+        _check_spaces(name, stored, described)
+    elif stored is not None and (before, stored) != (now, described):
+        store.forget(*_DERIVED)
+    store.set_attribute("config", now)
+    if not begun:
+        store.set_attribute("spaces", described)  # last: with it the study is there
+
+
+def _check_spaces(name: str, stored: list[Any], now: list[Any]) -> None:
+    begun, given = ([space["name"] for space in each] for each in (stored, now))
+    if begun != given and len(begun) + len(given) > 2:
+        raise StudyError(
+            f"a study keeps its spaces, but {name!r} was begun with {', '.join(begun)} and is "
+            f"now given {', '.join(given)}: put them back, or give the study another name"
+        )
+    for old, new in zip(stored, now, strict=True):
+        if old["fingerprint"] != new["fingerprint"]:
+            raise StudyError(
+                f"a study keeps its space, but {name!r} was begun with {old['name']!r} "
+                f"({len(old['axes'])} axes, {old['macs']:,} MACs) and is now given "
+                f"{new['name']!r} ({len(new['axes'])} axes, {new['macs']:,} MACs): put the space "
+                "back, or give the study another name"
+            )
+
+
+def _described(space: SearchSpace) -> dict[str, Any]:
+    """The values that a storage keeps of a space."""
+    return {
+        **SpaceRecord.of(space).to_json(),
+        "fingerprint": space.fingerprint,
+        "macs": space.cost(space.base).macs,
+    }
+
+
+def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves at which two JSON values differ, each with its place."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in now.keys() & before.keys():  # a key that is new since then has its default
+            yield from _differences(f"{place}.{key}", before[key], now[key])
+    elif before != now:
+        yield place, before, now
