@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from widthsearch import load_space
 from widthsearch.proposers.filter_groups.learning import GroupLearning, find_layers
-from widthsearch.training.trainer import parameter_groups
+from widthsearch.training.sgd import parameter_groups, sgd_step
 
 SPACES = {
     "digits_resnet": "search_spaces/quickstart.py:digits_resnet",
@@ -58,26 +58,20 @@ def row(reference: str, batch: int, rounds: int, groups: int, device: str) -> tu
     learning = GroupLearning(
         models[1],
         find_layers(space),
-        optimizers[1],
         groups=groups,
-        penalty=2e-3,
         lr=1e-3,
         temperature=0.5,
-        steps=10_000,
+        penalties=[2e-3 * 0.01] * (rounds + 3),
     )
     calls = [backward_of(model) for model in models]
 
-    def plain() -> None:
-        optimizers[0].zero_grad()
-        calls[0]()
-        optimizers[0].step()
-
+    steps = (sgd_step, learning.step)
     taken: list[list[float]] = []
     for _ in range(rounds + 3):  # the first do not count
         times = []
-        for step in (plain, lambda: learning.step(calls[1])):
+        for step, optimizer, call in zip(steps, optimizers, calls, strict=True):
             started = time.perf_counter()
-            step()
+            step(optimizer, call)
             if device != "cpu":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)

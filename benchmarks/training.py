@@ -41,7 +41,8 @@ from widthsearch.data.tasks import Task, load_task
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import Trainer, evaluate, parameter_groups
+from widthsearch.training.sgd import parameter_groups
+from widthsearch.training.trainer import Trainer, evaluate
 from widthsearch.utils.devices import hardware_name
 
 

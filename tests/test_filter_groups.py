@@ -36,6 +36,7 @@ from widthsearch.proposers.filter_groups.proposer import (
 )
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.sgd import sgd_step
 
 
 class TestFilterGroups(ProposerConformance):
@@ -236,9 +237,8 @@ def test_learning_is_the_literal_algorithm() -> None:
         torch.manual_seed(5)
         alphas, wanted = two_steps_literally(copy.deepcopy(model), layers, x, y, 2, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    learning = GroupLearning(
-        model, layers, optimizer, groups=2, penalty=0.5, lr=1e-3, temperature=0.5, steps=2
-    )
+    penalties = [0.5 * 0.1 * ramp for ramp in (0.5, 1.0)]
+    learning = GroupLearning(model, layers, groups=2, lr=1e-3, temperature=0.5, penalties=penalties)
 
     def backward() -> Tensor:
         loss = F.cross_entropy(model(x), y)
@@ -247,7 +247,7 @@ def test_learning_is_the_literal_algorithm() -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        losses = [learning.step(backward).item() for _ in range(2)]
+        losses = [learning.step(optimizer, backward).item() for _ in range(2)]
     assert losses[1] != losses[0]
     found = {
         layer.name: logits
@@ -273,12 +273,10 @@ def test_without_a_penalty_learning_is_training() -> None:
         learning = GroupLearning(
             model,
             find_layers(space),
-            optimizer,
             groups=4,
-            penalty=0.0,
             lr=1e-3,
             temperature=0.5,
-            steps=3,
+            penalties=[0.0] * 3,
         )
 
         def backward(model: nn.Module = model) -> Tensor:
@@ -287,12 +285,7 @@ def test_without_a_penalty_learning_is_training() -> None:
             return loss.detach()
 
         for _ in range(3):
-            if plain:
-                optimizer.zero_grad()
-                backward()
-                optimizer.step()
-            else:
-                learning.step(backward)
+            (sgd_step if plain else learning.step)(optimizer, backward)
         results.append((model.state_dict(), optimizer.state_dict()["state"]))
     (a, momenta_a), (b, momenta_b) = results
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())

@@ -72,7 +72,7 @@ def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """λ acts on γ alone: its gradient is λ·sign(γ), and after training |γ| is smaller for it."""
     scale = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.0]))
     scale.grad = torch.tensor([1.0, 1.0, 1.0])
-    Slimming(sparsity=0.25)._shrink(scale)
+    Slimming(sparsity=0.25)._penalise([scale])
     assert scale.grad.tolist() == [1.25, 0.75, 1.0]
     means = []
 

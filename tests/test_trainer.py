@@ -20,7 +20,8 @@ from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
 from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate, fit, parameter_groups
+from widthsearch.training.sgd import parameter_groups
+from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate, fit
 from widthsearch.utils.devices import check_device, fixed_threads, pick_memory_format
 
 QUICK = Recipe(epochs=4, batch_size=32, lr=0.1)

@@ -20,6 +20,7 @@ from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
+from widthsearch.training.sgd import after_backward
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Fisher:
         """Fine-tune for a stretch; per axis Δ of each unit over it, shape (units,)."""
         information = FisherInformation(tuning.channels, tuning.model)
         with information:
-            tuning.train(information.gather)
+            tuning.train(after_backward(lambda: information.gather(tuning.batch_size)))
         return information.deltas()
 
 

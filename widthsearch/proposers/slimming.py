@@ -26,6 +26,7 @@ from widthsearch.proposers.magnitude import filter_norms
 from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
+from widthsearch.training.sgd import after_backward
 from widthsearch.training.trainer import fit
 
 
@@ -67,9 +68,7 @@ class Slimming:
         removal = Removal(space, per=self.per, floor=self.floor, latency=setting.latency)
         free, recipe = space.unconstrained, self.recipe or setting.recipe
         model = free.build(free.base, seed=setting.seed)
-        for _, scale in _scales(model):
-            # ∂λ|γ|/∂γ = λ sign(γ), added to the gradient of the loss
-            scale.register_post_accumulate_grad_hook(self._shrink)  # type: ignore[no-untyped-call]
+        scales = [scale for _, scale in _scales(model)]
         curve = fit(
             model,
             task,
@@ -79,6 +78,7 @@ class Slimming:
             on_epoch=lambda e: setting.report(
                 f"epoch {e.epoch} of {recipe.epochs}, {e.accuracy:.1f}%"
             ),
+            hook=after_backward(lambda: self._penalise(scales)),
         )
         if math.isnan(curve[-1].accuracy):
             raise StudyError(
@@ -93,9 +93,11 @@ class Slimming:
             {"seed": setting.seed, **asdict(self), "accuracy": curve[-1].accuracy},
         )
 
-    def _shrink(self, scale: Tensor) -> None:
-        assert scale.grad is not None
-        scale.grad.add_(scale.detach().sign(), alpha=self.sparsity)
+    def _penalise(self, scales: list[nn.Parameter]) -> None:
+        """Add the gradient of the penalty, ∂λ|γ|/∂γ = λ sign(γ), to that of the loss."""
+        for scale in scales:
+            assert scale.grad is not None
+            scale.grad.add_(scale.detach().sign(), alpha=self.sparsity)
 
 
 def _scales(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.extraction import extract
@@ -23,9 +21,9 @@ from widthsearch.proposers.importance import Per, Removal
 from widthsearch.proposers.protocol import Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import evaluate, fit, parameter_groups
+from widthsearch.training.sgd import SgdSteps, StepHook
+from widthsearch.training.trainer import evaluate, fit
 from widthsearch.utils.devices import (
-    autocast,
     check_device,
     deterministic_cudnn,
     pick_memory_format,
@@ -51,7 +49,7 @@ class Tuning:
     Attributes:
         model: The network as it is now.
         channels: Where each axis's units lie in it.
-        images: How many images a stretch sees.
+        batch_size: Images in the batch of a step.
     """
 
     def __init__(
@@ -75,43 +73,24 @@ class Tuning:
         blank = torch.zeros(2, *task.input_shape, device=self._device)
         self._layout = pick_memory_format(model, blank)
         self._loader = DeviceLoader(task.train, task, recipe.batch_size, self._device, self._layout)
-        self.images = every * min(recipe.batch_size, len(task.train))
+        self.batch_size = self._loader.batch_size
 
-    def train(self, after_backward: Callable[[int], None] | None = None) -> None:
+    def train(self, hook: StepHook | None = None) -> None:
         """Fine-tune for a stretch, with momentum that starts anew.
 
         Args:
-            after_backward: Is called, with the number of images, before the weights move.
+            hook: Replaces the plain step, see :mod:`widthsearch.training.sgd`.
 
         Raises:
             StudyError: The loss is no longer finite.
         """
-        model, recipe = self.model.train(), self._recipe
-        optimizer = torch.optim.SGD(
-            parameter_groups(model, recipe.weight_decay),
-            lr=self._lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            fused=True,
+        sgd = SgdSteps(
+            self.model, self._loader, self._recipe, self._device, steps=self._every, hook=hook
         )
-        cast = autocast(self._device, recipe.precision)
-        total = torch.zeros((), device=self._device)
         self._stretch += 1
         with seeded(self._seed, self._stretch, self._device) as generator, deterministic_cudnn():
-            epochs = (self._loader.batches(augment=True, generator=generator) for _ in repeat(None))
-            for images, labels in islice(chain.from_iterable(epochs), self._every):
-                with cast:
-                    logits = model(images)
-                loss = F.cross_entropy(
-                    logits.float(), labels, label_smoothing=recipe.label_smoothing
-                )
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                if after_backward is not None:
-                    after_backward(len(labels))
-                optimizer.step()
-                total += loss.detach()
-        if not math.isfinite(total.item()):
+            loss = sgd.run(generator, [self._lr] * self._every)
+        if not math.isfinite(loss):
             raise StudyError(
                 f"fine-tuning must keep a finite loss, but with lr={self._lr} it diverged; lower it"
             )
@@ -254,7 +233,7 @@ def prune_and_tune(
     while True:
         scores = [of_axis.double().cpu().numpy() for of_axis in score(tuning)]
         macs = space.cost(tuning.channels.widths).macs
-        epochs += tuning.images / len(task.train) * macs / base
+        epochs += every * tuning.batch_size / len(task.train) * macs / base
         members.append({"macs": macs, "accuracy": tuning.accuracy(), "epochs": epochs})
         setting.report(f"{macs / base:.2f} of the base's MACs: {members[-1]['accuracy']:.1f}%")
         if macs <= setting.lowest * base:

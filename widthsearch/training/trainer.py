@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthsearch.data.loaders import DeviceLoader
@@ -27,6 +26,7 @@ from widthsearch.errors import DataError, StudyError, first_line
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.recipe import EpochResult, Precision, Recipe
+from widthsearch.training.sgd import SgdSteps, StepHook
 from widthsearch.utils.devices import (
     autocast,
     check_device,
@@ -53,6 +53,7 @@ class Trainer:
         device: E.g. ``cpu`` or ``cuda:0``; the model is moved there.
         threads: CPU threads during training; None leaves torch's number.
         code: An identifier of the model's code; a checkpoint of other code is refused.
+        hook: Replaces the plain step, see :mod:`widthsearch.training.sgd`.
 
     Raises:
         DeviceError: The device does not exist.
@@ -79,6 +80,7 @@ class Trainer:
         device: str = "cpu",
         threads: int | None = None,
         code: str | None = None,
+        hook: StepHook | None = None,
     ) -> None:
         check_batch_size(recipe, task)
         self._device = check_device(device)
@@ -97,22 +99,7 @@ class Trainer:
             self._device,
             recipe.capture,
         )
-        # A CUDA graph repeats a step at fixed addresses: steps read and write these tensors only.
-        images = self._train.steps * self._train.batch_size
-        self._batch = torch.arange(self._train.batch_size, device=self._device)
-        self._draws = torch.zeros(6, images, dtype=torch.int64, device=self._device)
-        self._rates = torch.zeros(self._train.steps, device=self._device)
-        self._rate = torch.tensor(recipe.lr, dtype=torch.float32, device=self._device)
-        self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._optimizer = torch.optim.SGD(
-            parameter_groups(model, recipe.weight_decay),
-            lr=self._rate,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
-        self._steps = CudaGraphStep(model, self._device, recipe.capture)
+        self._sgd = SgdSteps(model, self._train, recipe, self._device, hook=hook)
         self._curve: list[EpochResult] = []
         shapes = [(k, list(v.shape), str(v.dtype)) for k, v in model.state_dict().items()]
         self._identity = {
@@ -147,7 +134,7 @@ class Trainer:
         exists after the first few steps.
         """
         precision = "bf16" if uses_bf16(self._device, self._recipe.precision) else "fp32"
-        return f"{precision}, {format_name(self._layout)}, {self._steps.mode}"
+        return f"{precision}, {format_name(self._layout)}, {self._sgd.mode}"
 
     def run_epoch(self) -> EpochResult:
         """Train for one epoch and evaluate on the validation split."""
@@ -166,42 +153,17 @@ class Trainer:
         return self._curve[-1]
 
     def _train_epoch(self, generator: torch.Generator) -> float:
-        """Train on every whole batch once; returns the mean loss.
-
-        The host waits for the device only once, at the end.
-        """
+        """Train on every whole batch once; returns the mean loss."""
         steps = self._train.steps
         first = self.epoch * steps
         rates = [self._recipe.learning_rate(first + i, steps) for i in range(steps)]
-        draws = self._train.draws(generator, self.epoch)
-        self._draws.copy_(draws[:, : self._draws.shape[1]])
-        self._rates.copy_(torch.tensor(rates))
-        self._at.zero_()
-        self._loss.zero_()
-        self._model.train()
-        self._steps.run(self._step, steps)
-        self._optimizer.zero_grad()  # gradients in the graph's memory would keep it alive
-        return self._loss.item() / steps
-
-    def _step(self) -> None:
-        """One optimizer step on the next batch; all state is in tensors, see ``__init__``."""
-        columns = self._at * self._train.batch_size + self._batch
-        images, labels = self._train.augmented(self._draws.index_select(1, columns))
-        self._rate.copy_(self._rates.index_select(0, self._at).squeeze())
-        with self._cast:
-            logits = self._model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._recipe.label_smoothing)
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self._optimizer.step()
-        self._loss.add_(loss.detach())
-        self._at.add_(1)
+        return self._sgd.run(generator, rates, self.epoch)
 
     def save(self, folder: Path) -> None:
         """Replace the folder's checkpoint atomically."""
         state = {
             "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._sgd.optimizer.state_dict(),
             "curve": [list(astuple(result)) for result in self._curve],
         }
         write_checkpoint(folder / CHECKPOINT, self._identity, state)
@@ -215,10 +177,7 @@ class Trainer:
         """
         state = read_checkpoint(folder / CHECKPOINT, self._identity, self._device)
         self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate
-        self._steps.forget()  # the momentum buffers have new addresses
+        self._sgd.load_optimizer(state["optimizer"])
         self._curve = [EpochResult(*result) for result in state["curve"]]
 
 
@@ -230,12 +189,13 @@ def fit(
     seed: int,
     device: str = "cpu",
     on_epoch: Callable[[EpochResult], None] | None = None,
+    hook: StepHook | None = None,
 ) -> tuple[EpochResult, ...]:
     """Train a network by the whole recipe, or until it diverges; returns the learning curve.
 
     The arguments are those of :class:`Trainer`; ``on_epoch`` is called with each epoch's result.
     """
-    trainer = Trainer(model, task, recipe, seed=seed, device=device)
+    trainer = Trainer(model, task, recipe, seed=seed, device=device, hook=hook)
     while not trainer.finished:
         result = trainer.run_epoch()
         if on_epoch is not None:
@@ -264,15 +224,6 @@ def evaluate(
         layout = check_model(model, task, place)
         loader = _whole_split(task, split, place, layout)
         return _Evaluation(model, loader, autocast(place, precision), place)()
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: decayed (two dimensions or more) and not decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.memory_format:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.tasks import Task
@@ -30,9 +29,8 @@ from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import as_constant
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import parameter_groups
+from widthsearch.training.sgd import Backward, SgdSteps, sgd_step
 from widthsearch.utils.devices import (
-    autocast,
     check_device,
     deterministic_cudnn,
     pick_memory_format,
@@ -214,36 +212,32 @@ class GroupLearning:
     Args:
         model: The network; the weights of the layers become views of stacked tensors.
         layers: Whose filters are grouped.
-        optimizer: Of the model's parameters.
         groups: G.
-        penalty: λ.
         lr: The logits' learning rate (Adam, ε = 1e-12).
         temperature: τ.
-        steps: How many steps there will be: the penalty grows linearly to λ at the last.
+        penalties: The factor of the penalty in each step: λ times the learning rate of the weights
+            times a ramp.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[GroupedLayer],
-        optimizer: torch.optim.Optimizer,
         *,
         groups: int,
-        penalty: float,
         lr: float,
         temperature: float,
-        steps: int,
+        penalties: Sequence[float],
     ) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._penalty, self._temperature, self._steps = penalty, temperature, steps
+        self._model, self._temperature, self._penalties = model, temperature, iter(penalties)
         self._stacks = list(_stacked(model, layers, groups))
         self._adam = torch.optim.Adam([s.logits for s in self._stacks], lr=lr, eps=1e-12)
-        self._step = 0
 
-    def step(self, backward: Callable[[], Tensor]) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, backward: Backward) -> Tensor:
         """One step of the weights, one of the logits, and the penalty of the present groups.
 
         Args:
+            optimizer: Of the model's parameters.
             backward: Runs a batch forward and backward and returns its loss; it is called twice,
                 the second time with weights that are looked ahead to and then forgotten.
 
@@ -251,24 +245,19 @@ class GroupLearning:
             The loss of the first call.
         """
         p = [self._drawn(stack) for stack in self._stacks]
-        self._optimizer.zero_grad()
-        loss = backward()
-        self._optimizer.step()
-        ramp = (self._step + 1) / self._steps
-        factor = self._penalty * self._optimizer.param_groups[0]["lr"] * ramp
+        loss = sgd_step(optimizer, backward)
+        factor = next(self._penalties)
         with torch.no_grad():
             squares = [stack.squares() for stack in self._stacks]
             lassos = [GroupLasso(q, w2) for q, w2 in zip(p, squares, strict=True)]
-            with self._restored():
+            with self._restored(optimizer):
                 before = []
                 for stack, lasso in zip(self._stacks, lassos, strict=True):
                     before.append(stack.weights.clone())
                     stack.shrink(factor, lasso)
                 ahead = [stack.weights.clone() for stack in self._stacks]
-                self._optimizer.zero_grad()
                 with torch.enable_grad():
-                    backward()
-                self._optimizer.step()
+                    sgd_step(optimizer, backward)
                 for i, stack in enumerate(self._stacks):
                     there = GroupLasso(p[i], stack.squares())
                     gradient = there.by_probabilities()
@@ -281,7 +270,6 @@ class GroupLearning:
             self._adam.step()
             for stack, w2 in zip(self._stacks, squares, strict=True):
                 stack.shrink(factor, GroupLasso(stack.hard(), w2))
-        self._step += 1
         return loss
 
     def assignments(self) -> dict[str, Tensor]:
@@ -296,8 +284,8 @@ class GroupLearning:
         noise = -torch.empty_like(stack.logits).exponential_().log()
         return (stack.logits / self._temperature + noise).softmax(1)
 
-    def _restored(self) -> _Restored:
-        state = [v for of in self._optimizer.state.values() for v in of.values()]
+    def _restored(self, optimizer: torch.optim.Optimizer) -> _Restored:
+        state = [v for of in optimizer.state.values() for v in of.values()]
         tensors = [*self._model.parameters(), *self._model.buffers(), *state]
         return _Restored([t.detach() for t in tensors if isinstance(t, Tensor)])
 
@@ -364,44 +352,21 @@ def learn_groups(
     layout = pick_memory_format(model, torch.zeros(2, *task.input_shape, device=place))
     model.to(memory_format=layout)
     loader = DeviceLoader(task.train, task, recipe.batch_size, place, layout)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, recipe.weight_decay),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        fused=True,
-    )
+    steps = loader.steps
+    rates = [recipe.learning_rate(step, steps) for step in range(recipe.epochs * steps)]
     learning = GroupLearning(
         model,
         layers,
-        optimizer,
         groups=groups,
-        penalty=penalty,
         lr=lr,
         temperature=temperature,
-        steps=recipe.epochs * loader.steps,
+        # The penalty grows linearly to λ.
+        penalties=[penalty * rate * (i / len(rates)) for i, rate in enumerate(rates, 1)],
     )
-    cast = autocast(place, recipe.precision)
-    model.train()
+    sgd = SgdSteps(model, loader, recipe, place, hook=learning.step)
     for epoch in range(recipe.epochs):
-        total = torch.zeros((), device=place)
         with seeded(seed, epoch + 1, place) as generator, deterministic_cudnn():
-            batches = loader.batches(augment=True, generator=generator)
-            for step, (images, labels) in enumerate(batches, epoch * loader.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate(step, loader.steps)
-
-                def backward(images: Tensor = images, labels: Tensor = labels) -> Tensor:
-                    with cast:
-                        logits = model(images)
-                    loss = F.cross_entropy(
-                        logits.float(), labels, label_smoothing=recipe.label_smoothing
-                    )
-                    torch.autograd.backward(loss)
-                    return loss.detach()
-
-                total += learning.step(backward)
-        loss = total.item() / loader.steps
+            loss = sgd.run(generator, rates[epoch * steps : (epoch + 1) * steps])
         if not math.isfinite(loss):
             raise StudyError(
                 f"group learning must keep a finite loss, but with penalty={penalty} and "

@@ -1,0 +1,158 @@
+"""Steps of SGD on a task's batches: shared by training, fine-tuning and group learning.
+
+A *step hook* replaces what one step does with its batch, :func:`sgd_step`. It gets the optimizer
+and a function ``backward`` that runs the batch forward and backward. Most hooks only act on the
+gradients (:func:`after_backward`): network slimming adds those of a penalty, Fisher pruning reads
+them. Group learning runs each batch twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.data.tasks import DeviceLoader
+from widthsearch.training.cuda_graphs import CudaGraphStep
+from widthsearch.training.recipe import Recipe
+from widthsearch.utils.devices import autocast
+
+Backward = Callable[[], Tensor]
+"""Adds the gradients of the step's batch to those of the parameters; returns its mean loss, ()."""
+
+StepHook = Callable[[torch.optim.Optimizer, Backward], Tensor]
+"""Performs one step, calling ``backward`` as often as it needs; returns the loss to report."""
+
+
+def sgd_step(optimizer: torch.optim.Optimizer, backward: Backward) -> Tensor:
+    """The plain step: gradients of one batch, one optimizer step."""
+    optimizer.zero_grad()
+    loss = backward()
+    optimizer.step()
+    return loss
+
+
+def after_backward(action: Callable[[], object]) -> StepHook:
+    """A hook that acts on the gradients of each batch before the weights change."""
+
+    def step(optimizer: torch.optim.Optimizer, backward: Backward) -> Tensor:
+        optimizer.zero_grad()
+        loss = backward()
+        action()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+class SgdSteps:
+    """SGD on cross-entropy, so many steps a call; on a GPU, plain steps run as one CUDA graph.
+
+    Args:
+        model: The network, on its device.
+        loader: The training images.
+        recipe: Momentum, weight decay, label smoothing and precision.
+        device: The device of the network.
+        steps: Steps of each :meth:`run`; None for one pass over the images.
+        hook: Replaces :func:`sgd_step`. Python code between kernels is lost in a CUDA graph, so
+            that steps with a hook run eagerly.
+
+    Attributes:
+        optimizer: Its momentum lasts over runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: DeviceLoader,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        steps: int | None = None,
+        hook: StepHook | None = None,
+    ) -> None:
+        self._model, self._loader, self._hook = model, loader, hook or sgd_step
+        self._cast = autocast(device, recipe.precision)
+        self._smoothing = recipe.label_smoothing
+        self._count = steps or loader.steps
+        # A CUDA graph repeats a step at fixed addresses: steps read and write these tensors only.
+        self._batch = torch.arange(loader.batch_size, device=device)
+        columns = self._count * loader.batch_size
+        self._draws = torch.zeros(6, columns, dtype=torch.int64, device=device)
+        self._rates = torch.zeros(self._count, device=device)
+        self._rate = torch.tensor(recipe.lr, dtype=torch.float32, device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(model, recipe.weight_decay),
+            lr=self._rate,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            fused=True,
+        )
+        self._graph = CudaGraphStep(model, device, recipe.capture and hook is None)
+
+    @property
+    def mode(self) -> str:
+        """See :attr:`CudaGraphStep.mode`."""
+        return self._graph.mode
+
+    def run(
+        self, generator: torch.Generator, rates: Sequence[float], epoch: int | None = None
+    ) -> float:
+        """Train for the number of steps given at construction; returns the mean loss.
+
+        The host waits for the device only once, at the end.
+
+        Args:
+            generator: Draws the order of images and the augmentation, on the CPU.
+            rates: The learning rate of each step.
+            epoch: As in :meth:`DeviceLoader.draws`.
+        """
+        assert len(rates) == self._count
+        loader, whole = self._loader, self._loader.steps * self._loader.batch_size
+        passes = math.ceil(self._count / loader.steps)
+        draws = [loader.draws(generator, epoch)[:, :whole] for _ in range(passes)]
+        self._draws.copy_(torch.cat(draws, 1)[:, : self._draws.shape[1]])
+        self._rates.copy_(torch.tensor(rates))
+        self._at.zero_()
+        self._loss.zero_()
+        self._model.train()
+        self._graph.run(self._step, self._count)
+        self.optimizer.zero_grad()  # gradients in the graph's memory would keep it alive
+        return self._loss.item() / self._count
+
+    def load_optimizer(self, state: dict[str, object]) -> None:
+        """Continue with the state of another optimizer, see ``optimizer.state_dict()``."""
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+        self._graph.forget()  # the momentum buffers have new addresses
+
+    def _step(self) -> None:
+        """One step on the next batch; all state is in tensors, see ``__init__``."""
+        columns = self._at * self._loader.batch_size + self._batch
+        images, labels = self._loader.augmented(self._draws.index_select(1, columns))
+        self._rate.copy_(self._rates.index_select(0, self._at).squeeze())
+
+        def backward() -> Tensor:
+            with self._cast:
+                logits = self._model(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._smoothing)
+            torch.autograd.backward(loss)
+            return loss.detach()
+
+        self._loss.add_(self._hook(self.optimizer, backward))
+        self._at.add_(1)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: decayed (two dimensions or more) and not decayed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
