@@ -30,7 +30,7 @@ from widthsearch.data.tasks import Task, load_task
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.proposers import Setting, proposer_class
-from widthsearch.proposers.families import along
+from widthsearch.proposers.families import scale_proposal
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import fit
 from widthsearch.widths import Widths
@@ -47,7 +47,7 @@ def drawn(space: SearchSpace, task: Task, trials: int, rng: np.random.Generator)
         if rng.random() < 0.5:
             low, high = np.log(max(1.5 * least, 0.02 * base)), np.log(1.5 * base)
             budget = float(np.exp(rng.uniform(low, high)))
-            out[along(space, proposals[rng.integers(len(proposals))], budget)] = None
+            out[scale_proposal(space, proposals[rng.integers(len(proposals))], budget)] = None
         else:
             scale = np.exp(rng.uniform(np.log(0.15), np.log(1.2)))
             shape = scale * np.exp(rng.normal(0, 0.4, len(space.axes)))

@@ -17,7 +17,7 @@ from widthsearch.data.config import Augmentation
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task
 from widthsearch.proposers import Proposal, Proposer, Setting
-from widthsearch.proposers.families import along
+from widthsearch.proposers.families import scale_proposal
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 
@@ -84,7 +84,7 @@ class ProposerConformance:
         proposal = self.propose(space)
         base = space.cost(space.base).macs
         for share in (0.35, 0.6, 1.2):
-            widths = along(space, proposal, share * base)
+            widths = scale_proposal(space, proposal, share * base)
             assert space.cost(widths).macs <= share * base
             wider = [
                 (*widths.vector[:i], w + axis.step, *widths.vector[i + 1 :])

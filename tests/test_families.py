@@ -16,9 +16,9 @@ from widthsearch.proposers.families import (
     Family,
     LinearFamily,
     PowerFamily,
-    along,
-    baselines,
-    candidates,
+    baseline_candidates,
+    family_candidates,
+    scale_proposal,
 )
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
@@ -78,10 +78,10 @@ def test_candidates_are_distinct_and_know_their_origin() -> None:
     space = space_of("Residual")
     a = Proposal("a", (space.base, space.widths(0.5)), {})
     b = Proposal("b", (space.base, space.widths([4, 24])), {})
-    found = candidates({"Residual": space}, {"Residual": [a, b]}, [0.25, 1.0])
+    found = family_candidates({"Residual": space}, {"Residual": [a, b]}, [0.25, 1.0])
     assert [(c.widths.vector, c.origin["proposer"], c.origin["budget"]) for c in found] == [
-        (along(space, a, 0.25 * space.cost(1.0).macs).vector, "a", 0.25),
-        (along(space, b, 0.25 * space.cost(1.0).macs).vector, "b", 0.25),
+        (scale_proposal(space, a, 0.25 * space.cost(1.0).macs).vector, "a", 0.25),
+        (scale_proposal(space, b, 0.25 * space.cost(1.0).macs).vector, "b", 0.25),
         ((16, 32), "a", 1.0),
     ]
 
@@ -91,7 +91,7 @@ def test_several_spaces_share_their_budgets_in_macs() -> None:
     spaces = {name: space_of(name) for name in ("Grouped", "Residual")}  # 71k and 618k MACs
     proposed = {name: [Proposal("p", (s.base,), {})] for name, s in spaces.items()}
     base = 70_736
-    found = candidates(spaces, proposed, [0.1, 0.5, 3.9, 8.0])
+    found = family_candidates(spaces, proposed, [0.1, 0.5, 3.9, 8.0])
     assert [(c.space, c.origin["budget"]) for c in found] == [
         ("Grouped", 0.1),  # Residual has 12,692 MACs at least
         ("Grouped", 0.5),
@@ -108,23 +108,23 @@ def test_several_spaces_share_their_budgets_in_macs() -> None:
 def test_baselines_are_uniform_then_random() -> None:
     """At every budget in every space; fewer are spread over them; never more than asked."""
     spaces = {name: space_of(name) for name in ("Grouped", "Depthwise")}
-    whole = baselines(spaces, [0.3, 0.6], 10, seed=0)
+    whole = baseline_candidates(spaces, [0.3, 0.6], 10, seed=0)
     assert [c.origin["proposer"] for c in whole] == ["uniform"] * 4 + ["random"] * 6
     assert len({(c.space, c.widths) for c in whole}) == 10
     assert all(c.origin["baseline"] for c in whole)
-    assert whole == baselines(spaces, [0.3, 0.6], 10, seed=0)
-    assert whole[4:] != baselines(spaces, [0.3, 0.6], 10, seed=1)[4:]
-    few = baselines(spaces, [0.2, 0.3, 0.6], 2, seed=0)
+    assert whole == baseline_candidates(spaces, [0.3, 0.6], 10, seed=0)
+    assert whole[4:] != baseline_candidates(spaces, [0.3, 0.6], 10, seed=1)[4:]
+    few = baseline_candidates(spaces, [0.2, 0.3, 0.6], 2, seed=0)
     ends = [("Grouped", 0.2), ("Depthwise", 0.6)]
     assert [(c.space, c.origin["budget"]) for c in few] == ends
-    assert baselines(spaces, [0.3], 0, seed=0) == []
+    assert baseline_candidates(spaces, [0.3], 0, seed=0) == []
 
 
 def test_a_power_family_by_hand() -> None:
     """An axis that stays has β = 0; the other one's is the slope of its log width."""
     space = space_of("Residual").constrained(step={"stem": 1, "conv1": 1})
     path = [space.widths([16, 32]), space.widths([16, 16]), space.widths([16, 8])]
-    family = PowerFamily.through(space, path)
+    family = PowerFamily.fit(space, path)
     tau = np.log(space.macs([widths.vector for widths in path]))
     slope = np.polyfit(tau, np.log([32.0, 16.0, 8.0]), 1)[0]
     assert family.beta == pytest.approx([0.0, slope])
@@ -149,12 +149,12 @@ def test_families_meet_budgets_within_a_step(
     steps = np.array([axis.step for axis in space.axes])
     family: Family = LinearFamily(space, trajectory[0])
     if name == "power" and len(trajectory) > 1:
-        family = PowerFamily.through(space, trajectory)
+        family = PowerFamily.fit(space, trajectory)
     moves = np.diff(family.members, axis=0)
     assert ((moves == 0) | (moves == steps)).all()
     assert ((moves > 0).sum(1) == 1).all()
     budget = data.draw(st.integers(int(space.macs(family.members[0])), 10**7))
-    assert space.macs(along(space, proposal, budget, name).vector) <= budget
+    assert space.macs(scale_proposal(space, proposal, budget, name).vector) <= budget
 
 
 def test_a_mixture_lies_between_its_proposals() -> None:
@@ -163,7 +163,7 @@ def test_a_mixture_lies_between_its_proposals() -> None:
     a = Proposal("a", (space.widths([16, 8]),), {})
     b = Proposal("b", (space.widths([4, 32]),), {})
     budget = 0.3
-    found = candidates(
+    found = family_candidates(
         {"Residual": space}, {"Residual": [a, b]}, [budget], ["linear", "mixture", "power"]
     )
     assert [(c.origin["proposer"], c.origin["family"]) for c in found] == [

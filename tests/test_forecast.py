@@ -11,7 +11,7 @@ import tiny
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting
-from widthsearch.proposers.families import along
+from widthsearch.proposers.families import scale_proposal
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.report import tables as report
 from widthsearch.report.forecast import forecast
@@ -39,7 +39,7 @@ def test_every_proposal_is_foretold_at_every_budget(tmp_path: Path) -> None:
     for each in found:
         assert each.cost == space.cost(each.widths)
         if each.origin["proposer"] == "uniform":
-            assert each.widths == along(space, uniform, each.origin["budget"] * base)
+            assert each.widths == scale_proposal(space, uniform, each.origin["budget"] * base)
         truth = 2.0 * sum(each.widths.vector) + 4  # after four epochs
         assert abs(each.accuracy - truth) < 4 * each.sd + 0.5
     trained = {trial.widths for trial in done.trials()}

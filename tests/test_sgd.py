@@ -11,7 +11,8 @@ from strategies import space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.data.tasks import Augmentation, DeviceLoader, Task
+from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.tasks import Augmentation, Task
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook, after_backward, parameter_groups, sgd_step
 from widthsearch.training.trainer import Trainer, fit

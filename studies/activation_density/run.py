@@ -16,7 +16,7 @@ from widthsearch import Recipe, SearchSpace, Widths
 from widthsearch.data.tasks import Task
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.proposers.activation_density import ActivationDensity
-from widthsearch.proposers.families import along
+from widthsearch.proposers.families import scale_proposal
 from widthsearch.proposers.uniform import Uniform
 
 VARIANTS: Mapping[str, ActivationDensity] = {
@@ -88,7 +88,7 @@ def rows(
                     space.cost(widths).params / full.params,
                     spent / (recipe.epochs * full.macs) + phase["macs"] / full.macs,
                     accuracy(widths),
-                    accuracy(along(space, uniform, phase["macs"])),
+                    accuracy(scale_proposal(space, uniform, phase["macs"])),
                     accuracy(space.base),
                 )
             )

@@ -19,7 +19,7 @@ from studies.compare import Entry, compare, ratios, table
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace, Widths
 from widthsearch.proposers import Proposer, Setting
-from widthsearch.proposers.families import along
+from widthsearch.proposers.families import scale_proposal
 from widthsearch.proposers.random import Random
 from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.proposers.slimming import Slimming
@@ -69,7 +69,7 @@ def main() -> None:
         ]
         print(f"{name}: {(time.perf_counter() - started) / seeds:.2f} s a proposal")
         proposals[name] = [
-            lambda share, p=p: along(space, p, share * base.macs)  # type: ignore[misc]
+            lambda share, p=p: scale_proposal(space, p, share * base.macs)  # type: ignore[misc]
             for p in of_seeds
         ]
     for budget in chosen.budgets:

@@ -1,4 +1,19 @@
-"""Curves of widths through proposals, solved for a budget: narrower and wider than the base."""
+"""Families: curves of widths through a proposal, solved for budgets below or above the base's cost.
+
+Notation::
+
+    a       an axis; w_a its width, b_a the width of a proposal's profile
+    τ > 0   the parameter of a family; every width rises with τ
+    F(w)    the MACs of widths w
+
+A linear family is w_a = nearest(τ b_a), a power family w_a = nearest(α_a τ^β_a), where ``nearest``
+rounds to the grid of the axis. On the grid both are staircases. For example, let two axes have the
+grid 2, 4, 6, 8 and the profile (4, 8). The first axis, 4τ, rounds up from 2 to 4 at τ = 3/4, where
+4τ = 3 lies halfway between; the second axis, 8τ, rounds up from 2 to 4 at τ = 3/8, from 4 to 6 at
+5/8 and from 6 to 8 at 7/8. Sorted by τ, the members of the family are (2, 2), (2, 4), (2, 6),
+(4, 6), (4, 8), (6, 8), (8, 8). F rises along them, so that bisection finds the widest member
+within a budget.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +25,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.errors import WidthsError
-from widthsearch.proposers import Proposal, Setting
+from widthsearch.proposers.protocol import Proposal, Setting
 from widthsearch.proposers.random import Random
 from widthsearch.proposers.uniform import Uniform
-from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.space.search_space import SearchSpace
 
 Quantity = Literal["macs", "params"]
 FamilyName = Literal["linear", "power"]
 
 
 class Family(ABC):
-    """A curve of widths that rise with one parameter τ > 0, snapped to the space's grid.
+    """A curve of widths that rise with one parameter τ > 0, rounded to the space's grid.
 
-    On the grid this is a staircase: at certain τ the rounding of an axis moves up one step. Where
-    several axes move at the same τ they move one after the other, in the space's order, so that
-    neighbours on the curve differ by one step of one axis. A budget is solved exactly.
+    Each member differs from the next one by one grid step of one axis. Where several axes round up
+    at the same τ, they do so one after the other, in the order of the space.
+
+    Attributes:
+        space: The space.
     """
 
     space: SearchSpace
 
     @abstractmethod
-    def reaches(self, axis: int, width: Fraction) -> Fraction | float:
-        """The τ at which an axis's real width is ``width``; infinite where it never is."""
+    def tau_at(self, axis: int, width: Fraction) -> Fraction | float:
+        """The τ at which the axis has this width before rounding; infinite if it never has."""
 
     @cached_property
     def members(self) -> NDArray[np.int64]:
-        """Every member, narrowest first: shape (members, axes)."""
+        """All members, narrowest first: widths of shape (members, axes)."""
         steps = sorted(
-            # nearest() moves up to `reached` where the real width is half a step below it
-            (self.reaches(i, Fraction(2 * reached - axis.step, 2)), i)
+            # nearest() rounds up to `width` from half a step below it.
+            (self.tau_at(i, Fraction(2 * width - axis.step, 2)), i)
             for i, axis in enumerate(self.space.axes)
-            for reached in axis.grid[1:]
+            for width in axis.grid[1:]
         )
         steps = [(tau, i) for tau, i in steps if tau < math.inf]
         moves = np.zeros((len(steps) + 1, len(self.space.axes)), np.int64)
@@ -57,51 +76,63 @@ class Family(ABC):
         return moves.cumsum(0)
 
     def solve(self, budget: float, quantity: Quantity = "macs") -> Widths:
-        """The widest member that costs at most ``budget``.
+        """The widest member within a budget.
 
         Args:
-            budget: In MACs or parameters.
-            quantity: Which of the two.
+            budget: The most MACs or parameters.
+            quantity: The unit of the budget.
 
         Raises:
-            WidthsError: Even the narrowest member costs more.
+            WidthsError: Even the narrowest member exceeds the budget.
         """
         costs = self.space.cost_form(quantity)(self.members)
         last = bisect.bisect_right(costs.tolist(), budget) - 1
         if last < 0:
             raise WidthsError(
                 f"a budget of {budget:,.0f} {quantity} is below the narrowest network of space "
-                f"{self.space.name!r}, which has {int(costs[0]):,}; raise the budget or lower the "
-                "axes' `least`"
+                f"{self.space.name!r}, which has {int(costs[0]):,}; raise the budget, or lower "
+                "the smallest widths of the axes"
             )
         return Widths(self.space.names, tuple(int(w) for w in self.members[last]))
 
 
 @dataclass(frozen=True, eq=False)
 class LinearFamily(Family):
-    """All widths ``nearest(τ · profile)``: one proposal, scaled (copycat networks, Crowley et al.
-    2018, section 3).
+    """Scaled widths, w_a = nearest(τ b_a): the "copycat" networks of Crowley et al. 2018 (arXiv
+    1810.04622), section 3.
 
     Attributes:
         space: The space.
-        profile: The widths that are scaled.
+        profile: The widths b that are scaled.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.Linear(16, 2))
+        >>> space = SearchSpace.from_model(net, (4,), step=2)
+        >>> space.cost(space.base).macs  # 4 · 8 + 8 · 16 + 16 · 2
+        192
+        >>> family = LinearFamily(space, space.base)
+        >>> family.solve(70).vector, family.solve(500).vector
+        ((4, 8), (14, 26))
     """
 
     space: SearchSpace
     profile: Widths
 
-    def reaches(self, axis: int, width: Fraction) -> Fraction:
-        """The τ at which an axis's real width is ``width``; exact."""
+    def tau_at(self, axis: int, width: Fraction) -> Fraction:
+        """The τ at which the axis has this width before rounding; exact."""
         return width / self.profile.vector[axis]
 
 
 @dataclass(frozen=True, eq=False)
 class PowerFamily(Family):
-    """All widths ``nearest(α_a τ^β_a)``: a trajectory's own trend, carried on (NeuralScale, Lee and
-    Lee, CVPR 2020, equation 4).
+    """The trend of a trajectory, w_a = nearest(α_a τ^β_a): NeuralScale (Lee and Lee, CVPR 2020),
+    equation 4.
 
-    ln w_a = ln α_a + β_a ln τ by least squares along the trajectory, with the members' MACs for τ.
-    An axis that the method kept hardly widens along the family, one that it cut early widens most.
+    ``ln w_a = ln α_a + β_a ln τ`` is fitted by least squares to the members of the trajectory, with
+    τ = F(w). An axis that the method kept wide hardly widens along the family; one that it pruned
+    early widens most.
 
     Attributes:
         space: The space.
@@ -114,16 +145,16 @@ class PowerFamily(Family):
     beta: NDArray[np.float64]
 
     @classmethod
-    def through(cls, space: SearchSpace, trajectory: Sequence[Widths]) -> PowerFamily:
-        """The family of a trajectory of two members or more with different MACs."""
+    def fit(cls, space: SearchSpace, trajectory: Sequence[Widths]) -> PowerFamily:
+        """Fit a trajectory that has members of at least two different MACs."""
         vectors = np.array([widths.vector for widths in trajectory])
         tau, logs = np.log(space.macs(vectors)), np.log(vectors)
         away = tau - tau.mean()
         beta = np.maximum(away @ logs / (away @ away), 0.0)
         return cls(space, np.exp(logs.mean(0) - beta * tau.mean()), beta)
 
-    def reaches(self, axis: int, width: Fraction) -> float:
-        """The τ (MACs of the trend) at which an axis's real width is ``width``."""
+    def tau_at(self, axis: int, width: Fraction) -> float:
+        """The τ, in MACs, at which the axis has this width before rounding."""
         ratio, beta = float(width) / self.alpha[axis], self.beta[axis]
         if beta > 0:
             with np.errstate(over="ignore"):
@@ -131,28 +162,31 @@ class PowerFamily(Family):
         return 0.0 if ratio <= 1 else math.inf
 
 
-def along(
+def scale_proposal(
     space: SearchSpace, proposal: Proposal, budget: float, family: FamilyName = "linear"
 ) -> Widths:
-    """The member of a proposal's families that meets a MACs budget from below.
+    """Scale a proposal to a MACs budget, from below.
 
-    ``linear``: the trajectory's member nearest to the budget (in log MACs) gives the profile, and
-    its linear family the rest of the way; beyond the ends of the trajectory that widens or narrows
-    it. ``power``: the power-law family through the whole trajectory (linear, where that has one
-    member).
+    Args:
+        space: The space.
+        proposal: A proposal of the space.
+        budget: The most MACs.
+        family: ``linear`` scales the member of the trajectory nearest to the budget in log MACs;
+            ``power`` follows the trend of the whole trajectory. A trajectory whose members all cost
+            the same has no trend and is scaled linearly.
 
     Raises:
         WidthsError: The budget is below the narrowest network of the space.
     """
     macs = space.macs(np.array([widths.vector for widths in proposal.trajectory]))
     if family == "power" and len(set(macs.tolist())) > 1:
-        return PowerFamily.through(space, proposal.trajectory).solve(budget)
+        return PowerFamily.fit(space, proposal.trajectory).solve(budget)
     nearest = int(np.argmin(np.abs(np.log(macs / budget))))
     return LinearFamily(space, proposal.trajectory[nearest]).solve(budget)
 
 
-def mixed(space: SearchSpace, first: Widths, second: Widths, budget: float) -> Widths:
-    """Two proposals' mixture at a MACs budget: the linear family of their geometric mean.
+def mix_widths(space: SearchSpace, first: Widths, second: Widths, budget: float) -> Widths:
+    """Scale the geometric mean of two width vectors to a MACs budget, from below.
 
     Raises:
         WidthsError: The budget is below the narrowest network of the space.
@@ -163,12 +197,12 @@ def mixed(space: SearchSpace, first: Widths, second: Widths, budget: float) -> W
 
 @dataclass(frozen=True)
 class Candidate:
-    """Widths that are worth a training.
+    """Widths to train.
 
     Attributes:
-        space: The name of their space.
+        space: The name of the space.
         widths: The architecture.
-        origin: Where they came from, as plain JSON values.
+        origin: The method that produced the widths and its settings, as plain JSON values.
     """
 
     space: str
@@ -176,22 +210,22 @@ class Candidate:
     origin: Mapping[str, object]
 
 
-def candidates(
+def family_candidates(
     spaces: Mapping[str, SearchSpace],
     proposals: Mapping[str, Sequence[Proposal]],
     budgets: Sequence[float],
     families: Sequence[FamilyName | Literal["mixture"]] = ("linear",),
 ) -> list[Candidate]:
-    """Every proposal at every budget in every family, without repeats.
+    """Every proposal scaled to every budget in every family, without repeats.
 
     Args:
         spaces: The spaces by name.
-        proposals: What the proposers returned, by space.
-        budgets: Shares of the first space's base's MACs.
-        families: Which; ``mixture`` is that of each two proposals' linear members.
+        proposals: The proposals by name of the space.
+        budgets: Shares of the MACs of the first space's base.
+        families: The families; ``mixture`` mixes the linear members of each pair of proposals.
 
     Returns:
-        Candidates whose origin is ``{"proposer", "family", "budget"}``.
+        Candidates with the origin ``{"proposer", "family", "budget"}``.
 
     Raises:
         WidthsError: A budget is below the narrowest network of every space.
@@ -203,43 +237,47 @@ def candidates(
         out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
 
     for budget in budgets:
-        for space, macs in _within(spaces, budget):
+        for space, macs in _spaces_within(spaces, budget):
             own = proposals.get(space.name, ())
             for family in families:
                 if family != "mixture":
                     for proposal in own:
-                        widths = along(space, proposal, macs, family)
+                        widths = scale_proposal(space, proposal, macs, family)
                         add(space, widths, proposal.method, family, budget)
                     continue
                 for a, b in itertools.combinations(own, 2):
-                    widths = mixed(space, along(space, a, macs), along(space, b, macs), macs)
+                    widths = mix_widths(
+                        space, scale_proposal(space, a, macs), scale_proposal(space, b, macs), macs
+                    )
                     add(space, widths, f"{a.method}+{b.method}", family, budget)
     return list(out.values())
 
 
-def baselines(
+def baseline_candidates(
     spaces: Mapping[str, SearchSpace], budgets: Sequence[float], count: int, seed: int
 ) -> list[Candidate]:
-    """What every search is compared with, at the same budgets: uniform widths, then random ones.
+    """The baselines of a search at the same budgets: uniform widths, then random widths.
 
-    With several spaces the uniform ones are the grid of depth × width. Where ``count`` is less than
-    there are of those, they are spread evenly over the grid.
+    With several spaces, uniform widths form a grid of depth × width. If ``count`` is smaller than
+    the grid, the baselines are spread evenly over it.
 
     Args:
         spaces: The spaces by name.
-        budgets: Shares of the first space's base's MACs.
-        count: How many; fewer where widths repeat.
-        seed: Of the random widths.
+        budgets: Shares of the MACs of the first space's base.
+        count: The number of baselines; fewer are returned if widths repeat.
+        seed: The seed of the random widths.
 
     Returns:
-        Candidates whose origin is that of :func:`candidates`, and ``"baseline": True``.
+        Candidates with the origin of :func:`family_candidates` and ``"baseline": True``.
     """
-    places = [(budget, *place) for budget in budgets for place in _within(spaces, budget)]
+    places = [(budget, *place) for budget in budgets for place in _spaces_within(spaces, budget)]
     if count < len(places):
         spread = np.linspace(0, len(places) - 1, count).round().astype(int)
         places = [places[i] for i in spread]
     out: dict[tuple[str, Widths], Candidate] = {}
-    for turn in range(count):  # the first is uniform; each gives one at least, or widths repeat
+    # Turn 0 is uniform, the others are random. Usually each turn adds len(places) baselines; where
+    # widths repeat, `count` turns may add fewer than `count`.
+    for turn in range(count):
         for i, (budget, space, macs) in enumerate(places):
             if len(out) == count:
                 break
@@ -252,15 +290,17 @@ def baselines(
                 "budget": budget,
                 "baseline": True,
             }
-            widths = along(space, proposal, macs)
+            widths = scale_proposal(space, proposal, macs)
             out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
     return list(out.values())
 
 
-def _within(spaces: Mapping[str, SearchSpace], budget: float) -> list[tuple[SearchSpace, float]]:
-    """The spaces that have a network of a budget, with the budget in MACs.
+def _spaces_within(
+    spaces: Mapping[str, SearchSpace], budget: float
+) -> list[tuple[SearchSpace, float]]:
+    """The spaces whose networks can meet a budget, each with the budget in MACs.
 
-    The first one always takes part, up to its widest network.
+    A budget above the widest network excludes a space, but not the first one.
     """
     first = next(iter(spaces.values()))
     macs = budget * first.cost(first.base).macs
@@ -271,5 +311,5 @@ def _within(spaces: Mapping[str, SearchSpace], budget: float) -> list[tuple[Sear
         if narrowest <= macs and (macs <= widest or space is first):
             found.append((space, macs))
     if not found:
-        LinearFamily(first, first.base).solve(macs)  # says why
+        LinearFamily(first, first.base).solve(macs)  # raises: the budget is too small
     return found

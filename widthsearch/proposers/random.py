@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.proposers.importance import check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.data.tasks import Task
+    from widthsearch.space.search_space import SearchSpace
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from widthsearch.data.tasks import Task
 from widthsearch.proposers.importance import check_counts
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.space.search_space import SearchSpace
+
+if TYPE_CHECKING:
+    from widthsearch.data.tasks import Task
+    from widthsearch.space.search_space import SearchSpace
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
     base = study.space.cost(study.space.base).macs
     narrowest = min(s.cost([axis.min_width for axis in s.axes]).macs for s in spaces.values())
     met = [budget for budget in budgets if budget * base >= narrowest]
-    for candidate in families.candidates(spaces, found, met, config.families):
+    for candidate in families.family_candidates(spaces, found, met, config.families):
         cost = spaces[candidate.space].cost(candidate.widths)
         if candidate.space not in posterior.coordinates:  # nothing of it is trained
             continue

@@ -97,9 +97,9 @@ class Driver:
             share = round(config.baselines * config.trials)
             budgets = self._budgets(say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self._spaces.values()]
-            queue += families.baselines(self._spaces, budgets, share, config.seed)
+            queue += families.baseline_candidates(self._spaces, budgets, share, config.seed)
             found = self._proposals(store, config.recipe, engine, say)
-            proposed = families.candidates(self._spaces, found, budgets, config.families)
+            proposed = families.family_candidates(self._spaces, found, budgets, config.families)
             queue += [c for c in proposed if self._is_within_limits(c.space, c.widths)]
             yield Search(
                 config,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError, WidthsError, one_line
 from widthsearch.proposers import Proposal, Proposer, Setting
-from widthsearch.proposers.families import along
+from widthsearch.proposers.families import scale_proposal
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import fixed_threads
 from widthsearch.widths import Widths
@@ -250,4 +250,4 @@ def suggest(
     if isinstance(answer, Failure):
         without = "; it was given no task" if task is None else ""
         raise StudyError(f"method {config.method!r} failed: {answer.reason}{without}")
-    return along(space, answer, budget), answer
+    return scale_proposal(space, answer, budget), answer

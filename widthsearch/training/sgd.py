@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.data.tasks import DeviceLoader
+from widthsearch.data.loaders import DeviceLoader
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import autocast
