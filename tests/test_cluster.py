@@ -1,7 +1,10 @@
-"""A Ray cluster of two nodes on this machine, one of which dies in the middle of a study."""
+"""Ray clusters on this machine: a node that dies while a study trains, and a head with tokens."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import tiny
 from ray.cluster_utils import Cluster
 
 from widthsearch.api import Study
+from widthsearch.errors import StudyError
 from widthsearch.study.progress import Progress
 
 pytestmark = pytest.mark.ray
@@ -18,14 +22,14 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head with a place for one trial; nodes can be added."""
+    """A head that can hold one trial; tests add nodes."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield made
     made.shutdown()
 
 
 def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> None:
-    """Its trial goes on elsewhere; the study ends with every trial finished."""
+    """The trial of the lost node continues on another one, and all trials finish."""
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     settings = tiny.config(
@@ -35,24 +39,62 @@ def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> No
         recipe={"epochs": 60, "batch_size": 32, "lr": 0.01, "precision": "fp32"},
     )
     study = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
-    heard: list[Progress] = []
-
+    history: list[Progress] = []
     removed = False
 
-    def hear(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         nonlocal removed
-        heard.append(progress)
-        # Both have been training for a while: one on each node.
-        both = sum(p.running == 2 and p.done >= 1 for p in heard)
+        history.append(progress)
+        # Two trials have been training for a while, one on each node.
+        both = sum(p.running == 2 and p.done >= 1 for p in history)
         if not removed and both == 20:
             removed = True
             cluster.remove_node(node)
 
-    study.run(hear)
+    study.run(on_progress)
     assert removed
     assert not ray.is_initialized()
     trials = study.trials()
     assert [trial.state for trial in trials] == ["finished"] * 6
     assert all(len(trial.curve) == 60 for trial in trials)
     assert len({trial.widths for trial in trials}) == 6
-    assert any("worker process died" in progress.message for progress in heard)
+    assert any("worker process died" in progress.message for progress in history)
+
+
+HEAD_WITH_TOKENS = """
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print(cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+
+
+def test_a_cluster_that_wants_a_token_is_refused_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray itself repeats its question for half a minute, and prints each refusal."""
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD_WITH_TOKENS],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert head.stdin is not None
+    assert head.stdout is not None
+    try:
+        address = head.stdout.readline().strip()
+        settings = tiny.config(ray_address=address)
+        with pytest.raises(StudyError) as caught:
+            Study(settings, tiny.space(), tiny.task(), folder=tmp_path).run()
+    finally:
+        head.communicate("end\n")
+    assert str(caught.value) == (
+        f"the Ray cluster at {address!r} cannot be joined: AuthenticationError: RPC error: "
+        "InvalidAuthToken: Authentication token is missing or incorrect; if it was started with a "
+        "token, set RAY_AUTH_MODE=token in the environment"
+    )
+    assert capfd.readouterr().err.count("InvalidAuthToken") <= 1
+    assert not ray.is_initialized()

@@ -1,4 +1,4 @@
-"""Ray Tune: what fails is survived, what is killed goes on, and nothing is trained twice."""
+"""Ray Tune: failures, killed workers and killed drivers, and no epoch that is trained twice."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import tiny
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.runner import ray_tune as runner
+from widthsearch.runner import ray_tune
+from widthsearch.runner.pickling import pickle_by_value
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
-from widthsearch.study.trial import Trial
+from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
 
 pytestmark = pytest.mark.ray
@@ -42,7 +43,7 @@ ONCE, TWICE = (Path(__file__).with_name(name) for name in ("once", "twice"))
 
 
 class Net(nn.Module):
-    """Fails by its width, in training."""
+    """Its width decides how it fails in training."""
 
     def __init__(self):
         super().__init__()
@@ -69,21 +70,21 @@ class Net(nn.Module):
 
 
 def unlucky():
-    return SearchSpace.from_model(Net, (1, 4, 4), least=0.25, most=1.25, step=2)
+    return SearchSpace.from_model(Net, (1, 4, 4), min_width=0.25, max_width=1.25, step=2)
 '''
 
 
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Ray in this process, which a study uses and leaves running.
+    """Ray, started in this process: a study uses it and leaves it running.
 
-    Its workers write each step of the tiny network into the file that is returned.
+    Returns the file into which its workers write each training step of the tiny network.
     """
-    witness = tmp_path_factory.mktemp("witness") / "steps"
+    steps = tmp_path_factory.mktemp("steps") / "steps"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WIDTHSEARCH_TEST_WITNESS", str(witness))
+        patch.setenv("WIDTHSEARCH_TEST_WITNESS", str(steps))
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield witness
+    yield steps
     ray.shutdown()
 
 
@@ -91,10 +92,10 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def unlucky(
     ray_here: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Study, list[Progress]]:
-    """A study in which everything goes wrong that can, run to its end.
+    """A finished study with failures of every kind, and its progress.
 
-    Its space is in a file that no worker can import, and its first trial was left with a
-    checkpoint that is damaged.
+    Its space is in a file that no worker can import, and its first trial begins with a damaged
+    checkpoint.
     """
     folder = tmp_path_factory.mktemp("unlucky")
     (folder / "space.py").write_text(UNLUCKY)
@@ -105,38 +106,40 @@ def unlucky(
     (folder / "checkpoints" / "0").mkdir(parents=True)
     (folder / "checkpoints" / "0" / "training.ckpt").write_bytes(b"nonsense")
     (folder / "checkpoints" / "9").mkdir()
-    told: list[Progress] = []
+    progress: list[Progress] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "RETRIES", 1)
-        study.run(told.append)
-    return study, told
+        patch.setattr(ray_tune, "RETRIES", 1)
+        study.run(progress.append)
+    return study, progress
 
 
 def errors(study: Study) -> dict[int, str | None]:
-    """Why each width failed."""
+    """The error of each width's trial."""
     return {trial.widths["conv"]: trial.error for trial in study.trials()}
 
 
-def test_an_exception_fails_the_candidate_at_once(unlucky: tuple[Study, list[Progress]]) -> None:
-    """Its reason is one line; the whole traceback is in the log."""
-    study, told = unlucky
+def test_an_exception_fails_the_trial_without_a_retry(
+    unlucky: tuple[Study, list[Progress]],
+) -> None:
+    """The reason is one line; the traceback is in the log."""
+    study, progress = unlucky
     assert errors(study)[2] == "RuntimeError: no kernel for 2 channels"
-    assert any("failed: RuntimeError: no kernel" in progress.message for progress in told)
+    assert any("failed: RuntimeError: no kernel" in each.message for each in progress)
     log = (study.folder / "logs" / "run.log").read_text()
     assert "Traceback" in log
     assert 'raise RuntimeError("no kernel for 2 channels' in log
 
 
-def test_a_worker_that_dies_again_and_again_fails_the_candidate(
+def test_a_trial_fails_when_its_worker_dies_in_every_retry(
     unlucky: tuple[Study, list[Progress]],
 ) -> None:
-    """After the retries."""
+    """The error has the number of deaths."""
     study, _ = unlucky
     assert str(errors(study)[4]).startswith("its worker process died 2 times")
 
 
-def test_nan_fails_the_candidate(unlucky: tuple[Study, list[Progress]]) -> None:
-    """The curve keeps the epoch in which it happened."""
+def test_a_loss_of_nan_fails_the_trial(unlucky: tuple[Study, list[Progress]]) -> None:
+    """The error names the epoch."""
     study, _ = unlucky
     assert errors(study)[6] == "training diverged in epoch 1: its loss is nan"
 
@@ -144,41 +147,41 @@ def test_nan_fails_the_candidate(unlucky: tuple[Study, list[Progress]]) -> None:
 def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(
     unlucky: tuple[Study, list[Progress]],
 ) -> None:
-    """The trial finishes; whoever watches is told."""
-    study, told = unlucky
+    """The trial finishes, and the progress has a message."""
+    study, progress = unlucky
     (trial,) = [o for o in study.trials() if o.widths["conv"] == 10]
     assert trial.state == "finished"
     assert [result.epoch for result in trial.curve] == [1, 2, 3, 4]
-    message = f"trial {trial.number}: its worker process died; another one goes on"
-    assert any(progress.message.startswith(message) for progress in told)
-    message = f"trial {trial.number} ran out of memory; it will be trained again by itself"
-    assert any(progress.message == message for progress in told)
+    messages = [each.message for each in progress]
+    died = f"trial {trial.number}: its worker process died; a new one continues from its last"
+    assert any(message.startswith(died) for message in messages)
+    assert f"trial {trial.number} ran out of memory; it will be trained again by itself" in messages
 
 
-def test_a_damaged_checkpoint_restarts_the_trial_and_says_so(
+def test_a_damaged_checkpoint_restarts_the_trial(
     unlucky: tuple[Study, list[Progress]],
 ) -> None:
-    """With the checkpoint's name."""
-    study, told = unlucky
+    """The message has the checkpoint's name."""
+    study, progress = unlucky
     assert study.trials()[0].state == "finished"
-    (said,) = [p.message for p in told if "starts from its first epoch" in p.message]
-    assert said.startswith("trial 0 starts from its first epoch: a checkpoint must be")
-    assert "training.ckpt is damaged" in said
+    (message,) = [p.message for p in progress if "restarts from its first epoch" in p.message]
+    assert message.startswith("trial 0 restarts from its first epoch: a checkpoint must be")
+    assert "training.ckpt is damaged" in message
 
 
 def test_nothing_is_left_behind(unlucky: tuple[Study, list[Progress]]) -> None:
-    """No checkpoint of a trial that is done, no lease, and Ray still there as it was."""
-    study, told = unlucky
+    """No checkpoint of a done trial and no driver lock; Ray is as it was before."""
+    study, progress = unlucky
     assert list((study.folder / "checkpoints").iterdir()) == []
     assert ray.is_initialized()
     assert ray.available_resources()["CPU"] == 2.0
-    assert (told[-1].done, told[-1].running, told[-1].total) == (5, 0, 5)
+    assert (progress[-1].done, progress[-1].running, progress[-1].total) == (5, 0, 5)
     with study.search() as search:
         assert search.done
 
 
-def test_resources_that_no_machine_has_are_named(ray_here: Path, tmp_path: Path) -> None:
-    """Tune would wait for ever."""
+def test_resources_that_no_machine_has_are_refused(ray_here: Path, tmp_path: Path) -> None:
+    """Tune itself would wait for ever."""
     study = Study(tiny.config(resources={"cpu": 64}), tiny.space(), tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError) as caught:
         study.run()
@@ -189,19 +192,21 @@ def test_resources_that_no_machine_has_are_named(ray_here: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [
         ("127.0.0.1:1", "the Ray cluster at '127.0.0.1:1' cannot be reached: Connection refused"),
         ("ray://127.0.0.1:1", "ray_address must be a cluster's own address such as"),
         ("somewhere", "ray_address must be a cluster's own address such as"),
     ],
 )
-def test_a_cluster_that_cannot_be_joined_is_named(address: str, said: str, tmp_path: Path) -> None:
-    """In one line, and at once."""
+def test_an_address_without_a_cluster_is_refused(
+    address: str, message: str, tmp_path: Path
+) -> None:
+    """In one line, with the address."""
     study = Study(tiny.config(ray_address=address), tiny.space(), tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError) as caught:
         study.run()
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
@@ -220,7 +225,7 @@ EPOCHS = 40
 
 
 def long_study(folder: str | Path) -> Study:
-    """Long enough to be killed in the middle."""
+    """A study that is long enough to be killed while it trains."""
     settings = tiny.config(
         trials=8,
         concurrency=2,
@@ -230,17 +235,17 @@ def long_study(folder: str | Path) -> Study:
 
 
 class Driver:
-    """A driver in a process of its own, and what its study's storage says meanwhile."""
+    """A driver in a process of its own, and a view of its study's storage."""
 
-    def __init__(self, folder: Path, witness: Path) -> None:
+    def __init__(self, folder: Path, steps: Path) -> None:
         self.study = long_study(folder)
-        paths = [Path(__file__).parent, Path(runner.__file__).parents[1]]
+        paths = [Path(__file__).parent, Path(ray_tune.__file__).parents[2]]
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(folder)],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
-                "WIDTHSEARCH_TEST_WITNESS": str(witness),
+                "WIDTHSEARCH_TEST_WITNESS": str(steps),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -249,17 +254,19 @@ class Driver:
         )
 
     def trials(self) -> dict[int, Trial]:
-        """What is done."""
+        """The done trials, by number."""
         return {trial.number: trial for trial in self.study.trials()}
 
     def running(self) -> list[Trial]:
-        """What is being trained."""
-        return Store.open(self.study.storage, "tiny").take_up({"tiny": self.study.space.names})
+        """The trials that have begun and are not done."""
+        store = Store.open(self.study.storage, "tiny")
+        trials = store.trials({"tiny": self.study.space.names})
+        return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
     def wait_for(self, done: int) -> None:
-        """Until so many trials are done and another one is in its middle.
+        """Wait until so many trials are done and another one has trained a few epochs.
 
-        Looked up by hand: opening the study takes longer than training a few epochs of it.
+        The query is a plain one: opening the study takes longer than training a few epochs.
         """
         query = (
             "SELECT state, value_json FROM trials LEFT JOIN trial_user_attributes AS attribute "
@@ -273,25 +280,25 @@ class Driver:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-            with contextlib.suppress(sqlite3.OperationalError):  # not there yet
+            with contextlib.suppress(sqlite3.OperationalError):  # no tables yet
                 database = f"file:{self.study.folder / 'study.db'}?mode=ro"
                 with contextlib.closing(sqlite3.connect(database, uri=True)) as connection:
                     rows = connection.execute(query).fetchall()
 
     def end(self) -> tuple[int, str]:
-        """Its exit code and all that it said."""
-        said, _ = self.process.communicate(timeout=120)
-        return self.process.returncode, said
+        """Its exit code and its output."""
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
 
 
-def trained(witness: Path) -> Counter[Widths]:
-    """How many epochs each network was trained in all, as it told itself."""
-    lines = witness.read_text().split()
+def trained_epochs(steps: Path) -> Counter[Widths]:
+    """The number of epochs that each network was trained, by the file of its steps."""
+    lines = steps.read_text().split()
     return Counter(tiny.widths(*map(int, line.split(","))) for line in lines)
 
 
-def test_a_killed_study_goes_on(ray_here: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle, SIGINT in the middle, then to the end, then once more."""
+def test_a_killed_study_continues(ray_here: Path, tmp_path: Path) -> None:
+    """A driver gets SIGKILL, the next one SIGINT, the third ends the study, the fourth is idle."""
     killed = Driver(tmp_path, ray_here)
     killed.wait_for(2)
     killed.process.kill()
@@ -320,26 +327,26 @@ def test_a_killed_study_goes_on(ray_here: Path, tmp_path: Path) -> None:
     assert killed.running() == []
 
     # Each stop costs a running trial at most the epoch that was not yet in its checkpoint.
-    epochs = trained(ray_here)
+    epochs = trained_epochs(ray_here)
     for number, trial in trials.items():
         assert len(trial.curve) == EPOCHS
         stops = (number not in after_kill) + (number not in after_interrupt)
         assert EPOCHS <= epochs[trial.widths] <= EPOCHS + stops
 
     long_study(tmp_path).run()
-    assert trained(ray_here) == epochs
+    assert trained_epochs(ray_here) == epochs
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_only_the_users_own_code_goes_along(
+def test_only_the_users_own_code_is_pickled_by_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    """What was installed into any folder of the path is imported by the workers, by name."""
-    called = f"elsewhere_{installed}"
-    (tmp_path / f"{called}.py").write_text('def told():\n    return "by value"\n')
+    """A package that is installed in any folder of the path is pickled by name."""
+    name = f"elsewhere_{installed}"
+    (tmp_path / f"{name}.py").write_text('def function():\n    return "by value"\n')
     if installed:
-        (tmp_path / f"{called}-1.0.dist-info").mkdir()
+        (tmp_path / f"{name}-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    dumped = runner.pickled(importlib.import_module(called).told, "a function")
+    dumped = pickle_by_value(importlib.import_module(name).function, "a function")
     assert (b"by value" in dumped) is not installed

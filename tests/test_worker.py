@@ -1,4 +1,4 @@
-"""A worker, in this process: every step is a report, and a restart loses at most an epoch."""
+"""A worker in this process: each step returns a report, a restart loses at most one epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
-from widthsearch.runner.worker import Worker, is_out_of_memory
+from widthsearch.runner.worker import Worker, WorkerReport, is_out_of_memory
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import Trainer
@@ -34,38 +34,44 @@ def worker(folder: Path, space: SearchSpace | None = None, **changes: Any) -> Wo
     return Worker(**{**shared, **changes})
 
 
+def reason(report: WorkerReport) -> str:
+    """Why the trial failed."""
+    assert report.failure is not None
+    return report.failure.reason
+
+
 def same(curve: tuple[EpochResult, ...], other: tuple[EpochResult, ...]) -> bool:
-    """Equal but for the time that it took."""
+    """Whether two curves are equal, apart from the seconds."""
     return [(r.epoch, r.loss, r.accuracy) for r in curve] == [
         (r.epoch, r.loss, r.accuracy) for r in other
     ]
 
 
-def test_a_restart_repeats_the_last_epoch_and_goes_on(tmp_path: Path) -> None:
-    """Whoever was killed, the numbers are those of a worker that never was."""
+def test_a_restart_reports_the_last_epoch_and_continues(tmp_path: Path) -> None:
+    """The curve is that of a worker that was never killed."""
     whole = worker(tmp_path / "whole")
-    whole.take(3, "tiny", [4, 6], seed=5)
+    whole.start_trial(3, "tiny", [4, 6], seed=5)
     reports = [whole.step() for _ in range(4)]
     assert [len(report.curve) for report in reports] == [1, 2, 3, 4]
 
     first = worker(tmp_path)
-    first.take(3, "tiny", [4, 6], seed=5)
+    first.start_trial(3, "tiny", [4, 6], seed=5)
     first.step()
-    told = first.step()
+    last = first.step()
     again = worker(tmp_path)
-    again.take(3, "tiny", [4, 6], seed=5)
-    assert again.step() == told
+    again.start_trial(3, "tiny", [4, 6], seed=5)
+    assert again.step() == last
     assert same(again.step().curve, reports[2].curve)
     assert same(again.step().curve, reports[3].curve)
 
 
 def test_one_worker_trains_one_trial_after_the_other(tmp_path: Path) -> None:
-    """What it trained before makes no difference."""
+    """An earlier trial does not change the next one's curve."""
     reused, fresh = worker(tmp_path / "reused"), worker(tmp_path / "fresh")
-    reused.take(1, "tiny", [8, 8], seed=1)
+    reused.start_trial(1, "tiny", [8, 8], seed=1)
     reused.step()
     for each in (reused, fresh):
-        each.take(2, "tiny", [4, 6], seed=5)
+        each.start_trial(2, "tiny", [4, 6], seed=5)
     assert same(reused.step().curve, fresh.step().curve)
 
 
@@ -73,20 +79,20 @@ def test_one_worker_trains_one_trial_after_the_other(tmp_path: Path) -> None:
 def test_a_lost_or_damaged_checkpoint_restarts_the_trial(
     tmp_path: Path, content: bytes | None
 ) -> None:
-    """And says so."""
+    """The report has a note with the reason."""
     (tmp_path / "3").mkdir()
     if content is not None:
         (tmp_path / "3" / "training.ckpt").write_bytes(content)
     one = worker(tmp_path)
-    one.take(3, "tiny", [4, 6], seed=5)
+    one.start_trial(3, "tiny", [4, 6], seed=5)
     report = one.step()
     assert len(report.curve) == 1
-    assert report.note.startswith("trial 3 starts from its first epoch: a checkpoint must be")
+    assert report.note.startswith("trial 3 restarts from its first epoch: a checkpoint must be")
     assert one.step().note == ""
 
 
 class Picky(nn.Module):
-    """Trains with more than two channels only."""
+    """A network that cannot be trained with two channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,29 +106,29 @@ class Picky(nn.Module):
         return self.fc(self.first(x).mean((2, 3)))
 
 
-def test_what_a_network_raises_is_reported(tmp_path: Path) -> None:
-    """In one line, with all of it beside; the worker goes on to the next trial."""
+def test_an_exception_of_the_network_is_reported(tmp_path: Path) -> None:
+    """In one line, beside its traceback; the worker can train the next trial."""
     one = worker(tmp_path, SearchSpace.from_model(Picky, (1, 4, 4), step=2))
-    one.take(0, "tiny", [2], seed=0)
+    one.start_trial(0, "tiny", [2], seed=0)
     report = one.step()
-    assert report.failure == "RuntimeError: two are"
-    assert report.traceback.startswith("Traceback")
-    one.take(1, "tiny", [4], seed=0)
+    assert reason(report) == "RuntimeError: two are"
+    assert report.failure is not None
+    assert report.failure.traceback.startswith("Traceback")
+    one.start_trial(1, "tiny", [4], seed=0)
     assert one.step().failure is None
 
 
 def test_a_space_that_cannot_be_unpickled_is_reported(tmp_path: Path) -> None:
-    """As the trial's failure, with the reason."""
-    one = worker(tmp_path, space=None)
-    one._pickled = {"tiny": b"cnowhere\nthing\n."}
-    one.take(0, "tiny", [4, 4], seed=0)
-    assert one.step().failure == "ModuleNotFoundError: No module named 'nowhere'"
+    """As the failure of the first trial that needs it."""
+    one = worker(tmp_path, spaces={"tiny": b"cnowhere\nthing\n."})
+    one.start_trial(0, "tiny", [4, 4], seed=0)
+    assert reason(one.step()) == "ModuleNotFoundError: No module named 'nowhere'"
 
 
-def test_a_full_disk_is_not_the_candidates_fault(
+def test_a_full_disk_is_a_fault_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is a device that is not there; other errors of the system may be."""
+    """As is a missing device; another OSError is the trial's failure."""
 
     def full(self: Trainer, folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -131,43 +137,43 @@ def test_a_full_disk_is_not_the_candidates_fault(
         raise OSError(errno.EACCES, "Permission denied")
 
     one = worker(tmp_path)
-    one.take(0, "tiny", [4, 4], seed=0)
+    one.start_trial(0, "tiny", [4, 4], seed=0)
     monkeypatch.setattr(Trainer, "save", full)
-    assert str(one.step().broken).startswith("No space left on device for the checkpoint '")
+    assert str(one.step().machine_error).startswith("No space left on device for the checkpoint '")
     monkeypatch.setattr(Trainer, "save", denied)
-    assert one.step().failure == "PermissionError: [Errno 13] Permission denied"
+    assert reason(one.step()) == "PermissionError: [Errno 13] Permission denied"
     nowhere = worker(tmp_path, device="cuda:77")
-    nowhere.take(0, "tiny", [4, 4], seed=0)
-    assert "cuda:77" in str(nowhere.step().broken)
+    nowhere.start_trial(0, "tiny", [4, 4], seed=0)
+    assert "cuda:77" in str(nowhere.step().machine_error)
 
 
 def test_reports_travel_between_processes(tmp_path: Path) -> None:
-    """They are plain values."""
+    """A report is equal to its unpickled copy."""
     one = worker(tmp_path)
-    one.take(0, "tiny", [4, 4], seed=0)
+    one.start_trial(0, "tiny", [4, 4], seed=0)
     report = one.step()
     assert pickle.loads(pickle.dumps(report)) == report
 
 
 class Greedy(tiny.Net):
-    """Wants more memory than there is."""
+    """A network that runs out of memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fails in training."""
+        """Fail in training, and only there."""
         if self.training and torch.is_grad_enabled() and len(x) > 2:
             raise torch.OutOfMemoryError("tried to allocate everything")
         return super().forward(x)
 
 
-def test_a_lack_of_memory_is_told_from_other_failures(tmp_path: Path) -> None:
-    """So that the trial can be given the machine to itself."""
+def test_a_lack_of_memory_is_marked_in_the_report(tmp_path: Path) -> None:
+    """So that the search can train the trial again while no other one runs."""
     greedy = worker(
         tmp_path, SearchSpace.from_model(Greedy, (1, 4, 4), name="tiny", min_width=0.25, step=2)
     )
-    greedy.take(1, "tiny", [4, 4], seed=0)
+    greedy.start_trial(1, "tiny", [4, 4], seed=0)
     report = greedy.step()
     assert report.out_of_memory
-    assert report.failure == "OutOfMemoryError: tried to allocate everything"
+    assert reason(report) == "OutOfMemoryError: tried to allocate everything"
 
 
 @pytest.mark.parametrize(
@@ -181,13 +187,15 @@ def test_a_lack_of_memory_is_told_from_other_failures(tmp_path: Path) -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_libraries_say_otherwise_that_memory_is_short(error: Exception, lack: bool) -> None:
-    """torch's allocator has an error of its own, and others have messages."""
+def test_messages_of_a_lack_of_memory_are_recognised(error: Exception, lack: bool) -> None:
+    """torch's allocator has an error type of its own, CUDA's libraries only messages."""
     assert is_out_of_memory(error) is lack
 
 
-def test_a_network_too_large_for_two_images_lacks_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not said that it does not take the task's images."""
+def test_a_network_too_large_for_two_images_runs_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check of the network's input does not hide the lack of memory."""
     network = tiny.space().build(1.0, seed=0)
 
     def forward(x: Tensor) -> Tensor:
@@ -198,10 +206,10 @@ def test_a_network_too_large_for_two_images_lacks_memory(monkeypatch: pytest.Mon
         Trainer(network, tiny.task(), RECIPE, seed=0)
 
 
-def test_a_process_whose_gpu_is_gone_says_so(
+def test_a_process_that_lost_its_gpu_is_marked_unusable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An illegal access is the end of all CUDA in a process, other errors are not."""
+    """After an illegal access no CUDA call of a process works; after other errors they do."""
 
     def broken(self: Trainer) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -210,22 +218,22 @@ def test_a_process_whose_gpu_is_gone_says_so(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(Trainer, "run_epoch", broken)
-    for synchronize, lost in ((gone, True), (lambda: None, False)):
+    for synchronize, unusable in ((gone, True), (lambda: None, False)):
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
         one = worker(tmp_path)
-        one.take(0, "tiny", [4, 4], seed=0)
+        one.start_trial(0, "tiny", [4, 4], seed=0)
         report = one.step()
         assert report.failure is not None
-        assert report.lost is lost
+        assert report.process_unusable is unusable
 
 
 @pytest.mark.gpu
-def test_a_worker_takes_no_more_than_its_share_of_a_gpu(tmp_path: Path) -> None:
-    """What it may allocate is its share; alone it may take all."""
-    small = worker(tmp_path, device="cuda", share=0.25)
+def test_a_worker_allocates_at_most_its_share_of_a_gpu(tmp_path: Path) -> None:
+    """A trial that runs alone may allocate all of it."""
+    small = worker(tmp_path, device="cuda", gpu_share=0.25)
     total = torch.cuda.get_device_properties(0).total_memory
-    small.take(1, "tiny", [4, 4], seed=0)
+    small.start_trial(1, "tiny", [4, 4], seed=0)
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(int(0.3 * total), dtype=torch.uint8, device="cuda")
-    small.take(1, "tiny", [4, 4], seed=0, alone=True)
+    small.start_trial(1, "tiny", [4, 4], seed=0, alone=True)
     assert torch.empty(int(0.3 * total), dtype=torch.uint8, device="cuda").numel() > 0

@@ -318,6 +318,6 @@ class Study:
 
 
 def _pickled(space: SearchSpace, label: str) -> bytes:
-    from widthsearch.runner.ray_tune import pickled
+    from widthsearch.runner.pickling import pickle_by_value
 
-    return pickled(space, label)
+    return pickle_by_value(space, label)

@@ -1,4 +1,4 @@
-"""Ray Tune trains the trials of a study; the only package that imports Ray.
+"""The engine of a study: Ray Tune trains its trials, Ray tasks run its proposers.
 
-May import: ``study`` and below.
+The only package that imports Ray. May import: ``study`` and below.
 """

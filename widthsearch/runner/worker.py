@@ -1,22 +1,21 @@
-"""What a worker does: trains one trial after the other, an epoch a step, a checkpoint an epoch;
-or asks a proposer.
+"""A worker process: it trains trials, one epoch and one checkpoint per step, or runs a proposer.
 
-A worker never opens the storage and knows no Ray: it reports, and whoever runs it tells the study.
+A worker neither opens the storage nor imports Ray. It returns reports; the driver passes them to
+the study.
 """
 
 from __future__ import annotations
 
 import errno
 import pickle
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from widthsearch.data.tasks import Task
-from widthsearch.errors import CheckpointError, DeviceError, one_line
+from widthsearch.errors import CheckpointError, DeviceError
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, told
 from widthsearch.training.recipe import EpochResult, Recipe
@@ -25,41 +24,40 @@ from widthsearch.widths import Widths
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a step came to.
+class WorkerReport:
+    """The result of one step of a worker.
 
     Attributes:
         curve: The trial's epochs so far.
-        note: What whoever watches should know; may be empty.
-        failure: Why the candidate cannot be trained, in one line.
-        traceback: All of that.
-        out_of_memory: Whether it failed because its device's memory did not suffice.
-        broken: What is wrong with the machine, where it is not the candidate's fault.
-        lost: Whether this process can use its device no more, and must end.
+        note: A message for the progress display; may be empty.
+        failure: Why the candidate cannot be trained.
+        out_of_memory: Whether the device's memory did not suffice.
+        machine_error: A fault of the machine, such as a full disk, that no candidate has caused.
+        process_unusable: Whether this process can use its device no more, and must end.
     """
 
     curve: tuple[EpochResult, ...] = ()
     note: str = ""
-    failure: str | None = None
-    traceback: str = ""
+    failure: Failure | None = None
     out_of_memory: bool = False
-    broken: str | None = None
-    lost: bool = False
+    machine_error: str | None = None
+    process_unusable: bool = False
 
 
-_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-"""What errors of CUDA, cuBLAS and cuDNN say that are not of torch's allocator."""
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""Parts of the messages of CUDA, cuBLAS and cuDNN, which raise RuntimeError; torch's own allocator
+raises OutOfMemoryError."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, of the device or of the host."""
+    """Whether the memory of the device or of the host did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
-def _answers() -> bool:
-    """Whether the GPU still answers this process: after an illegal access it never does again."""
+def _cuda_works() -> bool:
+    """Whether this process can use CUDA; after an illegal access every call fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -67,117 +65,112 @@ def _answers() -> bool:
     return True
 
 
+@dataclass
 class Worker:
-    """Trains trials in this process.
+    """Trains trials in this process, one after the other.
 
-    Args:
+    Attributes:
         task: The data.
-        spaces: The spaces by name, each pickled by the driver. One is unpickled with its first
-            trial, so that what goes wrong with that has a trial to be reported for.
+        spaces: The spaces by name, each pickled by the driver. A space is unpickled with its first
+            trial, so that an error of unpickling is reported as that trial's failure.
         recipe: How candidates are trained.
-        device: Where.
-        threads: With how many CPU threads.
-        checkpoints: The folder in which each trial has its own.
-        share: The share of a GPU that is this worker's; of the GPU's memory it gets no more, so
-            that no trial takes what its neighbours count on.
+        device: The device that they are trained on.
+        threads: The number of CPU threads.
+        checkpoints: The folder with one folder per trial.
+        gpu_share: This worker's share of a GPU. It may allocate that share of the GPU's memory, so
+            that a large trial fails itself instead of the trials beside it.
     """
 
-    def __init__(
-        self,
-        *,
-        task: Task,
-        spaces: Mapping[str, bytes],
-        recipe: Recipe,
-        device: str,
-        threads: int,
-        checkpoints: Path,
-        share: float = 0.0,
-    ) -> None:
-        # Ray sets OMP_NUM_THREADS, but torch's pool may be there already.
-        torch.set_num_threads(threads)
-        self._task = task
-        self._pickled = spaces
-        self._spaces: dict[str, SearchSpace] = {}
-        self._recipe = recipe
-        self._device = device
-        self._threads = threads
-        self._checkpoints = checkpoints
-        self._share = share
+    task: Task
+    spaces: Mapping[str, bytes]
+    recipe: Recipe
+    device: str
+    threads: int
+    checkpoints: Path
+    gpu_share: float = 0.0
+    _unpickled: dict[str, SearchSpace] = field(default_factory=dict, init=False)
 
-    def take(
+    def __post_init__(self) -> None:
+        # Ray sets OMP_NUM_THREADS, but torch's thread pool may exist before that.
+        torch.set_num_threads(self.threads)
+
+    def start_trial(
         self, number: int, space: str, vector: Sequence[int], seed: int, alone: bool = False
     ) -> None:
-        """Take the next trial; the last one is let go.
+        """Set the trial that the next steps train; the previous one is released.
 
         Args:
-            number: The trial's.
-            space: Its space's name.
+            number: The trial's number.
+            space: The name of its space.
             vector: Its widths.
             seed: Its seed.
-            alone: Whether no other trial runs meanwhile, so that all memory may be used.
+            alone: Whether no other trial runs meanwhile, so that it may use all memory of the GPU.
         """
         self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
-        self._folder = self._checkpoints / str(number)
-        self._run: Trainer | None = None
-        if self._device.startswith("cuda") and 0 < self._share < 1 and torch.cuda.is_available():
+        self._folder = self.checkpoints / str(number)
+        self._trainer: Trainer | None = None
+        if self.device.startswith("cuda") and 0 < self.gpu_share < 1 and torch.cuda.is_available():
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0 if alone else self._share)
+            torch.cuda.set_per_process_memory_fraction(1.0 if alone else self.gpu_share)
 
-    def step(self) -> Report:
-        """Train an epoch of the trial, or repeat the last one that a checkpoint has.
+    def step(self) -> WorkerReport:
+        """Train one epoch of the trial; after a restart, report the checkpoint's epochs instead.
 
-        Whatever a network raises is its failure: it is reported, for it would come again.
+        An exception of the network is reported and not raised: a retry would raise it again.
         """
         try:
             return self._step()
         except DeviceError as error:
-            return Report(broken=str(error))
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                return Report(broken=f"{error.strerror} for the checkpoint {str(self._folder)!r}")
-            return Report(failure=one_line(error), traceback=traceback.format_exc())
+            return WorkerReport(machine_error=str(error))
         except Exception as error:  # noqa: BLE001  reported, with its traceback
-            self._run = None  # its tensors go
-            return Report(
-                failure=one_line(error),
-                traceback=traceback.format_exc(),
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                return WorkerReport(
+                    machine_error=f"{error.strerror} for the checkpoint {str(self._folder)!r}"
+                )
+            self._trainer = None  # frees its tensors
+            return WorkerReport(
+                failure=Failure.of(error),
                 out_of_memory=is_out_of_memory(error),
-                lost=isinstance(error, torch.AcceleratorError) and not _answers(),
+                process_unusable=isinstance(error, torch.AcceleratorError) and not _cuda_works(),
             )
 
-    def _step(self) -> Report:
+    def _step(self) -> WorkerReport:
         note = ""
-        if self._run is None:
-            self._run = self._begin()
+        if self._trainer is None:
+            self._trainer = self._new_trainer()
             if self._folder.exists():
                 try:
-                    self._run.load(self._folder)
-                    # Whoever was killed, the worker or the driver: it may not be in the storage.
-                    return Report(self._run.curve)
+                    self._trainer.load(self._folder)
+                    # A kill of the worker or of the driver may have kept this curve from the
+                    # storage, so it is reported again.
+                    return WorkerReport(self._trainer.curve)
                 except CheckpointError as error:
-                    note = f"trial {self._number} starts from its first epoch: {error}"
-        self._run.run_epoch()
-        self._run.save(self._folder)
-        return Report(self._run.curve, note)
+                    note = f"trial {self._number} restarts from its first epoch: {error}"
+        self._trainer.run_epoch()
+        self._trainer.save(self._folder)
+        return WorkerReport(self._trainer.curve, note)
 
-    def _begin(self) -> Trainer:
-        if self._space not in self._spaces:
-            self._spaces[self._space] = pickle.loads(self._pickled[self._space])
-        space = self._spaces[self._space]
+    def _new_trainer(self) -> Trainer:
+        if self._space not in self._unpickled:
+            self._unpickled[self._space] = pickle.loads(self.spaces[self._space])
+        space = self._unpickled[self._space]
         return Trainer(
             space.build(Widths(space.names, self._vector), seed=self._seed),
-            self._task,
-            self._recipe,
+            self.task,
+            self.recipe,
             seed=self._seed,
-            device=self._device,
-            threads=self._threads,
+            device=self.device,
+            threads=self.threads,
         )
 
 
-def answer(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
-    """Ask a proposer whose question was pickled by the driver; yields its reports, then its answer.
+def run_proposer(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
+    """Run a proposer; yield the messages that it reports, then its result.
 
-    What goes wrong with unpickling is the proposer's failure as well.
+    Args:
+        pickled: The :class:`ProposalRequest`, pickled by the driver. An error of unpickling is the
+            proposer's failure as well.
+        task: The data.
     """
     try:
         request: ProposalRequest = pickle.loads(pickled)
