@@ -156,11 +156,23 @@ def test_a_proposer_that_fails_is_survived_and_asked_again(tmp_path: Path, own: 
     assert not any("proposer uniform" in m for m in messages)
 
 
+def test_a_finished_study_asks_no_proposer(tmp_path: Path, own: str) -> None:
+    """Neither the failed one nor a new one: no more candidates are needed, unless trials are."""
+    drive(study(tmp_path, f"{own}:broken"))
+    finished = study(tmp_path, f"{own}:broken", f"{own}:halves")
+    assert not any("proposer" in message for message in drive(finished))
+    assert finished.failures == {}
+    more = study(tmp_path, f"{own}:broken", f"{own}:halves", trials=5)
+    drive(more)
+    assert set(more.failures) == {f"{own}:broken"}
+    assert "halves" in origins(more)
+
+
 def test_a_smaller_budget_asks_again(tmp_path: Path) -> None:
     """What was asked down to a half need not know what a tenth looks like."""
-    assert any("proposer uniform" in m for m in drive(study(tmp_path, "uniform", budgets=[0.5])))
-    assert not any("proposer" in m for m in drive(study(tmp_path, "uniform", budgets=[0.6])))
-    assert any("proposer uniform" in m for m in drive(study(tmp_path, "uniform", budgets=[0.2])))
+    for trials, budget, asked in [(3, 0.5, True), (4, 0.6, False), (5, 0.2, True)]:
+        messages = drive(study(tmp_path, "uniform", budgets=[budget], trials=trials))
+        assert any("proposer uniform" in message for message in messages) is asked
 
 
 def test_a_users_own_needs_no_task(own: str) -> None:

@@ -34,7 +34,7 @@ from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.progress import Progress
 from widthsearch.study.proposals import Engine, ProgressCallback, ProposalRequest, proposals
 from widthsearch.study.storage import Store
-from widthsearch.study.trial import Trial, TrialState
+from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import cores
@@ -98,9 +98,11 @@ class Driver:
             budgets = self._budgets(say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self._spaces.values()]
             queue += families.baseline_candidates(self._spaces, budgets, share, config.seed)
-            found = self._proposals(store, config.recipe, engine, say)
-            proposed = families.family_candidates(self._spaces, found, budgets, config.families)
-            queue += [c for c in proposed if self._is_within_limits(c.space, c.widths)]
+            names = {name: space.names for name, space in self._spaces.items()}
+            if count_begun(store.trials(names)) < config.trials:  # else no candidate is needed
+                found = self._proposals(store, config.recipe, engine, say)
+                proposed = families.family_candidates(self._spaces, found, budgets, config.families)
+                queue += [c for c in proposed if self._is_within_limits(c.space, c.widths)]
             yield Search(
                 config,
                 self._spaces,

@@ -128,3 +128,13 @@ def unresolved_failures(trials: Sequence[Trial]) -> list[Trial]:
             known.add((trial.space, trial.widths))
             found.append(trial)
     return found[::-1]
+
+
+def count_begun(trials: Sequence[Trial]) -> int:
+    """How many of a study's own trials have begun.
+
+    A failed trial and its repetition count once; a confirmation of a network does not count.
+    """
+    well = [trial for trial in trials if trial.state != TrialState.FAILED]
+    begun = [*well, *unresolved_failures(trials)]
+    return sum("confirms" not in trial.origin for trial in begun)
