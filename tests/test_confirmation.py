@@ -51,6 +51,21 @@ def test_finalists_are_trained_again(tmp_path: Path) -> None:
     assert study.posterior()[again[0]].trainings == trained[again[0].widths]
 
 
+def test_networks_outside_the_limits_are_not_confirmed(tmp_path: Path) -> None:
+    """Neither members of the front nor undecided ones; the number follows the front inside."""
+    study = make(tmp_path)
+    macs = sorted(trial.cost.macs for trial in study.trials())
+    least, most = macs[6], macs[9]
+    assert any(not least <= trial.cost.macs <= most for trial in study.posterior().undecided)
+    settings = tiny.config(trials=16, limits={"macs": (least, most)})
+    limited = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
+    front = limited.front()
+    with limited.confirmation(seeds=4) as search:
+        confirmed = tiny.drive(search, lucky)
+    assert len(confirmed) == 3 * len(front)
+    assert all(least <= trial.cost.macs <= most for trial in confirmed)
+
+
 def test_a_confirmed_front_may_still_be_searched(tmp_path: Path) -> None:
     """Repeats are not counted as the study's own trials."""
     study = make(tmp_path, trials=10)

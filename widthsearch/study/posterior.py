@@ -41,8 +41,8 @@ class AccuracyEstimate:
         accuracy: Its mean: expected accuracy over seeds, in percent.
         sd: Its standard deviation, in percent; None where there is no surrogate.
         trainings: The number of its finished trainings.
-        dominated: The probability that another trained network dominates it: one with no more of
-            any cost and a higher accuracy; None where there is no surrogate.
+        dominated: The probability that another trained network within the limits dominates it: one
+            with no more of any cost and a higher accuracy; None where there is no surrogate.
     """
 
     accuracy: float
@@ -148,11 +148,17 @@ class AccuracyPosterior:
 
     @property
     def undecided(self) -> list[Trial]:
-        """Members dominated with a probability from 5% to 95%, the nearest to 50% first."""
+        """Members within the limits that are dominated with a probability from 5% to 95%.
+
+        Returns:
+            Those nearest to 50% first.
+        """
         open_ = [
             (abs(p - 0.5), member.number, member)
             for member in self.members
-            if (p := self[member].dominated) is not None and 0.05 <= p <= 0.95
+            if self._is_within(member)
+            and (p := self[member].dominated) is not None
+            and 0.05 <= p <= 0.95
         ]
         return [member for *_, member in sorted(open_, key=lambda each: each[:2])]
 
@@ -214,8 +220,9 @@ class AccuracyPosterior:
             self.objectives.index("accuracy"),
             axis=1,
         )
+        within = np.array([self._is_within(member) for member in self.members])
         for i, member in enumerate(self.members):
-            rivals = (costs <= costs[i]).all(axis=1)
+            rivals = within & (costs <= costs[i]).all(axis=1)
             rivals[i] = False
             beaten = (draws[:, rivals] > draws[:, [i]]).any(axis=1).mean()
             key = member.space, member.widths
