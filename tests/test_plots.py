@@ -13,7 +13,7 @@ from rich.console import Console
 from strategies import space_of
 from torch import nn
 
-from widthsearch.report import plots as pictures
+from widthsearch.report import width_bars as pictures
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 

@@ -11,6 +11,9 @@ import tiny
 from rich.console import Console, RenderableType
 
 from widthsearch.report import tables as report
+from widthsearch.report.console import print_line, print_tables, short
+from widthsearch.report.progress import LiveView
+from widthsearch.report.space_tables import space_tables
 from widthsearch.space.cost import Cost
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.progress import Progress
@@ -86,7 +89,7 @@ def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
 def shown(tables: RenderableType, width: int) -> str:
     """What a terminal of so many columns shows."""
     stream = io.StringIO()
-    report.show(Console(file=stream, force_terminal=True, no_color=True, width=width), tables)
+    print_tables(Console(file=stream, force_terminal=True, no_color=True, width=width), tables)
     return re.sub("\x1b\\[[0-9;]*m", "", stream.getvalue())
 
 
@@ -105,9 +108,9 @@ def test_a_narrow_terminal_cuts_no_number() -> None:
             row = next(line.split() for line in lines.splitlines() if cells[1] in line.split())
             assert row[0] == cells[0]
             assert cells[2] in row
-            assert report.short(o.cost.macs) in row
+            assert short(o.cost.macs) in row
     space = tiny.space()
-    lines = shown(report.space_tables(space), 50)
+    lines = shown(space_tables(space), 50)
     assert all(name in lines for name in space.names)
 
 
@@ -115,7 +118,7 @@ def test_lines_are_said_as_they_are() -> None:
     """Whole, and what looks like markup stays."""
     stream = io.StringIO()
     line = "failed: trial 3: ValueError: [bold] must not be [accuracy, macs] " + "x" * 100
-    report.say(Console(file=stream, width=40), line)
+    print_line(Console(file=stream, width=40), line)
     assert stream.getvalue() == line + "\n"
 
 
@@ -124,7 +127,7 @@ def test_lines_are_said_as_they_are() -> None:
 )
 def test_counts_are_shortened(value: float, text: str) -> None:
     """With the field's suffixes."""
-    assert report.short(value) == text
+    assert short(value) == text
 
 
 STAND = Progress(
@@ -136,7 +139,7 @@ def test_a_terminal_shows_one_live_table() -> None:
     """Trials, running, best, front, times."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80)
-    with report.LiveView("mine", console) as view:
+    with LiveView("mine", console) as view:
         view(replace(STAND, message="measuring"))
     shown = stream.getvalue()
     for text in ("mine", "3/10", "91.25", "1:15", "1:01:40", "measuring"):
@@ -146,7 +149,7 @@ def test_a_terminal_shows_one_live_table() -> None:
 def test_a_log_shows_one_line_per_finished_trial() -> None:
     """Not one per epoch."""
     stream = io.StringIO()
-    with report.LiveView("mine", Console(file=stream, width=80)) as view:
+    with LiveView("mine", Console(file=stream, width=80)) as view:
         for done in (3, 3, 3, 4):
             view(replace(STAND, done=done))
     assert stream.getvalue().splitlines() == [

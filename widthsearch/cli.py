@@ -14,19 +14,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from widthsearch import __version__
 from widthsearch.errors import DeviceError, StudyError, WidthsearchError, writing
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 SHARES = 16
 """Budgets up to this are shares of the base's MACs; larger ones are MACs."""
-
-WIDE = 160
-"""Columns, where nothing is a terminal that says how many it has."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,42 +39,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _console(stderr: bool = False) -> Console:
-    """Where tables and lines are printed."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    if not console.is_terminal:
-        console.width = WIDE
-    return console
-
-
 def _run(options: argparse.Namespace) -> int:
     """Run a study, or go on with it; ends by printing the front."""
     from widthsearch.api import Study
-    from widthsearch.report import tables as report
+    from widthsearch.report import tables
+    from widthsearch.report.console import open_console, print_line, print_tables
+    from widthsearch.report.progress import LiveView
     from widthsearch.study.trial import unresolved_failures
 
     study = Study.load(options.study, options.runs)
-    console = _console()
-    with report.LiveView(study.config.name, console) as view:
+    console = open_console()
+    with LiveView(study.config.name, console) as view:
         study.run(view, retry=options.retry)
-    report.show(console, report.front_tables(study))
-    report.say(console, report.write_front(study))
+    print_tables(console, tables.front_tables(study))
+    print_line(console, tables.write_front(study))
     failed = unresolved_failures(study.trials())
     for o in failed:
-        report.say(console, f"failed: trial {o.number}: {o.error}")
+        print_line(console, f"failed: trial {o.number}: {o.error}")
     for method, reason in study.failures.items():
-        report.say(console, f"failed: proposer {method}: {reason}")
+        print_line(console, f"failed: proposer {method}: {reason}")
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
-    report.say(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
+    print_line(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
     return 1 if failed or study.failures else 0
 
 
 def _space(options: argparse.Namespace) -> int:
     """Show a space: its axes, their share of MACs, and what is pinned and why."""
     from widthsearch.api import Study
-    from widthsearch.report import tables as report
+    from widthsearch.report import space_tables
+    from widthsearch.report.console import open_console, print_line, print_tables
     from widthsearch.space.loading import load_space
     from widthsearch.utils.devices import check_device
 
@@ -90,16 +77,16 @@ def _space(options: argparse.Namespace) -> int:
         space = load_space(options.space, options.input)
     widths = None if options.widths is None else space.load_widths(options.widths)
     if options.json:
-        content = report.space_json(space)
+        content = space_tables.space_json(space)
         if widths is not None:
             content["widths"] = widths.to_json()
             content["cost"] = asdict(space.cost(widths))
         print(json.dumps(content, indent=1))
     else:
-        console = _console()
-        report.show(console, report.space_tables(space))
+        console = open_console()
+        print_tables(console, space_tables.space_tables(space))
         if widths is not None:
-            report.say(console, f"{options.widths}: {report.cost_line(space, widths)}")
+            print_line(console, f"{options.widths}: {space_tables.cost_line(space, widths)}")
     if options.check:
         if options.device != "meta":
             check_device(options.device)
@@ -116,7 +103,8 @@ def _propose(options: argparse.Namespace) -> int:
     from widthsearch.latency.config import LatencyConfig
     from widthsearch.latency.profiles import load_profile
     from widthsearch.proposers import Setting
-    from widthsearch.report import tables as report
+    from widthsearch.report import space_tables, width_bars
+    from widthsearch.report.console import open_console, print_line, print_tables
     from widthsearch.space.loading import load_space
     from widthsearch.study.config import ProposerConfig
     from widthsearch.study.proposals import suggest
@@ -150,7 +138,7 @@ def _propose(options: argparse.Namespace) -> int:
         )
     base = space.cost(space.base).macs
     budget = options.budget * (base if options.budget <= SHARES else 1)
-    console = _console(stderr=options.json)
+    console = open_console(stderr=options.json)
     seed = options.seed if options.seed is not None or study is None else study.config.seed
     with console.status(options.method) as status:
         setting = Setting(
@@ -162,20 +150,16 @@ def _propose(options: argparse.Namespace) -> int:
         )
         widths, proposal = suggest(config, space, budget, task, setting)
     if options.json:
-        print(json.dumps(report.proposal_json(space, widths, proposal), indent=1))
+        print(json.dumps(space_tables.proposal_json(space, widths, proposal), indent=1))
     else:
-        from widthsearch.report import plots as pictures
-
-        report.show(console, pictures.width_bars(space, widths))
-        report.say(console, report.cost_line(space, widths))
+        print_tables(console, width_bars.width_bars(space, widths))
+        print_line(console, space_tables.cost_line(space, widths))
     if options.out is not None:
-        from widthsearch.report import plots as pictures
-
         picture = Path(options.out).with_suffix(".png")
         with writing(picture.parent):
             space.save_widths(options.out, widths)
-            pictures.save_width_bars(space, widths, picture)
-        report.say(console, f"written: {options.out}, {picture}")
+            width_bars.save_width_bars(space, widths, picture)
+        print_line(console, f"written: {options.out}, {picture}")
     return 0
 
 
@@ -184,7 +168,7 @@ def _profile(options: argparse.Namespace) -> int:
     from widthsearch.api import Study
     from widthsearch.latency import profiles as profiling
     from widthsearch.latency.config import LatencyConfig
-    from widthsearch.report import tables as report
+    from widthsearch.report.console import open_console, print_line, print_tables
     from widthsearch.space.loading import load_space
 
     config = LatencyConfig()
@@ -200,7 +184,7 @@ def _profile(options: argparse.Namespace) -> int:
         if getattr(options, key) is not None
     }
     config = replace(config, **given)
-    console = _console()
+    console = open_console()
     for space in spaces:
         with console.status(f"measuring {space.name}") as status:
             model = profiling.profile(
@@ -209,15 +193,16 @@ def _profile(options: argparse.Namespace) -> int:
                 vectors=options.vectors,
                 on_progress=lambda done, all_: status.update(f"measured {done} of {all_} networks"),
             )
-        report.show(console, profiling.report(model))
-        report.say(console, f"written: {profiling.profile_path(space, config)}")
+        print_tables(console, profiling.report(model))
+        print_line(console, f"written: {profiling.profile_path(space, config)}")
     return 0
 
 
 def _pareto(options: argparse.Namespace) -> int:
     """Show a study's front and the uniform baseline; write front.json and front.png."""
     from widthsearch.api import Study
-    from widthsearch.report import tables as report
+    from widthsearch.report import tables
+    from widthsearch.report.console import open_console, print_line, print_tables
 
     study = Study.load(options.study, options.runs)
     expected = None
@@ -225,33 +210,35 @@ def _pareto(options: argparse.Namespace) -> int:
         from widthsearch.report.forecast import forecast
 
         expected = forecast(study)
-    console = _console(stderr=options.json or options.csv)
+    console = open_console(stderr=options.json or options.csv)
     if options.json:
-        content = report.front_json(study)
+        content = tables.front_json(study)
         if expected is not None:
             content["families"] = [each.to_json() for each in expected]
         print(json.dumps(content, indent=1))
     elif options.csv:
-        print(report.front_csv(study), end="")
+        print(tables.front_csv(study), end="")
     else:
-        report.show(console, report.front_tables(study))
+        print_tables(console, tables.front_tables(study))
         if expected is not None:
-            report.show(console, report.forecast_table(expected))
-    report.say(console, report.write_front(study))
+            print_tables(console, tables.forecast_table(expected))
+    print_line(console, tables.write_front(study))
     return 0
 
 
 def _confirm(options: argparse.Namespace) -> int:
     """Train the front again with fresh seeds where it is undecided; ends by printing it."""
     from widthsearch.api import Study
-    from widthsearch.report import tables as report
+    from widthsearch.report import tables
+    from widthsearch.report.console import open_console, print_line, print_tables
+    from widthsearch.report.progress import LiveView
 
     study = Study.load(options.study, options.runs)
-    console = _console()
-    with report.LiveView(study.config.name, console) as view:
+    console = open_console()
+    with LiveView(study.config.name, console) as view:
         study.confirm(options.seeds, view)
-    report.show(console, report.front_tables(study))
-    report.say(console, report.write_front(study))
+    print_tables(console, tables.front_tables(study))
+    print_line(console, tables.write_front(study))
     return 0
 
 
@@ -259,14 +246,14 @@ def _train(options: argparse.Namespace) -> int:
     """Train a network of a study in full and test it; writes a folder to load it from."""
     from widthsearch import export
     from widthsearch.api import Study
-    from widthsearch.report import tables as report
+    from widthsearch.report.console import open_console, print_line
     from widthsearch.training.recipe import EpochResult
 
     study = Study.load(options.study, options.runs)
     trial = study.pick(options.pick)
     folder = Path(options.out) if options.out else study.folder / "trained" / str(trial.number)
-    console = _console()
-    report.say(
+    console = open_console()
+    print_line(
         console,
         f"training {study.config.name} {trial.number} ({trial.cost.macs:,} MACs): "
         f"{' '.join(map(str, trial.widths.vector))}",
@@ -274,7 +261,7 @@ def _train(options: argparse.Namespace) -> int:
 
     def on_epoch(number: int, result: EpochResult) -> None:
         which = f"network {number + 1}/{options.seeds}, epoch {result.epoch}"
-        report.say(console, f"{which}: loss {result.loss:.4f}")
+        print_line(console, f"{which}: loss {result.loss:.4f}")
 
     card = export.train(
         study,
@@ -287,7 +274,7 @@ def _train(options: argparse.Namespace) -> int:
     )
     tested = card["test_accuracy"]
     spread = "" if tested["std"] is None else f" ± {tested['std']:.2f}"
-    report.say(
+    print_line(
         console,
         f"test accuracy {tested['mean']:.2f}%{spread} over {options.seeds} seeds; written to "
         f"{folder}; load it with widthsearch.load({str(folder)!r})",

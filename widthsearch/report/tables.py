@@ -1,4 +1,4 @@
-"""What a person sees: tables, the live view of a run, the front as JSON, CSV and a picture."""
+"""A study's front and families as tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -7,201 +7,27 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
-from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
 from widthsearch.latency.profiles import standard_error
-from widthsearch.proposers import Proposal
+from widthsearch.report.console import short, uncut
 from widthsearch.report.forecast import Forecast
-from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.front import gains as equal_cost_gains
-from widthsearch.study.front import objective_points, objective_value
+from widthsearch.study.front import objective_points
 from widthsearch.study.posterior import INTERVAL, AccuracyPosterior
-from widthsearch.study.progress import Progress
 from widthsearch.study.trial import Trial
-from widthsearch.widths import Widths
 
 FEW = 3
 """Fewer points than this make no front to take a volume of, and fewer comparisons no range."""
-
-_LASTING = ("trial ", "proposer ", "concurrency", "budgets", "every width vector")
-"""How messages begin that stay to be read."""
-
-_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def short(value: float) -> str:
-    """A count with a unit: 1.82G, 23.5M, 412."""
-    for size, unit in _UNITS:
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is: never wrapped, and nothing in it is taken for markup."""
-    console.print(Text(line), soft_wrap=True)
-
-
-def show(console: Console, tables: RenderableType) -> None:
-    """Print tables; what a terminal has no room for goes on in its next line."""
-    console.print(tables, crop=False)
-
-
-def _uncut(table: Table) -> Table:
-    """The table, with the columns that do not wrap kept whole in however narrow a terminal."""
-    for column in table.columns:
-        cells = [str(cell) for cell in (column.header, *column.cells)]
-        if column.no_wrap:
-            column.min_width = max(map(cell_len, cells))
-        else:
-            column.overflow = "fold"
-            column.min_width = min(8, max(map(cell_len, cells)))
-    return table
-
-
-# -- spaces ----------------------------------------------------------------------------------
-
-
-def space_tables(space: SearchSpace) -> Group:
-    """A space as tables: its axes, with their share of MACs, and what is pinned and why."""
-    cost = space.cost(space.base)
-    shares = space.cost_form("macs").share(space.base.vector)
-    axes = Table(
-        title=f"{space.name}: {len(space.axes)} axes, input {_shape_text(space.input_shape)}"
-    )
-    axes.add_column("axis", no_wrap=True)
-    for column in ("base", "min", "max", "step", "MACs"):
-        axes.add_column(column, justify="right", no_wrap=True)
-    axes.add_column("layers")
-    for axis, share in zip(space.axes, shares, strict=True):
-        axes.add_row(
-            Text(axis.name),
-            *(str(getattr(axis, field)) for field in ("base", "min_width", "max_width", "step")),
-            f"{share:.1%}",
-            Text(_shown(axis.layers) + (f"; {len(axis.tied)} tied to it" if axis.tied else "")),
-        )
-    pinned = Table(title="pinned")
-    for column in ("width of", "size", "MACs", "reason", "layers"):
-        counted, whole = column in ("size", "MACs"), column not in ("reason", "layers")
-        pinned.add_column(column, justify="right" if counted else "left", no_wrap=whole)
-    for pin, share in zip(space.pinned, space.pinned_shares, strict=True):
-        pinned.add_row(
-            Text(pin.name),
-            str(pin.size),
-            f"{share:.1%}",
-            Text(pin.reason),
-            Text(_shown(pin.layers)),
-        )
-    total = Text(
-        f"base: {short(cost.macs)} MACs ({short(2 * cost.macs)} FLOPs), {short(cost.params)} "
-        f"parameters, {short(cost.activations)} activation elements a sample. A width's share of "
-        "MACs is what would vanish with it; shares overlap, since a layer has two widths."
-    )
-    parts: list[RenderableType] = [_uncut(axes)]
-    if space.pinned:
-        parts.append(_uncut(pinned))
-    return Group(*parts, total)
-
-
-def space_json(space: SearchSpace) -> dict[str, Any]:
-    """A space as plain JSON values."""
-    cost = space.cost(space.base)
-    shares = space.cost_form("macs").share(space.base.vector)
-    return {
-        "name": space.name,
-        "fingerprint": space.fingerprint,
-        "input_shape": _shapes(space.input_shape),
-        "macs": cost.macs,
-        "params": cost.params,
-        "activations": cost.activations,
-        "axes": [
-            {
-                "name": axis.name,
-                "base": axis.base,
-                "min_width": axis.min_width,
-                "max_width": axis.max_width,
-                "step": axis.step,
-                "share_of_macs": float(share),
-                "layers": list(axis.layers),
-                "tied": list(axis.tied),
-            }
-            for axis, share in zip(space.axes, shares, strict=True)
-        ],
-        "pinned": [
-            {
-                "name": pin.name,
-                "size": pin.size,
-                "reason": pin.reason,
-                "share_of_macs": share,
-                "layers": list(pin.layers),
-            }
-            for pin, share in zip(space.pinned, space.pinned_shares, strict=True)
-        ],
-    }
-
-
-def cost_line(space: SearchSpace, widths: Widths) -> str:
-    """What a width vector costs, and beside the base."""
-    cost, base = space.cost(widths), space.cost(space.base)
-    return (
-        f"{short(cost.macs)} MACs ({cost.macs / base.macs:.3g} of the base), "
-        f"{short(cost.params)} parameters ({cost.params / base.params:.3g}), "
-        f"{short(cost.activations)} activation elements ({cost.activations / base.activations:.3g})"
-    )
-
-
-def proposal_json(space: SearchSpace, widths: Widths, proposal: Proposal) -> dict[str, Any]:
-    """Proposed widths with their costs and where they came from, as plain JSON values."""
-    return {
-        "space": space.name,
-        "fingerprint": space.fingerprint,
-        "method": proposal.method,
-        "widths": dict(widths),
-        "cost": asdict(space.cost(widths)),
-        "base": asdict(space.cost(space.base)),
-        "proposal": proposal.to_json(),
-    }
-
-
-def _shapes(inputs: Any) -> Any:
-    """What a model takes, as JSON values: shapes, by place or name."""
-    if isinstance(inputs, Mapping):
-        return {name: _shapes(value) for name, value in inputs.items()}
-    return [n if isinstance(n, int) else _shapes(n) for n in getattr(inputs, "shape", inputs)]
-
-
-def _shape_text(inputs: Any) -> str:
-    shapes = _shapes(inputs)
-    plain = isinstance(shapes, list) and all(isinstance(n, int) for n in shapes)
-    return "×".join(map(str, shapes)) if plain else json.dumps(shapes)
-
-
-def _shown(layers: Sequence[str], room: int = 30) -> str:
-    """How many layers there are, and as many of their names as there is room for."""
-    names = [layer or "(model)" for layer in layers]
-    shown = names[:1]
-    while len(shown) < len(names) and len(", ".join([*shown, names[len(shown)]])) <= room:
-        shown.append(names[len(shown)])
-    more = ", …" if len(shown) < len(names) else ""
-    return f"{len(names)}: {', '.join(shown)}{more}"
-
-
-# -- fronts ----------------------------------------------------------------------------------
 
 
 def described(origin: Mapping[str, Any]) -> str:
@@ -374,7 +200,7 @@ def forecast_table(expected: Sequence[Forecast]) -> Group:
             f"{each.accuracy:.2f} ±{INTERVAL * each.sd:.2f}",
             "trained" if each.trained else f"{each.beats_front:.0%}",
         )
-    _uncut(table)
+    uncut(table)
     open_ = [each for each in expected if not each.trained]
     if not open_:
         return Group(table)
@@ -433,7 +259,7 @@ def _trial_table(
         elif timed:
             row += ["", ""]
         table.add_row(*(Text(cell) for cell in row))
-    return _uncut(table)
+    return uncut(table)
 
 
 def _add_columns(table: Table, columns: Sequence[str]) -> None:
@@ -465,8 +291,7 @@ def remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
             continue
         error = 2 * standard_error(o.latency) / o.latency.base_ms
         if o.latency.ratio + error >= 1:
-            share = o.cost.macs / base.cost.macs
-            told = f"{o.number} ({share:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
+            told = f"{o.number} ({o.cost.macs / base.cost.macs:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
             shown.setdefault(o.latency.hardware, []).append(told)
     return [
         f"Latency is not shown to fall, though MACs do, on {hardware} (id, share of the base's "
@@ -477,6 +302,8 @@ def remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
 
 def write_front(study: Study) -> str:
     """Write ``front.json`` and ``front.png`` into the study's folder; say where, or why not."""
+    from widthsearch.report.front_plot import plot_front
+
     as_json, as_png = study.folder / "front.json", study.folder / "front.png"
     try:
         as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
@@ -484,129 +311,3 @@ def write_front(study: Study) -> str:
     except OSError as error:
         return f"not written: {error.filename or study.folder}: {error.strerror}"
     return f"written: {as_json}, {as_png}"
-
-
-def plot_front(study: Study, path: Path) -> None:
-    """Accuracy against each cost: every finished trial, the front, and the uniform baseline."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    outcomes, posterior = study.trials(), study.posterior()
-    finished = [o for o in outcomes if o.state == "finished"]
-    costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
-    figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
-    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        value = partial(objective_value, objective=cost)
-        axes.plot(
-            [value(o) for o in finished],
-            [o.accuracy for o in finished],
-            marker=".",
-            linestyle="",
-            color="0.7",
-            label="one training",
-        )
-        for members, style in (
-            (
-                baseline(outcomes),
-                {"marker": "s", "linestyle": "--", "color": "tab:blue", "label": "uniform"},
-            ),
-            (
-                posterior.front(),
-                {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"},
-            ),
-        ):
-            points = sorted(
-                (value(o), posterior.accuracy(o), INTERVAL * (posterior[o].sd or 0.0))
-                for o in members
-            )
-            if points:
-                x, y, error = zip(*points, strict=True)
-                axes.errorbar(x, y, error, capsize=2, **style)
-        axes.set_xscale("log")
-        axes.set_xlabel(labels[cost])
-        axes.set_ylabel("validation accuracy (%), believed with 90% interval")
-        axes.grid(alpha=0.3, which="both")
-        if finished:
-            axes.legend()
-    figure.suptitle(study.config.name)
-    figure.savefig(path, dpi=120)
-
-
-# -- a run -----------------------------------------------------------------------------------
-
-
-class LiveView:
-    """Shows a run: a live table in a terminal, one line per finished trial elsewhere."""
-
-    def __init__(self, name: str, console: Console) -> None:
-        self._name = name
-        self._console = console
-        self._live = Live(console=console, transient=True, auto_refresh=False)
-        self._shown = -1
-
-    def __enter__(self) -> LiveView:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        """Show where the study stands."""
-        # Something befell one of them: that stays to be read.
-        if progress.message.startswith(_LASTING):
-            say(self._console, progress.message)
-        if self._console.is_terminal:
-            self._live.update(progress_table(self._name, progress), refresh=True)
-        elif progress.done != self._shown:
-            self._shown = progress.done
-            say(self._console, progress_line(progress))
-
-
-def progress_line(progress: Progress) -> str:
-    """Where a study stands, in one line."""
-    parts = [f"{progress.done}/{progress.total} trials"]
-    if progress.best_accuracy is not None:
-        parts.append(f"best {progress.best_accuracy:.2f}%")
-        parts.append(f"front {progress.front_size}")
-    parts.append(f"{_clock(progress.elapsed)} elapsed")
-    if progress.remaining is not None:
-        parts.append(f"{_clock(progress.remaining)} left")
-    if progress.message:
-        parts.append(progress.message)
-    return ", ".join(parts)
-
-
-def progress_table(name: str, progress: Progress) -> Table:
-    """Where a study stands, as a table."""
-    table = Table(title=name)
-    for column in ("trials", "running", "best %", "front", "elapsed", "left", ""):
-        table.add_column(column, justify="right")
-    best, left = progress.best_accuracy, progress.remaining
-    table.add_row(
-        f"{progress.done}/{progress.total}",
-        str(progress.running),
-        "" if best is None else f"{best:.2f}",
-        str(progress.front_size),
-        _clock(progress.elapsed),
-        "" if left is None else _clock(left),
-        ProgressBar(total=progress.total, completed=progress.done, width=24),
-    )
-    if progress.message:
-        table.caption = Text(progress.message)
-    return table
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,92 @@
+"""The live view of a run: a table in a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from widthsearch.report.console import print_line
+from widthsearch.study.progress import Progress
+
+_LASTING = ("trial ", "proposer ", "concurrency", "budgets", "every width vector")
+"""How messages begin that stay to be read."""
+
+
+class LiveView:
+    """Shows a run: a live table in a terminal, one line per finished trial elsewhere."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._name = name
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._shown = -1
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show where the study stands."""
+        # Something befell one of them: that stays to be read.
+        if progress.message.startswith(_LASTING):
+            print_line(self._console, progress.message)
+        if self._console.is_terminal:
+            self._live.update(progress_table(self._name, progress), refresh=True)
+        elif progress.done != self._shown:
+            self._shown = progress.done
+            print_line(self._console, progress_line(progress))
+
+
+def progress_line(progress: Progress) -> str:
+    """Where a study stands, in one line."""
+    parts = [f"{progress.done}/{progress.total} trials"]
+    if progress.best_accuracy is not None:
+        parts.append(f"best {progress.best_accuracy:.2f}%")
+        parts.append(f"front {progress.front_size}")
+    parts.append(f"{_clock(progress.elapsed)} elapsed")
+    if progress.remaining is not None:
+        parts.append(f"{_clock(progress.remaining)} left")
+    if progress.message:
+        parts.append(progress.message)
+    return ", ".join(parts)
+
+
+def progress_table(name: str, progress: Progress) -> Table:
+    """Where a study stands, as a table."""
+    table = Table(title=name)
+    for column in ("trials", "running", "best %", "front", "elapsed", "left", ""):
+        table.add_column(column, justify="right")
+    best, left = progress.best_accuracy, progress.remaining
+    table.add_row(
+        f"{progress.done}/{progress.total}",
+        str(progress.running),
+        "" if best is None else f"{best:.2f}",
+        str(progress.front_size),
+        _clock(progress.elapsed),
+        "" if left is None else _clock(left),
+        ProgressBar(total=progress.total, completed=progress.done, width=24),
+    )
+    if progress.message:
+        table.caption = Text(progress.message)
+    return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
