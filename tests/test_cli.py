@@ -136,14 +136,28 @@ def test_a_study_searches_its_constrained_space(
 def test_pareto_prints_the_front_and_the_baseline(
     capsys: pytest.CaptureFixture[str], runs: Path
 ) -> None:
-    """Tables, widths and the hypervolume of both; front.json and front.png are written."""
+    """Tables, widths and the hypervolume of both; front.json is written, a picture is not."""
     out = printed(capsys, "pareto", "small", "--runs", str(runs))
     assert "front of small" in out
     assert "uniform baseline" in out
     assert "by id, in the order conv1, block1.conv1" in out
     assert "7 trials: 7 finished" in out
-    assert (runs / "small" / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert not (runs / "small" / "front.png").exists()
     assert json.loads((runs / "small" / "front.json").read_text())["study"] == "small"
+
+
+def test_pareto_draws_the_front_on_request(
+    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+) -> None:
+    """Into the study's folder, or the file that is named."""
+    shutil.copytree(runs, tmp_path / "runs")
+    asked = ("pareto", "small", "--runs", str(tmp_path / "runs"), "--plot")
+    for picture, file in (
+        (tmp_path / "runs" / "small" / "front.png", ()),
+        (tmp_path / "a.png", (str(tmp_path / "a.png"),)),
+    ):
+        assert f"written: {picture}" in printed(capsys, *asked, *file)
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_pareto_prints_where_it_cannot_write(
@@ -176,6 +190,9 @@ def test_pareto_of_nothing_is_a_line(capsys: pytest.CaptureFixture[str], tmp_pat
         "No trial of small has finished yet, so there is no front. 1 trial: 1 f"
     )
     assert second.startswith("written: ")
+    assert cli.main(["pareto", "small", "--plot", "--runs", str(tmp_path / "runs")]) == 2
+    assert "no trial of 'small' has finished" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_pareto_as_json(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
@@ -512,12 +529,12 @@ def test_propose_takes_a_studys_space_task_and_recipe(
         (("--method", "uniform", "--task", "digitz"), "digitz"),
         (("--method", "uniform", "--set", "members=0"), "`members >= 1` must hold, but uniform"),
         (("--method", "random", "--set", "lowest=-1"), "`0 < lowest <= 1` must hold, but random"),
-        (("--method", "uniform", "--out", "w.png"), "--out must name the widths' file"),
         (
             ("--method", "synflow", "--set", "per=latency"),
             "digits_resnet' has no profile here: run `widthsearch profile ",
         ),
         (("--method", "uniform", "--out", "no/such/folder/w.json"), "must be writable, but no/suc"),
+        (("--method", "uniform", "--plot", "no/such/folder/w.png"), "must be writable, but no/suc"),
     ],
 )
 def test_propose_refuses_in_one_line(
@@ -539,17 +556,33 @@ def test_propose_refuses_in_one_line(
 def test_propose_shows_and_writes_widths(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Bars in the terminal; a widths file that its space reads, and a picture beside it."""
-    out = tmp_path / "widths.json"
-    shown = printed(
-        capsys,
-        *("propose", SPACE, "--method", "random", "--budget", "0.3", "--out", str(out)),
-    )
+    """Bars in the terminal, a widths file that its space reads; a picture on request only."""
+    out, picture = tmp_path / "widths.json", tmp_path / "widths.png"
+    asked = ("propose", SPACE, "--method", "random", "--budget", "0.3", "--out", str(out))
+    shown = printed(capsys, *asked)
     space = load_space(SPACE)
     widths = space.load_widths(out)
     assert all(name in shown for name in space.names)
     assert space.cost(widths).macs <= 0.3 * space.cost(space.base).macs
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not picture.exists()
+    printed(capsys, *asked, "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_propose_prints_names_that_constraints_accept(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The names are the space's also where all of them begin alike."""
+    file = tmp_path / "nested.py"
+    file.write_text(
+        "from torch import nn\nfrom widthsearch import SearchSpace\n\n\n"
+        "def nested():\n"
+        "    layers = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))\n"
+        "    return SearchSpace.from_model(nn.Sequential(layers), (1, 8, 8))\n"
+    )
+    asked = ("propose", f"{file}:nested", "--method", "uniform", "--budget", "0.5")
+    first = printed(capsys, *asked).splitlines()[4].split()[0]
+    assert load_space(f"{file}:nested").constrained(pin=first).names == ("0.1",)
 
 
 @pytest.mark.ray

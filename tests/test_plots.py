@@ -1,19 +1,24 @@
-"""Pictures of widths: what the bars say, and that the PNG shows the widths it is given."""
+"""Width bars in a terminal and as a PNG, and the picture of a front."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from strategies import space_of
 from torch import nn
 
-from widthsearch.report import width_bars as pictures
+from widthsearch.api import Study
+from widthsearch.report import width_bars
+from widthsearch.report.console import print_tables
+from widthsearch.report.front_plot import draw_front
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
@@ -21,7 +26,7 @@ from widthsearch.widths import Widths
 def shown(space: SearchSpace, widths: Widths, width: int = 80) -> list[str]:
     """The lines of a terminal of that width, without the empty ones."""
     console = Console(file=io.StringIO(), width=width)
-    console.print(pictures.width_bars(space, widths))
+    print_tables(console, width_bars.width_bars(space, widths))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -51,7 +56,7 @@ def test_each_axis_has_a_line() -> None:
     space = space_of("Residual")
     title, head, _, stem, inner = shown(space, space.widths({"stem": 4}))
     assert title == "Residual: widths"
-    assert head.split() == ["axis", "before", "after", "kept"]
+    assert head.split() == ["axis", "before", "after", "kept", "width"]
     assert stem.split() == ["stem", "16", "4", "25%", "██▊░░░░░░░░"]
     assert inner.split() == ["conv1", "32", "32", "100%", "█" * 22]
 
@@ -65,18 +70,18 @@ def test_wider_than_before_is_marked() -> None:
 
 def test_bars_by_hand() -> None:
     """Eighths of a cell; something is always there."""
-    assert pictures.bar(8, 4, 8, room=8) == "████░░░░"
-    assert pictures.bar(8, 3.5, 8, room=8) == "███▌░░░░"
-    assert pictures.bar(8, 8, 8, room=8) == "████████"
-    assert pictures.bar(4, 8, 8, room=8) == "████▓▓▓▓"
-    assert pictures.bar(8, 1, 800, room=8) == "▏"
+    assert width_bars.bar(8, 4, 8, room=8) == "████░░░░"
+    assert width_bars.bar(8, 3.5, 8, room=8) == "███▌░░░░"
+    assert width_bars.bar(8, 8, 8, room=8) == "████████"
+    assert width_bars.bar(4, 8, 8, room=8) == "████▓▓▓▓"
+    assert width_bars.bar(8, 1, 800, room=8) == "▏"
 
 
 @given(st.integers(1, 999), st.integers(1, 999), st.integers(0, 999))
 def test_bars_fit(before: int, after: int, more: int) -> None:
     """Never wider than the room, never empty."""
     widest = max(before, after) + more
-    assert 1 <= len(pictures.bar(before, after, widest, room=20)) <= 20
+    assert 1 <= len(width_bars.bar(before, after, widest, room=20)) <= 20
 
 
 def test_many_axes_share_lines_by_stage() -> None:
@@ -86,10 +91,10 @@ def test_many_axes_share_lines_by_stage() -> None:
     widths = {name: 4 for name in space.names if ".stage1." in name}
     widths["0.stage1.layer0"] = 16
     lines = shown(space, space.widths(widths))
-    assert lines[1].split() == ["stage", "axes", "before", "after", "kept"]
+    assert lines[1].split() == ["stage", "axes", "before", "after", "kept", "width"]
     assert len(lines) == 3 + 2 * 6
-    assert lines[5].split()[:5] == ["stage1", "11", "16", "4–16", "32%"]
-    assert lines[6].split()[:5] == ["stage1", "1", "8", "4", "50%"]
+    assert lines[5].split()[:5] == ["0.stage1.*", "11", "16", "4–16", "32%"]
+    assert lines[6].split()[:5] == ["0.stage1.*", "1", "8", "4", "50%"]
 
 
 @pytest.mark.parametrize("stages", [1, 5, 6])
@@ -102,11 +107,19 @@ def test_lines_fit_a_terminal(stages: int) -> None:
     assert len(lines) - 3 == (2 * stages if stages == 6 else 12 * stages)
 
 
-def test_what_all_names_begin_with_is_left_out() -> None:
-    """And the middle of a name that is still too long."""
-    assert shown(deep(1), deep(1).base)[3].startswith("layer0 ")
-    assert shown(deep(5), deep(5).base)[3].startswith("stage0.layer0 ")
-    assert pictures._elided("denseblock4.denselayer31.conv1", 20) == "denseb…layer31.conv1"
+@pytest.mark.parametrize("width", [44, 80])
+def test_names_are_printed_whole(width: int) -> None:
+    """A printed name is an axis that constraints accept, in however narrow a terminal."""
+    space = deep(5)
+    assert [line.split()[0] for line in shown(space, space.base, width)[3:]] == list(space.names)
+
+
+def test_a_stage_is_printed_as_a_glob_that_constraints_accept() -> None:
+    """One line stands for the axes that the glob matches."""
+    space = deep(6)
+    stage = shown(space, space.base)[5].split()[0]
+    assert stage == "0.stage1.*"
+    assert len(space.constrained(pin=stage).axes) == 72 - 12
 
 
 @pytest.mark.parametrize("stages", [1, 4])
@@ -115,7 +128,7 @@ def test_the_png_shows_the_widths(stages: int, tmp_path: Path) -> None:
     space = deep(stages)
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for file, widths in zip(files, (0.5, 0.5, 1.0), strict=True):
-        pictures.save_width_bars(space, space.widths(widths), file)
+        width_bars.save_width_bars(space, space.widths(widths), file)
     half, again, whole = (file.read_bytes() for file in files)
     assert half.startswith(b"\x89PNG\r\n\x1a\n")
     assert half == again
@@ -126,4 +139,32 @@ def test_a_png_that_cannot_be_written(tmp_path: Path) -> None:
     """Is the system's error, which names the file."""
     space = space_of("Plain")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        pictures.save_width_bars(space, space.base, tmp_path / "nowhere" / "a.png")
+        width_bars.save_width_bars(space, space.base, tmp_path / "nowhere" / "a.png")
+
+
+@pytest.mark.parametrize("objectives", [["accuracy", "macs"], ["accuracy", "macs", "params"]])
+def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_path: Path) -> None:
+    """One panel a cost with the IDs of the front, both baselines, and labels that fit."""
+    config = tiny.config(trials=14, objectives=objectives, budgets=[0.1, 0.25, 0.5], baselines=0.5)
+    study = Study(config, tiny.space(), tiny.task(), folder=tmp_path)
+    with study.search() as search:
+        tiny.drive(search)
+    posterior, figure = study.posterior(), draw_front(study)
+    front = study.front()
+    figure.draw_without_rendering()
+    assert len(figure.axes) == len(objectives) - 1
+    for axes, cost in zip(figure.axes, objectives[1:], strict=True):
+        assert [text.get_text() for text in axes.texts] == [str(o.id) for o in front]
+        drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
+        assert set(drawn) == {f"{name}, estimated" for name in ("front", "uniform", "random")}
+        points = drawn["front, estimated"].get_xydata().tolist()
+        assert points == [[getattr(o.cost, cost), posterior.accuracy(o)] for o in front]
+        ticks = axes.xaxis.get_ticklabels(which="both")
+        low, high = axes.get_xlim()
+        shown = [t for t in ticks if t.get_text() and low <= t.get_position()[0] <= high]
+        ends = sorted((t.get_window_extent().x0, t.get_window_extent().x1) for t in shown)
+        assert len(ends) >= 2
+        assert all(end < start for (_, end), (start, _) in itertools.pairwise(ends))
+    label, title = figure.axes[0].yaxis.label, figure._suptitle
+    assert title is not None
+    assert label.get_window_extent().y1 < title.get_window_extent().y0

@@ -110,11 +110,6 @@ def _propose(options: argparse.Namespace) -> int:
     from widthsearch.study.proposals import suggest
     from widthsearch.training.recipe import Recipe
 
-    if options.out is not None and options.out.lower().endswith(".png"):
-        raise StudyError(
-            f"--out must name the widths' file, such as widths.json, but is {options.out!r}: their "
-            "picture is written beside them, as .png"
-        )
     study = Study.load(options.space) if options.space.endswith((".yaml", ".yml")) else None
     space = load_space(options.space, options.input) if study is None else study.space
     task, recipe = None, Recipe() if study is None else study.config.recipe
@@ -155,11 +150,13 @@ def _propose(options: argparse.Namespace) -> int:
         print_tables(console, width_bars.width_bars(space, widths))
         print_line(console, space_tables.cost_line(space, widths))
     if options.out is not None:
-        picture = Path(options.out).with_suffix(".png")
-        with writing(picture.parent):
+        with writing(Path(options.out).parent):
             space.save_widths(options.out, widths)
-            width_bars.save_width_bars(space, widths, picture)
-        print_line(console, f"written: {options.out}, {picture}")
+        print_line(console, f"written: {options.out}")
+    if options.plot is not None:
+        with writing(Path(options.plot).parent):
+            width_bars.save_width_bars(space, widths, options.plot)
+        print_line(console, f"written: {options.plot}")
     return 0
 
 
@@ -199,7 +196,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _pareto(options: argparse.Namespace) -> int:
-    """Show a study's front and the uniform baseline; write front.json and front.png."""
+    """Show a study's front and the uniform baseline; write front.json."""
     from widthsearch.api import Study
     from widthsearch.report import tables
     from widthsearch.report.console import open_console, print_line, print_tables
@@ -223,6 +220,13 @@ def _pareto(options: argparse.Namespace) -> int:
         if expected is not None:
             print_tables(console, tables.forecast_table(expected))
     print_line(console, tables.write_front(study))
+    if options.plot is not None:
+        from widthsearch.report.front_plot import draw_front
+
+        picture = Path(options.plot or study.folder / "front.png")
+        with writing(picture.parent):
+            draw_front(study).savefig(picture, format="png", dpi=120)
+        print_line(console, f"written: {picture}")
     return 0
 
 
@@ -385,7 +389,8 @@ def _parser() -> argparse.ArgumentParser:
     propose.add_argument("--seed", type=int, help="default: the study's, or 0")
     propose.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     propose.add_argument("--json", action="store_true", help="print plain JSON")
-    propose.add_argument("--out", metavar="FILE", help="write the widths, and a PNG beside them")
+    propose.add_argument("--out", metavar="FILE", help="write the widths as JSON")
+    propose.add_argument("--plot", metavar="FILE", help="draw the widths beside the base as a PNG")
     profile = command("profile", _profile)
     profile.add_argument(
         "space", help="as for `space`; a study's YAML brings how it measures latency"
@@ -409,6 +414,13 @@ def _parser() -> argparse.ArgumentParser:
         "--families",
         action="store_true",
         help="what each proposal promises at every size, and which to train next",
+    )
+    pareto.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw the front as a PNG (default: front.png in the study's folder)",
     )
     confirm = command("confirm", _confirm)
     confirm.add_argument("study", help="a study's name, folder or YAML")

@@ -2,56 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from widthsearch.api import Study
+from widthsearch.errors import StudyError
+from widthsearch.report.console import short
 from widthsearch.report.tables import baseline
 from widthsearch.study.front import objective_value
 from widthsearch.study.posterior import INTERVAL
 
+_LABELS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
 
-def plot_front(study: Study, path: Path) -> None:
-    """Accuracy against each cost: every finished trial, the front, and the uniform baseline."""
+
+def draw_front(study: Study) -> Figure:
+    """Every finished trial, the front with its IDs, and the uniform and random baselines.
+
+    One panel a cost. The front and the baselines are drawn at their estimated accuracy, with its
+    90% interval; the front is that of the study, over all of its objectives.
+
+    Args:
+        study: A study that was run.
+
+    Raises:
+        StudyError: No trial has finished.
+    """
     outcomes, posterior = study.trials(), study.posterior()
     finished = [o for o in outcomes if o.state == "finished"]
+    if not finished:
+        raise StudyError(f"no trial of {study.config.name!r} has finished: run the study first")
+    front = posterior.front()
     costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
-    figure = Figure(figsize=(5.2 * len(costs), 4), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(costs), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    labels = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
-    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+    panels = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
+    panels[0].set_ylabel("validation accuracy (%)")
+    for axes, cost in zip(panels, costs, strict=True):
         value = partial(objective_value, objective=cost)
-        front = posterior.front()
-        axes.plot(
-            [value(o) for o in finished],
-            [o.accuracy for o in finished],
-            marker=".",
-            linestyle="",
-            color="0.7",
-            label="one training",
-        )
-        for members, style in (
-            (
-                baseline(outcomes),
-                {"marker": "s", "linestyle": "--", "color": "tab:blue", "label": "uniform"},
-            ),
-            (front, {"marker": "o", "linestyle": "-", "color": "tab:red", "label": "front"}),
+        x = [value(o) for o in finished]
+        axes.plot(x, [o.accuracy for o in finished], ".", color="0.7", label="one training")
+        for label, members, marker, colour in (
+            ("random", baseline(outcomes, "random"), "^", "tab:green"),
+            ("uniform", baseline(outcomes), "s", "tab:blue"),
+            ("front", front, "o", "tab:red"),
         ):
-            points = sorted(
-                (value(o), posterior.accuracy(o), INTERVAL * (posterior[o].sd or 0.0))
-                for o in members
-            )
-            if points:
-                x, y, error = zip(*points, strict=True)
-                axes.errorbar(x, y, error, capsize=2, **style)
+            shown = [o for o in members if not math.isnan(value(o))]
+            if shown:
+                axes.errorbar(
+                    [value(o) for o in shown],
+                    [posterior.accuracy(o) for o in shown],
+                    [INTERVAL * (posterior[o].sd or 0.0) for o in shown],
+                    fmt=marker,
+                    markersize=4 if members is front else 7,
+                    fillstyle="full" if members is front else "none",
+                    capsize=2,
+                    color=colour,
+                    label=f"{label}, estimated",
+                )
+        for o in front:
+            place = (value(o), posterior.accuracy(o))
+            axes.annotate(str(o.number), place, (4, -9), textcoords="offset points", fontsize=7)
         axes.set_xscale("log")
-        axes.set_xlabel(labels[cost])
-        axes.set_ylabel("validation accuracy (%), believed with 90% interval")
-        axes.grid(alpha=0.3, which="both")
-        if finished:
-            axes.legend()
-    figure.suptitle(study.config.name)
-    figure.savefig(path, dpi=120)
+        several = max(x) > 4 * min(x)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if several else MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda tick, _: short(tick))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(_LABELS[cost])
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(f"{study.config.name}: front by estimated accuracy, bars are 90% intervals")
+    return figure

@@ -291,7 +291,8 @@ def remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
             continue
         error = 2 * standard_error(o.latency) / o.latency.base_ms
         if o.latency.ratio + error >= 1:
-            told = f"{o.number} ({o.cost.macs / base.cost.macs:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
+            share = o.cost.macs / base.cost.macs
+            told = f"{o.number} ({share:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
             shown.setdefault(o.latency.hardware, []).append(told)
     return [
         f"Latency is not shown to fall, though MACs do, on {hardware} (id, share of the base's "
@@ -301,13 +302,10 @@ def remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
 
 
 def write_front(study: Study) -> str:
-    """Write ``front.json`` and ``front.png`` into the study's folder; say where, or why not."""
-    from widthsearch.report.front_plot import plot_front
-
-    as_json, as_png = study.folder / "front.json", study.folder / "front.png"
+    """Write ``front.json`` into the study's folder; returns a line that says where, or why not."""
+    file = study.folder / "front.json"
     try:
-        as_json.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
-        plot_front(study, as_png)
+        file.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        return f"not written: {error.filename or study.folder}: {error.strerror}"
-    return f"written: {as_json}, {as_png}"
+        return f"not written: {file}: {error.strerror}"
+    return f"written: {file}"

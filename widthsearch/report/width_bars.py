@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,50 +10,74 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from widthsearch.space.search_space import SearchSpace
-from widthsearch.widths import Widths
+from widthsearch.report.console import uncut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from widthsearch.space.search_space import SearchSpace
+    from widthsearch.widths import Widths
 
 LINES = 64
 """More axes than this share lines, stage by stage."""
 BARS = 40
 """More axes than this are drawn as steps."""
 
-_NAME, _BAR = 28, 22  # cells
+_BAR = 22  # cells
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def width_bars(space: SearchSpace, widths: Widths) -> Table:
     """Each axis's width before and after, as numbers and as a bar, with the share that is kept.
 
-    A bar is as long as the axis is wide: solid is what is there after, ``░`` what is gone, ``▓``
-    what is new. Of more than :data:`LINES` axes, those of a stage (what the first part of their
-    names says) with the same width before share a line: the range and the mean of what is left.
+    A bar is as long as the axis is wide: solid is the width after, ``░`` the removed and ``▓`` the
+    added part. A space of more than :data:`LINES` axes has one line for each stage and width
+    before: the number of its axes, and the range and the mean of their widths after. A stage is the
+    set of axes whose names begin alike, shown as a glob that constraints accept (``layer1.*``).
+
+    Example:
+        >>> from rich.console import Console
+        >>> from torch import nn
+        >>> from widthsearch import SearchSpace
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 10, 3))
+        >>> space = SearchSpace.from_model(model, (3, 8, 8), name="plain")
+        >>> table = width_bars(space, space.widths([8, 32]))
+        >>> Console(width=60).print(table)  # doctest: +NORMALIZE_WHITESPACE
+                                 plain: widths
+        <BLANKLINE>
+         axis   before   after   kept   width
+         ─────────────────────────────────────────────────────
+         0          16       8    50%   █████▌░░░░░
+         1          32      32   100%   ██████████████████████
+        <BLANKLINE>
     """
-    rows = list(zip(_short(space), space.base.values(), widths.values(), strict=True))
+    names = space.names
+    rows = list(zip(names, space.base.values(), widths.values(), strict=True))
     grouped = len(rows) > LINES
+    parents = [name.split(".")[:-1] for name in names]
+    shared = len(commonprefix(parents))  # noqa: RUF071  of lists: it compares whole parts
     lines: dict[tuple[str, int], list[int]] = {}
     for name, before, after in rows:
-        lines.setdefault((name.split(".")[0] if grouped else name, before), []).append(after)
+        parts = name.split(".")
+        stage = ".".join(parts[: shared + 1]) + (".*" if len(parts) > shared + 1 else "")
+        lines.setdefault((stage if grouped else name, before), []).append(after)
     widest = max(max(before, after) for _, before, after in rows)
     table = Table(title=f"{space.name}: widths", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage" if grouped else "axis", no_wrap=True)
     for column in (*(["axes"] if grouped else []), "before", "after", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("width", no_wrap=True)
     for (name, before), members in lines.items():
         mean, low, high = sum(members) / len(members), min(members), max(members)
         table.add_row(
-            Text(_elided(name, _NAME)),
+            Text(name),
             *([str(len(members))] if grouped else []),
             str(before),
             str(low) if low == high else f"{low}–{high}",
             f"{mean / before:.0%}",
             Text(bar(before, mean, widest), style="green" if mean > before else "cyan"),
         )
-    return table
+    return uncut(table)
 
 
 def bar(before: float, after: float, widest: float, room: int = _BAR) -> str:
@@ -63,6 +88,10 @@ def bar(before: float, after: float, widest: float, room: int = _BAR) -> str:
         after: The width after.
         widest: The width that fills the room.
         room: In cells.
+
+    Example:
+        >>> bar(8, 4, 8, room=8), bar(8, 12, 16, room=8)
+        ('████░░░░', '████▓▓')
     """
     eighths = max(1, round(8 * room * min(before, after) / widest))
     solid = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
@@ -85,7 +114,7 @@ def save_width_bars(space: SearchSpace, widths: Widths, path: Path | str) -> Non
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     before, after = list(space.base.values()), list(widths.values())
-    (_draw_bars if n <= BARS else _draw_steps)(axes, _short(space), before, after)
+    (_draw_bars if n <= BARS else _draw_steps)(axes, list(space.names), before, after)
     macs = space.cost(widths).macs / space.cost(space.base).macs
     axes.set_title(f"{space.name}: {macs:.3g} of the base's MACs")
     axes.legend()
@@ -115,19 +144,3 @@ def _draw_steps(axes: Axes, names: list[str], before: list[int], after: list[int
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylabel("channels")
     axes.grid(alpha=0.3)
-
-
-def _short(space: SearchSpace) -> list[str]:
-    """The axes' names without what all begin with (``features.``)."""
-    parts = [axis.name.split(".") for axis in space.axes]
-    shared = 0
-    while len({tuple(p[: shared + 1]) for p in parts}) == 1 and min(map(len, parts)) > shared + 1:
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
-
-
-def _elided(name: str, room: int) -> str:
-    """The name, without its middle where it is too long."""
-    if len(name) <= room:
-        return name
-    return f"{name[: room // 3]}…{name[-(room - room // 3 - 1) :]}"
