@@ -8,13 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 WIDE = 160
-"""Columns of the output where no terminal says how many it has."""
+"""Columns of the output that goes to no terminal."""
 
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float) -> str:
-    """A count with a unit: 1.82G, 23.5M, 412."""
+    """A count to three digits, with a unit.
+
+    Example:
+        >>> short(1814073344), short(76320), short(412)
+        ('1.81G', '76.3k', '412')
+    """
     for size, unit in _UNITS:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -22,7 +27,7 @@ def short(value: float) -> str:
 
 
 def open_console(stderr: bool = False) -> Console:
-    """The console of a command; without a terminal its lines have :data:`WIDE` columns."""
+    """The console of a command; output to a file or pipe has :data:`WIDE` columns."""
     console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = WIDE
@@ -30,17 +35,17 @@ def open_console(stderr: bool = False) -> Console:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print a line as it is: never wrapped, and nothing in it is taken for markup."""
+    """Print a line literally: it is not wrapped, and brackets are no markup."""
     console.print(Text(line), soft_wrap=True)
 
 
 def print_tables(console: Console, tables: RenderableType) -> None:
-    """Print tables; what a terminal has no room for goes on in its next line."""
+    """Print tables uncut; a terminal that is too narrow continues a line in its next one."""
     console.print(tables, crop=False)
 
 
 def uncut(table: Table) -> Table:
-    """The table, with the columns that do not wrap kept whole in however narrow a terminal."""
+    """The same table, its ``no_wrap`` columns never cut, in however narrow a terminal."""
     for column in table.columns:
         cells = [str(cell) for cell in (column.header, *column.cells)]
         if column.no_wrap:

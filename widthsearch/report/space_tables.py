@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from widthsearch.proposers import Proposal
 from widthsearch.report.console import short, uncut
-from widthsearch.space.search_space import SearchSpace
-from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.proposers import Proposal
+    from widthsearch.space.search_space import SearchSpace
+    from widthsearch.widths import Widths
 
 
 def space_tables(space: SearchSpace) -> Group:
-    """A space as tables: its axes, with their share of MACs, and what is pinned and why."""
+    """A space as tables: its axes with their shares of MACs, and its pinned widths with reasons."""
     cost = space.cost(space.base)
     shares = space.cost_form("macs").share(space.base.vector)
     axes = Table(
@@ -35,7 +37,7 @@ def space_tables(space: SearchSpace) -> Group:
             f"{share:.1%}",
             Text(_shown(axis.layers) + (f"; {len(axis.tied)} tied to it" if axis.tied else "")),
         )
-    pinned = Table(title="pinned")
+    pinned = Table(title="pinned widths")
     for column in ("width of", "size", "MACs", "reason", "layers"):
         counted, whole = column in ("size", "MACs"), column not in ("reason", "layers")
         pinned.add_column(column, justify="right" if counted else "left", no_wrap=whole)
@@ -49,8 +51,8 @@ def space_tables(space: SearchSpace) -> Group:
         )
     total = Text(
         f"base: {short(cost.macs)} MACs ({short(2 * cost.macs)} FLOPs), {short(cost.params)} "
-        f"parameters, {short(cost.activations)} activation elements a sample. A width's share of "
-        "MACs is what would vanish with it; shares overlap, since a layer has two widths."
+        f"parameters, {short(cost.activations)} activation elements a sample. MACs: the share that "
+        "would be saved without the width; shares overlap, since a layer has two widths."
     )
     parts: list[RenderableType] = [uncut(axes)]
     if space.pinned:
@@ -59,44 +61,37 @@ def space_tables(space: SearchSpace) -> Group:
 
 
 def space_json(space: SearchSpace) -> dict[str, Any]:
-    """A space as plain JSON values."""
-    cost = space.cost(space.base)
-    shares = space.cost_form("macs").share(space.base.vector)
+    """A space as JSON values."""
+    shares = space.cost_form("macs").share(space.base.vector).tolist()
+    pinned = [
+        {key: getattr(pin, key) for key in ("name", "size", "reason", "layers")}
+        for pin in space.pinned
+    ]
     return {
         "name": space.name,
         "fingerprint": space.fingerprint,
         "input_shape": _shapes(space.input_shape),
-        "macs": cost.macs,
-        "params": cost.params,
-        "activations": cost.activations,
-        "axes": [
-            {
-                "name": axis.name,
-                "base": axis.base,
-                "min_width": axis.min_width,
-                "max_width": axis.max_width,
-                "step": axis.step,
-                "share_of_macs": float(share),
-                "layers": list(axis.layers),
-                "tied": list(axis.tied),
-            }
-            for axis, share in zip(space.axes, shares, strict=True)
-        ],
-        "pinned": [
-            {
-                "name": pin.name,
-                "size": pin.size,
-                "reason": pin.reason,
-                "share_of_macs": share,
-                "layers": list(pin.layers),
-            }
-            for pin, share in zip(space.pinned, space.pinned_shares, strict=True)
-        ],
+        **asdict(space.cost(space.base)),
+        "axes": _with_shares(map(asdict, space.axes), shares),
+        "pinned": _with_shares(pinned, space.pinned_shares),
     }
 
 
+def _with_shares(widths: Iterable[dict[str, Any]], shares: Iterable[float]) -> list[dict[str, Any]]:
+    return [each | {"share_of_macs": share} for each, share in zip(widths, shares, strict=True)]
+
+
 def cost_line(space: SearchSpace, widths: Widths) -> str:
-    """What a width vector costs, and beside the base."""
+    """The costs of a width vector, each with its ratio to the base's.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch import SearchSpace
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+        >>> space = SearchSpace.from_model(model, (3, 8, 8))
+        >>> cost_line(space, space.widths(0.5))
+        '6.19k MACs (0.5 of the base), 260 parameters (0.504), 208 activation elements (0.591)'
+    """
     cost, base = space.cost(widths), space.cost(space.base)
     return (
         f"{short(cost.macs)} MACs ({cost.macs / base.macs:.3g} of the base), "
@@ -106,7 +101,7 @@ def cost_line(space: SearchSpace, widths: Widths) -> str:
 
 
 def proposal_json(space: SearchSpace, widths: Widths, proposal: Proposal) -> dict[str, Any]:
-    """Proposed widths with their costs and where they came from, as plain JSON values."""
+    """Proposed widths, their costs and the proposal that they belong to, as JSON values."""
     return {
         "space": space.name,
         "fingerprint": space.fingerprint,
@@ -119,7 +114,7 @@ def proposal_json(space: SearchSpace, widths: Widths, proposal: Proposal) -> dic
 
 
 def _shapes(inputs: Any) -> Any:
-    """What a model takes, as JSON values: shapes, by place or name."""
+    """The shapes of a model's inputs as JSON values, nested as the inputs are."""
     if isinstance(inputs, Mapping):
         return {name: _shapes(value) for name, value in inputs.items()}
     return [n if isinstance(n, int) else _shapes(n) for n in getattr(inputs, "shape", inputs)]
@@ -132,7 +127,7 @@ def _shape_text(inputs: Any) -> str:
 
 
 def _shown(layers: Sequence[str], room: int = 30) -> str:
-    """How many layers there are, and as many of their names as there is room for."""
+    """The number of layers, and as many of their names as fit into ``room`` cells."""
     names = [layer or "(model)" for layer in layers]
     shown = names[:1]
     while len(shown) < len(names) and len(", ".join([*shown, names[len(shown)]])) <= room:
