@@ -347,7 +347,10 @@ def test_bad_arguments_are_one_line_too(
     assert message in error
 
 
-@pytest.mark.parametrize("arguments", [["spaec"], ["space", "x:y", "--input", "3,4"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["spaec"], ["space", "x:y", "--input", "3,4"], [], ["pareto", "x", "--json", "--csv"]],
+)
 def test_a_bad_command_line_is_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -321,7 +321,7 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error here."""
+    """A parser whose errors are one line, like all errors of the package."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
@@ -335,112 +335,98 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"widthsearch {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, function: object) -> argparse.ArgumentParser:
+    def command(name: str, function: object, about: str) -> argparse.ArgumentParser:
         line = str(function.__doc__).splitlines()[0]
         made = commands.add_parser(name, help=line, description=line)
         made.set_defaults(command=function)
+        if about == "study":
+            made.add_argument("study", help="a study's name, its folder or its YAML file")
+            made.add_argument(
+                "--runs", default="runs", help="the folder of the studies (default: runs)"
+            )
+        else:
+            made.add_argument(
+                "space",
+                help="torchvision:NAME, package.module:function, path/to/file.py:function, or a "
+                "study's YAML file",
+            )
+            made.add_argument("--input", type=_shape, help="the shape of one sample: 3x224x224")
         return made
 
-    run = command("run", _run)
-    run.add_argument("study", help="a study's YAML, name or folder")
-    run.add_argument("--retry", action="store_true", help="train again what failed before")
-    space = command("space", _space)
-    space.add_argument(
-        "space",
-        help="torchvision:NAME, package.module:function, path/to/file.py:function, or a study's "
-        "YAML",
-    )
-    space.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
-    space.add_argument("--widths", metavar="FILE", help="show what a widths file costs as well")
-    space.add_argument(
+    add = command("run", _run, "study").add_argument
+    add("--retry", action="store_true", help="train the failed trials again")
+
+    add = command("space", _space, "space").add_argument
+    add("--widths", metavar="FILE", help="print the costs of a widths file too")
+    add(
         "--check",
         action="store_true",
-        help="prove it: build the least, the most and random networks, run them, compare counts",
+        help="build and run the narrowest, the widest and random networks, and compare their costs",
     )
-    space.add_argument(
-        "--device", default="cpu", help="where --check runs; meta runs shapes alone (default: cpu)"
-    )
-    space.add_argument("--json", action="store_true", help="print plain JSON")
-    propose = command("propose", _propose)
-    propose.add_argument("space", help="as for `space`; a study's YAML brings its task and recipe")
-    propose.add_argument(
-        "--method",
-        required=True,
-        help="e.g. sensitivity or uniform (another name lists all), or your own as module:name",
-    )
-    propose.add_argument(
+    add("--device", default="cpu", help="device of --check; meta computes shapes (default: cpu)")
+    add("--json", action="store_true", help="print JSON")
+
+    add = command("propose", _propose, "space").add_argument
+    add("--method", required=True, help="a proposer such as sensitivity, or your own: module:name")
+    add(
         "--budget",
         type=_budget,
         required=True,
-        help=f"a share of the base's MACs (up to {SHARES}), or MACs, e.g. 0.5 or 4e6",
+        help=f"a share of the base's MACs (up to {SHARES}), or MACs: 0.5 or 4e6",
     )
-    propose.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
-    propose.add_argument("--task", help="the data, e.g. digits or module:function")
-    propose.add_argument("--folder", help="where the task's data is")
-    propose.add_argument(
+    add("--task", help="the data: digits, cifar10, image_folder, or your own as module:function")
+    add("--folder", help="the folder of the task's data")
+    add(
         "--set",
         type=_field,
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the method",
+        help="a field of the method, such as batch_size=64",
     )
-    propose.add_argument("--epochs", type=int, help="of the recipe of methods that train")
-    propose.add_argument("--seed", type=int, help="default: the study's, or 0")
-    propose.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
-    propose.add_argument("--json", action="store_true", help="print plain JSON")
-    propose.add_argument("--out", metavar="FILE", help="write the widths as JSON")
-    propose.add_argument("--plot", metavar="FILE", help="draw the widths beside the base as a PNG")
-    profile = command("profile", _profile)
-    profile.add_argument(
-        "space", help="as for `space`; a study's YAML brings how it measures latency"
-    )
-    profile.add_argument("--input", type=_shape, help="one sample's shape, e.g. 3x224x224")
-    profile.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu, or the study's)")
-    profile.add_argument("--backend", help="eager, graph, compile or onnxruntime (default: eager)")
-    profile.add_argument("--batch-size", type=int, help="images a run (default: 1)")
-    profile.add_argument("--threads", type=int, help="CPU threads (default: 1)")
-    profile.add_argument("--dtype", help="float32 or bfloat16 (default: float32)")
-    profile.add_argument("--pairs", type=int, help="turns with the base a network (default: 40)")
-    profile.add_argument(
-        "--vectors", type=int, default=40, help="networks the profile is to have (default: 40)"
-    )
-    pareto = command("pareto", _pareto)
-    pareto.add_argument("study", help="a study's name, folder or YAML")
-    form = pareto.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print plain JSON")
+    add("--epochs", type=int, help="epochs of a method that trains (default: the recipe's)")
+    add("--seed", type=int, help="seed of the method (default: the study's, or 0)")
+    add("--device", default="cpu", help="device of the method (default: cpu)")
+    add("--json", action="store_true", help="print JSON")
+    add("--out", metavar="FILE", help="write the widths as JSON")
+    add("--plot", metavar="FILE", help="draw the widths beside the base as a PNG")
+
+    add = command("profile", _profile, "space").add_argument
+    add("--device", help="cpu, cuda or cuda:N (default: cpu, or the study's)")
+    add("--backend", help="eager, graph, compile or onnxruntime (default: eager)")
+    add("--batch-size", type=int, help="images in a batch (default: 1)")
+    add("--threads", type=int, help="CPU threads (default: 1)")
+    add("--dtype", help="float32 or bfloat16 (default: float32)")
+    add("--pairs", type=int, help="blocks of each network, in turn with the base (default: 40)")
+    add("--vectors", type=int, default=40, help="networks in the profile (default: 40)")
+
+    pareto = command("pareto", _pareto, "study")
+    add, form = pareto.add_argument, pareto.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--csv", action="store_true", help="print CSV")
-    pareto.add_argument(
-        "--families",
-        action="store_true",
-        help="what each proposal promises at every size, and which to train next",
-    )
-    pareto.add_argument(
+    add("--families", action="store_true", help="forecast each proposal's family at every size")
+    add(
         "--plot",
         nargs="?",
         const="",
         metavar="FILE",
         help="draw the front as a PNG (default: front.png in the study's folder)",
     )
-    confirm = command("confirm", _confirm)
-    confirm.add_argument("study", help="a study's name, folder or YAML")
-    confirm.add_argument(
-        "--seeds", type=int, default=3, help="trainings a member of the front, in the mean"
-    )
-    train = command("train", _train)
-    train.add_argument("study", help="a study's name, folder or YAML")
-    train.add_argument(
+
+    add = command("confirm", _confirm, "study").add_argument
+    add("--seeds", type=int, default=3, help="mean trainings of a member of the front (default: 3)")
+
+    add = command("train", _train, "study").add_argument
+    add(
         "--pick",
         default="knee",
-        help="a finished trial's ID, or of the front's members best, knee, or a limit such as "
-        "'macs<=2e6' (default: knee)",
+        help="the ID of a finished trial, or from the front: best, knee, or the most accurate "
+        "within a limit such as 'macs<=2e6' (default: knee)",
     )
-    train.add_argument("--seeds", type=int, default=3, help="networks to train (default: 3)")
-    train.add_argument("--epochs", type=int, help="instead of the study's recipe's")
-    train.add_argument("--device", help="instead of the study's, e.g. cuda:0")
-    train.add_argument("--out", help="the folder to write (default: in the study's folder)")
-    for made in (run, pareto, confirm, train):
-        made.add_argument("--runs", default="runs", help="where studies live (default: runs)")
+    add("--seeds", type=int, default=3, help="networks to train (default: 3)")
+    add("--epochs", type=int, help="epochs of training (default: the recipe's)")
+    add("--device", help="device of training, such as cuda:0 (default: the study's)")
+    add("--out", help="the folder to write (default: trained/ID in the study's folder)")
     return parser
 
 
