@@ -15,12 +15,12 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def examples() -> list[str]:
-    """Its blocks of Python."""
+    """The blocks of Python."""
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_the_proposer_proposes(tmp_path: Path) -> None:
-    """A user's own method, named by its file."""
+    """A user's own method is found by its file and name."""
     _, own = examples()
     (tmp_path / "own.py").write_text(own)
     space = f"{README.parent / 'search_spaces' / 'quickstart.py'}:digits_resnet"
@@ -31,10 +31,14 @@ def test_the_proposer_proposes(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_the_python_example_runs(tmp_path: Path) -> None:
-    """A user's own model: from a space to a trained network that loads."""
+    """From a user's own model to a trained network that loads and has learned the task."""
     (tmp_path / "example.py").write_text(examples()[0])
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1].endswith("torch.Size([1, 10])")
+    *front, last = done.stdout.splitlines()[2:]
+    accuracy, shape = last.split(maxsplit=1)
+    assert float(accuracy) > 90
+    assert shape == "torch.Size([1, 10])"
+    assert max(float(line.split()[0]) for line in front) > 95
