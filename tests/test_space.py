@@ -330,7 +330,7 @@ def test_a_step_of_a_named_axis_is_kept_or_refused() -> None:
     assert space.constrained(step=3).axes[0].step == 4
     assert space.constrained(step={"stem": 8}).axes[0].step == 8
     message = (
-        "a step must divide its axis's base in whole units of 4, but axis 'stem' has base=16 and "
+        "a step must divide its axis's base in whole groups of 4, but axis 'stem' has base=16 and "
         "was given step=3; it can be 4, 8, 16"
     )
     with pytest.raises(SpaceError) as error:
@@ -387,9 +387,14 @@ def test_models_that_differ_in_kernel_size_have_other_fingerprints() -> None:
 
 
 def test_a_model_without_freedom_is_refused() -> None:
-    """There is nothing to search."""
-    with pytest.raises(SpaceError, match="has no free width"):
+    """The message names each width and the reason for which it is fixed."""
+    with pytest.raises(SpaceError) as error:
         SearchSpace.from_model(lambda: nn.Conv2d(3, 10, 1), (3, 8, 8))
+    assert str(error.value) == (
+        "a model must have a free width, but all widths of Conv2d are fixed: 'weight' (10: output "
+        "of the model), 'weight' (3: input of the model); change the line that fixes one, or give "
+        "another model"
+    )
 
 
 # -- constraints -----------------------------------------------------------------------------
@@ -647,7 +652,7 @@ def test_small_spaces_are_proved(name: str) -> None:
     assert list(report.networks) == ["narrowest", "widest", "random 1"]
     assert str(report) == (
         "checked: 3 networks (narrowest, widest, random 1) run forward and backward on cpu; MACs, "
-        "parameters and activations are what the space says"
+        "parameters and activations are as predicted"
     )
 
 
@@ -682,7 +687,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("otherwise", "message"),
     [
-        ("skip", "its macs are 896, but the space says 1,152"),
+        ("skip", "its macs are 896, but the space predicts 1,152"),
         (
             "fail",
             "module '(the model itself)' (Branching) fails in forward in eval mode, operation "

@@ -1,7 +1,7 @@
-"""Axes and widths: pure values, no torch.
+"""Axes and widths: plain values, without torch.
 
-An *axis* is one free width of a model; *widths* are one integer per axis, and that is an
-architecture. Both are frozen and compared by content.
+An *axis* is one free width of a model. *Widths* are one integer per axis: an architecture. Both are
+immutable and compared by content.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,20 @@ class Axis:
     The grid is ``range(min_width, max_width + 1, step)``; ``base`` and both bounds lie on it.
 
     Attributes:
-        name: The first layer that makes this width, e.g. ``layer1.0.conv1``.
-        base: The width in the model as it was given, in channels.
+        name: The first layer that produces this width, e.g. ``layer1.0.conv1``.
+        base: The width in the model as given, in channels.
         min_width: The smallest width allowed, in channels.
         max_width: The largest width allowed, in channels.
         step: The distance of two widths on the grid; every width is a multiple of it.
         layers: Every layer with a parameter or buffer whose shape depends on this axis.
         tied: The axes that a user tied to this one: they keep their bases' ratio to it.
+
+    Example:
+        >>> axis = Axis("conv1", base=32, min_width=8, max_width=48, step=8)
+        >>> list(axis.grid)
+        [8, 16, 24, 32, 40, 48]
+        >>> axis.nearest(21.5)
+        24
     """
 
     name: str
@@ -67,8 +74,18 @@ class Axis:
         """Every width this axis may take, ascending."""
         return range(self.min_width, self.max_width + 1, self.step)
 
+    def on_grid(self, step: int, low: float, high: float) -> Axis:
+        """The axis with another step, and bounds that are moved inwards to the grid."""
+        slack = 1e-9  # 0.1 × 30 is 3.0000000000000004
+        return replace(
+            self,
+            step=step,
+            min_width=max(step, math.ceil(low / step - slack) * step),
+            max_width=max(self.base, math.floor(high / step + slack) * step),
+        )
+
     def nearest(self, width: float) -> int:
-        """The grid value nearest to ``width`` (ties go up); idempotent."""
+        """The grid value nearest to ``width``; the larger one if two are equally near."""
         snapped = math.floor(width / self.step + 0.5) * self.step
         return min(max(snapped, self.min_width), self.max_width)
 
@@ -102,6 +119,11 @@ class Widths(Mapping[str, int]):
     Attributes:
         names: The axes' names, in the space's order.
         vector: The width of each axis, in channels, in the same order.
+
+    Example:
+        >>> widths = Widths(("conv1", "conv2"), (16, 32))
+        >>> widths["conv2"], dict(widths)
+        (32, {'conv1': 16, 'conv2': 32})
     """
 
     names: tuple[str, ...]

@@ -169,56 +169,33 @@ class _MaskedNorms(TorchFunctionMode):
         super().__init__()
         self.masks = masks
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.layer_norm, F.group_norm):
+            return self._norm(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _norm(self, func: Any, x: Tensor, size: Any, *rest: Any, **named: Any) -> Tensor:
+        """The norm of x over its unmasked channels; ``size`` is a shape, or a number of groups."""
+        weight, bias, eps = _weight_bias_eps(*rest, **named)
+        mask = self.masks.get(id(weight))
+        if weight is None or mask is None or mask.all():
+            return func(x, size, *rest, **named)  # type: ignore[no-any-return]
         if func is F.layer_norm:
-            return self._layer_norm(*args, **kwargs)
-        if func is F.group_norm:
-            return self._group_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _layer_norm(
-        self,
-        x: Tensor,
-        normalized_shape: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        mask = self.masks.get(id(weight))
-        if mask is None or mask.all():
-            return F.layer_norm(x, normalized_shape, weight, bias, eps)
-        inside = mask.to(x)
-        mean = (x * inside).sum(-1, keepdim=True) / inside.sum()
-        variance = ((x - mean).square() * inside).sum(-1, keepdim=True) / inside.sum()
-        out = (x - mean) / (variance + eps).sqrt()
-        out = out if weight is None else out * weight
-        return out if bias is None else out + bias
-
-    def _group_norm(
-        self,
-        x: Tensor,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        mask = self.masks.get(id(weight))
-        if mask is None or mask.all():
-            return F.group_norm(x, num_groups, weight, bias, eps)
-        grouped = x.view(len(x), num_groups, -1, *x.shape[2:])
-        inside = mask.to(x).view(1, num_groups, -1, *[1] * (x.dim() - 2)).expand_as(grouped)
-        dims = tuple(range(2, grouped.dim()))
+            grouped, shape = x, list(weight.shape)
+            inside, dims = mask.to(x), [-1]
+        else:
+            grouped = x.view(len(x), size, -1, *x.shape[2:])
+            shape = [1, -1, *[1] * (x.dim() - 2)]
+            inside = mask.to(x).view(1, size, -1, *shape[2:]).expand_as(grouped)
+            dims = list(range(2, grouped.dim()))
         count = inside.sum(dims, keepdim=True)
         mean = (grouped * inside).sum(dims, keepdim=True) / count
         variance = ((grouped - mean).square() * inside).sum(dims, keepdim=True) / count
-        out = ((grouped - mean) / (variance + eps).sqrt()).view_as(x)
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        out = out if weight is None else out * weight.view(shape)
+        out = ((grouped - mean) / (variance + eps).sqrt()).view_as(x) * weight.view(shape)
         return out if bias is None else out + bias.view(shape)
+
+
+def _weight_bias_eps(
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor | None, Tensor | None, float]:
+    return weight, bias, eps

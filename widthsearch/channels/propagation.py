@@ -108,13 +108,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     dim = d
         self.consumers[self.parameters[id(base)]] = dim
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if any(isinstance(a, Tensor) and a.device.type != "meta" for a in args):
@@ -127,18 +121,18 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _batch_norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         out = torch.empty_like(x)
-        for vector in rest:
-            if isinstance(vector, Tensor) and vector.dim() == 1:
-                self._unite_along(x, vector, 1)
+        self._unite_vectors(x, rest, 1)
         self.set_fields(out, self.fields_of(x))
         nothing = torch.empty((0,), device="meta")
         return (out, *([nothing] * (returns - 1)))
 
-    def _unite_along(self, x: Tensor, vector: Tensor, dim: int) -> None:
-        """Unite the elements of a vector (a bias, a norm's weight) with x's along a dim."""
-        of_x, of_vector = self.field_along(x, dim), self.field_along(vector, 0)
-        if of_x is not None and of_vector is not None:
-            self.elements.unite(of_x, of_vector)
+    def _unite_vectors(self, x: Tensor, vectors: Iterable[Any], dim: int) -> None:
+        """Unite the elements of vectors (biases, norms' weights) with those of x along a dim."""
+        of_x = self.field_along(x, dim)
+        for vector in vectors:
+            of_vector = self.field_along(vector, 0) if isinstance(vector, Tensor) else None
+            if of_x is not None and of_vector is not None:
+                self.elements.unite(of_x, of_vector)
 
     def _propagate(
         self, func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -149,7 +143,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._product(args[0], args[1], out)
         elif packet in (aten.addmm, aten.baddbmm):
             self._product(args[1], args[2], out)
-            self._unite_along(out, args[0], out.dim() - 1)
+            self._unite_vectors(out, args[:1], out.dim() - 1)
         elif "scaled_dot_product" in func._schema.name:
             self._attention(args[0], args[1], args[2], out)
         elif packet in _VIEWS:
@@ -165,18 +159,14 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet is aten.constant_pad_nd:
             self._pad(args, out)
         elif packet is aten.native_group_norm:
-            for vector in args[1:3]:
-                if isinstance(vector, Tensor):
-                    self._unite_along(args[0], vector, 1)
+            self._unite_vectors(args[0], args[1:3], 1)
             channels = self.field_along(args[0], 1)
             if channels is not None:  # groups keep equal sizes: a channel goes from all of them
                 grouped = channels.view(args[6], -1)
                 self.elements.unite(grouped, grouped[:1])
             self.set_fields(out[0], self.fields_of(args[0]))
         elif packet is aten.native_layer_norm:
-            for vector in args[2:4]:
-                if isinstance(vector, Tensor):
-                    self._unite_along(args[0], vector, args[0].dim() - 1)
+            self._unite_vectors(args[0], args[2:4], args[0].dim() - 1)
             self.set_fields(out[0], self.fields_of(args[0]))
         else:
             self._pointwise(args, kwargs, out)
@@ -209,12 +199,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif filters is not None and groups > 1 and isinstance(options[5], int):
             grouped = filters.view(groups, -1)  # a filter goes from all groups at once
             self.elements.unite(grouped, grouped[:1])
-        if filters is not None and bias is not None:
-            of_bias = self.field_along(bias, 0)
-            if of_bias is not None:
-                self.elements.unite(filters, of_bias)
         if filters is not None:
             self.set_fields(out, [filters.view(1, outputs, *[1] * (out.dim() - 2))])
+            self._unite_vectors(out, [bias], 1)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """(…, m, k) × (…, k, n): unites the elements along k, and keeps those along m and n."""

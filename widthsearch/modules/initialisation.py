@@ -1,8 +1,19 @@
-"""How a model's constructor initialises its tensors, so that it can be done at other widths.
+"""Records how a model's constructor initialises its tensors, and replays that at other widths.
 
-While the constructor runs, every write to a tensor is recorded: calls of ``torch.nn.init``, a
-layer's own ``reset_parameters``, and plain random fills. Replaying the record on tensors of other
-sizes is the constructor's own scheme, since ``torch.nn.init`` computes its scales from the sizes.
+Notation: a *step* is one write to a tensor: a call of ``torch.nn.init``, a layer's own
+``reset_parameters``, or an in-place fill. The *scheme* of a model is the list of steps of each
+tensor, from the last step on that overwrites the whole tensor. To *replay* a step is to repeat it
+on a tensor of another shape; ``torch.nn.init`` computes its scale from the new shape. A scale that
+a constructor computed itself, ``sqrt(c / fan)``, is recomputed for the new fan (``_rescaled``).
+
+Example: the constructor ::
+
+    self.conv = nn.Conv2d(3, 16, 3)                       # step 1: reset_parameters
+    nn.init.kaiming_normal_(self.conv.weight)             # step 2: init kaiming_normal_
+    self.scale = nn.Parameter(torch.full((16,), 0.1))     # no step, a constant value
+
+has the scheme ``conv.weight: (step 2,)``, ``conv.bias: (step 1,)`` and the constant 0.1 for
+``scale``. At a width of 8, ``kaiming_normal_`` runs on a weight of ``8 × 3 × 3 × 3``.
 """
 
 from __future__ import annotations
@@ -26,10 +37,12 @@ _INIT: dict[CodeType, str] = {
     for name, function in vars(nn.init).items()
     if name.endswith("_") and not name.startswith("_") and hasattr(function, "__code__")
 }
+_SCALED = {"normal_": ("std",), "trunc_normal_": ("std", "a", "b"), "uniform_": ("a", "b")}
+"""Arguments that constructors compute from the fan, by function."""
+_FAN_CONSTANTS = (1.0, 2.0, 3.0, 6.0, 1 / 3)
+"""The c in ``sqrt(c / fan)``: Glorot and LeCun (1), He (2), and their bounds for uniform values."""
 _RESETS = ("reset_parameters", "_reset_parameters")
 _FILLS = ("normal_", "uniform_", "fill_", "zero_")
-_SCALED = {"normal_": ("std",), "trunc_normal_": ("std", "a", "b"), "uniform_": ("a", "b")}
-_FAN_CONSTANTS = (1.0, 2.0, 3.0, 6.0, 1 / 3)
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,8 @@ class Step:
 
     Attributes:
         name: A function of ``torch.nn.init``, a tensor method, or ``reset_parameters``.
-        kind: ``init``, ``method``, ``reset`` (by the layer), ``unit`` (a random unit vector) or
-            ``length`` (of a weight norm's directions).
+        kind: ``init``, ``method``, ``reset`` (by the layer), ``unit`` (a random unit vector),
+            ``length`` (the norms of a weight norm's directions) or ``unknown`` (no replay).
         arguments: Positional arguments of a method, keyword arguments of an init function.
     """
 
@@ -56,9 +69,9 @@ _UNKNOWN = Step("", "unknown")
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Put torch's generators back after: the CPU's and, once CUDA is in use, its current device's.
+    """Restore torch's generators afterwards: the CPU's, and the current device's if CUDA is in use.
 
-    A CPU study leaves CUDA alone, and no device but the current one is touched.
+    CUDA is not initialised by it, and other devices are not affected.
     """
     gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=gpus):
@@ -66,18 +79,28 @@ def kept_generators() -> Iterator[None]:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records how tensors are initialised while a model is constructed."""
+    """Records the steps of every tensor while a model is constructed.
+
+    As a dispatch mode it sees every write to a tensor, but not the function that wrote. A profile
+    hook tracks which functions of ``torch.nn.init`` and which ``reset_parameters`` are running.
+
+    Example:
+        >>> recorder = Recorder()
+        >>> layer = recorder.construct(lambda: nn.Linear(3, 2))
+        >>> [step.name for step in recorder.steps(layer.weight)]
+        ['reset_parameters']
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._writes: dict[int, list[Step]] = {}
-        self._inits: list[Step] = []
-        self._resets: list[Any] = []
-        self._frames: list[tuple[FrameType, str]] = []
-        self._noted: set[int] = set()
+        self._writes: dict[int, list[Step]] = {}  # by storage
+        self._inits: list[Step] = []  # init functions that are running, outermost first
+        self._resets: list[Any] = []  # modules whose reset_parameters is running
+        self._frames: list[tuple[FrameType, str]] = []  # the frames of both
+        self._noted: set[int] = set()  # storages that the outermost init function wrote to
 
     def construct(self, make_model: Callable[[], nn.Module]) -> nn.Module:
-        """Call ``make_model`` and record; the global random state is left as it was."""
+        """Call ``make_model`` and record; the global random state is restored."""
         previous = sys.getprofile()
         with kept_generators(), self:
             sys.setprofile(self._profile)
@@ -87,7 +110,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 sys.setprofile(previous)
 
     def steps(self, tensor: Tensor) -> tuple[Step, ...]:
-        """What was written to ``tensor``, from its last complete overwriting on."""
+        """The writes to ``tensor``, from the last one on that overwrote all of it."""
         return tuple(self._writes.get(_storage(tensor), ()))
 
     def _profile(self, frame: FrameType, event: str, _argument: Any) -> None:
@@ -108,13 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _, kind = self._frames.pop()
             (self._inits if kind == "init" else self._resets).pop()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if name.endswith("_") and args and isinstance(args[0], Tensor):
@@ -122,7 +139,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif isinstance(out, Tensor) and not any(
             isinstance(a, Tensor) and _storage(a) == _storage(out) for a in args
         ):
-            self._writes.pop(_storage(out), None)  # a new tensor, perhaps where an old one was
+            self._writes.pop(_storage(out), None)  # a new tensor may reuse a freed storage
         return out
 
     def _write(self, name: str, tensor: Tensor, arguments: tuple[Any, ...]) -> None:
@@ -155,15 +172,15 @@ def _owns(module: Any, key: int) -> bool:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How to initialise each tensor of a model at any width.
+    """The initialisation of each tensor of a model at any width. Each is in one of the mappings.
 
     Attributes:
-        steps: Per tensor, what its constructor wrote; an empty tuple means the layer's own
-            ``reset_parameters``, where it has one.
-        constants: Tensors that hold one value everywhere.
-        moments: Mean and standard deviation of tensors that were made in a way that cannot be
-            replayed; they are drawn anew from a normal distribution.
-        kept: Buffers with content that no width changes.
+        steps: Per tensor, the steps of its constructor.
+        shapes: Per tensor, its shape in the model as given.
+        constants: The value of tensors that hold one value everywhere.
+        moments: Mean and standard deviation of tensors whose steps cannot be replayed; they are
+            drawn from a normal distribution.
+        kept: Buffers whose content is the same at every width.
     """
 
     steps: Mapping[str, tuple[Step, ...]]
@@ -174,7 +191,7 @@ class Scheme:
 
     @classmethod
     def of(cls, model: nn.Module, recorder: Recorder | None) -> Scheme:
-        """Read the scheme of a model as it was just constructed (or, without a recorder, given)."""
+        """The scheme of a model: from its recorder, or without one from its layers and values."""
         steps: dict[str, tuple[Step, ...]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         constants: dict[str, float] = {}
@@ -212,7 +229,11 @@ class Scheme:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Initialise every tensor of ``model``, from the global random state."""
+        """Initialise every tensor of ``model``, drawing from the global random state.
+
+        Layers are reset first, because a reset overwrites all of a layer's tensors; then every
+        tensor's own steps are replayed; then the lengths of weight norms are computed.
+        """
         done: set[str] = set()
         for _, layer, name, _ in tensors_of(model):
             owner = owner_of(layer)
@@ -255,9 +276,10 @@ def _replay(step: Step, tensor: Tensor, base: tuple[int, ...]) -> None:
 
 
 def _rescaled(value: Any, base: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    """``value``, or the like of it at the new fan where it was ``sqrt(c / fan)`` at the base's.
+    """``value`` rescaled to the new fan, if it is ``sqrt(c / fan)`` for the base's shape.
 
-    Constructors often write the formula out: ``normal_(0, sqrt(2 / fan_out))``.
+    Constructors often compute the scale themselves: ``normal_(0, sqrt(2 / fan_out))``. The fan is
+    the size of dim 0 or 1, with or without the kernel.
     """
     if not isinstance(value, float) or value == 0 or len(base) < 2:
         return value

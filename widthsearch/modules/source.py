@@ -1,4 +1,4 @@
-"""A digest of the source code that a model's classes are made of."""
+"""A digest of the source code of a model's classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import nn
 
 
 def source_digest(model: nn.Module) -> str | None:
-    """A digest of the classes of a model's modules, or None where some source is not available.
+    """A digest of the source of the classes of a model's modules; None if one has no source.
 
-    Comments, layout and tensor values do not count. Functions outside the classes are not covered.
+    It does not depend on comments, layout or tensor values, and does not cover functions outside
+    the classes.
     """
     described = [
         (name, [_class_digest(c) for c in type(module).__mro__ if _is_own(c)])
@@ -26,7 +27,7 @@ def source_digest(model: nn.Module) -> str | None:
 
 
 def _is_own(cls: type) -> bool:
-    """Whether a class may change between two runs: not one of Python's or torch's."""
+    """Whether a class is neither Python's nor torch's."""
     return cls.__module__.partition(".")[0] not in ("builtins", "torch", "typing", "abc")
 
 
@@ -34,6 +35,6 @@ def _is_own(cls: type) -> bool:
 def _class_digest(cls: type) -> str | None:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):  # made in a shell, by exec, or without a file
+    except (OSError, TypeError, SyntaxError):  # defined in a shell, by exec, or without a file
         return None
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

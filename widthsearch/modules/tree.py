@@ -1,4 +1,4 @@
-"""Module trees: their tensors, what else in them repeats the tensors' sizes, and copies of them."""
+"""Module trees: their tensors, the attributes that repeat the tensors' sizes, and copies."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from widthsearch.torch_internals import (
 
 _PARAMETRIZATIONS = ".parametrizations."
 _SUFFIX: dict[type, str] = {WeightNorm: "_v", SpectralNorm: "_orig"}
-"""What the older reparametrisations, which are hooks, append to a weight's name."""
+"""The suffixes that the older reparametrisations, which are hooks, append to a weight's name."""
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
-    """Every parameter and buffer once: its module, the module's name, its own name, itself."""
+    """Every parameter and buffer once: its module, the module's name, its name and the tensor."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for group in (parameters_of(module), buffers_of(module)):
@@ -44,7 +44,7 @@ def join(module_name: str, name: str) -> str:
 
 
 def owner_of(layer: str) -> str:
-    """The layer whose tensor a parametrisation holds; any other layer is its own."""
+    """The layer that a parametrisation belongs to; any other layer unchanged."""
     return f".{layer}".split(_PARAMETRIZATIONS[:-1])[0].removeprefix(".")
 
 
@@ -58,8 +58,8 @@ def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         for name, suffix in _hooked(module):
-            # What the hook computes anew in each forward; an alias, so that `reset_parameters`,
-            # which writes to it, reaches the parameter.
+            # The hook recomputes this attribute in each forward. It becomes an alias of the
+            # parameter, because `reset_parameters` writes to the attribute.
             setattr(module, name, getattr(module, name + suffix).detach())
     return copied
 
@@ -71,7 +71,7 @@ def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
-    """A tensor with the shape of a module's weight, which a parametrisation may compute."""
+    """A tensor with the shape of a module's weight, also where a parametrisation computes it."""
     if parametrize.is_parametrized(module, "weight"):
         held: Any = module.parametrizations["weight"]  # type: ignore[index]
         if isinstance(held[0], WeightNormParametrization):
@@ -88,7 +88,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def is_estimate(module: nn.Module, name: str) -> bool:
-    """Whether a buffer is a singular vector that spectral norm estimates as it goes."""
+    """Whether a buffer is spectral norm's running estimate of a singular vector."""
     if isinstance(module, SpectralNormParametrization):
         return name in ("_u", "_v")
     return any(
@@ -98,7 +98,7 @@ def is_estimate(module: nn.Module, name: str) -> bool:
 
 
 def sync_attributes(module: nn.Module) -> None:
-    """Set the attributes in which torch's layers repeat their tensors' sizes."""
+    """Set the attributes of torch's layers that repeat their tensors' sizes."""
     if not isinstance(module, _SIZED):
         return
     weight: Any = weight_of(module)  # its sizes may be symbolic, which torch's types do not know
@@ -152,20 +152,10 @@ def is_synced(module: nn.Module) -> bool:
 
 
 _SIZED = (
-    ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    NormBase,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.PReLU,
+    *(ConvNd, NormBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm),
+    *(nn.RMSNorm, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.PReLU),
 )
+"""Torch's layers that repeat their tensors' sizes in attributes."""
 
 
 def sizes_in(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -180,7 +170,7 @@ def sizes_in(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def set_size(model: nn.Module, layer: str, attribute: str, value: Any) -> None:
-    """Set an attribute that :func:`sizes_in` names."""
+    """Set an attribute by the name that :func:`sizes_in` gives it."""
     module = model.get_submodule(layer)
     name, _, index = attribute.partition("[")
     if index:
@@ -193,7 +183,7 @@ def set_size(model: nn.Module, layer: str, attribute: str, value: Any) -> None:
 
 @torch.no_grad()
 def reset(model: nn.Module, layer: str) -> None:
-    """A layer's own ``reset_parameters``, through whatever reparametrises its weights."""
+    """Call a layer's own ``reset_parameters``, also if its weights are parametrised."""
     module: Any = model.get_submodule(owner_of(layer))
     if not callable(getattr(module, "reset_parameters", None)):
         return
@@ -201,7 +191,9 @@ def reset(model: nn.Module, layer: str) -> None:
         module.reset_parameters()
     else:
         plain: Any = type(module).__bases__[0]
-        shadow = plain.__new__(plain)  # the same layer without its parametrisations
+        # Parametrised weights are computed, and cannot be written to: reset a copy of the layer
+        # with plain weights, then assign these through the parametrisations.
+        shadow = plain.__new__(plain)
         shadow.__dict__ = dict(vars(module))
         held = module.parametrizations
         fresh = {name: nn.Parameter(torch.empty_like(getattr(module, name))) for name in held}
@@ -212,7 +204,7 @@ def reset(model: nn.Module, layer: str) -> None:
 
 
 def direction_of(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
-    """What a weight norm's lengths are the lengths of, and along which dim; else None."""
+    """The directions that belong to a weight norm's lengths, and their dim; None for others."""
     if isinstance(module, parametrize.ParametrizationList) and isinstance(
         module[0], WeightNormParametrization
     ):

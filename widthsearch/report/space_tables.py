@@ -41,7 +41,7 @@ def space_tables(space: SearchSpace) -> Group:
     for column in ("width of", "size", "MACs", "reason", "layers"):
         counted, whole = column in ("size", "MACs"), column not in ("reason", "layers")
         pinned.add_column(column, justify="right" if counted else "left", no_wrap=whole)
-    for pin, share in zip(space.pinned, space.pinned_shares, strict=True):
+    for pin, share in zip(space.pinned, space.trace.pinned_shares(), strict=True):
         pinned.add_row(
             Text(pin.name),
             str(pin.size),
@@ -73,7 +73,7 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
         "input_shape": _shapes(space.input_shape),
         **asdict(space.cost(space.base)),
         "axes": _with_shares(map(asdict, space.axes), shares),
-        "pinned": _with_shares(pinned, space.pinned_shares),
+        "pinned": _with_shares(pinned, space.trace.pinned_shares()),
     }
 
 

@@ -1,7 +1,7 @@
-"""What a user asks of a space's axes: pinned, tied, bounded, aligned.
+"""Constraints on a space's axes: pins, ties, bounds, steps and alignment.
 
-Pins and ties are substitutions into the trace's polynomials, so costs and shapes stay exact; bounds
-and steps only choose the grid.
+Pins and ties are substitutions into the trace's polynomials, so costs and shapes stay exact. Bounds
+and steps only change the grid.
 """
 
 from __future__ import annotations
@@ -18,36 +18,42 @@ from typing import Any
 import torch
 
 from widthsearch.errors import SpaceError
-from widthsearch.tracing.polynomials import Poly, add, constant, multiply
+from widthsearch.space.ties import joined
+from widthsearch.tracing.polynomials import Poly, constant, substitute
 from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
 from widthsearch.widths import Axis
 
 BLOCKS: Mapping[str, int] = {"cuda": 8, "cpu": 16}
-"""Channels that a device's kernels take at a time: 16 bytes of bf16 for tensor cores; the lanes of
-AVX-512 in fp32 (where a 3×3 convolution of 17 channels takes as long as one of 32)."""
+"""Channels that a device's kernels process at a time: 16 bytes of bf16 for tensor cores; the lanes
+of AVX-512 in fp32, where a 3×3 convolution of 17 channels takes as long as one of 32."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a user asks of axes. Names may be globs (``layer3.*``); each must match an axis.
+    """Constraints on axes. Names may be globs (``layer3.*``); each must match an axis.
 
-    Where amounts are given by axis, an exact name goes before a glob, and a later glob before an
-    earlier one. Axes that nothing matches stay as they are.
+    In a mapping by axis an exact name overrides globs, and a later glob overrides an earlier one.
+    Axes without a match do not change.
 
     Attributes:
         pin: Axes that are fixed at their base.
-        tie: Groups of axes; those of a group keep their bases' ratio and become one axis, named
-            after the first. One text is a group, and so is a list of names within the list.
+        tie: Lists of axes. The axes of a list keep their bases' ratio and become one axis, named
+            after the first. A text is a list of all the axes that it matches.
         min: The smallest width: a multiple of the base, or by axis multiples (floats) or
             channels (integers).
         max: The largest width, in the same way.
-        step: The distance of two widths in channels, or that by axis. One step for all, or for a
-            glob, is changed where the base or whole units of an axis (its groups, heads) ask for
-            it; one of an axis that is named must fit both.
+        step: The distance of two widths in channels, for all axes or by axis. A step for all axes,
+            or for a glob, is adapted to each axis's base and to its channels per group. A step for
+            a named axis must fit both.
         align: A device, ``cuda`` (steps of 8) or ``cpu`` (16), or a number of channels: the step of
-            the axes that ``step`` says nothing of. It is halved until the base has two of them, so
-            that each axis has a narrower width, and lowered where the base is not a multiple of it.
-            ``none`` keeps a study from choosing steps by its device (:func:`default_block`).
+            the axes without a ``step``. It is halved until it fits the base at least twice, so
+            that each axis has a narrower width, and lowered if it does not divide the base.
+            ``none`` turns off a study's own choice of steps by device (:func:`default_block`).
+
+    Example:
+        >>> constraints = Constraints(pin="stem", tie=[["layer1.*", "layer2.*"]], max=1.5)
+        >>> constraints.pin, constraints.tie
+        (('stem',), (('layer1.*', 'layer2.*'),))
     """
 
     pin: str | Sequence[str] = ()
@@ -84,7 +90,7 @@ class Constraints:
             )
 
     def stepped(self, trace: Trace, axes: Sequence[Axis]) -> frozenset[str]:
-        """The names of the axes whose steps this says."""
+        """The names of the axes with a step in these constraints."""
         names = [axis.name for axis in axes]
         if self.align is not None:
             return frozenset(names)
@@ -97,17 +103,17 @@ class Constraints:
         block: int | None = None,
         stepped: Set[str] = frozenset(),
     ) -> tuple[Trace, tuple[Axis, ...]]:
-        """The trace and the axes that remain.
+        """The trace and the axes under these constraints.
 
         Args:
-            trace: What the axes were traced from, in the same order.
+            trace: The trace before, with its axes in the order of ``axes``.
             axes: The axes before.
-            block: The most that :func:`default_step` takes, for axes whose steps nobody said.
-            stepped: The axes of which somebody did before.
+            block: The largest :func:`default_step` of axes whose step no user has given.
+            stepped: The axes whose step a user has given before.
 
         Raises:
             SpaceError: A name matches no axis, a bound excludes the base, a step does not fit its
-                axis, or nothing is left.
+                axis, or no axis is left.
         """
         names = [axis.name for axis in axes]
         gridded = self._gridded(trace, axes, block, stepped)
@@ -131,14 +137,14 @@ class Constraints:
                 values[i] = constant(traced.base // traced.divisor)
             elif first_of.get(i, i) == i:
                 group = ties.get(i, [i])
-                unit, axis = _joined(
+                divisor, axis = joined(
                     [gridded[j] for j in group], [trace.axes[j].divisor for j in group]
                 )
-                for j in group:
-                    width = trace.axes[j].base * unit // axis.base  # of j, a unit of the tie
+                for j in group:  # the variable of j is a multiple of the tied axis's variable
+                    width = trace.axes[j].base * divisor // axis.base
                     values[j] = {(len(kept),): width // trace.axes[j].divisor}
                 kept.append(axis)
-                kept_traced.append(replace(traced, divisor=unit, layers=axis.layers))
+                kept_traced.append(replace(traced, divisor=divisor, layers=axis.layers))
         if not pinned and not groups:
             return trace, tuple(kept)
         by_user = [
@@ -150,9 +156,9 @@ class Constraints:
     def _gridded(
         self, trace: Trace, axes: Sequence[Axis], default: int | None, stepped: Set[str]
     ) -> list[Axis]:
-        """Each axis with the bounds and the step that it is given."""
+        """Each axis with its new bounds and step."""
         names = [axis.name for axis in axes]
-        least, most, steps = (
+        lows, highs, steps = (
             _by_axis(given, names, trace)
             for given in (_multiple(self.min), _multiple(self.max), self.step)
         )
@@ -169,13 +175,13 @@ class Constraints:
                 step = aligned_step(axis.base, traced.divisor, int(block))
             elif default is not None and not axis.tied and axis.name not in stepped:
                 step = default_step(axis.base, traced.divisor, default)
-            low = _channels("min", axis, least[i]) if i in least else axis.min_width
-            high = _channels("max", axis, most[i]) if i in most else axis.max_width
-            out.append(on_grid(axis, step, low, high))
+            low = _channels("min", axis, lows[i]) if i in lows else axis.min_width
+            high = _channels("max", axis, highs[i]) if i in highs else axis.max_width
+            out.append(axis.on_grid(step, low, high))
         return out
 
     def _groups(self, names: Sequence[str], trace: Trace) -> list[list[int]]:
-        """The axes of each tie, ascending."""
+        """The axes of each tie, in ascending order."""
         groups = []
         for entry in _listed(self.tie):
             patterns = _listed(entry)
@@ -190,55 +196,49 @@ class Constraints:
 
 
 def default_block(device: str) -> int:
-    """Channels in a block of a device's kernels: the most that a default step takes there.
+    """Channels in a block of a device's kernels: the largest default step there.
 
     On ``cuda`` 8: 16 bytes of bf16, as tensor cores load them (TF32 needs 4). On a CPU with
-    AVX-512 16, the lanes of fp32; in bf16 the stairs are the same (a 3×3 convolution of 17 channels
-    takes 1.9 times as long as one of 16). On other CPUs 8, oneDNN's block with AVX2.
+    AVX-512 16, the lanes of fp32; bf16 has the same blocks (a 3×3 convolution of 17 channels takes
+    1.9 times as long as one of 16). On other CPUs 8, oneDNN's block with AVX2.
     """
     if not device.startswith("cuda") and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return BLOCKS["cpu"]
     return 8
 
 
-def default_step(base: int, unit: int = 1, block: int = 8) -> int:
-    """The step of an axis for which none was given.
+def default_step(base: int, divisor: int = 1, block: int = 8) -> int:
+    """The default step of an axis.
 
     An eighth of the base rounded to a power of two, at most ``block`` (16 channels: 2, 32: 4, 64
-    and more: 8), so that every axis reaches an eighth of its base and wide ones go in whole blocks
-    of the device's kernels; less where the base is not a multiple of it, and always a multiple of
-    ``unit``.
+    and more: 8): every axis reaches an eighth of its base, and wide axes have whole blocks of the
+    device's kernels. It is lowered if it does not divide the base, and a multiple of ``divisor``.
     """
     wanted = min(block, 2 ** max(0, round(math.log2(max(base, 1) / 8))))
-    step = unit
+    step = divisor
     while step * 2 <= wanted and base % (step * 2) == 0:
         step *= 2
     return step
 
 
-def aligned_step(base: int, unit: int, block: int) -> int:
-    """The step that keeps to a device's blocks, or to halves of them where the base is narrow."""
+def default_axis(name: str, base: int, divisor: int, layers: tuple[str, ...]) -> Axis:
+    """An axis with the default grid: the default step, from an eighth to twice the base."""
+    axis = Axis(name, base, divisor, base, divisor, layers)
+    return axis.on_grid(default_step(base, divisor), 0.125 * base, 2 * base)
+
+
+def aligned_step(base: int, divisor: int, block: int) -> int:
+    """A step of whole blocks, or of a half, a quarter, … of one where the base is narrow."""
     while block > 1 and 2 * block > base:
         block //= 2
-    return math.gcd(math.lcm(unit, block), base)
-
-
-def on_grid(axis: Axis, step: int, least: float, most: float) -> Axis:
-    """The axis with that step, and the bounds moved inwards to the grid (the base stays on it)."""
-    slack = 1e-9  # 0.1 × 30 is 3.0000000000000004
-    return replace(
-        axis,
-        step=step,
-        min_width=max(step, math.ceil(least / step - slack) * step),
-        max_width=max(axis.base, math.floor(most / step + slack) * step),
-    )
+    return math.gcd(math.lcm(divisor, block), base)
 
 
 def matching(pattern: str, names: Sequence[str], trace: Trace) -> list[int]:
     """The axes that a name or a glob matches.
 
     Raises:
-        SpaceError: There is none; gives the close match, or why that width is pinned.
+        SpaceError: There is none; the message has a close match, or the reason of a pin.
     """
     if not isinstance(pattern, str):
         raise SpaceError(f"an axis is given by its name or a glob, but was {pattern!r}")
@@ -270,7 +270,7 @@ def _whole(value: Any) -> bool:
 
 
 def _check_bound(bound: str, name: str, value: Any) -> None:
-    """A multiple keeps the base within the bounds; channels are compared with each axis later."""
+    """Refuse multiples that exclude the base; channels are compared with each axis later."""
     if name and _whole(value) and value >= 1:
         return
     number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
@@ -297,22 +297,22 @@ def _channels(bound: str, axis: Axis, value: int | float) -> float:
     return int(value)
 
 
-def _no_step(axis: Axis, unit: int, step: int) -> SpaceError:
-    fitting = (n for n in range(unit, axis.base + 1, unit) if axis.base % n == 0)
-    units = f" in whole units of {unit}" if unit > 1 else ""
+def _no_step(axis: Axis, divisor: int, step: int) -> SpaceError:
+    fitting = (n for n in range(divisor, axis.base + 1, divisor) if axis.base % n == 0)
+    groups = f" in whole groups of {divisor}" if divisor > 1 else ""
     return SpaceError(
-        f"a step must divide its axis's base{units}, but axis {axis.name!r} has base={axis.base} "
+        f"a step must divide its axis's base{groups}, but axis {axis.name!r} has base={axis.base} "
         f"and was given step={step}; it can be {', '.join(map(str, fitting))}"
     )
 
 
 def _multiple(given: Any) -> Any:
-    """One bound for every axis is a multiple, even where it is whole."""
+    """One bound for every axis as a float: it is a multiple also if it is a whole number."""
     return given if given is None or isinstance(given, Mapping) else float(given)
 
 
 def _by_axis(given: Any, names: Sequence[str], trace: Trace) -> dict[int, Any]:
-    """The amount of each axis that was given one."""
+    """The value for each axis, as far as there is one."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -324,55 +324,20 @@ def _by_axis(given: Any, names: Sequence[str], trace: Trace) -> dict[int, Any]:
     return out
 
 
-def _joined(axes: Sequence[Axis], units: Sequence[int]) -> tuple[int, Axis]:
-    """One axis for axes that keep their bases' ratio, and its channels per unit.
-
-    With g the greatest common divisor of the bases, widths are ``base / g · t`` for a whole t. What
-    each axis asks of its widths (a multiple of its unit, its step) asks t to be a multiple.
-    """
-    first = axes[0]
-    if len(axes) == 1:
-        return units[0], first
-    bases = [axis.base for axis in axes]
-    g = math.gcd(*bases)
-
-    def multiple(asked: Sequence[int]) -> int:
-        return math.lcm(*(n // math.gcd(n, b // g) for n, b in zip(asked, bases, strict=True)))
-
-    names = ", ".join(f"{axis.name!r} ({axis.base})" for axis in axes)
-    if multiple(units) == g and any(u < b for u, b in zip(units, bases, strict=True)):
-        raise SpaceError(
-            f"tied axes must keep their bases' ratio in whole units, but {names} have no narrower "
-            "widths that do: pin one, or leave it out of the tie"
-        )
-    steps = [axis.step for axis in axes]
-    while multiple(steps) == g and steps != list(units):  # a finer grid than the base alone
-        halves = [unit * max(1, step // unit // 2) for step, unit in zip(steps, units, strict=True)]
-        steps = [math.gcd(half, base) for half, base in zip(halves, bases, strict=True)]
-    ratio = first.base // g
-    tied = replace(
-        first,
-        layers=tuple(dict.fromkeys(layer for axis in axes for layer in axis.layers)),
-        tied=tuple(name for axis in axes for name in (axis.name, *axis.tied))[1:],
-    )
-    least = max(axis.min_width * first.base / axis.base for axis in axes)
-    most = min(axis.max_width * first.base / axis.base for axis in axes)
-    return ratio * multiple(units), on_grid(tied, ratio * multiple(steps), least, most)
-
-
 def substituted(
     trace: Trace, axes: Sequence[TracedAxis], pinned: Sequence[Pinned], values: Sequence[Poly]
 ) -> Trace:
-    """The trace with each of its variables replaced by a polynomial of those of ``axes``."""
+    """The trace with each of its variables replaced by a polynomial over those of ``axes``.
+
+    Args:
+        trace: The trace.
+        axes: The axes of the new trace.
+        pinned: Widths that the substitution pins.
+        values: Per variable of the trace, its polynomial.
+    """
 
     def of(poly: Poly) -> Poly:
-        out: Poly = {}
-        for monomial, coefficient in poly.items():
-            term = constant(coefficient)
-            for variable in monomial:
-                term = multiply(term, values[variable])
-            out = add(out, term)
-        return out
+        return substitute(poly, values.__getitem__)
 
     return replace(
         trace,

@@ -1,10 +1,12 @@
-"""What torch itself counts while a network runs: what predicted costs are checked against."""
+"""Verifies predicted costs against torch's own counts while networks run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,34 @@ from widthsearch.errors import SpaceError, first_line
 from widthsearch.space.cost import Cost
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.tracing.inputs import call, sample
+from widthsearch.tracing.interpreter import no_fast_path, track_layers
+from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.space.search_space import SearchSpace
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The networks that :func:`check_space` built and ran; all of them cost what was predicted.
+
+    Attributes:
+        networks: The widths of each, by a description.
+        device: The device that they ran on.
+    """
+
+    networks: Mapping[str, Widths]
+    device: str
+
+    def __str__(self) -> str:
+        return (
+            f"checked: {len(self.networks)} networks ({', '.join(self.networks)}) run forward and "
+            f"backward on {self.device}; MACs, parameters and activations are as predicted"
+        )
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts activation elements, and remembers what is running."""
+    """Counts activation elements, and tracks the module and the operation that are running."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,27 +52,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stage = "forward in eval mode"
         self.operation = "none"
         self.layers: list[str] = []
-        self.hooks = []
-        for layer, module in model.named_modules():
-            self.hooks.append(module.register_forward_pre_hook(self._entering(layer)))
-            self.hooks.append(module.register_forward_hook(self._leaving))
+        self.hooks = track_layers(model, self.layers)
 
-    def _entering(self, layer: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            self.layers.append(layer)
-
-        return hook
-
-    def _leaving(self, _module: nn.Module, _args: Any, _out: Any) -> None:
-        self.layers.pop()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operation = str(func)
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry and self.stage == "forward in eval mode":
@@ -57,29 +65,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def countable() -> Iterator[None]:
-    """Fused attention hides its products from the counter: run it as the products it is."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    """Run attention as separate products: its fused kernels hide them from the counter."""
+    with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> Cost:
     """Run a network forward in eval mode, and forward and backward in training mode.
 
     Args:
-        model: A network on the device; it is left in training mode, with gradients.
+        model: A network on the device; afterwards it is in training mode and has gradients.
         inputs: One sample, as :func:`~widthsearch.tracing.inputs.sample` takes it.
-        device: Where to run; ``meta`` runs shapes without values.
+        device: The device; ``meta`` runs shapes without values.
 
     Returns:
-        What was counted for one sample in eval mode: half of ``FlopCounterMode``'s FLOPs.
+        The counts of one sample in eval mode; MACs are half of ``FlopCounterMode``'s FLOPs.
 
     Raises:
-        SpaceError: It does not run; names the module and the operation.
+        SpaceError: The network does not run; the message names the module and the operation.
     """
     device = torch.device(device)
     watch = _Watch(model)
@@ -88,7 +91,7 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
     with countable(), where, torch.random.fork_rng(devices=own):
         try:
             with torch.no_grad(), FlopCounterMode(display=False) as flops, watch:
-                # The counter's own hooks stumble over parameters that are passed to a module.
+                # The counter's own hooks fail on modules whose inputs are parameters.
                 learned = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
                 call(model.eval(), sample(inputs, 1, device))
             for p in learned:
@@ -120,3 +123,56 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
 
 def _differentiable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
+
+
+def check_space(
+    space: SearchSpace, *, seed: int = 0, vectors: int = 3, device: str | torch.device = "cpu"
+) -> CheckReport:
+    """Build networks, run them, and compare torch's counts with the predicted costs.
+
+    The narrowest, the widest and random networks are built, run forward in eval mode, and forward
+    and backward in training mode. MACs are compared with ``FlopCounterMode``, integer for integer,
+    without attention's fused kernels, which hide products from it.
+
+    Args:
+        space: The space.
+        seed: Seeds the random widths and the initialisation.
+        vectors: How many random width vectors.
+        device: The device that the networks run on; ``meta`` runs shapes without values, which
+            takes no memory and little time.
+
+    Raises:
+        SpaceError: A network does not cost what was predicted, or does not run; the message names
+            its widths and the quantity, or the module and the operation.
+    """
+    rng = random.Random(seed)
+    networks = {
+        "narrowest": space.widths([axis.min_width for axis in space.axes]),
+        "widest": space.widths([axis.max_width for axis in space.axes]),
+    }
+    for i in range(vectors):
+        networks[f"random {i + 1}"] = space.widths([rng.choice(axis.grid) for axis in space.axes])
+    for description, widths in networks.items():
+        try:
+            _check_network(space, widths, seed, device)
+        except SpaceError as error:
+            vector = ", ".join(map(str, widths.vector))
+            raise SpaceError(
+                f"space {space.name!r} does not hold at its {description} widths [{vector}]: "
+                f"{error}"
+            ) from error
+    return CheckReport(networks, str(device))
+
+
+def _check_network(
+    space: SearchSpace, widths: Widths, seed: int, device: str | torch.device
+) -> None:
+    try:
+        network = space.build(widths, seed=seed, device=device)
+    except Exception as error:
+        raise SpaceError(f"it cannot be built: {first_line(error)}") from error
+    counted, predicted = run_and_count(network, space.input_shape, device), space.cost(widths)
+    for quantity in ("macs", "params", "activations"):
+        a, b = getattr(counted, quantity), getattr(predicted, quantity)
+        if a != b:
+            raise SpaceError(f"its {quantity} are {a:,}, but the space predicts {b:,}")

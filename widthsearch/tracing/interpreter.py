@@ -142,13 +142,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fixed_in.add(self.layers[-1] if self.layers else "")
         return _line()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         self.operation = str(func)

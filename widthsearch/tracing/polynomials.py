@@ -84,6 +84,17 @@ def multiply(a: Poly, b: Poly) -> Poly:
     return out
 
 
+def substitute(p: Poly, value: Callable[[int], Poly]) -> Poly:
+    """``p`` with each symbol replaced by a polynomial."""
+    out: Poly = {}
+    for monomial, coefficient in p.items():
+        term = constant(coefficient)
+        for symbol in monomial:
+            term = multiply(term, value(symbol))
+        out = add(out, term)
+    return out
+
+
 def divide(a: Poly, b: Poly) -> Poly | None:
     """``a / b`` if that is a polynomial with integer coefficients, else None."""
 
@@ -169,22 +180,11 @@ class System:
 
     def canonical(self, p: Poly) -> Poly:
         """``p`` in free symbols alone."""
-        solution = self.solution
-        if solution:
-            for monomial in p:
-                for symbol in monomial:
-                    if symbol in solution:
-                        return self._substitute(p)
-        return p
-
-    def _substitute(self, p: Poly) -> Poly:
-        out: Poly = {}
-        for monomial, coefficient in p.items():
-            term: Poly = {(): coefficient}
+        for monomial in p:  # mostly there is nothing to replace: then no new dictionary is made
             for symbol in monomial:
-                term = multiply(term, self.value(symbol))
-            out = add(out, term)
-        return out
+                if symbol in self.solution:
+                    return substitute(p, self.value)
+        return p
 
     def value(self, symbol: int) -> Poly:
         """The polynomial that ``symbol`` equals, in free symbols alone."""

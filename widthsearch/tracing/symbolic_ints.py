@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -43,13 +44,29 @@ from widthsearch.tracing.polynomials import (
 )
 
 
-class SizeNode(SymbolicNode):
+class _Node(SymbolicNode):
+    """A node whose value depends on the symbols of a system."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+
+    def wrap_int(self, value: int) -> SizeNode:
+        return SizeNode(self.system, constant(value))
+
+    def wrap_float(self, value: float) -> RatioNode:
+        return RatioNode(self.system, value)
+
+    def wrap_bool(self, value: bool) -> TruthNode:
+        return TruthNode(self.system, value)
+
+
+class SizeNode(_Node):
     """A size: a polynomial in the symbols of a system."""
 
     kind = "int"
 
     def __init__(self, system: System, poly: Poly) -> None:
-        self.system = system
+        super().__init__(system)
         self._poly = poly
 
     @property
@@ -65,15 +82,6 @@ class SizeNode(SymbolicNode):
 
     def __repr__(self) -> str:
         return " + ".join(f"{c}·{m}" for m, c in self.poly.items()) or "0"
-
-    def wrap_int(self, value: int) -> SizeNode:
-        return SizeNode(self.system, constant(value))
-
-    def wrap_float(self, value: float) -> RatioNode:
-        return RatioNode(self.system, value)
-
-    def wrap_bool(self, value: bool) -> TruthNode:
-        return TruthNode(self.system, value)
 
     def maybe_as_int(self) -> int | None:
         return as_constant(self.poly)
@@ -165,23 +173,19 @@ class SizeNode(SymbolicNode):
     def is_contiguous(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
         return self._dense_in(sizes, strides, reversed(range(len(sizes))))
 
-    def is_channels_last_contiguous_2d(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
-        if len(sizes) != 4:
+    def _channels_last(self, order: Sequence[int], sizes: list[Any], strides: Any) -> TruthNode:
+        if len(sizes) != len(order):
             return self.wrap_bool(False)
-        return self._dense_in(sizes, strides, (1, 3, 2, 0))
+        return self._dense_in(sizes, strides, order)
 
-    def is_channels_last_contiguous_3d(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
-        if len(sizes) != 5:
-            return self.wrap_bool(False)
-        return self._dense_in(sizes, strides, (1, 4, 3, 2, 0))
+    is_channels_last_contiguous_2d = partialmethod(_channels_last, (1, 3, 2, 0))
+    is_channels_last_contiguous_3d = partialmethod(_channels_last, (1, 4, 3, 2, 0))
 
     is_channels_last_strides_2d = is_channels_last_contiguous_2d
     is_channels_last_strides_3d = is_channels_last_contiguous_3d
 
     def is_non_overlapping_and_dense(self, sizes: list[Any], strides: list[Any]) -> TruthNode:
-        by_stride = sorted(
-            range(len(sizes)), key=lambda d: self.system.hint(_poly_of(strides[d])), reverse=False
-        )
+        by_stride = sorted(range(len(sizes)), key=lambda d: self.system.hint(_poly_of(strides[d])))
         return self._dense_in(sizes, strides, by_stride)
 
     is_non_overlapping_and_dense_indicator = is_non_overlapping_and_dense
@@ -195,7 +199,7 @@ def _poly_of(size: Any) -> Poly:
     return poly
 
 
-class RatioNode(SymbolicNode):
+class RatioNode(_Node):
     """A float computed from sizes: its value in the model as given, and its quotient of sizes.
 
     A float reaches a shape only by rounding. A plain quotient of sizes is rounded exactly; any
@@ -211,7 +215,8 @@ class RatioNode(SymbolicNode):
         quotient: tuple[Poly, Poly] | None = None,
         symbols: frozenset[int] = frozenset(),
     ) -> None:
-        self.system, self.value, self.quotient = system, value, quotient
+        super().__init__(system)
+        self.value, self.quotient = value, quotient
         if quotient is not None:
             symbols = symbols | symbols_of(quotient[0]) | symbols_of(quotient[1])
         self.symbols = symbols
@@ -220,12 +225,6 @@ class RatioNode(SymbolicNode):
         return repr(self.value)
 
     hint = property(lambda self: self.value)
-
-    def wrap_int(self, value: int) -> SizeNode:
-        return SizeNode(self.system, constant(value))
-
-    def wrap_float(self, value: float) -> RatioNode:
-        return RatioNode(self.system, value)
 
     def guard_float(self, _file: str = "", _line: int = 0) -> float:
         return self.value
@@ -304,7 +303,7 @@ _RELATIONS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
-class TruthNode(SymbolicNode):
+class TruthNode(_Node):
     """A relation of sizes, or a combination of relations.
 
     ``content`` is a bool, ``(relation, polynomial)``, which means ``polynomial relation 0``, or
@@ -314,21 +313,11 @@ class TruthNode(SymbolicNode):
     kind = "bool"
 
     def __init__(self, system: System, content: Any) -> None:
-        self.system, self.content = system, content
+        super().__init__(system)
+        self.content = content
 
     def __repr__(self) -> str:
         return repr(self.content)
-
-    @property
-    def hint(self) -> bool:
-        """Whether it holds for the model as given."""
-        return self._evaluate()
-
-    def wrap_bool(self, value: bool) -> TruthNode:
-        return TruthNode(self.system, value)
-
-    def wrap_int(self, value: int) -> SizeNode:
-        return SizeNode(self.system, constant(value))
 
     def known(self) -> bool | None:
         """Its truth value if that is the same at every width, else None."""
@@ -357,17 +346,19 @@ class TruthNode(SymbolicNode):
                     return beyond
         return None
 
-    def _evaluate(self) -> bool:
+    @property
+    def hint(self) -> bool:
+        """Whether it holds for the model as given."""
         content = self.content
         if isinstance(content, bool):
             return content
         name, *parts = content
         if name == "not":
-            return not parts[0]._evaluate()
+            return not parts[0].hint
         if name == "and":
-            return all(part._evaluate() for part in parts)
+            return all(part.hint for part in parts)
         if name == "or":
-            return any(part._evaluate() for part in parts)
+            return any(part.hint for part in parts)
         return _RELATIONS[name](self.system.hint(self.system.canonical(parts[0])), 0)
 
     def _assume(self, truth: bool) -> None:
@@ -381,12 +372,12 @@ class TruthNode(SymbolicNode):
             for part in parts:
                 part._assume(truth)
         elif name in ("and", "or"):
-            next(part for part in parts if part._evaluate() is truth)._assume(truth)
+            next(part for part in parts if part.hint is truth)._assume(truth)
         elif (name == "eq") == truth and name in ("eq", "ne"):
             self.system.impose(parts[0])
 
     def guard_bool(self, _file: str = "", _line: int = 0) -> bool:
-        truth = self._evaluate()
+        truth = self.hint
         self._assume(truth)
         return truth
 
@@ -397,7 +388,7 @@ class TruthNode(SymbolicNode):
         if known is not None:
             return known
         equality = isinstance(self.content, tuple) and self.content[0] == "eq"
-        return False if equality else self._evaluate()
+        return False if equality else self.hint
 
     guard_size_oblivious = guard_or_false
 

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from widthsearch.tracing.polynomials import Poly
+from torch import nn
+
+from widthsearch.modules.tree import join, tensors_of
+from widthsearch.tracing.polynomials import Poly, evaluate
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,31 @@ class Trace:
     def variables(self, widths: Sequence[int]) -> list[int]:
         """The values of the polynomials' variables at these widths (in channels)."""
         return [width // axis.divisor for width, axis in zip(widths, self.axes, strict=True)]
+
+    def pinned_shares(self) -> list[float]:
+        """Per pinned width, the share of the base's MACs in the layers whose shape depends on it.
+
+        Shares overlap, since most layers have two widths.
+        """
+        x = self.variables(self.base)
+        macs = {layer: evaluate(poly, x) for layer, poly in self.layer_macs.items()}
+        total = max(1, sum(macs.values()))
+        return [sum(macs.get(at, 0) for at in set(pin.layers)) / total for pin in self.pinned]
+
+    def difference(self, model: nn.Module) -> str | None:
+        """The first tensor of a model with another name or shape than in this trace, if any."""
+        x = self.variables(self.base)
+        traced = {key: tuple(evaluate(n, x) for n in shape) for key, shape in self.shapes.items()}
+        found = {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(model)}
+        for key in (*traced, *found):
+            if traced.get(key) != found.get(key):
+                shapes = (
+                    f"shape {of[key]}" if key in of else "no tensor" for of in (traced, found)
+                )
+                return "its tensor {!r} has {} in the trace and {} in the model".format(
+                    key, *shapes
+                )
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_json` reads them back."""

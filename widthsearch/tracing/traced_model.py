@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.errors import TraceError
 from widthsearch.modules.initialisation import Recorder, Scheme, kept_generators
 from widthsearch.modules.tree import clone, join, set_size, sync_attributes, tensors_of
 from widthsearch.tracing.polynomials import Poly, evaluate
@@ -62,14 +61,11 @@ class TracedModel:
             name: The model's name in messages.
             recorder: The recorder of its constructor; None where a module was given.
             init: Called on each network after the recorded scheme.
-            known: The model's trace, if it was traced before.
+            known: The model's trace, if it was traced before; then it is not run again.
 
         Raises:
-            TraceError: The model cannot be traced, or its tensors have other names or shapes than
-                in the known trace.
+            TraceError: The model cannot be traced.
         """
-        if known is not None and (difference := _difference(known, model)):
-            raise TraceError(f"a trace must be of the model given, but {difference}")
         traced = known or trace(model, inputs)
         template = clone(model, {id(t): _meta(t) for *_, t in tensors_of(model)})
         return cls(name, inputs, traced, template, Scheme.of(model, recorder), init)
@@ -127,20 +123,6 @@ class TracedModel:
         self.scheme.apply(network)
         if self.init is not None:
             self.init(network)
-
-
-def _difference(trace: Trace, model: nn.Module) -> str | None:
-    """The first tensor of a model with another name or shape than in a trace, if any."""
-    x = trace.variables(trace.base)
-    traced = {key: tuple(evaluate(p, x) for p in shape) for key, shape in trace.shapes.items()}
-    found = {join(layer, name): tuple(tensor.shape) for _, layer, name, tensor in tensors_of(model)}
-    for key in (*traced, *found):
-        if traced.get(key) != found.get(key):
-            return (
-                f"its tensor {key!r} has the shape {found.get(key, 'of no tensor')} in the model "
-                f"and {traced.get(key, 'of no tensor')} in the trace"
-            )
-    return None
 
 
 def _meta(tensor: Tensor) -> Tensor:

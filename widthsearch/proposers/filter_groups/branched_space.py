@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from widthsearch.errors import WidthsError
 from widthsearch.modules.initialisation import Scheme
 from widthsearch.modules.tree import clone, join, sync_attributes, tensors_of
-from widthsearch.space.constraints import default_step, on_grid, substituted
+from widthsearch.space.constraints import default_axis, substituted
 from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.torch_internals import ConvNd, children_of
 from widthsearch.tracing.polynomials import Poly, add, constant, multiply, symbols_of
 from widthsearch.tracing.trace import Trace, TracedAxis
-from widthsearch.widths import Axis, Widths
+from widthsearch.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -364,11 +364,7 @@ def branched(space: SearchSpace, architecture: BranchedArchitecture) -> SearchSp
     architecture.check(space)
     free = space.unconstrained
     trace, bases = _rewritten(free, architecture)
-    axes = []
-    for traced in trace.axes:
-        base, unit = bases[traced.name], traced.divisor
-        whole = Axis(traced.name, base, unit, base, unit, traced.layers)
-        axes.append(on_grid(whole, default_step(base, unit), 0.125 * base, 2 * base))
+    axes = [default_axis(a.name, bases[a.name], a.divisor, a.layers) for a in trace.axes]
     template = clone(free.model.template, {})
     for layer, branches in architecture.layers.items():
         conv = template.get_submodule(layer)

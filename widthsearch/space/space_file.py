@@ -1,0 +1,104 @@
+"""Space files: the trace of a model and the axes of a space as JSON, so that loading needs no run.
+
+A file holds ``format``, the version of this layout, ``digest``, a hash that detects damage, and
+``content``: the space's name, the model's inputs, and one or two *states*. A state is a trace with
+its axes; the first is unconstrained, and the second, if any, has pinned or tied axes. The model
+itself is not in the file, and nothing in the file is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from widthsearch.errors import SpaceError, writing
+from widthsearch.tracing.inputs import inputs_from_json, inputs_to_json
+from widthsearch.tracing.trace import Trace
+from widthsearch.utils.files import write_atomically
+from widthsearch.widths import Axis
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SpaceState:
+    """A trace and the axes of the space that is made of it.
+
+    Attributes:
+        trace: The trace.
+        axes: One axis per axis of the trace.
+        stepped: The names of axes whose steps were given by a user.
+    """
+
+    trace: Trace
+    axes: tuple[Axis, ...]
+    stepped: frozenset[str]
+
+
+def write_space(path: Path, name: str, inputs: Any, states: Sequence[SpaceState]) -> None:
+    """Write a space file; an existing file is replaced in one step.
+
+    Raises:
+        StudyError: The file cannot be written.
+    """
+    content = {
+        "name": name,
+        "inputs": inputs_to_json(inputs),
+        "states": [
+            {
+                "trace": state.trace.to_json(),
+                "axes": [asdict(axis) for axis in state.axes],
+                "stepped": sorted(state.stepped),
+            }
+            for state in states
+        ],
+    }
+    text = json.dumps({"format": FORMAT, "digest": _digest(content), "content": content})
+    with writing(path.parent):
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_space(path: Path) -> tuple[str, Any, list[SpaceState]]:
+    """The space's name, the model's inputs and the states in a file of :func:`write_space`.
+
+    Raises:
+        SpaceError: The file cannot be read, is damaged, or has another format.
+    """
+    try:
+        file = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpaceError(f"the space file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        file = None
+    version = file.get("format") if isinstance(file, Mapping) else None
+    if version is not None and version != FORMAT:
+        raise SpaceError(
+            f"a space file must have format {FORMAT}, but {str(path)!r} has {version!r}: save the "
+            "space again with this version of widthsearch"
+        )
+    if version is None or _digest(file.get("content")) != file.get("digest"):
+        raise SpaceError(
+            f"a space file must be unchanged since SearchSpace.save, but {str(path)!r} is damaged: "
+            "save the space again"
+        )
+    content = file["content"]
+    states = [
+        SpaceState(
+            Trace.from_json(state["trace"]),
+            tuple(
+                Axis(**{**axis, "layers": tuple(axis["layers"]), "tied": tuple(axis["tied"])})
+                for axis in state["axes"]
+            ),
+            frozenset(state["stepped"]),
+        )
+        for state in content["states"]
+    ]
+    return content["name"], inputs_from_json(content["inputs"]), states
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
