@@ -53,7 +53,7 @@ class Residual(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """Two branches, concatenated, normalised and read together (as in DenseNet)."""
+    """Two branches, concatenated, normalised and convolved together (as in DenseNet)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def constrained(draw: st.DrawFn, space: SearchSpace) -> SearchSpace:
 
 
 def counted_flops(net: nn.Module, input_shape: tuple[int, ...], device: str = "cpu") -> int:
-    """What torch counts for one sample."""
+    """Torch's count for one sample."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.zeros(1, *input_shape, device=device))
     return counter.get_total_flops()

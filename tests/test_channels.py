@@ -1,4 +1,4 @@
-"""Channels: where they lie, and what a gate on each would feel."""
+"""Channels: their positions in tensors, the gradients of gates, masks and extraction."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_pruning_group_of_grouped_channels_has_one_channel_of_each_group() -> 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_position_has_its_owner(name: str) -> None:
-    """Nothing is unknown, and every unit has as many positions as the shape says."""
+    """Nothing is unknown, and every group has as many positions as the shape has."""
     space = space_of(name)
     graph = build_dependency_graph(space.model, space.base)
     assert graph.unknown == frozenset()
@@ -184,12 +184,12 @@ def test_masking_and_cutting_agree(name: str) -> None:
 
 
 def test_norms_over_channels_leave_the_masked_out() -> None:
-    """Layer and group norms compute their statistics over what is kept."""
+    """Layer and group norms compute their statistics over the channels that are kept."""
     check_inheritance(SearchSpace.from_model(Normed, (3, 8, 8), min_width=0.5))
 
 
 def test_fixed_groups_of_one_channel_are_no_depthwise_convolution() -> None:
-    """Four groups at width 4 look like one filter a channel, but 6 filters read each."""
+    """Four groups at width 4 look like one filter a channel, but 6 filters multiply each."""
     widths = {"stem": 4, "grouped": 24, "last": 8}
     keep = {"grouped": [c for c in range(24) if c % 6 in (0, 2, 5)]}
     check_inheritance(space_of("Grouped"), keep=keep, widths=widths)
@@ -215,15 +215,15 @@ class Cosine(nn.Module):
         return self.fc((x + self.proj(out)).mean(1))
 
 
-def test_what_attention_compares_is_masked_where_it_is_made() -> None:
-    """No weight reads queries and keys: masked ones must be zero, or they change the cosine."""
+def test_queries_and_keys_are_masked_in_their_makers() -> None:
+    """Queries and keys have no consumer: masked ones must be zero, or they change the cosine."""
     space = SearchSpace.from_model(Cosine, (3, 8, 8))
     assert space.trace.axes[0].divisor == 2
     check_inheritance(space)
 
 
 def test_a_linear_layer_on_windows_of_tokens_is_a_reader() -> None:
-    """Rows that are split into windows and back do not hide which weights read them."""
+    """Rows that are split into windows and back do not hide which weights multiply them."""
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
     consumers = build_dependency_graph(space.model, space.base).consumers
     assert consumers == {"grow.weight": 1, "fc.weight": 1}
@@ -258,13 +258,13 @@ def test_masking_and_cutting_agree_on_every_model(name: str) -> None:
 
 
 def test_what_is_kept_must_fit() -> None:
-    """Whole units of axes that exist, on the grid."""
+    """Only whole groups of existing axes are kept, on the grid."""
     grouped = space_of("Grouped")
     model = grouped.build(1.0)
     for keep, message in {
         "axis": ({"nothing": [0]}, "has no axis 'nothing'"),
         "channel": ({"stem": [16]}, "has channels 0 to 15, but 16 was to be kept"),
-        "unit": ({"stem": [0, 1, 2, 3]}, "are kept in groups of 4, but group 0"),
+        "group": ({"stem": [0, 1, 2, 3]}, "are kept in groups of 4, but group 0"),
     }.values():
         with pytest.raises(WidthsError, match=message):
             grouped.extract(model, keep)
@@ -299,7 +299,7 @@ def test_channels_that_two_axes_share_cannot_be_cut() -> None:
 
 
 def test_a_stem_of_grey_images_is_no_depthwise_convolution() -> None:
-    """It reads one channel of the image, and none of its own."""
+    """It multiplies the single channel of the image, and no channels of an axis."""
     grey = nn.Sequential(
         nn.Conv2d(1, 8, 3),
         nn.ReLU(),

@@ -1,4 +1,4 @@
-"""Tracing: what is tied, what is pinned and why, and errors that name their place."""
+"""Tracing: couplings of layers, pins with their reasons, and errors that name their place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from widthsearch.tracing.tracer import trace
 
 
 def test_a_residual_stream_is_one_axis() -> None:
-    """Stem, block output, their norms and readers share it; it is named after its first maker."""
+    """Stem, block output, their norms and consumers share it; its name is its first maker's."""
     stem, inner = trace(MODELS["Residual"](), (3, 8, 8)).axes
     assert (stem.name, stem.base) == ("stem", 16)
     assert stem.layers == ("stem", "bn", "conv1", "conv2", "bn2", "fc")
@@ -58,7 +58,7 @@ def test_input_and_output_are_pinned_with_reasons() -> None:
 
 
 class Fixed(nn.Module):
-    """Code that knows a width."""
+    """Code with a literal width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Auxiliary(nn.Module):
 
 
 def test_layers_that_only_training_runs_are_tied_too() -> None:
-    """An auxiliary head reads the same axis; it is in the parameters but not in the MACs."""
+    """An auxiliary head has the same axis; it is in the parameters but not in the MACs."""
     traced = trace(Auxiliary(), (3, 8, 8))
     (axis,) = traced.axes
     assert axis.layers == ("conv", "fc", "aux")
@@ -156,21 +156,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_input_that_the_model_does_not_take_is_told_as_torch_tells_it(case: str) -> None:
+def test_an_input_that_the_model_does_not_take_has_the_message_of_torch(case: str) -> None:
     """It runs once as it is, on zeros; in meta tensors it cannot."""
     shape, message = WRONG[case]
     with pytest.raises(TraceError) as error:
         trace(MODELS["Plain"](), shape)
-    said = str(error.value)
-    assert said.startswith("the model fails on its ")
-    assert message in said
-    assert said.endswith("a shape without the batch, or a tensor where the dtype matters")
-    assert "\n" not in said
+    text = str(error.value)
+    assert text.startswith("the model fails on its ")
+    assert message in text
+    assert text.endswith("a shape without the batch, or a tensor where the dtype matters")
+    assert "\n" not in text
     with pytest.raises(TraceError, match="cannot trace "):
         trace(MODELS["Plain"]().to("meta"), shape)
 
 
-def test_what_fails_is_run_without_a_trace_of_it() -> None:
+def test_a_failed_run_leaves_the_model_unchanged() -> None:
     """Its buffers, its mode and the random state are as they were."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Counts(), nn.Linear(8, 4))
     state = torch.get_rng_state()
@@ -189,7 +189,7 @@ class Counts(nn.Module):
         self.register_buffer("runs", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What it is given."""
+        """Its input."""
         self.runs += 1
         return x + 0 * torch.rand(())
 

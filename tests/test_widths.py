@@ -71,7 +71,7 @@ def test_an_impossible_axis_is_refused(fields: dict[str, int], message: str) -> 
     ],
 )
 def test_a_width_off_the_grid_is_refused(width: int, message: str) -> None:
-    """The message says what the axis takes and the nearest that would do."""
+    """The message names the axis's range and the nearest width on its grid."""
     with pytest.raises(WidthsError) as error:
         Axis("a", 32, 8, 64, 8).check(width)
     assert str(error.value) == message
