@@ -13,22 +13,30 @@ from widthsearch.data.tasks import Task
 
 
 class DeviceLoader:
-    """A split as one tensor on a device, and batches made there.
+    """Makes batches on a device, from a split that is one tensor there.
 
-    On the CPU the tensor is the split's own memory. Augmenting is one gather: shift, reflection and
-    mirroring are in the index into the flat array of all images, so no padded or mirrored copy is
-    ever made. With normalisation one CPU core makes 190,000 images of 3×32×32 a second. Nothing
-    waits for the device, so a CUDA graph can hold all of it.
+    On the CPU the tensor shares the split's memory. Augmentation is one gather: shift, reflection
+    and mirroring are in the index into the flat array of all images, so no padded or mirrored copy
+    is made. With normalisation one CPU core makes 190,000 images of 3×32×32 per second. No
+    operation waits for the device, so a CUDA graph can contain all of them.
 
     Args:
         split: The images and labels.
-        task: Whose mean, std and augmentation to use.
-        batch_size: Images a batch; never more than there are.
-        device: Where the tensors lie.
-        memory_format: Of the batches.
+        task: Provides mean, std and augmentation.
+        batch_size: Images per batch; at most the size of the split is used.
+        device: The device of the tensors.
+        memory_format: The memory format of the batches.
 
     Attributes:
-        batch_size: Images a batch.
+        batch_size: Images per batch.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> task = load_task("digits")
+        >>> loader = DeviceLoader(task.train, task, batch_size=128)
+        >>> images, labels = next(loader.batches())
+        >>> images.shape, labels.shape, loader.steps
+        (torch.Size([128, 1, 8, 8]), torch.Size([128]), 8)
     """
 
     def __init__(
@@ -39,7 +47,7 @@ class DeviceLoader:
         device: torch.device | str = "cpu",
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        with warnings.catch_warnings():  # arrays shared between processes are read-only: so are we
+        with warnings.catch_warnings():  # shared arrays are read-only, and nothing writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self._images = torch.from_numpy(split.images).to(device)
             self._labels = torch.from_numpy(split.labels).to(device)
@@ -69,16 +77,15 @@ class DeviceLoader:
         augment: bool = False,
         generator: torch.Generator | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images float32 (N, C, H, W), normalised, and labels int64 (N,).
+        """One epoch of batches: normalised images float32 (N, C, H, W) and labels int64 (N,).
 
-        Without a generator: every image once, in order, the last batch as large as is left. With
-        one (on the CPU, whatever the device): shuffled, and whole batches only. So every step of
-        training has as many images as the others (BatchNorm cannot learn from one image), and the
-        few that are left out are others in every epoch. Augmenting needs a generator.
+        Without a generator: every image once, in order; the last batch may be smaller. With a
+        generator: shuffled whole batches only, because BatchNorm cannot learn from one image; the
+        skipped images differ from epoch to epoch.
 
         Args:
-            augment: Whether to augment.
-            generator: See above.
+            augment: Whether to augment; needs a generator.
+            generator: A generator on the CPU, whatever the device.
         """
         if generator is None:
             assert not augment, "augmenting needs a generator"
@@ -86,23 +93,24 @@ class DeviceLoader:
                 part = slice(start, start + self.batch_size)
                 yield self._normalised(self._images[part]), self._labels[part]
             return
-        # All of the epoch's draws at once: one transfer an epoch, the same draws on any device.
+        # All draws of the epoch at once: one transfer per epoch, and the same draws on any device.
         draws = self.draws(generator).to(self._images.device)
         for start in range(0, self.steps * self.batch_size, self.batch_size):
             batch = draws[:, start : start + self.batch_size]
             yield self.augmented(batch) if augment else self.plain(batch[0])
 
     def draws(self, generator: torch.Generator, epoch: int | None = None) -> Tensor:
-        """An epoch's order of images and what each is augmented by, drawn on the CPU.
+        """Draw an epoch's order of images and their augmentation, on the CPU.
 
         Args:
-            generator: What to draw from, on the CPU.
-            epoch: Its number. In an even one those images are mirrored that are not in an odd one;
-                None draws which are.
+            generator: A generator on the CPU.
+            epoch: The epoch's number: even epochs mirror the images that odd ones do not. None
+                draws the mirrored images anew.
 
         Returns:
-            int64 (6, images), a column an image: its index, its row in the tables of shifts down
-            and right, whether it is mirrored, and where the square's centre is cut out.
+            int64 (6, images). A column has an image's index, its rows in the tables of vertical and
+            horizontal shifts, whether it is mirrored, and the row and column of the centre of the
+            cut-out square.
         """
         count, augmentation = len(self), self._augmentation
         height, width = self._images.shape[2:]
@@ -123,11 +131,11 @@ class DeviceLoader:
         return torch.stack(draws)
 
     def plain(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The images with these indices, int64 (N,), as :meth:`batches` gives them."""
+        """A batch of the images with indices int64 (N,), not augmented."""
         return self._normalised(self._images[chosen]), self._labels[chosen]
 
     def augmented(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of columns of :meth:`draws`, int64 (6, N), on the device; likewise."""
+        """A batch of augmented images, of columns of :meth:`draws`, int64 (6, N), on the device."""
         chosen, down, right, mirrored, *centre = draws
         rows_NH = self._rows[down] + (chosen * self._images[0].numel())[:, None]  # noqa: N806
         columns_NW = self._columns[right]  # noqa: N806
@@ -144,7 +152,7 @@ class DeviceLoader:
         return self._normalised(pixels, blank), self._labels[chosen]
 
     def _cut_out(self, row: Tensor, column: Tensor) -> Tensor:
-        """Which pixels are blanked, (N, 1, H, W), around centres (N,)."""
+        """The mask of blanked pixels, (N, 1, H, W), around centres (N,)."""
         side = self._augmentation.cutout
         inside = []
         for size, centre in zip(self._images.shape[2:], (row, column), strict=True):
@@ -157,11 +165,14 @@ class DeviceLoader:
         floats = images.to(torch.float32).mul_(self._scale).add_(self._shift)
         if blank is not None:
             floats.masked_fill_(blank, 0.0)
-        # Last, for arithmetic across three channels that lie innermost takes ten times as long.
+        # Converted last: arithmetic with three channels innermost takes ten times as long.
         return floats.contiguous(memory_format=self._memory_format)
 
 
 def _reflected(size: int, padding: int) -> Tensor:
-    """Where pixels come from, (2 × padding + 1, size): row s is shifted by s - padding."""
+    """Source indices of shifted pixels, (2 × padding + 1, size): row s is shifted by s - padding.
+
+    For example ``_reflected(3, 1)`` is ``[[1, 0, 1], [0, 1, 2], [1, 2, 1]]``.
+    """
     shifted = torch.arange(-padding, padding + 1)[:, None] + torch.arange(size)
     return (size - 1) - (size - 1 - shifted.abs()).abs()

@@ -1,7 +1,6 @@
-"""Images from anywhere, decoded once to uint8 arrays.
+"""Sources of images: each returns the train and the test half of a dataset as uint8 arrays.
 
-A source gives the train and the test half of a dataset as :class:`Split`. What is slow to decode is
-cached; nothing is unpickled that was not checked first.
+Decoded image folders are cached. Nothing is unpickled without a checksum.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ import hashlib
 import json
 import logging
 import operator
-import os
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,12 +22,12 @@ from PIL import Image
 
 from widthsearch.data.config import IMAGE_FOLDER_LAYOUT
 from widthsearch.errors import DataError
-from widthsearch.utils.files import VARIABLE, cache_folder
+from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
 
 _logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_WIDE = ("I", "F")  # how PIL's modes of more than 8 bits begin
+_WIDE = ("I", "F")  # the first letters of PIL's modes with more than 8 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +45,8 @@ class Split:
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, self.images.shape
         assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
-        # Strides of dims of size 1 are free, and torch would take odd ones for channels_last.
+        # numpy leaves the strides of dims of size 1 open, and torch would mistake unusual ones for
+        # channels_last.
         canonical = self.images.reshape(-1).reshape(self.images.shape)
         object.__setattr__(self, "images", canonical)
 
@@ -56,7 +54,7 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices: NDArray[np.intp]) -> Split:
-        """The images at these places; a copy."""
+        """A copy of the images with these indices."""
         return Split(self.images[indices], self.labels[indices])
 
 
@@ -64,7 +62,7 @@ class Split:
 
 
 def digits() -> Split:
-    """scikit-learn's 1,797 scanned digits of 1×8×8 pixels, their 17 greys spread over 0 to 255."""
+    """scikit-learn's 1,797 digits of 1×8×8 pixels, with 17 grey levels scaled to 0 to 255."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -73,21 +71,26 @@ def digits() -> Split:
 
 
 def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
-    """CIFAR-10 (3×32×32) and its classes' names, downloaded where it is not in the folder."""
-    from torchvision.datasets import CIFAR10  # checks each file's MD5 before it unpickles it
+    """CIFAR-10 (3×32×32) and the names of its classes; downloaded if it is not in the folder.
+
+    Raises:
+        DataError: The data is neither in the folder nor downloadable.
+    """
+    from torchvision.datasets import CIFAR10  # checks the MD5 of each file before it unpickles it
 
     place = Path(folder).expanduser() if folder else cache_folder("cifar10")
     if place is None:
         raise DataError(
-            f"cifar10 is kept in the cache, but {VARIABLE} is empty, so there is none; set `folder`"
+            f"cifar10 is stored in the cache, but {VARIABLE} is empty, which turns the cache off; "
+            "write `task: {name: cifar10, folder: path}`"
         )
     try:
         halves = [CIFAR10(place, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"cifar10 must lie in {place} or be downloadable, but neither is so "
-            f"({' '.join(str(error).split())}); put cifar-10-python.tar.gz there, or give the "
-            "images as an image_folder"
+            f"cifar10 must be in {place} or be downloadable, but is neither "
+            f"({' '.join(str(error).split())}); put cifar-10-python.tar.gz there, or use the task "
+            "image_folder"
         ) from error
     train, test = (
         Split(
@@ -103,11 +106,17 @@ def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def image_folder(folder: str, image_size: int | None) -> tuple[Split, Split, tuple[str, ...]]:
-    """torchvision's ImageFolder layout for train and test, as RGB, and the classes' names.
+    """A folder with torchvision's ImageFolder layout for train and for test, as RGB.
 
-    It is decoded once and cached, keyed by the listing (relative paths, sizes, times of change) and
-    the image size; that takes as much disk as the decoded images. Where the cache cannot be written
-    it is decoded each time. What begins with a dot is passed over.
+    The images are decoded once and cached, with a key of the listing (relative paths, sizes,
+    modification times) and the image size; the cache takes as much disk as the decoded images. If
+    the cache cannot be written, the images are decoded each time. Hidden files are ignored.
+
+    Returns:
+        The train half, the test half, and the names of the classes.
+
+    Raises:
+        DataError: The layout is wrong, or an image cannot be used.
     """
     root = Path(folder).expanduser()
     for needed in (root, root / "train", root / "test"):
@@ -127,49 +136,50 @@ def image_folder(folder: str, image_size: int | None) -> tuple[Split, Split, tup
             f"{strangers[0]!r}; remove it, or add it to train"
         )
     halves = [_listed(root / half, classes) for half in ("train", "test")]
-    key = hashlib.sha256(json.dumps([2, image_size]).encode())
+    key = hashlib.sha256(json.dumps([3, image_size]).encode())
     for path, _ in halves[0] + halves[1]:
         status = path.stat()
         entry = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
         key.update(json.dumps(entry).encode())
     where = cache_folder("image_folder")
     cache = None if where is None else where / f"{key.hexdigest()[:24]}.npz"
-    found = None if cache is None else _cached(cache)
+    found = None if cache is None else _read_cache(cache)
     if found is None:
         found = _read(halves[0], image_size), _read(halves[1], image_size)
         if cache is not None:
-            _keep(cache, *found)
+            _write_cache(cache, *found)
     return *found, tuple(classes)
 
 
-def _cached(file: Path) -> tuple[Split, Split] | None:
-    """What :func:`_keep` was given; None if nothing, or it is damaged."""
+def _read_cache(file: Path) -> tuple[Split, Split] | None:
+    """The halves in a cache file; None if it is missing or damaged."""
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            train, test = (Split(stored[f"images{i}"], stored[f"labels{i}"]) for i in (0, 1))
+            train, test = (
+                Split(stored[f"{half}_images"], stored[f"{half}_labels"])
+                for half in ("train", "test")
+            )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return train, test
 
 
-def _keep(file: Path, train: Split, test: Split) -> None:
-    unfinished = file.with_suffix(f".{os.getpid()}.npz")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+def _write_cache(file: Path, train: Split, test: Split) -> None:
+    def save(opened: BinaryIO) -> None:
         np.savez(
-            unfinished,
-            images0=train.images,
-            labels0=train.labels,
-            images1=test.images,
-            labels1=test.labels,
+            opened,
+            train_images=train.images,
+            train_labels=train.labels,
+            test_images=test.images,
+            test_labels=test.labels,
         )
-        unfinished.replace(file)
+
+    try:
+        write_atomically(file, save)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         _logger.warning(
-            "decoded images cannot be kept in %s (%s), so they are decoded each time; name another "
-            "folder in %s",
+            "decoded images cannot be cached in %s (%s), so they are decoded each time; name "
+            "another folder in %s",
             file.parent,
             error.strerror or error,
             VARIABLE,
@@ -182,7 +192,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Every image below a half's class folders with its label, in order of name."""
+    """All images below the class folders of a half with their labels, in order of name."""
     listed = []
     for label, name in enumerate(classes):
         paths = sorted(
@@ -201,8 +211,8 @@ def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
 
 
 def _read(listed: Sequence[tuple[Path, int]], size: int | None) -> Split:
-    # One after the other: with small images threads only wait for each other (6,800 CIFAR JPEGs a
-    # second here, 5,100 in two threads).
+    # In one thread: with small images, threads wait for each other (6,800 CIFAR JPEGs per second,
+    # 5,100 in two threads).
     first = _read_image(listed[0][0], size)
     images = np.empty((len(listed), *first.shape), dtype=np.uint8)
     for i, (path, _) in enumerate(listed):
@@ -228,11 +238,11 @@ def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
                 image = file.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(
-            f"every image must be readable, but {path} is not ({error}); mend or remove it"
+            f"every image must be readable, but {path} is not ({error}); repair or remove it"
         ) from error
     if mode[0] in _WIDE:
         raise DataError(
-            f"every image must have 8 bits a channel, but {path} has mode {mode!r}, which would "
+            f"every image must have 8 bits per channel, but {path} has mode {mode!r}, which would "
             "be clipped; scale its values to 0 to 255 and save it with 8 bits"
         )
     if size is not None and image.size != (size, size):
@@ -244,14 +254,18 @@ def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-# --- datasets of the user's own ---
+# --- the user's own datasets ---
 
 
-def read_dataset(dataset: Any, whose: str) -> Split:
-    """A map-style torch dataset, read once from 0 to its length.
+def read_dataset(dataset: Any, name: str) -> Split:
+    """Read a map-style torch dataset once, from 0 to its length.
+
+    Args:
+        dataset: Items (image, label), see :func:`~widthsearch.data.tasks.task_from_datasets`.
+        name: The dataset's name in messages.
 
     Raises:
-        DataError: It gives something else than (image, label).
+        DataError: An item has another form.
     """
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
@@ -266,12 +280,12 @@ def read_dataset(dataset: Any, whose: str) -> Split:
                 raise ValueError(f"label {labels[i]}")
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{whose} must give (image, label), a PIL image, uint8 tensor of 0 to 255 or float "
-            "tensor of 0 to 1, of one shape (C, H, W) or (H, W), and an integer from 0, but item "
-            f"{len(labels)} does not: {error}"
+            f"{name} must have items (image, label), where all images have one shape (C, H, W) or "
+            "(H, W) and are PIL images, uint8 tensors of 0 to 255 or float tensors of 0 to 1, and "
+            f"labels are integers from 0, but item {len(labels)} breaks this rule: {error}"
         ) from error
     if not images:
-        raise DataError(f"{whose} must have images, but its length is 0")
+        raise DataError(f"{name} must have images, but its length is 0")
     return Split(np.stack(images), np.array(labels, dtype=np.int64))
 
 

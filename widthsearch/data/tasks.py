@@ -1,8 +1,8 @@
-"""Tasks: what networks are trained on, how it is split, and batches made on the device.
+"""Tasks: the splits of a dataset, their normalisation and their augmentation.
 
-A task is numpy arrays, so that processes can share it without a copy. A seeded share of every class
-is held out of train as the validation split; that is what a search looks at. The test split is only
-for final training: :meth:`Task.for_search` takes it away.
+A task consists of numpy arrays, so that processes can share it without a copy. A seeded share of
+every class of train is held out as the validation split, which a search compares networks on. The
+test split is for final trainings only: :meth:`Task.for_search` removes it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,25 @@ from widthsearch.utils.references import load_function
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What networks are trained on.
+    """The images and labels that networks are trained and evaluated on.
 
     Attributes:
         name: As in the task's configuration.
-        train: What networks learn from.
-        validation: Held out of train, class by class; what a search compares networks on.
-        test: Only for final training; None in what a search's workers get.
+        train: The training split.
+        validation: The split that a search compares networks on; held out of train by class.
+        test: The split for final trainings; None in a search's workers.
         classes: The number of classes.
-        mean: Mean of each channel over train, black being 0 and white 1.
-        std: Standard deviation of each channel over train, likewise.
-        augmentation: What is done to the training images.
-        names: What each class is called; empty where the task does not know.
+        mean: The mean of each channel over train, where black is 0 and white is 1.
+        std: The standard deviation of each channel over train, likewise.
+        augmentation: The random changes to training images.
+        names: The names of the classes; empty if unknown.
+
+    Example:
+        >>> task = load_task("digits")
+        >>> task.input_shape, task.classes, len(task.train), len(task.validation)
+        ((1, 8, 8), 10, 1079, 359)
+        >>> task.for_search().test is None
+        True
     """
 
     name: str
@@ -58,17 +65,17 @@ class Task:
 
 
 def load_task(config: TaskConfig | str) -> Task:
-    """The task that a configuration, or just a name, asks for.
+    """Load the task of a configuration or a name.
 
     Raises:
-        DataError: There is no such task, or its data is missing or cannot be used.
+        DataError: The task does not exist, or its data is missing or cannot be used.
     """
     if isinstance(config, str):
         config = TaskConfig(config)
     if config.name == "digits":
-        everything = sources.digits()
-        kept, held = stratified(everything.labels, share=0.2, seed=0)
-        train, test = everything.subset(kept), everything.subset(held)
+        digits = sources.digits()
+        kept, held = stratified(digits.labels, share=0.2, seed=0)
+        train, test = digits.subset(kept), digits.subset(held)
         task = _task(config, train, test, validation=0.25, augmentation=Augmentation(1))
         return replace(task, names=tuple(map(str, range(10))))
     if config.name in ("cifar10", "image_folder"):
@@ -101,14 +108,19 @@ def load_task(config: TaskConfig | str) -> Task:
 
 
 def task_from_datasets(train: Any, test: Any, config: TaskConfig) -> Task:
-    """A task from two map-style torch datasets; each is read once, from 0 to its length.
+    """Make a task of two map-style torch datasets; each is read once, from 0 to its length.
 
-    They give ``(image, label)``: a PIL image, a uint8 tensor of 0 to 255 or a float tensor of 0 to
-    1, all of one shape (C, H, W) or (H, W), and an integer. Normalisation and augmentation are
-    widthsearch's, which does them on the device: a random transform in the dataset would be frozen.
+    Normalisation and augmentation are done later, on the device. A random transform in a dataset
+    would be applied only once.
+
+    Args:
+        train: Items (image, label). An image is a PIL image, a uint8 tensor of 0 to 255 or a float
+            tensor of 0 to 1; all have one shape (C, H, W) or (H, W). A label is an integer.
+        test: Likewise.
+        config: The task's name and choices.
 
     Raises:
-        DataError: The datasets give something else.
+        DataError: An item has another form, or a class has too few images.
     """
     halves = (
         sources.read_dataset(half, f"{which} of task {config.name!r}")
@@ -120,7 +132,7 @@ def task_from_datasets(train: Any, test: Any, config: TaskConfig) -> Task:
 def _task(
     config: TaskConfig, train: Split, test: Split, *, validation: float, augmentation: Augmentation
 ) -> Task:
-    """The task with the configuration's choices, where it has none with the ones given."""
+    """A task with a configuration's choices, or the given defaults where it has none."""
     name, shape = config.name, train.images.shape[1:]
     if test.images.shape[1:] != shape:
         raise DataError(
@@ -132,13 +144,14 @@ def _task(
     if classes < 2 or counts.min() < 2:
         rare = int(counts.argmin())
         raise DataError(
-            "train needs 2 classes or more, counted from 0, and 2 images or more of each (some are "
-            f"held out), but task {name!r} has {counts[rare]} images of class {rare} of {classes}"
+            "train needs 2 classes or more, numbered from 0, and 2 images or more of each (some "
+            f"are held out), but task {name!r} has {counts[rare]} images of class {rare} of "
+            f"{classes}"
         )
     if (most := int(test.labels.max())) >= classes:
         raise DataError(
-            f"test may only have classes of train, but task {name!r} has label {most} in test and "
-            f"{classes} classes in train"
+            f"test must have no other classes than train, but task {name!r} has label {most} in "
+            f"test and {classes} classes in train"
         )
     if config.crop_padding is not None:
         augmentation = replace(augmentation, crop_padding=config.crop_padding)
@@ -161,7 +174,10 @@ def _task(
 def stratified(
     labels: NDArray[np.int64], share: float, seed: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Indices to keep and to hold out, ascending: the share of every class, at least 1 each way."""
+    """Indices to keep and to hold out, ascending.
+
+    A share of every class is held out: at least one image, and at most all but one.
+    """
     rng = np.random.default_rng(seed)
     out = np.zeros(len(labels), dtype=np.bool_)
     for label in range(int(labels.max()) + 1):
@@ -173,12 +189,12 @@ def stratified(
 def _channel_statistics(
     images: NDArray[np.uint8],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, from exact counts of the 256 values."""
+    """Mean and standard deviation of each channel, from exact counts of the 256 pixel values."""
     values = np.arange(256) / 255
     means, stds = [], []
     for channel in range(images.shape[1]):
         counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, len(images), 1024):  # bincount widens what it counts eightfold
+        for start in range(0, len(images), 1024):  # bincount converts its input to int64
             counts += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
         mean = float(counts @ values / counts.sum())
         means.append(mean)

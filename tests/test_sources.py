@@ -1,0 +1,287 @@
+"""Sources of images: folders, CIFAR-10, and the user's own datasets."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+from unittest.mock import Mock
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from widthsearch.data import sources
+from widthsearch.data.config import Augmentation, TaskConfig
+from widthsearch.data.sources import Split
+from widthsearch.data.tasks import Task, load_task, task_from_datasets
+from widthsearch.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of image folders, empty."""
+    monkeypatch.delenv("WIDTHSEARCH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "widthsearch" / "image_folder"
+
+
+def rows(split: Split) -> list[bytes]:
+    """Each image's bytes."""
+    return [image.tobytes() for image in split.images]
+
+
+# --- image_folder ---
+
+
+def make_folder(root: Path, size: Callable[[int], tuple[int, int]] = lambda i: (6, 6)) -> Path:
+    """Two classes of tiny PNGs: 4 for train, 2 for test of each; each of one grey."""
+    for half, count in (("train", 4), ("test", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            (root / half / name).mkdir(parents=True)
+            for i in range(count):
+                grey = 100 * label + 10 * i
+                image = Image.new("RGB", size(i), (grey, grey, grey))
+                image.save(root / half / name / f"{i}.png")
+    return root
+
+
+def folder_task(root: Path, **settings: int | float | bool) -> Task:
+    """The task of a folder."""
+    return load_task(TaskConfig("image_folder", folder=str(root), **settings))  # type: ignore[arg-type]
+
+
+def test_image_folder_is_decoded_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second load reads the cache; a changed file is decoded again."""
+    root = make_folder(tmp_path / "images")
+    decoded = []
+    read = sources._read_image
+    monkeypatch.setattr(
+        sources, "_read_image", lambda path, size: decoded.append(path) or read(path, size)
+    )
+    first = folder_task(root, validation=0.25)
+    times = len(decoded)
+    again = folder_task(root, validation=0.25)
+    assert len(decoded) == times
+    assert first.test is not None and again.test is not None
+    assert rows(first.train) == rows(again.train)
+    assert rows(first.test) == rows(again.test)
+    assert first.test.images[:, 0, 0, 0].tolist() == [0, 10, 100, 110]
+    assert first.test.labels.tolist() == [0, 0, 1, 1]
+    assert [len(first.train), len(first.validation)] == [6, 2]
+    assert len(list(cache.iterdir())) == 1
+    Image.new("RGB", (6, 6), (99, 99, 99)).save(root / "test" / "ant" / "0.png")
+    changed = folder_task(root, validation=0.25)
+    assert changed.test is not None
+    assert changed.test.images[0, 0, 0, 0] == 99
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_damaged_cache_is_decoded_again(tmp_path: Path, cache: Path) -> None:
+    """A truncated cache file is replaced."""
+    root = make_folder(tmp_path / "images")
+    first = folder_task(root)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    assert rows(folder_task(root).train) == rows(first.train)
+    assert rows(folder_task(root).train) == rows(first.train)
+
+
+@pytest.mark.parametrize("where", ["file", "", None])
+def test_without_a_cache_images_are_decoded_each_time(
+    where: str | None,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The cache cannot be written (one warning), or is turned off."""
+    root = make_folder(tmp_path / "images")
+    expected = rows(folder_task(root).train)
+    for file in cache.iterdir():
+        file.unlink()
+    if where is None:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(Path, "replace", Mock(side_effect=full))
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / where) if where else "")
+    with caplog.at_level(logging.WARNING):
+        assert rows(folder_task(root).train) == expected
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (where != "")
+    assert all("so they are decoded each time; name another folder in" in line for line in warnings)
+    assert list(cache.iterdir()) == []
+
+
+def test_caches_have_random_temporary_names(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts may give two processes the same number, and share the folder."""
+    root, names = make_folder(tmp_path / "images"), []
+    replace = Path.replace
+
+    def recorded(self: Path, target: Path) -> Path:
+        names.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", recorded)
+    for _ in range(2):
+        folder_task(root)
+        next(cache.iterdir()).unlink()
+    assert len(set(names)) == 2
+
+
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
+    """A hidden folder is no class, a hidden file no image."""
+    root = make_folder(tmp_path / "images")
+    counts = [len(split) for split in (folder_task(root).train, folder_task(root).validation)]
+    for hidden in ("train/.ipynb_checkpoints", "test/.git", "train/ant/.ipynb_checkpoints"):
+        (root / hidden).mkdir()
+        Image.new("RGB", (6, 6)).save(root / hidden / "0-checkpoint.png")
+    (root / "train/bee/._0.png").write_bytes(b"of a Mac")
+    task = folder_task(root)
+    assert [len(split) for split in (task.train, task.validation)] == counts
+    assert (task.classes, task.names) == (2, ("ant", "bee"))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_images_of_more_than_8_bits_are_refused(
+    dtype: type[np.generic], mode: str, tmp_path: Path
+) -> None:
+    """In a folder and in a dataset: PIL would clip them to white or black."""
+    root = make_folder(tmp_path / "images")
+    deep = Image.fromarray(np.full((6, 6), 3000, dtype))
+    deep.save(root / "train" / "ant" / "9.tif")
+    message = rf"8 bits per channel, but .*ant/9\.tif has mode '{mode}', .*scale its values to 0 to"
+    with pytest.raises(DataError, match=message):
+        folder_task(root)
+    with pytest.raises(DataError, match=f"its image has mode '{mode}'; scale it to 8 bits"):
+        task_from_datasets([(deep, 0)], [(deep, 0)], TaskConfig("mine"))
+
+
+def test_images_of_several_sizes_need_an_image_size(tmp_path: Path) -> None:
+    """Without a size the error names two files; with one, images are scaled and cropped."""
+    root = make_folder(tmp_path / "images", lambda i: (6 + i, 6))
+    with pytest.raises(DataError, match=r"0\.png is 6×6 and .*1\.png is 7×6; set `image_size`"):
+        folder_task(root)
+    assert folder_task(root, image_size=4).input_shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("folder", "spoil", "message"),
+    [
+        ("nowhere", lambda root: None, r"train/<class>/\*\.jpg and <.*, but .*nowhere is missing"),
+        ("train", lambda root: None, r"must be laid out as .*train/train is missing"),
+        ("", lambda root: (root / "train/bee/0.png").rename(root / "0.png"), None),
+        (
+            "",
+            lambda root: [path.unlink() for path in (root / "train/bee").iterdir()],
+            r"every class needs images \(\.bmp .*\), but .*train/bee has none; lay them out as <f",
+        ),
+        (
+            "",
+            lambda root: (root / "train/bee").rename(root / "bee"),
+            r"2 classes or more, but .*train has 1 .*lay the images out as <folder>/train/<class>/",
+        ),
+        ("", lambda root: (root / "test/cat").mkdir(), "test also has 'cat'; remove it, or add it"),
+        (
+            "",
+            lambda root: (root / "train/ant/0.png").write_bytes(b"no image"),
+            r"train/ant/0\.png is not .*repair or remove it",
+        ),
+    ],
+)
+def test_a_wrong_layout_is_refused(
+    tmp_path: Path, folder: str, spoil: Callable[[Path], object], message: str | None
+) -> None:
+    """The error is one line with the file or folder; a stray file next to train is ignored."""
+    root = make_folder(tmp_path / "images")
+    spoil(root)
+    if message is None:
+        folder_task(root / folder)
+        return
+    with pytest.raises(DataError, match=message) as error:
+        folder_task(root / folder)
+    assert "\n" not in str(error.value)
+
+
+# --- cifar10 ---
+
+
+def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays become N, C, H, W; it is in the cache by default, and crops and flips are on."""
+    asked = []
+
+    class Small:
+        """A CIFAR-10 of four images."""
+
+        classes: ClassVar[list[str]] = ["plane", "car"]
+
+        def __init__(self, root: Path, train: bool, download: bool) -> None:
+            asked.append((root, train, download))
+            self.data = np.random.default_rng(train).integers(0, 256, (4, 32, 32, 3), np.uint8)
+            self.targets = [0, 1, 0, 1]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Small)
+    task = load_task("cifar10")
+    folder = tmp_path / "cache" / "widthsearch" / "cifar10"
+    assert asked == [(folder, True, True), (folder, False, True)]
+    assert task.test is not None
+    expected = np.random.default_rng(False).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    assert (task.test.images[2, 1] == expected[2, :, :, 1]).all()
+    assert task.test.labels.tolist() == [0, 1, 0, 1]
+    assert task.augmentation == Augmentation(crop_padding=4, flip=True)
+    assert task.names == ("plane", "car")
+    plain = load_task(TaskConfig("cifar10", folder="~", crop_padding=0, flip=False))
+    assert asked[-1][0] == Path.home()
+    assert plain.augmentation == Augmentation(crop_padding=0, flip=False)
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", "")
+    with pytest.raises(
+        DataError, match=r"WIDTHSEARCH_CACHE is empty, .* write `task: {name: cifar10, folder: p"
+    ):
+        load_task("cifar10")
+
+
+def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the folder and the file to put there."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no\nroute")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", unreachable)
+    message = r"must be in .*mine or be .*no route.*put cifar-10-python\.tar\.gz there"
+    with pytest.raises(DataError, match=message) as error:
+        load_task(TaskConfig("cifar10", folder=str(tmp_path / "mine")))
+    assert "\n" not in str(error.value)
+
+
+# --- the user's own datasets ---
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((torch.zeros(1, 4, 4), 0.5), "item 2 breaks this rule: 'float' object"),
+        ((torch.full((1, 4, 4), 3.0), 0), "values from 3 to 3 .leave normalisation to"),
+        ((np.zeros((4, 4, 3)), 0), "its image is a ndarray"),
+        ((torch.zeros(1, 4, 5), 0), r"shape \(1, 4, 5\), and the first has \(1, 4, 4\)"),
+        ((torch.zeros(1, 4, 4, dtype=torch.int64), 0), "its image is of torch.int64"),
+        ((torch.zeros(16), 0), r"its image has shape \(16,\)"),
+        ((torch.zeros(1, 4, 4), -1), "label -1"),
+        (torch.zeros(3, 4, 4), "too many values to unpack"),
+    ],
+)
+def test_an_invalid_item_of_a_dataset_is_refused(item: object, message: str) -> None:
+    """The error names the item, its fault and the rule."""
+    good = (torch.zeros(1, 4, 4), 0)
+    with pytest.raises(DataError, match=message) as error:
+        task_from_datasets([good, good, item], [good], TaskConfig("mine"))
+    assert str(error.value).startswith("train of task 'mine' must have items (image, label)")
