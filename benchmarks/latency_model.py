@@ -20,7 +20,7 @@ from scipy.stats import kendalltau
 from widthsearch import load_space
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.latency.predictor import LatencyModel, line_of_macs
+from widthsearch.latency.predictor import LatencyPredictor, line_of_macs
 from widthsearch.latency.profiles import designed, standard_error
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
@@ -72,12 +72,12 @@ def compare(reference: str, options: argparse.Namespace) -> None:
     print("| ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
     for count in (n for n in (5, 10, 20, 40, 80, 160) if n <= len(train)):
         started = time.perf_counter()
-        model = LatencyModel.fit(space, vectors[:count], ms[:count], sd[:count])
+        model = LatencyPredictor.fit(space, vectors[:count], ms[:count], sd[:count])
         fitted = time.perf_counter() - started
         mean, spread = model(held)
         macs_alone = line_of_macs(space, vectors[:count], ms[:count])(held)
         inside = np.abs(mean - truth) < 1.645 * np.hypot(spread, noise)
-        blocks = ", ".join(f"{step} ({p:.0%})" for step, p in model.steps.items())
+        blocks = ", ".join(f"{block} ({p:.0%})" for block, p in model.blocks.items())
         print(
             f"| {count} | {np.median(np.abs(mean / truth - 1)):.1%} | "
             f"{np.median(np.abs(macs_alone / truth - 1)):.1%} | {kendalltau(mean, truth)[0]:.2f} | "

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from widthsearch.errors import StudyError
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.latency.predictor import LatencyModel, _Layers
+from widthsearch.latency.predictor import LatencyPredictor, _Layers
 from widthsearch.space.search_space import SearchSpace
 
 
@@ -133,8 +133,8 @@ def test_the_device_s_blocks_are_found(step: int) -> None:
     """
     train, test = vectors(deep(), 60), vectors(deep(), 200, seed=1)
     measure = device(step)
-    model = LatencyModel.fit(deep(), train, measure(train))
-    assert model.steps[step] > 0.9
+    model = LatencyPredictor.fit(deep(), train, measure(train))
+    assert model.blocks[step] > 0.9
     errors = np.abs(model.predicted(test) / measure(test) - 1)
     assert np.median(errors) < 0.025
     assert model.errors.median < 0.025 < model.errors.median_macs
@@ -145,7 +145,7 @@ def test_the_device_s_blocks_are_found(step: int) -> None:
 def test_deviations_are_calibrated() -> None:
     """On a device without noise, nine in ten true latencies lie inside the 90% intervals."""
     train, test = vectors(deep(), 25), vectors(deep(), 400, seed=1)
-    model = LatencyModel.fit(deep(), train, device(8)(train))
+    model = LatencyPredictor.fit(deep(), train, device(8)(train))
     mean, sd = model(test)
     inside = np.abs(mean - device(8, noise=0)(test)) < 1.645 * sd
     assert 0.8 < inside.mean() <= 1
@@ -155,16 +155,16 @@ def test_a_measurement_of_a_disturbed_machine_hardly_counts() -> None:
     """Three of 40 networks five times too slow: the others' predictions stay."""
     train, test = vectors(deep(), 40), vectors(deep(), 100, seed=1)
     ms = device(8)(train)
-    clean = LatencyModel.fit(deep(), train, ms).predicted(test)
+    clean = LatencyPredictor.fit(deep(), train, ms).predicted(test)
     ms[[3, 17, 30]] *= 5
-    disturbed = LatencyModel.fit(deep(), train, ms).predicted(test)
+    disturbed = LatencyPredictor.fit(deep(), train, ms).predicted(test)
     assert np.median(np.abs(disturbed / clean - 1)) < 0.03
 
 
 def test_known_standard_errors_weigh() -> None:
     """Of two measurements of one network, the one with the smaller error is believed."""
     base = deep().base.vector
-    model = LatencyModel.fit(deep(), [base, base], [1.0, 2.0], [0.01, 1.0])
+    model = LatencyPredictor.fit(deep(), [base, base], [1.0, 2.0], [0.01, 1.0])
     assert float(model(base)[0]) == pytest.approx(1.0, rel=0.1)
 
 
@@ -172,8 +172,8 @@ def test_few_networks_fall_back_on_macs_and_say_so() -> None:
     """From 10 uniform networks: the order of MACs, and more deviation than from 60 mixed ones."""
     uniform = np.array([deep().widths(m / 8).vector for m in range(2, 12)])
     test = vectors(deep(), 100, seed=1)
-    few = LatencyModel.fit(deep(), uniform, device(16)(uniform))
-    many = LatencyModel.fit(deep(), vectors(deep(), 60), device(16)(vectors(deep(), 60)))
+    few = LatencyPredictor.fit(deep(), uniform, device(16)(uniform))
+    many = LatencyPredictor.fit(deep(), vectors(deep(), 60), device(16)(vectors(deep(), 60)))
     mean, sd = few(test)
     truth = device(16, noise=0)(test)
     assert np.median(np.abs(mean / truth - 1)) < 0.3
@@ -184,18 +184,18 @@ def test_few_networks_fall_back_on_macs_and_say_so() -> None:
 def test_one_network_scales_and_blocks_that_were_not_seen_stay_open() -> None:
     """One measurement is met; of multiples of 8 alone, blocks of 1 to 8 stay equally likely."""
     base = deep().base.vector
-    one = LatencyModel.fit(deep(), [base], [3.0])
+    one = LatencyPredictor.fit(deep(), [base], [3.0])
     assert float(one(base)[0]) == pytest.approx(3.0, rel=0.05)
     whole = vectors(deep(), 40) // 8 * 8 + 8
-    model = LatencyModel.fit(deep(), whole, device(8)(whole))
-    assert model.steps[1] == pytest.approx(model.steps[8])
-    assert sum(model.steps.values()) == pytest.approx(1)
+    model = LatencyPredictor.fit(deep(), whole, device(8)(whole))
+    assert model.blocks[1] == pytest.approx(model.blocks[8])
+    assert sum(model.blocks.values()) == pytest.approx(1)
 
 
 def test_predictions_are_positive_and_batched() -> None:
     """One vector gives a number each, many the same numbers; they are what proposers are given."""
     train = vectors(deep(), 30)
-    model = LatencyModel.fit(deep(), train, device(8)(train))
+    model = LatencyPredictor.fit(deep(), train, device(8)(train))
     least = np.array([axis.min_width for axis in deep().axes])
     mean, sd = model(np.stack([least, train[0]]))
     assert (mean > 0).all() and (sd > 0).all()
@@ -209,7 +209,7 @@ def test_predictions_are_positive_and_batched() -> None:
 def test_stairs_name_what_costs_nothing() -> None:
     """In blocks of 16: from 32, no channel is free, nine less save a block; from 25, seven are."""
     train = vectors(deep(), 80)
-    model = LatencyModel.fit(deep(), train, device(16, noise=0.001)(train))
+    model = LatencyPredictor.fit(deep(), train, device(16, noise=0.001)(train))
     on = deep().base
     stair = model.stairs(on)[1]
     assert (stair.name, stair.width) == (deep().axes[1].name, 32)
@@ -230,19 +230,19 @@ def test_stairs_name_what_costs_nothing() -> None:
 def test_json_and_back_predicts_the_same() -> None:
     """Measurements and errors are kept, the fit is repeated; another space's is refused."""
     train = vectors(deep(), 20)
-    model = LatencyModel.fit(deep(), train, device(8)(train), np.full(20, 0.01))
+    model = LatencyPredictor.fit(deep(), train, device(8)(train), np.full(20, 0.01))
     content = json.loads(json.dumps(model.to_json()))
-    again = LatencyModel.from_json(deep(), content)
+    again = LatencyPredictor.from_json(deep(), content)
     np.testing.assert_array_equal(again.predicted(train), model.predicted(train))
     assert again.errors == model.errors
-    with pytest.raises(StudyError, match="must be of its own space"):
-        LatencyModel.from_json(net(), content)
+    with pytest.raises(StudyError, match="must be of its space"):
+        LatencyPredictor.from_json(net(), content)
 
 
 def test_errors_need_three_networks() -> None:
     """Two networks, however often measured, leave nothing to learn from."""
     base, other = deep().base.vector, deep().widths(0.5).vector
-    model = LatencyModel.fit(deep(), [base, other, base], [1.0, 0.5, 1.1])
+    model = LatencyPredictor.fit(deep(), [base, other, base], [1.0, 0.5, 1.1])
     with pytest.raises(StudyError, match="need 3 different networks, but 2"):
         _ = model.errors
     assert model.to_json()["errors"] is None
@@ -252,14 +252,14 @@ def test_errors_need_three_networks() -> None:
 def test_measurements_that_are_none_are_refused(ms: float) -> None:
     """The message names the network."""
     with pytest.raises(StudyError, match=r"network \[32, 32"):
-        LatencyModel.fit(deep(), [deep().base.vector], [ms])
+        LatencyPredictor.fit(deep(), [deep().base.vector], [ms])
 
 
 def test_shapes_must_fit() -> None:
     """Nothing measured, or vectors of another length."""
     for widths, ms in (([], []), ([[1, 2]], [1.0])):
         with pytest.raises(StudyError, match="needs vectors"):
-            LatencyModel.fit(deep(), widths, ms)
+            LatencyPredictor.fit(deep(), widths, ms)
 
 
 # --- a real device ---
@@ -271,4 +271,4 @@ def test_real_latency_is_predicted_better_than_by_nothing() -> None:
     meter = LatencyMeter(deep().build(1.0, seed=0), (3, 8, 8), LatencyConfig(pairs=8))
     train = vectors(deep(), 24)
     ms = [meter.measure(deep().build(row.tolist(), seed=0)).median_ms for row in train]
-    assert LatencyModel.fit(deep(), train, ms).errors.tau > 0.4
+    assert LatencyPredictor.fit(deep(), train, ms).errors.tau > 0.4

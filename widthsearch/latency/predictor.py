@@ -1,18 +1,30 @@
-"""Predicted latency of width vectors, learned from whole networks that were measured.
+"""Predicts the latency of width vectors from measurements of whole networks.
 
-A network's time is a constant and, layer by layer, its MACs and its output elements at widths
-rounded up to a device's block of channels, each at a speed of the layer's own:
+Notation:
+
+    w           widths, one per axis; s: the device's block of channels (1, 2, 4, ... 64)
+    ⌈w⌉_s       widths rounded up to whole blocks
+    M_l, A_l    MACs and output elements of layer l, as shares of the base network's sums
+    off_l(w)    e^p for each of the two widths of layer l that is not whole blocks
+    u, δ_l, ε_l log speeds: of the whole network, and of each layer relative to them
 
     t(w) = e^{u_0} + Σ_l e^{u_1 + δ_l + off_l(w)} M_l(⌈w⌉_s) + Σ_l e^{u_2 + ε_l} A_l(⌈w⌉_s)
 
-M and A are shares of the base network's sums; off_l(w) is e^p for each of the layer's two widths
-that is not whole blocks (slower kernels). Priors: δ, ε ~ N(0, σ_δ²), so that where little was
-measured all layers have one speed and the prediction is one from MACs; u and p wide. Measured is
-log t(w) plus a Student t of scale σ: errors are relative, predictions are positive, outliers hardly
-count. σ_δ and σ are estimated by expectation-maximisation around the Laplace approximation (MacKay,
-Information Theory, Inference and Learning Algorithms, 2003, ch. 27), s is averaged over by its
-evidence: where all measured widths are multiples of 8, nothing can be known about smaller blocks,
-and the deviation says so.
+A network's time is a constant, plus each layer's MACs and output elements at the widths that the
+device computes, each at the layer's own speed.
+
+Example: a network of one convolution with base width 32, s = 16, e^u = (0.1, 0.6, 0.3) ms,
+δ = ε = 0 and e^p = 0.05. At w = 32 both shares are 1, so t = 0.1 + 0.6 + 0.3 = 1 ms. At w = 17 the
+device computes 32 channels, with slower kernels: t = 0.1 + 0.6 e^0.05 + 0.3 = 1.03 ms. At w = 16
+both shares are a half: t = 0.1 + 0.3 + 0.15 = 0.55 ms.
+
+Priors: δ, ε ~ N(0, σ_δ²), so that with few measurements all layers have one speed, and the
+prediction is one from MACs; u and p are wide. The measured log time is log t(w) plus a Student t of
+scale σ: errors are relative, predictions are positive, and outliers hardly count. σ_δ and σ are
+estimated by expectation maximisation around the Laplace approximation (MacKay, Information Theory,
+Inference and Learning Algorithms, 2003, ch. 27). s is averaged over by its evidence: where all
+measured widths are multiples of 8, smaller blocks cannot be told apart, and the standard deviation
+reflects that.
 """
 
 from __future__ import annotations
@@ -33,35 +45,34 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing.polynomials import Poly, as_constant, divide, multiply
 from widthsearch.widths import Widths
 
-STEPS = (1, 2, 4, 8, 16, 32, 64)
-"""The blocks of channels that a device may have."""
+BLOCKS = (1, 2, 4, 8, 16, 32, 64)
+"""The candidates for a device's block of channels."""
 
 Array = NDArray[np.float64]
 
 _FOLDS = 10
 _Z90 = 1.645
 _ITERATIONS, _SETTLE = 80, 12
-_U_SD = 3.0  # of the logarithms of the three parts' times at the base
-_OFF, _OFF_SD = math.log(0.05), 1.5  # of p: a width that is not whole blocks costs a little more
-_DELTA, _DELTA_WEIGHT = 0.3, 4.0  # the layers' speeds before anything is known, as if from so many
-_SIGMA, _SIGMA_WEIGHT = 0.03, 4.0  # the error's likewise
-_TAIL = 4.0  # degrees of freedom: a neighbour on the core makes some measurements far too slow
+_U_SD = 3.0  # prior of u: log times of the three parts at the base
+_OFF, _OFF_SD = math.log(0.05), 1.5  # prior of p: incomplete blocks cost a little more
+_DELTA, _DELTA_WEIGHT = 0.3, 4.0  # prior of σ_δ, and the number of layers that it is worth
+_SIGMA, _SIGMA_WEIGHT = 0.03, 4.0  # prior of σ, and the number of measurements that it is worth
+_TAIL = 4.0  # degrees of freedom: other processes make some measurements far too slow
 
 Features = tuple[Array, Array, Array]
 
 
 @dataclass(frozen=True)
-class Errors:
-    """How far predictions of networks that were left out of the fit are from what was measured.
+class PredictionErrors:
+    """PredictionErrors of a predictor out of sample, by ten-fold cross-validation.
 
     Attributes:
-        networks: How many were measured.
-        median: Median relative error, of ten-fold cross-validation in which everything is learned
-            anew.
-        tau: Kendall's τ between predicted and measured.
-        coverage: The share of the measured inside their 90% intervals.
+        networks: The number of measured networks.
+        median: The median relative error.
+        tau: Kendall's τ between predictions and measurements.
+        coverage: The share of measurements inside their 90% intervals.
         median_macs: The median relative error of ``a + b · MACs``, fitted to the same folds.
-        tau_macs: Kendall's τ between MACs and measured.
+        tau_macs: Kendall's τ between MACs and measurements.
     """
 
     networks: int
@@ -74,16 +85,16 @@ class Errors:
 
 @dataclass(frozen=True)
 class Stair:
-    """What an axis's neighbours on the grid cost by prediction, all else being equal.
+    """Predicted latency around one width of an axis, with all other widths fixed.
 
     Attributes:
         name: The axis.
         width: Its width.
-        ms: Predicted latency there.
-        less_ms: That of one step less; None at the axis's least.
-        more_ms: That of one step more; None at its most.
-        flat_from: The narrowest of the widths down to which nothing is saved.
-        flat_to: The widest of the widths up to which more channels are free.
+        ms: The predicted latency at that width.
+        less_ms: The latency one grid step below; None at the minimum width.
+        more_ms: The latency one grid step above; None at the maximum width.
+        flat_from: The smallest width with the same latency, down from the axis's width.
+        flat_to: The largest width with the same latency, up from the axis's width.
     """
 
     name: str
@@ -96,14 +107,23 @@ class Stair:
 
 
 @dataclass(frozen=True, eq=False)
-class LatencyModel:
+class LatencyPredictor:
     """Predicts the latency of a space's networks on one device. Made by :meth:`fit`.
 
     Attributes:
         space: The space.
-        vectors: The widths that were measured, shape (N, axes).
-        ms: Their latency, shape (N,).
-        sd: The standard error of each, shape (N,).
+        vectors: The measured width vectors, shape (N, axes).
+        ms: Their latencies, shape (N,).
+        sd: Their standard errors, shape (N,).
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+        >>> space = SearchSpace.from_model(net, (3, 16, 16))
+        >>> predictor = LatencyPredictor.fit(space, [[8], [16], [32]], [0.5, 0.6, 1.0])
+        >>> mean_ms, sd_ms = predictor([[8], [32]])
+        >>> mean_ms.round(1).tolist()
+        [0.5, 1.0]
     """
 
     space: SearchSpace
@@ -112,22 +132,22 @@ class LatencyModel:
     sd: Array
     _layers: _Layers
     _fits: tuple[tuple[float, _Fit], ...]
-    _known: Errors | None = None
+    _stored_errors: PredictionErrors | None = None
 
     @classmethod
     def fit(
         cls, space: SearchSpace, vectors: ArrayLike, ms: ArrayLike, sd: ArrayLike | None = None
-    ) -> LatencyModel:
-        """Learn from measured networks; one is enough, some 40 tell blocks and layers apart.
+    ) -> LatencyPredictor:
+        """Fit a predictor to measured networks: one is enough, about 40 identify the block size.
 
         Args:
             space: The space.
             vectors: Integers, shape (N, axes), in channels; need not be on the grid.
-            ms: The networks' latency, shape (N,); in milliseconds, or as ratios to the base.
-            sd: The standard error of each, in the same unit; None where it is not known.
+            ms: Latencies, shape (N,), in milliseconds or as ratios to the base.
+            sd: Standard errors, shape (N,), in the same unit; None if unknown.
 
         Raises:
-            StudyError: There is nothing to learn from, or shapes and signs do not fit.
+            StudyError: There is no measurement, or a shape or value is invalid.
         """
         widths = np.asarray(vectors, np.int64)
         measured = np.asarray(ms, np.float64)
@@ -135,7 +155,7 @@ class LatencyModel:
         shape = (len(measured), len(space.axes))
         if not len(measured) or widths.shape != shape or error.shape != measured.shape:
             raise StudyError(
-                f"a latency model of space {space.name!r} needs vectors (N, {len(space.axes)}), ms "
+                f"a latency predictor of {space.name!r} needs vectors (N, {len(space.axes)}), ms "
                 f"and sd (N,) with N >= 1, but has {widths.shape}, {measured.shape}, {error.shape}"
             )
         sound = np.isfinite(measured) & (measured > 0) & np.isfinite(error) & (error >= 0)
@@ -147,18 +167,18 @@ class LatencyModel:
             )
         layers = _Layers(space)
         return cls(
-            space, widths, measured, error, layers, _averaged(layers, widths, measured, error)
+            space, widths, measured, error, layers, _fit_all_blocks(layers, widths, measured, error)
         )
 
     def __call__(self, vectors: ArrayLike) -> tuple[Array, Array]:
-        """Predicted latency of width vectors.
+        """Predict the latency of width vectors.
 
         Args:
             vectors: Integers, shape (N, axes) or (axes,), in channels.
 
         Returns:
-            Mean and standard deviation of a network's true latency, in the unit of what was
-            measured, each (N,) or ().
+            Mean and standard deviation of the true latency, in the unit of the measurements, each
+            (N,) or ().
         """
         shape = np.shape(vectors)[:-1]
         log_ms, variance, weight = self._logs(np.atleast_2d(np.asarray(vectors)))
@@ -168,20 +188,20 @@ class LatencyModel:
         return mean.reshape(shape), np.sqrt(np.maximum(second - mean**2, 0)).reshape(shape)
 
     def predicted(self, vectors: NDArray[np.int64]) -> Array:
-        """The mean alone: what proposers take as ``Setting.latency``."""
+        """The mean alone, as ``Setting.latency`` of proposers."""
         return self(vectors)[0]
 
     @property
-    def steps(self) -> dict[int, float]:
-        """The probability of each block size, where it is not negligible."""
-        return {fit.step: weight for weight, fit in self._fits}
+    def blocks(self) -> dict[int, float]:
+        """The probability of each block size, without negligible ones."""
+        return {fit.block: weight for weight, fit in self._fits}
 
     def stairs(self, widths: Widths, tolerance: float = 0.01) -> tuple[Stair, ...]:
-        """Per axis, what fewer and more channels cost by prediction, all else being equal.
+        """Per axis, the predicted latency of fewer and more channels with other widths fixed.
 
         Args:
             widths: A width vector on the grid.
-            tolerance: A relative difference below this costs nothing.
+            tolerance: Latencies with a smaller relative difference count as the same.
         """
         out = []
         for i, axis in enumerate(self.space.axes):
@@ -207,21 +227,21 @@ class LatencyModel:
         return tuple(out)
 
     @cached_property
-    def errors(self) -> Errors:
-        """How good predictions are out of sample.
+    def errors(self) -> PredictionErrors:
+        """Errors out of sample.
 
         Raises:
             StudyError: Fewer than three different networks were measured.
         """
-        return self._known or self._cross_validated()
+        return self._stored_errors or self._cross_validated()
 
     def _logs(self, vectors: NDArray[Any]) -> tuple[Array, Array, Array]:
-        """Mean and variance of log ms by each fit, (fits, N), and the fits' weights."""
-        parts = [fit.log_ms(self._layers(vectors, fit.step)) for _, fit in self._fits]
+        """Mean and variance of log ms of each fit, (fits, N), and the weights of the fits."""
+        parts = [fit.log_ms(self._layers(vectors, fit.block)) for _, fit in self._fits]
         means, variances = (np.stack(part) for part in zip(*parts, strict=True))
         return means, variances, np.array([weight for weight, _ in self._fits])
 
-    def _cross_validated(self) -> Errors:
+    def _cross_validated(self) -> PredictionErrors:
         _, network = np.unique(self.vectors, axis=0, return_inverse=True)
         networks = int(network.max()) + 1
         if networks < 3:
@@ -234,13 +254,13 @@ class LatencyModel:
         for out in range(fold.max() + 1):
             test, train = fold == out, fold != out
             part = (self.vectors[train], self.ms[train], self.sd[train])
-            fits = _averaged(self._layers, *part)
-            model = LatencyModel(self.space, *part, self._layers, fits)
+            fits = _fit_all_blocks(self._layers, *part)
+            model = LatencyPredictor(self.space, *part, self._layers, fits)
             mean, sd = model(self.vectors[test])
             predicted[test] = mean
             inside[test] = np.abs(mean - self.ms[test]) < _Z90 * np.hypot(sd, self.sd[test])
             linear[test] = line_of_macs(self.space, *part[:2])(self.vectors[test])
-        return Errors(
+        return PredictionErrors(
             networks=networks,
             median=float(np.median(np.abs(predicted / self.ms - 1))),
             tau=float(kendalltau(predicted, self.ms).statistic),
@@ -250,7 +270,7 @@ class LatencyModel:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What was measured and :attr:`errors`, as plain JSON values; it is fitted anew."""
+        """The measurements and :attr:`errors` as JSON values; :meth:`from_json` fits again."""
         networks = len(np.unique(self.vectors, axis=0))
         return {
             "fingerprint": self.space.fingerprint,
@@ -261,32 +281,37 @@ class LatencyModel:
         }
 
     @classmethod
-    def from_json(cls, space: SearchSpace, content: Mapping[str, Any]) -> LatencyModel:
-        """The model behind :meth:`to_json`'s values.
+    def from_json(cls, space: SearchSpace, content: Mapping[str, Any]) -> LatencyPredictor:
+        """Inverse of :meth:`to_json`.
 
         Raises:
-            StudyError: It is of another space.
+            StudyError: The measurements are of another space.
         """
         if content["fingerprint"] != space.fingerprint:
             raise StudyError(
-                f"a latency model must be of its own space, but this one is not of {space.name!r}: "
-                "measure that one"
+                f"a latency profile must be of its space, but this one is not of {space.name!r}: "
+                "measure a new one"
             )
         model = cls.fit(space, content["vectors"], content["ms"], content["sd"])
         known = content["errors"]
-        return replace(model, _known=None if known is None else Errors(**known))
+        return replace(model, _stored_errors=None if known is None else PredictionErrors(**known))
 
 
 class _Layers:
-    """MACs and output elements of a space's layers, at widths rounded up to whole blocks."""
+    """MACs and output elements of a space's layers, at widths rounded up to whole blocks.
+
+    A layer's MACs are its weight's dims times the number of positions that the weight is applied
+    to, so rounding the two free dims rounds the MACs. The MACs of other layers, such as attention,
+    are not rounded.
+    """
 
     def __init__(self, space: SearchSpace) -> None:
         trace, n = space.trace, len(space.axes)
         units = [axis.divisor for axis in trace.axes]
         self._units = np.array(units, np.float64)
-        self._whole: list[QuadraticForm] = []  # layers whose MACs are no product of a weight's dims
+        self._whole: list[QuadraticForm] = []  # MACs that are no product of a weight's dims
         factors: list[int] = []  # MACs over the product of the weight's free dims
-        positions: list[int] = []  # of its outputs
+        positions: list[int] = []  # positions of the output
         out: list[Poly] = []
         first: list[Poly] = []
         second: list[Poly] = []
@@ -312,16 +337,16 @@ class _Layers:
         shares, elements, _ = self._raw(np.array([base], np.float64), 1)
         self._scale = float(shares.sum()), float(elements.sum()) or 1.0
 
-    def __call__(self, vectors: ArrayLike, step: int) -> tuple[Array, Array, Array]:
-        """M and A, (N, layers), in shares of the base's sums, and how many widths are off."""
-        macs, elements, off = self._raw(np.atleast_2d(np.asarray(vectors, np.float64)), step)
+    def __call__(self, vectors: ArrayLike, block: int) -> tuple[Array, Array, Array]:
+        """M and A, and the number of each layer's widths that are not whole blocks; (N, layers)."""
+        macs, elements, off = self._raw(np.atleast_2d(np.asarray(vectors, np.float64)), block)
         return macs / self._scale[0], elements / self._scale[1], off
 
-    def _raw(self, vectors: Array, step: int) -> tuple[Array, Array, Array]:
+    def _raw(self, vectors: Array, block: int) -> tuple[Array, Array, Array]:
         x = vectors / self._units
-        first, off_first = _aligned(x, self._first, step)
-        second, off_second = _aligned(x, self._second, step)
-        out, _ = _aligned(x, self._out, step)
+        first, off_first = _aligned(x, self._first, block)
+        second, off_second = _aligned(x, self._second, block)
+        out, _ = _aligned(x, self._out, block)
         macs = self._factors * first * second
         elements = self._positions * out
         if self._whole:
@@ -344,11 +369,14 @@ def _affine(polys: Sequence[Poly], axes: int) -> tuple[Array, Array]:
     return matrix, constant
 
 
-def _aligned(x: Array, form: tuple[Array, Array], step: int) -> tuple[Array, Array]:
-    """An affine form's values rounded up to whole blocks, where it is not constant; who is off."""
+def _aligned(x: Array, form: tuple[Array, Array], block: int) -> tuple[Array, Array]:
+    """Values of affine forms rounded up to whole blocks, and whether rounding changed them.
+
+    Constant forms are not rounded: no width can change them.
+    """
     matrix, constant = form
     value = x @ matrix + constant
-    blocks = np.ceil(value / step) * step
+    blocks = np.ceil(value / block) * block
     free = (matrix != 0).any(0)
     rounded = np.where(free, blocks, value)
     return rounded, (rounded != value).astype(np.float64)
@@ -356,9 +384,9 @@ def _aligned(x: Array, form: tuple[Array, Array], step: int) -> tuple[Array, Arr
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """The posterior for one step: parameters (u_0, u_1, u_2, p, δ, ε), mean and covariance."""
+    """The posterior for one block size: mean θ = (u_0, u_1, u_2, p, δ, ε) and covariance."""
 
-    step: int
+    block: int
     sigma: float
     theta: Array
     covariance: Array
@@ -372,7 +400,10 @@ class _Fit:
 
 
 def _evaluate(theta: Array, features: Features) -> tuple[Array, Array]:
-    """log t and its gradient: each part's share of t."""
+    """log t, (N,), and its gradient, (N, parameters).
+
+    The gradient with respect to the log of a part's time is the part's share of t.
+    """
     macs, elements, off = features
     slower = math.exp(theta[3]) * off
     layers = macs.shape[1]
@@ -385,12 +416,19 @@ def _evaluate(theta: Array, features: Features) -> tuple[Array, Array]:
     return np.log(total), np.concatenate(parts, 1) / total[:, None]
 
 
-def _solve(features: Features, y: Array, noise: Array, step: int) -> _Fit:
-    """The posterior's maximum by damped Gauss-Newton; σ_δ, σ and the weights by EM on the way."""
+def _fit(features: Features, y: Array, noise: Array, block: int) -> _Fit:
+    """Maximise the posterior by damped Gauss-Newton, with σ_δ, σ and the weights by EM.
+
+    Args:
+        features: M, A and the number of incomplete widths, each (N, layers).
+        y: Measured log times, (N,).
+        noise: Their standard errors, (N,).
+        block: The block size of the features.
+    """
     layers = features[0].shape[1]
     delta, sigma = _DELTA, _SIGMA
     centre = np.zeros(4 + 2 * layers)
-    # To begin with, each of the three parts takes a third of the base's time.
+    # The start: each of the three parts takes a third of the base's time.
     parts = 1 + features[0].sum(1) + features[1].sum(1)
     centre[:3] = np.median(y - np.log(parts))
     centre[3] = _OFF
@@ -416,20 +454,20 @@ def _solve(features: Features, y: Array, noise: Array, step: int) -> _Fit:
         while misfit(theta + move) > error and np.abs(move).max() > 1e-3:
             move /= 2
         theta = theta + move
-        if iteration < _SETTLE:  # else all that is not yet fitted would be taken for noise
+        if iteration < _SETTLE:  # the first misfits are not noise
             continue
         energy = float((theta[4:] ** 2 + np.diag(covariance)[4:]).sum())
         delta = _updated(energy, 2 * layers, _DELTA, _DELTA_WEIGHT)
         missed = (y - value) ** 2 + np.einsum("ij,jk,ik->i", jacobian, covariance, jacobian)
         trust = (_TAIL + 1) / (_TAIL + missed / (sigma**2 + noise**2))
-        # Of each miss, the part that is not the measurement's own noise.
+        # The share of each misfit that is not the known noise of the measurement.
         own = sigma**2 / (sigma**2 + noise**2)
         energy = float((own**2 * trust * missed + own * noise**2).sum())
         before, sigma = sigma, _updated(energy, len(y), _SIGMA, _SIGMA_WEIGHT)
         changed = abs(math.log(sigma / before))
     scale = np.sqrt(sigma**2 + noise**2)
     evidence = float(
-        -np.log(scale).sum()  # constants that are the same for every step are left out
+        -np.log(scale).sum()  # without constants that all block sizes share
         - (_TAIL + 1) / 2 * np.log1p(((y - value) / scale) ** 2 / _TAIL).sum()
         - 0.5 * (((theta - centre) / width) ** 2).sum()
         - np.log(width).sum()
@@ -437,18 +475,19 @@ def _solve(features: Features, y: Array, noise: Array, step: int) -> _Fit:
     )
     for found, expected, w in ((delta, _DELTA, _DELTA_WEIGHT), (sigma, _SIGMA, _SIGMA_WEIGHT)):
         evidence -= w * (math.log(found) + 0.5 * (expected / found) ** 2)
-    return _Fit(step, sigma, theta, np.asarray(covariance, np.float64), evidence)
+    return _Fit(block, sigma, theta, np.asarray(covariance, np.float64), evidence)
 
 
 def _updated(energy: float, count: int, expected: float, weight: float) -> float:
+    """The posterior scale of ``count`` values with a sum of squares, under a prior scale."""
     return math.sqrt((weight * expected**2 + energy) / (weight + count))
 
 
-def _averaged(
+def _fit_all_blocks(
     layers: _Layers, vectors: NDArray[np.int64], ms: Array, sd: Array
 ) -> tuple[tuple[float, _Fit], ...]:
-    """The fits of all steps, each with its probability; those of less than 1% are left out."""
-    fits = [_solve(layers(vectors, step), np.log(ms), sd / ms, step) for step in STEPS]
+    """The fits of all block sizes with their probabilities, without those below 1%."""
+    fits = [_fit(layers(vectors, block), np.log(ms), sd / ms, block) for block in BLOCKS]
     evidence = np.array([fit.evidence for fit in fits])
     weight = np.exp(evidence - evidence.max())
     weight[weight < 0.01 * weight.sum()] = 0
@@ -459,7 +498,7 @@ def _averaged(
 def line_of_macs(
     space: SearchSpace, vectors: ArrayLike, ms: ArrayLike
 ) -> Callable[[ArrayLike], Array]:
-    """``a + b · MACs`` by least squares of relative errors: what any model must beat."""
+    """Fit ``a + b · MACs`` by least squares of relative errors: the baseline of any predictor."""
 
     def terms(widths: ArrayLike) -> Array:
         macs = space.macs(np.atleast_2d(np.asarray(widths))) / space.cost(space.base).macs

@@ -25,7 +25,7 @@ from scipy.stats import qmc
 from widthsearch.errors import StudyError, writing
 from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.latency.predictor import LatencyModel
+from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import check_device, hardware_name
 from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
@@ -41,7 +41,7 @@ def profile(
     vectors: int = 40,
     folder: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> LatencyModel:
+) -> LatencyPredictor:
     """Measure networks of a designed set beside the base until a profile has enough, and fit them.
 
     Args:
@@ -87,7 +87,7 @@ def profile(
             content["sd"].append(standard_error(latency))
             content["errors"] = None
             _write(path, content)
-    model = LatencyModel.from_json(space, content)
+    model = LatencyPredictor.from_json(space, content)
     if content["errors"] is None:
         _write(path, {**content, **model.to_json()})
     return model
@@ -95,7 +95,7 @@ def profile(
 
 def load_profile(
     space: SearchSpace, config: LatencyConfig, folder: Path | None = None
-) -> LatencyModel | None:
+) -> LatencyPredictor | None:
     """The model of a profile that was measured before on this device; None where there is none.
 
     Raises:
@@ -106,7 +106,7 @@ def load_profile(
     if folder is None:
         return None
     content = _read(profile_path(space, config, folder))
-    return None if content is None else LatencyModel.from_json(space, content)
+    return None if content is None else LatencyPredictor.from_json(space, content)
 
 
 def profile_path(space: SearchSpace, config: LatencyConfig, folder: Path | None = None) -> Path:
@@ -168,14 +168,14 @@ def standard_error(latency: Latency) -> float:
     return math.sqrt(math.pi / 2) / 0.6745 * latency.spread_ms / math.sqrt(latency.pairs)
 
 
-def report(model: LatencyModel) -> Table:
+def report(model: LatencyPredictor) -> Table:
     """What a model says of each axis at the base's widths, as a table.
 
     Its title names the device's block of channels and the errors out of sample.
     """
     base = model.space.base
     mean, sd = model(np.array(base.vector))
-    blocks = ", ".join(f"{step} ({p:.0%})" for step, p in model.steps.items())
+    blocks = ", ".join(f"{block} ({p:.0%})" for block, p in model.blocks.items())
     title = f"predicted latency {mean:.3g} ± {sd:.1g} ms; blocks of {blocks} channels"
     caption = None
     if len(np.unique(model.vectors, axis=0)) >= 3:

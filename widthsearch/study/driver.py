@@ -20,7 +20,7 @@ from widthsearch.data.tasks import Task
 from widthsearch.errors import StorageError
 from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.latency.predictor import LatencyModel
+from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.latency.profiles import load_profile
 from widthsearch.proposers import Proposal, Setting, families
 from widthsearch.proposers.families import Candidate
@@ -239,7 +239,7 @@ class Driver:
         )
 
     @cached_property
-    def _profiles(self) -> dict[str, LatencyModel]:
+    def _profiles(self) -> dict[str, LatencyPredictor]:
         """The stored latency profiles of the spaces, for this study's latency configuration."""
         settings = self._config.latency or LatencyConfig()
         if self._config.ray_address is None or "latency_ms" in self._config.objectives:

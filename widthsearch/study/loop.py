@@ -32,7 +32,7 @@ from widthsearch.bayesopt.sampler import Known, WidthSampler
 from widthsearch.bayesopt.surrogate import Coordinates, Surrogate
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency.config import Latency
-from widthsearch.latency.predictor import LatencyModel
+from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.latency.profiles import standard_error
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
@@ -76,7 +76,7 @@ class Search:
         *,
         candidates: Iterable[Candidate] = (),
         measure: Callable[[Trial, float | None], Latency] | None = None,
-        profiles: Mapping[str, LatencyModel] | None = None,
+        profiles: Mapping[str, LatencyPredictor] | None = None,
         retry: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class Search:
         self._driver_lock = driver_lock
         self._measure = measure
         self._profiles = profiles or {}
-        self._latency_models: dict[str, tuple[int, LatencyModel]] = {}
+        self._latency_models: dict[str, tuple[int, LatencyPredictor]] = {}
         self._on_progress = on_progress
         names = {name: space.names for name, space in spaces.items()}
         stopping = config.early_stopping
@@ -348,7 +348,7 @@ class Search:
                         profile.vectors.tolist(), profile.ms, profile.sd, strict=True
                     )
                 ]
-            model = LatencyModel.fit(self.spaces[space], *zip(*rows, strict=True))
+            model = LatencyPredictor.fit(self.spaces[space], *zip(*rows, strict=True))
             self._latency_models[space] = len(measured), model
         return model(vectors)
 
