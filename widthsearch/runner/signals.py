@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM while Ray Tune runs.
 
-Tune must not be interrupted at any place: it wraps or swallows what its callbacks raise, and an
-exception in the middle of a step leaves its actors half started. So signals are deferred to the end
-of a step of Tune's loop, and raise at once everywhere else.
+Tune must not be interrupted within a step of its loop: it wraps or swallows exceptions of its
+callbacks, and may leave actors half started. So signals are deferred to the end of the step, and
+raise at once everywhere else.
 """
 
 from __future__ import annotations
