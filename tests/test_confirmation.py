@@ -1,4 +1,4 @@
-"""Confirming a front: fresh seeds where they decide most, and nothing else."""
+"""Confirmation: finalists are trained again with fresh seeds, and nothing else is."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from widthsearch.errors import StudyError
 from widthsearch.study.trial import Trial
 
 
-def lucky(trial: Trial, epoch: int) -> float:
-    """Accuracy that depends on the widths, and on the seed by luck."""
+def noisy(trial: Trial, epoch: int) -> float:
+    """An accuracy of the widths plus noise of the seed."""
     first, second = trial.widths.vector
-    luck = np.random.default_rng(trial.seed).standard_normal()
-    return min(99.0, 60 + 4 * float(np.log2(first)) + 2 * float(np.log2(second)) + luck)
+    noise = np.random.default_rng(trial.seed).standard_normal()
+    return min(99.0, 60 + 4 * float(np.log2(first)) + 2 * float(np.log2(second)) + noise)
 
 
 def make(folder: Path, trials: int = 16) -> Study:
-    """A study of the tiny space that has been run."""
+    """A finished study of the tiny space."""
     study = Study(tiny.config(trials=trials), tiny.space(), tiny.task(), folder=folder)
     with study.search() as search:
-        tiny.drive(search, lucky)
+        tiny.drive(search, noisy)
     return study
 
 
 def test_finalists_are_trained_again(tmp_path: Path) -> None:
-    """As often as asked in the mean, with seeds that nobody had, at the same costs."""
+    """As often as asked on average, and with fresh seeds."""
     study = make(tmp_path)
     before = study.trials()
     posterior, front = study.posterior(), study.front()
     finalists = {member.number for member in (*front, *posterior.undecided)}
     with study.confirmation(seeds=3) as search:
-        asked = tiny.drive(search, lucky)
+        asked = tiny.drive(search, noisy)
     assert len(asked) == 2 * len(front)
     after = study.trials()
     assert after[: len(before)] == before
@@ -61,37 +61,37 @@ def test_networks_outside_the_limits_are_not_confirmed(tmp_path: Path) -> None:
     limited = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
     front = limited.front()
     with limited.confirmation(seeds=4) as search:
-        confirmed = tiny.drive(search, lucky)
+        confirmed = tiny.drive(search, noisy)
     assert len(confirmed) == 3 * len(front)
     assert all(least <= trial.cost.macs <= most for trial in confirmed)
 
 
-def test_a_confirmed_front_may_still_be_searched(tmp_path: Path) -> None:
-    """Repeats are not counted as the study's own trials."""
+def test_a_confirmed_study_can_be_continued(tmp_path: Path) -> None:
+    """Repeated trainings do not count as the study's own trials."""
     study = make(tmp_path, trials=10)
     with study.confirmation(seeds=2) as search:
-        repeats = len(tiny.drive(search, lucky))
+        repeats = len(tiny.drive(search, noisy))
     assert repeats > 0
     more = Study(tiny.config(trials=12), tiny.space(), tiny.task(), folder=tmp_path)
     with more.search() as search:
-        assert len(tiny.drive(search, lucky)) == 2
+        assert len(tiny.drive(search, noisy)) == 2
 
 
-def test_a_killed_confirmation_goes_on(tmp_path: Path) -> None:
-    """What is left is about what was missing; no trial is lost."""
+def test_a_killed_confirmation_continues(tmp_path: Path) -> None:
+    """The next one trains what is missing; no trial is lost."""
     study = make(tmp_path)
     with study.confirmation(seeds=3) as search:
         total = search._total - search._begun
-        tiny.drive(search, lucky, trials=2)
-        search.ask()  # begun, and killed
+        tiny.drive(search, noisy, trials=2)
+        search.ask()  # begins a trial, which the kill leaves running
     with study.confirmation(seeds=3) as search:
-        tiny.drive(search, lucky)
+        tiny.drive(search, noisy)
     assert all(o.state == "finished" for o in study.trials())
     assert len(study.trials()) >= 16 + min(total, 3)
 
 
 def test_a_study_without_a_front_has_nothing_to_confirm(tmp_path: Path) -> None:
-    """And one seed confirms nothing."""
+    """A study that was not run is refused, and so is a single seed."""
     study = Study(tiny.config(), tiny.space(), tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError, match="run it first"), study.confirmation():
         pass

@@ -1,4 +1,4 @@
-"""The lease: one driver at a time, and none is locked out for long."""
+"""The driver lock: one driver at a time, and no lock of a dead driver stays for long."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(url: str) -> Store:
 
 
 def holder(**changes: object) -> dict[str, object]:
-    """The lease of this very process, with changes."""
+    """The value of a lock that this process holds, with changes."""
     alive = {"token": "t", "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     return {**alive, **changes}
 
@@ -48,7 +48,7 @@ def dead_process() -> int:
 
 
 def test_two_drivers_are_refused(store: Store, url: str) -> None:
-    """The second is told who the first is; when that one has ended, it may."""
+    """The second driver's error names the first; after the first has ended, it gets the lock."""
     second = Store.create(url, "tiny", OBJECTIVES)
     with DriverLock(store):
         with pytest.raises(StudyError) as caught, DriverLock(second):
@@ -61,15 +61,15 @@ def test_two_drivers_are_refused(store: Store, url: str) -> None:
         pass
 
 
-def test_a_dead_drivers_lease_is_free_at_once(store: Store) -> None:
-    """A SIGKILL leaves the lease; on the same host it is seen that the process is gone."""
+def test_the_lock_of_a_dead_process_is_free_at_once(store: Store) -> None:
+    """A SIGKILL leaves the lock; on the same host the process is looked up."""
     store.set_attribute(DriverLock.KEY, holder(pid=dead_process()))
     with DriverLock(store):
         pass
 
 
-def test_a_silent_drivers_lease_runs_out(store: Store) -> None:
-    """On another host only its silence tells."""
+def test_a_lock_without_renewal_times_out(store: Store) -> None:
+    """The process of another host cannot be looked up, so its time decides."""
     store.set_attribute(DriverLock.KEY, holder(host="elsewhere"))
     with pytest.raises(StudyError, match="on elsewhere"), DriverLock(store):
         pass
@@ -80,8 +80,8 @@ def test_a_silent_drivers_lease_runs_out(store: Store) -> None:
         pass
 
 
-def test_a_lease_that_was_taken_over_is_lost(store: Store) -> None:
-    """The driver finds out at its next beat, and leaves the new one's lease alone."""
+def test_a_driver_notices_that_another_took_over(store: Store) -> None:
+    """At its next renewal; it leaves the new driver's lock as it is."""
     other = holder(token="other")
     with DriverLock(store) as driver_lock:
         driver_lock.renew()

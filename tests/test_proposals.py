@@ -1,4 +1,4 @@
-"""Asking proposers: once each, survived when they fail, a user's own by reference."""
+"""Proposers of a study: each runs once, failures are survived, a user's own go by reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.study.config import ProposerConfig
 from widthsearch.study.progress import Progress
-from widthsearch.study.proposals import Failure, ProposalRequest, propose, suggest, told
+from widthsearch.study.proposals import (
+    Failure,
+    ProposalRequest,
+    propose,
+    propose_at_budget,
+    stream_proposal,
+)
 
 OWN = '''
 import os
@@ -91,24 +97,20 @@ def study(folder: Path, *proposers: Any, **changes: Any) -> Study:
 
 
 def origins(of: Study) -> list[str]:
-    """Who proposed each trial."""
+    """The proposer of each trial; empty for a baseline."""
     return [str(o.origin.get("proposer", "")) for o in of.trials()]
 
 
 def drive(of: Study) -> list[str]:
     """Run it by the plain loop; returns the messages."""
-    messages: list[str] = []
-
-    def hear(progress: Progress) -> None:
-        messages.append(progress.message)
-
-    with of.search(hear) as search:
+    progress: list[Progress] = []
+    with of.search(progress.append) as search:
         tiny.drive(search)
-    return messages
+    return [each.message for each in progress]
 
 
-def test_a_users_own_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> None:
-    """Named by reference, with its arguments beside it."""
+def test_a_users_own_proposer_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> None:
+    """It is named by a reference, with its arguments beside it."""
     made = study(
         tmp_path, {"method": f"{own}:halves", "times": 1}, {"method": f"{own}:Bottle", "width": 2}
     )
@@ -116,11 +118,11 @@ def test_a_users_own_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> N
     assert made.failures == {}
     assert {"halves", "bottle"} <= set(origins(made))
     assert f"{own}:halves: seed 0" in messages
-    assert any(m.startswith(f"proposer {own}:halves answered after") for m in messages)
+    assert any(m.startswith(f"proposer {own}:halves finished after") for m in messages)
 
 
 @pytest.mark.parametrize(
-    ("proposer", "said"),
+    ("proposer", "message"),
     [
         ({"method": "{own}:halfs"}, "has no function 'halfs'; did you mean 'halves'"),
         ({"method": "{own}:halves", "time": 1}, "got an unexpected keyword argument 'time'"),
@@ -130,18 +132,18 @@ def test_a_users_own_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> N
         ({"method": "nowhere:all"}, "cannot be imported"),
     ],
 )
-def test_a_reference_that_is_wrong_is_named(
-    tmp_path: Path, own: str, proposer: dict[str, Any], said: str
+def test_a_wrong_reference_is_named(
+    tmp_path: Path, own: str, proposer: dict[str, Any], message: str
 ) -> None:
     """Before anything is trained."""
     proposer["method"] = proposer["method"].format(own=own)
-    with pytest.raises(StudyError, match=said) as caught:
+    with pytest.raises(StudyError, match=message) as caught:
         drive(study(tmp_path, proposer))
     assert "\n" not in str(caught.value)
 
 
-def test_a_proposer_that_fails_is_survived_and_asked_again(tmp_path: Path, own: str) -> None:
-    """The study goes on with the others; the next run asks it anew, and only it."""
+def test_a_proposer_that_failed_runs_again(tmp_path: Path, own: str) -> None:
+    """The study continues with the others; its next run runs the failed one, and only that."""
     made = study(tmp_path, f"{own}:broken", "uniform")
     messages = drive(made)
     assert made.failures == {f"{own}:broken": "RuntimeError: out of ideas"}
@@ -156,8 +158,8 @@ def test_a_proposer_that_fails_is_survived_and_asked_again(tmp_path: Path, own: 
     assert not any("proposer uniform" in m for m in messages)
 
 
-def test_a_finished_study_asks_no_proposer(tmp_path: Path, own: str) -> None:
-    """Neither the failed one nor a new one: no more candidates are needed, unless trials are."""
+def test_a_finished_study_runs_no_proposer(tmp_path: Path, own: str) -> None:
+    """Neither a failed one nor a new one, until the study is given more trials."""
     drive(study(tmp_path, f"{own}:broken"))
     finished = study(tmp_path, f"{own}:broken", f"{own}:halves")
     assert not any("proposer" in message for message in drive(finished))
@@ -168,49 +170,51 @@ def test_a_finished_study_asks_no_proposer(tmp_path: Path, own: str) -> None:
     assert "halves" in origins(more)
 
 
-def test_a_smaller_budget_asks_again(tmp_path: Path) -> None:
-    """What was asked down to a half need not know what a tenth looks like."""
+def test_a_smaller_budget_runs_a_proposer_again(tmp_path: Path) -> None:
+    """A proposal down to one half may lack the networks of one fifth."""
     for trials, budget, asked in [(3, 0.5, True), (4, 0.6, False), (5, 0.2, True)]:
         messages = drive(study(tmp_path, "uniform", budgets=[budget], trials=trials))
         assert any("proposer uniform" in message for message in messages) is asked
 
 
 def test_a_users_own_needs_no_task(own: str) -> None:
-    """It is given None; ours that read data, and its own that say so, still want one."""
+    """It gets None; built-in methods that read data, and a user's own that say so, need one."""
     space, half = tiny.space(), tiny.space().cost(tiny.space().base).macs / 2
-    widths, _ = suggest(ProposerConfig(method=f"{own}:halves"), space, half)
+    widths, _ = propose_at_budget(ProposerConfig(method=f"{own}:halves"), space, half)
     assert space.cost(widths).macs <= half
     with pytest.raises(StudyError, match=":Reader' reads data, but no task was given"):
-        suggest(ProposerConfig(method=f"{own}:Reader"), space, half)
+        propose_at_budget(ProposerConfig(method=f"{own}:Reader"), space, half)
     with pytest.raises(StudyError, match=r"failed: AttributeError: .*; it was given no task"):
-        suggest(ProposerConfig(method=f"{own}:counts"), space, half)
+        propose_at_budget(ProposerConfig(method=f"{own}:counts"), space, half)
     with pytest.raises(StudyError, match="'sensitivity' reads data, but no task was given"):
-        suggest(ProposerConfig(method="sensitivity"), space, half)
+        propose_at_budget(ProposerConfig(method="sensitivity"), space, half)
 
 
 def request(proposer: Any) -> ProposalRequest:
-    """Of the tiny space."""
+    """A request for the tiny space."""
     return ProposalRequest("it", proposer, tiny.space(), Setting(seed=3))
 
 
-def test_what_is_no_proposal_of_the_space_is_refused() -> None:
+def test_a_result_that_is_no_proposal_of_the_space_is_refused() -> None:
     """Another type, another space's axes, widths off the grid, provenance that is no JSON."""
     space, task = tiny.space(), tiny.task()
 
-    def saying(value: object) -> str:
-        answer = propose(request(lambda *_: value), task, print)
-        assert isinstance(answer, Failure)
-        return answer.reason
+    def reason_for(value: object) -> str:
+        failure = propose(request(lambda *_: value), task, print)
+        assert isinstance(failure, Failure)
+        return failure.reason
 
-    assert saying(None).startswith("StudyError: a proposer must return a Proposal, but returned")
+    assert reason_for(None).startswith(
+        "StudyError: a proposer must return a Proposal, but returned"
+    )
     other = Proposal("it", (type(space.base)(("a", "b"), (8, 8)),), {})
-    assert "a proposal's axes must be the space's" in saying(other)
+    assert "a proposal's axes must be the space's" in reason_for(other)
     off = Proposal("it", (tiny.widths(7, 8),), {})
-    assert "first" in saying(off)
-    assert saying(Proposal("it", (space.base,), {"x": object()})).startswith("TypeError")
+    assert "first" in reason_for(off)
+    assert reason_for(Proposal("it", (space.base,), {"x": object()})).startswith("TypeError")
 
 
-def test_reports_come_before_the_answer() -> None:
+def test_reports_come_before_the_result() -> None:
     """As they are made, in order."""
 
     def reporting(space: Any, task: Any, setting: Setting) -> Proposal:
@@ -218,10 +222,9 @@ def test_reports_come_before_the_answer() -> None:
         setting.report("two")
         return Proposal("it", (space.base,), {"seed": setting.seed})
 
-    messages: Iterator[Any] = told(request(reporting), tiny.task())
+    messages: Iterator[Any] = stream_proposal(request(reporting), tiny.task())
     assert [next(messages), next(messages)] == ["one", "two"]
-    answer = next(messages)
-    assert answer.provenance == {"seed": 3}
+    assert next(messages).provenance == {"seed": 3}
     assert list(messages) == []
 
 
@@ -253,7 +256,7 @@ def ends_by(error: BaseException) -> Any:
 )
 def test_every_exception_of_a_proposer_is_its_failure(error: BaseException, reason: str) -> None:
     """In this process and in a task's thread, which would never end without a result."""
-    (streamed,) = told(request(ends_by(error)), tiny.task())
+    (streamed,) = stream_proposal(request(ends_by(error)), tiny.task())
     for failure in (propose(request(ends_by(error)), tiny.task(), print), streamed):
         assert isinstance(failure, Failure)
         assert failure.reason == reason
@@ -265,7 +268,8 @@ def test_ctrl_c_ends_the_study_but_not_a_task() -> None:
     interrupted = request(ends_by(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         propose(interrupted, tiny.task(), print)
-    assert [result.reason for result in told(interrupted, tiny.task())] == ["KeyboardInterrupt"]
+    results = list(stream_proposal(interrupted, tiny.task()))
+    assert [getattr(result, "reason", None) for result in results] == ["KeyboardInterrupt"]
 
 
 def test_a_report_that_is_no_text_is_a_message() -> None:
@@ -275,19 +279,19 @@ def test_a_report_that_is_no_text_is_a_message() -> None:
         setting.report(5)  # type: ignore[arg-type]
         return Proposal("it", (space.base,), {})
 
-    message, result = told(request(counting), tiny.task())
+    message, result = stream_proposal(request(counting), tiny.task())
     assert message == "5"
     assert isinstance(result, Proposal)
 
 
 @pytest.mark.ray
-def test_ray_asks_side_by_side(tmp_path: Path, own: str) -> None:
-    """Modules that no worker can import travel along; one that kills its process is survived."""
+def test_ray_runs_proposers_in_parallel(tmp_path: Path, own: str) -> None:
+    """The user's own modules are sent along; a proposer that kills its process is survived."""
     names = ("dies", "halves", "broken", "leaves")
     made = study(tmp_path, *(f"{own}:{name}" for name in names), "sensitivity", trials=3)
-    heard: list[Progress] = []
-    made.run(heard.append)
-    messages = [progress.message for progress in heard]
+    history: list[Progress] = []
+    made.run(history.append)
+    messages = [progress.message for progress in history]
     assert made.failures[f"{own}:broken"] == "RuntimeError: out of ideas"
     assert made.failures[f"{own}:dies"].startswith("its worker process died")
     assert made.failures[f"{own}:leaves"] == "SystemExit: no data here"

@@ -284,10 +284,10 @@ class Study:
                 configuration.
             StorageError: The storage cannot be opened.
         """
-        from widthsearch.study.proposals import in_turn
+        from widthsearch.study.proposals import run_sequentially
 
         driver = self._driver()
-        with driver.search(on_progress, engine or in_turn, retry=retry) as search:
+        with driver.search(on_progress, engine or run_sequentially, retry=retry) as search:
             self.failures = driver.failures
             yield search
 

@@ -107,7 +107,7 @@ def _propose(options: argparse.Namespace) -> int:
     from widthsearch.report.console import open_console, print_line, print_tables
     from widthsearch.space.loading import load_space
     from widthsearch.study.config import ProposerConfig
-    from widthsearch.study.proposals import suggest
+    from widthsearch.study.proposals import propose_at_budget
     from widthsearch.training.recipe import Recipe
 
     study = Study.load(options.space) if options.space.endswith((".yaml", ".yml")) else None
@@ -143,7 +143,7 @@ def _propose(options: argparse.Namespace) -> int:
             latency=None if profile is None else profile.predicted,
             report=lambda line: status.update(f"{options.method}: {line}"),
         )
-        widths, proposal = suggest(config, space, budget, task, setting)
+        widths, proposal = propose_at_budget(config, space, budget, task, setting)
     if options.json:
         print(json.dumps(space_tables.proposal_json(space, widths, proposal), indent=1))
     else:

@@ -19,7 +19,7 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting, families
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.cost import Cost
-from widthsearch.study.proposals import answered
+from widthsearch.study.proposals import stored_proposals
 from widthsearch.study.storage import Store
 from widthsearch.widths import Widths
 
@@ -90,7 +90,9 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
             f"study {study.config.name!r} has too few finished trainings to foretell others: run it"
         )
     spaces, config = study.spaces, study.config
-    found = answered(Store.open(study.storage, config.name), config.proposers, spaces.values())
+    found = stored_proposals(
+        Store.open(study.storage, config.name), config.proposers, spaces.values()
+    )
     for name, space in spaces.items():
         uniform = Uniform()(space, None, Setting())  # type: ignore[arg-type]  # reads no data
         if not any(proposal.method == uniform.method for proposal in found[name]):

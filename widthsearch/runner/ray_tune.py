@@ -141,7 +141,7 @@ class Session:
             adapter = _TuneAdapter(search, first, checkpoints, self._interrupts, owns_ray)
             adapter.fit(task, logs)
         finally:
-            # Before the driver lock is released, so that no worker of ours trains on without it.
+            # Before the driver lock is released, so that no worker trains on without it.
             self._disconnect()
 
     def _start_logging(self) -> Path:

@@ -17,7 +17,7 @@ import torch
 from widthsearch.data.tasks import Task
 from widthsearch.errors import CheckpointError, DeviceError
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, told
+from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, stream_proposal
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import Trainer
 from widthsearch.widths import Widths
@@ -177,4 +177,4 @@ def run_proposer(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
     except BaseException as error:  # noqa: BLE001  SystemExit too; reported, with its traceback
         yield Failure.of(error)
         return
-    yield from told(request, task)
+    yield from stream_proposal(request, task)

@@ -1,4 +1,4 @@
-"""Trains finalists of a study again, where that decides most about its front."""
+"""Confirms a front: trains its members, and near members, again with fresh seeds."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths
 
-_DECIDED = 0.05
-"""What the doubt about a finalist, p (1 − p), counts at least, so that each is trained again."""
+_MIN_DOUBT = 0.05
+"""The least value of p (1 − p): a member of the front with p near 0 is trained again as well."""
 
 
 class Confirmation(Search):
-    """The search whose trials are trainings of networks that were trained before.
+    """A search whose trials are repeated trainings of finalists.
 
-    Each next one goes to the finalist (on the front, or perhaps on it) where doubt about its being
-    dominated times the variance of its believed accuracy is greatest; what is in training already
-    counts as if it had come out as believed.
+    The finalists are the members of the front and the undecided networks, all within the limits.
+    Each next trial goes to the finalist with the greatest
+
+        max(p (1 − p), 0.05) · v / (1 + k v / n),
+
+    where p is its probability of being dominated, v the posterior variance of its accuracy, n the
+    noise variance of one training, and k the number of its trainings that run now. The last factor
+    is the variance that is left once those end: for one normal mean, precisions add,
+    1 / (1 / v + k / n). So doubtful and uncertain finalists come first, and none is trained twice
+    at once without need.
+
+    Example: v = n = 1, p = 0.5. With no training running the value is 0.25 · 1; with one running it
+    is 0.25 · 1 / (1 + 1) = 0.125, so another finalist with p = 0.5 and v = 0.6 comes next.
+
+    Without a surrogate (too few finished trials), the finalist with the fewest trainings is next.
 
     Args:
         config: The study's configuration.
         spaces: Its spaces by name.
         store: Its storage.
-        lease: The right to drive it.
-        seeds: How many trainings the front's members are to have in the mean.
-        on_progress: Is told where it stands.
+        driver_lock: The lock that this process holds.
+        seeds: The mean number of trainings that the members of the front are to have.
+        on_progress: Called with the progress of the study.
     """
 
     def __init__(
@@ -69,23 +81,23 @@ class Confirmation(Search):
             (self.trials[number].space, self.trials[number].widths) for number in self.running
         )
 
-        def worth(member: Trial) -> tuple[float, int]:
+        def priority(member: Trial) -> tuple[float, int]:
             estimate = posterior[member]
-            waiting = pending[member.space, member.widths]
-            if estimate.sd is None or posterior.surrogate is None:  # whoever was trained least
-                return -estimate.trainings - waiting, -member.number
+            k = pending[member.space, member.widths]
+            if estimate.sd is None or posterior.surrogate is None:
+                return -estimate.trainings - k, -member.number
             p = estimate.dominated or 0.0
             variance, noise = estimate.sd**2, posterior.surrogate.noise**2
-            left = variance / (1 + waiting * variance / max(noise, 1e-12))
-            return max(p * (1 - p), _DECIDED) * left, -member.number
+            left = variance / (1 + k * variance / max(noise, 1e-12))
+            return max(p * (1 - p), _MIN_DOUBT) * left, -member.number
 
-        chosen = max(finalists.values(), key=worth)
+        chosen = max(finalists.values(), key=priority)
         return Candidate(chosen.space, chosen.widths, {"confirms": chosen.number})
 
     def _begin(self, candidate: Candidate) -> Trial:
         trial = super()._begin(candidate)
         latency = self.trials[int(str(candidate.origin["confirms"]))].latency
-        if latency is not None:  # it does not depend on the seed
+        if latency is not None:  # of the architecture: it does not depend on the seed
             self._store.record_latency(trial.number, latency)
             trial = self.trials[trial.number] = replace(trial, latency=latency)
         return trial

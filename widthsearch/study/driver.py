@@ -32,7 +32,7 @@ from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Search
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.progress import Progress
-from widthsearch.study.proposals import Engine, ProgressCallback, ProposalRequest, proposals
+from widthsearch.study.proposals import Engine, ProgressCallback, ProposalRequest, collect_proposals
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
@@ -261,7 +261,7 @@ class Driver:
             for method in config.proposers:
                 label = self._label(method, space)
                 asked.append((method, ProposalRequest(label, method.make(), space, own, threads)))
-        found, self.failures = proposals(store, asked, self._task.for_search(), engine, say)
+        found, self.failures = collect_proposals(store, asked, self._task.for_search(), engine, say)
         return found
 
     def _label(self, proposer: ProposerConfig, space: SearchSpace) -> str:

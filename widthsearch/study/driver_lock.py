@@ -1,4 +1,4 @@
-"""The lease of a study: one driver at a time, or trials would be trained twice."""
+"""The lock of a study: two drivers at once would train the same trials twice."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from widthsearch.errors import StorageError, StudyError
 from widthsearch.study.storage import Store
 
 HEARTBEAT_SECONDS = 5.0
+"""The time between two renewals of the lock."""
+
 TIMEOUT_SECONDS = 30.0
+"""The time without a renewal after which the lock is free."""
 
 
 class DriverLock:
-    """The right to drive a study, held from ``with`` to its end.
+    """The right to drive a study, held within its ``with`` block.
 
-    It is a study attribute with the holder and a time, renewed every few seconds by a thread. A
-    holder that is dead (same host, no such process) or silent for ``LEASE_SECONDS`` has lost it.
-    Two drivers that take it in the same instant both write, and the one that was overwritten finds
-    out at its next beat.
+    The lock is an attribute of the study that names its holder and a time; a thread renews it. It
+    is free if the holder's process has ended (which can be seen on the same host only), or if it
+    was not renewed for ``TIMEOUT_SECONDS``.
+
+    Two drivers that take it in the same instant both write the attribute. The one whose value was
+    overwritten sees this at its next renewal, and its next :meth:`check` raises.
+
+    Args:
+        store: The study's storage.
     """
 
     KEY = "driver"
@@ -34,7 +42,7 @@ class DriverLock:
         self._token = secrets.token_hex(8)
         self._ended = threading.Event()
         self._lost = False
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="driver-lock", daemon=True)
 
     def __enter__(self) -> DriverLock:
         holder = self._store.attribute(self.KEY)
@@ -54,7 +62,7 @@ class DriverLock:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            # Where the storage is what broke, that error is on its way; the lease runs out.
+            # If the storage has failed, its error is already being raised; the lock times out.
             with contextlib.suppress(StorageError):
                 self._store.set_attribute(self.KEY, None)
 
@@ -67,7 +75,7 @@ class DriverLock:
             )
 
     def renew(self) -> None:
-        """Give a sign of life, unless another driver has taken over."""
+        """Write the current time, unless another driver has taken over."""
         holder = self._store.attribute(self.KEY)
         if holder is None or holder["token"] != self._token:
             self._lost = True
@@ -85,12 +93,13 @@ class DriverLock:
 
     def _beat(self) -> None:
         while not self._lost and not self._ended.wait(HEARTBEAT_SECONDS):
-            # A full disk or a network's hiccup: the driver's own next write says so aloud.
+            # A full disk or a network fault: the driver's own next write raises the error.
             with contextlib.suppress(StorageError):
                 self.renew()
 
 
 def _is_gone(holder: Mapping[str, Any]) -> bool:
+    """Whether a holder has lost the lock."""
     if time.time() - holder["time"] > TIMEOUT_SECONDS:
         return True
     if holder["host"] != socket.gethostname():

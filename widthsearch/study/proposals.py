@@ -1,6 +1,7 @@
-"""Asking the proposers of a study: each of them once, its answer in the storage.
+"""Runs the proposers of a study, each one once, and stores their proposals.
 
-Whoever computes is an :data:`Engine`: the runner's asks on Ray, side by side; :func:`in_turn` here.
+An :data:`Engine` runs them: :func:`run_sequentially` in this process, the runner's in parallel on
+Ray.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProposalRequest:
-    """A proposer, and what it is given beside the data.
+    """A proposer and its arguments, apart from the data.
 
     Attributes:
-        label: What it is called in messages.
+        label: The proposer's name in messages.
         proposer: The method.
         space: The space.
-        setting: The rest.
-        threads: CPU threads that it computes with; None leaves torch's number.
+        setting: The other arguments.
+        threads: The number of CPU threads; None leaves torch's number.
     """
 
     label: str
@@ -53,11 +54,11 @@ class ProposalRequest:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no proposal.
+    """The reason why a proposer has no proposal, or why a candidate cannot be trained.
 
     Attributes:
-        reason: In one line.
-        traceback: All of it.
+        reason: The reason, in one line.
+        traceback: The traceback of the exception; empty if there was none.
     """
 
     reason: str
@@ -78,7 +79,8 @@ ProposalResult = Proposal | Failure
 Engine = Callable[
     [Sequence[ProposalRequest], Task, ProgressCallback], Iterator[tuple[int, ProposalResult]]
 ]
-"""Answers questions about a task, by their index, in any order; says how far each is meanwhile."""
+"""Runs proposers on a task and passes on their messages. Yields the index of each request with its
+result, in any order."""
 
 
 def propose(
@@ -90,41 +92,41 @@ def propose(
         with fixed_threads(request.threads):
             # None is for those that read no data.
             proposal = request.proposer(request.space, task, setting)  # type: ignore[arg-type]
-        return _checked(proposal, request.space)
+        return _validated(proposal, request.space)
     except KeyboardInterrupt:  # the user's
         raise
     except BaseException as error:  # noqa: BLE001  SystemExit too; reported, with its traceback
         return Failure.of(error)
 
 
-def _checked(proposal: object, space: SearchSpace) -> Proposal:
-    """The proposal, if it is one and of this space."""
+def _validated(proposal: object, space: SearchSpace) -> Proposal:
+    """Check that a method returned a proposal of this space, which can be stored."""
     if not isinstance(proposal, Proposal):
         raise StudyError(f"a proposer must return a Proposal, but returned {proposal!r}")
     for widths in proposal.trajectory:
         if widths.names != space.names:
             raise WidthsError(f"a proposal's axes must be the space's, but are {widths.names}")
         space.widths(widths)
-    json.dumps(proposal.to_json())
+    json.dumps(proposal.to_json())  # raises TypeError for provenance that is no JSON
     return proposal
 
 
-def told(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]:
-    """Ask a proposer in a thread; yield the messages it reports, then its result.
+def stream_proposal(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]:
+    """Run a proposer in a thread; yield the messages that it reports, then its result.
 
     However the proposer ends, the thread puts a result into the queue: else the loop would wait for
     ever.
     """
     messages: queue.Queue[str | ProposalResult] = queue.Queue()
 
-    def ask() -> None:
+    def run() -> None:
         try:
             result = propose(request, task, messages.put)
         except BaseException as error:  # noqa: BLE001  KeyboardInterrupt, which no user sent here
             result = Failure.of(error)
         messages.put(result)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while True:
         message = messages.get()
@@ -134,68 +136,71 @@ def told(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]
             return
 
 
-def in_turn(
-    requests: Sequence[ProposalRequest], task: Task, say: ProgressCallback
+def run_sequentially(
+    requests: Sequence[ProposalRequest], task: Task, report: ProgressCallback
 ) -> Iterator[tuple[int, ProposalResult]]:
-    """The plain engine: one after the other, in this process."""
+    """The engine without Ray: runs proposers one after the other, in this process."""
     for i, request in enumerate(requests):
-        yield i, propose(request, task, partial(_labelled, say, request.label))
+        yield i, propose(request, task, partial(_report_labelled, report, request.label))
 
 
-def _labelled(say: ProgressCallback, label: str, line: str) -> None:
-    say(f"{label}: {line}")
+def _report_labelled(report: ProgressCallback, label: str, message: str) -> None:
+    report(f"{label}: {message}")
 
 
-def proposals(
+def collect_proposals(
     store: Store,
-    asked: Sequence[tuple[ProposerConfig, ProposalRequest]],
+    requests: Sequence[tuple[ProposerConfig, ProposalRequest]],
     task: Task,
     engine: Engine,
-    say: ProgressCallback,
+    report: ProgressCallback,
 ) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
-    """The answer to each question: from the storage, where it was asked for networks as small.
+    """The proposals of all requests: stored ones, and new ones of the proposers that lack one.
+
+    A proposer runs again if its stored proposal was made for larger networks than are wanted now
+    (``Setting.lowest``), or if it failed before.
 
     Args:
         store: The study's storage.
-        asked: The questions, each with its proposer's configuration.
+        requests: The requests, each with its proposer's configuration.
         task: The data, without a test split.
-        engine: Who computes.
-        say: Is told how far each is, what failed, and what is done.
+        engine: Runs the proposers.
+        report: Called with the proposers' messages, and as each one finishes or fails.
 
     Returns:
-        The proposals in the order of the questions, by the space's name, and the reasons why some
-        are missing, by the question's label. A missing one is asked again by the next run.
+        The proposals in the order of the requests, by the space's name, and the reasons of the
+        failures, by the request's label.
     """
     found: dict[int, Proposal] = {}
-    keys = [_key(config, request.space) for config, request in asked]
-    for i, (key, (_, request)) in enumerate(zip(keys, asked, strict=True)):
+    keys = [_key(config, request.space) for config, request in requests]
+    for i, (key, (_, request)) in enumerate(zip(keys, requests, strict=True)):
         stored = store.attribute(key)
         if stored is not None and stored["lowest"] <= request.setting.lowest:
             found[i] = Proposal.from_json(stored)
-    missing = [i for i in range(len(asked)) if i not in found]
+    missing = [i for i in range(len(requests)) if i not in found]
     failures = {}
     begun = time.monotonic()
-    for index, answer in engine([asked[i][1] for i in missing], task, say):
+    for index, result in engine([requests[i][1] for i in missing], task, report):
         i = missing[index]
-        request = asked[i][1]
-        if isinstance(answer, Failure):
-            failures[request.label] = answer.reason
-            _logger.info("proposer %s failed\n%s", request.label, answer.traceback)
-            say(f"proposer {request.label} failed: {answer.reason}")
+        request = requests[i][1]
+        if isinstance(result, Failure):
+            failures[request.label] = result.reason
+            _logger.info("proposer %s failed\n%s", request.label, result.traceback)
+            report(f"proposer {request.label} failed: {result.reason}")
         else:
-            store.set_attribute(keys[i], {**answer.to_json(), "lowest": request.setting.lowest})
-            found[i] = answer
-            say(f"proposer {request.label} answered after {time.monotonic() - begun:.1f} s")
-    by_space: dict[str, list[Proposal]] = {request.space.name: [] for _, request in asked}
+            store.set_attribute(keys[i], {**result.to_json(), "lowest": request.setting.lowest})
+            found[i] = result
+            report(f"proposer {request.label} finished after {time.monotonic() - begun:.1f} s")
+    by_space: dict[str, list[Proposal]] = {request.space.name: [] for _, request in requests}
     for i in sorted(found):
-        by_space[asked[i][1].space.name].append(found[i])
+        by_space[requests[i][1].space.name].append(found[i])
     return by_space, failures
 
 
-def answered(
+def stored_proposals(
     store: Store, methods: Sequence[ProposerConfig], spaces: Iterable[SearchSpace]
 ) -> dict[str, list[Proposal]]:
-    """The answers that a study's storage has, by the space's name; none is asked for."""
+    """The proposals in a study's storage, by the space's name; no proposer runs."""
     found: dict[str, list[Proposal]] = {}
     for space in spaces:
         stored = [store.attribute(_key(config, space)) for config in methods]
@@ -204,30 +209,30 @@ def answered(
 
 
 def _key(config: ProposerConfig, space: SearchSpace) -> str:
-    """Where the storage has a proposer's answer."""
+    """The attribute of the storage that holds a proposer's proposal."""
     content = json.dumps([config.model_dump(mode="json"), space.fingerprint], sort_keys=True)
     return f"proposal:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def suggest(
+def propose_at_budget(
     config: ProposerConfig,
     space: SearchSpace,
     budget: float,
     task: Task | None = None,
     setting: Setting | None = None,
 ) -> tuple[Widths, Proposal]:
-    """One method's widths at one budget.
+    """Run one method, and scale its proposal to one budget.
 
     Args:
-        config: The method and its fields.
+        config: The method and its hyperparameters.
         space: The space.
         budget: In MACs; met from below within one step of one axis.
-        task: The data; None for methods that read none (their ``reads_data`` is False), and for a
-            user's own, unless its ``reads_data`` is True.
-        setting: The rest; by default a :class:`Setting` down to this budget.
+        task: The data. It may be None for a method that reads none: a built-in one whose
+            ``reads_data`` is False, or a user's own whose ``reads_data`` is not True.
+        setting: The other arguments; its ``lowest`` is replaced by this budget's.
 
     Returns:
-        The widths, and the proposal whose linear family they are from.
+        The widths, and the proposal whose linear family has them.
 
     Raises:
         StudyError: The method reads data and there is none, or it fails.
@@ -246,8 +251,8 @@ def suggest(
     lowest = min(1.0, budget / space.cost(space.base).macs)
     setting = setting or Setting()
     request = ProposalRequest(config.method, proposer, space, replace(setting, lowest=lowest))
-    answer = propose(request, task and task.for_search(), setting.report)
-    if isinstance(answer, Failure):
+    result = propose(request, task and task.for_search(), setting.report)
+    if isinstance(result, Failure):
         without = "; it was given no task" if task is None else ""
-        raise StudyError(f"method {config.method!r} failed: {answer.reason}{without}")
-    return scale_proposal(space, answer, budget), answer
+        raise StudyError(f"method {config.method!r} failed: {result.reason}{without}")
+    return scale_proposal(space, result, budget), result
