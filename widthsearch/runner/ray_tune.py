@@ -55,6 +55,12 @@ class Session:
         config: The study's configuration.
         folder: The study's folder, for checkpoints and logs. On a cluster all nodes must share it,
             so that a trial whose worker died can continue from its last checkpoint.
+
+    Example, which starts Ray::
+
+        with Session(study.config, study.folder) as session:
+            with study.search(engine=session.propose) as search:
+                session.train(search, study.task)
     """
 
     def __init__(self, config: StudyConfig, folder: Path) -> None:

@@ -22,6 +22,12 @@ class Interrupts:
 
     Attributes:
         requested: Whether a signal has arrived.
+
+    Example:
+        >>> with Interrupts() as interrupts, interrupts.deferred():
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     interrupts.requested
+        True
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

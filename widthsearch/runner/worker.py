@@ -79,6 +79,19 @@ class Worker:
         checkpoints: The folder with one folder per trial.
         gpu_share: This worker's share of a GPU. It may allocate that share of the GPU's memory, so
             that a large trial fails itself instead of the trials beside it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from widthsearch.data.tasks import load_task
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> spaces = {"net": pickle.dumps(SearchSpace.from_model(model, (1, 8, 8)))}
+        >>> recipe = Recipe(epochs=1, batch_size=32)
+        >>> with TemporaryDirectory() as folder:
+        ...     worker = Worker(load_task("digits"), spaces, recipe, "cpu", 1, Path(folder))
+        ...     worker.start_trial(0, "net", [4], seed=0)
+        ...     len(worker.step().curve)
+        1
     """
 
     task: Task

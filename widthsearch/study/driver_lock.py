@@ -33,6 +33,13 @@ class DriverLock:
 
     Args:
         store: The study's storage.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = Store.create(f"sqlite:///{folder}/study.db", "mine", ("accuracy", "macs"))
+        ...     with DriverLock(store) as driver_lock:
+        ...         driver_lock.check()  # raises StudyError if another driver has taken over
     """
 
     KEY = "driver"

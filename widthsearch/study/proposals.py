@@ -43,6 +43,16 @@ class ProposalRequest:
         space: The space.
         setting: The other arguments.
         threads: The number of CPU threads; None leaves torch's number.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.proposers.uniform import Uniform
+        >>> def make_model():
+        ...     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> space = SearchSpace.from_model(make_model, (3, 8, 8))
+        >>> request = ProposalRequest("uniform", Uniform(), space, Setting())
+        >>> propose(request, None, print).trajectory[-1]
+        Widths({'0': 1})
     """
 
     label: str
@@ -59,6 +69,13 @@ class Failure:
     Attributes:
         reason: The reason, in one line.
         traceback: The traceback of the exception; empty if there was none.
+
+    Example:
+        >>> try:
+        ...     raise SystemExit("no data here")
+        ... except SystemExit as error:
+        ...     Failure.of(error).reason
+        'SystemExit: no data here'
     """
 
     reason: str
