@@ -1,4 +1,4 @@
-"""What proposals promise at every size."""
+"""The forecast of each proposal at every size."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def study(folder: Path, trials: int, **changes: object) -> Study:
     return made
 
 
-def test_every_proposal_is_foretold_at_every_budget(tmp_path: Path) -> None:
-    """Its family's member, narrower and wider than the base, with cost and belief."""
+def test_every_proposal_has_a_forecast_at_every_budget(tmp_path: Path) -> None:
+    """Its family's member, narrower and wider than the base, with cost and estimate."""
     done = study(tmp_path, 16, proposers=["sensitivity"])
     found = forecast(done, (0.25, 1.0, 2.0))
     of = {(each.origin["proposer"], each.origin["budget"]) for each in found}
@@ -41,7 +41,9 @@ def test_every_proposal_is_foretold_at_every_budget(tmp_path: Path) -> None:
         if each.origin["proposer"] == "uniform":
             assert each.widths == scale_proposal(space, uniform, each.origin["budget"] * base)
         truth = 2.0 * sum(each.widths.vector) + 4  # after four epochs
-        assert abs(each.accuracy - truth) < 4 * each.sd + 0.5
+        sd = each.estimate.sd
+        assert sd is not None
+        assert abs(each.estimate.accuracy - truth) < 4 * sd + 0.5
     trained = {trial.widths for trial in done.trials()}
     assert all(each.trained == (each.widths in trained) for each in found)
 
@@ -54,26 +56,72 @@ def test_chances_and_gains_by_hand(tmp_path: Path) -> None:
         best = max(
             posterior.accuracy(o) for o in posterior.members if o.cost.macs <= each.cost.macs
         )
-        z = (each.accuracy - best) / each.sd
+        sd = each.estimate.sd
+        assert sd is not None
+        z = (each.estimate.accuracy - best) / sd
         chance = 0.5 * (1 + math.erf(z / math.sqrt(2)))
         density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
         assert each.beats_front == pytest.approx(chance)
-        assert each.gain == pytest.approx(each.sd * (density + z * chance), abs=1e-9)
+        assert each.gain == pytest.approx(sd * (density + z * chance), abs=1e-9)
 
 
-def test_the_next_training_is_the_greatest_gain_of_what_is_open(tmp_path: Path) -> None:
-    """It is named with its widths; what is trained says so."""
+def test_the_next_training_is_the_greatest_gain_within_the_trained_sizes(tmp_path: Path) -> None:
+    """It is named with its widths; trained and extrapolated members are marked, and not named."""
     done = study(tmp_path, 12)
     found = forecast(done)
-    open_ = [each for each in found if not each.trained]
+    open_ = [each for each in found if not (each.trained or each.extrapolated)]
     best = max(open_, key=lambda each: each.gain)
-    table, line = report.forecast_table(found).renderables
-    assert str(dict(best.widths)) in str(line)
+    table, *lines = report.forecast_table(found).renderables
+    assert str(dict(best.widths)) in str(lines[-1])
     assert table.row_count == len(found)
-    assert report.forecast_table([e for e in found if e.trained]).renderables[1:] == []
+    (note,) = report.forecast_table([e for e in found if e.trained]).renderables[1:]
+    assert str(note).startswith("P(beats front): ")
 
 
-def test_too_few_trainings_foretell_nothing(tmp_path: Path) -> None:
-    """And the error says what to do."""
-    with pytest.raises(StudyError, match="too few finished trainings to foretell others: run it"):
+def test_beyond_the_trained_sizes_a_forecast_is_extrapolated(tmp_path: Path) -> None:
+    """MACs outside of those of the finished trials, or a width more than a step outside."""
+    done = study(tmp_path, 9, budgets=[0.25, 0.5], limits={"macs": [0, 4500]}, baselines=0.5)
+    found = forecast(done, (0.05, 0.1, 0.25, 0.4, 0.75, 1.0, 1.5, 2.0))
+    members = done.posterior().members
+    macs = [member.cost.macs for member in members]
+    ends = [
+        (min(widths) - 2, max(widths) + 2)
+        for widths in zip(*(member.widths.vector for member in members), strict=True)
+    ]
+    for each in found:
+        within = [low <= w <= high for w, (low, high) in zip(each.widths.vector, ends, strict=True)]
+        inside = all(within) and min(macs) <= each.cost.macs <= max(macs)
+        assert each.extrapolated == (not inside)
+    assert {each.extrapolated for each in found if not each.trained} == {False, True}
+    widest = max(found, key=lambda each: each.cost.macs)
+    assert widest.extrapolated
+    assert widest.gain == max(each.gain for each in found)
+    table, _, note, advice = report.forecast_table(found).renderables
+    assert sum(str(cell).endswith(" *") for cell in table.columns[2].cells) == sum(
+        each.extrapolated for each in found
+    )
+    assert str(note).startswith("*: extrapolated")
+    assert str(dict(widest.widths)) not in str(advice)
+    advice_less = report.forecast_table([each for each in found if each.extrapolated]).renderables
+    assert len(advice_less) == 3
+
+
+def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> None:
+    """Also where the trend leads above 100%; the gain ends there too."""
+    made = Study(tiny.config(trials=12), tiny.space(), tiny.task(), folder=tmp_path)
+    with made.search() as search:
+        tiny.drive(search, lambda trial, _: min(100.0, 90.0 + sum(trial.widths.vector) / 2))
+    found = forecast(made)
+    best = max(found, key=lambda each: each.estimate.accuracy)
+    assert best.estimate.sd is not None
+    assert best.estimate.accuracy + 1.645 * best.estimate.sd > 100
+    for each in found:
+        content = each.to_json()["estimated"]
+        low, high = content["interval"]
+        assert 0 <= low <= content["accuracy"] <= high <= 100
+
+
+def test_too_few_trainings_give_no_forecast(tmp_path: Path) -> None:
+    """The error names the number that is needed."""
+    with pytest.raises(StudyError, match=r"a forecast needs 8 finished trials, but .* has 4: run"):
         forecast(study(tmp_path, 4))

@@ -154,11 +154,11 @@ def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_pat
     figure.draw_without_rendering()
     assert len(figure.axes) == len(objectives) - 1
     for axes, cost in zip(figure.axes, objectives[1:], strict=True):
-        assert [text.get_text() for text in axes.texts] == [str(o.id) for o in front]
+        assert [text.get_text() for text in axes.texts] == [str(t.number) for t in front]
         drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
         assert set(drawn) == {f"{name}, estimated" for name in ("front", "uniform", "random")}
         points = drawn["front, estimated"].get_xydata().tolist()
-        assert points == [[getattr(o.cost, cost), posterior.accuracy(o)] for o in front]
+        assert points == [[getattr(t.cost, cost), posterior.accuracy(t)] for t in front]
         ticks = axes.xaxis.get_ticklabels(which="both")
         low, high = axes.get_xlim()
         shown = [t for t in ticks if t.get_text() and low <= t.get_position()[0] <= high]

@@ -1,11 +1,14 @@
-"""What a person sees."""
+"""Tables, the lines below them, and the live view."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 from rich.console import Console, RenderableType
@@ -15,7 +18,8 @@ from widthsearch.report.console import print_line, print_tables, short
 from widthsearch.report.progress import LiveView
 from widthsearch.report.space_tables import space_tables
 from widthsearch.space.cost import Cost
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.front import equal_cost_pairs
+from widthsearch.study.posterior import AccuracyEstimate, AccuracyPosterior
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Trial
@@ -33,22 +37,30 @@ def trial(number: int, macs: int, accuracy: float, milliseconds: float) -> Trial
     )
 
 
+UNIFORM = {"proposer": "uniform", "family": "linear", "budget": 0.5, "baseline": True}
+
+
+def posterior_of(trials: Sequence[Trial]) -> AccuracyPosterior:
+    """The posterior of a study of accuracy and MACs with these trials."""
+    return AccuracyPosterior(trials, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
+
+
 def test_members_whose_latency_is_not_shown_to_fall_are_named() -> None:
-    """Fewer MACs, no faster beyond two standard errors: said; faster, or with more MACs: not."""
+    """Those with fewer MACs that are not faster by more than two standard errors."""
     base = trial(0, 1000, 90.0, 1.0)
     slower = trial(1, 500, 89.0, 1.2)
     same = trial(2, 400, 88.0, 0.995)
     faster = trial(3, 300, 87.0, 0.8)
     wider = trial(4, 2000, 91.0, 1.5)
-    said = report.remarks([faster, same, slower, base, wider], base)
-    assert said == [  # two standard errors of four pairs: 2 × 1.858 × 0.01 / √4
-        "Latency is not shown to fall, though MACs do, on none (id, share of the base's MACs: of "
-        "its latency ± two standard errors): 2 (0.40: 0.99 ± 0.02), 1 (0.50: 1.20 ± 0.02)."
+    remarks = report.latency_remarks([faster, same, slower, base, wider], base)
+    assert remarks == [  # two standard errors of four pairs: 2 × 1.858 × 0.01 / √4
+        "Fewer MACs, but no significantly lower latency on none (id, MACs/base: ms/base ± two "
+        "standard errors): 2 (0.40: 0.99 ± 0.02), 1 (0.50: 1.20 ± 0.02)."
     ]
     assert slower.latency is not None
     elsewhere = replace(slower, latency=replace(slower.latency, hardware="another"))
-    assert len(report.remarks([same, elsewhere], base)) == 2
-    assert report.remarks([faster, wider], base) == []
+    assert len(report.latency_remarks([same, elsewhere], base)) == 2
+    assert report.latency_remarks([faster, wider], base) == []
 
 
 def test_the_front_volume_by_hand() -> None:
@@ -56,34 +68,87 @@ def test_the_front_volume_by_hand() -> None:
     low, high = trial(1, 100, 80.0, 1.0), trial(2, 200, 90.0, 1.0)
     middle = trial(3, 150, 88.0, 1.0)
     every = [low, high, middle]
-    posterior = AccuracyPosterior(
-        every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
-    )
+    posterior = posterior_of(every)
     assert report.front_volume([low, high], posterior) == pytest.approx(0.0)
     assert report.front_volume([low, middle, high], posterior) == pytest.approx(0.8 * 0.5)
     assert report.front_volume([], posterior) == 0.0
 
 
-def test_the_front_is_compared_with_baselines_at_equal_cost() -> None:
-    """By hand: at 100 MACs 80% against 78%, at 200 MACs 90% against 92%; a loss is a loss."""
-    mine = [trial(1, 100, 80.0, 1.0), trial(2, 200, 90.0, 1.0)]
-    uniform = {"proposer": "uniform", "family": "linear", "budget": 0.5, "baseline": True}
-    rivals = [
-        replace(trial(3, 100, 78.0, 1.0), origin=uniform),
-        replace(trial(4, 200, 92.0, 1.0), origin=uniform),
-        replace(trial(5, 50, 70.0, 1.0), origin=uniform),
+def test_rivals_are_paired_with_the_most_accurate_network_that_costs_no_more() -> None:
+    """By hand: one at 100 MACs, one at 200 MACs, and a rival that none can be compared with."""
+    small, large = trial(1, 100, 80.0, 1.0), trial(2, 200, 90.0, 1.0)
+    rivals = [trial(3, 150, 78.0, 1.0), trial(4, 200, 92.0, 1.0), trial(5, 50, 70.0, 1.0)]
+    accuracy = posterior_of([small, large]).accuracy
+    assert equal_cost_pairs([small, large], rivals, "macs", accuracy) == [
+        (small, rivals[0]),
+        (large, rivals[1]),
     ]
-    every = [*mine, *rivals]
-    posterior = AccuracyPosterior(
-        every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
+
+
+def test_a_gain_is_a_mean_with_its_90_percent_interval() -> None:
+    """Of paired differences under the joint posterior; there is none without a surrogate."""
+    found = [trial(i, 10 * i, 80.0 + i + 0.3 * (-1) ** i, 1.0) for i in range(1, 7)]
+    rivals = [
+        replace(
+            tiny.finished(10 + i, tiny.widths(2 + 2 * i, 4), 78.0 + 2 * i, origin=UNIFORM),
+            cost=Cost(5 + 30 * i, 10, 5),
+        )
+        for i in range(3)
+    ]
+    posterior = posterior_of([*found, *rivals])
+    surrogate = posterior.surrogate
+    assert surrogate is not None
+    pairs = [(found[2], rivals[1]), (found[5], rivals[2])]  # no other network has 5 MACs
+    vectors = [t.widths.vector for pair in pairs for t in pair]
+    mean, covariance = surrogate.joint(vectors)
+    weights = np.array([0.5, -0.5, 0.5, -0.5])
+    gain, half = weights @ mean, 1.645 * math.sqrt(weights @ covariance @ weights)
+    (line,) = report.gain_lines(posterior)
+    assert line == (
+        f"Gain over uniform widths: {gain:+.2f} ±{half:.2f} points at equal MACs (mean over 2 of "
+        "3)."
     )
-    (line,) = report.comparisons(posterior, every)
-    gains = "+0.00 points at equal MACs (-2.00 to +2.00; only 2 can be compared)"
-    assert line.startswith(  # nobody else has 50 MACs
-        f"Beside uniform widths (3 of them) the best of the other networks have {gains}"
-    )
-    (line,) = report.comparisons(posterior, every[:3])
-    assert "+2.00 points at equal MACs (only 1 can be compared)" in line
+    assert report.gain_lines(posterior_of([*found[2:], *rivals])) == []  # seven trainings
+
+
+def test_intervals_stay_within_the_range_of_the_accuracy() -> None:
+    """Nothing above 100% or below 0%, in tables and in JSON values."""
+    posterior = posterior_of([trial(i, 10 * i, min(100.0, 98.5 + 0.3 * i), 1.0) for i in range(10)])
+    cut = 0
+    for t in posterior.members:
+        content = posterior[t].to_json()
+        low, high = content["interval"]
+        assert 0 <= low < content["accuracy"] <= high <= 100
+        text = report.estimate_text(posterior[t])
+        if "±" in text:
+            assert content["accuracy"] + float(text.split("±")[1]) <= 100.0051
+        else:
+            cut += 1
+            assert high == 100
+            assert content["accuracy"] + float(text.split("+")[1]) <= 100.0101
+    assert 0 < cut < 10
+    assert AccuracyEstimate(1.0, 2.0, 1).interval == (0.0, pytest.approx(4.29))
+
+
+def test_footnotes_explain_every_mark() -> None:
+    """Columns, intervals, marks and repeated trainings; what is not shown is not explained."""
+    trials = [trial(i, 10 * i, 80.0 + i, 1.0) for i in range(1, 9)]
+    worse = trial(9, 500, 70.0, 1.0)
+    again = replace(worse, number=10, origin={"confirms": 9})
+    posterior = posterior_of([*trials, worse, again])
+    table = shown(report.trial_table("front", [*trials, worse], None, posterior), 100)
+    assert "estimated %" in table
+    assert "±" in table
+    assert re.search(r" ±\d\.\d\d \(2×\) \? +500", table)
+    notes = " ".join(report.footnotes([*trials, worse], posterior))
+    assert "± is its 90% interval" in notes
+    assert "(n×): the network was trained n times" in notes
+    assert "?: P(dominated) is above one half" in notes
+    assert ", 9). widthsearch confirm" in notes
+    few = " ".join(report.footnotes(trials[:3], posterior_of(trials[:3])))
+    assert "intervals need 8 finished trainings" in few
+    assert "±" not in few
+    assert "P(dominated)" not in few
 
 
 def shown(tables: RenderableType, width: int) -> str:
@@ -96,10 +161,8 @@ def shown(tables: RenderableType, width: int) -> str:
 def test_a_narrow_terminal_cuts_no_number() -> None:
     """IDs, accuracies, costs and the names of axes are whole; origins and layers give way."""
     every = [trial(i, 10**i, 70.0 + i, 1.0 / (i + 1)) for i in range(12)]
-    posterior = AccuracyPosterior(
-        every, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs")
-    )
-    table = report._trial_table("front", every, every[0], posterior)
+    posterior = posterior_of(every)
+    table = report.trial_table("front", every, every[0], posterior)
     for width in (50, 65, 80):
         lines = shown(table, width)
         assert "…" not in lines

@@ -1,8 +1,8 @@
-"""What proposals promise at every size: their families, as the surrogate believes them.
+"""Forecast of each proposal's families at every size, by the surrogate of a study.
 
-A proposal is a shape; its families carry that shape to any budget, narrower and wider than the
-base. After some trainings the surrogate says how accurate each member would be, and so which shape
-deserves the next training, and at which size.
+A proposal is a shape; its families scale that shape to any budget, narrower and wider than the
+base. Once some networks are trained, the surrogate estimates the accuracy of each member, and so
+which shape deserves the next training, and at which size.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting, families
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.cost import Cost
+from widthsearch.study.posterior import ENOUGH, AccuracyEstimate
 from widthsearch.study.proposals import stored_proposals
 from widthsearch.study.storage import Store
 from widthsearch.widths import Widths
@@ -29,31 +30,36 @@ BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is believed of a member of a family.
+    """The forecast of one member of a family.
 
     Attributes:
         space: Its space's name.
         widths: Its architecture.
         origin: The proposer, the family, and the budget as a share of the base's MACs.
         cost: Its exact cost.
-        accuracy: Expected accuracy over seeds, in percent.
-        sd: Standard deviation of that belief, in percent.
-        beats_front: The probability that it is more accurate than all trained networks with no more
-            MACs (where there is none, than the least accurate of all).
-        gain: By how many points it is expected to be so; being worse counts as 0 (expected
-            improvement: Jones, Schonlau and Welch, 1998, equation 15).
-        trained: Whether it was trained to the end.
+        estimate: The posterior of its accuracy, with the number of its finished trainings.
+        beats_front: The probability that it is more accurate than every trained network with no
+            more MACs (or, where there is none, than the least accurate network).
+        gain: The expected lead over them in points, a negative lead counting as 0 (expected
+            improvement: Jones, Schonlau and Welch, 1998, equation 15); at most up to 100%.
+        extrapolated: Whether it lies outside the trained sizes: its MACs outside the range of its
+            space's finished trials, or a width more than one step outside of its axis's range
+            there. The surrogate's trend is not to be trusted there.
     """
 
     space: str
     widths: Widths
     origin: Mapping[str, Any]
     cost: Cost
-    accuracy: float
-    sd: float
+    estimate: AccuracyEstimate
     beats_front: float
     gain: float
-    trained: bool
+    extrapolated: bool
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained to the end."""
+        return self.estimate.trainings > 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -63,31 +69,32 @@ class Forecast:
             "origin": dict(self.origin),
             "macs": self.cost.macs,
             "params": self.cost.params,
-            "accuracy": self.accuracy,
-            "sd": self.sd,
+            "estimated": self.estimate.to_json(),
             "beats_front": self.beats_front,
             "gain": self.gain,
-            "trained": self.trained,
+            "extrapolated": self.extrapolated,
         }
 
 
 def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]:
-    """The study's proposals and uniform widths, in its families, at each budget.
+    """The members of the families of the study's proposals and uniform widths at each budget.
 
-    Where to train next is where :attr:`Expected.gain` is greatest among those that are not trained.
+    The best next training is the one of the greatest :attr:`Forecast.gain` among those that are
+    neither trained nor extrapolated.
 
     Args:
         study: A study that was run; its spaces' code is needed.
-        budgets: Shares of the first space's base's MACs; what no network meets is left out.
+        budgets: Shares of the first space's base's MACs; those below every network are left out.
 
     Raises:
-        StudyError: The study was never run, or too little is trained to believe anything.
+        StudyError: The study was never run, or has too few finished trials for a surrogate.
     """
     posterior = study.posterior()
     surrogate = posterior.surrogate
     if surrogate is None:
         raise StudyError(
-            f"study {study.config.name!r} has too few finished trainings to foretell others: run it"
+            f"a forecast needs {ENOUGH} finished trials, but study {study.config.name!r} has "
+            f"{len(posterior.members)}: run it on"
         )
     spaces, config = study.spaces, study.config
     found = stored_proposals(
@@ -97,7 +104,6 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
         uniform = Uniform()(space, None, Setting())  # type: ignore[arg-type]  # reads no data
         if not any(proposal.method == uniform.method for proposal in found[name]):
             found[name].append(uniform)
-    trained = {(member.space, member.widths) for member in posterior.members}
     known = [(member.cost.macs, posterior.accuracy(member)) for member in posterior.members]
     least = min(accuracy for _, accuracy in known)
     out = []
@@ -105,27 +111,34 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
     narrowest = min(s.cost([axis.min_width for axis in s.axes]).macs for s in spaces.values())
     met = [budget for budget in budgets if budget * base >= narrowest]
     for candidate in families.family_candidates(spaces, found, met, config.families):
-        cost = spaces[candidate.space].cost(candidate.widths)
-        if candidate.space not in posterior.coordinates:  # nothing of it is trained
+        space = spaces[candidate.space]
+        own = [member for member in posterior.members if member.space == candidate.space]
+        if not own:
             continue
+        cost = space.cost(candidate.widths)
         estimate = surrogate.of_space(posterior.coordinates[candidate.space]).posterior(
             [candidate.widths.vector]
         )
-        mean, sd = min(float(estimate.mean[0]), 100.0), float(estimate.sd[0])
+        mean, sd = min(max(float(estimate.mean[0]), 0.0), 100.0), float(estimate.sd[0])
         best = max((accuracy for macs, accuracy in known if macs <= cost.macs), default=least)
         ahead = (mean - best) / sd
         density = np.exp(-(ahead**2) / 2) / np.sqrt(2 * np.pi)
+        trained = [posterior[member] for member in own if member.widths == candidate.widths]
+        seen = np.array([member.widths.vector for member in own])
+        steps = [axis.step for axis in space.axes]
+        vector = np.array(candidate.widths.vector)
+        outside = (vector < seen.min(0) - steps) | (vector > seen.max(0) + steps)
+        macs = [member.cost.macs for member in own]
         out.append(
             Forecast(
                 candidate.space,
                 candidate.widths,
                 candidate.origin,
                 cost,
-                mean,
-                sd,
+                AccuracyEstimate(mean, sd, sum(each.trainings for each in trained)),
                 float(ndtr(ahead)),
-                float(sd * (density + ahead * ndtr(ahead))),
-                (candidate.space, candidate.widths) in trained,
+                min(float(sd * (density + ahead * ndtr(ahead))), 100.0 - best),
+                bool(outside.any()) or not min(macs) <= cost.macs <= max(macs),
             )
         )
     return out

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -14,7 +14,7 @@ from widthsearch.errors import StudyError
 from widthsearch.report.console import short
 from widthsearch.report.tables import baseline
 from widthsearch.study.front import objective_value
-from widthsearch.study.posterior import INTERVAL
+from widthsearch.study.posterior import AccuracyEstimate
 
 _LABELS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
 
@@ -31,8 +31,8 @@ def draw_front(study: Study) -> Figure:
     Raises:
         StudyError: No trial has finished.
     """
-    outcomes, posterior = study.trials(), study.posterior()
-    finished = [o for o in outcomes if o.state == "finished"]
+    posterior = study.posterior()
+    finished = [t for t in study.trials() if t.accuracy is not None]
     if not finished:
         raise StudyError(f"no trial of {study.config.name!r} has finished: run the study first")
     front = posterior.front()
@@ -43,19 +43,18 @@ def draw_front(study: Study) -> Figure:
     panels[0].set_ylabel("validation accuracy (%)")
     for axes, cost in zip(panels, costs, strict=True):
         value = partial(objective_value, objective=cost)
-        x = [value(o) for o in finished]
-        axes.plot(x, [o.accuracy for o in finished], ".", color="0.7", label="one training")
+        x = [value(t) for t in finished]
+        axes.plot(x, [t.accuracy for t in finished], ".", color="0.7", label="one training")
         for label, members, marker, colour in (
-            ("random", baseline(outcomes, "random"), "^", "tab:green"),
-            ("uniform", baseline(outcomes), "s", "tab:blue"),
+            ("random", baseline(posterior.members, "random"), "^", "tab:green"),
+            ("uniform", baseline(posterior.members), "s", "tab:blue"),
             ("front", front, "o", "tab:red"),
         ):
-            shown = [o for o in members if not math.isnan(value(o))]
-            if shown:
+            if members:
                 axes.errorbar(
-                    [value(o) for o in shown],
-                    [posterior.accuracy(o) for o in shown],
-                    [INTERVAL * (posterior[o].sd or 0.0) for o in shown],
+                    [value(t) for t in members],
+                    [posterior.accuracy(t) for t in members],
+                    np.array([_error(posterior[t]) for t in members]).T,
                     fmt=marker,
                     markersize=4 if members is front else 7,
                     fillstyle="full" if members is front else "none",
@@ -63,9 +62,9 @@ def draw_front(study: Study) -> Figure:
                     color=colour,
                     label=f"{label}, estimated",
                 )
-        for o in front:
-            place = (value(o), posterior.accuracy(o))
-            axes.annotate(str(o.number), place, (4, -9), textcoords="offset points", fontsize=7)
+        for t in front:
+            place = (value(t), posterior.accuracy(t))
+            axes.annotate(str(t.number), place, (4, -9), textcoords="offset points", fontsize=7)
         axes.set_xscale("log")
         several = max(x) > 4 * min(x)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if several else MaxNLocator(5))
@@ -76,3 +75,9 @@ def draw_front(study: Study) -> Figure:
     panels[-1].legend(fontsize=8)
     figure.suptitle(f"{study.config.name}: front by estimated accuracy, bars are 90% intervals")
     return figure
+
+
+def _error(estimate: AccuracyEstimate) -> tuple[float, float]:
+    """The lengths of the 90% interval below and above the estimate."""
+    low, high = estimate.interval or (estimate.accuracy, estimate.accuracy)
+    return estimate.accuracy - low, high - estimate.accuracy

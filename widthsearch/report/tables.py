@@ -1,4 +1,4 @@
-"""A study's front and families as tables, JSON and CSV."""
+"""A study's front and its families' forecast as tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,88 +20,116 @@ from widthsearch.bayesopt import pareto
 from widthsearch.latency.profiles import standard_error
 from widthsearch.report.console import short, uncut
 from widthsearch.report.forecast import Forecast
-from widthsearch.study.front import gains as equal_cost_gains
-from widthsearch.study.front import objective_points
-from widthsearch.study.posterior import INTERVAL, AccuracyPosterior
+from widthsearch.study.front import equal_cost_pairs, objective_points
+from widthsearch.study.posterior import ENOUGH, INTERVAL, AccuracyEstimate, AccuracyPosterior
 from widthsearch.study.trial import Trial
 
 FEW = 3
-"""Fewer points than this make no front to take a volume of, and fewer comparisons no range."""
+"""A hypervolume is printed of a front with at least so many members."""
+
+_COSTS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
 
 
-def described(origin: Mapping[str, Any]) -> str:
-    """Where widths came from, in a word or two."""
+def origin_text(origin: Mapping[str, Any]) -> str:
+    """The source of a trial's widths, in a word or two.
+
+    Example:
+        >>> origin_text({"proposer": "synflow", "family": "linear", "budget": 0.25})
+        'synflow ×0.25'
+        >>> origin_text({"base": True}), origin_text({"sampler": "width"})
+        ('base', 'search')
+    """
     if origin.get("base"):
         return "base"
     if "confirms" in origin:
         return f"confirms {origin['confirms']}"
     if "proposer" in origin:
         return f"{origin['proposer']} ×{origin['budget']:g}"
-    return str(origin.get("sampler", "given"))
+    return "search" if "sampler" in origin else "given"
 
 
-def baseline(outcomes: Sequence[Trial], method: str = "uniform") -> list[Trial]:
-    """A finished baseline, ``uniform`` (the bases with it) or ``random``, fewest MACs first."""
+def estimate_text(estimate: AccuracyEstimate) -> str:
+    """An estimated accuracy with its 90% interval, each side given where 0% or 100% cuts one off.
+
+    Example:
+        >>> estimate_text(AccuracyEstimate(91.5, sd=0.4, trainings=1))
+        '91.50 ±0.66'
+        >>> estimate_text(AccuracyEstimate(99.5, sd=0.4, trainings=1))
+        '99.50 −0.66 +0.50'
+    """
+    text, interval = f"{estimate.accuracy:.2f}", estimate.interval
+    if interval is None or estimate.sd is None:
+        return text
+    below, above = estimate.accuracy - interval[0], interval[1] - estimate.accuracy
+    if min(below, above) < INTERVAL * estimate.sd - 1e-9:
+        return f"{text} −{below:.2f} +{above:.2f}"
+    return f"{text} ±{above:.2f}"
+
+
+def baseline(members: Sequence[Trial], method: str = "uniform") -> list[Trial]:
+    """The trials of a baseline among finished ones, fewest MACs first.
+
+    Args:
+        members: Finished trials.
+        method: ``uniform``, which includes the bases, or ``random``.
+    """
 
     def belongs(origin: Mapping[str, Any]) -> bool:
         if origin.get("base"):
             return method == "uniform"
         return origin.get("proposer") == method and origin.get("family") == "linear"
 
-    found = [o for o in outcomes if o.state == "finished" and belongs(o.origin)]
-    return sorted(found, key=lambda o: o.cost.macs)
+    return sorted((t for t in members if belongs(t.origin)), key=lambda t: t.cost.macs)
 
 
-def comparisons(posterior: AccuracyPosterior, outcomes: Sequence[Trial]) -> list[str]:
-    """By how much what was found beats each baseline at equal cost of each kind; a line a baseline.
+def gain_lines(posterior: AccuracyPosterior) -> list[str]:
+    """The mean gain of the other networks over each baseline at equal cost; a line a baseline.
 
-    The baselines themselves are not among what was found: a gain may be a loss.
+    Each baseline network is paired with the most accurate of the other networks that costs no more,
+    by estimated accuracy. The 90% interval is that of the mean of the paired differences under the
+    joint posterior. There is no line without a surrogate.
     """
-    found = [o for o in posterior.members if o.origin.keys().isdisjoint(("base", "baseline"))]
+    if posterior.surrogate is None:
+        return []
+    found = [t for t in posterior.members if t.origin.keys().isdisjoint(("base", "baseline"))]
     lines = []
     for method in ("uniform", "random"):
-        rivals = baseline(outcomes, method)
-        said = []
-        for cost, named in (("macs", "MACs"), ("params", "parameters"), ("latency_ms", "latency")):
-            if cost not in posterior.objectives:
-                continue
-            gains = equal_cost_gains(found, rivals, cost, posterior.accuracy)
-            if gains:
-                mean, low, high = sum(gains) / len(gains), min(gains), max(gains)
-                spread = f"{low:+.2f} to {high:+.2f}" if len(gains) > 1 else ""
-                few = f"only {len(gains)} can be compared" if len(gains) < FEW else ""
-                told = "; ".join(filter(None, (spread, few)))
-                said.append(f"{mean:+.2f} points at equal {named} ({told})")
-        if said:
-            lines.append(
-                f"Beside {method} widths ({len(rivals)} of them) the best of the other networks "
-                f"have {', '.join(said)}, by believed accuracy."
-            )
+        rivals, gains = baseline(posterior.members, method), []
+        for cost in (cost for cost in _COSTS if cost in posterior.objectives):
+            pairs = equal_cost_pairs(found, rivals, cost, posterior.accuracy)
+            if pairs:
+                mean, sd = posterior.mean_difference(pairs)
+                gains.append(
+                    f"{mean:+.2f} ±{INTERVAL * sd:.2f} points at equal {_COSTS[cost]} (mean over "
+                    f"{len(pairs)} of {len(rivals)})"
+                )
+        if gains:
+            lines.append(f"Gain over {method} widths: {', '.join(gains)}.")
     return lines
 
 
 def front_json(study: Study) -> dict[str, Any]:
-    """The front, the base model and the uniform baseline as plain JSON values."""
-    outcomes, posterior = study.trials(), study.posterior()
-    base = _base(outcomes)
+    """The front, the base model and the uniform baseline as JSON values."""
+    posterior = study.posterior()
+    uniform, base = baseline(posterior.members), _base(posterior)
     return {
         "study": study.config.name,
         "objectives": list(study.config.objectives),
-        "front": [_member(o, posterior) for o in posterior.front()],
-        "base": None if base is None else _member(base, posterior),
-        "uniform": [_member(o, posterior) for o in baseline(outcomes) if not o.origin.get("base")],
+        "front": [_trial_json(t, posterior) for t in posterior.front()],
+        "base": None if base is None else _trial_json(base, posterior),
+        "uniform": [_trial_json(t, posterior) for t in uniform if not t.origin.get("base")],
     }
 
 
-def _base(outcomes: Sequence[Trial]) -> Trial | None:
-    return next((o for o in outcomes if o.origin.get("base") and o.state == "finished"), None)
+def _base(posterior: AccuracyPosterior) -> Trial | None:
+    return next((t for t in posterior.members if t.origin.get("base")), None)
 
 
-def _member(outcome: Trial, posterior: AccuracyPosterior) -> dict[str, Any]:
+def _trial_json(trial: Trial, posterior: AccuracyPosterior) -> dict[str, Any]:
     keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
-    content = outcome.to_json()
-    member = {key: content[key] for key in (*keys, "origin")}
-    return {**member, "believed": asdict(posterior[outcome])}
+    content = trial.to_json()
+    chosen = {key: content[key] for key in (*keys, "origin")}
+    return {**chosen, "estimated": posterior[trial].to_json()}
 
 
 def front_csv(study: Study) -> str:
@@ -110,121 +137,122 @@ def front_csv(study: Study) -> str:
     posterior = study.posterior()
     front = posterior.front()
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = list(dict.fromkeys(name for o in front for name in o.widths))
-    columns = ["id", "space", "accuracy", "believed", "sd", "trainings", "dominated"]
-    writer.writerow([*columns, "macs", "params", "latency_ms", "origin", *names])
-    for o in front:
-        estimate = posterior[o]
-        writer.writerow(
-            [
-                *(
-                    o.number,
-                    o.space,
-                    o.accuracy,
-                    estimate.accuracy,
-                    estimate.sd,
-                    estimate.trainings,
-                ),
-                *(estimate.dominated, o.cost.macs, o.cost.params, o.latency_ms),
-                described(o.origin),
-                *(o.widths.get(name, "") for name in names),
-            ]
-        )
+    names = list(dict.fromkeys(name for t in front for name in t.widths))
+    columns = ["id", "space", "accuracy", "estimated", "sd", "trainings", "dominated"]
+    columns += ["macs", "params", "latency_ms", "origin", *names]
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for t in front:
+        estimate = posterior[t]
+        row = {key: value for key, value in t.to_json().items() if key in columns}
+        row |= {key: getattr(estimate, key) for key in ("sd", "trainings", "dominated")}
+        row |= {"estimated": estimate.accuracy, "origin": origin_text(t.origin), **t.widths}
+        writer.writerow(row)
     return out.getvalue()
 
 
 def front_tables(study: Study) -> Group:
-    """The front and the uniform baseline as tables, and what is worth knowing about them."""
-    outcomes, posterior = study.trials(), study.posterior()
-    front, base = posterior.front(), _base(outcomes)
-    states = {s: sum(o.state == s for o in outcomes) for s in ("finished", "stopped", "failed")}
-    counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none is done"
-    stand = f"{len(outcomes)} trial{'s' * (len(outcomes) != 1)}: {counted}."
+    """The front and the uniform baseline as tables, with footnotes and the gains."""
+    trials, posterior = study.trials(), study.posterior()
+    front, base = posterior.front(), _base(posterior)
+    states = {s: sum(t.state == s for t in trials) for s in ("finished", "stopped", "failed")}
+    counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none has ended"
+    total = f"{len(trials)} trial{'s' * (len(trials) != 1)}: {counted}."
     if not states["finished"]:
         return Group(
-            Text(f"No trial of {study.config.name} has finished yet, so there is no front. {stand}")
+            Text(f"No trial of {study.config.name} has finished yet, so there is no front. {total}")
         )
-    rivals = baseline(outcomes)
+    uniform = baseline(posterior.members)
     parts: list[RenderableType] = [
-        _trial_table(f"front of {study.config.name}", front, base, posterior),
-        _widths_listed(front),
+        trial_table(f"front of {study.config.name}", front, base, posterior),
+        _width_lines(front),
     ]
-    if rivals:
-        parts.append(_trial_table("uniform baseline", rivals, base, posterior))
+    if uniform:
+        parts.append(trial_table("uniform baseline", uniform, base, posterior))
     if len(front) >= FEW:
-        stand += (
+        total += (
             f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that all "
             f"finished trials span: front {front_volume(front, posterior):.3f}, uniform baseline "
-            f"{front_volume(rivals, posterior):.3f}."
+            f"{front_volume(uniform, posterior):.3f}."
         )
-    parts.append(Text(stand))
-    parts.extend(
-        Text(line) for line in (*comparisons(posterior, outcomes), *_doubts(front, posterior))
-    )
-    parts.extend(Text(remark) for remark in remarks(front, base))
-    return Group(*parts)
+    lines = [total, *gain_lines(posterior), *footnotes([*front, *uniform], posterior)]
+    return Group(*parts, *map(Text, (*lines, *latency_remarks(front, base))))
 
 
-def _doubts(front: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]:
-    """How far the accuracies can be trusted."""
-    lines = []
-    if (surrogate := posterior.surrogate) is not None:
+def footnotes(shown: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]:
+    """The meaning of the columns and marks in a table of trials; a line each."""
+    estimates = {t.number: posterior[t] for t in shown}
+    lines = ["acc %: validation accuracy of one training."]
+    surrogate = posterior.surrogate
+    if surrogate is None:
         lines.append(
-            "Believed accuracy is over seeds, with its 90% interval; one training scatters by "
-            f"{surrogate.noise:.2f} points (standard deviation). Left out, "
-            f"{surrogate.coverage(0.9):.0%} of {surrogate.size} trainings lie in their 90% "
-            "interval."
+            f"estimated %: mean accuracy of the network's trainings; intervals need {ENOUGH} "
+            "finished trainings."
         )
-    doubtful = [o for o in front if (posterior[o].dominated or 0.0) > 0.5]
+    else:
+        lines.append(
+            "estimated %: expected accuracy over seeds, estimated from all trainings; ± is its 90% "
+            f"interval. One training varies by {surrogate.noise:.2f} points (standard deviation). "
+            f"Of {surrogate.size} trainings, {surrogate.coverage(0.9):.0%} lie in the 90% interval "
+            "that the others predict."
+        )
+    if any(estimate.trainings > 1 for estimate in estimates.values()):
+        lines.append("(n×): the network was trained n times.")
+    doubtful = [str(n) for n, estimate in estimates.items() if (estimate.dominated or 0.0) > 0.5]
     if doubtful:
         lines.append(
-            f"Marked ?: dominated by another trained network with probability above one half "
-            f"({', '.join(str(o.number) for o in doubtful)}); widthsearch confirm trains them "
-            "again."
+            "?: P(dominated) is above one half: the probability that another trained network costs "
+            f"no more and is more accurate ({', '.join(doubtful)}). widthsearch confirm trains "
+            "uncertain members of the front again."
         )
     return lines
 
 
-def forecast_table(expected: Sequence[Forecast]) -> Group:
-    """What proposals promise at every size, and where to train next."""
-    several = len({each.space for each in expected}) > 1
-    table = Table(title="families, as believed", box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = [*(["space"] if several else []), "origin", "MACs", "believed", "beats the front"]
+def forecast_table(forecasts: Sequence[Forecast]) -> Group:
+    """The forecast of families at every size, and the best next training."""
+    several = len({each.space for each in forecasts}) > 1
+    table = Table(title="forecast of the families", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [*(["space"] if several else []), "origin", "MACs", "estimated %", "P(beats front)"]
     _add_columns(table, columns)
-    for each in sorted(expected, key=lambda e: (e.space, described(e.origin), e.cost.macs)):
+    for each in sorted(forecasts, key=lambda e: (e.space, origin_text(e.origin), e.cost.macs)):
         table.add_row(
             *([each.space] if several else []),
-            f"{described(each.origin)} {each.origin['family']}",
+            f"{origin_text(each.origin)} {each.origin['family']}",
             short(each.cost.macs),
-            f"{each.accuracy:.2f} ±{INTERVAL * each.sd:.2f}",
+            estimate_text(each.estimate) + " *" * each.extrapolated,
             "trained" if each.trained else f"{each.beats_front:.0%}",
         )
-    uncut(table)
-    open_ = [each for each in expected if not each.trained]
-    if not open_:
-        return Group(table)
-    best = max(open_, key=lambda each: each.gain)
-    return Group(
-        table,
-        Text(
-            f"Train next: {described(best.origin)} {best.origin['family']}, {dict(best.widths)}, "
-            f"{best.gain:+.2f} points expected over what is trained within its MACs."
-        ),
-    )
+    lines = [
+        "P(beats front): the probability that it is more accurate than every trained network with "
+        "no more MACs."
+    ]
+    if any(each.extrapolated for each in forecasts):
+        lines.append(
+            "*: extrapolated: its MACs are outside the range of the finished trials, or a width is "
+            "more than one step outside."
+        )
+    open_ = [each for each in forecasts if not (each.trained or each.extrapolated)]
+    if open_:
+        best = max(open_, key=lambda each: each.gain)
+        lines.append(
+            f"Train next: {origin_text(best.origin)} {best.origin['family']}, "
+            f"{dict(best.widths)}, expected gain {best.gain:.2f} points over the trained networks "
+            "within its MACs."
+        )
+    return Group(uncut(table), *map(Text, lines))
 
 
 def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> float:
-    """The hypervolume of some outcomes, as a share of the box that all finished ones span.
+    """The hypervolume of some trials, as a share of the box that all finished ones span.
 
-    By believed accuracy.
+    By estimated accuracy.
     """
     if not members or not posterior.members:
         return 0.0
 
     def points(of: Sequence[Trial]) -> NDArray[np.float64]:
         found = objective_points(of, posterior.objectives)
-        found[:, posterior.objectives.index("accuracy")] = [-posterior.accuracy(o) for o in of]
+        found[:, posterior.objectives.index("accuracy")] = [-posterior.accuracy(t) for t in of]
         return found
 
     every = points(posterior.members)
@@ -233,70 +261,67 @@ def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> floa
     return pareto.hypervolume((points(members) - low) / span, np.ones(len(posterior.objectives)))
 
 
-def _trial_table(
-    title: str, outcomes: Sequence[Trial], base: Trial | None, posterior: AccuracyPosterior
+def trial_table(
+    title: str, trials: Sequence[Trial], base: Trial | None, posterior: AccuracyPosterior
 ) -> Table:
+    """Finished trials with their accuracy, and with their costs beside the base's."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    timed = any(o.latency is not None for o in outcomes)
-    several = len({o.space for o in (*outcomes, *([base] if base else []))}) > 1
+    timed = any(t.latency is not None for t in trials)
+    several = len({t.space for t in (*trials, *([base] if base else []))}) > 1
     sized = "params" in posterior.objectives
     columns = ["id", *(["space"] if several else []), "origin", "acc %"]
-    columns += ["believed", "MACs", "×base", *(["params"] if sized else [])]
-    columns += ["ms", "×base"] if timed else []
-    _add_columns(table, columns)
-    for o in outcomes:
-        estimate = posterior[o]
-        estimated = f"{estimate.accuracy:.2f}"
-        estimated += "" if estimate.sd is None else f" ±{INTERVAL * estimate.sd:.2f}"
-        estimated += f" ({estimate.trainings}×)" if estimate.trainings > 1 else ""
-        estimated += " ?" if (estimate.dominated or 0.0) > 0.5 else ""
-        row = [str(o.number), *([o.space] if several else []), described(o.origin)]
-        row += [f"{o.accuracy:.2f}", estimated, short(o.cost.macs)]
-        row += [f"{o.cost.macs / base.cost.macs:.2f}" if base else ""]
-        row += [short(o.cost.params)] if sized else []
-        if timed and o.latency is not None:
-            row += [f"{o.latency.median_ms:.3g}", f"{o.latency.ratio:.2f}"]
-        elif timed:
-            row += ["", ""]
-        table.add_row(*(Text(cell) for cell in row))
+    columns += ["estimated %", "MACs", "MACs/base", *(["params"] if sized else [])]
+    _add_columns(table, columns + (["ms", "ms/base"] if timed else []))
+    for t in trials:
+        estimate = posterior[t]
+        text = estimate_text(estimate)
+        text += f" ({estimate.trainings}×)" if estimate.trainings > 1 else ""
+        text += " ?" if (estimate.dominated or 0.0) > 0.5 else ""
+        row = [str(t.number), *([t.space] if several else []), origin_text(t.origin)]
+        row += [f"{t.accuracy:.2f}", text, short(t.cost.macs)]
+        row += [f"{t.cost.macs / base.cost.macs:.2f}" if base else ""]
+        row += [short(t.cost.params)] if sized else []
+        if timed and t.latency is not None:
+            row += [f"{t.latency.median_ms:.3g}", f"{t.latency.ratio:.2f}"]
+        table.add_row(*map(Text, row))
     return uncut(table)
 
 
 def _add_columns(table: Table, columns: Sequence[str]) -> None:
-    """Columns of networks; where they are of and from may wrap, but no number."""
+    """Columns of networks: spaces and origins may wrap, numbers may not."""
     for column in columns:
-        told = column in ("space", "origin")
-        left = told or column == "believed"
-        table.add_column(column, justify="left" if left else "right", no_wrap=not told)
+        words = column in ("space", "origin")
+        left = words or column == "estimated %"
+        table.add_column(column, justify="left" if left else "right", no_wrap=not words)
 
 
-def _widths_listed(outcomes: Sequence[Trial]) -> Text:
-    """The widths of some outcomes, a line each, under the names of their axes."""
-    if not outcomes:
-        return Text("no finished trial has all objectives")
-    digits = max(len(str(o.number)) for o in outcomes)
+def _width_lines(trials: Sequence[Trial]) -> Text:
+    """The widths of some trials, a line each, below the names of their axes."""
+    if not trials:
+        return Text("no finished trial has all objectives and is within the limits")
+    digits = max(len(str(t.number)) for t in trials)
     lines = []
-    for space in dict.fromkeys(o.space for o in outcomes):
-        own = [o for o in outcomes if o.space == space]
+    for space in dict.fromkeys(t.space for t in trials):
+        own = [t for t in trials if t.space == space]
         lines.append(f"widths of {space} by id, in the order {', '.join(own[0].widths)}:")
-        lines += [f"  {o.number:>{digits}}: {' '.join(map(str, o.widths.vector))}" for o in own]
+        lines += [f"  {t.number:>{digits}}: {' '.join(map(str, t.widths.vector))}" for t in own]
     return Text("\n".join(lines))
 
 
-def remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
-    """The members whose MACs fell but whose latency is not shown to have; a line a device."""
+def latency_remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
+    """The members with fewer MACs but no significantly lower latency; a line a device."""
     shown: dict[str, list[str]] = {}
-    for o in front:
-        if base is None or o.latency is None or o.cost.macs >= base.cost.macs:
+    for t in front:
+        if base is None or t.latency is None or t.cost.macs >= base.cost.macs:
             continue
-        error = 2 * standard_error(o.latency) / o.latency.base_ms
-        if o.latency.ratio + error >= 1:
-            share = o.cost.macs / base.cost.macs
-            told = f"{o.number} ({share:.2f}: {o.latency.ratio:.2f} ± {error:.2f})"
-            shown.setdefault(o.latency.hardware, []).append(told)
+        error = 2 * standard_error(t.latency) / t.latency.base_ms
+        if t.latency.ratio + error >= 1:
+            share = t.cost.macs / base.cost.macs
+            text = f"{t.number} ({share:.2f}: {t.latency.ratio:.2f} ± {error:.2f})"
+            shown.setdefault(t.latency.hardware, []).append(text)
     return [
-        f"Latency is not shown to fall, though MACs do, on {hardware} (id, share of the base's "
-        f"MACs: of its latency ± two standard errors): {', '.join(members)}."
+        f"Fewer MACs, but no significantly lower latency on {hardware} (id, MACs/base: ms/base ± "
+        f"two standard errors): {', '.join(members)}."
         for hardware, members in shown.items()
     ]
 

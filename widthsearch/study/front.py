@@ -40,13 +40,13 @@ def objective_points(trials: Sequence[Trial], objectives: Sequence[str]) -> Poin
     return np.array(values).reshape(len(trials), len(objectives)) * sign
 
 
-def gains(
+def equal_cost_pairs(
     chosen: Sequence[Trial],
     rivals: Sequence[Trial],
     cost: str,
     accuracy: Callable[[Trial], float],
-) -> list[float]:
-    """The lead in accuracy, in points, of the best chosen trial over each rival at no more cost.
+) -> list[tuple[Trial, Trial]]:
+    """The most accurate chosen trial that costs no more than a rival, with the rival.
 
     Args:
         chosen: Finished trials.
@@ -55,16 +55,16 @@ def gains(
         accuracy: The estimated accuracy of a trial.
 
     Returns:
-        One number for each rival that can be compared: one than which some chosen trial costs no
+        One pair for each rival that can be compared: one than which some chosen trial costs no
         more.
     """
-    found = []
+    pairs = []
     for rival in rivals:
         limit = objective_value(rival, cost)
-        within = [accuracy(trial) for trial in chosen if objective_value(trial, cost) <= limit]
+        within = [trial for trial in chosen if objective_value(trial, cost) <= limit]
         if within:
-            found.append(max(within) - accuracy(rival))
-    return found
+            pairs.append((max(within, key=accuracy), rival))
+    return pairs
 
 
 def pick(

@@ -7,9 +7,10 @@ each network's expected accuracy from all trainings; the front is drawn by these
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -49,6 +50,18 @@ class AccuracyEstimate:
     sd: float | None
     trainings: int
     dominated: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The central 90% interval, cut at 0% and 100%; None where there is no surrogate."""
+        if self.sd is None:
+            return None
+        half = INTERVAL * self.sd
+        return max(0.0, self.accuracy - half), min(100.0, self.accuracy + half)
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes and the interval as JSON values."""
+        return {**asdict(self), "interval": self.interval}
 
 
 class AccuracyPosterior:
@@ -200,8 +213,33 @@ class AccuracyPosterior:
         if self.surrogate is not None and self.members:
             posterior = self.surrogate.posterior(self._features)
             for member, mean in zip(self.members, posterior.mean, strict=True):
-                means[member.space, member.widths] = min(float(mean), 100.0)
+                means[member.space, member.widths] = min(max(float(mean), 0.0), 100.0)
         return means
+
+    @cached_property
+    def _joint(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and covariance of the members' expected accuracies, (N,) and (N, N)."""
+        assert self.surrogate is not None
+        return self.surrogate.joint(self._features)
+
+    def mean_difference(self, pairs: Sequence[tuple[Trial, Trial]]) -> tuple[float, float]:
+        """The mean over pairs of members of the difference of their accuracies, in points.
+
+        Args:
+            pairs: Minuend and subtrahend. A network may be in several pairs.
+
+        Returns:
+            The estimate, and its standard deviation: sqrt(wᵀ C w) with C the joint posterior
+            covariance of the members and w the weight of each in the mean. It needs a surrogate.
+        """
+        place = {(t.space, t.widths): i for i, t in enumerate(self.members)}
+        weights = np.zeros(len(self.members))
+        for first, second in pairs:
+            weights[place[first.space, first.widths]] += 1 / len(pairs)
+            weights[place[second.space, second.widths]] -= 1 / len(pairs)
+        mean = sum(self.accuracy(first) - self.accuracy(second) for first, second in pairs)
+        variance = float(weights @ self._joint[1] @ weights)
+        return mean / len(pairs), math.sqrt(max(0.0, variance))
 
     @cached_property
     def _estimates(self) -> dict[Architecture, AccuracyEstimate]:
@@ -211,7 +249,7 @@ class AccuracyPosterior:
         }
         if self.surrogate is None or not self.members:
             return estimated
-        mean, covariance = self.surrogate.joint(self._features)
+        mean, covariance = self._joint
         draws = np.random.default_rng(0).multivariate_normal(
             mean, covariance, _DRAWS, check_valid="ignore", method="eigh"
         )
