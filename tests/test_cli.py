@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -231,7 +232,11 @@ def test_train_writes_a_folder_that_loads(
         capsys, "train", "small", "--pick", "macs<=2e5", "--seeds", "2", "--epochs", "1",
         "--runs", str(runs), "--out", out_folder,
     )  # fmt: skip
-    assert "over 2 seeds" in out
+    assert "pick of small" in out
+    assert " base " in out
+    assert "network 2/2, epoch 1: loss " in out
+    assert ", accuracy on training images " in out
+    assert "mean of 2 seeds (standard deviation " in out
     card = json.loads((tmp_path / "picked" / "card.json").read_text())
     content = json.loads((tmp_path / "picked" / "widths.json").read_text())
     net = widthsearch.load(out_folder)
@@ -245,6 +250,16 @@ def test_train_writes_a_folder_that_loads(
 
     accuracy = evaluate(net, load_task("digits"), "test")
     assert accuracy == pytest.approx(card["test_accuracy"]["of_weights"])
+
+
+def test_train_with_one_seed(
+    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+) -> None:
+    """There is no spread, and the base alone stands in the table when it is the pick."""
+    asked = ("train", "small", "--pick", "0", "--seeds", "1", "--epochs", "1")
+    out = printed(capsys, *asked, "--runs", str(runs), "--out", str(tmp_path / "picked"))
+    assert re.search(r"test accuracy \d+\.\d\d%, one seed; written to ", out)
+    assert out.count(" base ") == 1
 
 
 def test_train_goes_on_where_it_was_interrupted(runs: Path, tmp_path: Path) -> None:

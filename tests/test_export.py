@@ -1,4 +1,4 @@
-"""Trained folders: whole or refused, and gone on with where they ended."""
+"""Trained folders: complete or refused, and resumed where training was interrupted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from widthsearch.data.loaders import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.trial import Trial
+from widthsearch.training.recipe import EpochResult
 from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
 
@@ -54,30 +54,28 @@ class Silu(Net):
 
 
 def study_of(folder: Path, space: SearchSpace | None = None) -> Study:
-    """A study that was begun."""
+    """A study whose base has finished."""
     study = Study(tiny.config(), space or tiny.space(), tiny.task(), folder=folder / "study")
-    with study.search():
-        return study
-
-
-def trial_of(study: Study) -> Trial:
-    """Its base, as if it had been trained."""
-    space = study.space
-    return tiny.finished(
-        0, space.base, 90.0, space=space.name, origin={"base": True}, cost=space.cost(space.base)
-    )
+    with study.search() as search:
+        tiny.drive(search, trials=1)
+    return study
 
 
 def trained(study: Study, folder: Path, epochs: int = 1, **more: Any) -> list[int]:
     """The epochs that a final training went through."""
     seen: list[int] = []
     more.setdefault("on_epoch", lambda _number, result: seen.append(result.epoch))
-    export.train(study, trial_of(study), seeds=1, epochs=epochs, folder=folder, **more)
+    export.train(study, study.trials()[0], seeds=1, epochs=epochs, folder=folder, **more)
     return seen
 
 
+def interrupt(_number: int, _result: EpochResult) -> None:
+    """What Ctrl-C does after an epoch."""
+    raise KeyboardInterrupt
+
+
 def weights(net: nn.Module) -> torch.Tensor:
-    """Something to know a network by."""
+    """The first tensor of a network."""
     return next(net.parameters()).detach().clone()
 
 
@@ -86,9 +84,9 @@ def weights(net: nn.Module) -> torch.Tensor:
 CARDS: dict[str, tuple[Any, str]] = {
     "no mapping": ([1], "cannot be read: it is not a mapping"),
     "not JSON": ("{", "cannot be read: Expecting"),
-    "no space": ({"space": ...}, "does not say the space's 'reference'; train the pick again"),
-    "a space that is none": ({"space": 3}, "does not say the space's 'reference'"),
-    "no input": ({"space": {"input": ...}}, "does not say the space's 'input'"),
+    "no space": ({"space": ...}, "lacks the space's 'reference'; train the pick again"),
+    "a space that is none": ({"space": 3}, "lacks the space's 'reference'"),
+    "no input": ({"space": {"input": ...}}, "lacks the space's 'input'"),
     "an input that is none": ({"space": {"input": ["a"]}}, "is damaged ("),
     "a reference that is none": ({"space": {"reference": 3}}, "is damaged ("),
     "a reference to nothing": ({"space": {"reference": "no_such.x:y"}}, "cannot be imported"),
@@ -190,9 +188,6 @@ def test_what_was_there_stays_until_the_new_network_is_trained(tmp_path: Path) -
     trained(study, tmp_path, epochs=1)
     before = weights(export.load(tmp_path, study.space))
 
-    def interrupt(_number: int, _result: Any) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         trained(study, tmp_path, epochs=3, on_epoch=interrupt)
     assert torch.equal(weights(export.load(tmp_path, study.space)), before)
@@ -202,7 +197,7 @@ def test_what_was_there_stays_until_the_new_network_is_trained(tmp_path: Path) -
 def test_an_old_card_never_stands_beside_new_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the files, the folder is refused; the same command mends it."""
+    """Killed between the files, the folder is refused; the same command completes it."""
     study, write = study_of(tmp_path), export.write_atomically
     trained(study, tmp_path, epochs=1)
 
@@ -225,12 +220,41 @@ def test_an_old_card_never_stands_beside_new_weights(
 
 def test_training_goes_on_with_the_same_code_alone(tmp_path: Path) -> None:
     """Another network with tensors of the same names and shapes starts anew."""
-    other = SearchSpace.from_model(Silu, (1, 4, 4), name="tiny", min_width=0.25, step=2)
-    assert trained(study_of(tmp_path, other), tmp_path / "out", epochs=2) == [1, 2]
-    assert trained(study_of(tmp_path, other), tmp_path / "out", epochs=2) == []
-    relu = SearchSpace.from_model(Relu, (1, 4, 4), name="tiny", min_width=0.25, step=2)
-    assert relu.fingerprint == other.fingerprint
-    assert trained(study_of(tmp_path / "2", relu), tmp_path / "out", epochs=2) == [1, 2]
+    spaces = [
+        SearchSpace.from_model(model, (1, 4, 4), name="tiny", min_width=0.25, step=2)
+        for model in (Silu, Relu)
+    ]
+    assert spaces[0].fingerprint == spaces[1].fingerprint
+    for space, epochs in zip(spaces, ([2], [1, 2]), strict=True):
+        out = tmp_path / str(len(epochs))
+        with pytest.raises(KeyboardInterrupt):
+            trained(study_of(tmp_path, spaces[0]), out, epochs=2, on_epoch=interrupt)
+        assert trained(study_of(out, space), out, epochs=2) == epochs
+
+
+def test_a_complete_folder_keeps_no_checkpoints(tmp_path: Path) -> None:
+    """It holds the widths, the weights and the card."""
+    study = study_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trained(study, tmp_path / "out", on_epoch=interrupt)
+    assert (tmp_path / "out" / "checkpoints").is_dir()
+    trained(study, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"widths.json", "weights.pt", "card.json"}
+
+
+def test_a_card_has_the_studys_estimates_for_the_pick_and_the_base(tmp_path: Path) -> None:
+    """The base is None until the study has trained it."""
+    study = study_of(tmp_path)
+    with study.search() as search:
+        tiny.drive(search, trials=1)
+    posterior, (base, pick) = study.posterior(), study.trials()
+    export.train(study, pick, seeds=1, epochs=1, folder=tmp_path / "out")
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["macs"] == pick.cost.macs
+    assert card["estimated"]["accuracy"] == posterior.accuracy(pick)
+    assert card["base"]["macs"] == base.cost.macs != pick.cost.macs
+    assert card["base"]["estimated"]["accuracy"] == posterior.accuracy(base)
 
 
 def test_source_digest_covers_code_alone(tmp_path: Path) -> None:

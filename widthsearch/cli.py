@@ -247,25 +247,25 @@ def _confirm(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train a network of a study in full and test it; writes a folder to load it from."""
+    """Train a network of a study in full and test it; writes a folder that loads."""
     from widthsearch import export
     from widthsearch.api import Study
-    from widthsearch.report.console import open_console, print_line
+    from widthsearch.report import tables
+    from widthsearch.report.console import open_console, print_line, print_tables
     from widthsearch.training.recipe import EpochResult
 
     study = Study.load(options.study, options.runs)
     trial = study.pick(options.pick)
     folder = Path(options.out) if options.out else study.folder / "trained" / str(trial.number)
     console = open_console()
-    print_line(
-        console,
-        f"training {study.config.name} {trial.number} ({trial.cost.macs:,} MACs): "
-        f"{' '.join(map(str, trial.widths.vector))}",
-    )
+    print_tables(console, tables.pick_table(study, trial))
 
     def on_epoch(number: int, result: EpochResult) -> None:
-        which = f"network {number + 1}/{options.seeds}, epoch {result.epoch}"
-        print_line(console, f"{which}: loss {result.loss:.4f}")
+        print_line(
+            console,
+            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: loss {result.loss:.4f}, "
+            f"accuracy on training images {result.accuracy:.2f}%",
+        )
 
     card = export.train(
         study,
@@ -276,12 +276,14 @@ def _train(options: argparse.Namespace) -> int:
         folder=folder,
         on_epoch=on_epoch,
     )
-    tested = card["test_accuracy"]
-    spread = "" if tested["std"] is None else f" ± {tested['std']:.2f}"
+    test = card["test_accuracy"]
+    of = "one seed"
+    if options.seeds > 1:
+        of = f"mean of {options.seeds} seeds (standard deviation {test['std']:.2f})"
     print_line(
         console,
-        f"test accuracy {tested['mean']:.2f}%{spread} over {options.seeds} seeds; written to "
-        f"{folder}; load it with widthsearch.load({str(folder)!r})",
+        f"test accuracy {test['mean']:.2f}%, {of}; written to {folder}; load it with "
+        f"widthsearch.load({str(folder)!r})",
     )
     return 0
 

@@ -1,4 +1,8 @@
-"""The end of the way: the chosen widths trained in full, as a folder that anyone can load."""
+"""Final training: a trial's widths trained in full and tested, written to a folder that loads.
+
+The folder holds ``widths.json``, ``weights.pt`` and ``card.json``. The card is removed first and
+written last, so a folder with a card is complete.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import logging
 import operator
 import os
 import platform
+import shutil
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -51,22 +56,23 @@ def train(
 ) -> dict[str, Any]:
     """Train a trial's widths in full, once a seed, and test each network.
 
-    Networks learn from the training and validation splits together; the test split is read once a
-    network, after its last epoch. An interrupted call goes on where it ended. What the folder holds
-    stays loadable until the new networks are trained.
+    Networks are trained on the training and validation splits together; the test split is read once
+    a network, after its last epoch. The same call resumes an interrupted one from its last
+    checkpoint; a complete folder keeps no checkpoints. A network that was in the folder stays
+    loadable until the new ones are trained.
 
     Args:
         study: The study.
-        trial: The trial whose widths to train.
-        seeds: How many networks; the weights that are kept are the first's, whatever its accuracy.
-        epochs: Instead of the recipe's.
-        device: Instead of the study's.
-        folder: Where to write; by default ``trained/<id>`` in the study's folder.
-        on_epoch: Called with each network's number, from 0, and each epoch's result (whose
-            accuracy is on images that were trained on).
+        trial: A finished trial of it.
+        seeds: The number of networks; the weights of the first are kept, whatever its accuracy.
+        epochs: Epochs of training; by default the recipe's.
+        device: The device; by default the study's.
+        folder: The folder to write; by default ``trained/<id>`` in the study's folder.
+        on_epoch: Called with each network's number, from 0, and each epoch's result. There is no
+            held-out split: its accuracy is on a part of the training images.
 
     Returns:
-        What ``card.json`` holds.
+        The content of ``card.json``, with the study's estimates for the trial and for the base.
 
     Raises:
         StudyError: The task has no test split, training diverged, or the folder cannot be written.
@@ -92,6 +98,8 @@ def train(
         tested[seed] = evaluate(model, task, "test", device, recipe.precision)
         first = first or model
     assert first is not None
+    posterior = study.posterior()
+    base = posterior.base
     card = {
         "study": study.config.name,
         "trial": trial.number,
@@ -112,10 +120,16 @@ def train(
         },
         "recipe": asdict(recipe),
         "device": device,
-        "macs": trial.cost.macs,
-        "params": trial.cost.params,
-        "activations": trial.cost.activations,
+        **asdict(trial.cost),
         "latency": None if trial.latency is None else trial.latency.to_json(),
+        "estimated": posterior[trial].to_json(),
+        "base": None
+        if base is None
+        else {
+            **asdict(base.cost),
+            "latency_ms": base.latency_ms,
+            "estimated": posterior[base].to_json(),
+        },
         "test_accuracy": {
             "mean": statistics.fmean(tested.values()),
             "std": statistics.stdev(tested.values()) if seeds > 1 else None,
@@ -127,10 +141,12 @@ def train(
     weights = io.BytesIO()
     torch.save({key: value.cpu() for key, value in first.state_dict().items()}, weights)
     with writing(folder):
-        _remove(folder / CARD)  # first, and written last: a folder with a card is whole
+        _remove(folder / CARD)
         space.save_widths(folder / WIDTHS, trial.widths)
         write_atomically(folder / WEIGHTS, lambda file: file.write(weights.getbuffer()))
-        _write_json(folder / CARD, card)
+        text = json.dumps(card, indent=1) + "\n"
+        write_atomically(folder / CARD, lambda file: file.write(text.encode()))
+        shutil.rmtree(folder / "checkpoints")
     return card
 
 
@@ -166,7 +182,7 @@ def _train_one(
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, if it is there, before anything that is written after is on disk."""
+    """Remove a file if it exists, on disk before any later write."""
     path.unlink(missing_ok=True)
     with suppress(OSError):  # not every file system can
         folder = os.open(path.parent, os.O_RDONLY)
@@ -177,21 +193,19 @@ def _remove(path: Path) -> None:
 
 
 def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
-    """The network in a folder that :func:`train` wrote, in eval mode.
+    """Load the network in a folder that :func:`train` wrote, in eval mode.
 
-    It takes images whose values, from 0 to 1, are normalised with the mean and std that the card
-    has under ``preprocessing``.
-
-    Nothing is unpickled but tensors (``weights_only=True``). The network's code comes from the
-    space that the card refers to, so that must be importable here.
+    Its input is images with values from 0 to 1, normalised by the mean and std under
+    ``preprocessing`` in the card. Only tensors are unpickled (``weights_only=True``); the network's
+    code is that of the space which the card names, so it must be importable.
 
     Args:
         folder: The folder.
-        space: The space, where the study was made from an object and not from a reference.
+        space: The space, if the study was made from an object and not from a reference.
 
     Raises:
-        StudyError: The folder is not whole.
-        WidthsError: Its space is another one now, or its widths are not on the grid.
+        StudyError: The folder is incomplete or damaged.
+        WidthsError: The space has changed, or the widths are not on its grid.
     """
     folder = Path(folder)
     about = _read_json(folder / CARD).get("space")
@@ -209,12 +223,12 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
 
 
 def _space_of(about: Any, folder: Path) -> SearchSpace:
-    """The space that a card tells of."""
+    """The space of a card."""
     card = str(folder / CARD)
     keys = ("reference", "name", "input", "constraints")
     missing = [key for key in keys if not isinstance(about, dict) or key not in about]
     if missing:
-        raise StudyError(f"{card!r} does not say the space's {missing[0]!r}; train the pick again")
+        raise StudyError(f"{card!r} lacks the space's {missing[0]!r}; train the pick again")
     reference, name, shape, constraints = (about[key] for key in keys)
     if reference is None:
         raise StudyError(
@@ -231,13 +245,18 @@ def _space_of(about: Any, folder: Path) -> SearchSpace:
 
 
 def _from_anywhere(reference: str | None) -> str | None:
-    """A reference to a file as one that holds in any folder of this machine."""
+    """A reference to a file by its absolute path; any other reference unchanged."""
     where, _, function = (reference or "").rpartition(":")
     return f"{Path(where).resolve()}:{function}" if where.endswith(".py") else reference
 
 
 def versions() -> dict[str, str]:
-    """What ran: Python, the packages that matter, the machine."""
+    """The versions of Python and the packages that determine the numbers, and the machine.
+
+    Example:
+        >>> sorted(versions())[:3]
+        ['machine', 'numpy', 'optuna']
+    """
     packages = ("torch", "torchvision", "optuna", "ray", "numpy")
     found = {"widthsearch": __version__} | {name: version(name) for name in packages}
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
@@ -245,11 +264,6 @@ def versions() -> dict[str, str]:
 
 def _joined(a: Split, b: Split) -> Split:
     return Split(np.concatenate([a.images, b.images]), np.concatenate([a.labels, b.labels]))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

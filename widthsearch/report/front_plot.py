@@ -32,7 +32,7 @@ def draw_front(study: Study) -> Figure:
         StudyError: No trial has finished.
     """
     posterior = study.posterior()
-    finished = [t for t in study.trials() if t.accuracy is not None]
+    finished = [t for t in posterior.trials if t.accuracy is not None]
     if not finished:
         raise StudyError(f"no trial of {study.config.name!r} has finished: run the study first")
     front = posterior.front()

@@ -111,7 +111,7 @@ def gain_lines(posterior: AccuracyPosterior) -> list[str]:
 def front_json(study: Study) -> dict[str, Any]:
     """The front, the base model and the uniform baseline as JSON values."""
     posterior = study.posterior()
-    uniform, base = baseline(posterior.members), _base(posterior)
+    uniform, base = baseline(posterior.members), posterior.base
     return {
         "study": study.config.name,
         "objectives": list(study.config.objectives),
@@ -119,10 +119,6 @@ def front_json(study: Study) -> dict[str, Any]:
         "base": None if base is None else _trial_json(base, posterior),
         "uniform": [_trial_json(t, posterior) for t in uniform if not t.origin.get("base")],
     }
-
-
-def _base(posterior: AccuracyPosterior) -> Trial | None:
-    return next((t for t in posterior.members if t.origin.get("base")), None)
 
 
 def _trial_json(trial: Trial, posterior: AccuracyPosterior) -> dict[str, Any]:
@@ -153,8 +149,8 @@ def front_csv(study: Study) -> str:
 
 def front_tables(study: Study) -> Group:
     """The front and the uniform baseline as tables, with footnotes and the gains."""
-    trials, posterior = study.trials(), study.posterior()
-    front, base = posterior.front(), _base(posterior)
+    posterior = study.posterior()
+    trials, front, base = posterior.trials, posterior.front(), posterior.base
     states = {s: sum(t.state == s for t in trials) for s in ("finished", "stopped", "failed")}
     counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none has ended"
     total = f"{len(trials)} trial{'s' * (len(trials) != 1)}: {counted}."
@@ -177,6 +173,18 @@ def front_tables(study: Study) -> Group:
         )
     lines = [total, *gain_lines(posterior), *footnotes([*front, *uniform], posterior)]
     return Group(*parts, *map(Text, (*lines, *latency_remarks(front, base))))
+
+
+def pick_table(study: Study, trial: Trial) -> Group:
+    """A finished trial beside the base, where the study has trained it, with its widths."""
+    posterior = study.posterior()
+    base = posterior.base
+    shown = [trial] if base in (None, trial) else [base, trial]
+    return Group(
+        trial_table(f"pick of {study.config.name}", shown, base, posterior),
+        _width_lines([trial]),
+        *map(Text, footnotes(shown, posterior)),
+    )
 
 
 def footnotes(shown: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]:

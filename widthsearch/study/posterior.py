@@ -103,6 +103,11 @@ class AccuracyPosterior:
                 first.setdefault((trial.space, trial.widths), trial)
         return list(first.values())
 
+    @property
+    def base(self) -> Trial | None:
+        """The trial of the first space's base; None until it has finished."""
+        return next((t for t in self.members if t.origin.get("base")), None)
+
     @cached_property
     def coordinates(self) -> dict[str, Coordinates]:
         """Those of the spaces with a finished trial, by name."""
