@@ -164,7 +164,7 @@ def test_budgets_that_nothing_meets_are_left_out(tmp_path: Path) -> None:
 
 
 def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
-    """But for the base and the baselines, which are on no front; and some network must fit."""
+    """All but the base, which is on no front; and some network must fit."""
     study = make(
         tmp_path,
         limits={"macs": (0, 4000)},
@@ -173,22 +173,77 @@ def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
         trials=9,
     )
     drive(study)
-    for trial in study.trials():
-        compared = "base" in trial.origin or "baseline" in trial.origin
-        assert compared or trial.cost.macs <= 4000
-    assert any(trial.cost.macs > 4000 for trial in study.trials())
+    base, *others = study.trials()
+    assert base.cost.macs > 4000
+    assert all(trial.cost.macs <= 4000 for trial in others)
+    assert any("baseline" in trial.origin for trial in others)
     assert all(trial.cost.macs <= 4000 for trial in study.front())
     with pytest.raises(StudyError, match=r"limits.macs is \[0, 10\] and networks have 872 to "):
         drive(make(tmp_path / "other", limits={"macs": (0, 10)}))
 
 
-def test_a_network_that_does_not_fit_the_data_is_told_at_once(tmp_path: Path) -> None:
-    """Four outputs for five classes, or a batch larger than the data: nothing is written."""
-    five = replace(tiny.task(), classes=5)
-    study = Study(tiny.config(), tiny.space(), five, folder=tmp_path / "five")
-    with pytest.raises(DataError, match="give its last layer 5 outputs"):
+@pytest.mark.parametrize("classes", [3, 5])
+def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path: Path, classes: int) -> None:
+    """Four outputs for three or five classes: before anything is written."""
+    task = replace(tiny.task(), classes=classes)
+    study = Study(tiny.config(), tiny.space(), task, folder=tmp_path / "x")
+    with pytest.raises(DataError, match=f"give its last layer {classes} outputs"):
         drive(study)
-    assert not (tmp_path / "five").exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_torchvision_model_has_the_classes_of_the_task(tmp_path: Path) -> None:
+    """Four outputs instead of ImageNet's thousand; those where a study names no task."""
+    config = tiny.config(space="torchvision:resnet18", input=(3, 32, 32))
+    for task, outputs in ((tiny.task(), 4), (None, 1000)):
+        space = Study(config, task=task, folder=tmp_path).space
+        assert space.build(space.base, initialise=False).fc.out_features == outputs
+
+
+def test_a_space_traced_at_a_sample_tensor_is_driven(tmp_path: Path) -> None:
+    """A float tensor of the images' shape; integers and several inputs are refused in one line."""
+    space = SearchSpace.from_model(tiny.Net, torch.zeros(1, 4, 4), name="tiny")
+    study = Study(tiny.config(trials=2), space, tiny.task(), folder=tmp_path / "tensor")
+    drive(study)
+    assert len(study.trials()) == 2
+
+    class Pair(tiny.Net):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + y)
+
+    pair = SearchSpace.from_model(Pair, ((1, 4, 4), (1, 4, 4)))
+    with pytest.raises(DataError, match=r"was traced at \[\[1, 4, 4\], \[1, 4, 4\]\]") as caught:
+        drive(Study(tiny.config(), pair, tiny.task(), folder=tmp_path / "pair"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pair").exists()
+
+
+def test_a_proposers_fields_are_checked_before_anything_begins(tmp_path: Path) -> None:
+    """Not where the configuration is read, since that would import the method."""
+    study = make(tmp_path / "x", proposers=["uniform", {"method": "uniform", "member": 2}])
+    with pytest.raises(StudyError, match=r"unknown key 'proposers\.1\.member'; did you mean"):
+        drive(study)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_kill_leaves_the_old_configuration_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a part of a file, which no later run could read."""
+    drive(make(tmp_path, trials=1))
+    before = (tmp_path / "study.yaml").read_text()
+
+    def killed(self: Path, target: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        drive(make(tmp_path, trials=2))
+    assert (tmp_path / "study.yaml").read_text() == before
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    """Before anything is written."""
     study = make(tmp_path / "large", recipe={"epochs": 4, "batch_size": 64})
     with pytest.raises(StudyError, match="batch_size=64 and task 'tiny' has 32 training images"):
         drive(study)
@@ -220,7 +275,7 @@ def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
 def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
     """Its costs would be another image's."""
     study = Study(tiny.config(task="digits"), tiny.space(), folder=tmp_path / "x")
-    with pytest.raises(StudyError, match=r"traced at \(1, 4, 4\) and the images of 'digits' are"):
+    with pytest.raises(DataError, match=r"traced at \[1, 4, 4\] and the images of 'digits' are"):
         drive(study)
     assert not (tmp_path / "x").exists()
 

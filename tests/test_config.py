@@ -107,7 +107,8 @@ WRONG = {
     ),
     "a long list": (
         {"input": [3, 8, 8, 1]},
-        "input must have at most 3 items, but was [3, 8, 8, 1]",
+        "input must have at most 3 items, but was [3, 8, 8, 1]; write `input: [3, 32, 32]` "
+        "(channels, height, width)",
     ),
     "no mapping": (
         {"recipe": 3},
@@ -119,7 +120,38 @@ WRONG = {
     ),
     "no limit": (
         {"limits": {"flops": [0, 1]}},
-        "limits.flops must be 'macs', 'params' or 'latency_ms', but was 'flops'",
+        "limits.flops must be 'macs', 'params' or 'latency_ms', but was 'flops'; write `limits: "
+        "{macs: [0, 2e6]}`",
+    ),
+    "a limit that is no interval": (
+        {"limits": {"macs": 2e6}},
+        "limits.macs must be [min, max] with 0 <= min < max, but was 2000000.0; write `limits: "
+        "{macs: [0, 2e6]}`",
+    ),
+    "an empty interval": (
+        {"limits": {"macs": [5, 5]}},
+        "limits.macs must be [min, max] with 0 <= min < max, but was [5, 5]; write `limits: "
+        "{macs: [0, 2e6]}`",
+    ),
+    "a limit that is not measured": (
+        {"limits": {"latency_ms": [0, 1]}},
+        "a limit of latency_ms needs it among the objectives, but they are [accuracy, macs]: add "
+        "it, or leave the limit out",
+    ),
+    "a task without a name": (
+        {"task": {"folder": "images"}},
+        "key 'task.name' is missing; write `task: digits`, or `task: {name: image_folder, folder: "
+        "path}`",
+    ),
+    "a task that is no mapping": (
+        {"task": ["digits"]},
+        "task must be a mapping of keys to values, but was ['digits']; write `task: digits`, or "
+        "`task: {name: image_folder, folder: path}`",
+    ),
+    "accuracy alone": (
+        {"objectives": ["accuracy"], "early_stopping": "front"},
+        "early_stopping needs a cost among the objectives, but they are [accuracy]: add macs, or "
+        "leave early_stopping out",
     ),
     "one of two types": (
         {"constraints": {"pin": 3}},
@@ -167,14 +199,6 @@ WRONG = {
         "proposers.0 must name a proposer or be `module:name`, but was 'sensitivty'; did you mean "
         "'sensitivity'?",
     ),
-    "unknown field of a proposer": (
-        {"proposers": [{"method": "sensitivity", "batchsize": 3}]},
-        "proposers.0: unknown key 'batchsize'; did you mean 'batch_size'?",
-    ),
-    "bad field of a proposer": (
-        {"proposers": [{"method": "sensitivity", "batch_size": "x"}]},
-        "proposers.0: batch_size must be a whole number, but was 'x'",
-    ),
     "late rung": (
         {"recipe": {"epochs": 3}, "early_stopping": {"kind": "rungs", "first_epoch": 3}},
         "early_stopping.first_epoch must be less than recipe.epochs, but they are 3 and 3",
@@ -193,12 +217,17 @@ WRONG = {
     ),
     "one GPU of many": (
         {"device": "cuda:1", "resources": {"gpu": 1}},
-        "device must be cpu or cuda, for Ray gives each trial its GPU, but is 'cuda:1': set "
-        "CUDA_VISIBLE_DEVICES to use some GPUs alone",
+        "device must be cpu or cuda, since Ray assigns the GPUs to trials, but is 'cuda:1': set "
+        "CUDA_VISIBLE_DEVICES to use some GPUs only",
     ),
-    "a GPU and a half": (
-        {"resources": {"gpu": 1.5}},
-        "resources.gpu must be a share of one or a whole number, but was 1.5",
+    "two GPUs for a trial": (
+        {"resources": {"gpu": 2}},
+        "resources.gpu must be at most 1, but was 2: a trial trains on one GPU; 0.5 lets two share "
+        "one",
+    ),
+    "a core and a half": (
+        {"resources": {"cpu": 1.5}},
+        "resources.cpu must be a share of one or a whole number, but was 1.5",
     ),
     "a name that is no folder's": (
         {"name": "../up"},
@@ -223,6 +252,25 @@ def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(StudyError) as caught:
         StudyConfig.from_yaml(path)
     assert str(caught.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batchsize": 3}, "unknown key 'proposers.1.batchsize'; did you mean 'batch_size'?"),
+        ({"batch_size": "x"}, "proposers.1.batch_size must be a whole number, but was 'x'"),
+    ],
+)
+def test_a_proposers_fields_are_checked_when_it_is_made(
+    fields: dict[str, object], message: str
+) -> None:
+    """Its configuration is read without importing the method."""
+    proposer = StudyConfig(
+        name="a", trials=3, proposers=["uniform", {"method": "sensitivity", **fields}]
+    ).proposers[1]
+    with pytest.raises(StudyError) as caught:
+        proposer.make("proposers.1")
+    assert str(caught.value) == message
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

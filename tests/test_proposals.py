@@ -126,7 +126,10 @@ def test_a_users_own_proposer_is_a_function_or_a_dataclass(tmp_path: Path, own: 
     [
         ({"method": "{own}:halfs"}, "has no function 'halfs'; did you mean 'halves'"),
         ({"method": "{own}:halves", "time": 1}, "got an unexpected keyword argument 'time'"),
-        ({"method": "{own}:Bottle", "wide": 1}, "unknown key 'wide'; did you mean 'width'"),
+        (
+            {"method": "{own}:Bottle", "wide": 1},
+            "unknown key 'proposers.0.wide'; did you mean 'width'",
+        ),
         ({"method": "{own}:Mute"}, "instances must be callable, but those of .*:Mute' are not"),
         ({"method": "{own}:Plain"}, "a function or a dataclass, but .*:Plain' is another class"),
         ({"method": "nowhere:all"}, "cannot be imported"),

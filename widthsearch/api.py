@@ -113,7 +113,11 @@ class Study:
         spaces = self._given
         if not spaces:
             references = config.spaces or ((config.space,) if config.space else ())
-            spaces = [load_space(reference, config.input) for reference in references]
+            # Only a torchvision model takes its classes from the task, whose data is then read.
+            sized = any(reference.startswith("torchvision:") for reference in references)
+            known = config.task is not None or "task" in vars(self)
+            classes = self.task.classes if sized and known else None
+            spaces = [load_space(reference, config.input, classes) for reference in references]
         if not spaces:
             raise StudyError(
                 f"study {config.name!r} names no space: add `space:` to its configuration, "

@@ -107,6 +107,7 @@ def train(
         "space": {
             "reference": _from_anywhere(study.reference(space.name)),
             "input": study.config.input,
+            "classes": task.classes,
             "constraints": study.config.to_json()["constraints"],
             "name": space.name,
             "fingerprint": space.fingerprint,
@@ -225,11 +226,11 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
 def _space_of(about: Any, folder: Path) -> SearchSpace:
     """The space of a card."""
     card = str(folder / CARD)
-    keys = ("reference", "name", "input", "constraints")
+    keys = ("reference", "name", "input", "classes", "constraints")
     missing = [key for key in keys if not isinstance(about, dict) or key not in about]
     if missing:
         raise StudyError(f"{card!r} lacks the space's {missing[0]!r}; train the pick again")
-    reference, name, shape, constraints = (about[key] for key in keys)
+    reference, name, shape, classes, constraints = (about[key] for key in keys)
     if reference is None:
         raise StudyError(
             f"{str(folder)!r} was trained in a space without a reference ({name!r}): give the "
@@ -238,10 +239,11 @@ def _space_of(about: Any, folder: Path) -> SearchSpace:
     try:
         asked = Constraints(**constraints)
         shape = None if shape is None else tuple(map(operator.index, shape))
+        classes = operator.index(classes)
         where = str.__str__(reference)
     except TypeError as error:
         raise StudyError(f"{card!r} is damaged ({error}); train the pick again") from None
-    return load_space(where, shape).with_constraints(asked)
+    return load_space(where, shape, classes).with_constraints(asked)
 
 
 def _from_anywhere(reference: str | None) -> str | None:

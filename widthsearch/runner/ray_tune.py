@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ class _TuneAdapter:
         try:
             with self.interrupts.deferred():
                 tune.run(
-                    tune.with_resources(trainable, config.resources.model_dump()),
+                    tune.with_resources(trainable, asdict(config.resources)),
                     name="tune",
                     storage_path=str(logs),
                     search_alg=_TuneSearcher(self),

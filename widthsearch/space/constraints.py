@@ -15,8 +15,6 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
 from widthsearch.errors import SpaceError
 from widthsearch.space.ties import joined
 from widthsearch.tracing.polynomials import Poly, constant, substitute
@@ -202,6 +200,8 @@ def default_block(device: str) -> int:
     AVX-512 16, the lanes of fp32; bf16 has the same blocks (a 3×3 convolution of 17 channels takes
     1.9 times as long as one of 16). On other CPUs 8, oneDNN's block with AVX2.
     """
+    import torch  # here: a study's configuration, with its constraints, is read without torch
+
     if not device.startswith("cuda") and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return BLOCKS["cpu"]
     return 8

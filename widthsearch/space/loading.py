@@ -16,13 +16,17 @@ from widthsearch.utils.references import load_function
 _loaded: dict[tuple[str, tuple[int, ...] | None, Any], SearchSpace] = {}
 
 
-def load_space(reference: str, input_shape: Sequence[int] | None = None) -> SearchSpace:
+def load_space(
+    reference: str, input_shape: Sequence[int] | None = None, classes: int | None = None
+) -> SearchSpace:
     """The space behind a reference; traced once in a process.
 
     Args:
         reference: ``torchvision:NAME``, ``package.module:function`` or ``path/to/file.py:function``
             (a function without required arguments that returns a :class:`SearchSpace`).
-        input_shape: One sample's shape; for ``torchvision:NAME`` alone, by default (3, 224, 224).
+        input_shape: One sample's shape; for ``torchvision:NAME`` only, by default (3, 224, 224).
+        classes: The number of classes of a ``torchvision:NAME``, by default 1,000 as on ImageNet;
+            other references set their own.
 
     Raises:
         SpaceError: One line that says what is wrong with the reference.
@@ -30,9 +34,9 @@ def load_space(reference: str, input_shape: Sequence[int] | None = None) -> Sear
     shape = tuple(input_shape) if input_shape is not None else None
     prefix, _, name = reference.partition(":")
     if prefix == "torchvision":
-        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, None)
+        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, classes)
         if key not in _loaded:
-            _loaded[key] = _torchvision(name, shape or (3, 224, 224))
+            _loaded[key] = _torchvision(name, shape or (3, 224, 224), classes or 1000)
         return _loaded[key]
     if not name and prefix in _classifiers():
         raise SpaceError(
@@ -77,7 +81,7 @@ def _classifiers() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
+def _torchvision(name: str, input_shape: tuple[int, ...], classes: int) -> SearchSpace:
     import torchvision
 
     known = _classifiers()
@@ -85,10 +89,12 @@ def _torchvision(name: str, input_shape: tuple[int, ...]) -> SearchSpace:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"
         raise SpaceError(f"torchvision has no classification model {name!r}; {hint}")
-    quiet = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {"num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True  # else they warn
 
     def make_model() -> nn.Module:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **quiet)
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         return model
 
     return SearchSpace.from_model(make_model, input_shape, name=f"torchvision:{name}")

@@ -11,7 +11,7 @@ from widthsearch.latency.config import LatencyConfig
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.storage import SpaceRecord, Store
-from widthsearch.training.trainer import check_batch_size, check_model
+from widthsearch.training.trainer import check_batch_size, check_input_shape, check_model
 from widthsearch.utils.devices import check_device
 
 _FIXED = ("task", "recipe", "objectives", "latency", "seed")
@@ -25,17 +25,12 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
     """Check that the spaces, the task, the limits and the devices fit together.
 
     Raises:
-        StudyError: A space was traced at another input shape, or no network is within the limits.
-        DataError: The base model does not fit the task.
+        DataError: A space was traced at another input shape, or its base does not fit the task.
+        StudyError: No network is within the limits, or a batch is larger than the training split.
         DeviceError: A device is not there.
     """
     for space in spaces.values():
-        if tuple(space.input_shape) != tuple(task.input_shape):
-            raise StudyError(
-                f"a space's costs are for one input shape, but {space.name!r} was traced at "
-                f"{tuple(space.input_shape)} and the images of {task.name!r} are "
-                f"{tuple(task.input_shape)}: make the space with the task's shape"
-            )
+        check_input_shape(space, task)
     _check_limits(config, spaces)
     check_batch_size(config.recipe, task)
     if config.ray_address is None:

@@ -1,10 +1,12 @@
-"""A study's configuration: one YAML, wholly validated before anything runs.
+"""A study's configuration: one YAML, validated as a whole before anything runs.
 
-Every error is one line that names the place, the rule and the value.
+Every error is one line that names the place, the rule and the value. Imports no torch: the fields
+of proposers are validated by :meth:`ProposerConfig.make`, which imports the method.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -22,6 +24,8 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -33,11 +37,9 @@ from widthsearch.proposers import PROPOSERS, Proposer, proposer_class
 from widthsearch.space.constraints import Constraints
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import load_function
-from widthsearch.utils.validation import explain, hint
+from widthsearch.utils.validation import explain, hint, validated_dataclass
 
 Objective = Literal["accuracy", "macs", "params", "latency_ms"]
-
-_FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 
 def _whole_above_one(amount: float) -> float:
@@ -46,10 +48,28 @@ def _whole_above_one(amount: float) -> float:
     return amount
 
 
+def _at_most_one_gpu(amount: float) -> float:
+    if amount > 1:
+        raise ValueError(
+            f"must be at most 1, but was {amount:g}: a trial trains on one GPU; 0.5 lets two share "
+            "one"
+        )
+    return amount
+
+
 def _count_or_auto(value: Any) -> Any:
     if value != "auto" and (type(value) is not int or value < 1):
         raise ValueError(f"must be 1 or more, or auto, but was {value!r}")
     return value
+
+
+def _interval(value: Any, validate: ValidatorFunctionWrapHandler) -> tuple[float, float]:
+    low, high = 1.0, 0.0
+    with contextlib.suppress(ValidationError):
+        low, high = validate(value)
+    if not 0 <= low < high:
+        raise ValueError(f"must be [min, max] with 0 <= min < max, but was {value!r}")
+    return low, high
 
 
 def _fit_for_a_folder(name: str) -> str:
@@ -61,34 +81,50 @@ def _fit_for_a_folder(name: str) -> str:
     return name
 
 
-class Resources(BaseModel):
-    """What one trial takes of the machine.
+@validated_dataclass("resources")
+class Resources:
+    """The share of a machine that one trial takes.
 
     Attributes:
         cpu: CPU cores; also the number of threads that it trains with (at least one).
-        gpu: GPUs; 0.5 lets two trials share one.
+        gpu: GPUs, at most one; 0.5 lets two trials share one.
+
+    Raises:
+        StudyError: A value breaks a rule.
+
+    Example:
+        >>> Resources(cpu=2).gpu
+        0.0
+        >>> Resources(gpu=2)
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: resources.gpu must be at most 1, but was 2: a trial trains \
+on one GPU; 0.5 lets two share one
     """
 
-    model_config = _FROZEN
-
     cpu: Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)] = 1.0
-    gpu: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] = 0.0
+    gpu: Annotated[float, Field(ge=0), AfterValidator(_at_most_one_gpu)] = 0.0
 
 
-class Rungs(BaseModel):
+@validated_dataclass("early_stopping")
+class Rungs:
     """Early stopping by successive halving, with non-dominated rungs.
 
     Attributes:
         kind: ``rungs``.
         first_epoch: The epoch of the first rung; each next one is ``eta`` times as late.
         eta: Of each rung, one in ``eta`` goes on.
+
+    Raises:
+        StudyError: A value breaks a rule.
+
+    Example:
+        >>> Rungs(first_epoch=2, eta=3).rungs(epochs=20)
+        (2, 6, 18)
     """
 
-    model_config = _FROZEN
-
     kind: Literal["rungs"] = "rungs"
-    first_epoch: Annotated[int, Field(ge=1)] = 3
-    eta: Annotated[int, Field(ge=2)] = 3
+    first_epoch: int = Field(default=3, ge=1)
+    eta: int = Field(default=3, ge=2)
 
     def rungs(self, epochs: int) -> tuple[int, ...]:
         """The epochs at which a trial may be stopped, out of ``epochs``."""
@@ -101,12 +137,21 @@ class Rungs(BaseModel):
 
 
 class ProposerConfig(BaseModel):
-    """A proposer by its name, with its fields beside it.
+    """A proposer's name, with its fields beside it.
+
+    The name is checked here, the fields where the proposer is made.
 
     Attributes:
         method: The proposer's name; or a user's own as ``package.module:name`` or
             ``path/to/file.py:name``: a dataclass or a function, see
-            :class:`~widthsearch.proposers.Proposer`. That one is imported when it is asked.
+            :class:`~widthsearch.proposers.Proposer`.
+
+    Example:
+        >>> ProposerConfig.of("uniform", {"members": 4}).make()
+        Uniform(members=4)
+        >>> ProposerConfig.of("uniform", {"member": 4}).make("proposers.0")
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: unknown key 'proposers.0.member'; did you mean 'members'?
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -115,51 +160,51 @@ class ProposerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ProposerConfig:
-        if ":" in self.method:
-            return self
-        if self.method not in PROPOSERS:
+        if ":" not in self.method and self.method not in PROPOSERS:
             raise ValueError(
                 f"must name a proposer or be `module:name`, but was {self.method!r}"
                 f"{hint(self.method, PROPOSERS)}"
             )
-        self.make()
         return self
 
     @classmethod
     def of(cls, method: str, fields: Mapping[str, Any]) -> ProposerConfig:
-        """The same from Python.
+        """The configuration of a method with these fields.
 
         Raises:
-            StudyError: One line that says which rule is broken.
+            StudyError: There is no such method.
         """
         try:
             return cls(method=method, **fields)
         except ValidationError as error:
             raise StudyError(explain(error, _SECTIONS)) from None
 
-    def make(self) -> Proposer:
-        """The proposer itself.
+    def make(self, place: str = "") -> Proposer:
+        """The proposer with its fields; imports it.
+
+        Args:
+            place: The place of this section in the configuration, for messages.
 
         Raises:
-            StudyError: A user's own cannot be imported or does not take the fields.
-            ValueError: One of ours does not take the fields.
+            StudyError: The proposer cannot be imported or does not take the fields.
         """
+        own: Any
         if ":" not in self.method:
-            return self._filled(proposer_class(self.method))
-        own: Any = load_function(self.method, StudyError)
-        if isinstance(own, type) and not dataclasses.is_dataclass(own):
-            raise StudyError(
-                f"a proposer must be a function or a dataclass, but {self.method!r} is another "
-                "class: decorate it, @dataclass(frozen=True)"
-            )
-        try:
-            if isinstance(own, type):
-                made = self._filled(own)
-            else:
-                inspect.signature(own).bind(None, None, None, **(self.model_extra or {}))
-                made = functools.partial(own, **(self.model_extra or {}))
-        except (TypeError, ValueError) as error:
-            raise StudyError(f"proposer {self.method!r}: {error}") from None
+            return self._filled(proposer_class(self.method), place)
+        own, fields = load_function(self.method, StudyError), self.model_extra or {}
+        if isinstance(own, type):
+            if not dataclasses.is_dataclass(own):
+                raise StudyError(
+                    f"a proposer must be a function or a dataclass, but {self.method!r} is another "
+                    "class: decorate it, @dataclass(frozen=True)"
+                )
+            made = self._filled(own, place)
+        else:
+            try:
+                inspect.signature(own).bind(None, None, None, **fields)
+            except (TypeError, ValueError) as error:
+                raise StudyError(f"proposer {self.method!r}: {error}") from None
+            made = functools.partial(own, **fields)
         if not callable(made):
             raise StudyError(
                 f"a proposer's instances must be callable, but those of {self.method!r} are not: "
@@ -167,16 +212,16 @@ class ProposerConfig(BaseModel):
             )
         return made
 
-    def _filled(self, proposer: Any) -> Proposer:
+    def _filled(self, proposer: Any, place: str) -> Proposer:
         known = {field.name for field in dataclasses.fields(proposer)}
         fields = self.model_extra or {}
-        for key in fields:
-            if key not in known:
-                raise ValueError(f"unknown key {key!r}{hint(key, known)}")
+        for key in fields.keys() - known:
+            where = f"{place}.{key}" if place else key
+            raise StudyError(f"unknown key {where!r}{hint(key, known)}")
         try:
             made: Proposer = TypeAdapter(proposer).validate_python(fields)
         except ValidationError as error:
-            raise ValueError(explain(error, {"": proposer})) from None
+            raise StudyError(explain(error, {place: proposer}, place)) from None
         return made
 
 
@@ -197,15 +242,15 @@ def _named(key: str, default: str | None = None) -> BeforeValidator:
 
 
 class StudyConfig(BaseModel):
-    """Everything that a study is: what is searched, trained, measured, and how much of it.
+    """The configuration of a study: the space, the data, the training, the search and its extent.
 
     Attributes:
         name: The study's name, and its folder's.
         space: A reference to the space; None when a Python user gives the object itself.
-        spaces: References to several, instead: depth × width, say, in one front. What is relative
-            to a base is relative to the first's.
+        spaces: References to several instead, for one front of depth × width, say. Shares of a base
+            model are shares of the first's.
         input: The input's shape (C, H, W), for spaces that leave it open.
-        constraints: What is pinned, tied, bounded and aligned in the space.
+        constraints: Pinned, tied, bounded and aligned axes of the space.
         task: The data; None when a Python user gives the object itself.
         recipe: How each candidate is trained.
         proposers: The methods whose proposals are scaled into families.
@@ -215,23 +260,33 @@ class StudyConfig(BaseModel):
         baselines: The share of the trials that are baselines: uniform widths at each budget (in
             every space: depth × width), then random ones.
         objectives: What the front is of; latency_ms is measured.
-        limits: The least and most of a cost (``macs``, ``params``, ``latency_ms``) that matter: the
-            sampler asks for no network outside.
+        limits: The interval [min, max] of a cost (``macs``, ``params``, ``latency_ms``): no network
+            outside is trained or on the front, except the base models.
         latency: How latency is measured.
-        early_stopping: ``front`` stops what will hardly reach the front at its own costs, ``rungs``
-            all but the best of each rung; None trains everything to its end.
-        trials: How many candidates there are in all: the base model, the families' members, and the
+        early_stopping: ``front`` stops a trial that is unlikely to reach the front at its own
+            costs, ``rungs`` all but the best of each rung; None trains everything to its end.
+        trials: The number of trials in all: the base model, the families' members, and the
             sampler's own for the rest. Failed ones count.
-        concurrency: How many train at once; ``auto`` finds by a short probe of this machine what
-            trains the most candidates an hour, and gives each its share of the GPU.
-        resources: What each of them takes.
+        concurrency: The number of trials at once; ``auto`` finds by a short probe of this machine
+            the number that trains the most candidates an hour, and gives each its share of the GPU.
+        resources: The share of a machine that each trial takes.
         device: Where they train.
         seed: The seed that everything random in the study derives from.
         storage: Any Optuna URL; None for a SQLite file in the study's folder.
         ray_address: A Ray cluster's address; None to start Ray on this machine.
+
+    Raises:
+        StudyError: A value breaks a rule.
+
+    Example:
+        >>> StudyConfig(name="mine", task="digits", trials=32).recipe.epochs
+        10
+        >>> StudyConfig(name="mine", trials=0)
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: trials must be greater than or equal to 1, but was 0
     """
 
-    model_config = _FROZEN
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, AfterValidator(_fit_for_a_folder)]
     space: str | None = None
@@ -256,7 +311,10 @@ class StudyConfig(BaseModel):
     )
     baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
     objectives: tuple[Objective, ...] = ("accuracy", "macs")
-    limits: Mapping[Literal["macs", "params", "latency_ms"], tuple[float, float]] = {}
+    limits: Mapping[
+        Literal["macs", "params", "latency_ms"],
+        Annotated[tuple[float, float], WrapValidator(_interval)],
+    ] = {}
     latency: LatencyConfig | None = None
     early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
     trials: Annotated[int, Field(ge=1)]
@@ -271,7 +329,8 @@ class StudyConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise StudyError(explain(error, _SECTIONS)) from None
+            message = explain(error, _SECTIONS)
+            raise StudyError(f"{message}{_form(message)}") from None
         except SpaceError as error:
             raise StudyError(f"constraints: {error}") from None
 
@@ -292,15 +351,15 @@ class StudyConfig(BaseModel):
                 "latency is measured where it is an objective, but objectives are "
                 f"[{', '.join(self.objectives)}]: add latency_ms, or leave the latency section out"
             )
-        for name, (low, high) in self.limits.items():
-            if not 0 <= low < high:
-                raise ValueError(f"limits.{name} must be [least, most], but is [{low:g}, {high:g}]")
-            if name == "latency_ms" and name not in self.objectives:
-                raise ValueError("limits of latency_ms need it among the objectives")
+        if "latency_ms" in self.limits and "latency_ms" not in self.objectives:
+            raise ValueError(
+                "a limit of latency_ms needs it among the objectives, but they are "
+                f"[{', '.join(self.objectives)}]: add it, or leave the limit out"
+            )
         stopping = self.early_stopping
         if stopping is not None and len(self.objectives) == 1:
             raise ValueError(
-                "early_stopping is never by accuracy alone, but objectives are [accuracy]: add "
+                "early_stopping needs a cost among the objectives, but they are [accuracy]: add "
                 "macs, or leave early_stopping out"
             )
         if stopping is not None and stopping.first_epoch >= self.recipe.epochs:
@@ -315,8 +374,8 @@ class StudyConfig(BaseModel):
             )
         if self.device.startswith("cuda:") and self.device != "cuda:0":
             raise ValueError(
-                f"device must be cpu or cuda, for Ray gives each trial its GPU, but is "
-                f"{self.device!r}: set CUDA_VISIBLE_DEVICES to use some GPUs alone"
+                f"device must be cpu or cuda, since Ray assigns the GPUs to trials, but is "
+                f"{self.device!r}: set CUDA_VISIBLE_DEVICES to use some GPUs only"
             )
         if self.concurrency == "auto" and self.ray_address is not None:
             raise ValueError(
@@ -327,7 +386,11 @@ class StudyConfig(BaseModel):
 
     @property
     def at_once(self) -> int:
-        """How many train at once, where that is decided."""
+        """The number of trials at once.
+
+        Raises:
+            StudyError: It is ``auto``: the driver of a study decides it.
+        """
         if isinstance(self.concurrency, str):
             raise StudyError("concurrency 'auto' is decided when a study is run")
         return self.concurrency
@@ -376,3 +439,17 @@ _SECTIONS: dict[str, Any] = {
     "early_stopping.rungs": Rungs,
     "resources": Resources,
 }
+
+_FORMS = {
+    "task": "`task: digits`, or `task: {name: image_folder, folder: path}`",
+    "limits": "`limits: {macs: [0, 2e6]}`",
+    "input": "`input: [3, 32, 32]` (channels, height, width)",
+}
+"""An example of each section whose form is hard to guess."""
+
+
+def _form(message: str) -> str:
+    """The end of a message about one of those sections; empty for others."""
+    place = re.match(r"(?:key ')?(\w+)", message)
+    form = _FORMS.get(place[1]) if place else None
+    return f"; write {form}" if form and "`" not in message else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.latency.profiles import load_profile
-from widthsearch.proposers import Proposal, Setting, families
+from widthsearch.proposers import Proposal, Proposer, Setting, families
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.checks import check_parts, claim
@@ -38,6 +38,7 @@ from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import cores
+from widthsearch.utils.files import write_atomically
 from widthsearch.widths import Widths
 
 OnProgress = Callable[[Progress], None]
@@ -88,21 +89,28 @@ class Driver:
             retry: Whether to train again the trials that failed.
 
         Raises:
-            StudyError: Another driver holds it, or the storage does not fit the configuration.
+            StudyError: Another driver holds it, a proposer does not take its fields, or the storage
+                does not fit the configuration.
             StorageError: The storage cannot be opened.
         """
+        methods = [
+            (method, method.make(f"proposers.{i}"))
+            for i, method in enumerate(self._config.proposers)
+        ]
         with self._driving() as (store, driver_lock):
             say = self._reporter(store, on_progress)
             config = self._with_concurrency(self._with_precision(store), store, say)
             share = round(config.baselines * config.trials)
             budgets = self._budgets(say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self._spaces.values()]
-            queue += families.baseline_candidates(self._spaces, budgets, share, config.seed)
+            proposed = families.baseline_candidates(self._spaces, budgets, share, config.seed)
             names = {name: space.names for name, space in self._spaces.items()}
             if count_begun(store.trials(names)) < config.trials:  # else no candidate is needed
-                found = self._proposals(store, config.recipe, engine, say)
-                proposed = families.family_candidates(self._spaces, found, budgets, config.families)
-                queue += [c for c in proposed if self._is_within_limits(c.space, c.widths)]
+                found = self._proposals(methods, store, config.recipe, engine, say)
+                proposed += families.family_candidates(
+                    self._spaces, found, budgets, config.families
+                )
+            queue += [c for c in proposed if self._is_within_limits(c.space, c.widths)]
             yield Search(
                 config,
                 self._spaces,
@@ -156,7 +164,8 @@ class Driver:
         store = Store.create(self._url, config.name, config.objectives)
         with DriverLock(store) as driver_lock:
             claim(store, config, self._spaces)
-            (self._folder / "study.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            text = config.to_yaml().encode()
+            write_atomically(self._folder / "study.yaml", lambda file: file.write(text))
             yield store, driver_lock
 
     # -- the configuration of this run -------------------------------------------------------
@@ -209,7 +218,7 @@ class Driver:
         say(f"concurrency {best} on each device; base networks an hour: {found}")
         if gpus:
             share = math.floor(1e4 / best) / 1e4  # so many fit one GPU, whatever is rounded
-            taken = taken.model_copy(update={"gpu": min(taken.gpu, share)})
+            taken = replace(taken, gpu=min(taken.gpu, share))
         together = best * max(1, gpus)
         return config.model_copy(update={"concurrency": together, "resources": taken})
 
@@ -248,7 +257,12 @@ class Driver:
         return {}
 
     def _proposals(
-        self, store: Store, recipe: Recipe, engine: Engine, say: ProgressCallback
+        self,
+        methods: Sequence[tuple[ProposerConfig, Proposer]],
+        store: Store,
+        recipe: Recipe,
+        engine: Engine,
+        say: ProgressCallback,
     ) -> dict[str, list[Proposal]]:
         """Each space's proposals."""
         config = self._config
@@ -258,9 +272,9 @@ class Driver:
         for space in self._spaces.values():
             profile = self._profiles.get(space.name)
             own = setting if profile is None else replace(setting, latency=profile.predicted)
-            for method in config.proposers:
+            for method, proposer in methods:
                 label = self._label(method, space)
-                asked.append((method, ProposalRequest(label, method.make(), space, own, threads)))
+                asked.append((method, ProposalRequest(label, proposer, space, own, threads)))
         found, self.failures = collect_proposals(store, asked, self._task.for_search(), engine, say)
         return found
 

@@ -23,6 +23,7 @@ from widthsearch.errors import StudyError, WidthsError, one_line
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import scale_proposal
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.trainer import check_input_shape
 from widthsearch.utils.devices import fixed_threads
 from widthsearch.widths import Widths
 
@@ -253,6 +254,7 @@ def propose_at_budget(
 
     Raises:
         StudyError: The method reads data and there is none, or it fails.
+        DataError: The space was traced at another shape than that of the task's images.
         WidthsError: The budget is below the narrowest network of the space.
     """
     proposer = config.make()
@@ -260,11 +262,8 @@ def propose_at_budget(
         raise StudyError(
             f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
         )
-    if task is not None and tuple(space.input_shape) != task.input_shape:
-        raise StudyError(
-            f"a space must take the task's images, but {space.name!r} takes {space.input_shape} "
-            f"and those of {task.name!r} are {task.input_shape}"
-        )
+    if task is not None:
+        check_input_shape(space, task)
     lowest = min(1.0, budget / space.cost(space.base).macs)
     setting = setting or Setting()
     request = ProposalRequest(config.method, proposer, space, replace(setting, lowest=lowest))

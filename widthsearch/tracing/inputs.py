@@ -45,6 +45,26 @@ def inputs_from_json(content: Any) -> Any:
     return content if isinstance(content, int) else tuple(map(inputs_from_json, content))
 
 
+def image_shape(inputs: Any) -> tuple[int, ...] | None:
+    """The shape of a model's one floating-point input; None for other types or several inputs.
+
+    Args:
+        inputs: In the form of :func:`as_inputs`.
+
+    Example:
+        >>> image_shape((3, 32, 32)), image_shape(as_inputs([torch.zeros(3, 32, 32)]))
+        ((3, 32, 32), (3, 32, 32))
+        >>> image_shape({"ids": torch.zeros(16, dtype=torch.long)}) is None
+        True
+    """
+    if isinstance(inputs, tuple) and len(inputs) == 1 and not isinstance(inputs[0], int):
+        return image_shape(inputs[0])
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        return tuple(inputs.shape)
+    shaped = isinstance(inputs, tuple) and all(isinstance(size, int) for size in inputs)
+    return inputs if shaped else None
+
+
 def sample(inputs: Any, batch: int, device: str | torch.device = "meta") -> Any:
     """A batch of zeros: a tensor, a tuple of positional or a dictionary of keyword arguments."""
     if isinstance(inputs, Tensor):

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.tasks import Task
 from widthsearch.errors import DataError, StudyError, first_line
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.tracing.inputs import image_shape, inputs_to_json
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.recipe import EpochResult, Precision, Recipe
@@ -57,7 +59,7 @@ class Trainer:
 
     Raises:
         DeviceError: The device does not exist.
-        DataError: The model cannot process the task's images, or has too few outputs.
+        DataError: The model cannot process the task's images, or has not one output per class.
         StudyError: A batch is larger than the training split.
 
     Example:
@@ -249,12 +251,28 @@ def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.mem
     finally:
         model.train(training)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if isinstance(shape, str) or len(shape) != 2 or shape[1] < task.classes:
+    if isinstance(shape, str) or len(shape) != 2 or shape[1] != task.classes:
         raise DataError(
             f"a network must return logits of shape (N, {task.classes}) for task {task.name!r}, "
             f"but for 2 images it returns {shape}; give its last layer {task.classes} outputs"
         )
     return layout
+
+
+def check_input_shape(space: SearchSpace, task: Task) -> None:
+    """Check that a space was traced at the shape of a task's images, for which its costs hold.
+
+    Raises:
+        DataError: It was traced at another shape, at several inputs, or at integers.
+    """
+    if image_shape(space.input_shape) == task.input_shape:
+        return
+    shape = ", ".join(map(str, task.input_shape))
+    raise DataError(
+        f"a space must be traced at the shape of the task's images, but {space.name!r} was traced "
+        f"at {inputs_to_json(space.input_shape)} and the images of {task.name!r} are ({shape}): "
+        f"set `input: [{shape}]` for a torchvision model, or make the space with that shape"
+    )
 
 
 def check_batch_size(recipe: Recipe, task: Task) -> None:
