@@ -22,9 +22,9 @@ from widthsearch.channels.sums import gate_gradients
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.fisher import Fisher, FisherInformation
-from widthsearch.proposers.importance import Removal
+from widthsearch.proposers.importance import GreedyRemoval
 from widthsearch.proposers.magnitude import Magnitude
-from widthsearch.proposers.tuning import Tuning, prune_and_tune, without
+from widthsearch.proposers.tuning import FineTuner, prune_and_tune, without_groups
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
@@ -53,9 +53,9 @@ def test_delta_is_that_of_explicit_gates(name: str) -> None:
     """Δ over two batches of different sizes, by autograd of a gate for each image, to 1e-5."""
     space = space_of(name)
     model = space.build(space.base, seed=1).double()
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     sums, images = [0.0] * len(space.axes), 0
-    with FisherInformation(channels, model) as information:
+    with FisherInformation(graph, model) as information:
         for count in (12, 20):
             x, y = batch(count, seed=count)
             F.cross_entropy(model(x), y).backward()
@@ -76,31 +76,31 @@ def test_what_images_feel_adds_up_to_the_gate() -> None:
     """The sum over images, before it is squared, is the gradient of the one gate for all."""
     space = space_of("Residual")
     model = space.build(space.base, seed=1).double()
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     x, y = batch(1, seed=0)
     model.eval()
-    with FisherInformation(channels, model) as information:
+    with FisherInformation(graph, model) as information:
         F.cross_entropy(model(x), y).backward()
         information.gather(1)
-    for delta, gate in zip(information.deltas(), gate_gradients(channels, model), strict=True):
+    for delta, gate in zip(information.deltas(), gate_gradients(graph, model), strict=True):
         assert torch.allclose(delta, gate.double().square() / 2, rtol=1e-5)
 
 
 def test_the_network_runs_as_without() -> None:
     """Outputs and gradients are the same while information is gathered; evaluation is not seen."""
     space = space_of("Depthwise")
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     x, y = batch(8, seed=0)
     gradients = []
     for watched in (False, True):
         model = space.build(space.base, seed=1).double()
         if watched:
-            with FisherInformation(channels, model) as information:
+            with FisherInformation(graph, model) as information:
                 F.cross_entropy(model(x), y).backward()
-                before = len(information._felt)
+                before = len(information._gradients)
                 with torch.no_grad():
                     model(x)
-                assert len(information._felt) == before
+                assert len(information._gradients) == before
         else:
             F.cross_entropy(model(x), y).backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -170,13 +170,13 @@ def test_networks_on_the_way_are_the_narrower_ones() -> None:
     seen: list[tuple[int, int]] = []
     weights: list[Tensor] = []
 
-    def score(tuning: Tuning) -> list[Tensor]:
-        tuning.train()
-        net: Any = tuning.model
+    def score(tuner: FineTuner) -> list[Tensor]:
+        tuner.tune()
+        net: Any = tuner.model
         seen.append((net.stem.out_channels, net.conv1.out_channels))
         weights.append(net.conv1.weight.detach().clone())
         # The first two channels of the stem are worth least, then the first four of conv1.
-        worth = [torch.arange(float(n)) for n in tuning.channels.groups]
+        worth = [torch.arange(float(n)) for n in tuner.graph.groups]
         worth[0] *= 1e-3 if len(seen) == 1 else 1e3
         return worth
 
@@ -199,10 +199,10 @@ def test_the_base_is_trained_by_the_recipe() -> None:
         result = run.run_epoch()
     found = []
 
-    def score(tuning: Tuning) -> list[Tensor]:
-        found.append((tuning.accuracy(), [p.detach().clone() for p in tuning.model.parameters()]))
-        tuning.train()
-        return [torch.ones(n) for n in tuning.channels.groups]
+    def score(tuner: FineTuner) -> list[Tensor]:
+        found.append((tuner.accuracy(), [p.detach().clone() for p in tuner.model.parameters()]))
+        tuner.tune()
+        return [torch.ones(n) for n in tuner.graph.groups]
 
     prune_and_tune(space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE)
     assert found[0][0] == result.accuracy
@@ -213,7 +213,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
 def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
     """By hand: with equal information in all channels, the dearest step goes first."""
     space = space_of("Residual")
-    removal = Removal(space, per=per)
+    removal = GreedyRemoval(space, per=per)
     steps = {0: (14, 32), 1: (16, 28)}
     form = space.cost_form(per)
     saved = {i: int(form(space.base.vector) - form(narrow)) for i, narrow in steps.items()}
@@ -223,14 +223,16 @@ def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
     # An axis whose channels are worth a little less goes first, unless its step saves far less.
     cheap = min(steps, key=lambda i: saved[i] / per_step[i])
     per_step[cheap] *= 0.95
-    assert Removal(space, per="channel").weakest(per_step) == cheap != removal.weakest(per_step)
+    assert (
+        GreedyRemoval(space, per="channel").weakest(per_step) == cheap != removal.weakest(per_step)
+    )
     calls: list[str] = []
 
-    def even(tuning: Tuning) -> list[Tensor]:
-        tuning.train()
+    def even(tuner: FineTuner) -> list[Tensor]:
+        tuner.tune()
         calls.append(per)
         slopes = [0.95 if i == cheap else 1.0 for i in steps]
-        return [s * torch.ones(n) for s, n in zip(slopes, tuning.channels.groups, strict=True)]
+        return [s * torch.ones(n) for s, n in zip(slopes, tuner.graph.groups, strict=True)]
 
     trajectory, _ = prune_and_tune(
         space, small_task(), setting(), even, every=1, lr=1e-9, per=per, pretrain=RECIPE
@@ -240,7 +242,7 @@ def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
 
 def test_the_smallest_channel_goes_first() -> None:
     """Not the axis with the smallest step: what counts is the mean over the step's channels."""
-    removal = Removal(space_of("Residual"), per="channel")
+    removal = GreedyRemoval(space_of("Residual"), per="channel")
     assert removal.weakest(np.array([2 * 0.6, 4 * 0.5])) == 1
     assert removal.weakest(np.array([2 * 0.4, 4 * 0.5])) == 0
     assert removal.weakest(np.array([2 * 0.4, np.inf])) == 0
@@ -263,7 +265,7 @@ def test_divergence_is_one_line() -> None:
 def test_a_space_without_an_axis_to_cut_is_refused() -> None:
     """Nothing may go below its `least`."""
     space = space_of("Residual").constrained(min_width=1.0)
-    with pytest.raises(SpaceError, match="can be cut alone"):
+    with pytest.raises(SpaceError, match="must be above its smallest width"):
         Magnitude(every=1)(space, small_task(), setting())
 
 
@@ -280,8 +282,8 @@ def test_latency_is_refused_before_anything_trains() -> None:
 def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
     """Zero-padded shortcuts: the streams stay, the blocks' inner channels go."""
     space = resnet(8, projection=False)
-    channels = build_dependency_graph(space.model, space.base)
-    kept = {space.names[i] for i in channels.unknown}
+    graph = build_dependency_graph(space.model, space.base)
+    kept = {space.names[i] for i in graph.unknown}
     assert kept
     proposal = Magnitude(every=1)(space, small_task(), replace(setting(), lowest=0.95))
     narrowest = proposal.trajectory[-1]
@@ -293,13 +295,13 @@ def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
 @given(space=spaces, data=st.data())
 def test_what_is_left_of_channels_is_found_anew(space: SearchSpace, data: st.DataObject) -> None:
     """Cutting units from a network's channels gives the channels of the narrower network."""
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     axis = data.draw(st.integers(0, len(space.axes) - 1))
     of_step = space.axes[axis].step // space.trace.axes[axis].divisor
-    some = data.draw(st.permutations(range(channels.groups[axis])))[:of_step]
+    some = data.draw(st.permutations(range(graph.groups[axis])))[:of_step]
     if space.axes[axis].base - space.axes[axis].step < space.axes[axis].min_width:
         return
-    left = without(channels, axis, np.array(some))
+    left = without_groups(graph, axis, np.array(some))
     anew = build_dependency_graph(space.model, left.widths)
     assert left.groups == anew.groups
     assert left.axis.keys() == anew.axis.keys()

@@ -72,13 +72,13 @@ def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """λ acts on γ alone: its gradient is λ·sign(γ), and after training |γ| is smaller for it."""
     scale = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.0]))
     scale.grad = torch.tensor([1.0, 1.0, 1.0])
-    Slimming(sparsity=0.25)._penalise([scale])
+    Slimming(sparsity=0.25).penalise([scale])
     assert scale.grad.tolist() == [1.25, 0.75, 1.0]
     means = []
 
-    def spy(channels: DependencyGraph, model: nn.Module) -> list[Tensor]:
+    def spy(graph: DependencyGraph, model: nn.Module) -> list[Tensor]:
         means.append(model.bn1.weight.detach().abs().mean().item())
-        return norm_scales(channels, model)
+        return norm_scales(graph, model)
 
     monkeypatch.setattr(slimming, "norm_scales", spy)
     for sparsity in (0.0, 0.5):
@@ -93,7 +93,7 @@ def test_it_follows_its_own_recipe_and_says_what_it_reached() -> None:
     own = Slimming(recipe=RECIPE)
     told = type(setting())(recipe=RECIPE, report=said.append)
     proposal = own(space, task, told)
-    assert [line.split(",")[0] for line in said] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert [line.split(",")[0] for line in said] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
     assert 0 <= proposal.provenance["accuracy"] <= 100
     assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
     with pytest.raises(StudyError, match="sparsity"):

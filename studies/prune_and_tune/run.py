@@ -30,7 +30,7 @@ from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
 from widthsearch.proposers.fisher import Fisher
 from widthsearch.proposers.magnitude import Magnitude
-from widthsearch.proposers.tuning import Tuning, prune_and_tune
+from widthsearch.proposers.tuning import FineTuner, prune_and_tune
 
 
 class Pruned:
@@ -54,11 +54,11 @@ class Pruned:
         base = space.cost(space.base).macs
         self.networks: dict[float, nn.Module] = {}
 
-        def score(tuning: Tuning) -> list[Tensor]:
-            scores = method.score(tuning)
+        def score(tuner: FineTuner) -> list[Tensor]:
+            scores = method.score(tuner)
             for budget in budgets:
-                if space.cost(tuning.channels.widths).macs <= budget * base:
-                    self.networks.setdefault(budget, copy.deepcopy(tuning.model))
+                if space.cost(tuner.graph.widths).macs <= budget * base:
+                    self.networks.setdefault(budget, copy.deepcopy(tuner.model))
             return scores
 
         trajectory, measured = prune_and_tune(

@@ -283,7 +283,7 @@ def baseline_candidates(
                 break
             own = int(np.random.SeedSequence((seed, turn, i)).generate_state(1)[0])
             method = Random() if turn else Uniform()
-            proposal = method(space, None, Setting(own))  # type: ignore[arg-type]  # reads no data
+            proposal = method(space, None, Setting(own))
             origin = {
                 "proposer": proposal.method,
                 "family": "linear",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,47 +15,58 @@ from torch.overrides import TorchFunctionMode
 
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.data.tasks import Task
-from widthsearch.proposers.importance import Per, check_counts
-from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
+from widthsearch.proposers.importance import Per
+from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
+from widthsearch.proposers.tuning import FineTuner, prune_and_tune
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import after_backward
+from widthsearch.utils.validation import validated_dataclass
 
 
-@dataclass(frozen=True)
+@validated_dataclass("fisher")
 class Fisher:
     """Fisher pruning (Theis et al. 2018, arXiv 1801.05787; Crowley et al. 2018, arXiv 1810.04622).
 
-    A trained network is fine-tuned; after every so many steps the channels whose removal raises
-    the loss least, to second order, are removed: one grid step of the axis where a channel is worth
-    least. It ends at the setting's lowest MACs. Axes that no convolution or linear layer reads, or
-    whose channels cannot be cut alone, keep their base width. Pin axes (the residual stream) to
-    prune blocks alone, as the papers do.
+    A trained network is fine-tuned. After every ``every`` steps, channels whose removal raises the
+    loss least, to second order (see :class:`FisherInformation`), are removed: one grid step of the
+    axis with the least information per channel. The method ends at the setting's lowest MACs.
+
+    Deviations: the papers remove one channel at a time, and only inside residual blocks (pin the
+    residual stream to do the same). Axes that no convolution or linear layer consumes, or whose
+    channels cannot be told apart, keep their base width.
 
     Attributes:
-        every: Fine-tuning steps over which information is gathered, for each network on the way.
-        lr: Their constant learning rate.
-        per: What a channel's information is divided by: nothing (``channel``), or its cost in
-            ``macs``, ``params`` or predicted ``latency``.
-        pretrain: How the base network is trained first; None for the study's recipe.
+        every: Fine-tuning steps over which information is gathered, for each network on the way;
+            default 100.
+        lr: The constant learning rate of fine-tuning; default 8e-4, as in the papers.
+        per: The cost that information is divided by: ``channel`` (default, none), ``macs``,
+            ``params`` or predicted ``latency``.
+        pretrain: The recipe of the base network; default the study's recipe.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+        ... )
+        >>> space = SearchSpace.from_model(net, (1, 8, 8))
+        >>> setting = Setting(recipe=Recipe(epochs=1), lowest=0.5)
+        >>> proposal = Fisher(every=1)(space, load_task("digits"), setting)
+        >>> proposal.trajectory[0].vector, sorted(proposal.provenance["members"][0])
+        ((8, 8), ['accuracy', 'epochs', 'macs'])
     """
 
-    every: int = 100
-    lr: float = 8e-4
+    every: Count = 100
+    lr: LearningRate = 8e-4
     per: Per = "channel"
     pretrain: Recipe | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "every")
-        check_rate(self.lr)
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
         """Train the base network, then remove channels while it is fine-tuned.
 
         Raises:
-            StudyError: Training diverged, or predicted latency is wanted but not known.
-            SpaceError: No axis can be cut.
+            StudyError: Training diverged, or the predicted latency is unknown.
+            SpaceError: No axis can be narrowed.
         """
         trajectory, measured = prune_and_tune(
             space,
@@ -69,15 +80,15 @@ class Fisher:
         )
         return Proposal("fisher", trajectory, {"seed": setting.seed, **asdict(self), **measured})
 
-    def score(self, tuning: Tuning) -> list[Tensor]:
-        """Fine-tune for a stretch; per axis Δ of each unit over it, shape (units,)."""
-        information = FisherInformation(tuning.channels, tuning.model)
+    def score(self, tuner: FineTuner) -> list[Tensor]:
+        """Fine-tune for a stretch; per axis, Δ of each group over the stretch, shape (groups,)."""
+        information = FisherInformation(tuner.graph, tuner.model)
         with information:
-            tuning.train(after_backward(lambda: information.gather(tuning.batch_size)))
+            tuner.tune(after_backward(lambda: information.gather(tuner.batch_size)))
         return information.deltas()
 
 
-_READING: dict[Callable[..., Any], int] = {
+_CONSUMERS: dict[Callable[..., Any], int] = {
     F.conv1d: 1,
     F.conv2d: 1,
     F.conv3d: 1,
@@ -86,39 +97,51 @@ _READING: dict[Callable[..., Any], int] = {
     F.conv_transpose3d: 1,
     F.linear: -1,
 }
-"""Functions that read channels with a weight (their second argument), and along which dim."""
+"""Functions that consume channels with a weight, their second argument, by the dim of channels."""
 
 
 class FisherInformation(TorchFunctionMode):
-    """While it lasts, gathers the information of a gate on each unit where its axis is read.
+    """Gathers the Fisher information of gates on channel groups, while it is active.
 
-    With a gate c = 1 on each unit of each image, as its readers see it, the loss rises by about
-    ``Δ = 1/(2N) Σ_n (∂L_n/∂c_n)²`` when the unit goes, and
-    ``∂L_n/∂c_n = Σ_xy a_nxy ∂L_n/∂a_nxy`` summed over all readers (Theis et al. 2018). Batch
-    norm in training mode lets images act on each other: for L_n stands the batch's summed loss.
+    Notation::
+
+        N      images; n an image with the loss L_n
+        a_nxy  the activation of a channel at position (x, y)
+        c_n    a gate of 1 that multiplies all channels of a group in image n, as consumers read it
+
+    Removing the group, c_n = 0, raises the loss by about ``Δ = 1/(2N) Σ_n (∂L_n/∂c_n)²`` (Theis et
+    al. 2018), where ``∂L_n/∂c_n = Σ_xy a_nxy ∂L_n/∂a_nxy``, summed over all channels of the group
+    and all consumers before it is squared. No gate is inserted: each consumer passes its input
+    through :class:`_GateProbe`, which computes that sum in the backward pass.
+
+    For example, two consumers whose sums are 3 and -1 in the only image give Δ = (3 - 1)²/2 = 2.
+
+    In train mode batch norm makes the loss of an image depend on the other images: L_n then is the
+    summed loss of the batch.
 
     Args:
-        channels: Where the units lie in ``model``.
-        model: The network that will run.
+        graph: The dependency graph of the network.
+        model: The network.
     """
 
-    def __init__(self, channels: DependencyGraph, model: nn.Module) -> None:
+    def __init__(self, graph: DependencyGraph, model: nn.Module) -> None:
         super().__init__()
-        self._units = channels.groups
-        self._readers: dict[int, tuple[str, NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._unseen: list[set[str]] = [set() for _ in channels.groups]
+        self._groups = graph.groups
+        # By id of the weight: its name, and the axis and group of each channel that it reads.
+        self._consumers: dict[int, tuple[str, NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._unseen: list[set[str]] = [set() for _ in graph.groups]
         for key, parameter in model.named_parameters():
-            where = key, channels.consumers.get(key, -1)
-            if where == (key, 1) and parameter.shape[1] == 1 and where not in channels.axis:
+            where = key, graph.consumers.get(key, -1)
+            if where == (key, 1) and parameter.shape[1] == 1 and where not in graph.axis:
                 where = key, 0  # depthwise: the filter is the channel
-            if where in channels.axis:
-                self._readers[id(parameter)] = key, channels.axis[where], channels.group[where]
-                for axis in set(channels.axis[where].tolist()) - {-1}:
+            if where in graph.axis:
+                self._consumers[id(parameter)] = key, graph.axis[where], graph.group[where]
+                for axis in set(graph.axis[where].tolist()) - {-1}:
                     self._unseen[axis].add(key)
-        self._read = {i for i, keys in enumerate(self._unseen) if keys}
+        self._consumed = {i for i, keys in enumerate(self._unseen) if keys}
         device = next(model.parameters()).device
-        self._felt: dict[int, list[Tensor]] = {}
-        self._sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in self._units]
+        self._gradients: dict[int, list[Tensor]] = {}  # per axis, of this batch: (rows, groups)
+        self._sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in self._groups]
         self._images = 0
 
     def __torch_function__(
@@ -128,62 +151,62 @@ class FisherInformation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _READING and torch.is_grad_enabled() and id(args[1]) in self._readers:
-            x = args[0].movedim(_READING[func], 1)
-            seen = _Witness.apply(x, self._note(id(args[1]), x.shape[1]))
-            args = (seen.movedim(1, _READING[func]), *args[1:])
+        if func in _CONSUMERS and torch.is_grad_enabled() and id(args[1]) in self._consumers:
+            x = args[0].movedim(_CONSUMERS[func], 1)
+            probed = _GateProbe.apply(x, self._collector(id(args[1]), x.shape[1]))
+            args = (probed.movedim(1, _CONSUMERS[func]), *args[1:])
         return func(*args, **(kwargs or {}))
 
-    def _note(self, reader: int, inputs: int) -> Callable[[Tensor], None]:
-        """What takes the gradients of a reader's gates, shape (rows, inputs)."""
-        key, axes, units = self._readers[reader]
-        if len(axes) > inputs:  # a depthwise filter for each of a channel's outputs
-            axes, units = (of[:: len(axes) // inputs] for of in (axes, units))
-        else:  # groups read alike
-            axes, units = (np.tile(of, inputs // len(of)) for of in (axes, units))
+    def _collector(self, consumer: int, inputs: int) -> Callable[[Tensor], None]:
+        """A function that stores the gate gradients of a consumer's inputs, (rows, inputs)."""
+        key, axes, groups = self._consumers[consumer]
+        if len(axes) > inputs:  # depthwise, with several filters per input channel
+            axes, groups = (of[:: len(axes) // inputs] for of in (axes, groups))
+        else:  # a grouped convolution: its weight has the inputs of one group
+            axes, groups = (np.tile(of, inputs // len(of)) for of in (axes, groups))
 
-        def note(gradients: Tensor) -> None:
+        def collect(gradients: Tensor) -> None:
             for axis in set(axes.tolist()) - {-1}:
                 mine = torch.from_numpy(np.flatnonzero(axes == axis)).to(gradients.device)
-                index = torch.from_numpy(units[axes == axis]).to(gradients.device)
-                felt = gradients.new_zeros(len(gradients), self._units[axis])
-                felt.index_add_(1, index, gradients[:, mine])
-                self._felt.setdefault(axis, []).append(felt)
+                index = torch.from_numpy(groups[axes == axis]).to(gradients.device)
+                of_groups = gradients.new_zeros(len(gradients), self._groups[axis])
+                of_groups.index_add_(1, index, gradients[:, mine])
+                self._gradients.setdefault(axis, []).append(of_groups)
                 self._unseen[axis].discard(key)
 
-        return note
+        return collect
 
     def gather(self, images: int) -> None:
-        """Add what the images of a batch felt, after a backward pass of its mean loss."""
-        for axis, felt in self._felt.items():
-            # Windows and tokens of an image lie one after the other.
-            of_image = torch.stack([f.view(images, -1, f.shape[1]).sum(1) for f in felt]).sum(0)
-            self._sums[axis] += (images * of_image.double()).square().sum(0)
-        self._felt.clear()
+        """Add the information of a batch, after the backward pass of its mean loss."""
+        for axis, gradients in self._gradients.items():
+            # Rows are images, or the windows or tokens of an image one after the other.
+            of_image = torch.stack([g.view(images, -1, g.shape[1]).sum(1) for g in gradients])
+            self._sums[axis] += (images * of_image.sum(0).double()).square().sum(0)
+        self._gradients.clear()
         self._images += images
 
     def deltas(self) -> list[Tensor]:
-        """Per axis, Δ of each unit, shape (units,); inf where some reader was not seen."""
+        """Per axis, Δ of each group, shape (groups,); inf if some consumer did not run."""
         return [
             torch.full_like(sums, torch.inf)
-            if self._unseen[i] or i not in self._read
+            if self._unseen[i] or i not in self._consumed
             else sums / (2 * self._images)
             for i, sums in enumerate(self._sums)
         ]
 
 
-class _Witness(torch.autograd.Function):
-    """The identity; tells of Σ a ∂L/∂a over all dims but the first two."""
+class _GateProbe(torch.autograd.Function):
+    """The identity; its backward pass computes Σ a ∂L/∂a over all dims but the first two."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, note: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.note = note
+        ctx.collect = collect
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         products = x.float() * gradient.float()
-        ctx.note(products.flatten(2).sum(2) if x.dim() > 2 else products)
+        ctx.collect(products.flatten(2).sum(2) if x.dim() > 2 else products)
         return gradient, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -11,42 +11,56 @@ from torch import Tensor, nn
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.channels.sums import group_sums
 from widthsearch.data.tasks import Task
-from widthsearch.proposers.importance import Per, check_counts
-from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.tuning import Tuning, check_rate, prune_and_tune
+from widthsearch.proposers.importance import Per
+from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
+from widthsearch.proposers.tuning import FineTuner, prune_and_tune
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
+from widthsearch.utils.validation import validated_dataclass
 
 Norm = Literal["l1", "l2"]
 
 
-@dataclass(frozen=True)
+@validated_dataclass("magnitude")
 class Magnitude:
-    """The filters with the smallest norm go first (Li et al. 2017, arXiv 1608.08710).
+    """Prune-and-tune that removes the filters with the smallest norm (Li et al. 2017, arXiv
+    1608.08710).
 
-    Prune-and-tune as in :class:`~widthsearch.proposers.fisher.Fisher`, which see; the score of a
-    channel is the norm of all filters that make it.
+    The score of a channel is the norm of all filters that make it: ``l1``: Σ|W|, ``l2``: √ΣW². The
+    procedure and its deviations are those of :class:`~widthsearch.proposers.fisher.Fisher`.
 
     Attributes:
-        norm: ``l1``: Σ|W|; ``l2``: √ΣW².
-        every: Fine-tuning steps between two removals, of one grid step of one axis each.
-        lr: The constant learning rate of fine-tuning.
-        per: What a score is divided by.
-        pretrain: How the base network is trained first; None for the study's recipe.
+        norm: The norm; default ``l1``, as in the paper.
+        every: Fine-tuning steps between two removals; default 100.
+        lr: The constant learning rate of fine-tuning; default 8e-4.
+        per: The cost that scores are divided by; default ``channel``: none.
+        pretrain: The recipe of the base network; default the study's recipe.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+        ... )
+        >>> space = SearchSpace.from_model(net, (1, 8, 8))
+        >>> setting = Setting(recipe=Recipe(epochs=1), lowest=0.5)
+        >>> proposal = Magnitude(every=1)(space, load_task("digits"), setting)
+        >>> proposal.trajectory[0].vector, sorted(proposal.provenance["members"][0])
+        ((8, 8), ['accuracy', 'epochs', 'macs'])
     """
 
     norm: Norm = "l1"
-    every: int = 100
-    lr: float = 8e-4
+    every: Count = 100
+    lr: LearningRate = 8e-4
     per: Per = "channel"
     pretrain: Recipe | None = None
 
-    def __post_init__(self) -> None:
-        check_counts(self, "every")
-        check_rate(self.lr)
-
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Train the base network, then remove channels while it is fine-tuned."""
+        """Train the base network, then remove channels while it is fine-tuned.
+
+        Raises:
+            StudyError: Training diverged, or the predicted latency is unknown.
+            SpaceError: No axis can be pruned.
+        """
         trajectory, measured = prune_and_tune(
             space,
             task,
@@ -59,32 +73,32 @@ class Magnitude:
         )
         return Proposal("magnitude", trajectory, {"seed": setting.seed, **asdict(self), **measured})
 
-    def score(self, tuning: Tuning) -> list[Tensor]:
-        """Fine-tune for a stretch; per axis the norm of each unit after it, shape (units,)."""
-        tuning.train()
-        return filter_norms(tuning.channels, tuning.model, self.norm)
+    def score(self, tuner: FineTuner) -> list[Tensor]:
+        """Fine-tune for a stretch; per axis, the norm of each group after it, shape (groups,)."""
+        tuner.tune()
+        return filter_norms(tuner.graph, tuner.model, self.norm)
 
 
-def filter_norms(channels: DependencyGraph, model: nn.Module, norm: Norm) -> list[Tensor]:
-    """The norm of the filters that make each unit of each axis, over all layers that make it.
+def filter_norms(graph: DependencyGraph, model: nn.Module, norm: Norm) -> list[Tensor]:
+    """The norm of the filters that make each group of channels, over all layers that make it.
 
     Args:
-        channels: Where the units lie in ``model``.
+        graph: The dependency graph of the network.
         model: A network.
-        norm: Which.
+        norm: The norm.
 
     Returns:
-        Per axis, shape (units,).
+        Per axis, shape (groups,).
     """
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    out = [torch.zeros(n, device=device) for n in channels.groups]
-    for key, dim in channels.axis:
+    out = [torch.zeros(n, device=device) for n in graph.groups]
+    for key, dim in graph.axis:
         weight = parameters.get(key)
-        if weight is None or weight.dim() < 2 or channels.consumers.get(key) == dim:
-            continue
+        if weight is None or weight.dim() < 2 or graph.consumers.get(key) == dim:
+            continue  # norms and biases are no filters, and a consumer does not make its channels
         amounts = weight.detach().abs() if norm == "l1" else weight.detach().square()
         sums = amounts.movedim(dim, 0).flatten(1).sum(1).float()
-        for axis, of_units in group_sums(channels, key, dim, sums).items():
-            out[axis] = out[axis] + of_units
+        for axis, of_groups in group_sums(graph, key, dim, sums).items():
+            out[axis] = out[axis] + of_groups
     return out if norm == "l1" else [total.sqrt() for total in out]

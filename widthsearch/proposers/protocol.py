@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from widthsearch.errors import StudyError
 from widthsearch.training.recipe import Recipe
@@ -24,24 +25,30 @@ if TYPE_CHECKING:
 PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Predicted latency in ms of width vectors: shape (N, axes) to (N,)."""
 
+# Types of hyperparameters.
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-def _say_nothing(message: str) -> None:
+
+def _ignore(message: str) -> None:
     pass
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is given beside the space and the data.
+    """The circumstances of a proposal, beside the space and the data.
 
     Attributes:
         seed: The same seed on the same device gives the same proposal.
-        device: Where to compute, e.g. ``cpu`` or ``cuda:0``.
-        recipe: How the study trains its candidates; methods that train follow it where they have
-            no settings of their own.
-        lowest: The smallest network that is wanted, as a share of the base's MACs: methods that
-            train need not go on below it.
-        latency: Predicted latency of this space, where that is known.
-        report: Is told how far the method is, a line each time.
+        device: The device of all computation, e.g. ``cpu`` or ``cuda:0``.
+        recipe: The study's recipe. Methods that train use it unless they have a recipe of their
+            own.
+        lowest: The smallest network of interest, as a share of the base's MACs: methods that train
+            may stop there.
+        latency: Predicted latency of this space; None if unknown.
+        report: Called with one line of progress at a time.
     """
 
     seed: int = 0
@@ -49,17 +56,28 @@ class Setting:
     recipe: Recipe = field(default_factory=Recipe)
     lowest: float = 0.1
     latency: PredictedLatency | None = None
-    report: Callable[[str], None] = _say_nothing
+    report: Callable[[str], None] = _ignore
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a method proposes.
+    """The result of a method: a trajectory of widths.
 
     Attributes:
-        method: The proposer's name.
+        method: The name of the proposer.
         trajectory: Widths from wide to narrow; no axis ever grows along it.
-        provenance: The hyperparameters and what was measured on the way, as plain JSON values.
+        provenance: The hyperparameters and measurements of the method, as plain JSON values.
+
+    Raises:
+        StudyError: The trajectory is empty, or an axis grows along it.
+
+    Example:
+        >>> wide, narrow = Widths(("a", "b"), (8, 16)), Widths(("a", "b"), (4, 16))
+        >>> Proposal("mine", (wide, narrow), {"seed": 0}).to_json()["trajectory"]
+        [[8, 16], [4, 16]]
+        >>> Proposal("mine", (narrow, wide), {})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: no axis may grow along a proposal's trajectory, ...
     """
 
     method: str
@@ -79,7 +97,7 @@ class Proposal:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; :meth:`from_json` reads them back."""
+        """The proposal as plain JSON values, see :meth:`from_json`."""
         return {
             "method": self.method,
             "axes": list(self.trajectory[0].names),
@@ -89,25 +107,26 @@ class Proposal:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Proposal:
-        """The proposal behind :meth:`to_json`'s values."""
+        """Read the values of :meth:`to_json`."""
         names = tuple(content["axes"])
         trajectory = tuple(Widths(names, tuple(vector)) for vector in content["trajectory"])
         return cls(content["method"], trajectory, content["provenance"])
 
 
 class Proposer(Protocol):
-    """Looks at a model and data, and returns a trajectory of widths.
+    """A method that proposes a trajectory of widths from a model and data.
 
-    A user's own is any function with these arguments, or a dataclass whose instances are. One with
-    ``reads_data = False`` may also be asked without a task, as may a user's own without that field.
+    A user's proposer is any function with these arguments, or a dataclass with such a
+    ``__call__``. A class attribute ``reads_data = False`` says that ``task`` may be None; a user's
+    proposer without the attribute may also be called so.
     """
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Propose.
+        """Propose widths.
 
         Args:
             space: The space; every member of the proposal lies on its grid.
-            task: The data; only its train and validation splits are read.
-            setting: The seed, the device, and what else there is to know.
+            task: The data, of which a method reads the train and validation splits only.
+            setting: The seed, the device and the rest of the circumstances.
         """
         ...

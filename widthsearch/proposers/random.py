@@ -1,14 +1,15 @@
-"""Random widths: the other baseline, and a strong one."""
+"""Random widths: a baseline that is hard to beat."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from widthsearch.errors import StudyError
-from widthsearch.proposers.importance import check_counts
-from widthsearch.proposers.protocol import Proposal, Setting
+from pydantic import Field
+
+from widthsearch.proposers.protocol import Count, Proposal, Setting
+from widthsearch.utils.validation import validated_dataclass
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:
@@ -16,27 +17,31 @@ if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
 
 
-@dataclass(frozen=True)
+@validated_dataclass("random")
 class Random:
-    """A random profile: each axis's share of its base is drawn anew, then all are scaled.
+    """A random profile, scaled: each axis draws a share of its base.
 
     Attributes:
-        lowest: Shares are drawn log-uniformly between this and 1.
-        members: Multiples of the profile, evenly spaced, from the first that needs no axis beyond
-            its base down to the narrowest.
+        lowest: Shares are drawn log-uniformly between this value and 1; default 0.25.
+        members: Members of the trajectory, evenly spaced multiples of the profile: the first is the
+            largest one in which no axis exceeds its base; default 16.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.Linear(16, 2))
+        >>> space = SearchSpace.from_model(net, (4,), step=2)
+        >>> proposal = Random(members=3)(space, None, Setting(seed=1))
+        >>> [widths.vector for widths in proposal.trajectory]
+        [(8, 6), (6, 4), (2, 2)]
     """
 
-    lowest: float = 0.25
-    members: int = 16
+    lowest: Annotated[float, Field(gt=0, le=1)] = 0.25
+    members: Count = 16
     reads_data: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_counts(self, "members")
-        if not 0 < self.lowest <= 1:
-            raise StudyError(f"`0 < lowest <= 1` must hold, but random has lowest={self.lowest!r}")
-
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Depends on the seed alone."""
+    def __call__(self, space: SearchSpace, task: Task | None, setting: Setting) -> Proposal:
+        """Draw and scale a profile; it depends on the seed alone."""
         generator = random.Random(setting.seed)
         shares = [self.lowest ** generator.random() for _ in space.axes]
         top = max(shares)
@@ -45,8 +50,4 @@ class Random:
             scale = (1 - i / self.members) / top
             vector = [a.base * s * scale for a, s in zip(space.axes, shares, strict=True)]
             trajectory[space.nearest(vector)] = None
-        return Proposal(
-            "random",
-            tuple(trajectory),
-            {"seed": setting.seed, "lowest": self.lowest, "members": self.members},
-        )
+        return Proposal("random", tuple(trajectory), {"seed": setting.seed, **asdict(self)})

@@ -1,8 +1,8 @@
-"""Structured pruning at initialisation with a compute-aware score (3SP)."""
+"""3SP: structured pruning at initialisation with a compute-aware score."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,80 +13,81 @@ from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task
-from widthsearch.proposers.importance import (
-    CostAt,
-    Per,
-    Removal,
-    channel_scores,
-    check_counts,
-    shrink,
-    thinned,
-)
-from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.proposers.importance import CostAt, GreedyRemoval, Per, channel_scores
+from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import check_device, deterministic_cudnn, seeded
+from widthsearch.utils.validation import validated_dataclass
 
 
-@dataclass(frozen=True)
+@validated_dataclass("sensitivity")
 class Sensitivity:
-    """3SP (van Amersfoort et al. 2020, arXiv 2007.00389): saliency per MAC, at initialisation.
+    """Saliency per MAC at initialisation: 3SP (van Amersfoort et al. 2020, arXiv 2007.00389).
 
-    Saliency of channel i is ``|∂L/∂c_i|`` of a gate ``c_i = 1``, from a forward and a backward pass
-    of one class-balanced batch. Channels with the least saliency for what they cost go first. An
+    The saliency of channel i is ``|∂L/∂c_i|`` for a gate ``c_i = 1`` that multiplies the channel
+    where its consumers read it, from one forward and backward pass of a class-balanced batch.
+    Greedy removal prunes the channels with the least saliency per MAC.
+
+    Deviations: channels are removed in grid steps of an axis; savings are recomputed by default; an
     axis whose channels cannot be told apart is scored as a whole.
 
     Attributes:
-        batch_size: Samples in a batch (at least one a class is taken).
-        batches: Batches; L is the mean of their losses, so a gate's gradients are added with their
-            signs, as those of the samples of a batch are.
-        per: What a channel's saliency is divided by: its cost in ``macs``, ``params`` or predicted
-            ``latency``, or nothing (``channel``).
-        cost: ``recomputed``: what a channel costs at the widths reached so far; ``fixed``: at the
-            base widths, as in the paper.
-        floor: No axis goes below this share of its base.
-        members: Members of the trajectory, evenly spaced in log MACs.
+        batch_size: Samples per batch, at least one per class; default 256.
+        batches: Batches; default 1. L is the mean loss of all batches, so that the gradients of a
+            gate are added with their signs.
+        per: The cost that saliency is divided by: ``macs`` (default, as in the paper), ``params``,
+            predicted ``latency``, or ``channel`` for plain saliency.
+        cost: ``recomputed`` (default) takes the saving of a step at the widths reached so far;
+            ``fixed`` takes it at the base widths, as in the paper.
+        floor: No axis is narrowed below this share of its base; default 0.
+        members: Members of the trajectory, evenly spaced in log MACs; default 32.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+        ... )
+        >>> space = SearchSpace.from_model(net, (1, 8, 8))
+        >>> proposal = Sensitivity(floor=0.5)(space, load_task("digits"), Setting(seed=0))
+        >>> proposal.trajectory[0].vector, proposal.trajectory[-1].vector
+        ((8, 8), (4, 4))
     """
 
-    batch_size: int = 256
-    batches: int = 1
+    batch_size: Count = 256
+    batches: Count = 1
     per: Per = "macs"
     cost: CostAt = "recomputed"
-    floor: float = 0.0
-    members: int = 32
-
-    def __post_init__(self) -> None:
-        check_counts(self, "batch_size", "batches", "members")
+    floor: Share = 0.0
+    members: Count = 32
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """A backward pass a batch, then channels go one step of an axis at a time.
+        """Score the channels, then remove them greedily.
 
         Raises:
-            StudyError: Predicted latency is wanted but not known.
+            StudyError: The predicted latency is unknown.
         """
-        removal = Removal(
+        removal = GreedyRemoval(
             space, per=self.per, cost=self.cost, floor=self.floor, latency=setting.latency
         )
         saliency = self.saliency(space, task, setting)
-        shrink(space, saliency, removal)
+        removal.remove_lowest(saliency)
         sums = {a.name: float(s.sum()) for a, s in zip(space.axes, saliency, strict=True)}
         return Proposal(
             "sensitivity",
-            thinned(space, removal.path, self.members),
+            removal.trajectory(self.members),
             {"seed": setting.seed, **asdict(self), "saliency_per_axis": sums},
         )
 
     def saliency(
         self, space: SearchSpace, task: Task, setting: Setting
     ) -> list[NDArray[np.float64]]:
-        """Per axis, the saliency of each channel of the base network at initialisation.
-
-        Of tied axes, the channels that matter least in each go together.
-        """
-        free, device = space.unconstrained, check_device(setting.device)
+        """The saliency of each channel of the base network at initialisation, per axis (base,)."""
+        unconstrained, device = space.unconstrained, check_device(setting.device)
         rng = np.random.default_rng(setting.seed)
-        model = free.build(free.base, seed=setting.seed).to(device)
-        # Train mode: before training, batch norm's running statistics say nothing. The gates stand
-        # after it, so that it does not undo them.
+        model = unconstrained.build(unconstrained.base, seed=setting.seed).to(device)
+        # In train mode, since batch norm's running statistics carry no information before training.
+        # The gates stand after batch norm, so that it does not cancel them.
         with seeded(setting.seed, 0, device), deterministic_cudnn():
             for _ in range(self.batches):
                 index = balanced(task.train.labels, task.classes, self.batch_size, rng)
@@ -94,14 +95,14 @@ class Sensitivity:
                 ((x, y),) = DeviceLoader(batch, task, len(batch), device).batches()
                 loss = F.cross_entropy(model(x), y) / self.batches
                 loss.backward()  # type: ignore[no-untyped-call]
-        channels = build_dependency_graph(free.model, free.base)
-        return channel_scores(space, channels, [g.abs() for g in gate_gradients(channels, model)])
+        graph = build_dependency_graph(unconstrained.model, unconstrained.base)
+        return channel_scores(space, graph, [g.abs() for g in gate_gradients(graph, model)])
 
 
 def balanced(
     labels: NDArray[np.int64], classes: int, batch_size: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Indices of a batch with equally many samples of each class, at least one."""
+    """Draw indices of a batch with equally many samples per class, at least one."""
     each = max(1, batch_size // classes)
     chosen = []
     for label in range(classes):

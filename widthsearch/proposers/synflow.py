@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -13,75 +13,84 @@ from widthsearch.channels.dependency_graph import DependencyGraph, build_depende
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
-from widthsearch.proposers.importance import NORMS, Per, Removal, check_counts, shrink, thinned
-from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.proposers.importance import NORMS, GreedyRemoval, Per
+from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import check_device, deterministic_cudnn
+from widthsearch.utils.validation import validated_dataclass
 
 
-@dataclass(frozen=True)
+@validated_dataclass("synflow")
 class SynFlow:
-    """SynFlow (Tanaka et al. 2020, arXiv 2006.05467) for channels: no data, no layer collapse.
+    """Synaptic flow, for channels: SynFlow (Tanaka et al. 2020, arXiv 2006.05467).
 
-    In the linearised network, all weights replaced by their absolute values, all biases by 0 and
-    all norms by the identity, R is the sum of the outputs for an input of ones. The score of a
-    channel is that of the weights that read it, ``Σ w ∂R/∂w``. Channels with the smallest scores
-    go, in rounds whose MACs fall exponentially, and those that are left are scored anew. In
-    float64, since R is a product over all layers. Of axes that a user tied, units of the same
-    number go together; an axis whose channels cannot be told apart is scored as a whole, with all
-    of its weights.
+    In the linearised network all weights are replaced by their absolute values, all biases by 0 and
+    all norms by the identity. R is the sum of its outputs for an input of ones. The score of a
+    channel is ``Σ w ∂R/∂w`` over the weights that read it. Channels are pruned in rounds whose MACs
+    fall exponentially, and the rest is scored anew in each round. No layer collapses. All
+    computation is in float64, because R is a product over all layers.
+
+    Deviations: the paper prunes single weights; channels are removed in grid steps of an axis; the
+    weights that make a channel are not part of its score; activations other than ReLU remain. In
+    axes that a user tied, groups of the same number are removed together. An axis whose channels
+    cannot be told apart is scored as a whole, with all of its weights.
 
     Attributes:
-        rounds: How often channels are scored.
-        per: What a score is divided by.
-        floor: No axis goes below this share of its base.
-        members: Members of the trajectory, evenly spaced in log MACs.
+        rounds: Rounds of scoring; default 100, as in the paper.
+        per: The cost that scores are divided by; default ``channel``: none.
+        floor: No axis is narrowed below this share of its base; default 0.
+        members: Members of the trajectory, evenly spaced in log MACs; default 32.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
+        ... )
+        >>> space = SearchSpace.from_model(net, (1, 8, 8))
+        >>> proposal = SynFlow(rounds=10, floor=0.5)(space, load_task("digits"), Setting(seed=0))
+        >>> proposal.trajectory[0].vector, proposal.trajectory[-1].vector
+        ((8, 8), (4, 4))
     """
 
-    rounds: int = 100
+    rounds: Count = 100
     per: Per = "channel"
-    floor: float = 0.0
-    members: int = 32
-
-    def __post_init__(self) -> None:
-        check_counts(self, "rounds", "members")
+    floor: Share = 0.0
+    members: Count = 32
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Depends on the seed's weights alone.
+        """Score and remove channels in rounds; the result depends on the seed's weights alone.
 
         Raises:
-            StudyError: Predicted latency is wanted but not known, or R is beyond float64.
+            StudyError: The predicted latency is unknown, or R exceeds float64.
         """
-        removal = Removal(space, per=self.per, floor=self.floor, latency=setting.latency)
-        channels = build_dependency_graph(space.model, space.base)
+        removal = GreedyRemoval(space, per=self.per, floor=self.floor, latency=setting.latency)
+        graph = build_dependency_graph(space.model, space.base)
         device = check_device(setting.device)
         model = linearised(space.build(space.base, seed=setting.seed)).to(device)
         ones = torch.ones(1, *task.input_shape, dtype=torch.float64, device=device)
-        units = [axis.divisor for axis in space.trace.axes]
-        left = [np.arange(n) for n in channels.groups]
+        sizes = [axis.divisor for axis in space.trace.axes]  # channels per group
+        left = [np.arange(n) for n in graph.groups]
         base, narrowest = space.macs([space.base.vector, removal.min_width])
         for target in np.geomspace(base, narrowest, self.rounds + 1)[1:]:
-            scores = [
-                s[of] for s, of in zip(synaptic_flow(channels, model, ones), left, strict=True)
-            ]
-            of_channels = [np.repeat(s / n, n) for s, n in zip(scores, units, strict=True)]
-            gone = shrink(space, of_channels, removal, until=float(target))
-            for i, (count, unit) in enumerate(zip(gone, units, strict=True)):
+            scores = [s[of] for s, of in zip(synaptic_flow(graph, model, ones), left, strict=True)]
+            of_channels = [np.repeat(s / n, n) for s, n in zip(scores, sizes, strict=True)]
+            removed = removal.remove_lowest(of_channels, until=float(target))
+            for i, (count, size) in enumerate(zip(removed, sizes, strict=True)):
                 ascending = np.argsort(scores[i], kind="stable")
-                dead, left[i] = np.split(left[i][ascending], [count // unit])
-                if len(dead) and i not in channels.unknown:
-                    silence(channels, model, i, dead)
+                dead, left[i] = np.split(left[i][ascending], [count // size])
+                if len(dead) and i not in graph.unknown:
+                    silence(graph, model, i, dead)
         return Proposal(
             "synflow",
-            thinned(space, removal.path, self.members),
+            removal.trajectory(self.members),
             {"seed": setting.seed, **asdict(self)},
         )
 
 
 def linearised(model: nn.Module) -> nn.Module:
-    """The network, changed in place: |weights| in float64, no biases, norms that pass on.
+    """Linearise a network in place: weights |w| in float64, no biases, norms as the identity.
 
-    On the positive values that then flow, ReLU is the identity; other activations stay.
+    ReLU is the identity on the positive values that then flow; other activations remain.
     """
     model.double().eval()
     with torch.no_grad():
@@ -89,48 +98,46 @@ def linearised(model: nn.Module) -> nn.Module:
             parameter.mul_(0 if name.endswith("bias") else parameter.sign())
     for module in model.modules():
         if isinstance(module, NORMS):
-            module.forward = _pass_on  # type: ignore[method-assign]
+            module.forward = _identity  # type: ignore[method-assign]
     return model
 
 
-def _pass_on(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 def synaptic_flow(
-    channels: DependencyGraph, model: nn.Module, ones: Tensor
+    graph: DependencyGraph, model: nn.Module, ones: Tensor
 ) -> list[NDArray[np.float64]]:
-    """Per axis, Σ w ∂R/∂w over the weights that read each unit, shape (units,).
+    """Per axis, Σ w ∂R/∂w over the weights that read each group, shape (groups,).
 
     Args:
-        channels: Where the units lie in ``model``.
+        graph: The dependency graph of the network.
         model: A linearised network.
         ones: Its input.
 
     Raises:
-        StudyError: R is beyond float64.
+        StudyError: R exceeds float64.
     """
     model.zero_grad()
     with deterministic_cudnn():
         flow = model(ones).sum()
         if not torch.isfinite(flow):
             raise StudyError(
-                "synflow multiplies the weights of all layers, and of this network the product is "
-                "beyond float64; use `sensitivity`"
+                "synflow multiplies the weights of all layers, and the product exceeds float64 in "
+                "this network; use `sensitivity`"
             )
         flow.backward()
-    scores = [g.double().cpu().numpy() for g in gate_gradients(channels, model)]
-    return [np.full_like(s, s.mean()) if i in channels.unknown else s for i, s in enumerate(scores)]
+    scores = [g.double().cpu().numpy() for g in gate_gradients(graph, model)]
+    return [np.full_like(s, s.mean()) if i in graph.unknown else s for i, s in enumerate(scores)]
 
 
-def silence(
-    channels: DependencyGraph, model: nn.Module, axis: int, units: NDArray[np.int64]
-) -> None:
-    """Set to zero all weights that make or read units of an axis."""
+def silence(graph: DependencyGraph, model: nn.Module, axis: int, groups: NDArray[np.int64]) -> None:
+    """Set to zero all weights that make or read some groups of an axis."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for (key, dim), axes in channels.axis.items():
+        for (key, dim), axes in graph.axis.items():
             if key in parameters:
-                mine = (axes == axis) & np.isin(channels.group[key, dim], units)
+                mine = (axes == axis) & np.isin(graph.group[key, dim], groups)
                 index = torch.from_numpy(np.flatnonzero(mine)).to(parameters[key].device)
                 parameters[key].index_fill_(dim, index, 0)

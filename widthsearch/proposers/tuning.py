@@ -1,4 +1,4 @@
-"""Prune-and-tune: channels leave a trained network, which is fine-tuned in between."""
+"""Prune-and-tune: a trained network is fine-tuned, and loses channels in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from widthsearch.channels.extraction import extract
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.tasks import Task
 from widthsearch.errors import SpaceError, StudyError
-from widthsearch.proposers.importance import Per, Removal
+from widthsearch.proposers.importance import GreedyRemoval, Per
 from widthsearch.proposers.protocol import Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
@@ -32,31 +32,31 @@ from widthsearch.utils.devices import (
 from widthsearch.widths import Widths
 
 
-class Tuning:
-    """A network of a space that is fine-tuned at a constant learning rate, and cut in between.
+class FineTuner:
+    """Fine-tunes a network of a space at a constant learning rate, and removes channels from it.
 
     Args:
         space: The space.
-        model: A trained network of it.
-        channels: Where the units lie in ``model``.
+        model: A trained network of the space.
+        graph: The dependency graph of the network.
         task: The data.
-        recipe: Whose batches, momentum, weight decay, label smoothing and precision to use.
-        every: Steps of a stretch.
+        recipe: Batch size, momentum, weight decay, label smoothing and precision.
+        every: Steps of a stretch of fine-tuning.
         lr: The learning rate.
-        seed: For the order of images, augmentation and dropout.
-        device: Where it trains.
+        seed: Seeds the order of images, augmentation and dropout.
+        device: The device.
 
     Attributes:
-        model: The network as it is now.
-        channels: Where each axis's units lie in it.
-        batch_size: Images in the batch of a step.
+        model: The present network.
+        graph: The dependency graph of the present network.
+        batch_size: Images per step.
     """
 
     def __init__(
         self,
         space: SearchSpace,
         model: nn.Module,
-        channels: DependencyGraph,
+        graph: DependencyGraph,
         task: Task,
         recipe: Recipe,
         *,
@@ -66,7 +66,7 @@ class Tuning:
         device: str,
     ) -> None:
         self.model = model
-        self.channels = channels
+        self.graph = graph
         self._space, self._task, self._recipe = space, task, recipe
         self._every, self._lr, self._seed, self._stretch = every, lr, seed, 0
         self._device = check_device(device)
@@ -75,14 +75,14 @@ class Tuning:
         self._loader = DeviceLoader(task.train, task, recipe.batch_size, self._device, self._layout)
         self.batch_size = self._loader.batch_size
 
-    def train(self, hook: StepHook | None = None) -> None:
-        """Fine-tune for a stretch, with momentum that starts anew.
+    def tune(self, hook: StepHook | None = None) -> None:
+        """Fine-tune for a stretch; the momentum starts at zero.
 
         Args:
             hook: Replaces the plain step, see :mod:`widthsearch.training.sgd`.
 
         Raises:
-            StudyError: The loss is no longer finite.
+            StudyError: The loss is not finite.
         """
         sgd = SgdSteps(
             self.model, self._loader, self._recipe, self._device, steps=self._every, hook=hook
@@ -96,63 +96,53 @@ class Tuning:
             )
 
     def accuracy(self) -> float:
-        """Top-1 on the validation split in percent."""
+        """Top-1 accuracy on the validation split in percent."""
         return evaluate(
             self.model, self._task, "validation", str(self._device), self._recipe.precision
         )
 
-    def cut(self, axis: int, units: NDArray[np.intp]) -> None:
-        """Go on with a narrower network, without those units of an axis.
+    def remove(self, axis: int, groups: NDArray[np.intp]) -> None:
+        """Continue with the narrower network without some channel groups of an axis.
 
         Args:
-            axis: The axis, by index.
-            units: Units of the network as it is now.
+            axis: The index of the axis.
+            groups: Groups of the present network.
         """
-        of_channel = self.channels.group[self._space.trace.axes[axis].maker]
-        keep = np.flatnonzero(~np.isin(of_channel, units)).tolist()
-        narrow = extract(
-            self._space.model, self.model, {self._space.names[axis]: keep}, self.channels
-        )
+        of_channel = self.graph.group[self._space.trace.axes[axis].maker]
+        keep = np.flatnonzero(~np.isin(of_channel, groups)).tolist()
+        narrow = extract(self._space.model, self.model, {self._space.names[axis]: keep}, self.graph)
         self.model = narrow.to(memory_format=self._layout)
-        self.channels = without(self.channels, axis, units)
+        self.graph = without_groups(self.graph, axis, groups)
 
 
-def without(channels: DependencyGraph, axis: int, units: NDArray[np.intp]) -> DependencyGraph:
-    """Where units lie in a network from which those units of an axis were cut."""
-    left = np.ones(channels.groups[axis], bool)
-    left[units] = False
+def without_groups(graph: DependencyGraph, axis: int, groups: NDArray[np.intp]) -> DependencyGraph:
+    """The dependency graph of a network from which some groups of an axis were removed."""
+    left = np.ones(graph.groups[axis], bool)
+    left[groups] = False
     number = np.cumsum(left) - 1
-    axes, unit = {}, {}
-    for where, of_position in channels.axis.items():
-        mine, of_axis = of_position == axis, channels.group[where].copy()
+    axes, renumbered = {}, {}
+    for where, of_position in graph.axis.items():
+        mine, of_axis = of_position == axis, graph.group[where].copy()
         stays = ~mine
         stays[mine] = left[of_axis[mine]]
         of_axis[mine] = number[of_axis[mine]]
-        axes[where], unit[where] = of_position[stays], of_axis[stays]
-    counts = list(channels.groups)
-    each = channels.widths.vector[axis] // counts[axis]
+        axes[where], renumbered[where] = of_position[stays], of_axis[stays]
+    counts, vector = list(graph.groups), list(graph.widths.vector)
+    size = vector[axis] // counts[axis]  # channels per group
     counts[axis] = int(left.sum())
-    vector = list(channels.widths.vector)
-    vector[axis] = each * counts[axis]
-    widths = Widths(channels.widths.names, tuple(vector))
-    return replace(channels, widths=widths, groups=tuple(counts), axis=axes, group=unit)
+    vector[axis] = size * counts[axis]
+    widths = Widths(graph.widths.names, tuple(vector))
+    return replace(graph, widths=widths, groups=tuple(counts), axis=axes, group=renumbered)
 
 
-def check_rate(lr: float) -> None:
-    """Raise :class:`StudyError` unless it is a learning rate."""
-    if not 0 < lr < math.inf:
-        raise StudyError(f"`0 < lr < inf` must hold, but fine-tuning has lr={lr!r}")
-
-
-def trained_base(
-    space: SearchSpace, task: Task, recipe: Recipe, setting: Setting
-) -> tuple[nn.Module, float]:
-    """A space's base network, trained, and its validation accuracy in percent.
+def train_base(
+    model: nn.Module, task: Task, recipe: Recipe, setting: Setting, hook: StepHook | None = None
+) -> float:
+    """Train a space's base network; returns its validation accuracy in percent.
 
     Raises:
         StudyError: Training diverged.
     """
-    model = space.build(space.base, seed=setting.seed)
     curve = fit(
         model,
         task,
@@ -162,65 +152,67 @@ def trained_base(
         on_epoch=lambda e: setting.report(
             f"base: epoch {e.epoch} of {recipe.epochs}, {e.accuracy:.1f}%"
         ),
+        hook=hook,
     )
     if math.isnan(curve[-1].accuracy):
         raise StudyError(
             f"the base network must train before it is pruned, but with lr={recipe.lr} it "
             "diverged; lower it"
         )
-    return model, curve[-1].accuracy
+    return curve[-1].accuracy
 
 
 def prune_and_tune(
     space: SearchSpace,
     task: Task,
     setting: Setting,
-    score: Callable[[Tuning], list[Tensor]],
+    score: Callable[[FineTuner], list[Tensor]],
     *,
     every: int,
     lr: float,
     per: Per,
     pretrain: Recipe,
 ) -> tuple[tuple[Widths, ...], dict[str, Any]]:
-    """Train the base; then, by turns, score channels while fine-tuning, and remove one grid step.
+    """Train the base network, then alternate: fine-tune and score channels, remove one grid step.
 
-    It ends at ``setting.lowest`` of the base's MACs, or when nothing may go. Every network on the
-    way really is the narrower one, and is fine-tuned for a stretch before it is measured. Axes
-    whose channels cannot be cut alone keep their base width; of axes that a user tied, units of the
-    same number go together.
+    The loop ends at ``setting.lowest`` of the base's MACs, or if no axis can be narrowed. Each
+    network on the way is a real narrower network, and is fine-tuned for a stretch before it is
+    measured. Axes whose channels cannot be told apart keep their base width; in axes that a user
+    tied, groups of the same number are removed together.
 
     Args:
         space: The space.
         task: The data.
         setting: The seed, the device, the smallest network.
-        score: Fine-tunes for a stretch and says, per axis, what each unit is worth; inf for axes
-            that it cannot score, which keep their base width.
+        score: Fine-tunes for a stretch and returns the score of each channel group, per axis;
+            axes with infinite scores keep their base width.
         every: Fine-tuning steps of a stretch.
-        lr: Their learning rate.
-        per: What scores are divided by.
-        pretrain: How the base is trained; also fine-tuning's batches and regularisation.
+        lr: The learning rate of fine-tuning.
+        per: The cost that scores are divided by.
+        pretrain: The recipe of the base network; fine-tuning uses its batches and regularisation.
 
     Returns:
-        The trajectory, and for provenance ``members``: for each of the trajectory's its ``macs``,
-        its ``accuracy`` (pruned and tuned, top-1 on the validation split in percent), and the
-        ``epochs`` of training that it took so far, in epochs of the base network by MACs.
+        The trajectory, and for provenance ``members``: for each member of the trajectory ``macs``,
+        ``accuracy`` (fine-tuned, top-1 on the validation split in percent), and ``epochs``, the
+        training so far in epochs of the base network by MACs.
 
     Raises:
-        StudyError: Training diverged, or predicted latency is wanted but not known.
-        SpaceError: No axis can be cut.
+        StudyError: Training diverged, or the predicted latency is unknown.
+        SpaceError: No axis can be narrowed.
     """
     base = space.cost(space.base).macs
-    whole = build_dependency_graph(space.model, space.base)
-    removal = Removal(space, per=per, latency=setting.latency, kept=whole.unknown)
-    # How many units make a step of each axis.
+    graph = build_dependency_graph(space.model, space.base)
+    removal = GreedyRemoval(space, per=per, latency=setting.latency, kept=graph.unknown)
+    # Channel groups per grid step of each axis.
     counts = [axis.step // t.divisor for axis, t in zip(space.axes, space.trace.axes, strict=True)]
     if not removal.possible.any():
-        raise _nothing_to_cut(space)
-    model, _ = trained_base(space, task, pretrain, setting)
-    tuning = Tuning(
+        raise _nothing_to_remove(space)
+    model = space.build(space.base, seed=setting.seed)
+    train_base(model, task, pretrain, setting)
+    tuner = FineTuner(
         space,
         model,
-        whole,
+        graph,
         task,
         pretrain,
         every=every,
@@ -231,28 +223,28 @@ def prune_and_tune(
     epochs = float(pretrain.epochs)
     members = []
     while True:
-        scores = [of_axis.double().cpu().numpy() for of_axis in score(tuning)]
-        macs = space.cost(tuning.channels.widths).macs
-        epochs += every * tuning.batch_size / len(task.train) * macs / base
-        members.append({"macs": macs, "accuracy": tuning.accuracy(), "epochs": epochs})
+        scores = [of_axis.double().cpu().numpy() for of_axis in score(tuner)]
+        macs = space.cost(tuner.graph.widths).macs
+        epochs += every * tuner.batch_size / len(task.train) * macs / base
+        members.append({"macs": macs, "accuracy": tuner.accuracy(), "epochs": epochs})
         setting.report(f"{macs / base:.2f} of the base's MACs: {members[-1]['accuracy']:.1f}%")
         if macs <= setting.lowest * base:
             break
         weakest = [np.argsort(s, kind="stable")[:n] for s, n in zip(scores, counts, strict=True)]
-        losses = [s[units].sum() for s, units in zip(scores, weakest, strict=True)]
+        losses = [s[groups].sum() for s, groups in zip(scores, weakest, strict=True)]
         axis = removal.weakest(np.array(losses))
         if axis is None:
             break
         removal.remove(axis)
-        tuning.cut(axis, weakest[axis])
+        tuner.remove(axis, weakest[axis])
     if macs == base > setting.lowest * base:
-        raise _nothing_to_cut(space)
-    trajectory = tuple(Widths(space.names, tuple(int(w) for w in step)) for step in removal.path)
+        raise _nothing_to_remove(space)
+    trajectory = tuple(Widths(space.names, tuple(step.tolist())) for step in removal.path)
     return trajectory, {"members": members}
 
 
-def _nothing_to_cut(space: SearchSpace) -> SpaceError:
+def _nothing_to_remove(space: SearchSpace) -> SpaceError:
     return SpaceError(
-        f"some axis of space {space.name!r} must have channels that can be cut alone, and be above "
-        "its `least`, but none is; use a method that cuts nothing, such as `sensitivity`"
+        f"some axis of space {space.name!r} must be above its smallest width and have channels "
+        "that can be told apart, but none is; use a method that only scores, such as `sensitivity`"
     )

@@ -101,7 +101,7 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
         Store.open(study.storage, config.name), config.proposers, spaces.values()
     )
     for name, space in spaces.items():
-        uniform = Uniform()(space, None, Setting())  # type: ignore[arg-type]  # reads no data
+        uniform = Uniform()(space, None, Setting())
         if not any(proposal.method == uniform.method for proposal in found[name]):
             found[name].append(uniform)
     known = [(member.cost.macs, posterior.accuracy(member)) for member in posterior.members]

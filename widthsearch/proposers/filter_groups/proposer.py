@@ -24,7 +24,7 @@ from widthsearch.proposers.filter_groups.branched_space import (
 )
 from widthsearch.proposers.filter_groups.learning import find_layers, learn_groups
 from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.tuning import trained_base
+from widthsearch.proposers.tuning import train_base
 from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing.polynomials import add
@@ -139,7 +139,8 @@ class FilterGroups:
                 f"widths, but space {space.name!r} has none; use another method (`sensitivity`)"
             )
         pretrain, learn = self.pretrain or setting.recipe, self.learn or setting.recipe
-        model, pretrained = trained_base(free, task, pretrain, setting)
+        model = free.build(free.base, seed=setting.seed)
+        pretrained = train_base(model, task, pretrain, setting)
         groups = learn_groups(
             model,
             layers,
