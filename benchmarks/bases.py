@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from search_spaces.resnet_cifar import resnet
 from widthsearch import SearchSpace, pareto
 from widthsearch.bayesopt.candidates import Grid
-from widthsearch.bayesopt.sampler import Known, WidthSampler
-from widthsearch.bayesopt.surrogate import Coordinates, Surrogate
-from widthsearch.widths import Widths
+from widthsearch.bayesopt.kernel import Coordinates
+from widthsearch.bayesopt.observation import Observation
+from widthsearch.bayesopt.search import BayesianSearch
+from widthsearch.bayesopt.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 DEPTHS = (8, 14, 20, 32)
@@ -61,15 +62,15 @@ class World:
         accuracy: Array = 100 - np.exp(error)
         return accuracy
 
-    def train(self, i: int, widths: Widths) -> Known:
+    def train(self, i: int, widths: tuple[int, ...]) -> Observation:
         """One training, with its noise."""
-        vectors = np.array([widths.vector])
+        vectors = np.array([widths])
         accuracy = float(self.accuracy(i, vectors)[0] + self._rng.normal(0, self.noise))
-        return Known(widths, (accuracy, float(self.spaces[i].macs(vectors)[0])))
+        return Observation(widths, accuracy, (float(self.spaces[i].macs(vectors)[0]),))
 
-    def share(self, chosen: Sequence[tuple[int, Widths]]) -> float:
+    def share(self, chosen: Sequence[tuple[int, tuple[int, ...]]]) -> float:
         """The hypervolume of some networks, as a fraction of all that there is."""
-        points = [self._points(i, np.array([widths.vector])) for i, widths in chosen]
+        points = [self._points(i, np.array([widths])) for i, widths in chosen]
         return self._hypervolume(np.concatenate(points)) / self._full
 
     def _points(self, i: int, widths: NDArray[np.int64]) -> Array:
@@ -90,48 +91,41 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
     """The share of hypervolume after so many trials, the bases among them."""
     plain = [Coordinates.of(space) for space in world.spaces]
     coordinates = Coordinates.together(plain) if together else plain
-    samplers = [
-        WidthSampler.of(space, seed=seed, coordinates=own)
-        for space, own in zip(world.spaces, coordinates, strict=True)
-    ]
-    known = [[world.train(i, space.base)] for i, space in enumerate(world.spaces)]
+    searches = [BayesianSearch(own, seed=seed) for own in coordinates]
+    observed = [[world.train(i, space.base.vector)] for i, space in enumerate(world.spaces)]
 
     def surrogates() -> list[Surrogate]:
-        pairs = [
-            (sampler.coordinates, sampler.trainings(own))
-            for sampler, own in zip(samplers, known, strict=True)
-        ]
+        pairs = list(zip(coordinates, observed, strict=True))
         if together:
-            shared = Surrogate.of_trainings(*pairs)
-            return [shared.of_space(sampler.coordinates) for sampler in samplers]
-        return [Surrogate.of_trainings(pair) for pair in pairs]
+            shared = Surrogate.fit_observations(*pairs)
+            return [shared.of_space(own) for own in coordinates]
+        return [Surrogate.fit_observations(pair) for pair in pairs]
 
-    def points(posterior: Sequence[Surrogate]) -> list[list[tuple[float, ...]]]:
-        """The objectives' values of all, with accuracy as believed."""
+    def estimated(fitted: Sequence[Surrogate]) -> list[list[tuple[float, ...]]]:
+        """The objectives' values of all, with the accuracy by posterior mean."""
         return [
-            [
-                (accuracy, *(trial.values or ())[1:])
-                for trial, accuracy in zip(own, mean.tolist(), strict=True)
-            ]
-            for own, estimate in zip(known, posterior, strict=True)
-            for mean in [estimate.posterior([trial.widths.vector for trial in own]).mean]
+            [(accuracy, *o.costs) for o, accuracy in zip(own, mean.tolist(), strict=True)]
+            for own, surrogate in zip(observed, fitted, strict=True)
+            for mean in [surrogate.posterior([o.widths for o in own]).mean]
         ]
 
     scores = []
-    while sum(map(len, known)) < max(trials):
-        posterior = surrogates()
-        values = points(posterior)
+    while sum(map(len, observed)) < max(trials):
+        fitted = surrogates()
+        values = estimated(fitted)
         found = []
-        for i, sampler in enumerate(samplers):
+        for i, search in enumerate(searches):
             rivals = [value for j, own in enumerate(values) if j != i for value in own]
-            asked = sampler.propose(known[i], rivals=rivals, surrogate=posterior[i])
-            found += [(each.gain, -len(known[i]), i, each.widths) for each in asked]
+            suggestion = search.suggest(observed[i], rivals=rivals, surrogate=fitted[i])
+            if suggestion is not None:
+                widths = suggestion.widths.vector
+                found.append((suggestion.improvement, -len(observed[i]), i, widths))
         *_, i, widths = max(found, key=lambda each: each[:2])
-        known[i].append(world.train(i, widths))
-        if sum(map(len, known)) in trials:
-            values = points(surrogates())
+        observed[i].append(world.train(i, widths))
+        if sum(map(len, observed)) in trials:
+            values = estimated(surrogates())
             flat = np.array([(-a, macs) for own in values for a, macs in own])
-            networks = [(i, trial.widths) for i, own in enumerate(known) for trial in own]
+            networks = [(i, o.widths) for i, own in enumerate(observed) for o in own]
             kept = pareto.non_dominated(flat)
             scores.append(world.share([n for n, keep in zip(networks, kept, strict=True) if keep]))
     return scores

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from optuna.distributions import IntDistribution
 
 from widthsearch.bayesopt import pareto
-from widthsearch.bayesopt.sampler import WidthSampler
+from widthsearch.bayesopt.optuna_sampler import WidthSampler
 from widthsearch.widths import Axis
 
 SAMPLERS = ("width", "tpe", "nsga2", "random", "gp")

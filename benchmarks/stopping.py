@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from widthsearch import Recipe, load_space, pareto
-from widthsearch.bayesopt.early_stopping import Curve, FrontStopping
+from widthsearch.bayesopt.early_stopping import FrontStopping
+from widthsearch.bayesopt.observation import Observation
 from widthsearch.data.config import TaskConfig
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.latency.config import LatencyConfig
@@ -140,8 +141,10 @@ class Recorded:
         points = np.column_stack([-self.accuracy[:, -1] / np.ptp(self.accuracy[:, -1]), logs])
         return pareto.hypervolume(points[list(members)], points.max(0))
 
-    def curve(self, trial: int, epoch: int) -> Curve:
-        return Curve(tuple(self.accuracy[trial, :epoch]), tuple(self.costs[trial]))
+    def observation(self, trial: int, epoch: int) -> Observation:
+        curve = tuple(self.accuracy[trial, :epoch])
+        accuracy = curve[-1] if epoch == self.accuracy.shape[1] else None
+        return Observation((), accuracy, tuple(self.costs[trial]), curve)
 
 
 Rule = Callable[[Recorded, int, dict[int, int]], bool]
@@ -174,8 +177,9 @@ def rungs(first: int, eta: int) -> Rule:
 def front(stopping: FrontStopping) -> Rule:
     def rule(recorded: Recorded, trial: int, epochs: dict[int, int]) -> bool:
         last = recorded.accuracy.shape[1]
-        finished = [recorded.curve(peer, last) for peer, done in epochs.items() if done == last]
-        return stopping(recorded.curve(trial, epochs[trial]), finished)
+        finished = [peer for peer, done in epochs.items() if done == last]
+        peers = [recorded.observation(peer, last) for peer in finished]
+        return stopping(recorded.observation(trial, epochs[trial]), peers)
 
     return rule
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthsearch.api import Study as Study
-    from widthsearch.bayesopt.sampler import WidthSampler as WidthSampler
+    from widthsearch.bayesopt.optuna_sampler import WidthSampler as WidthSampler
     from widthsearch.data.config import TaskConfig as TaskConfig
     from widthsearch.data.tasks import Task as Task
     from widthsearch.data.tasks import load_task as load_task
@@ -56,7 +56,7 @@ _WHERE = {
     "TaskConfig": "data.config",
     "Trial": "study.trial",
     "TrialState": "study.trial",
-    "WidthSampler": "bayesopt.sampler",
+    "WidthSampler": "bayesopt.optuna_sampler",
     "Widths": "widths",
     "WidthsearchError": "errors",
     "load": "export",

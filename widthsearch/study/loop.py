@@ -26,10 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.bayesopt import pareto
-from widthsearch.bayesopt.early_stopping import Curve, FrontStopping
+from widthsearch.bayesopt.early_stopping import FrontStopping
+from widthsearch.bayesopt.kernel import Coordinates
+from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points
-from widthsearch.bayesopt.sampler import Known, WidthSampler
-from widthsearch.bayesopt.surrogate import Coordinates, Surrogate
+from widthsearch.bayesopt.search import BayesianSearch
+from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency.config import Latency
 from widthsearch.latency.predictor import LatencyPredictor
@@ -116,16 +118,15 @@ class Search:
         self._queue = deque(c for key, c in queue.items() if key not in self._seen)
         placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
         self._samplers = {
-            name: WidthSampler.of(
-                space,
+            name: BayesianSearch(
+                coordinates,
                 config.objectives,
                 seed=config.seed,
                 limits=config.limits,
                 latency=partial(self._predicted, name),
                 profiles=[c.widths for c in queue.values() if c.space == name],
-                coordinates=coordinates,
             )
-            for (name, space), coordinates in zip(spaces.items(), placed, strict=True)
+            for name, coordinates in zip(spaces, placed, strict=True)
         }
         self._exhausted = False
         self._failures = 0
@@ -291,20 +292,18 @@ class Search:
             if shared is not None:
                 surrogate = shared.of_space(sampler.coordinates)
                 rivals = self._rivals(name, shared)
-            for asked in sampler.propose(
-                known[name], seen=seen, rivals=rivals, surrogate=surrogate
-            ):
-                candidate = Candidate(name, asked.widths, {"sampler": "width"})
-                found.append((asked.gain, -len(known[name]), candidate))
+            suggestion = sampler.suggest(known[name], seen=seen, rivals=rivals, surrogate=surrogate)
+            if suggestion is not None:
+                candidate = Candidate(name, suggestion.widths, {"sampler": "width"})
+                found.append((suggestion.improvement, -len(known[name]), candidate))
         return max(found, key=lambda each: each[:2])[2] if found else None
 
-    def _shared(self, known: Mapping[str, Sequence[Known]]) -> Surrogate | None:
+    def _shared(self, known: Mapping[str, Sequence[Observation]]) -> Surrogate | None:
         """One surrogate of several spaces; None of a single space, or before a trial finished."""
-        if len(known) == 1 or not any(trial.values for own in known.values() for trial in own):
+        if len(known) == 1 or all(o.accuracy is None for own in known.values() for o in own):
             return None
-        samplers = self._samplers
-        return Surrogate.of_trainings(
-            *((samplers[name].coordinates, samplers[name].trainings(known[name])) for name in known)
+        return Surrogate.fit_observations(
+            *((self._samplers[name].coordinates, own) for name, own in known.items())
         )
 
     def _rivals(self, space: str, shared: Surrogate) -> list[tuple[float, ...]]:
@@ -352,18 +351,24 @@ class Search:
             self._latency_models[space] = len(measured), model
         return model(vectors)
 
-    def _known(self, space: str) -> list[Known]:
+    def _known(self, space: str) -> list[Observation]:
         """What a space's sampler learns from, by number."""
         return [
-            Known(
-                trial.widths,
-                None if trial.accuracy is None else self._values(trial),
-                tuple(result.accuracy for result in trial.curve),
-                trial.state == TrialState.RUNNING,
-            )
+            self._observed(trial)
             for trial in self.trials.values()
             if trial.space == space and trial.state != TrialState.FAILED
         ]
+
+    def _observed(self, trial: Trial) -> Observation:
+        costs = [name for name in self.config.objectives if name != "accuracy"]
+        measured = trial.latency is not None or "latency_ms" not in costs
+        return Observation(
+            trial.widths.vector,
+            trial.accuracy,
+            tuple(self._value(trial, name, -1) for name in costs) if measured else (),
+            tuple(result.accuracy for result in trial.curve),
+            trial.state == TrialState.RUNNING,
+        )
 
     def _in_state(self, *states: TrialState) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.state in states]
@@ -435,13 +440,9 @@ class Search:
             finished = self._in_state(TrialState.FINISHED)
             if len(finished) < stopping.finished:
                 return True
-            peers = [self._curve(peer) for peer in finished]
-            return not stopping(self._curve(trial), peers)
+            peers = [self._observed(peer) for peer in finished]
+            return not stopping(self._observed(trial), peers)
         return self._passes(trial, epoch, stopping)
-
-    def _curve(self, trial: Trial) -> Curve:
-        costs = [self._value(trial, n, -1) for n in self.config.objectives if n != "accuracy"]
-        return Curve(tuple(result.accuracy for result in trial.curve), tuple(costs))
 
     def _passes(self, trial: Trial, epoch: int, stopping: Rungs) -> bool:
         """Whether a rung lets a trial go on.

@@ -11,14 +11,16 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.bayesopt import pareto
-from widthsearch.bayesopt.surrogate import Coordinates, Features, Priced, Surrogate, Training
+from widthsearch.bayesopt.kernel import Coordinates, CostedSpace, Features
+from widthsearch.bayesopt.observation import Observation
+from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.study.front import objective_points, objective_value
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
@@ -84,7 +86,7 @@ class AccuracyPosterior:
     def __init__(
         self,
         trials: Sequence[Trial],
-        spaces: Mapping[str, Priced],
+        spaces: Mapping[str, CostedSpace],
         objectives: Sequence[str],
         limits: Mapping[Any, tuple[float, float]] | None = None,
     ) -> None:
@@ -119,15 +121,15 @@ class AccuracyPosterior:
     @cached_property
     def surrogate(self) -> Surrogate | None:
         """Fitted to the trials of all spaces; None with fewer than ``ENOUGH`` finished ones."""
-        trainings = {name: list[Training]() for name in self.coordinates}
+        trainings = {name: list[Observation]() for name in self.coordinates}
         for t in self.trials:
             if t.state in (TrialState.FINISHED, TrialState.STOPPED) and t.space in trainings:
-                curve = [result.accuracy for result in t.curve]
-                trainings[t.space].append(Training(t.widths.vector, t.accuracy, curve))
+                curve = tuple(result.accuracy for result in t.curve)
+                trainings[t.space].append(Observation(t.widths.vector, t.accuracy, curve=curve))
         every = [training for own in trainings.values() for training in own]
         if sum(training.accuracy is not None for training in every) < ENOUGH:
             return None
-        return Surrogate.of_trainings(
+        return Surrogate.fit_observations(
             *((self.coordinates[name], own) for name, own in trainings.items())
         )
 
@@ -209,7 +211,7 @@ class AccuracyPosterior:
             for coordinates, own in grouped
         ]
         order = np.argsort([i for _, own in grouped for i in own])
-        return reduce(Features.and_, seen).rows(order)
+        return Features.concatenate(seen).rows(order)
 
     @cached_property
     def _means(self) -> dict[Architecture, float]:
@@ -225,7 +227,7 @@ class AccuracyPosterior:
     def _joint(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and covariance of the members' expected accuracies, (N,) and (N, N)."""
         assert self.surrogate is not None
-        return self.surrogate.joint(self._features)
+        return self.surrogate.joint_posterior(self._features)
 
     def mean_difference(self, pairs: Sequence[tuple[Trial, Trial]]) -> tuple[float, float]:
         """The mean over pairs of members of the difference of their accuracies, in points.

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
-from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from widthsearch.bayesopt.optuna_sampler import directions, distributions
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
@@ -91,19 +90,6 @@ class SpaceRecord:
             QuadraticForm.from_json(forms["macs"]),
             QuadraticForm.from_json(forms["params"]),
         )
-
-
-def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
-    """The axes as Optuna knows them."""
-    return {
-        axis.name: IntDistribution(axis.min_width, axis.max_width, step=axis.step) for axis in axes
-    }
-
-
-def directions(objectives: Sequence[str]) -> list[StudyDirection]:
-    """Which way each objective is to go: accuracy up, every cost down."""
-    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-    return [up if name == "accuracy" else down for name in objectives]
 
 
 def _database_errors(method: Method) -> Method:

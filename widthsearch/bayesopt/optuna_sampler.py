@@ -1,0 +1,201 @@
+"""The search as an Optuna sampler, and a space as Optuna knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from widthsearch.bayesopt.kernel import Coordinates, CostFunction
+from widthsearch.bayesopt.observation import Observation
+from widthsearch.bayesopt.pareto import non_dominated
+from widthsearch.bayesopt.search import BayesianSearch, LatencyPredictor
+from widthsearch.bayesopt.surrogate import Surrogate
+from widthsearch.widths import Axis, Widths
+
+if TYPE_CHECKING:
+    from widthsearch.space.search_space import SearchSpace
+
+
+def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
+    """The parameters of an Optuna study over some axes, by axis name."""
+    return {
+        axis.name: IntDistribution(axis.min_width, axis.max_width, step=axis.step) for axis in axes
+    }
+
+
+def directions(objectives: Sequence[str]) -> list[StudyDirection]:
+    """The direction of each objective: accuracy is maximised, every cost minimised."""
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    return [up if name == "accuracy" else down for name in objectives]
+
+
+class WidthSampler(BaseSampler):
+    """Samples the widths whose training is expected to improve the front most.
+
+    For any Optuna study whose parameters are the axes of a space; the method is that of
+    :class:`~widthsearch.bayesopt.search.BayesianSearch`. Running trials count as trained with their
+    posterior mean, failed ones are forgotten, and pruned ones count by their curve: a list of
+    ``{"accuracy": percent}``, one an epoch, in the trial's user attribute ``curve``.
+
+    Args:
+        axes: The axes of the study's space.
+        costs: Exact costs by name, integers (N, axes) to (N,); those that are no objectives inform
+            the surrogate.
+        objectives: The names of the study's values: ``accuracy``, costs, ``latency_ms``.
+        seed: The seed of the first trials and of the candidates.
+        limits: The least and greatest value of costs or ``latency_ms``: no network outside is
+            sampled.
+        latency: Predicts latency; None to learn it from the trials.
+        profiles: Widths whose multiples are among the candidates, beside the base's.
+        allowed: The only width vectors that may be sampled, (N, axes); None for the whole grid.
+        repeats: Whether widths may be sampled again.
+
+    Raises:
+        ValueError: ``accuracy`` is no objective, or an objective or a limit has no cost.
+
+    Example:
+        >>> import optuna
+        >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+        >>> axes = [Axis("conv1", 16, 8, 32, 8), Axis("conv2", 16, 8, 32, 8)]
+        >>> sampler = WidthSampler(axes, {"macs": lambda widths: widths[:, 0] * widths[:, 1]})
+        >>> study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        >>> trial = study.ask(sampler.distributions)
+        >>> trial.params
+        {'conv1': 8, 'conv2': 8}
+        >>> study.tell(trial, [80.0, 64.0]).state.name
+        'COMPLETE'
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[Axis],
+        costs: Mapping[str, CostFunction],
+        objectives: Sequence[str] = ("accuracy", "macs"),
+        *,
+        seed: int = 0,
+        limits: Mapping[str, tuple[float, float]] | None = None,
+        latency: LatencyPredictor | None = None,
+        profiles: Sequence[Widths] = (),
+        allowed: ArrayLike | None = None,
+        repeats: bool = False,
+    ) -> None:
+        self.search = BayesianSearch(
+            Coordinates(tuple(axes), costs),
+            tuple(objectives),
+            seed=seed,
+            limits=limits or {},
+            latency=latency,
+            profiles=profiles,
+            allowed=allowed,
+            repeats=repeats,
+        )
+
+    @classmethod
+    def of(
+        cls, space: SearchSpace, objectives: Sequence[str] = ("accuracy", "macs"), **options: Any
+    ) -> WidthSampler:
+        """A sampler for a space; the options are those of the class."""
+        return cls(space.axes, Coordinates.of(space).costs, objectives, **options)
+
+    @property
+    def distributions(self) -> dict[str, IntDistribution]:
+        """The study's parameters, for ``study.ask``."""
+        return distributions(self.search.coordinates.axes)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All axes."""
+        return dict(self.distributions)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next widths.
+
+        Raises:
+            ValueError: The study's directions are not the objectives', or no widths are left.
+        """
+        objectives = self.search.objectives
+        if study.directions != directions(objectives):
+            raise ValueError(
+                f"a study of {', '.join(objectives)} maximises accuracy and minimises the "
+                f"rest, but its directions are {[d.name.lower() for d in study.directions]}"
+            )
+        suggestion = self.search.suggest(self._observations(study, exclude=trial.number))
+        if suggestion is None:
+            raise ValueError("no widths are left within the limits that were not sampled before")
+        return dict(suggestion.widths)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Never: every parameter is an axis.
+
+        Raises:
+            ValueError: Names the parameter.
+        """
+        raise ValueError(
+            f"each parameter must be an axis on its grid, but {param_name!r} in "
+            f"{param_distribution} is not: ask with `sampler.distributions`"
+        )
+
+    def reseed_rng(self) -> None:
+        """Another seed, for a process of its own."""
+        seed = int(np.random.SeedSequence().generate_state(1)[0])
+        self.search = replace(self.search, seed=seed)
+
+    def surrogate(self, study: Study) -> Surrogate:
+        """The surrogate of accuracy, fitted to the study's trials.
+
+        Raises:
+            ValueError: No trial is finished.
+        """
+        return Surrogate.fit_observations((self.search.coordinates, self._observations(study)))
+
+    def front(self, study: Study) -> list[FrozenTrial]:
+        """The finished trials that no other dominates by posterior mean, fewest of the costs first.
+
+        Only trained networks are on it: a prediction is not a result.
+        """
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not trials:
+            return []
+        observed = [self._observation(trial) for trial in trials]
+        mean = self.surrogate(study).posterior([o.widths for o in observed]).mean
+        kept = np.flatnonzero(non_dominated(np.column_stack([-mean, [o.costs for o in observed]])))
+        return [
+            trials[i] for i in sorted(kept, key=lambda i: (observed[i].costs, trials[i].number))
+        ]
+
+    def _observations(self, study: Study, exclude: int = -1) -> list[Observation]:
+        return [
+            self._observation(trial)
+            for trial in study.get_trials(deepcopy=False)
+            if trial.number != exclude
+            and trial.state not in (TrialState.FAIL, TrialState.WAITING)
+            and self.distributions.keys() <= trial.params.keys()
+        ]
+
+    def _observation(self, trial: FrozenTrial) -> Observation:
+        finished = trial.state == TrialState.COMPLETE
+        values = dict(zip(self.search.objectives, trial.values, strict=True)) if finished else {}
+        return Observation(
+            tuple(trial.params[name] for name in self.distributions),
+            accuracy=values.pop("accuracy", None),
+            costs=tuple(values.values()),
+            curve=tuple(row["accuracy"] for row in trial.user_attrs.get("curve", ())),
+            running=trial.state == TrialState.RUNNING,
+        )
