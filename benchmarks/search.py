@@ -4,16 +4,16 @@
         [--samplers width tpe nsga2 random gp] [--json]
 
 A table has columns ``width_*``, ``macs``, ``params`` and ``accuracy_*`` (one a seed, more is
-better). A trial reveals the accuracy of one seed, drawn at random, and the exact costs. What a
-sampler is scored by is the set that it would hand over: for WidthSampler the trials that no other
-dominates by posterior mean, for Optuna's samplers those that none dominates by the accuracy seen;
-only trained networks are ever handed over. The score is the hypervolume of that set with each
-member's mean accuracy over all seeds, over log MACs scaled to 0 .. 1, with the table's lowest mean
-accuracy and highest MACs as reference, as a fraction of what the whole table has.
+better). A trial reveals the accuracy of one seed, drawn at random, and the exact costs. A sampler
+is scored by its front: for WidthSampler the trials that no other dominates by posterior mean, for
+Optuna's samplers those that none dominates by the accuracy seen; only trained networks are on it.
+The score is the hypervolume of the front with each member's mean accuracy over all seeds, over log
+MACs scaled to 0 .. 1, with the table's lowest mean accuracy and highest MACs as reference, as a
+fraction of the whole table's hypervolume.
 
-Optuna's samplers are told the costs as they are scored, log MACs, and search the levels of each
-axis by their index; WidthSampler is told MACs and searches the widths. Where a table lacks some
-product of levels, a suggestion is taken as its nearest row (in log widths).
+Optuna's samplers get the costs as they are scored, log MACs, and search the levels of each axis by
+their index; WidthSampler gets MACs and searches the widths. Where a table lacks some product of
+levels, a suggestion is taken as its nearest row (in log widths).
 """
 
 from __future__ import annotations

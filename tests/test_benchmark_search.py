@@ -31,7 +31,7 @@ def by_hand(tmp_path: Path) -> Path:
 
 
 def test_scores_are_hypervolumes_by_mean_accuracy(by_hand: Path) -> None:
-    """Over the lowest mean and the highest MACs; members are chosen by what was believed."""
+    """Over the lowest mean and the highest MACs; members are chosen by estimated accuracy."""
     table = Table.read(by_hand)
     assert table.mean.tolist() == [51, 70, 62, 80]
     full = (70 - 51) * 0.5  # the narrowest is the lowest, the widest the dearest

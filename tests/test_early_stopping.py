@@ -60,12 +60,18 @@ def test_probabilities_are_within_0_and_1_for_any_curves(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("chance", 0.0), ("chance", 1.0), ("finished", 2), ("first_epoch", 0)]
+    ("field", "value", "rule"),
+    [
+        ("chance", 0.0, "greater than 0"),
+        ("chance", 1.0, "less than 1"),
+        ("finished", 2, "greater than or equal to 3"),
+        ("first_epoch", 0, "greater than or equal to 1"),
+    ],
 )
-def test_settings_that_make_no_sense_are_refused(field: str, value: float) -> None:
+def test_settings_outside_their_range_are_refused(field: str, value: float, rule: str) -> None:
     """The message has the rule and the value."""
-    with pytest.raises(StudyError, match=f"must hold, but early_stopping has {field}={value}"):
-        FrontStopping(**{field: value})
+    with pytest.raises(StudyError, match=f"early_stopping.{field} must be {rule}, but was {value}"):
+        FrontStopping(**{field: value})  # type: ignore[arg-type]
 
 
 def test_recorded_curves_keep_their_front() -> None:

@@ -166,7 +166,7 @@ def test_promotion_by_hand() -> None:
 
 @given(point_sets(), st.integers(2, 5))
 def test_promotion_keeps_the_best_share(points: Points, eta: int) -> None:
-    """ceil(N / eta) go on, or more by ties; so does whoever dominates one of them."""
+    """ceil(N / eta) go on, or more by ties; so does every point that dominates one of them."""
     quota = math.ceil(len(points) / eta)
     goes_on = [pareto.promoted(points, i, eta) for i in range(len(points))]
     assert sum(goes_on) >= quota

@@ -1,4 +1,4 @@
-"""The grid of a space as arrays: random networks, families, mutations, crossings."""
+"""Candidates: networks of a space as arrays, at random and made from others; all on the grid."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ class Grid:
 
     Attributes:
         axes: The axes.
+
+    Example:
+        >>> grid = Grid([Axis("conv1", 8, 4, 16, step=4), Axis("conv2", 4, 2, 6, step=2)])
+        >>> grid.size
+        12
+        >>> grid.nearest(np.array([[7.0, 100.0]])).tolist()
+        [[8, 6]]
+        >>> grid.families(np.array([[8, 4]]), 3).tolist()  # multiples of one network
+        [[4, 2], [8, 4], [16, 6]]
     """
 
     axes: Sequence[Axis]
@@ -58,7 +67,11 @@ class Grid:
         return self._inside(steps * self.step + self.min_width)
 
     def random(self, rng: np.random.Generator, count: int) -> Batch:
-        """Networks of all sizes and shapes: half uniform, half around one multiplier."""
+        """Networks of all sizes and shapes, (count, axes).
+
+        Half are uniform in channels, and mostly wide. Half lie around a point between narrowest and
+        widest that is uniform in log widths: they cover all sizes.
+        """
         span = np.log(self.max_width / self.min_width)
         size = rng.random((count, 1))
         around = size + rng.normal(0, 0.25, (count, len(self.axes)))
@@ -67,14 +80,14 @@ class Grid:
         return self.nearest(np.where(rng.random((count, 1)) < 0.5, uniform, scaled))
 
     def families(self, profiles: Batch, count: int) -> Batch:
-        """Each profile times so many multipliers, from all axes at least to all at most."""
+        """``count`` multiples of each profile: from all axes at min_width to all at max_width."""
         low, high = (self.min_width / profiles).min(), (self.max_width / profiles).max()
         multipliers = np.geomspace(low, high, count)
         scaled = multipliers[:, None, None] * profiles
         return self.nearest(scaled.reshape(-1, len(self.axes)))
 
     def mixtures(self, rng: np.random.Generator, parents: Batch, count: int) -> Batch:
-        """Between two parents and a little beyond, along the line in log widths."""
+        """Networks between two parents and a little beyond, on a line in log widths."""
         first, second = np.log(self._pairs(rng, parents, count))
         share = rng.uniform(-0.25, 1.25, (count, 1))
         return self.nearest(np.exp(first + share * (second - first)))
@@ -86,15 +99,15 @@ class Grid:
         return crossed
 
     def mutations(self, rng: np.random.Generator, parents: Batch, count: int) -> Batch:
-        """Parents with one to three axes moved, by a step or anywhere."""
+        """Parents with one to three axes moved, each by a step or to anywhere."""
         child = parents[rng.integers(len(parents), size=count)].copy()
         for moves in range(3):
-            who = np.flatnonzero(rng.random(count) < 1 / (1 + moves))
-            axis = rng.integers(len(self.axes), size=len(who))
-            near = child[who, axis] + rng.choice((-1, 1), len(who)) * self.step[axis]
+            moved = np.flatnonzero(rng.random(count) < 1 / (1 + moves))
+            axis = rng.integers(len(self.axes), size=len(moved))
+            near = child[moved, axis] + rng.choice((-1, 1), len(moved)) * self.step[axis]
             levels = (self.max_width - self.min_width)[axis] // self.step[axis] + 1
             far = self.min_width[axis] + rng.integers(levels) * self.step[axis]
-            child[who, axis] = np.where(rng.random(len(who)) < 0.5, near, far)
+            child[moved, axis] = np.where(rng.random(len(moved)) < 0.5, near, far)
         return self._inside(child)
 
     def neighbours(self, parents: Batch) -> Batch:

@@ -8,15 +8,16 @@ cost no more. A small network is never compared with a larger one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import Field
 
 from widthsearch.bayesopt.learning_curves import MIN_CURVES, CurveRegression
 from widthsearch.bayesopt.observation import Observation
-from widthsearch.errors import StudyError
+from widthsearch.utils.validation import validated_dataclass
 
 
-@dataclass(frozen=True)
+@validated_dataclass("early_stopping")
 class FrontStopping:
     """Stops a trial whose probability of reaching the front at its own costs is small.
 
@@ -25,6 +26,9 @@ class FrontStopping:
         chance: The least probability of reaching the front with which a trial goes on.
         finished: How many trials must be finished before any is stopped.
         first_epoch: The first epoch after which a trial may be stopped.
+
+    Raises:
+        StudyError: A value is outside its range.
 
     Example:
         >>> done = [Observation((8,), a, (1e6,), (a - 9, a - 3, a)) for a in (88.0, 90.0, 92.0)]
@@ -36,19 +40,9 @@ class FrontStopping:
     """
 
     kind: Literal["front"] = "front"
-    chance: float = 0.1
-    finished: int = 8
-    first_epoch: int = 1
-
-    def __post_init__(self) -> None:
-        for field, rule, holds in (
-            ("chance", "0 < chance < 1", 0 < self.chance < 1),
-            ("finished", f"finished >= {MIN_CURVES}", self.finished >= MIN_CURVES),
-            ("first_epoch", "first_epoch >= 1", self.first_epoch >= 1),
-        ):
-            if not holds:
-                value = getattr(self, field)
-                raise StudyError(f"`{rule}` must hold, but early_stopping has {field}={value!r}")
+    chance: float = Field(default=0.1, gt=0, lt=1)
+    finished: int = Field(default=8, ge=MIN_CURVES)
+    first_epoch: int = Field(default=1, ge=1)
 
     def __call__(self, trial: Observation, finished: Sequence[Observation]) -> bool:
         """Whether to stop a trial.

@@ -161,11 +161,9 @@ class Coordinates:
         Scalar products between networks of different spaces then vanish.
         """
         per_axis = features.shape[1] // len(self.axes)
-        before, after = (
-            per_axis * sum(len(space.axes) for space in spaces)
-            for spaces in (self.spaces[: self.place], self.spaces[self.place + 1 :])
-        )
-        return np.pad(features, ((0, 0), (before, after)))
+        axes = [len(space.axes) for space in self.spaces]
+        before, after = sum(axes[: self.place]), sum(axes[self.place + 1 :])
+        return np.pad(features, ((0, 0), (per_axis * before, per_axis * after)))
 
 
 @dataclass(frozen=True, eq=False)

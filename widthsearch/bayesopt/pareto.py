@@ -4,6 +4,14 @@ The geometry works on an array of points (N, M) where **every column is to be mi
 accuracy goes in negated), without NaN. A point dominates another when it is no worse in every
 column and better in one; equal points do not dominate each other, so duplicates live and die
 together. All results depend on the set of points only, never on their order.
+
+Example, three networks by error and cost, of which the last is dominated by the second:
+
+    >>> points = [[4.0, 9.0], [5.0, 3.0], [6.0, 3.0]]
+    >>> non_dominated(points).tolist(), ranks(points).tolist()
+    ([True, True, False], [0, 0, 1])
+    >>> hypervolume(points, reference=[10.0, 10.0])  # 6 · 1 + 5 · 7, less the common 5 · 1
+    36.0
 """
 
 from __future__ import annotations
@@ -18,8 +26,7 @@ Points = NDArray[np.float64]
 
 def _checked(points: ArrayLike) -> Points:
     array = np.asarray(points, dtype=np.float64)
-    assert array.ndim == 2, array.shape
-    assert array.shape[1] > 0, array.shape
+    assert array.ndim == 2 and array.shape[1] > 0, array.shape
     assert not np.isnan(array).any()
     return array
 
@@ -86,7 +93,7 @@ def _volume(points: Points, corner: Points) -> float:
 
 
 def knee(points: ArrayLike) -> int:
-    """The index of the front's point of greatest bulge; of equals, the one least in column 0.
+    """The index of the front's knee: its point of greatest bulge; of equals the first by column 0.
 
     With each column scaled to 0 .. 1 over the front, the point whose columns' sum is least. With
     two columns that is the point farthest below the line through the two ends (Das, On
@@ -101,7 +108,7 @@ def knee(points: ArrayLike) -> int:
 
 
 def crowding(points: ArrayLike) -> Points:
-    """NSGA-II's crowding distance of mutually non-dominated points, (N,): large is lonely.
+    """NSGA-II's crowding distance of mutually non-dominated points, (N,): large in sparse regions.
 
     Deb et al., A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II, IEEE TEC 6(2), 2002,
     section III-B. Equal points share one distance; the ends of each column have infinity.
@@ -119,7 +126,7 @@ def crowding(points: ArrayLike) -> Points:
 
 
 def promoted(points: ArrayLike, index: int, eta: int) -> bool:
-    """Whether a rung lets point ``index`` go on: fewer than ceil(N / eta) points are better.
+    """Whether a rung promotes point ``index``: fewer than ceil(N / eta) points are better.
 
     Better is a lower non-dominated rank, or the same rank and a larger crowding distance; never
     accuracy alone (MO-ASHA, Schmucker et al., arXiv 2106.12639).
@@ -128,6 +135,6 @@ def promoted(points: ArrayLike, index: int, eta: int) -> bool:
     rank = ranks(array)
     peers = np.flatnonzero(rank == rank[index])
     distance = crowding(array[peers])
-    lonelier = distance > distance[np.searchsorted(peers, index)]
-    better = int((rank < rank[index]).sum()) + int(lonelier.sum())
+    sparser = distance > distance[np.searchsorted(peers, index)]
+    better = int((rank < rank[index]).sum()) + int(sparser.sum())
     return better < math.ceil(len(array) / eta)

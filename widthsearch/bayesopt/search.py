@@ -212,7 +212,7 @@ class BayesianSearch:
         if number < 2:
             size = self.coordinates.unit_widths(widths).sum(axis=1)
             order = np.argsort(size if number == 0 else -size, kind="stable")
-        return self._first(widths[order], np.full(len(order), np.inf), excluded)
+        return self._best(widths[order], np.full(len(order), np.inf), excluded)
 
     def _maximise(
         self,
@@ -222,9 +222,8 @@ class BayesianSearch:
     ) -> Suggestion | None:
         """The candidate of greatest expected improvement, after two rounds of single steps."""
         if self._all is not None:
-            return self._first(
-                *_ranked(self._all.widths, self._evaluate(acquisition, self._all)), excluded
-            )
+            values = self._evaluate(acquisition, self._all)
+            return self._best(self._all.widths, values, excluded)
         grid, each = self._grid, _CANDIDATES_PER_KIND
         parents, given = (
             some[np.sort(rng.permutation(len(some))[:_MAX_PARENTS])]
@@ -247,21 +246,22 @@ class BayesianSearch:
             pool = self._allowed_candidates(batch)
             widths = np.concatenate([widths, pool.widths])
             values = np.concatenate([values, self._evaluate(acquisition, pool)])
-            widths, values = _ranked(widths, values)
-            batch = grid.neighbours(widths[:_REFINED])
-        return self._first(widths, values, excluded)
+            batch = grid.neighbours(widths[np.argsort(-values, kind="stable")[:_REFINED]])
+        return self._best(widths, values, excluded)
 
     def _evaluate(self, acquisition: _Acquisition, pool: _Candidates) -> Array:
+        """The expected improvement by each candidate, (N,); −∞ outside the limits."""
         return np.where(self._within_limits(pool), acquisition(pool), -np.inf)
 
-    def _first(
+    def _best(
         self, widths: Batch, values: Array, excluded: Collection[tuple[int, ...]]
     ) -> Suggestion | None:
-        """The first network within the limits that is not excluded."""
+        """The network of greatest value that is not excluded; of equals the first."""
         names = tuple(axis.name for axis in self.coordinates.axes)
-        for row, value in zip(widths.tolist(), values.tolist(), strict=True):
-            if value > -np.inf and tuple(row) not in excluded:
-                return Suggestion(Widths(names, tuple(row)), value)
+        for i in np.argsort(-values, kind="stable"):
+            vector = tuple(widths[i].tolist())
+            if values[i] > -np.inf and vector not in excluded:
+                return Suggestion(Widths(names, vector), float(values[i]))
         return None
 
     def _within_limits(self, pool: _Candidates) -> NDArray[np.bool_]:
@@ -284,9 +284,9 @@ class BayesianSearch:
 
     @cached_property
     def _allowed(self) -> Batch | None:
-        return (
-            None if self.allowed is None else np.unique(np.asarray(self.allowed, np.int64), axis=0)
-        )
+        if self.allowed is None:
+            return None
+        return np.unique(np.asarray(self.allowed, np.int64), axis=0)
 
     @cached_property
     def _allowed_rows(self) -> set[bytes]:
@@ -395,9 +395,3 @@ def fit_latency(coordinates: Coordinates, widths: Batch, ms: Array) -> LatencyPr
         return median, median * posterior.sd
 
     return predict
-
-
-def _ranked(widths: Batch, values: Array) -> tuple[Batch, Array]:
-    """By falling value."""
-    order = np.argsort(-values, kind="stable")
-    return widths[order], values[order]
