@@ -162,7 +162,7 @@ def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) 
     assert str(error.value) == (
         f"the folder {str(tmp_path / 'file' / 'out')!r} must be writable, but "
         f"{tmp_path / 'file' / 'out'} is not: {os.strerror(errno.ENOTDIR)}; name another folder, "
-        "or go on when that is mended"
+        "or make this one writable"
     )
     assert seen == []
 

@@ -278,7 +278,7 @@ PINNED: dict[str, tuple[Callable[[], nn.Module], tuple[str, int], str]] = {
             **conv(n=LookUp(), b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
         ),
         ("a", 16),
-        "needs integers at test_generality.py:",
+        "needs integers at test_operations.py:",
     ),
     "an operation without symbolic sizes": (
         lambda: Model(
@@ -317,7 +317,7 @@ PINNED: dict[str, tuple[Callable[[], nn.Module], tuple[str, int], str]] = {
             **conv(b=nn.Conv2d(16, 24, 1), o=nn.Linear(24, 4)),
         ),
         ("a", 16),
-        "tests/test_generality.py:",
+        "tests/test_operations.py:",
     ),
     "as many channels as a choice needs": (
         lambda: Model(
@@ -325,7 +325,7 @@ PINNED: dict[str, tuple[Callable[[], nn.Module], tuple[str, int], str]] = {
             **conv(b=nn.Linear(8, 24), o=nn.Linear(24, 4)),
         ),
         ("a", 16),
-        "tests/test_generality.py:",
+        "tests/test_operations.py:",
     ),
 }
 

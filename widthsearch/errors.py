@@ -1,19 +1,19 @@
-"""The errors that a user can mend.
+"""The errors that a user can resolve.
 
 ::
 
     WidthsearchError          shown by the command line as one line, exit code 2
     ├── WidthsError           a width outside its axis or off the grid, an axis that does not exist
     ├── TraceError            a model that cannot be traced: names the module and the operation
-    ├── SpaceError            a space reference that cannot be imported or gives no space
+    ├── SpaceError            a space that cannot be loaded, made or constrained
     ├── DataError             a data folder or a dataset that cannot be used
-    ├── DeviceError           a device that is not there
-    ├── StudyError            a study's configuration, or a study that does not fit what is stored
+    ├── DeviceError           a device that does not exist here
+    ├── StudyError            a study's configuration, or a study that differs from the stored one
     ├── StorageError          a storage that cannot be opened
     └── CheckpointError       a checkpoint that is corrupt or belongs to another run
 
-Every message says the rule, the culprit's name, its value, and what to do. Broken invariants of
-widthsearch itself are ``AssertionError``: those are bugs to report, not input to mend.
+Every message has the rule, the culprit's name, its value, and the way out, in one line. Broken
+invariants of widthsearch itself are ``AssertionError``: bugs to report, not input to correct.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 
 class WidthsearchError(Exception):
-    """Anything that a user can mend."""
+    """The base of all errors that a user can resolve."""
 
 
 class WidthsError(WidthsearchError, ValueError):
@@ -36,7 +36,7 @@ class TraceError(WidthsearchError):
 
 
 class SpaceError(WidthsearchError):
-    """A space that cannot be found or made."""
+    """A space that cannot be loaded, made or constrained."""
 
 
 class DataError(WidthsearchError):
@@ -44,11 +44,11 @@ class DataError(WidthsearchError):
 
 
 class DeviceError(WidthsearchError):
-    """A device that is not there."""
+    """A device that does not exist here."""
 
 
 class StudyError(WidthsearchError):
-    """A study that is configured wrongly, or does not fit what is stored under its name."""
+    """A study that is configured wrongly, or differs from the stored study of its name."""
 
 
 class StorageError(WidthsearchError):
@@ -61,7 +61,7 @@ class CheckpointError(WidthsearchError):
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """While files are written there: what the system refuses is said in one line.
+    """A context for writing files to ``folder``: errors of the system become one line.
 
     Raises:
         StudyError: A file cannot be written.
@@ -71,16 +71,16 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StudyError(
             f"the folder {str(folder)!r} must be writable, but {error.filename or 'a file'} is "
-            f"not: {error.strerror}; name another folder, or go on when that is mended"
+            f"not: {error.strerror}; name another folder, or make this one writable"
         ) from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    """An error's type and the first line of its message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"

@@ -1,8 +1,8 @@
 """Elements, the positions along tensors' dims, and their equivalence classes (union-find).
 
 Notation: an *element* is one position along one symbolic dim of a parameter or buffer, numbered
-from 0. A *field* says which elements the entries of a tensor depend on: an int64 tensor of elements
-that is broadcastable to the tensor's shape, with -1 where there is none. A field *varies* along the
+from 0. A *field* holds the elements that the entries of a tensor depend on: an int64 tensor that is
+broadcastable to the tensor's shape, with -1 where there is no element. A field *varies* along the
 dims in which it has more than one entry. A tensor has one field per group of dims with elements.
 
 Example: the output of a convolution with four filters, elements 10 to 13, has the field

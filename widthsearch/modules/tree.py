@@ -101,7 +101,7 @@ def sync_attributes(module: nn.Module) -> None:
     """Set the attributes of torch's layers that repeat their tensors' sizes."""
     if not isinstance(module, _SIZED):
         return
-    weight: Any = weight_of(module)  # its sizes may be symbolic, which torch's types do not know
+    weight: Any = weight_of(module)  # torch's types have no symbolic sizes
     if isinstance(module, ConvNd):
         own, other = weight.shape[:2]
         if module.transposed:

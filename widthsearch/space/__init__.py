@@ -1,4 +1,4 @@
-"""What may vary and what it costs: constraints, exact costs, networks at any widths.
+"""Search spaces over a model's widths: constraints, exact costs, networks at any widths.
 
 May import: ``channels``, ``tracing`` and below.
 """

@@ -74,13 +74,12 @@ class Constraints:
         for value in steps:
             if value is not None and not (_whole(value) and value >= 1):
                 raise SpaceError(f"`step >= 1` must hold, in whole channels, but step={value!r}")
-        if isinstance(self.align, str) and self.align not in (*BLOCKS, "none"):
+        whole = _whole(self.align) and int(self.align or 0) >= 1
+        if not whole and self.align not in (None, *BLOCKS, "none"):
             raise SpaceError(
                 f"`align` must be {', '.join(BLOCKS)}, none or a number of channels, but is "
                 f"{self.align!r}"
             )
-        if not isinstance(self.align, str | None) and not (_whole(self.align) and self.align >= 1):
-            raise SpaceError(f"`align >= 1` must hold, in whole channels, but is {self.align!r}")
         if self.align not in (None, "none") and not isinstance(self.step, Mapping | None):
             raise SpaceError(
                 f"one step for every axis leaves nothing to align, but step={self.step} and "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,66 +14,59 @@ from widthsearch.errors import SpaceError, WidthsearchError
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.references import load_function
 
-_loaded: dict[tuple[str, tuple[int, ...] | None, Any], SearchSpace] = {}
-
 
 def load_space(
     reference: str, input_shape: Sequence[int] | None = None, classes: int | None = None
 ) -> SearchSpace:
-    """The space behind a reference; traced once in a process.
+    """The space behind a reference, traced once per process.
 
     Args:
         reference: ``torchvision:NAME``, ``package.module:function`` or ``path/to/file.py:function``
             (a function without required arguments that returns a :class:`SearchSpace`).
-        input_shape: One sample's shape; for ``torchvision:NAME`` only, by default (3, 224, 224).
+        input_shape: One sample's shape; only for ``torchvision:NAME``, by default (3, 224, 224).
         classes: The number of classes of a ``torchvision:NAME``, by default 1,000 as on ImageNet;
             other references set their own.
 
     Raises:
-        SpaceError: One line that says what is wrong with the reference.
+        SpaceError: The reference cannot be resolved; the message is one line.
     """
-    shape = tuple(input_shape) if input_shape is not None else None
     prefix, _, name = reference.partition(":")
     if prefix == "torchvision":
-        key: tuple[str, tuple[int, ...] | None, Any] = (reference, shape, classes)
-        if key not in _loaded:
-            _loaded[key] = _torchvision(name, shape or (3, 224, 224), classes or 1000)
-        return _loaded[key]
+        return _torchvision(name, tuple(input_shape or (3, 224, 224)), classes or 1000)
     if not name and prefix in _classifiers():
         raise SpaceError(
             f"{reference!r} must be `package.module:function` or `path/to/file.py:function`; did "
             f"you mean 'torchvision:{prefix}'?"
         )
-    if shape is not None:
+    if input_shape is not None:
         raise SpaceError(
             f"an input shape goes with `torchvision:NAME` alone; {reference!r} sets its own"
         )
-    function = load_function(reference)
-    key = (reference, None, function)
-    if key not in _loaded:
-        required = [
-            p.name
-            for p in inspect.signature(function).parameters.values()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-        if required:
-            raise SpaceError(
-                f"{reference!r} must need no arguments, but needs {', '.join(required)}"
-            )
-        try:
-            space = function()
-        except WidthsearchError:
-            raise
-        except (Exception, SystemExit) as cause:
-            said = " ".join(str(cause).split())
-            raise SpaceError(f"{reference!r} failed: {type(cause).__name__}: {said}") from cause
-        if not isinstance(space, SearchSpace):
-            raise SpaceError(
-                f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "
-                "wrap a model with SearchSpace.from_model(model, input_shape)"
-            )
-        _loaded[key] = space
-    return _loaded[key]
+    return _from_function(reference, load_function(reference))
+
+
+@functools.cache
+def _from_function(reference: str, function: Callable[[], Any]) -> SearchSpace:
+    required = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if required:
+        raise SpaceError(f"{reference!r} must need no arguments, but needs {', '.join(required)}")
+    try:
+        space = function()
+    except WidthsearchError:
+        raise
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split())
+        raise SpaceError(f"{reference!r} failed: {type(error).__name__}: {text}") from error
+    if not isinstance(space, SearchSpace):
+        raise SpaceError(
+            f"{reference!r} must return a SearchSpace, but returned {type(space).__name__}; "
+            "wrap a model with SearchSpace.from_model(model, input_shape)"
+        )
+    return space
 
 
 def _classifiers() -> list[str]:
@@ -81,6 +75,7 @@ def _classifiers() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
+@functools.cache
 def _torchvision(name: str, input_shape: tuple[int, ...], classes: int) -> SearchSpace:
     import torchvision
 

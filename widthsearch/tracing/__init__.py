@@ -1,4 +1,4 @@
-"""One symbolic run of a model: which sizes are free, which are tied, and what each run costs.
+"""One symbolic run of a model: its free, tied and pinned widths, and its costs as polynomials.
 
 May import: ``modules`` and below.
 """

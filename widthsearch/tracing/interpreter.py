@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,14 +75,14 @@ def _tensors_among(values: Any) -> Iterator[Tensor]:
 
 
 _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
-    aten.embedding: lambda *_: iter((0,)),
-    aten._embedding_bag: lambda *_: iter((0,)),
-    aten._embedding_bag_forward_only: lambda *_: iter((0,)),
-    aten.index_select: lambda dim, *_: iter((dim,)),
-    aten.gather: lambda dim, *_: iter((dim,)),
-    aten.index: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
-    aten.index_put: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
-    aten.index_put_: lambda places, *_: (d for d, at in enumerate(places) if at is not None),
+    **dict.fromkeys(
+        operators("embedding _embedding_bag _embedding_bag_forward_only"), lambda *_: iter((0,))
+    ),
+    **dict.fromkeys(operators("index_select gather"), lambda dim, *_: iter((dim,))),
+    **dict.fromkeys(
+        operators("index index_put index_put_"),
+        lambda indices, *_: (dim for dim, index in enumerate(indices) if index is not None),
+    ),
 }
 """Per operation that indexes a tensor by another, the indexed dims given its other arguments."""
 
@@ -377,9 +378,9 @@ def execute(
     run = SymbolicInterpreter(system, tuple(_tensors_in(x)))
     system.reason = run.reason
     hooks = track_layers(symbolic, run.layers)
-    for layer, reason in fixed.items():
+    for layer, why in fixed.items():
+        hook = partial(_pin_inputs, system, why)
         module = symbolic.get_submodule(layer)
-        hook = _pinning(system, reason)
         hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     symbolic.train(train)
     with _explained(symbolic, run):
@@ -409,11 +410,8 @@ def track_layers(model: nn.Module, layers: list[str]) -> list[RemovableHandle]:
     return handles
 
 
-def _pinning(system: System, reason: str) -> Callable[..., Any]:
-    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return with_integers((args, kwargs), system, reason)
-
-    return hook
+def _pin_inputs(system: System, reason: str, _module: nn.Module, *inputs: Any) -> Any:
+    return with_integers(inputs, system, reason)
 
 
 def _tensors_in(out: Any) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ Example: a stem of ``s0 = 8`` channels and a branch of ``s1 = 4``, concatenated:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,12 +59,17 @@ def add(a: Poly, b: Poly, factor: int = 1) -> Poly:
     """``a + factor · b``."""
     out = dict(a)
     for monomial, coefficient in b.items():
-        total = out.get(monomial, 0) + factor * coefficient
-        if total:
-            out[monomial] = total
+        value = out.get(monomial, 0) + factor * coefficient
+        if value:
+            out[monomial] = value
         else:
             out.pop(monomial, None)
     return out
+
+
+def total(polys: Iterable[Poly]) -> Poly:
+    """The sum of polynomials."""
+    return functools.reduce(add, polys, {})
 
 
 def multiply(a: Poly, b: Poly) -> Poly:
@@ -76,9 +82,9 @@ def multiply(a: Poly, b: Poly) -> Poly:
     for m, c in a.items():
         for n, d in b.items():
             product = tuple(sorted(m + n))
-            total = out.get(product, 0) + c * d
-            if total:
-                out[product] = total
+            value = out.get(product, 0) + c * d
+            if value:
+                out[product] = value
             else:
                 out.pop(product, None)
     return out

@@ -41,6 +41,7 @@ from widthsearch.tracing.polynomials import (
     constant,
     multiply,
     symbols_of,
+    total,
 )
 
 
@@ -117,10 +118,7 @@ class SizeNode(_Node):
         return self if self.hint >= 0 else self.neg()
 
     def sym_sum(self, nodes: Sequence[SizeNode]) -> SizeNode:
-        total: Poly = {}
-        for node in nodes:
-            total = add(total, node.poly)
-        return self._new(total)
+        return self._new(total(node.poly for node in nodes))
 
     def pow(self, other: SizeNode) -> SizeNode:
         out = constant(1)
@@ -266,29 +264,24 @@ def _float_operation(name: str, function: Callable[..., float]) -> None:
 
 
 _ARITHMETIC: dict[str, Any] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "truediv": operator.truediv,
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv")},
     "float_truediv": operator.truediv,
     "pow": math.pow,
     "float_pow": math.pow,
     "sym_max": max,
     "sym_min": min,
 }
+_RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
 for _name, _function in _ARITHMETIC.items():
     _float_operation(_name, _function)
-
-
-def _float_comparison(name: str, function: Callable[[float, float], bool]) -> None:
-    def method(self: RatioNode, other: Any) -> TruthNode:
-        return TruthNode(self.system, function(self.value, float(other.hint)))
-
-    setattr(RatioNode, name, method)
-
-
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    _float_comparison(_name, getattr(operator, _name))
+for _name, _relation in _RELATIONS.items():
+    setattr(
+        RatioNode,
+        _name,
+        lambda self, other, f=_relation: self.wrap_bool(f(self.value, float(other.hint))),
+    )
     setattr(SizeNode, _name, lambda self, other, name=_name: self._compare(other, name))
 for _name, _unary in {"neg": operator.neg, "abs": abs, "sqrt": math.sqrt}.items():
     setattr(
@@ -296,11 +289,6 @@ for _name, _unary in {"neg": operator.neg, "abs": abs, "sqrt": math.sqrt}.items(
         _name if _name != "sqrt" else "sym_sqrt",
         lambda self, f=_unary: RatioNode(self.system, f(self.value), None, self.symbols),
     )
-
-
-_RELATIONS: dict[str, Callable[[int, int], bool]] = {
-    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
-}
 
 
 class TruthNode(_Node):

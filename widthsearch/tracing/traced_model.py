@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +98,12 @@ class TracedModel:
             tensors[id(old)] = new
         network = self.substituted(tensors, lambda poly: evaluate(poly, x))
         if initialise and torch.device(device).type != "meta":
-            if seed is None:
-                self._initialise(network)
-            else:
-                with kept_generators():
+            with nullcontext() if seed is None else kept_generators():
+                if seed is not None:
                     torch.manual_seed(seed)
-                    self._initialise(network)
+                self.scheme.apply(network)
+                if self.init is not None:
+                    self.init(network)
         return network.train()
 
     def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
@@ -118,11 +119,6 @@ class TracedModel:
         for module in network.modules():
             sync_attributes(module)
         return network
-
-    def _initialise(self, network: nn.Module) -> None:
-        self.scheme.apply(network)
-        if self.init is not None:
-            self.init(network)
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ output pins ``s2 = 3``. One axis is left: ``s0``, with a base of 8 channels, nam
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Set
@@ -41,11 +42,11 @@ from widthsearch.tracing.interpreter import SymbolicInterpreter, TraceInterrupte
 from widthsearch.tracing.polynomials import (
     Poly,
     System,
-    add,
     as_constant,
     constant,
     multiply,
     symbols_of,
+    total,
 )
 from widthsearch.tracing.symbolic_ints import poly_of, size
 from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
@@ -63,10 +64,7 @@ class _Symbol:
 
 def numel(tensor: Tensor) -> Poly:
     """A tensor's number of elements."""
-    out = constant(1)
-    for n in tensor.shape:
-        out = multiply(out, poly_of(n))
-    return out
+    return functools.reduce(multiply, map(poly_of, tensor.shape), constant(1))
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
@@ -336,19 +334,13 @@ def _collect(
         canonical = system.canonical(poly)
         return {tuple(sorted(index[s] for s in m)): c for m, c in canonical.items()}
 
-    flops: Poly = {}
-    for poly in run.flops.values():
-        flops = add(flops, poly)
-    params: Poly = {}
-    for tensor in sized.values():
-        if isinstance(tensor, nn.Parameter):
-            params = add(params, numel(tensor))
+    params = total(numel(tensor) for tensor in sized.values() if isinstance(tensor, nn.Parameter))
     return Trace(
         axes=tuple(axes),
         pinned=_pinned(system, symbols),
         shapes={name: tuple(over_axes(poly_of(n)) for n in t.shape) for name, t in sized.items()},
         attributes={where: over_axes(poly) for where, poly in attributes.items()},
-        macs=_halved(over_axes(flops)),
+        macs=_halved(over_axes(total(run.flops.values()))),
         params=over_axes(params),
         activations=over_axes(run.activations),
         layer_macs={layer: _halved(over_axes(poly)) for layer, poly in run.flops.items()},
