@@ -1,10 +1,10 @@
-"""Counting MACs: our quadratic form against counters that run or graph each candidate.
+"""Counting MACs: the quadratic form against counters that run or trace each candidate.
 
     python -m pip install fvcore torch-pruning
     python -m benchmarks.cost [--models resnet50,mobilenet_v2] [--candidates 8] [--vectors 1000000]
 
-Everything is timed in one process on one thread, and printed as the ratio to what one candidate
-takes in a batch of our own. A second table shows where counters disagree on the models as they are.
+Everything is timed in one process on one thread, and printed as the ratio to the time of one
+candidate in a batch of quadratic forms. Another table compares the counters' results on whole models.
 """
 
 from __future__ import annotations
@@ -14,28 +14,20 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
 
 from widthsearch import SearchSpace, load_space
+from widthsearch.tracing.interpreter import no_fast_path
 
 DISAGREE = ("resnet50", "mobilenet_v2", "densenet121", "convnext_tiny", "swin_t", "vit_b_16")
 
 
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(before)
-
-
 def flop_counter(net: nn.Module, shape: tuple[int, ...], device: str) -> float:
-    """torch's own: FLOPs are counted, so this is half of them."""
+    """Half of the FLOPs that torch's own counter counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -65,7 +57,7 @@ COUNTERS: dict[str, Callable[[nn.Module, tuple[int, ...]], float]] = {
 
 
 def seconds(call: Callable[[], object], times: int) -> float:
-    """The median time of a call, after one that does not count."""
+    """The median time of a call, after a first call that is left out."""
     call()
     taken = []
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""Which models become exact width spaces, and how fast: one line a model.
+"""Traces many models and verifies their costs: one line per model, with times.
 
     python -m benchmarks.spaces [--source torchvision|timm] [--limit N] [--names A,B] [--seconds S]
 
@@ -6,8 +6,8 @@
 (not a dependency: ``pip install timm``) is every k-th of its models that has at most 100 million
 parameters, created without weights. Each model is traced, and built at five random width vectors
 (one narrower, one wider, three mixed). ``exact`` is ``yes`` where all five run forward and backward
-on the meta device, cost exactly what the space says (MACs, parameters and activations as torch
-counts them), and the narrowest also runs on real tensors. One core.
+on the meta device and cost exactly what the space predicts (MACs, parameters and activations as
+torch counts them), and the narrowest also runs on real tensors. One core.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ MODELS = {"torchvision": torchvision_model, "timm": timm_model}
 
 
 def names_of(source: str, limit: int | None) -> Iterator[list[str]]:
-    """Lists of names; one model of each list is to be tried, the first that is not too large."""
+    """Lists of names; of each list the first model that is not too large is measured."""
     if source == "torchvision":
         from torchvision import models
 
@@ -118,7 +118,7 @@ def milliseconds(function: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def measure(source: str, name: str) -> dict[str, Any]:
-    """The line of one model."""
+    """The figures of one model."""
     make, shape = MODELS[source](name)
     row: dict[str, Any] = {"name": name, "side": shape[-1]}
     model = make()
@@ -154,14 +154,14 @@ def work() -> None:
         source, name = line.split()
         try:
             row: dict[str, Any] = measure(source, name) | {"exact": True}
-        except Exception as error:  # noqa: BLE001 - whatever a model does is its line's news
+        except Exception as error:  # noqa: BLE001 - a model's failure is a result
             first = (str(error).strip().splitlines() or [""])[0]
-            row = {"name": name, "exact": False, "why": f"{type(error).__name__}: {first}"}
+            row = {"name": name, "exact": False, "reason": f"{type(error).__name__}: {first}"}
         print(json.dumps(row), file=out, flush=True)
 
 
 class Worker:
-    """A process that measures; replaced where a model kills or stalls it."""
+    """A process that measures models; it is replaced if a model kills or stalls it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -182,9 +182,9 @@ class Worker:
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        dead = self.process.poll() is not None
+        died = self.process.poll() is not None
         self.close()
-        return {"name": name, "exact": False, "why": "died" if dead else f"over {seconds:.0f} s"}
+        return {"name": name, "exact": False, "reason": "died" if died else f"over {seconds:.0f} s"}
 
     def close(self) -> None:
         if self.process is not None:
@@ -220,7 +220,7 @@ def main() -> None:
             (
                 row
                 for name in group
-                if (row := worker.ask(options.source, name, options.seconds)).get("why")
+                if (row := worker.ask(options.source, name, options.seconds)).get("reason")
                 != "ValueError: too large"
             ),
             None,
@@ -241,7 +241,7 @@ def main() -> None:
             ]
             print("|", row["name"], "|", " | ".join(map(str, figures)), "|", flush=True)
         else:
-            print("|", row["name"], "|" * 9, f"no: {row['why']}", "|", flush=True)
+            print("|", row["name"], "|" * 9, f"no: {row['reason']}", "|", flush=True)
     worker.close()
     print(f"\n{exact} of {tried} exact ({100 * exact / max(tried, 1):.0f}%)")
 

@@ -26,7 +26,7 @@ class DenseLayer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """BN-ReLU-conv 1×1 to 4 × growth channels, then as above (section 3, "Bottleneck layers")."""
+    """BN-ReLU-conv 1×1 to 4 × growth channels, then a dense layer (section 3, "Bottleneck")."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class DenseNet(nn.Sequential):
         growth: Channels that each dense layer adds (the paper's k).
         bottleneck: DenseNet-BC: bottlenecks, transitions that halve the channels, and a stem of
             2 × growth channels instead of 16.
-        classes: How many logits.
+        classes: Number of classes.
     """
 
     def __init__(self, depth: int, growth: int, bottleneck: bool, classes: int = 10) -> None:

@@ -1,4 +1,4 @@
-"""MobileNetV2 for CIFAR: torchvision's network with the strides of the first layers taken out.
+"""MobileNetV2 for CIFAR: torchvision's network with stride 1 in its first layers.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018,
 arXiv 1801.04381.
@@ -24,7 +24,7 @@ STAGES = (
 
 
 def make_mobilenet_v2(classes: int = 10) -> nn.Module:
-    """The network, with a stem of stride 1: of 32×32 pixels, 4×4 are left at the end."""
+    """The network with a stem of stride 1: its last feature maps have 4×4 of 32×32 pixels."""
     model = MobileNetV2(classes, inverted_residual_setting=[list(stage) for stage in STAGES])
     model.features[0][0].stride = (1, 1)
     return model

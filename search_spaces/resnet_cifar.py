@@ -16,8 +16,8 @@ from widthsearch import SearchSpace
 def zero_padded(x: Tensor, like: Tensor) -> Tensor:
     """The shortcut without parameters (section 3.3, option A), in the shape of ``like``.
 
-    Every second pixel of ``x``, with zeros for the channels that it lacks. Widths may also fall
-    from one stage to the next: then the last channels are left out (a negative pad crops).
+    Every second pixel of ``x``, with zeros for the missing channels. If the next stage is narrower,
+    the last channels are dropped (a negative pad crops).
     """
     stride = x.shape[2] // like.shape[2]
     missing = like.shape[1] - x.shape[1]
@@ -55,10 +55,10 @@ class ResNet(nn.Sequential):
     """A 3×3 stem and stages ``layer1``, ``layer2``, …, each but the first halving the resolution.
 
     Args:
-        blocks: How many blocks each stage has.
-        widths: How many channels.
+        blocks: Number of blocks of each stage.
+        widths: Number of channels of each stage.
         projection: Whether shortcuts are projections where the width changes.
-        classes: How many logits.
+        classes: Number of classes.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """torchvision's classifiers with another number of classes.
 
-At 1000 classes, ``torchvision:NAME`` needs no file. This file is not called ``torchvision.py``:
-Python would take it for torchvision itself wherever this folder is the working directory.
+With 1000 classes the reference ``torchvision:NAME`` suffices. This file is not called
+``torchvision.py``: in this folder Python would import it instead of torchvision.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def classifier(
     """The space of a torchvision model.
 
     Args:
-        name: torchvision's name for it, e.g. ``efficientnet_b0``.
+        name: The model's name in torchvision, e.g. ``efficientnet_b0``.
         input_shape: One image's shape.
-        classes: How many logits.
-        options: What else its constructor takes, e.g. ``width_mult=1.4`` or ``dropout=0.0``.
+        classes: Number of classes.
+        options: Further arguments of its constructor, e.g. ``width_mult=1.4``, ``dropout=0.0``.
     """
 
     def make_model() -> nn.Module:
@@ -42,10 +42,10 @@ def resnet18_imagenette() -> SearchSpace:
 
 
 def resnet50_imagenette() -> SearchSpace:
-    """ResNet-50 for the same."""
+    """ResNet-50 for Imagenette and Imagewoof."""
     return classifier("resnet50", (3, 160, 160), 10)
 
 
 def mobilenet_v2_imagenette() -> SearchSpace:
-    """MobileNetV2 for the same."""
+    """MobileNetV2 for Imagenette and Imagewoof."""
     return classifier("mobilenet_v2", (3, 160, 160), 10)

@@ -1,8 +1,8 @@
 """VGG with batch norm for CIFAR: the convolutions of the ImageNet networks and one linear layer.
 
 Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-ICLR 2015, arXiv 1409.1556. At 32×32 the five poolings leave one pixel, so that a single linear
-layer replaces three (Liu et al. 2017, "Network Slimming", section 4.2).
+ICLR 2015, arXiv 1409.1556. At 32×32 the five poolings leave one pixel, so a single linear
+layer replaces the three (Liu et al. 2017, "Network Slimming", section 4.2).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 from widthsearch import SearchSpace
 
 CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-"""By depth, how many convolutions precede each pooling (table 1, columns D and E)."""
+"""Convolutions before each pooling, by depth (table 1, columns D and E)."""
 
 
 class VGG(nn.Sequential):
@@ -20,7 +20,7 @@ class VGG(nn.Sequential):
 
     Args:
         depth: 16 or 19, counted with the three linear layers of the original.
-        classes: How many logits.
+        classes: Number of classes.
     """
 
     def __init__(self, depth: int, classes: int = 10) -> None:

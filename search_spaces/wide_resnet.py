@@ -39,7 +39,7 @@ class WideResNet(nn.Sequential):
     Args:
         depth: Number of convolutions in the longest path, 6n + 4.
         k: The width factor.
-        classes: How many logits.
+        classes: Number of classes.
     """
 
     def __init__(self, depth: int, k: int, classes: int = 10) -> None:
