@@ -21,7 +21,7 @@ from widthsearch import load_space
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyPredictor, line_of_macs
-from widthsearch.latency.profiles import designed, standard_error
+from widthsearch.latency.profiles import design
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
@@ -33,7 +33,7 @@ def measured(
     ratio, error = np.empty((2, len(networks)))
     for i in np.random.default_rng(0).permutation(len(networks)):
         latency = meter.measure(space.build(networks[i], seed=0))
-        ratio[i], error[i] = latency.ratio, standard_error(latency) / latency.base_ms
+        ratio[i], error[i] = latency.ratio, latency.standard_error_ms / latency.base_ms
     return ratio, error
 
 
@@ -47,7 +47,7 @@ def compare(reference: str, options: argparse.Namespace) -> None:
     )
     meter = LatencyMeter(space.build(space.base, seed=0), space.input_shape, config)
     rng = np.random.default_rng(1)
-    train = designed(space, options.networks)
+    train = design(space, options.networks)
     test = [
         space.nearest([a.base * np.exp(rng.uniform(-1.5, 0.6)) for a in space.axes])
         for _ in range(options.networks)

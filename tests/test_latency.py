@@ -1,21 +1,24 @@
-"""The latency meter: ratios that hold, BatchNorms that fold, networks that are left alone."""
+"""The latency meter, its backends, its lock, and the folding of BatchNorms."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import Mock
 
 import pytest
+import tiny
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -66,8 +69,8 @@ def randomise_statistics(model: nn.Module) -> nn.Module:
 # --- measuring ---
 
 
-def test_the_base_beside_itself_has_a_ratio_near_one() -> None:
-    """Even on a busy machine, and even though the meter's copy is not the candidate's."""
+def test_the_base_relative_to_itself_has_a_ratio_near_one() -> None:
+    """Even on a busy machine, although the meter and the candidate have different copies."""
     base = convnet(32)
     latency = LatencyMeter(base, SHAPE, LatencyConfig(pairs=20)).measure(base)
     assert 0.5 < latency.ratio < 2
@@ -76,7 +79,7 @@ def test_the_base_beside_itself_has_a_ratio_near_one() -> None:
 
 
 def test_a_much_wider_network_is_slower_and_one_meter_has_one_scale() -> None:
-    """Sixteen times the channels take more than twice the time; the base's time is kept."""
+    """Sixteen times the channels take more than twice the time; the base's time is reused."""
     meter = LatencyMeter(convnet(16), SHAPE, LatencyConfig(pairs=8))
     wide, narrow = meter.measure(convnet(256)), meter.measure(convnet(16))
     assert wide.ratio > 2
@@ -89,7 +92,7 @@ def test_a_much_wider_network_is_slower_and_one_meter_has_one_scale() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_was_measured_is_written_down(dtype: str) -> None:
+def test_a_latency_records_its_conditions(dtype: str) -> None:
     """Device, hardware, backend, batch, dtype, layout, threads and pairs; JSON and back."""
     config = LatencyConfig(batch_size=3, threads=2, dtype=dtype, pairs=4)  # type: ignore[arg-type]
     threads = torch.get_num_threads()
@@ -102,12 +105,12 @@ def test_what_was_measured_is_written_down(dtype: str) -> None:
     assert Latency.from_json(json.loads(json.dumps(latency.to_json()))) == latency
 
 
-def test_networks_run_as_at_inference_and_are_left_as_they_were() -> None:
-    """Eval mode, inference mode, the given threads and batch; the model itself never runs."""
+def test_a_copy_runs_as_at_inference() -> None:
+    """In eval and inference mode, with the given threads and batch; the model is unchanged."""
     seen = set()
 
     class Watched(nn.Module):
-        """Notes how it is run; the note is shared by its copies."""
+        """Records the conditions of each run; its copies share the record."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -133,7 +136,7 @@ def test_networks_run_as_at_inference_and_are_left_as_they_were() -> None:
 
 @pytest.mark.gpu
 def test_latency_on_cuda() -> None:
-    """On a GPU too, a much wider network is slower."""
+    """A much wider network is slower on a GPU, too."""
     meter = LatencyMeter(convnet(16), (3, 64, 64), LatencyConfig("cuda", batch_size=64, pairs=8))
     assert meter.measure(convnet(512)).ratio > 1.5
     assert meter.measure(convnet(16)).hardware == torch.cuda.get_device_name()
@@ -143,7 +146,7 @@ def test_latency_on_cuda() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_a_graph_is_faster_than_eager_launches(dtype: str, batch_size: int) -> None:
-    """In both precisions, at batch 1 and at a larger one; the clock is read."""
+    """In both precisions, with one image and with a larger batch."""
     times = {}
     for backend in ("eager", "graph"):
         config = LatencyConfig(
@@ -163,7 +166,7 @@ def test_a_graph_is_faster_than_eager_launches(dtype: str, batch_size: int) -> N
 
 @pytest.mark.gpu
 def test_a_network_that_branches_on_values_has_no_graph() -> None:
-    """One line with the way out; eager it can be timed."""
+    """The error is one line with the way out; the eager backend can measure it."""
 
     class Branching(nn.Module):
         """Control flow by data."""
@@ -182,6 +185,12 @@ def test_a_network_that_branches_on_values_has_no_graph() -> None:
         meter.measure(Branching())
     eager = LatencyConfig("cuda", pairs=4)
     assert LatencyMeter(convnet(8), SHAPE, eager).measure(Branching()).ratio > 0
+
+
+def test_the_standard_error_of_a_median() -> None:
+    """By hand: σ is 1 where half the interquartile range is 0.6745."""
+    latency = replace(tiny.latency(2.0), spread_ms=0.6745, pairs=4)
+    assert latency.standard_error_ms == pytest.approx(math.sqrt(math.pi / 2) / 2)
 
 
 # --- inputs ---
@@ -232,7 +241,7 @@ def test_sequences_are_measured() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's own
 def test_compiled_networks_are_timed_as_such() -> None:
-    """Nine of one class, which is one more than torch compiles beside each other."""
+    """Nine networks of one class, one more than torch's limit of compiled variants."""
     config = LatencyConfig(backend="compile", pairs=4)
     meter = LatencyMeter(convnet(8), SHAPE, config)
     for _ in range(9):
@@ -248,7 +257,7 @@ def test_every_backend_has_a_class() -> None:
 
 @pytest.mark.filterwarnings("default")  # the exporter's
 def test_onnx_runtime_is_timed_or_asked_for() -> None:
-    """Where it is missing, one line says what to install."""
+    """Without the packages, the error says what to install."""
     config = LatencyConfig(backend="onnxruntime", pairs=4, batch_size=2)
     if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx")):
         with pytest.raises(StudyError, match=r"missing \(onnx\w*\): python -m pip install onnxr"):
@@ -263,12 +272,12 @@ def test_onnx_runtime_is_timed_or_asked_for() -> None:
 
 
 def test_one_measurement_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one measures, another one waits for the lock of the device."""
+    """A second meter waits for the lock of the device."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     running, together = 0, 0
 
     class Watched(nn.Module):
-        """Notes whether another one runs."""
+        """Records whether two networks run at once."""
 
         def forward(self, x: Tensor) -> Tensor:
             """The same."""
@@ -317,7 +326,7 @@ def test_the_meter_needs_no_fcntl() -> None:
 
 
 def folded_count(model: nn.Module) -> int:
-    """How many BatchNorms pass their input on."""
+    """The number of BatchNorms that return their input."""
     return sum("forward" in vars(module) for module in model.modules())
 
 
@@ -326,12 +335,12 @@ def folded_count(model: nn.Module) -> int:
     [
         ("resnet18", 20),
         ("mobilenet_v2", 52),
-        # In a dense layer the second convolution's BatchNorm folds; before the first it cannot.
+        # A dense layer is norm, conv, norm, conv: only the second norm follows a convolution.
         ("densenet121", 59),
     ],
 )
 def test_folding_gives_the_same_outputs(name: str, folded: int) -> None:
-    """Every BatchNorm right after a convolution folds; outputs agree up to rounding."""
+    """Every BatchNorm after a convolution folds; outputs agree up to rounding."""
     model = randomise_statistics(torchvision.models.get_model(name, weights=None)).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -343,7 +352,7 @@ def test_folding_gives_the_same_outputs(name: str, folded: int) -> None:
 
 
 class Branches(nn.Module):
-    """One convolution and one BatchNorm, put together in a way that is given."""
+    """One convolution and one BatchNorm, combined by a given function."""
 
     def __init__(self, wire: Callable[[Branches, Tensor], Tensor]) -> None:
         super().__init__()
@@ -386,8 +395,10 @@ def _two_results(net: Branches, x: Tensor) -> list[Tensor]:
         (_two_results, 0),
     ],
 )
-def test_only_what_can_fold_folds(wire: Callable[[Branches, Tensor], Tensor], folded: int) -> None:
-    """Used twice, changed on the way or wired the other way round: left alone, and still right."""
+def test_only_a_single_consumer_folds(
+    wire: Callable[[Branches, Tensor], Tensor], folded: int
+) -> None:
+    """Modules used twice, changed outputs and the reverse order stay, with the same outputs."""
     torch.manual_seed(0)
     model = randomise_statistics(Branches(wire)).eval()
     images = torch.randn(2, *SHAPE)
@@ -411,7 +422,7 @@ def test_only_what_can_fold_folds(wire: Callable[[Branches, Tensor], Tensor], fo
 def test_other_convolutions_fold_too(
     convolution: nn.Module, batchnorm: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    """One and three dimensions, groups, transposed, without weights of the BatchNorm."""
+    """One and three dimensions, groups, transposed, and a BatchNorm without weights."""
     model = randomise_statistics(nn.Sequential(convolution, batchnorm)).eval()
     x = torch.randn(shape)
     with torch.no_grad():
@@ -422,17 +433,17 @@ def test_other_convolutions_fold_too(
 
 
 def test_a_batchnorm_without_statistics_does_not_fold() -> None:
-    """It normalises by the batch even in eval mode."""
+    """It normalises with the statistics of the batch even in eval mode."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     fold_batchnorm(model, torch.randn(2, *SHAPE))
     assert folded_count(model) == 0
 
 
-# --- what cannot be ---
+# --- errors ---
 
 
-def test_a_device_that_is_not_there() -> None:
-    """The error lists the devices that are."""
+def test_a_missing_device_is_refused() -> None:
+    """The error lists the existing devices."""
     with pytest.raises(DeviceError, match="'cuda:99' does not; this machine has cpu"):
         LatencyMeter(convnet(8), SHAPE, LatencyConfig(device="cuda:99"))
 

@@ -1,4 +1,4 @@
-"""Predicted latency: stairs that are found, errors and deviations that are honest."""
+"""Predicted latency: block sizes, errors, standard deviations and staircases."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ class Deep(nn.Module):
 
 @cache
 def net() -> SearchSpace:
-    """The small network's space, every width from an eighth to twice the base."""
+    """The space of the small network, with every width from an eighth to twice the base."""
     return SearchSpace.from_model(Net, (3, 8, 8), step=1)
 
 
 @cache
 def deep() -> SearchSpace:
-    """Six axes, any width."""
+    """The space of the deep network: six axes, every width."""
     return SearchSpace.from_model(Deep, (3, 8, 8), step=1)
 
 
 def vectors(space: SearchSpace, count: int, seed: int = 0) -> NDArray[np.int64]:
-    """Random widths, every second vector in multiples of 8."""
+    """Random widths; every second vector has multiples of 8."""
     rng = np.random.default_rng(seed)
     out = np.stack([rng.integers(a.min_width, a.max_width + 1, count) for a in space.axes], 1)
     out[::2] = np.maximum(out[::2] // 8 * 8, 8)
@@ -76,8 +76,8 @@ def vectors(space: SearchSpace, count: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def device(step: int, noise: float = 0.02) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
-    """A synthetic device for :func:`deep`: 0.1 ms, and each layer at widths rounded up, at a speed
-    of its own."""
+    """A synthetic device for :func:`deep`: 0.1 ms, plus each layer's time at widths rounded up, at
+    the layer's own speed."""
     rng = np.random.default_rng(step)
     speeds = np.exp(rng.normal(0, 0.3, 6))
 
@@ -97,7 +97,7 @@ def device(step: int, noise: float = 0.02) -> Callable[[NDArray[np.int64]], NDAr
 
 
 def test_macs_of_layers_at_rounded_widths_by_hand() -> None:
-    """At widths (17, 33) and blocks of 16, they are those of (32, 48); at blocks of 1 exact."""
+    """Widths (17, 33) in blocks of 16 count as (32, 48); in blocks of 1 they count exactly."""
     layers = _Layers(net())
     base = 64 * (27 * 32 + 9 * 32 + 32 * 64) + 64 * 10
     macs, elements, off = layers([17, 33], 16)
@@ -111,8 +111,8 @@ def test_macs_of_layers_at_rounded_widths_by_hand() -> None:
     assert none.sum() == 0
 
 
-def test_layers_without_a_weight_of_their_own_count_by_their_macs() -> None:
-    """Attention's MACs are no product of one weight's sizes; the sum is exact still."""
+def test_layers_without_a_weight_count_by_their_macs() -> None:
+    """The MACs of attention are no product of one weight's dims; the sum is still exact."""
     space = SearchSpace.from_model(
         lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (5, 16), step=2
     )
@@ -126,10 +126,10 @@ def test_layers_without_a_weight_of_their_own_count_by_their_macs() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 8, 16])
-def test_the_device_s_blocks_are_found(step: int) -> None:
-    """From 60 networks with 2% noise, on a synthetic device; those left out are predicted as well.
+def test_the_block_size_of_a_device_is_found(step: int) -> None:
+    """From 60 networks with 2% noise, on a synthetic device.
 
-    The median error may not be far above the noise's 1.35%, and is far below that of MACs alone.
+    The median error of other networks is close to the noise's 1.35%, and far below that of MACs.
     """
     train, test = vectors(deep(), 60), vectors(deep(), 200, seed=1)
     measure = device(step)
@@ -142,8 +142,8 @@ def test_the_device_s_blocks_are_found(step: int) -> None:
     assert 0.8 <= model.errors.coverage <= 1
 
 
-def test_deviations_are_calibrated() -> None:
-    """On a device without noise, nine in ten true latencies lie inside the 90% intervals."""
+def test_standard_deviations_are_calibrated() -> None:
+    """About 90% of the true latencies are inside the 90% intervals."""
     train, test = vectors(deep(), 25), vectors(deep(), 400, seed=1)
     model = LatencyPredictor.fit(deep(), train, device(8)(train))
     mean, sd = model(test)
@@ -151,8 +151,8 @@ def test_deviations_are_calibrated() -> None:
     assert 0.8 < inside.mean() <= 1
 
 
-def test_a_measurement_of_a_disturbed_machine_hardly_counts() -> None:
-    """Three of 40 networks five times too slow: the others' predictions stay."""
+def test_outliers_hardly_count() -> None:
+    """Three of 40 measurements that are five times too slow leave the predictions unchanged."""
     train, test = vectors(deep(), 40), vectors(deep(), 100, seed=1)
     ms = device(8)(train)
     clean = LatencyPredictor.fit(deep(), train, ms).predicted(test)
@@ -161,15 +161,15 @@ def test_a_measurement_of_a_disturbed_machine_hardly_counts() -> None:
     assert np.median(np.abs(disturbed / clean - 1)) < 0.03
 
 
-def test_known_standard_errors_weigh() -> None:
-    """Of two measurements of one network, the one with the smaller error is believed."""
+def test_standard_errors_weight_measurements() -> None:
+    """Of two measurements of one network, the one with the smaller error decides."""
     base = deep().base.vector
     model = LatencyPredictor.fit(deep(), [base, base], [1.0, 2.0], [0.01, 1.0])
     assert float(model(base)[0]) == pytest.approx(1.0, rel=0.1)
 
 
-def test_few_networks_fall_back_on_macs_and_say_so() -> None:
-    """From 10 uniform networks: the order of MACs, and more deviation than from 60 mixed ones."""
+def test_few_networks_predict_like_macs_with_a_larger_deviation() -> None:
+    """10 uniform networks give useful predictions, and twice the deviation of 60 mixed ones."""
     uniform = np.array([deep().widths(m / 8).vector for m in range(2, 12)])
     test = vectors(deep(), 100, seed=1)
     few = LatencyPredictor.fit(deep(), uniform, device(16)(uniform))
@@ -181,8 +181,8 @@ def test_few_networks_fall_back_on_macs_and_say_so() -> None:
     assert np.median(sd / mean) > 2 * np.median(many(test)[1] / many(test)[0])
 
 
-def test_one_network_scales_and_blocks_that_were_not_seen_stay_open() -> None:
-    """One measurement is met; of multiples of 8 alone, blocks of 1 to 8 stay equally likely."""
+def test_one_network_sets_the_scale_and_unseen_blocks_stay_equally_likely() -> None:
+    """One measurement is reproduced; multiples of 8 do not tell blocks of 1 and 8 apart."""
     base = deep().base.vector
     one = LatencyPredictor.fit(deep(), [base], [3.0])
     assert float(one(base)[0]) == pytest.approx(3.0, rel=0.05)
@@ -193,7 +193,7 @@ def test_one_network_scales_and_blocks_that_were_not_seen_stay_open() -> None:
 
 
 def test_predictions_are_positive_and_batched() -> None:
-    """One vector gives a number each, many the same numbers; they are what proposers are given."""
+    """One vector gives scalars, many vectors the same numbers in arrays."""
     train = vectors(deep(), 30)
     model = LatencyPredictor.fit(deep(), train, device(8)(train))
     least = np.array([axis.min_width for axis in deep().axes])
@@ -203,11 +203,11 @@ def test_predictions_are_positive_and_batched() -> None:
     np.testing.assert_array_equal(model.predicted(np.stack([least, train[0]])), mean)
 
 
-# --- stairs ---
+# --- staircases ---
 
 
-def test_stairs_name_what_costs_nothing() -> None:
-    """In blocks of 16: from 32, no channel is free, nine less save a block; from 25, seven are."""
+def test_stairs_name_the_widths_of_equal_latency() -> None:
+    """In blocks of 16, the widths 17 to 32 have one latency."""
     train = vectors(deep(), 80)
     model = LatencyPredictor.fit(deep(), train, device(16, noise=0.001)(train))
     on = deep().base
@@ -228,7 +228,7 @@ def test_stairs_name_what_costs_nothing() -> None:
 
 
 def test_json_and_back_predicts_the_same() -> None:
-    """Measurements and errors are kept, the fit is repeated; another space's is refused."""
+    """Measurements and errors are stored and fitted again; those of another space are refused."""
     train = vectors(deep(), 20)
     model = LatencyPredictor.fit(deep(), train, device(8)(train), np.full(20, 0.01))
     content = json.loads(json.dumps(model.to_json()))
@@ -240,7 +240,7 @@ def test_json_and_back_predicts_the_same() -> None:
 
 
 def test_errors_need_three_networks() -> None:
-    """Two networks, however often measured, leave nothing to learn from."""
+    """Two networks, however often measured, leave none out."""
     base, other = deep().base.vector, deep().widths(0.5).vector
     model = LatencyPredictor.fit(deep(), [base, other, base], [1.0, 0.5, 1.1])
     with pytest.raises(StudyError, match="need 3 different networks, but 2"):
@@ -249,14 +249,14 @@ def test_errors_need_three_networks() -> None:
 
 
 @pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf])
-def test_measurements_that_are_none_are_refused(ms: float) -> None:
+def test_invalid_measurements_are_refused(ms: float) -> None:
     """The message names the network."""
     with pytest.raises(StudyError, match=r"network \[32, 32"):
         LatencyPredictor.fit(deep(), [deep().base.vector], [ms])
 
 
-def test_shapes_must_fit() -> None:
-    """Nothing measured, or vectors of another length."""
+def test_invalid_shapes_are_refused() -> None:
+    """No measurements, or vectors of another length."""
     for widths, ms in (([], []), ([[1, 2]], [1.0])):
         with pytest.raises(StudyError, match="needs vectors"):
             LatencyPredictor.fit(deep(), widths, ms)
@@ -266,8 +266,8 @@ def test_shapes_must_fit() -> None:
 
 
 @pytest.mark.slow
-def test_real_latency_is_predicted_better_than_by_nothing() -> None:
-    """Measured on this machine: the order of networks that were left out."""
+def test_real_latency_is_ordered() -> None:
+    """Measured on this machine: predictions of left-out networks correlate with measurements."""
     meter = LatencyMeter(deep().build(1.0, seed=0), (3, 8, 8), LatencyConfig(pairs=8))
     train = vectors(deep(), 24)
     ms = [meter.measure(deep().build(row.tolist(), seed=0)).median_ms for row in train]

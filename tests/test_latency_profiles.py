@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency import profiles as profiling
 from widthsearch.latency.config import Latency, LatencyConfig
-from widthsearch.latency.profiles import designed, load_profile, profile, profile_path, report
+from widthsearch.latency.profiles import (
+    design,
+    load_profile,
+    measure_profile,
+    profile_path,
+    profile_table,
+)
 from widthsearch.space.search_space import SearchSpace
 
 CONFIG = LatencyConfig(pairs=4)
@@ -35,7 +41,7 @@ def wide() -> SearchSpace:
 
 
 class Meter:
-    """Times a network by its parameters, without a clock; counts what was measured."""
+    """Returns latencies proportional to parameters, and records its measurements."""
 
     measured: ClassVar[list[int]] = []
     base_ms: ClassVar[list[float | None]] = []
@@ -45,7 +51,7 @@ class Meter:
         type(self).base_ms.append(base_ms)
 
     def measure(self, model: nn.Module) -> Latency:
-        """A microsecond a parameter; the base takes 2 ms."""
+        """Proportional to the parameters; the base takes 2 ms."""
         size = sum(p.numel() for p in model.parameters())
         self.measured.append(size)
         ratio = (50 + size) / (50 + sum(p.numel() for p in self.base.parameters()))
@@ -55,7 +61,7 @@ class Meter:
 
 @pytest.fixture
 def meter(monkeypatch: pytest.MonkeyPatch) -> type[Meter]:
-    """The meter instead of a real one."""
+    """Replaces the meter."""
     monkeypatch.setattr(profiling, "LatencyMeter", Meter)
     Meter.measured, Meter.base_ms = [], []
     return Meter
@@ -64,23 +70,23 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> type[Meter]:
 # --- the design ---
 
 
-def test_a_design_has_the_base_the_ends_and_different_networks_on_the_grid() -> None:
-    """Its first part is the smaller design; small spaces have no more than they have."""
+def test_a_design_has_the_base_the_extremes_and_distinct_networks_on_the_grid() -> None:
+    """A smaller design is a prefix; a small space has a small design."""
     space = tiny.space()
-    vectors = designed(space, 20)
+    vectors = design(space, 20)
     assert len(set(vectors)) == len(vectors) == 20
     assert vectors[0] == space.base
     assert vectors[1].vector == tuple(axis.min_width for axis in space.axes)
     assert vectors[2].vector == tuple(axis.max_width for axis in space.axes)
     for widths in vectors:
         assert space.widths(dict(widths)) == widths
-    assert designed(space, 8) == vectors[:8]
-    assert len(designed(space.constrained(min_width=1.0, max_width=1.25), 50)) <= 4
+    assert design(space, 8) == vectors[:8]
+    assert len(design(space.constrained(min_width=1.0, max_width=1.25), 50)) <= 4
 
 
 def test_a_design_has_both_whole_blocks_and_other_widths() -> None:
-    """Of two axes of 8 to 128 channels: some in whole 16s, some odd, each half of the range."""
-    widths = [w for vector in designed(wide(), 40) for w in vector.vector]
+    """On axes of 8 to 128 channels: multiples of 16 and odd widths, over the whole range."""
+    widths = [w for vector in design(wide(), 40) for w in vector.vector]
     assert sum(w % 16 == 0 for w in widths) > len(widths) / 4
     assert sum(w % 2 for w in widths) > len(widths) / 10
     assert min(widths) < 24 and max(widths) > 96
@@ -92,35 +98,37 @@ def test_a_design_has_both_whole_blocks_and_other_widths() -> None:
 def test_a_profile_is_measured_once_and_loaded_afterwards(
     tmp_path: Path, meter: type[Meter]
 ) -> None:
-    """The second time nothing is measured; the model and its errors are the same."""
+    """The second call measures nothing; the predictor and its errors are the same."""
     assert load_profile(tiny.space(), CONFIG, tmp_path) is None
-    told: list[tuple[int, int]] = []
-    model = profile(
-        tiny.space(), CONFIG, vectors=12, folder=tmp_path, on_progress=lambda *a: told.append(a)
+    calls: list[tuple[int, int]] = []
+    model = measure_profile(
+        tiny.space(), CONFIG, vectors=12, folder=tmp_path, on_progress=lambda *a: calls.append(a)
     )
     assert len(meter.measured) == 12
-    assert told == [(i, 12) for i in range(12)]
+    assert calls == [(i, 12) for i in range(12)]
     assert float(model(tiny.space().base.vector)[0]) == pytest.approx(2.0, rel=0.05)
-    again = profile(tiny.space(), CONFIG, vectors=12, folder=tmp_path)
+    again = measure_profile(tiny.space(), CONFIG, vectors=12, folder=tmp_path)
     loaded = load_profile(tiny.space(), CONFIG, tmp_path)
     assert len(meter.measured) == 12
     assert loaded is not None and loaded.errors == again.errors == model.errors
     assert again.predicted(model.vectors).tolist() == model.predicted(model.vectors).tolist()
 
 
-def test_a_killed_profile_goes_on_on_the_same_scale(tmp_path: Path, meter: type[Meter]) -> None:
-    """What was measured is kept; the base's time is measured once; more can be asked for later."""
+def test_an_interrupted_profile_continues_on_the_same_scale(
+    tmp_path: Path, meter: type[Meter]
+) -> None:
+    """Measurements are stored, the base's time is measured once, and a profile can grow later."""
 
     def kill(done: int, _: int) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        profile(tiny.space(), CONFIG, vectors=9, folder=tmp_path, on_progress=kill)
+        measure_profile(tiny.space(), CONFIG, vectors=9, folder=tmp_path, on_progress=kill)
     killed = load_profile(tiny.space(), CONFIG, tmp_path)
     assert killed is not None and len(killed.ms) == len(meter.measured) == 5
-    assert len(profile(tiny.space(), CONFIG, vectors=9, folder=tmp_path).ms) == 9
-    assert len(profile(tiny.space(), CONFIG, vectors=11, folder=tmp_path).ms) == 11
+    assert len(measure_profile(tiny.space(), CONFIG, vectors=9, folder=tmp_path).ms) == 9
+    assert len(measure_profile(tiny.space(), CONFIG, vectors=11, folder=tmp_path).ms) == 11
     assert len(meter.measured) == 11
     assert meter.base_ms == [None, 2.0, 2.0]
     assert len(list(tmp_path.iterdir())) == 1
@@ -130,13 +138,13 @@ def test_a_killed_profile_goes_on_on_the_same_scale(tmp_path: Path, meter: type[
     "change", [{"batch_size": 2}, {"threads": 2}, {"dtype": "bfloat16"}, {"pairs": 8}]
 )
 def test_a_profile_is_of_one_way_to_measure(change: dict[str, Any], tmp_path: Path) -> None:
-    """Another batch, dtype or number of threads has a file of its own; pairs are not among them."""
+    """Another batch size, dtype or number of threads has another file; more pairs have not."""
     other = profile_path(tiny.space(), replace(CONFIG, **change), tmp_path)
     assert (other == profile_path(tiny.space(), CONFIG, tmp_path)) == ("pairs" in change)
 
 
 def test_a_profile_is_of_one_space() -> None:
-    """Bounds and steps may change; what is pinned may not, nor what the model computes."""
+    """Other bounds and steps share a profile; other pins and another cost do not."""
     folder = Path("profiles")
     of: Callable[[SearchSpace], Path] = lambda space: profile_path(space, CONFIG, folder)  # noqa: E731
     space = tiny.space()
@@ -147,7 +155,7 @@ def test_a_profile_is_of_one_space() -> None:
 
 
 def test_profiles_lie_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """``WIDTHSEARCH_CACHE``, else ``XDG_CACHE_HOME``, else ``~/.cache``; names fit any disk."""
+    """``WIDTHSEARCH_CACHE``, else ``XDG_CACHE_HOME``, else ``~/.cache``; safe file names."""
     space = tiny.space("package.module:function")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("WIDTHSEARCH_CACHE", raising=False)
@@ -164,45 +172,45 @@ def test_profiles_lie_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_profile_that_cannot_be_kept_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, meter: type[Meter]
 ) -> None:
-    """Without a cache, or in one that cannot be written; a study finds none then."""
+    """Without a cache, or with one that cannot be written, the error precedes any measurement."""
     monkeypatch.setenv("WIDTHSEARCH_CACHE", "")
-    with pytest.raises(StudyError, match="WIDTHSEARCH_CACHE is empty, so there is none: unset it"):
-        profile(tiny.space(), CONFIG, vectors=4)
+    with pytest.raises(StudyError, match=r"WIDTHSEARCH_CACHE is empty, .*: unset it"):
+        measure_profile(tiny.space(), CONFIG, vectors=4)
     assert load_profile(tiny.space(), CONFIG) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(StudyError, match=r"file/latency' must be writable, but .*name another"):
-        profile(tiny.space(), CONFIG, vectors=4)
+        measure_profile(tiny.space(), CONFIG, vectors=4)
     (tmp_path / "own").mkdir()
     read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "own"))
     monkeypatch.setattr(profiling, "TemporaryFile", Mock(side_effect=read_only))
     with pytest.raises(StudyError, match=r"own' must be writable, but .*own is not: Read-only"):
-        profile(tiny.space(), CONFIG, vectors=4, folder=tmp_path / "own")
+        measure_profile(tiny.space(), CONFIG, vectors=4, folder=tmp_path / "own")
     assert meter.measured == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"vectors": []}', '{"vectors": [[2, 2]]}'])
 def test_a_damaged_profile_is_named(content: str, tmp_path: Path) -> None:
-    """Never overwritten, never guessed at."""
+    """It is neither overwritten nor ignored."""
     path = profile_path(tiny.space(), CONFIG, tmp_path)
     path.write_text(content)
-    for read in (load_profile, profile):
+    for read in (load_profile, measure_profile):
         with pytest.raises(StudyError, match=r"cannot be read .*: remove it"):
             read(tiny.space(), CONFIG, folder=tmp_path)
     assert path.read_text() == content
 
 
-def test_asking_for_nothing_or_nowhere_is_refused(tmp_path: Path) -> None:
-    """No networks; a device that is not there."""
+def test_an_empty_profile_and_a_missing_device_are_refused(tmp_path: Path) -> None:
+    """The message has the rule and the value."""
     with pytest.raises(StudyError, match="`vectors >= 1` must hold"):
-        profile(tiny.space(), CONFIG, vectors=0, folder=tmp_path)
+        measure_profile(tiny.space(), CONFIG, vectors=0, folder=tmp_path)
     with pytest.raises(DeviceError, match="cuda:99"):
         load_profile(tiny.space(), replace(CONFIG, device="cuda:99"), tmp_path)
 
 
 def test_a_real_profile_of_a_tiny_space(tmp_path: Path) -> None:
-    """Six networks on this machine; what is written is plain JSON."""
-    model = profile(tiny.space(), CONFIG, vectors=6, folder=tmp_path)
+    """Six networks on this machine; the file is plain JSON."""
+    model = measure_profile(tiny.space(), CONFIG, vectors=6, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     content = json.loads(file.read_text())
     assert content["setting"]["batch_size"] == 1
@@ -227,22 +235,22 @@ class Tokens(nn.Module):
 def test_a_space_of_a_sample_tensor_has_a_profile(tmp_path: Path) -> None:
     """Its networks take token ids, so the meter makes integers; the file is found again."""
     space = SearchSpace.from_model(Tokens, torch.zeros(6, dtype=torch.long), name="tokens")
-    model = profile(space, CONFIG, vectors=3, folder=tmp_path)
+    model = measure_profile(space, CONFIG, vectors=3, folder=tmp_path)
     assert len(model.ms) == 3
     assert load_profile(space, CONFIG, tmp_path) is not None
 
 
-# --- the report ---
+# --- the table ---
 
 
-def test_a_report_names_axes_blocks_and_errors(tmp_path: Path, meter: type[Meter]) -> None:
-    """What a person reads."""
-    model = profile(tiny.space(), CONFIG, vectors=12, folder=tmp_path)
+def test_the_table_names_axes_blocks_and_errors(tmp_path: Path, meter: type[Meter]) -> None:
+    """Errors out of sample are in the caption, if there are enough networks."""
+    model = measure_profile(tiny.space(), CONFIG, vectors=12, folder=tmp_path)
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(report(model))
+        console.print(profile_table(model))
     text = capture.get()
     for shown in ("predicted latency 2", "blocks of", "first", "second", "12 networks", "median"):
         assert shown in text
-    single = profile(tiny.space(), replace(CONFIG, threads=2), vectors=1, folder=tmp_path)
-    assert report(single).caption is None
+    single = measure_profile(tiny.space(), replace(CONFIG, threads=2), vectors=1, folder=tmp_path)
+    assert profile_table(single).caption is None

@@ -184,13 +184,13 @@ def _profile(options: argparse.Namespace) -> int:
     console = open_console()
     for space in spaces:
         with console.status(f"measuring {space.name}") as status:
-            model = profiling.profile(
+            model = profiling.measure_profile(
                 space,
                 config,
                 vectors=options.vectors,
                 on_progress=lambda done, all_: status.update(f"measured {done} of {all_} networks"),
             )
-        print_tables(console, profiling.report(model))
+        print_tables(console, profiling.profile_table(model))
         print_line(console, f"written: {profiling.profile_path(space, config)}")
     return 0
 

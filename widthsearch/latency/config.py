@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -111,6 +112,15 @@ class Latency:
     threads: int
     pairs: int
     clock_mhz: int | None = None
+
+    @property
+    def standard_error_ms(self) -> float:
+        """The standard error of the median in ms.
+
+        For normal noise, half the interquartile range is 0.6745 σ, and the standard error of the
+        median of n pairs is √(π/2) σ / √n.
+        """
+        return math.sqrt(math.pi / 2) / 0.6745 * self.spread_ms / math.sqrt(self.pairs)
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name."""

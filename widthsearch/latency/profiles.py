@@ -1,8 +1,8 @@
-"""Latency profiles: a designed set of networks, measured once per device, kept for later studies.
+"""Latency profiles: measurements of a designed set of a space's networks on one device.
 
-A profile is one JSON file in the cache folder ``latency`` (``utils.files.cache_folder``), named
-after the space and a hash of everything that latency depends on. It is rewritten atomically after
-every network, so a run that was killed continues where it ended.
+A profile is one JSON file in the cache folder ``latency`` (see ``utils.files.cache_folder``). Its
+name has a hash of everything that latency depends on. The file is replaced atomically after every
+network, so an interrupted profile continues later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy.stats import qmc
 
 from widthsearch.errors import StudyError, writing
-from widthsearch.latency.config import Latency, LatencyConfig
+from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.space.search_space import SearchSpace
@@ -31,10 +31,10 @@ from widthsearch.utils.devices import check_device, hardware_name
 from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
 from widthsearch.widths import Widths
 
-_BLOCKS = (1, 8, 16, 32)  # of the widths of a designed network, in turns
+_BLOCKS = (1, 8, 16, 32)  # the widths of designed networks are multiples of these, in turns
 
 
-def profile(
+def measure_profile(
     space: SearchSpace,
     config: LatencyConfig,
     *,
@@ -42,21 +42,22 @@ def profile(
     folder: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatencyPredictor:
-    """Measure networks of a designed set beside the base until a profile has enough, and fit them.
+    """Measure designed networks until a profile has enough, and fit a predictor to them.
 
     Args:
         space: The space.
-        config: Where and how latency is measured.
-        vectors: How many networks the profile is to have; those it has are not measured again.
-        folder: Where profiles are kept; None for the cache.
-        on_progress: Is told how many are measured, of how many.
+        config: Device and method of the measurements.
+        vectors: The size of the profile; networks that it already has are not measured again.
+        folder: The folder of the file; None for the cache.
+        on_progress: Called before each measurement with the number of measured networks and the
+            size of the profile.
 
     Raises:
-        DeviceError: The device is not there.
+        DeviceError: The device does not exist.
         StudyError: The profile's file cannot be read, or its folder cannot be written.
     """
     if vectors < 1:
-        raise StudyError(f"`vectors >= 1` must hold, but a profile was asked for {vectors}")
+        raise StudyError(f"`vectors >= 1` must hold, but vectors={vectors}")
     path = profile_path(space, config, folder)
     content = _read(path) or {
         "space": space.name,
@@ -69,7 +70,7 @@ def profile(
         "errors": None,
     }
     seen = {tuple(vector) for vector in content["vectors"]}
-    missing = [w for w in designed(space, vectors) if w.vector not in seen]
+    missing = [w for w in design(space, vectors) if w.vector not in seen]
     missing = missing[: max(0, vectors - len(seen))]
     if missing:
         with writing(path.parent):
@@ -84,7 +85,7 @@ def profile(
             content["base_ms"] = latency.base_ms
             content["vectors"].append(list(widths.vector))
             content["ms"].append(latency.median_ms)
-            content["sd"].append(standard_error(latency))
+            content["sd"].append(latency.standard_error_ms)
             content["errors"] = None
             _write(path, content)
     model = LatencyPredictor.from_json(space, content)
@@ -96,10 +97,10 @@ def profile(
 def load_profile(
     space: SearchSpace, config: LatencyConfig, folder: Path | None = None
 ) -> LatencyPredictor | None:
-    """The model of a profile that was measured before on this device; None where there is none.
+    """The predictor of a stored profile for this device; None if there is no profile.
 
     Raises:
-        DeviceError: The device is not there.
+        DeviceError: The device does not exist.
         StudyError: The profile's file cannot be read.
     """
     folder = folder or cache_folder("latency")
@@ -113,31 +114,31 @@ def profile_path(space: SearchSpace, config: LatencyConfig, folder: Path | None 
     """The file of a space's profile for a device, backend, batch size, dtype and threads.
 
     Raises:
-        DeviceError: The device is not there.
-        StudyError: No folder was given, and there is no cache.
+        DeviceError: The device does not exist.
+        StudyError: No folder was given, and the cache is turned off.
     """
     folder = folder or cache_folder("latency")
     if folder is None:
         raise StudyError(
-            f"a latency profile is kept in the cache, but {VARIABLE} is empty, so there is none: "
-            "unset it, or set it to a folder"
+            f"a latency profile is stored in the cache, but {VARIABLE} is empty, which turns the "
+            "cache off: unset it, or set it to a folder"
         )
     key = json.dumps(_setting(space, config), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', space.name)}-{digest}.json"
 
 
-def designed(space: SearchSpace, count: int) -> list[Widths]:
-    """Networks that tell axes and blocks apart; any first part of them is a good design too.
+def design(space: SearchSpace, count: int) -> list[Widths]:
+    """Networks whose latencies identify axes and blocks; each prefix is a good design, too.
 
-    The base, the least, the most, and then networks whose scale, and each axis's share of it, are
-    drawn from a scrambled Sobol sequence (Owen, Scrambling Sobol' and Niederreiter-Xing Points,
-    Journal of Complexity 14, 1998): all axes vary in each, so that each measurement tells of all of
-    them. In turns the widths are anything on the grid and whole blocks of 8, 16 and 32, since
-    without both no stair can be seen.
+    First the base, the minimum and the maximum widths. Then networks whose scale, and each axis's
+    share of it, come from a scrambled Sobol sequence (Owen, Scrambling Sobol' and Niederreiter-Xing
+    Points, Journal of Complexity 14, 1998): all axes vary in each, so each measurement informs
+    about all of them. In turns the widths are arbitrary and whole blocks of 8, 16 and 32, because
+    only both together show a block size.
 
     Returns:
-        At most ``count`` different width vectors; fewer where the space has no more of them.
+        ``count`` different width vectors; fewer if the space has fewer.
     """
     axes = space.axes
     out = [
@@ -160,18 +161,10 @@ def designed(space: SearchSpace, count: int) -> list[Widths]:
     return list(dict.fromkeys(out))[:count]
 
 
-def standard_error(latency: Latency) -> float:
-    """The standard error of a measured latency in ms.
+def profile_table(model: LatencyPredictor) -> Table:
+    """A table of the predicted latency around the base's width of each axis.
 
-    For normal noise half the interquartile range is 0.6745 σ, and a median's error √(π/2) σ / √n.
-    """
-    return math.sqrt(math.pi / 2) / 0.6745 * latency.spread_ms / math.sqrt(latency.pairs)
-
-
-def report(model: LatencyPredictor) -> Table:
-    """What a model says of each axis at the base's widths, as a table.
-
-    Its title names the device's block of channels and the errors out of sample.
+    Its title names the device's block of channels, its caption the errors out of sample.
     """
     base = model.space.base
     mean, sd = model(np.array(base.vector))
@@ -181,13 +174,13 @@ def report(model: LatencyPredictor) -> Table:
     if len(np.unique(model.vectors, axis=0)) >= 3:
         e = model.errors
         caption = (
-            f"{e.networks} networks, each predicted from others: median error {e.median:.1%} "
+            f"{e.networks} networks, each predicted from the others: median error {e.median:.1%} "
             f"(MACs alone {e.median_macs:.1%}), Kendall τ {e.tau:.2f} (MACs {e.tau_macs:.2f}), "
             f"{e.coverage:.0%} inside the 90% intervals"
         )
     table = Table(title=title, caption=caption)
     table.add_column("axis")
-    for column in ("width", "a step less", "a step more", "nothing saved down to", "free up to"):
+    for column in ("width", "one step less", "one step more", "same latency from", "to"):
         table.add_column(column, justify="right")
     for stair in model.stairs(base):
         changes = [
@@ -201,7 +194,7 @@ def report(model: LatencyPredictor) -> Table:
 
 
 def _setting(space: SearchSpace, config: LatencyConfig) -> dict[str, Any]:
-    """All that a network's latency depends on besides its widths."""
+    """Everything that a network's latency depends on besides its widths."""
     measured = {key: value for key, value in asdict(config).items() if key != "pairs"}
     return {
         **measured,

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
-from widthsearch.latency.profiles import standard_error
 from widthsearch.report.console import short, uncut
 from widthsearch.report.forecast import Forecast
 from widthsearch.study.front import equal_cost_pairs, objective_points
@@ -322,7 +321,7 @@ def latency_remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
     for t in front:
         if base is None or t.latency is None or t.cost.macs >= base.cost.macs:
             continue
-        error = 2 * standard_error(t.latency) / t.latency.base_ms
+        error = 2 * t.latency.standard_error_ms / t.latency.base_ms
         if t.latency.ratio + error >= 1:
             share = t.cost.macs / base.cost.macs
             text = f"{t.number} ({share:.2f}: {t.latency.ratio:.2f} ± {error:.2f})"

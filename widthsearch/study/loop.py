@@ -35,7 +35,6 @@ from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency.config import Latency
 from widthsearch.latency.predictor import LatencyPredictor
-from widthsearch.latency.profiles import standard_error
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import Rungs, StudyConfig
@@ -336,7 +335,7 @@ class Search:
         measured = [(vector, latency) for vector, latency in own if latency is not None]
         count, model = self._latency_models.get(space, (-1, None))
         if model is None or count != len(measured):
-            rows = [(v, m.median_ms, standard_error(m)) for v, m in measured]
+            rows = [(v, m.median_ms, m.standard_error_ms) for v, m in measured]
             profile, base_ms = self._profiles.get(space), self._base_ms()
             if profile is not None:  # on the scale of this study's base
                 base = np.array([self.spaces[space].base.vector])
