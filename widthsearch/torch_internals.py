@@ -8,6 +8,7 @@ Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbol
 - ``enable_python_dispatcher``: lets symbolic sizes reach composite operators undecomposed.
 - ``_parameters``, ``_buffers``, ``_modules`` and the hooks of a module: the public iterators hide
   None, non-persistent buffers or shared tensors.
+- ``_cuda_endAllocateToPool``, ``_cuda_releasePool``: to clean up after a failed graph capture.
 - the interface of a *symbolic node*: ``SymInt``, ``SymFloat`` and ``SymBool`` are public, but the
   methods that they call on the node inside are not. ``SymbolicNode`` holds the constant answers,
   ``tracing/symbolic_ints.py`` the others.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch.nn.modules import module as every_module
@@ -42,6 +44,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "enable_python_dispatcher",
+    "end_allocation_to_pool",
     "forward_pre_hooks_of",
     "has_global_hooks",
     "has_hooks",
@@ -134,3 +137,12 @@ for _name, _answer in {
     "nested_int_coeff": None,
 }.items():
     setattr(SymbolicNode, _name, lambda _self, answer=_answer: answer)
+
+
+def end_allocation_to_pool(device_index: int, pool: Any) -> None:
+    """Release the memory pool of a failed CUDA graph capture, unless CUDA has done so."""
+    try:
+        torch._C._cuda_endAllocateToPool(device_index, pool)
+    except RuntimeError:
+        return  # already ended
+    torch._C._cuda_releasePool(device_index, pool)

@@ -1,10 +1,14 @@
-"""A step that is repeated: as one CUDA graph, where it can be one.
+"""Runs a repeated step as one CUDA graph, if that is possible and correct.
 
-A small network's step is some hundreds of kernels of a few microseconds each, which Python launches
-more slowly than a GPU runs them. A CUDA graph is launched once for all of them. What it repeats
-are the kernels with their addresses: no line of Python, no other tensor. So the step takes and
-gives nothing; it reads and writes tensors that stay where they are. What would be wrong in a graph
-is looked for before one is made, and the reason is kept.
+A step of a small network is some hundreds of kernels of a few microseconds each, which Python
+launches more slowly than a GPU runs them. A CUDA graph launches all of them at once. It repeats
+kernels with fixed addresses: no line of Python and no other tensor. A step therefore has neither
+arguments nor a result; it reads and writes tensors that are never replaced.
+
+Example: with ``total = torch.zeros((), device="cuda")`` the step ``total.add_(1)`` can be captured.
+``total = total + 1`` cannot: each graph launch would add to the first tensor again. Neither can
+``count += 1``: Python would count the capture only. :func:`run_and_check` finds such steps before
+one is captured, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -21,23 +25,36 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.errors import one_line
-from widthsearch.torch_internals import buffers_of, has_global_hooks, has_hooks, has_tensor_hooks
+from widthsearch.torch_internals import (
+    buffers_of,
+    end_allocation_to_pool,
+    has_global_hooks,
+    has_hooks,
+    has_tensor_hooks,
+)
 
 WARMUP_STEPS = 3
-"""How many steps are run before one is captured: lazy state is made, kernels are loaded."""
+"""Eager steps before the capture: they create lazy state and load kernels."""
 
 
 class CudaGraphStep:
-    """Runs a step again and again: on a GPU, after :data:`WARMUP_STEPS` times, as a CUDA graph.
+    """Runs a step repeatedly: on a GPU, after :data:`WARMUP_STEPS` steps, as a CUDA graph.
 
-    No step is run twice or left out: the first ones are steps as any other, and capturing runs
-    nothing. Random numbers go on from where torch's generator is, captured or not. A graph belongs
-    to the tensors it was captured with; :meth:`forget` it when they are replaced.
+    No step is repeated or lost: the warm-up steps count, and a capture runs nothing. Random numbers
+    continue from torch's generator, with or without a graph. A graph belongs to the tensors of its
+    capture; call :meth:`forget` when they are replaced.
 
     Args:
-        model: What runs in the step.
-        device: Where.
+        model: The model that the step runs.
+        device: The device of the step.
         wanted: Whether to capture at all.
+
+    Example:
+        >>> total = torch.zeros(())
+        >>> steps = CudaGraphStep(nn.Identity(), torch.device("cpu"))
+        >>> steps.run(lambda: total.add_(1), times=5)
+        >>> total.item(), steps.mode
+        (5.0, 'eager')
     """
 
     def __init__(self, model: nn.Module, device: torch.device, wanted: bool = True) -> None:
@@ -48,7 +65,7 @@ class CudaGraphStep:
 
     @property
     def mode(self) -> str:
-        """How steps are run: ``eager``, ``graph``, or ``eager (why not as a graph)``."""
+        """``eager``, ``graph``, or ``eager (reason)`` if a graph was wanted but not possible."""
         if self._refusal is not None:
             return f"eager ({self._refusal})"
         return "eager" if self._graph is None else "graph"
@@ -58,10 +75,15 @@ class CudaGraphStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._before = 0
 
-    def run(self, step: Callable[[], None], times: int) -> None:
-        """Run the step so often. It is not kept: every call gets the same one."""
+    def run(self, step: Callable[[], object], times: int) -> None:
+        """Run the step.
+
+        Args:
+            step: The same step in every call. It is not stored, which would be a reference cycle.
+            times: The number of runs.
+        """
         if self._possible and self._refusal is None:
-            self._refusal = find_hooks(self._model)  # each time: they come and go between epochs
+            self._refusal = find_hooks(self._model)  # at each call: hooks come and go
         if not self._possible or self._refusal is not None:
             self._graph = None
             for _ in range(times):
@@ -81,55 +103,55 @@ class CudaGraphStep:
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether the device has graphs."""
+    """Whether a device has graphs."""
     return device.type == "cuda"
 
 
 def capture(
     step: Callable[[], object], device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
-    """The step as a graph, or why it cannot be one; in neither case has it been run.
+    """Capture a step without running it.
 
     Call it within :func:`on_capture_stream`, after steps that ran there.
+
+    Returns:
+        The graph and None; or None and the reason why there is no graph.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream, inference = torch.cuda.current_stream(device), torch.is_inference_mode_enabled()
     try:
-        # What autograd's thread launches is captured; what other threads do must not end it. All
-        # graphs share tensors of the generator, which those outside inference mode must fill.
+        # "thread_local": kernels of autograd's thread are captured, and other threads cannot break
+        # the capture. Inference mode is off while the graph begins and ends: all graphs share
+        # tensors of the generator, which graphs outside inference mode must be able to write.
         with (
             torch.inference_mode(False),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             torch.inference_mode(inference),
         ):
             step()
-    except Exception as error:  # noqa: BLE001  kept as the reason
+    except Exception as error:  # noqa: BLE001  returned as the reason
         _abandon(graph, pool, stream)
-        # The first error is the cause; ending the capture fails only in its wake.
+        # The first error is the cause; the end of the capture fails as a consequence.
         return None, f"capture failed: {one_line(error.__context__ or error)}"
     return graph, None
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []
-"""Kept: torch 2.11's allocator of pinned memory goes on asking them what they capture."""
+"""Kept alive: torch 2.11's allocator of pinned memory still queries their captures."""
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
-    """Bring the device in order after a capture that failed.
+    """Restore the device after a failed capture.
 
-    Where CUDA itself ended it, torch before 2.13 leaves the allocator and the generator capturing
-    (pytorch #180395, #190348): the next random numbers would raise, and no memory would be freed.
+    If CUDA itself ended the capture, torch before 2.13 leaves the allocator and the generator in
+    the capturing state (pytorch #180395, #190348): the next random numbers would raise, and no
+    memory would be freed.
     """
     _abandoned.append(graph)
     with torch.inference_mode(False):
-        try:
-            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        except RuntimeError:
-            pass  # it had been ended
-        else:
-            torch._C._cuda_releasePool(stream.device_index, pool)
+        end_allocation_to_pool(stream.device_index, pool)
         graph.reset()
-        # Only the end of a capture takes the generator out of capturing.
+        # Only the end of another capture resets the generator's state.
         empty = torch.cuda.CUDAGraph()
         with torch.cuda.graph(empty, stream=stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=stream.device)
@@ -137,10 +159,11 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) 
 
 @contextmanager
 def on_capture_stream(device: torch.device) -> Iterator[None]:
-    """Run on the one stream of this process for captured work, in turn with the current one.
+    """Run on this process's stream for captures, ordered with the current stream.
 
-    Graphs cannot be captured on the default stream, and autograd stays on the stream of a
-    parameter's first use. One stream for all, since each has its own cache of free memory.
+    A graph cannot be captured on the default stream, and autograd stays on the stream of a
+    parameter's first use. There is one stream for all captures, because each stream has its own
+    cache of free memory.
     """
     stream, outer = _stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(outer)
@@ -157,7 +180,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def find_hooks(model: nn.Module) -> str | None:
-    """Why a model with hooks cannot be captured: they would run once, whatever they count."""
+    """The first hooks of a model, which a graph would skip; None without hooks."""
     for name, module in model.named_modules():
         if has_hooks(module):
             return f"module {name!r} has hooks"
@@ -169,11 +192,11 @@ def find_hooks(model: nn.Module) -> str | None:
     return None
 
 
-def run_and_check(step: Callable[[], None], model: nn.Module) -> str | None:
-    """Run the step once, and say why it cannot be captured.
+def run_and_check(step: Callable[[], object], model: nn.Module) -> str | None:
+    """Run a step once; the reason why a graph of it would be wrong, or None.
 
-    A step that waits for the device may branch on what it reads; what Python draws or counts would
-    be the same in every repetition.
+    A step that waits for the device may branch on a value. Numbers that Python draws or counts
+    would be the same in every repetition.
     """
     before = _python_state(model)
     with device_waits() as waits:
@@ -187,7 +210,7 @@ def run_and_check(step: Callable[[], None], model: nn.Module) -> str | None:
 
 @contextmanager
 def device_waits() -> Iterator[list[str]]:
-    """Where host code waits for the device, as torch knows it: a line for each wait."""
+    """The places in code that wait for the device, as far as torch reports them."""
     lines: list[str] = []
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
@@ -203,7 +226,7 @@ def device_waits() -> Iterator[list[str]]:
 
 
 def _python_state(model: nn.Module) -> dict[str, Any]:
-    """What host code may change: generators, and what modules keep beside parameters."""
+    """State on the host that a step may change: generators, and attributes of modules."""
     state: dict[str, Any] = {
         "torch's generator of the CPU": torch.get_rng_state().tolist(),
         "Python's generator": random.getstate(),
@@ -211,7 +234,7 @@ def _python_state(model: nn.Module) -> dict[str, Any]:
     }
     for name, module in model.named_modules():
         for key, value in (*vars(module).items(), *buffers_of(module).items()):
-            if isinstance(value, Tensor):  # a graph goes on reading the one that it was shown
+            if isinstance(value, Tensor):  # a graph always reads the tensor of its capture
                 state[f"which tensor is {key!r} of module {name!r}"] = id(value)
             elif isinstance(value, bool | int | float | str):
                 state[f"{key!r} of module {name!r}"] = value
