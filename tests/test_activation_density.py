@@ -1,4 +1,4 @@
-"""Activation density: what is counted, when it has settled, how networks shrink in training."""
+"""Activation density: when densities have settled, and how networks shrink in training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from widthsearch.proposers.activation_density import (
     plateaued,
     training_complexity,
 )
-from widthsearch.proposers.density import Counts, DensityMeter
+from widthsearch.proposers.density import Counts
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import Trainer
@@ -48,200 +48,6 @@ class TestInheriting(TestActivationDensity):
     """The same, with weights handed down."""
 
     proposer = replace(QUICK, weights="inherit")
-
-
-# --- what is counted ---
-
-
-class Known(nn.Module):
-    """Four channels behind an activation, read in ways that have to be looked through."""
-
-    def __init__(self, way: str = "conv", activation: Any = F.relu) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 1)
-        self.head: nn.Module = nn.Linear(4, 10)
-        if way == "conv":
-            self.head = nn.Conv2d(4, 10, 1)
-        elif way == "grid":
-            self.head = nn.Linear(16, 10)
-        self.way, self.activation = way, activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        x = self.activation(self.stem(x))
-        if self.way == "conv":
-            return self.head(F.max_pool2d(x, 2)).mean((2, 3))
-        if self.way == "pool":
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        elif self.way == "grid":
-            x = nn.AdaptiveAvgPool2d(2)(x).flatten(1)
-        elif self.way == "mean":
-            x = x.mean(dim=[2, 3])
-        elif self.way == "dropout":
-            x = F.dropout(torch.flatten(F.avg_pool2d(x, 8), 1), 0.5)
-        else:
-            x = F.dropout(x[:, :, 0, 0], 0.5, training=True, inplace=True)
-        return self.head(x)
-
-
-def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) -> list[Counts]:
-    """The counts of one forward pass in training."""
-    rules = options.pop("rules", {})
-    channels = build_dependency_graph(space.model, options.pop("widths", space.base))
-    with DensityMeter(channels, model, options.pop("threshold", None), rules) as meter:
-        model(x)
-    return meter.counts()
-
-
-@pytest.mark.parametrize("way", ["conv", "pool", "grid", "mean", "dropout", "in place"])
-def test_densities_by_hand(way: str) -> None:
-    """Two of four channels are on, half of the images' pixels in one of them."""
-    space = SearchSpace.from_model(lambda: Known(way), (3, 8, 8), step=1)
-    model = space.build(space.base, seed=0)
-    with torch.no_grad():
-        model.stem.weight.zero_()
-        model.stem.weight[3, 0] = 1.0  # the pixel itself
-        model.stem.bias.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0]))
-    x = torch.ones(4, 3, 8, 8)
-    x[:2] = -1.0
-    (counts,) = measured(space, model, x)
-    assert counts.density().tolist() == [1.0, 0.0, 1.0, 0.5]
-    values = 4 if way == "in place" else 4 * 64
-    assert counts.total.tolist() == [values] * 4
-    assert density_of_axes(space, [counts]) == (2.5 / 4,)
-
-
-def read_by(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, Tensor]:
-    """What some layers read in a forward pass."""
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: inputs.update({name: args[0].detach()})
-        )
-        for name in layers
-    ]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return inputs
-
-
-def images(count: int = 6) -> Tensor:
-    """Noise."""
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def test_a_stream_is_counted_over_all_of_its_readers() -> None:
-    """The residual stream is read twice: by the block, and behind an average by the classifier."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
-    seen = read_by(model, ["conv1", "conv2"], images())
-    last: list[Tensor] = []
-    with torch.no_grad():
-        block = model.bn2(model.conv2(F.relu(model.bn1(model.conv1(seen["conv1"])))))
-        last.append(F.relu(seen["conv1"] + block))
-    stem, inner = measured(space, model, images())
-    assert stem.active.sum() == int((seen["conv1"] != 0).sum() + (last[0] != 0).sum())
-    assert stem.total.sum() == 2 * seen["conv1"].numel()
-    assert inner.active.tolist() == (seen["conv2"] != 0).sum((0, 2, 3)).tolist()
-
-
-def test_what_is_concatenated_counts_for_the_axes_that_it_is_of() -> None:
-    """The first eight channels that `last` reads are the stem's, the other four the growth's."""
-    space = space_of("Concatenated")
-    model = space.build(space.base, seed=0)
-    seen = read_by(model, ["grow", "last"], images())
-    stem, grow, last = measured(space, model, images())
-    both = (seen["last"] != 0).sum((0, 2, 3))
-    alone = (seen["grow"] != 0).sum((0, 2, 3))
-    assert stem.active.tolist() == (both[:8] + alone).tolist()
-    assert grow.active.tolist() == both[8:].tolist()
-    assert last.total.tolist() == [6 * 64] * 16
-
-
-def test_flattened_positions_count_for_their_channel() -> None:
-    """Each channel is 16 inputs of the classifier."""
-    space = space_of("Plain")
-    model = space.build(space.base, seed=0)
-    seen = read_by(model, ["fc"], images())["fc"]
-    _, second = measured(space, model, images())
-    assert second.active.tolist() == (seen != 0).view(6, 16, 16).sum((0, 2)).tolist()
-
-
-def test_groups_and_depthwise_filters_read_their_own_channels() -> None:
-    """A unit of the grouped stem is a channel of each group; a depthwise filter reads its own."""
-    space = space_of("Grouped")
-    model = space.build(space.base, seed=0)
-    seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum((0, 2, 3))
-    stem = measured(space, model, images())[0]
-    assert stem.active.tolist() == seen.view(4, 4).sum(0).tolist()
-    narrow = space.widths({"stem": 4})  # four groups of one channel each are still groups
-    model = space.build(narrow, seed=0)
-    seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum()
-    assert measured(space, model, images(), widths=narrow)[0].active.tolist() == [int(seen)]
-    space = space_of("Depthwise")
-    model = space.build(space.base, seed=0)
-    inputs = read_by(model, ["depthwise", "project"], images())
-    expand = measured(space, model, images())[space.names.index("expand")]
-    both = sum((x != 0).sum((0, 2, 3)) for x in inputs.values())
-    assert expand.active.tolist() == both.tolist()
-
-
-def test_smooth_activations_count_by_a_share_of_their_root_mean_square() -> None:
-    """GELU has no zeros: |x| > 0.05 rms, or what a threshold says; ReLU counts what is not zero."""
-    space = SearchSpace.from_model(lambda: Known("conv", F.gelu), (3, 8, 8), step=1)
-    model = space.build(space.base, seed=0)
-    with torch.no_grad():
-        x = F.gelu(model.stem(images()))
-    rms = x.square().mean().sqrt()
-    for threshold, share in ((None, 0.05), (0.3, 0.3)):
-        rules: dict[str, float] = {}
-        (counts,) = measured(space, model, images(), threshold=threshold, rules=rules)
-        assert rules == {"head.weight": share}
-        assert counts.active.tolist() == (x.abs() > share * rms).sum((0, 2, 3)).tolist()
-        assert counts.active.sum() < x.numel()
-    assert (measured(space, model, images(), threshold=0.0)[0].density() == 1).all()
-    rules = {}
-    measured(space_of("Plain"), space_of("Plain").build(1.0, seed=0), images(), rules=rules)
-    assert rules == {"conv2.weight": 0.0, "fc.weight": 0.0}
-
-
-def test_a_linear_layer_that_is_merely_random_counts_as_dense() -> None:
-    """Normal activations are 96% dense, so bottlenecks without activation stay."""
-    space = SearchSpace.from_model(lambda: Known("conv", lambda x: x), (3, 8, 8), step=1)
-    model = space.build(space.base, seed=0)
-    nn.init.zeros_(model.stem.bias)
-    (counts,) = measured(space, model, images(64))
-    assert 0.95 < counts.active.sum() / counts.total.sum() < 0.97
-
-
-def test_training_is_counted_alone_and_is_what_it_was() -> None:
-    """Every image once an epoch, none of evaluation; the same weights; no hook stays."""
-    space, task = space_of("Residual"), small_task()
-    recipe = Recipe(epochs=1, batch_size=50, lr=0.05)
-    models = [space.build(space.base, seed=0) for _ in range(2)]
-    with DensityMeter(
-        build_dependency_graph(space.model, space.base), models[0], None, {}
-    ) as meter:
-        Trainer(models[0], task, recipe, seed=0).run_epoch()
-    Trainer(models[1], task, recipe, seed=0).run_epoch()
-    assert meter.counts()[1].total.tolist() == [100 * 64] * 32
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b)
-    for module in models[0].modules():
-        assert not module._forward_pre_hooks and not module._forward_hooks
-
-
-def test_a_failing_forward_pass_leaves_nothing_behind() -> None:
-    """Torch's functions are ours to watch during the pass alone."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
-    with (
-        DensityMeter(build_dependency_graph(space.model, space.base), model, None, {}),
-        pytest.raises(RuntimeError),
-    ):
-        model(torch.zeros(2, 5, 8, 8))
-    assert not torch.overrides._get_current_function_mode_stack()
 
 
 # --- the rules ---
@@ -390,20 +196,21 @@ def test_weights_are_made_anew_or_handed_down(spy: type[Spy]) -> None:
 
 def cut(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[Any, Any]:
     """The base network, and what is cut from it."""
-    run = activation_density._PhaseRun(QUICK, space, small_task(), setting(), {}, "phase")
+    run = activation_density._PhaseTrainer(QUICK, space, small_task(), setting(), {}, "phase")
     run.model = space.build(space.base, seed=0)
-    run.channels = build_dependency_graph(space.unconstrained.model, space.unconstrained.base)
+    run.graph = build_dependency_graph(space.unconstrained.model, space.unconstrained.base)
     run.counts = counts
-    return run.model, run.cut(space.widths(widths))
+    return run.model, run.narrow(space.widths(widths))
 
 
 def test_the_densest_channels_are_kept() -> None:
     """By hand: channels 1 and 2 are the least active."""
-    space = SearchSpace.from_model(lambda: Known("pool"), (3, 8, 8), step=1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(4, 10))
+    space = SearchSpace.from_model(net, (3, 8, 8), step=1)
     counts = Counts(np.array([3.0, 0.0, 1.0, 2.0]), np.full(4, 4.0))
     model, narrow = cut(space, [counts], [2])
-    assert torch.equal(narrow.stem.weight, model.stem.weight[[0, 3]])
-    assert torch.equal(narrow.head.weight, model.head.weight[:, [0, 3]])
+    assert torch.equal(narrow[0].weight, model[0].weight[[0, 3]])
+    assert torch.equal(narrow[3].weight, model[3].weight[:, [0, 3]])
 
 
 def test_tied_axes_keep_the_densest_of_each() -> None:
@@ -473,9 +280,9 @@ def test_why_it_stops(spy: type[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
     assert (why, phases) == ("accuracy is more than 3 points below the first phase's", 3)
     spy.accuracies = ()
     why, phases = stopped(replace(QUICK, until=0.01))
-    assert (why, phases) == ("every density is 0.01 or more, or its axis at its least", 1)
+    assert (why, phases) == ("every density is 0.01 or more, or its axis at its smallest width", 1)
     why, phases = stopped(QUICK, lowest=0.9)
-    assert (why, phases) == ("the next widths are below the lowest wanted", 1)
+    assert (why, phases) == ("the next widths are below the lowest of interest", 1)
     monkeypatch.setattr(activation_density, "density_of_axes", lambda *_: (0.94, 0.94))
     why, phases = stopped(QUICK)  # 16 by 2 and 32 by 4 stay
     assert (why, phases) == ("no density moves its axis by a step", 1)
@@ -531,5 +338,5 @@ def test_it_says_how_far_it_is() -> None:
 )
 def test_bad_fields_are_refused(field: str, value: Any) -> None:
     """With the rule and the value."""
-    with pytest.raises(StudyError, match=f"activation_density has {field}={value!r}"):
+    with pytest.raises(StudyError, match=f"^activation_density.{field} must .*, but was {value!r}"):
         ActivationDensity(**{field: value})

@@ -1,88 +1,87 @@
-"""Widths from activation density: each layer as wide as the share of it that is active."""
+"""Widths from activation density: each layer becomes as wide as its share of active values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import Field
 from torch import nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter
-from widthsearch.proposers.protocol import Proposal, Setting
+from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer
+from widthsearch.utils.validation import validated_dataclass
 from widthsearch.widths import Widths
 
 
-@dataclass(frozen=True)
+@validated_dataclass("activation_density")
 class ActivationDensity:
-    """Resizing in training (Foldy-Porto et al. 2020, arXiv 2002.02949): w ← round(density · w).
+    """Resizing in training, w ← round(density · w): Foldy-Porto et al. 2020, arXiv 2002.02949.
 
-    The density of an axis is the share of active values in what its readers read, over an epoch's
-    training data. A network trains until no density changes any more; then the smaller one takes
-    its place and trains on. What is counted, :class:`~widthsearch.proposers.density.DensityMeter`
-    says.
+    The density of an axis is the share of active values in the inputs of its consumers, over the
+    training data of one epoch (see :class:`~widthsearch.proposers.density.DensityMeter`). A network
+    trains until the densities have settled. Then the network of the narrower widths takes its
+    place. Each such network is a *phase*.
 
-    An axis that no convolution or linear layer reads keeps its width. Where the run did not show
-    which channels are an axis's (``Channels.unknown``), a phase that cuts it begins anew instead
-    of inheriting. Tied axes have one density, over the readers of all.
+    Deviations: activations without exact zeros, such as GELU, have a relative threshold; if the
+    densities of the first phase move no axis by a grid step, their first power that does gives the
+    second member; phases hold the peak learning rate. An axis without a convolution or linear layer
+    as consumer keeps its width. If the channels of an axis cannot be told apart, a phase that
+    narrows the axis starts from new weights. Tied axes have one density, over all of their
+    consumers.
 
     Attributes:
-        weights: Each phase begins ``reinit``, newly initialised, as in the paper; or with
-            ``inherit`` the densest channels of the last keep their weights.
-        tolerance: A density has stopped changing when its range over ``patience`` epochs is within
-            this share of it.
-        patience: See there. The plateau's accuracy is the mean over so many epochs.
-        max_epochs: The most epochs of a phase; None for the recipe's. With 1, widths follow the
-            densities of a network that has learnt nothing: the ablation.
-        until: Densities are near 1 from here on; once all are, it is done.
-        drop: It is done, too, when accuracy is this many points below the first phase's.
-        threshold: Active is what exceeds this share of the root mean square of what a reader reads;
-            0 counts what is not zero. None decides for each reader by its first batch: if 1% of it
-            is exactly zero, 0, else 0.05.
+        weights: ``reinit`` (default, as in the paper) initialises each phase anew; with ``inherit``
+            the densest channels of the last phase keep their weights.
+        tolerance: A density has settled if its range over ``patience`` epochs is within this share
+            of its maximum; default 0.02.
+        patience: Epochs, see ``tolerance``; default 3. The accuracy of a phase is the mean over its
+            last ``patience`` epochs.
+        max_epochs: The most epochs of a phase; default the recipe's. With 1, widths follow the
+            densities of an untrained network, which is an ablation.
+        until: The method ends once every density is at least this value; default 0.95.
+        drop: The method ends once accuracy is this many points below the first phase's; default 3.
+        threshold: Values above this share of the root mean square of a consumer's input are active;
+            0 counts values that are not zero. By default the first batch of each consumer decides:
+            0 if at least 1% of the values are exactly zero, else 0.05.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+        ... )
+        >>> space = SearchSpace.from_model(net, (1, 8, 8))
+        >>> method, setting = ActivationDensity(max_epochs=1), Setting(recipe=Recipe(epochs=1))
+        >>> proposal = method(space, load_task("digits"), setting)
+        >>> [widths.vector for widths in proposal.trajectory[:2]]  # half of the values are active
+        [(8,), (4,)]
     """
 
     weights: Literal["reinit", "inherit"] = "reinit"
-    tolerance: float = 0.02
-    patience: int = 3
-    max_epochs: int | None = None
-    until: float = 0.95
-    drop: float = 3.0
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        for field, rule, holds in (
-            ("weights", "weights in ('reinit', 'inherit')", self.weights in ("reinit", "inherit")),
-            ("tolerance", "0 <= tolerance < 1", 0 <= self.tolerance < 1),
-            ("patience", "patience >= 1", self.patience >= 1),
-            ("max_epochs", "max_epochs >= 1", self.max_epochs is None or self.max_epochs >= 1),
-            ("until", "0 < until <= 1", 0 < self.until <= 1),
-            ("drop", "drop >= 0", self.drop >= 0),
-            ("threshold", "threshold >= 0", self.threshold is None or self.threshold >= 0),
-        ):
-            if not holds:
-                value = getattr(self, field)
-                raise StudyError(
-                    f"`{rule}` must hold, but activation_density has {field}={value!r}"
-                )
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    patience: Count = 3
+    max_epochs: Count | None = None
+    until: Annotated[float, Field(gt=0, le=1)] = 0.95
+    drop: Finite = 3.0
+    threshold: Finite | None = None
 
     def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Train, resize, train on; the trajectory is what was trained.
+        """Train, narrow, and repeat; the trajectory has the widths of the phases.
 
-        Widths that would cost less than ``setting.lowest`` end the trajectory untrained. Should the
-        first phase's densities move no axis by a step of its grid, their first power that does is
-        the second member.
+        Widths below ``setting.lowest`` of the base's MACs end the trajectory and are not trained.
 
         Raises:
-            StudyError: The base network's training diverges.
+            StudyError: The training of the base network diverged.
         """
         full = space.cost(space.base).macs
         phases: list[Phase] = []
@@ -94,16 +93,16 @@ class ActivationDensity:
             inherited = model is not None
             if model is None:
                 model = space.build(widths, seed=seed)
-            run = _PhaseRun(self, space, task, setting, rules, f"phase {len(phases) + 1}")
-            phases.append(run(widths, model, seed, inherited))
+            trainer = _PhaseTrainer(self, space, task, setting, rules, f"phase {len(phases) + 1}")
+            phases.append(trainer.train(widths, model, seed, inherited))
             last = phases[-1]
             smaller = narrowed(space, widths, last.densities)
             stopped = self._why_stopped(space, phases)
             if stopped is None and space.cost(smaller).macs < setting.lowest * full:
-                stopped, untrained = "the next widths are below the lowest wanted", smaller
+                stopped, untrained = "the next widths are below the lowest of interest", smaller
             if stopped is not None:
                 break
-            model = run.cut(smaller) if self.weights == "inherit" else None
+            model = trainer.narrow(smaller) if self.weights == "inherit" else None
             widths = smaller
         if len(phases) == 1 and untrained is None:
             untrained = first_power(space, widths, phases[0].densities)
@@ -126,19 +125,19 @@ class ActivationDensity:
         )
 
     def _why_stopped(self, space: SearchSpace, phases: Sequence[Phase]) -> str | None:
-        """Why the last phase is the last, if it is."""
+        """The reason to stop after these phases, if there is one."""
         first, last = phases[0], phases[-1]
         if math.isnan(last.accuracy):
             return "training diverged"
         if last.accuracy < first.accuracy - self.drop:
             return f"accuracy is more than {self.drop:g} points below the first phase's"
-        free = [
+        movable = [
             d
             for d, w, axis in zip(last.densities, last.widths.vector, space.axes, strict=True)
             if w > axis.min_width and not math.isnan(d)
         ]
-        if all(d >= self.until for d in free):
-            return f"every density is {self.until:g} or more, or its axis at its least"
+        if all(d >= self.until for d in movable):
+            return f"every density is {self.until:g} or more, or its axis at its smallest width"
         if narrowed(space, last.widths, last.densities) == last.widths:
             return "no density moves its axis by a step"
         return None
@@ -146,16 +145,16 @@ class ActivationDensity:
 
 @dataclass(frozen=True)
 class Phase:
-    """A network of the sequence, trained to its plateau.
+    """The result of a phase.
 
     Attributes:
-        widths: Its widths.
-        macs: Its MACs.
-        inherited: Whether it began with its predecessor's weights.
-        epochs: For how many it trained.
-        plateau: Whether the densities had stopped changing by then.
-        densities: Of each axis in the last epoch; NaN where no reader is measured.
-        accuracy: On the validation split in percent, mean over the plateau's epochs.
+        widths: The widths of the network.
+        macs: The MACs of the network.
+        inherited: Whether the network started with weights of the last phase.
+        epochs: The number of epochs trained.
+        plateau: Whether the densities had settled by then.
+        densities: The density of each axis in the last epoch; NaN without measured consumers.
+        accuracy: The mean validation accuracy in percent over the last epochs.
     """
 
     widths: Widths
@@ -167,7 +166,7 @@ class Phase:
     accuracy: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; None for NaN."""
+        """The phase as plain JSON values, with None for NaN."""
         return {
             **asdict(self),
             "widths": list(self.widths.vector),
@@ -176,8 +175,14 @@ class Phase:
         }
 
 
-class _PhaseRun:
-    """One phase: a network trained to its plateau, and what is cut from it."""
+class _PhaseTrainer:
+    """Trains the network of a phase until its densities settle, and narrows it.
+
+    Attributes:
+        model: The network, once it is trained.
+        graph: Its dependency graph.
+        counts: The counts of each axis in the last epoch.
+    """
 
     def __init__(
         self,
@@ -186,93 +191,97 @@ class _PhaseRun:
         task: Task,
         setting: Setting,
         rules: dict[str, float],
-        called: str,
+        name: str,
     ) -> None:
         self.method, self.space, self.task = method, space, task
-        self.setting, self.rules, self.called = setting, rules, called
+        self.setting, self.rules, self.name = setting, rules, name
         self.model: nn.Module
-        self.channels: DependencyGraph
+        self.graph: DependencyGraph
         self.counts: list[Counts] = []
 
-    def __call__(self, widths: Widths, model: nn.Module, seed: int, inherited: bool) -> Phase:
-        """Train to the plateau."""
+    def train(self, widths: Widths, model: nn.Module, seed: int, inherited: bool) -> Phase:
+        """Train a network of these widths until its densities settle."""
         method, space, setting = self.method, self.space, self.setting
         self.model = model
-        self.channels = build_dependency_graph(
+        self.graph = build_dependency_graph(
             space.unconstrained.model, space.to_unconstrained(widths)
         )
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
         recipe = held(setting.recipe, method.max_epochs or setting.recipe.epochs)
-        run = Trainer(model, self.task, recipe, seed=seed, device=setting.device)
+        trainer = Trainer(model, self.task, recipe, seed=seed, device=setting.device)
         history: list[tuple[float, ...]] = []
         plateau = False
-        while not (run.finished or plateau):
-            with DensityMeter(self.channels, model, method.threshold, self.rules) as meter:
-                result = run.run_epoch()
+        while not (trainer.finished or plateau):
+            with DensityMeter(self.graph, model, method.threshold, self.rules) as meter:
+                result = trainer.run_epoch()
             self.counts = meter.counts()
             history.append(density_of_axes(space, self.counts))
             plateau = plateaued(history, method.tolerance, method.patience)
             setting.report(
-                f"{self.called} at {share:.2f} of the base's MACs, epoch {result.epoch} of at most "
+                f"{self.name} at {share:.2f} of the base's MACs, epoch {result.epoch} of at most "
                 f"{recipe.epochs}: accuracy {result.accuracy:.1f}%"
             )
-        if math.isnan(run.curve[-1].accuracy) and widths == space.base:
+        if math.isnan(trainer.curve[-1].accuracy) and widths == space.base:
             raise StudyError(
                 f"activation_density needs a recipe that trains, but the base network diverged in "
-                f"epoch {run.epoch}; lower lr ({recipe.lr:g}), which stays at its highest here"
+                f"epoch {trainer.epoch}; lower lr ({recipe.lr:g}), since a phase holds the peak"
             )
-        accuracies = [result.accuracy for result in run.curve[-method.patience :]]
+        accuracies = [result.accuracy for result in trainer.curve[-method.patience :]]
         return Phase(
             widths,
             macs,
             inherited,
-            run.epoch,
+            trainer.epoch,
             plateau,
             history[-1],
             float(np.mean(accuracies)),
         )
 
-    def cut(self, widths: Widths) -> nn.Module | None:
-        """The network of those widths with the densest channels' weights, if they can be told."""
-        free = self.space.unconstrained
-        # Narrower than its own grid allows is what ties and bounds of the space may ask of it.
-        finest = {axis.name: axis.divisor for axis in free.trace.axes}
-        free = free.constrained(min_width=finest, step=finest)
-        to_unconstrained = self.space.to_unconstrained(widths)
+    def narrow(self, widths: Widths) -> nn.Module | None:
+        """Extract the network of narrower widths with the densest channels.
+
+        Returns:
+            None if the channels of a narrowed axis cannot be told apart.
+        """
+        unconstrained = self.space.unconstrained
+        # Ties and bounds of the space may ask for widths off the unconstrained space's own grid.
+        finest = {axis.name: axis.divisor for axis in unconstrained.trace.axes}
+        unconstrained = unconstrained.constrained(min_width=finest, step=finest)
+        wanted = self.space.to_unconstrained(widths)
         keep: dict[str, list[int]] = {}
-        for i, (axis, counts) in enumerate(zip(free.trace.axes, self.counts, strict=True)):
-            if to_unconstrained[axis.name] == self.channels.widths[axis.name]:
+        for i, (axis, counts) in enumerate(zip(unconstrained.trace.axes, self.counts, strict=True)):
+            if wanted[axis.name] == self.graph.widths[axis.name]:
                 continue
-            if i in self.channels.unknown:
+            if i in self.graph.unknown:
                 return None
             densest = np.argsort(-counts.density(), kind="stable")
-            units = densest[: to_unconstrained[axis.name] // axis.divisor]
-            channels = np.flatnonzero(np.isin(self.channels.group[axis.maker], units))
+            groups = densest[: wanted[axis.name] // axis.divisor]
+            channels = np.flatnonzero(np.isin(self.graph.group[axis.maker], groups))
             keep[axis.name] = channels.tolist()
-        return free.extract(self.model, keep)
+        return unconstrained.extract(self.model, keep)
 
 
 def held(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe for a phase: its highest learning rate is held after its warm-up.
+    """The recipe of a phase: the peak learning rate is held after the warm-up.
 
-    A schedule that falls to zero would bring every density to rest by itself.
+    A schedule that decays to zero would settle every density by itself.
 
     Args:
-        recipe: The study's.
-        epochs: The most that a phase trains.
+        recipe: The study's recipe.
+        epochs: The most epochs of the phase.
     """
     warmup = min(recipe.warmup, epochs / 2)
     return replace(recipe, schedule="constant", epochs=epochs, warmup_epochs=warmup)
 
 
 def plateaued(history: ArrayLike, tolerance: float, patience: int) -> bool:
-    """Whether the densities have stopped changing.
+    """Whether the densities have settled.
 
     Args:
-        history: Shape (epochs, axes); axes that are NaN throughout do not count.
-        tolerance: How far each may have ranged, as a share of its largest in that time.
-        patience: Over how many epochs: their changes are those of patience + 1 values.
+        history: The densities, shape (epochs, axes); axes of NaN are left out.
+        tolerance: The largest range of a density, as a share of its maximum.
+        patience: The number of changes, between patience + 1 epochs, that the range is taken over.
     """
     recent = np.asarray(history, np.float64)[-patience - 1 :]
     if len(recent) <= patience:
@@ -282,12 +291,12 @@ def plateaued(history: ArrayLike, tolerance: float, patience: int) -> bool:
 
 
 def narrowed(space: SearchSpace, widths: Widths, densities: Sequence[float]) -> Widths:
-    """The widths that densities ask for: ``nearest(round(density · w))``, never wider.
+    """Narrow widths by densities: ``nearest(round(density · w))``, never wider than w.
 
     Args:
         space: The space.
-        widths: Widths of it.
-        densities: One per axis; at NaN the axis stays.
+        widths: Widths w of the space.
+        densities: One density per axis; an axis of NaN keeps its width.
     """
     vector = [
         w if math.isnan(d) else min(w, axis.nearest(round(d * w)))
@@ -297,10 +306,10 @@ def narrowed(space: SearchSpace, widths: Widths, densities: Sequence[float]) -> 
 
 
 def first_power(space: SearchSpace, widths: Widths, densities: Sequence[float]) -> Widths | None:
-    """The first power of the densities, each 0.99 at most, that moves an axis on its grid.
+    """Narrow widths by the first power of the densities, each at most 0.99, that moves an axis.
 
     Returns:
-        None where every axis is at its least.
+        None if every axis has its smallest width.
     """
     if all(w <= axis.min_width for w, axis in zip(widths.vector, space.axes, strict=True)):
         return None
@@ -313,18 +322,18 @@ def first_power(space: SearchSpace, widths: Widths, densities: Sequence[float]) 
 
 
 def training_complexity(phases: Sequence[tuple[int, int]], epochs: int, macs: int) -> float:
-    """Σ epochs · MACs over phases, as a share of one full training (the paper's section 3).
+    """Σ epochs · MACs over phases, as a share of one full training (section 3 of the paper).
 
     Args:
-        phases: The epochs and MACs of each.
-        epochs: Of a full training.
-        macs: Of the full network.
+        phases: The epochs and MACs of each phase.
+        epochs: The epochs of a full training.
+        macs: The MACs of the full network.
     """
     return sum(e * m for e, m in phases) / (epochs * macs)
 
 
 def density_of_axes(space: SearchSpace, counts: Sequence[Counts]) -> tuple[float, ...]:
-    """Each axis's density; tied ones' over all of their counts. NaN where nothing was counted."""
+    """The density of each axis, over all counts of tied axes; NaN where nothing was counted."""
     index = {name: i for i, name in enumerate(space.unconstrained.names)}
     out = []
     for axis in space.axes:

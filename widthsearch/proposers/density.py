@@ -1,4 +1,16 @@
-"""Activation density: how much of what a network's layers read is active, counted in training."""
+"""Activation density: the share of active values in the inputs of layers, counted in training.
+
+Notation::
+
+    consumer   a convolution or linear layer that reads the channels of an axis
+    rule       the threshold of a consumer: a value x is active if |x| > rule · rms, where rms is
+               the root mean square of the consumer's input; with rule 0, if x ≠ 0
+
+For example, after a ReLU a batch of two images with 4×4 positions has 32 values per channel. If 8
+of them are not zero, the density of the channel is 8/32 = 0.25. Behind a global average pooling
+only the averages reach the consumer, and hardly any average is zero: pooling is looked through, so
+that the 32 values before it count.
+"""
 
 from __future__ import annotations
 
@@ -21,90 +33,106 @@ from widthsearch.modules.tree import owner_of
 from widthsearch.torch_internals import ConvNd
 
 RELATIVE_THRESHOLD = 0.05
-"""Of the root mean square. Normally distributed activations count as 96% dense by it: a layer that
-is merely linear, such as MobileNetV2's bottleneck, is not taken for a sparse one."""
-_ZEROS = 0.01  # the share of exact zeros from which on they are the measure
+"""The rule of consumers whose inputs have no zeros. By it, normally distributed inputs are 96%
+dense, so that a layer without activation, such as MobileNetV2's bottleneck, does not look sparse.
+"""
+_ZEROS = 0.01  # inputs with a smaller share of exact zeros have the relative rule
 
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """What was counted of an axis.
+    """The counts of an axis.
 
     Attributes:
-        active: Per unit, how many values were active, shape (units,).
-        total: Per unit, how many there were.
+        active: The number of active values of each channel group, shape (groups,).
+        total: The number of values of each group.
     """
 
     active: NDArray[np.float64]
     total: NDArray[np.float64]
 
     def density(self) -> NDArray[np.float64]:
-        """Of each unit; 0 where nothing was counted."""
+        """The density of each group; 0 where nothing was counted."""
         return self.active / np.maximum(self.total, 1)
 
 
 @dataclass(eq=False)
-class _Reader:
+class _Consumer:
     """A layer that reads axes.
 
     Attributes:
-        dim: The dim of its input along which the channels lie.
-        axis: The axis of each of the weight's positions, shape (n,).
-        unit: The unit within it.
-        active: Per channel of what was counted, how many values were active.
-        each: How many values a channel had.
+        dim: The dim of channels of its input.
+        axis: The axis of each position along the weight's dim of channels, shape (n,).
+        group: The channel group within the axis.
+        active: The number of active values of each input channel.
+        total: The number of values of each input channel.
     """
 
     dim: int
     axis: NDArray[np.int64]
-    unit: NDArray[np.int64]
+    group: NDArray[np.int64]
     active: Tensor | None = None
-    each: int = 0
+    total: int = 0
 
 
 class DensityMeter:
-    """While it lasts, counts the active values that a network's layers read in training.
+    """Counts the active values in the inputs of consumers, while it is active.
 
-    Counted is the input of every convolution and linear layer that reads an axis, in the forward
-    passes of training itself. Pooling, averages over positions, dropout and flattening on the way
-    are looked through: what left the activation is counted, since averages have no zeros and
-    dropout makes some. Nothing waits for the device until :meth:`counts`, but for a reader's first
-    batch where that decides its rule.
+    It counts in the forward passes of training itself. Pooling, averages over positions, dropout
+    and flattening in front of a consumer are looked through, since averages have no zeros and
+    dropout makes some. The host waits for the device in :meth:`counts` only, and in a consumer's
+    first batch if that determines the rule.
 
     Args:
-        channels: Where the units lie in ``model``.
+        graph: The dependency graph of the network.
         model: The network.
-        threshold: As in :class:`~widthsearch.proposers.ActivationDensity`.
-        rules: The threshold of each reader by its weight's name; those missing are decided by the
-            first batch and put there.
+        threshold: As in :class:`~widthsearch.proposers.activation_density.ActivationDensity`.
+        rules: The rule of each consumer by the name of its weight; missing ones are determined by
+            the first batch and added.
+
+    Example:
+        >>> from widthsearch.channels.dependency_graph import build_dependency_graph
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> space = SearchSpace.from_model(net, (2,))
+        >>> model = space.build(space.base)
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.zero_()
+        ...     _ = model[0].bias.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+        >>> graph = build_dependency_graph(space.model, space.base)
+        >>> with DensityMeter(graph, model, None, {}) as meter:
+        ...     _ = model(torch.ones(5, 2))
+        >>> meter.counts()[0].density().tolist()
+        [1.0, 0.0, 1.0, 0.0]
     """
 
     def __init__(
         self,
-        channels: DependencyGraph,
+        graph: DependencyGraph,
         model: nn.Module,
         threshold: float | None,
         rules: dict[str, float],
     ) -> None:
-        self._channels, self._threshold, self._rules = channels, threshold, rules
+        self._graph, self._threshold, self._rules = graph, threshold, rules
         self._model = model
         self._through = _LookThrough()
-        self._readers: dict[str, _Reader] = {}
-        self._read: list[tuple[str, Tensor]] = []
+        self._consumers: dict[str, _Consumer] = {}
+        self._inputs: list[tuple[str, Tensor]] = []  # of this forward pass, by consumer
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> DensityMeter:
-        model = self._model
+        model, graph = self._model, self._graph
         layers = dict(model.named_modules())
-        for key, dim in self._channels.consumers.items():
+        for key, dim in graph.consumers.items():
             layer = layers[owner_of(key.rpartition(".")[0])]
             convolution = isinstance(layer, ConvNd)
-            if convolution and (key, dim) not in self._channels.axis and layer.weight.shape[1] == 1:
+            if convolution and (key, dim) not in graph.axis and layer.weight.shape[1] == 1:
                 dim = 0  # depthwise: the filter is the channel
-            axis, unit = (of.get((key, dim)) for of in (self._channels.axis, self._channels.group))
-            if (convolution or isinstance(layer, nn.Linear)) and axis is not None:
-                assert unit is not None
-                self._readers[key] = _Reader(1 if convolution else -1, axis, unit)
+            where = key, dim
+            if (convolution or isinstance(layer, nn.Linear)) and where in graph.axis:
+                self._consumers[key] = _Consumer(
+                    1 if convolution else -1, graph.axis[where], graph.group[where]
+                )
                 hook = partial(self._note, key)
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         self._hooks.append(model.register_forward_pre_hook(self._begin, prepend=True))
@@ -116,48 +144,49 @@ class DensityMeter:
             hook.remove()
 
     def counts(self) -> list[Counts]:
-        """What was counted, per axis of the space that the channels are of."""
-        out = [Counts(np.zeros(n), np.zeros(n)) for n in self._channels.groups]
-        seen = [(r, r.active) for r in self._readers.values() if r.active is not None]
+        """The counts per axis of the graph."""
+        out = [Counts(np.zeros(n), np.zeros(n)) for n in self._graph.groups]
+        seen = [(c, c.active) for c in self._consumers.values() if c.active is not None]
+        # One transfer from the device for all consumers.
         counted = torch.cat([active for _, active in seen] or [torch.empty(0)]).cpu().numpy()
         start = 0
-        for reader, sums in seen:
+        for consumer, sums in seen:
             n = len(sums)
             active, start = counted[start : start + n], start + n
-            axes, units = (_spread(values, n) for values in (reader.axis, reader.unit))
+            axes, groups = (_spread(values, n) for values in (consumer.axis, consumer.group))
             for a in set(axes.tolist()) - {-1}:
-                np.add.at(out[a].active, units[axes == a], active[axes == a])
-                np.add.at(out[a].total, units[axes == a], reader.each)
+                np.add.at(out[a].active, groups[axes == a], active[axes == a])
+                np.add.at(out[a].total, groups[axes == a], consumer.total)
         return out
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():  # in training, that is
+        if torch.is_grad_enabled():  # in training, not in evaluation
             self._through.__enter__()  # type: ignore[no-untyped-call]
 
     def _note(self, key: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
-            self._read.append((key, args[0] if args else next(iter(kwargs.values()))))
+            self._inputs.append((key, args[0] if args else next(iter(kwargs.values()))))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Count what was read, once what is looked through costs nothing any more."""
+        """Count the inputs of a forward pass after its end, outside of the function mode."""
         if not torch.is_grad_enabled():
             return
         self._through.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         done: dict[tuple[int, int, float], Tensor] = {}
-        for key, read in self._read:
-            reader = self._readers[key]
-            x, dim = self._through.source(read, reader.dim % read.dim())
+        for key, read in self._inputs:
+            consumer = self._consumers[key]
+            x, dim = self._through.source(read, consumer.dim % read.dim())
             if key not in self._rules:
                 self._rules[key] = self._rule(x)
             rule = self._rules[key]
-            which = id(x), dim, rule  # several layers may read the same
+            which = id(x), dim, rule  # several consumers may read the same tensor
             if which not in done:
                 done[which] = _active(x.detach(), dim, rule)
-            if reader.active is None:
-                reader.active = torch.zeros_like(done[which], dtype=torch.float64)
-            reader.active += done[which]
-            reader.each += x.numel() // x.shape[dim]
-        self._read.clear()
+            if consumer.active is None:
+                consumer.active = torch.zeros_like(done[which], dtype=torch.float64)
+            consumer.active += done[which]
+            consumer.total += x.numel() // x.shape[dim]
+        self._inputs.clear()
         self._through.before.clear()
 
     def _rule(self, x: Tensor) -> float:
@@ -168,7 +197,7 @@ class DensityMeter:
 
 
 def _active(x: Tensor, dim: int, rule: float) -> Tensor:
-    """How many values along each position of a dim are active, float32 of shape (n,)."""
+    """The number of active values at each position of a dim, float32 of shape (n,)."""
     active = torch.empty_like(x, dtype=torch.float32)
     if rule:
         rms = torch.linalg.vector_norm(x, dtype=torch.float32) / math.sqrt(x.numel())
@@ -179,10 +208,10 @@ def _active(x: Tensor, dim: int, rule: float) -> Tensor:
 
 
 class _LookThrough(TorchFunctionMode):
-    """Remembers what tensors were before they were pooled, averaged, dropped or flattened.
+    """Maps tensors to their source before pooling, averaging, dropout and flattening.
 
     Attributes:
-        before: By the tensor that came of it. Strong references, until it is cleared.
+        before: The source by the resulting tensor; holds the sources until it is cleared.
     """
 
     def __init__(self) -> None:
@@ -190,7 +219,7 @@ class _LookThrough(TorchFunctionMode):
         self.before: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
     def source(self, read: Tensor, dim: int) -> tuple[Tensor, int]:
-        """What a tensor was, and the dim along which its channels then were."""
+        """The source of a consumer's input, and the dim of channels there."""
         before = self.before.get(read)
         if before is None:
             return read, dim
@@ -224,7 +253,7 @@ _POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool")
 
 
 def _looked_through(name: str, x: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of torch leaves channels and zeros what they were, as far as we count."""
+    """Whether a function of torch is looked through: it keeps the order of channels."""
     if name == "mean":
         dims = rest[0] if rest else kwargs.get("dim")
         return x.dim() == 4 and isinstance(dims, Sequence) and {d % 4 for d in dims} == {2, 3}
@@ -232,10 +261,10 @@ def _looked_through(name: str, x: Tensor, rest: Sequence[Any], kwargs: Mapping[s
 
 
 def _spread(values: NDArray[np.int64], channels: int) -> NDArray[np.int64]:
-    """Values of a weight's positions as values of so many channels that it reads.
+    """Convert values of a weight's positions to values of its input channels.
 
-    A channel may be several positions in a row (flattened; a depthwise filter each), and a position
-    a channel of each group.
+    An input channel has several positions in a row after flattening and in depthwise convolutions;
+    a position stands for one channel of each group in grouped convolutions.
     """
     if channels >= len(values):
         return np.tile(values, channels // len(values))

@@ -1,0 +1,210 @@
+"""The density meter: which values it counts, and that it disturbs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conformance import small_task
+from strategies import space_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.channels.dependency_graph import build_dependency_graph
+from widthsearch.proposers.activation_density import density_of_axes
+from widthsearch.proposers.density import Counts, DensityMeter
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.recipe import Recipe
+from widthsearch.training.trainer import Trainer
+
+
+class Pooled(nn.Module):
+    """Four channels behind an activation, then pooling, dropout or flattening, then a consumer."""
+
+    def __init__(self, way: str = "conv", activation: Any = F.relu) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.head: nn.Module = nn.Linear(4, 10)
+        if way == "conv":
+            self.head = nn.Conv2d(4, 10, 1)
+        elif way == "grid":
+            self.head = nn.Linear(16, 10)
+        self.way, self.activation = way, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = self.activation(self.stem(x))
+        if self.way == "conv":
+            return self.head(F.max_pool2d(x, 2)).mean((2, 3))
+        if self.way == "pool":
+            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        elif self.way == "grid":
+            x = nn.AdaptiveAvgPool2d(2)(x).flatten(1)
+        elif self.way == "mean":
+            x = x.mean(dim=[2, 3])
+        elif self.way == "dropout":
+            x = F.dropout(torch.flatten(F.avg_pool2d(x, 8), 1), 0.5)
+        else:
+            x = F.dropout(x[:, :, 0, 0], 0.5, training=True, inplace=True)
+        return self.head(x)
+
+
+def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) -> list[Counts]:
+    """The counts of one forward pass in training."""
+    rules = options.pop("rules", {})
+    graph = build_dependency_graph(space.model, options.pop("widths", space.base))
+    with DensityMeter(graph, model, options.pop("threshold", None), rules) as meter:
+        model(x)
+    return meter.counts()
+
+
+@pytest.mark.parametrize("way", ["conv", "pool", "grid", "mean", "dropout", "in place"])
+def test_densities_by_hand(way: str) -> None:
+    """Two of four channels are on, half of the images' pixels in one of them."""
+    space = SearchSpace.from_model(lambda: Pooled(way), (3, 8, 8), step=1)
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.stem.weight.zero_()
+        model.stem.weight[3, 0] = 1.0  # the pixel itself
+        model.stem.bias.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0]))
+    x = torch.ones(4, 3, 8, 8)
+    x[:2] = -1.0
+    (counts,) = measured(space, model, x)
+    assert counts.density().tolist() == [1.0, 0.0, 1.0, 0.5]
+    values = 4 if way == "in place" else 4 * 64
+    assert counts.total.tolist() == [values] * 4
+    assert density_of_axes(space, [counts]) == (2.5 / 4,)
+
+
+def read_by(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, Tensor]:
+    """What some layers read in a forward pass."""
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0].detach()})
+        )
+        for name in layers
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def images(count: int = 6) -> Tensor:
+    """Noise."""
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_stream_is_counted_over_all_of_its_readers() -> None:
+    """The residual stream is read twice: by the block, and behind an average by the classifier."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=0)
+    seen = read_by(model, ["conv1", "conv2"], images())
+    last: list[Tensor] = []
+    with torch.no_grad():
+        block = model.bn2(model.conv2(F.relu(model.bn1(model.conv1(seen["conv1"])))))
+        last.append(F.relu(seen["conv1"] + block))
+    stem, inner = measured(space, model, images())
+    assert stem.active.sum() == int((seen["conv1"] != 0).sum() + (last[0] != 0).sum())
+    assert stem.total.sum() == 2 * seen["conv1"].numel()
+    assert inner.active.tolist() == (seen["conv2"] != 0).sum((0, 2, 3)).tolist()
+
+
+def test_what_is_concatenated_counts_for_the_axes_that_it_is_of() -> None:
+    """The first eight channels that `last` reads are the stem's, the other four the growth's."""
+    space = space_of("Concatenated")
+    model = space.build(space.base, seed=0)
+    seen = read_by(model, ["grow", "last"], images())
+    stem, grow, last = measured(space, model, images())
+    both = (seen["last"] != 0).sum((0, 2, 3))
+    alone = (seen["grow"] != 0).sum((0, 2, 3))
+    assert stem.active.tolist() == (both[:8] + alone).tolist()
+    assert grow.active.tolist() == both[8:].tolist()
+    assert last.total.tolist() == [6 * 64] * 16
+
+
+def test_flattened_positions_count_for_their_channel() -> None:
+    """Each channel is 16 inputs of the classifier."""
+    space = space_of("Plain")
+    model = space.build(space.base, seed=0)
+    seen = read_by(model, ["fc"], images())["fc"]
+    _, second = measured(space, model, images())
+    assert second.active.tolist() == (seen != 0).view(6, 16, 16).sum((0, 2)).tolist()
+
+
+def test_groups_and_depthwise_filters_read_their_own_channels() -> None:
+    """A unit of the grouped stem is a channel of each group; a depthwise filter reads its own."""
+    space = space_of("Grouped")
+    model = space.build(space.base, seed=0)
+    seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum((0, 2, 3))
+    stem = measured(space, model, images())[0]
+    assert stem.active.tolist() == seen.view(4, 4).sum(0).tolist()
+    narrow = space.widths({"stem": 4})  # four groups of one channel each are still groups
+    model = space.build(narrow, seed=0)
+    seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum()
+    assert measured(space, model, images(), widths=narrow)[0].active.tolist() == [int(seen)]
+    space = space_of("Depthwise")
+    model = space.build(space.base, seed=0)
+    inputs = read_by(model, ["depthwise", "project"], images())
+    expand = measured(space, model, images())[space.names.index("expand")]
+    both = sum((x != 0).sum((0, 2, 3)) for x in inputs.values())
+    assert expand.active.tolist() == both.tolist()
+
+
+def test_smooth_activations_count_by_a_share_of_their_root_mean_square() -> None:
+    """GELU has no zeros: |x| > 0.05 rms, or what a threshold says; ReLU counts what is not zero."""
+    space = SearchSpace.from_model(lambda: Pooled("conv", F.gelu), (3, 8, 8), step=1)
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        x = F.gelu(model.stem(images()))
+    rms = x.square().mean().sqrt()
+    for threshold, share in ((None, 0.05), (0.3, 0.3)):
+        rules: dict[str, float] = {}
+        (counts,) = measured(space, model, images(), threshold=threshold, rules=rules)
+        assert rules == {"head.weight": share}
+        assert counts.active.tolist() == (x.abs() > share * rms).sum((0, 2, 3)).tolist()
+        assert counts.active.sum() < x.numel()
+    assert (measured(space, model, images(), threshold=0.0)[0].density() == 1).all()
+    rules = {}
+    measured(space_of("Plain"), space_of("Plain").build(1.0, seed=0), images(), rules=rules)
+    assert rules == {"conv2.weight": 0.0, "fc.weight": 0.0}
+
+
+def test_a_linear_layer_that_is_merely_random_counts_as_dense() -> None:
+    """Normal activations are 96% dense, so bottlenecks without activation stay."""
+    space = SearchSpace.from_model(lambda: Pooled("conv", lambda x: x), (3, 8, 8), step=1)
+    model = space.build(space.base, seed=0)
+    nn.init.zeros_(model.stem.bias)
+    (counts,) = measured(space, model, images(64))
+    assert 0.95 < counts.active.sum() / counts.total.sum() < 0.97
+
+
+def test_training_is_counted_alone_and_is_what_it_was() -> None:
+    """Every image once an epoch, none of evaluation; the same weights; no hook stays."""
+    space, task = space_of("Residual"), small_task()
+    recipe = Recipe(epochs=1, batch_size=50, lr=0.05)
+    models = [space.build(space.base, seed=0) for _ in range(2)]
+    with DensityMeter(
+        build_dependency_graph(space.model, space.base), models[0], None, {}
+    ) as meter:
+        Trainer(models[0], task, recipe, seed=0).run_epoch()
+    Trainer(models[1], task, recipe, seed=0).run_epoch()
+    assert meter.counts()[1].total.tolist() == [100 * 64] * 32
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    for module in models[0].modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+def test_a_failing_forward_pass_leaves_nothing_behind() -> None:
+    """Torch's functions are ours to watch during the pass alone."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=0)
+    with (
+        DensityMeter(build_dependency_graph(space.model, space.base), model, None, {}),
+        pytest.raises(RuntimeError),
+    ):
+        model(torch.zeros(2, 5, 8, 8))
+    assert not torch.overrides._get_current_function_mode_stack()
