@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from widthsearch.data.tasks import Task
@@ -104,16 +103,18 @@ result, in any order."""
 def propose(
     request: ProposalRequest, task: Task | None, report: ProgressCallback
 ) -> ProposalResult:
-    """Ask a proposer; whatever it raises, except KeyboardInterrupt, becomes a Failure."""
+    """Run a proposer; every exception becomes a Failure, SystemExit too, but not Ctrl-C."""
     setting = replace(request.setting, report=lambda message: report(str(message)))
     try:
         with fixed_threads(request.threads):
             # None is for those that read no data.
             proposal = request.proposer(request.space, task, setting)  # type: ignore[arg-type]
         return _validated(proposal, request.space)
-    except KeyboardInterrupt:  # the user's
-        raise
-    except BaseException as error:  # noqa: BLE001  SystemExit too; reported, with its traceback
+    except BaseException as error:
+        # Ctrl-C arrives in the main thread only; in any other the proposer raised this itself.
+        in_main = threading.current_thread() is threading.main_thread()
+        if isinstance(error, KeyboardInterrupt) and in_main:
+            raise
         return Failure.of(error)
 
 
@@ -132,26 +133,17 @@ def _validated(proposal: object, space: SearchSpace) -> Proposal:
 def stream_proposal(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]:
     """Run a proposer in a thread; yield the messages that it reports, then its result.
 
-    However the proposer ends, the thread puts a result into the queue: else the loop would wait for
+    However the proposer ends, :func:`propose` returns a result: without one the loop would wait for
     ever.
     """
     messages: queue.Queue[str | ProposalResult] = queue.Queue()
-
-    def run() -> None:
-        try:
-            result = propose(request, task, messages.put)
-        except BaseException as error:  # noqa: BLE001  KeyboardInterrupt, which no user sent here
-            result = Failure.of(error)
-        messages.put(result)
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(
+        target=lambda: messages.put(propose(request, task, messages.put)), daemon=True
+    )
     thread.start()
-    while True:
-        message = messages.get()
+    while isinstance(message := messages.get(), str):
         yield message
-        if not isinstance(message, str):
-            thread.join()
-            return
+    yield message
 
 
 def run_sequentially(
@@ -159,11 +151,11 @@ def run_sequentially(
 ) -> Iterator[tuple[int, ProposalResult]]:
     """The engine without Ray: runs proposers one after the other, in this process."""
     for i, request in enumerate(requests):
-        yield i, propose(request, task, partial(_report_labelled, report, request.label))
 
+        def labelled(message: str, label: str = request.label) -> None:
+            report(f"{label}: {message}")
 
-def _report_labelled(report: ProgressCallback, label: str, message: str) -> None:
-    report(f"{label}: {message}")
+        yield i, propose(request, task, labelled)
 
 
 def collect_proposals(
