@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -101,10 +102,10 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
             return [shared.of_space(own) for own in coordinates]
         return [Surrogate.fit_observations(pair) for pair in pairs]
 
-    def estimated(fitted: Sequence[Surrogate]) -> list[list[tuple[float, ...]]]:
-        """The objectives' values of all, with the accuracy by posterior mean."""
+    def estimated(fitted: Sequence[Surrogate]) -> list[list[Observation]]:
+        """All trainings, with the posterior means of their accuracies."""
         return [
-            [(accuracy, *o.costs) for o, accuracy in zip(own, mean.tolist(), strict=True)]
+            [replace(o, accuracy=accuracy) for o, accuracy in zip(own, mean.tolist(), strict=True)]
             for own, surrogate in zip(observed, fitted, strict=True)
             for mean in [surrogate.posterior([o.widths for o in own]).mean]
         ]
@@ -112,10 +113,10 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
     scores = []
     while sum(map(len, observed)) < max(trials):
         fitted = surrogates()
-        values = estimated(fitted)
+        means = estimated(fitted)
         found = []
         for i, search in enumerate(searches):
-            rivals = [value for j, own in enumerate(values) if j != i for value in own]
+            rivals = [o for j, own in enumerate(means) if j != i for o in own]
             suggestion = search.suggest(observed[i], rivals=rivals, surrogate=fitted[i])
             if suggestion is not None:
                 widths = suggestion.widths.vector
@@ -123,11 +124,10 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
         *_, i, widths = max(found, key=lambda each: each[:2])
         observed[i].append(world.train(i, widths))
         if sum(map(len, observed)) in trials:
-            values = estimated(surrogates())
-            flat = np.array([(-a, macs) for own in values for a, macs in own])
-            networks = [(i, o.widths) for i, own in enumerate(observed) for o in own]
-            kept = pareto.non_dominated(flat)
-            scores.append(world.share([n for n, keep in zip(networks, kept, strict=True) if keep]))
+            networks = [(i, o) for i, own in enumerate(estimated(surrogates())) for o in own]
+            kept = pareto.non_dominated([(-(o.accuracy or 0), *o.costs) for _, o in networks])
+            chosen = [(i, o.widths) for (i, o), on in zip(networks, kept, strict=True) if on]
+            scores.append(world.share(chosen))
     return scores
 
 

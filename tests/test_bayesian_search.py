@@ -147,8 +147,9 @@ def test_latency_is_predicted_until_it_is_measured() -> None:
 def test_the_front_of_other_spaces_leaves_less_to_improve() -> None:
     """What a rival dominates is no improvement."""
     trials = finished(30)
+    rivals = [Observation((8,), 89.0, (2000.0,)), Observation((8,), 99.0, (20_000.0,))]
     alone = improvement(search(), trials)
-    beside = improvement(search(), trials, rivals=[(89.0, 2000.0), (99.0, 20_000.0)])
+    beside = improvement(search(), trials, rivals=rivals)
     assert 0 <= beside < alone
 
 

@@ -16,7 +16,7 @@ class Observation:
         widths: One width an axis, in channels, in the order of the space's axes.
         accuracy: After the last epoch, in percent; None unless the trial is finished.
         costs: The value of each objective but accuracy, in the order of the objectives, all above
-            0; may be empty unless the trial is finished.
+            0; may be empty or NaN unless the trial is finished.
         curve: Accuracy after each epoch so far, in percent; may be empty.
         running: Whether it is being trained.
 

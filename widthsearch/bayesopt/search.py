@@ -123,7 +123,7 @@ class BayesianSearch:
         observations: Sequence[Observation],
         *,
         seen: Collection[Widths] = (),
-        rivals: Sequence[tuple[float, ...]] = (),
+        rivals: Sequence[Observation] = (),
         surrogate: Surrogate | None = None,
     ) -> Suggestion | None:
         """The next trial; None where no widths within the limits are left.
@@ -131,8 +131,8 @@ class BayesianSearch:
         Args:
             observations: The trials of this space so far, in order of their numbers.
             seen: Further widths that are not to be suggested.
-            rivals: The objectives' values of other spaces' trials: the volume that they dominate is
-                no improvement.
+            rivals: Finished and running trials of other spaces, with their posterior mean accuracy:
+                the volume that they dominate is no improvement.
             surrogate: A surrogate of all spaces that are searched together; None to fit one to the
                 observations.
         """
@@ -151,12 +151,11 @@ class BayesianSearch:
     def _acquisition(
         self,
         trials: Sequence[Observation],
-        rivals: Sequence[tuple[float, ...]],
+        rivals: Sequence[Observation],
         surrogate: Surrogate | None,
     ) -> _Acquisition:
         """The acquisition function after some trials, of which at least one is finished."""
         surrogate = surrogate or Surrogate.fit_observations((self.coordinates, trials))
-        index = list(self.objectives).index("accuracy")
         names = tuple(name for name in self.objectives if name != "accuracy")
         finished = [o for o in trials if o.accuracy is not None]
         widths = np.array([o.widths for o in finished])
@@ -174,10 +173,9 @@ class BayesianSearch:
             surrogate.of_space(space).posterior([[axis.min_width for axis in space.axes]]).mean[0]
             for space in spaces
         ]
-        others = np.array(rivals).reshape(-1, len(self.objectives))
         improvement = HypervolumeImprovement(
-            accuracy=np.concatenate([mean, others[:, index]]),
-            costs=np.concatenate([costs, np.log(np.delete(others, index, axis=1))]),
+            accuracy=np.concatenate([mean, [rival.accuracy for rival in rivals]]),
+            costs=np.log([o.costs for o in (*finished, *rivals)]),
             window=window.reshape(-1, 2).T,
             floor=float(min(mean.min(), *narrowest)),
         )

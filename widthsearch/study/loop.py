@@ -287,7 +287,7 @@ class Search:
         shared = self._shared(known)
         for name, sampler in self._samplers.items():
             seen = [widths for space, widths in self._seen if space == name]
-            surrogate, rivals = None, list[tuple[float, ...]]()
+            surrogate, rivals = None, list[Observation]()
             if shared is not None:
                 surrogate = shared.of_space(sampler.coordinates)
                 rivals = self._rivals(name, shared)
@@ -305,28 +305,20 @@ class Search:
             *((self._samplers[name].coordinates, own) for name, own in known.items())
         )
 
-    def _rivals(self, space: str, shared: Surrogate) -> list[tuple[float, ...]]:
-        """The other spaces' networks, trained or in training, with their accuracy as believed."""
+    def _rivals(self, space: str, shared: Surrogate) -> list[Observation]:
+        """The other spaces' networks, finished or running, with their posterior mean accuracy."""
         live = self._in_state(TrialState.FINISHED, TrialState.RUNNING)
-        rivals: list[tuple[float, ...]] = []
+        rivals: list[Observation] = []
         for name, sampler in self._samplers.items():
             own = [trial for trial in live if trial.space == name]
             timed = "latency_ms" in self.config.objectives
             if name == space or not own or (timed and all(t.latency is None for t in own)):
                 continue
             vectors = np.array([trial.widths.vector for trial in own])
-            columns = []
-            for objective in self.config.objectives:
-                if objective == "accuracy":
-                    estimated = shared.of_space(sampler.coordinates).posterior(vectors)
-                    columns.append(estimated.mean.tolist())
-                elif objective == "latency_ms":
-                    ms = self._predicted(name, vectors)[0].tolist()
-                    pairs = zip(own, ms, strict=True)
-                    columns.append([t.latency.median_ms if t.latency else x for t, x in pairs])
-                else:
-                    columns.append([self._value(trial, objective, -1) for trial in own])
-            rivals += list(zip(*columns, strict=True))
+            mean = shared.of_space(sampler.coordinates).posterior(vectors).mean.tolist()
+            ms = self._predicted(name, vectors)[0].tolist() if timed else [math.nan] * len(own)
+            for trial, accuracy, predicted_ms in zip(own, mean, ms, strict=True):
+                rivals.append(replace(self._observed(trial, predicted_ms), accuracy=accuracy))
         return rivals
 
     def _predicted(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
@@ -358,16 +350,18 @@ class Search:
             if trial.space == space and trial.state != TrialState.FAILED
         ]
 
-    def _observed(self, trial: Trial) -> Observation:
-        costs = [name for name in self.config.objectives if name != "accuracy"]
-        measured = trial.latency is not None or "latency_ms" not in costs
-        return Observation(
-            trial.widths.vector,
-            trial.accuracy,
-            tuple(self._value(trial, name, -1) for name in costs) if measured else (),
-            tuple(result.accuracy for result in trial.curve),
-            trial.state == TrialState.RUNNING,
+    def _observed(self, trial: Trial, predicted_ms: float = math.nan) -> Observation:
+        """A trial as the sampler and early stopping see it; a latency not measured is predicted."""
+        costs = (
+            predicted_ms
+            if name == "latency_ms" and trial.latency is None
+            else self._value(trial, name, -1)
+            for name in self.config.objectives
+            if name != "accuracy"
         )
+        curve = tuple(result.accuracy for result in trial.curve)
+        running = trial.state == TrialState.RUNNING
+        return Observation(trial.widths.vector, trial.accuracy, tuple(costs), curve, running)
 
     def _in_state(self, *states: TrialState) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.state in states]
