@@ -4,7 +4,7 @@
     python -m benchmarks.cost [--models resnet50,mobilenet_v2] [--candidates 8] [--vectors 1000000]
 
 Everything is timed in one process on one thread, and printed as the ratio to the time of one
-candidate in a batch of quadratic forms. Another table compares the counters' results on whole models.
+candidate in a batch of quadratic forms. Another table compares the counters on whole models.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from widthsearch import SearchSpace
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut (He et al. 2016, figure 2), with a projection if needed."""
+    """Two 3×3 convolutions and a shortcut (He et al. 2016, figure 2), if needed projected."""
 
     def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
         super().__init__()
