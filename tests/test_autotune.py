@@ -1,4 +1,4 @@
-"""Probes: they choose by time, clearly or not at all, and leave what they probe as it was."""
+"""Probes of the precision and of the number of trials at once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def convnet(seed: int = 0) -> nn.Module:
 
 
 class Timed:
-    """A training run whose epochs take as long as is said here, by precision."""
+    """A trainer whose epochs have given times, by precision."""
 
     seconds: dict[str, list[float]]
     finished = False
@@ -61,23 +61,23 @@ class Timed:
         assert len(task.train) == recipe.batch_size == 32
 
     def run_epoch(self) -> EpochResult:
-        """The next time; the last one for ever."""
+        """The next time; the last one repeats."""
         return EpochResult(1, 1.0, 1.0, self.times.pop(0) if len(self.times) > 1 else self.times[0])
 
 
 @pytest.mark.parametrize(
     ("bf16", "precision", "speedup"),
     [
-        ([5.0, 1.0], "bf16", 2.0),  # the first makes the kernels
+        ([5.0, 1.0], "bf16", 2.0),  # the first step creates the kernels
         ([5.0, 1.9], "fp32", 2 / 1.9),  # faster, but not clearly
         ([5.0, 20.0], "fp32", 0.1),
-        ([5.0, 1.0, 8.0, 1.0, 9.0, 1.0], "bf16", 2.0),  # slow steps are accidents
+        ([5.0, 1.0, 8.0, 1.0, 9.0, 1.0], "bf16", 2.0),  # the median ignores slow steps
     ],
 )
 def test_bf16_is_taken_where_it_is_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, bf16: list[float], precision: str, speedup: float
 ) -> None:
-    """By the median of five pairs, however short the time."""
+    """By the median of at least five pairs."""
     Timed.seconds = {"fp32": [2.0], "bf16": bf16}
     monkeypatch.setattr(autotune, "Trainer", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE, threads=1, seconds=0.0)
@@ -85,16 +85,16 @@ def test_bf16_is_taken_where_it_is_clearly_faster(
     assert (probe.device, probe.threads, probe.pairs) == ("cpu", 1, 5)
 
 
-def test_a_cpu_without_bf16_is_known_by_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes ten times as long there; one is enough."""
+def test_one_step_identifies_a_cpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step takes ten times as long."""
     Timed.seconds = {"fp32": [2.0], "bf16": [20.0, 0.1]}
     monkeypatch.setattr(autotune, "Trainer", Timed)
     probe = probe_precision(convnet(), load_task("digits"), RECIPE)
     assert (probe.precision, probe.speedup, probe.pairs) == ("fp32", 0.1, 0)
 
 
-def test_what_diverges_is_left_to_its_trials() -> None:
-    """A rate that no training survives decides nothing, and a network of NaNs is fp32's."""
+def test_divergence_is_left_to_the_trials() -> None:
+    """Probes ignore a learning rate that diverges, and choose fp32 for a network of NaNs."""
     task = load_task("digits")
     wild = replace(RECIPE, lr=1e8)
     assert probe_precision(convnet(), task, wild, seconds=0.05).pairs >= 5
@@ -107,8 +107,8 @@ def test_what_diverges_is_left_to_its_trials() -> None:
     assert probe.candidates_per_hour[1] > 0
 
 
-def test_a_probe_leaves_everything_as_it_was() -> None:
-    """The network, torch's generator and its threads; the answer is plain JSON."""
+def test_a_probe_changes_nothing() -> None:
+    """Neither the network nor torch's generator nor its threads; the result is plain JSON."""
     model = convnet()
     torch.manual_seed(5)
     before, state = torch.get_rng_state(), pickle.dumps(model.state_dict())
@@ -250,13 +250,13 @@ def test_a_process_ends_with_a_killed_parent(tmp_path: Path) -> None:
 
 
 def nn_model() -> nn.Module:
-    """Of torch's classes alone, so that another process can read it."""
+    """A model of torch's classes, which another process can unpickle."""
     return convnet()
 
 
 @pytest.mark.gpu
 def test_candidates_share_a_gpu() -> None:
-    """Two at once train; their number is what is reported."""
+    """One and two at once train."""
     space = SearchSpace.from_model(nn_model, (1, 8, 8))
     probe = probe_concurrency(
         pickle.dumps(space), load_task("digits"), RECIPE, device="cuda", numbers=(1, 2), seconds=1.0

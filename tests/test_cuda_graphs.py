@@ -1,7 +1,7 @@
-"""Captured steps: the same numbers as the plain loop, and eager, with the reason, where they fail.
+"""Captured steps: the numbers of the eager loop, and eager steps with a reason where they fail.
 
-Without a GPU a recorder stands in for CUDA graphs. It keeps a step's kernels with the tensors they
-read and write, as a graph does, and repeats them without any of the step's Python.
+Without a GPU, a recorder stands in for CUDA graphs. Like a graph, it records a step's kernels with
+the tensors that they read and write, and repeats them without the step's Python.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def convnet(seed: int = 0, middle: Callable[[], nn.Module] = nn.Identity) -> nn.
 
 
 def untimed(curve: tuple[EpochResult, ...]) -> list[EpochResult]:
-    """A curve without its times, and without how it was trained."""
+    """A curve without times and modes."""
     return [replace(result, seconds=0, mode="") for result in curve]
 
 
@@ -74,13 +74,13 @@ def weights(model: nn.Module) -> list[list[float]]:
 
 
 def storages(tree: Any) -> set[int]:
-    """Where the memory of a tree's tensors begins."""
+    """The memory addresses of a tree's tensors."""
     tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 class Recording(TorchDispatchMode):
-    """Kernels in the order they ran, each with the tensors that it read and wrote."""
+    """Records kernels in order, each with the tensors that it read and wrote."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Recording(TorchDispatchMode):
     def replay(self) -> None:
         """Run the kernels again, each result into the memory of the recorded one.
 
-        A capture runs nothing, but recording did: so the first time there is nothing to do.
+        A capture runs nothing, but a recording does, so the first replay does nothing.
         """
         self.replays += 1
         if self.replays == 1:
@@ -115,7 +115,7 @@ class Recording(TorchDispatchMode):
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
-    """The CPU has graphs, as it were; what has been captured."""
+    """Replaces CUDA graphs by recordings; returns the list of recordings."""
     made: list[Recording] = []
 
     def record(step: Callable[[], None], device: torch.device) -> tuple[Any, str | None]:
@@ -129,7 +129,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         return recording, None
 
     def host(model: nn.Module) -> dict[str, Any]:
-        """Without the CPU's generator, which is the stand-in device's own."""
+        """Without the CPU's generator, which plays the device's here."""
         return {k: v for k, v in state(model).items() if k != "torch's generator of the CPU"}
 
     state = capture._python_state
@@ -168,7 +168,7 @@ def test_a_captured_run_gives_the_numbers_of_the_plain_loop(
 
 
 def test_evaluation_is_captured_too(recordings: list[Recording]) -> None:
-    """Whole batches are replayed, and the images that are left over are counted."""
+    """Whole batches are replayed, and the remaining images are counted."""
     task = few()
     images = np.tile(task.validation.images, (20, 1, 1, 1))  # 7180: seven batches of 1024 and more
     labels = np.tile(task.validation.labels, 20)
@@ -181,8 +181,8 @@ def test_evaluation_is_captured_too(recordings: list[Recording]) -> None:
     ]
 
 
-def test_a_resumed_run_captures_anew(recordings: list[Recording], tmp_path: Path) -> None:
-    """Loaded into a run that has a graph already: the graph is dropped, the numbers hold."""
+def test_a_resumed_run_captures_again(recordings: list[Recording], tmp_path: Path) -> None:
+    """A checkpoint in a trainer with a graph drops the graph; the numbers are the same."""
     whole = Trainer(convnet(), few(), QUICK, seed=1)
     whole.run_epoch()
     whole.save(tmp_path)
@@ -197,8 +197,8 @@ def test_a_resumed_run_captures_anew(recordings: list[Recording], tmp_path: Path
     assert again.mode.endswith(", graph")
 
 
-def test_short_epochs_warm_up_together(recordings: list[Recording]) -> None:
-    """With two steps an epoch the fourth step, of the second epoch, is the first captured one."""
+def test_the_warm_up_spans_short_epochs(recordings: list[Recording]) -> None:
+    """With two steps per epoch, the fourth step, in the second epoch, is captured first."""
     recipe = replace(QUICK, batch_size=128)
     curves = [fit(convnet(), few(), replace(recipe, capture=on), seed=0) for on in (True, False)]
     assert untimed(curves[0]) == untimed(curves[1])
@@ -206,14 +206,14 @@ def test_short_epochs_warm_up_together(recordings: list[Recording]) -> None:
 
 
 def test_gradients_do_not_outlive_an_epoch() -> None:
-    """Else a network that was trained would keep its graph's memory."""
+    """Otherwise a trained network would keep its graph's memory."""
     model = convnet()
     fit(model, few(), replace(QUICK, epochs=1), seed=0)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_run_is_freed_with_its_last_reference(recordings: list[Recording]) -> None:
-    """No cycle keeps a graph, and the device's memory, until Python collects."""
+    """No reference cycle keeps a graph and the device's memory until a garbage collection."""
     run = Trainer(convnet(), few(), QUICK, seed=0)
     run.run_epoch()
     there = weakref.ref(run)
@@ -225,11 +225,11 @@ def test_a_run_is_freed_with_its_last_reference(recordings: list[Recording]) -> 
         gc.enable()
 
 
-# --- what cannot be captured ---
+# --- steps that cannot be captured ---
 
 
 class Halved(nn.Module):
-    """Halves what is large on average: control flow by data."""
+    """Halves inputs with a large mean: control flow by data."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
@@ -237,7 +237,7 @@ class Halved(nn.Module):
 
 
 class Drawn(nn.Module):
-    """Scales by a number drawn on the host."""
+    """Scales by a random number of the host."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
@@ -245,7 +245,7 @@ class Drawn(nn.Module):
 
 
 class Counted(nn.Module):
-    """Counts how often it is run."""
+    """Counts its runs."""
 
     calls = 0
 
@@ -256,7 +256,7 @@ class Counted(nn.Module):
 
 
 class Smoothed(nn.Module):
-    """Keeps an average in a new tensor each time: a graph would go on reading one of them."""
+    """Keeps an average in a new tensor at each run; a graph would always read the same one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,10 +277,10 @@ class Smoothed(nn.Module):
         (Counted, "each step changes 'calls' of module '3'"),
     ],
 )
-def test_what_cannot_be_captured_is_run_eagerly_and_says_why(
+def test_a_step_that_cannot_be_captured_runs_eagerly_with_a_reason(
     recordings: list[Recording], middle: type[nn.Module], reason: str
 ) -> None:
-    """What Python draws or counts would stand still: same numbers as without capture."""
+    """Random numbers and counts of Python would freeze; numbers are those without capture."""
     curves = []
     for on in (True, False):
         random.seed(0)
@@ -294,7 +294,7 @@ def test_what_cannot_be_captured_is_run_eagerly_and_says_why(
 
 
 def test_a_capture_that_fails_costs_no_step(recordings: list[Recording]) -> None:
-    """Tried once; the step that was to be captured is run eagerly, as all after it."""
+    """A capture is tried once; that step and all later ones run eagerly."""
     total = torch.zeros(())
 
     def step() -> None:
@@ -312,7 +312,7 @@ def test_a_capture_that_fails_costs_no_step(recordings: list[Recording]) -> None
 def test_a_step_that_waits_for_the_device_is_not_captured(
     recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch says where; capturing is not even tried."""
+    """torch reports the place; no capture is tried."""
     monkeypatch.setattr(capture, "device_waits", lambda: nullcontext(["net.py:7"]))
     run = Trainer(convnet(), few(), QUICK, seed=0)
     run.run_epoch()
@@ -320,8 +320,8 @@ def test_a_step_that_waits_for_the_device_is_not_captured(
     assert not recordings
 
 
-def test_hooks_that_come_between_epochs_end_a_graph(recordings: list[Recording]) -> None:
-    """A hook is Python: a graph would skip it."""
+def test_a_new_hook_ends_a_graph(recordings: list[Recording]) -> None:
+    """A graph would skip the hook's Python code."""
     model = convnet()
     run = Trainer(model, few(), QUICK, seed=0)
     run.run_epoch()
@@ -391,7 +391,7 @@ def test_a_graph_repeats_its_numbers(precision: Any) -> None:
 
 @pytest.mark.gpu
 def test_a_graph_gives_the_numbers_of_eager_steps() -> None:
-    """The kernels are the same ones, so a run that resumes with eager steps goes on exactly."""
+    """The kernels are the same, so a run can resume exactly with eager steps."""
     models = [convnet(), convnet()]
     curves = [
         fit(model, few(), replace(QUICK, capture=on), seed=3, device="cuda")
@@ -409,7 +409,7 @@ def test_a_graph_gives_the_numbers_of_eager_steps() -> None:
 def test_a_model_with_control_flow_by_data_trains_eagerly_on_cuda(
     middle: type[nn.Module], reason: str
 ) -> None:
-    """It says why, learns all the same, and the next model is captured as ever."""
+    """The mode has the reason, the model learns, and the next model is captured."""
     run = Trainer(convnet(middle=middle), few(), QUICK, seed=0, device="cuda")
     while not run.finished:
         run.run_epoch()
@@ -421,8 +421,8 @@ def test_a_model_with_control_flow_by_data_trains_eagerly_on_cuda(
 
 
 @pytest.mark.gpu
-def test_a_failed_capture_leaves_the_device_in_order() -> None:
-    """What fails only while it is captured: the reason is kept, dropout works, eager goes on."""
+def test_a_failed_capture_leaves_a_working_device() -> None:
+    """A step fails only in the capture: the mode has the reason, and eager dropout works."""
     device = torch.device("cuda", torch.cuda.current_device())
     dropout, x = nn.Dropout(0.5), torch.ones(1000, device=device)
     total = torch.zeros((), device=device)
@@ -436,10 +436,10 @@ def test_a_failed_capture_leaves_the_device_in_order() -> None:
     repeated.run(step, 10)
     assert repeated.mode.startswith("eager (capture failed: ")
     assert 10 * 1000 * 0.8 < total.item() < 10 * 1000 * 1.2
-    # A graph after that is as good as any.
+    # The next graph works.
     total.zero_()
     repeated = CudaGraphStep(dropout, device)
-    repeated.run(lambda: total.add_(dropout(x).sum()), 10)  # type: ignore[arg-type, return-value]
+    repeated.run(lambda: total.add_(dropout(x).sum()), 10)
     assert repeated.mode == "graph"
     assert 10 * 1000 * 0.8 < total.item() < 10 * 1000 * 1.2
 

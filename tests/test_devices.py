@@ -1,4 +1,4 @@
-"""How a network is run on a device: precision, randomness, threads, cuDNN."""
+"""Precision, memory formats, randomness, threads and cuDNN."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_precision_is_autocast() -> None:
-    """bf16 makes products bf16; fp32, and auto on a CPU, where no probe has decided, do not."""
+    """bf16 makes products bf16; fp32, and auto on a CPU without a probe, do not."""
     x = torch.ones(2, 2)
     for precision, dtype in (
         ("bf16", torch.bfloat16),
@@ -31,7 +31,7 @@ def test_precision_is_autocast() -> None:
 
 @pytest.mark.gpu
 def test_auto_is_bf16_where_the_gpu_has_it() -> None:
-    """In hardware: emulation is slower than fp32."""
+    """In hardware, because emulation is slower than fp32."""
     device = check_device("cuda")
     x = torch.ones(2, 2, device=device)
     with autocast(device, "auto"):
@@ -40,13 +40,13 @@ def test_auto_is_bf16_where_the_gpu_has_it() -> None:
 
 
 def test_memory_formats_have_names() -> None:
-    """As they are written down beside a measurement."""
+    """As in a measurement's record."""
     assert format_name(torch.channels_last) == "channels_last"
     assert format_name(torch.contiguous_format) == "contiguous"
 
 
-def test_an_epoch_has_randomness_of_its_own() -> None:
-    """By seed and epoch, for data and model apart; torch's generator is put back."""
+def test_seed_and_epoch_determine_random_numbers() -> None:
+    """Separately for data and model; torch's generator is restored."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
     drawn = set()
@@ -59,8 +59,8 @@ def test_an_epoch_has_randomness_of_its_own() -> None:
 
 
 @pytest.mark.gpu
-def test_an_epoch_leaves_the_generator_of_the_gpu_alone() -> None:
-    """Seeded inside, put back after."""
+def test_an_epoch_restores_the_generator_of_the_gpu() -> None:
+    """It is seeded during the epoch."""
     device = check_device("cuda")
     torch.cuda.manual_seed(3)
     before = torch.cuda.get_rng_state(device)
@@ -72,8 +72,8 @@ def test_an_epoch_leaves_the_generator_of_the_gpu_alone() -> None:
     assert torch.equal(torch.cuda.get_rng_state(device), before)
 
 
-def test_threads_and_cudnn_are_put_back() -> None:
-    """Even when what runs within fails."""
+def test_threads_and_cudnn_are_restored() -> None:
+    """Even after an error."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     with pytest.raises(ZeroDivisionError), fixed_threads(threads + 1), deterministic_cudnn():

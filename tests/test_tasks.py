@@ -109,7 +109,7 @@ def test_a_pair_of_datasets_becomes_a_task() -> None:
 
 
 def test_a_reference_names_a_pair_of_datasets(tmp_path: Path) -> None:
-    """``path/to/file.py:function`` is imported and called."""
+    """``path/to/file.py:function`` is imported and called; its faults are one line."""
     file = tmp_path / "mine.py"
     file.write_text(
         "import torch\n"
@@ -120,6 +120,8 @@ def test_a_reference_names_a_pair_of_datasets(tmp_path: Path) -> None:
         "    return half, half\n"
         "def single():\n"
         "    return 3\n"
+        "def exits():\n"
+        "    raise SystemExit(3)\n"
     )
     task = load_task(f"{file}:pair")
     assert task.input_shape == (3, 4, 4)
@@ -130,6 +132,8 @@ def test_a_reference_names_a_pair_of_datasets(tmp_path: Path) -> None:
         load_task(f"{file}:single")
     with pytest.raises(DataError, match="has no function 'pairs'; did you mean 'pair'"):
         load_task(f"{file}:pairs")
+    with pytest.raises(DataError, match="exits' failed: SystemExit: 3"):
+        load_task(f"{file}:exits")
 
 
 def test_classes_must_be_complete() -> None:

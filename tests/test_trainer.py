@@ -1,4 +1,4 @@
-"""The training loop: it learns, repeats itself, resumes exactly, and says what is wrong."""
+"""The trainer: learning, schedules, repeated and resumed trainings, checkpoints, errors."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def weights(model: nn.Module) -> list[list[float]]:
 
 
 def test_a_small_network_learns_digits() -> None:
-    """Six epochs take two convolutions above 95% on validation and above 93% on test."""
+    """Six epochs give two convolutions more than 95% on validation and 93% on test."""
     model = convnet()
     seen: list[EpochResult] = []
     curve = fit(model, digits(), replace(QUICK, epochs=6), seed=0, on_epoch=seen.append)
@@ -93,19 +93,19 @@ def test_a_small_network_learns_digits() -> None:
     ids=["one_cycle", "bf16", "plain"],
 )
 def test_every_recipe_learns(recipe: Recipe) -> None:
-    """One-cycle with label smoothing, bf16 on a CPU, and plain SGD all get above 85%."""
+    """One-cycle with label smoothing, bf16 on a CPU, and plain SGD all reach 85%."""
     assert fit(convnet(), digits(), recipe, seed=0)[-1].accuracy > 85
 
 
-def test_label_smoothing_raises_the_least_possible_loss() -> None:
-    """With labels smoothed by 0.5 over 10 classes the loss cannot fall below their entropy."""
+def test_label_smoothing_raises_the_minimum_of_the_loss() -> None:
+    """With labels smoothed by 0.5 over 10 classes, their entropy is a lower bound."""
     entropy = -(0.55 * math.log(0.55) + 9 * 0.05 * math.log(0.05))
     curve = fit(convnet(), few(), replace(QUICK, label_smoothing=0.5), seed=0)
     assert entropy < curve[-1].loss < math.log(10)
 
 
-def test_weight_decay_is_for_weights_alone() -> None:
-    """Two dimensions or more decay; biases and BatchNorm do not; frozen parameters are left out."""
+def test_only_weights_decay() -> None:
+    """Two dimensions or more decay, biases and BatchNorm do not; frozen parameters are ignored."""
     model = convnet()
     first = next(model.parameters())
     first.requires_grad_(False)
@@ -122,7 +122,7 @@ def test_weight_decay_is_for_weights_alone() -> None:
 
 
 def test_learning_rates_by_hand() -> None:
-    """Warm-up to the peak, then half a cosine or a line to zero, or none."""
+    """Warm-up to the peak, then half a cosine or a line to zero, or a constant."""
     cosine = Recipe(epochs=2, lr=1.0, warmup_epochs=0.5)
     rates = [cosine.learning_rate(step, 4) for step in range(8)]
     falls = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
@@ -146,11 +146,11 @@ def test_learning_rates_by_hand() -> None:
 def test_learning_rates_rise_to_the_peak_once_and_fall(
     epochs: int, steps: int, schedule: Any, share: float
 ) -> None:
-    """Positive, at most lr, lr exactly once or never missed, ascending before and falling after."""
+    """Positive, ascending up to lr, descending afterwards."""
     recipe = Recipe(epochs=epochs, lr=0.4, schedule=schedule, warmup_epochs=share * epochs)
     rates = [recipe.learning_rate(step, steps) for step in range(epochs * steps)]
     if round(share * epochs * steps) == epochs * steps:
-        return  # rounding left no step after the warm-up
+        return  # rounding leaves no step after the warm-up
     peak = rates.index(max(rates))
     assert min(rates) > 0
     assert rates[peak] == 0.4
@@ -161,8 +161,8 @@ def test_learning_rates_rise_to_the_peak_once_and_fall(
 # --- the same numbers ---
 
 
-def test_same_seed_same_numbers_and_nobody_else_is_disturbed() -> None:
-    """Curves and weights agree bit for bit; torch's own generator is left alone."""
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    """Curves and weights agree bit for bit; torch's generator is unchanged."""
     recipe = replace(QUICK, epochs=2)
     models = [convnet(dropout=0.2) for _ in range(3)]
     torch.manual_seed(7)
@@ -177,7 +177,7 @@ def test_same_seed_same_numbers_and_nobody_else_is_disturbed() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: Any) -> None:
-    """Stopped after two of four epochs and loaded into a new network: the same, bit for bit."""
+    """After two of four epochs the state is loaded into a new network: equal, bit for bit."""
     recipe = replace(QUICK, precision=precision)
     whole = convnet(dropout=0.2)
     curve = fit(whole, few(), recipe, seed=1)
@@ -185,7 +185,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: An
     run.run_epoch()
     run.run_epoch()
     run.save(tmp_path)
-    model = convnet(seed=99, dropout=0.2)  # whatever it was is overwritten
+    model = convnet(seed=99, dropout=0.2)  # the weights are overwritten
     resumed = Trainer(model, few(), recipe, seed=1)
     resumed.load(tmp_path)
     assert resumed.epoch == 2
@@ -198,7 +198,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: An
 
 @pytest.mark.gpu
 def test_cuda_repeats_and_resumes_exactly(tmp_path: Path) -> None:
-    """On CUDA too: same seed, same numbers, interrupted or not."""
+    """Same seed, same numbers on CUDA, interrupted or not."""
     whole, model = convnet(dropout=0.2), convnet(dropout=0.2)
     curve = fit(whole, few(), QUICK, seed=1, device="cuda")
     run = Trainer(convnet(dropout=0.2), few(), QUICK, seed=1, device="cuda")
@@ -213,8 +213,8 @@ def test_cuda_repeats_and_resumes_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "shown"), [("auto", "fp32"), ("bf16", "bf16")])
-def test_a_run_says_how_it_trains(precision: Any, shown: str) -> None:
-    """Precision, memory format, and that a CPU has no graphs."""
+def test_the_mode_names_precision_and_execution(precision: Any, shown: str) -> None:
+    """Precision, memory format, and eager steps on a CPU."""
     run = Trainer(convnet(), few(), replace(QUICK, precision=precision), seed=0)
     run.run_epoch()
     assert run.mode == run.curve[-1].mode == f"{shown}, channels_last, eager"
@@ -222,8 +222,8 @@ def test_a_run_says_how_it_trains(precision: Any, shown: str) -> None:
     assert viewing.mode == f"{shown}, contiguous, eager"
 
 
-def test_threads_are_set_while_training_alone() -> None:
-    """A run's own number of threads holds during an epoch, and is put back."""
+def test_threads_are_set_only_during_training() -> None:
+    """The number of threads applies during an epoch, and is restored."""
     seen: list[int] = []
     model = convnet()
     model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
@@ -247,7 +247,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def flip_a_bit(content: bytes) -> bytes:
-    """The same with one bit of the last tensor's bytes changed."""
+    """The content with one bit flipped in the middle."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
@@ -264,19 +264,19 @@ def flip_a_bit(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_checkpoint_is_refused(saved: Path, spoil: Any) -> None:
-    """Cut off, overwritten or with one bit flipped: refused, and the run is as it was."""
+    """Truncated, overwritten or with one bit flipped: refused, and the trainer is unchanged."""
     file = saved / CHECKPOINT
     file.write_bytes(spoil(file.read_bytes()))
     model = convnet()
     run = Trainer(model, few(), QUICK, seed=0)
-    with pytest.raises(CheckpointError, match=r"training\.ckpt is damaged; start the run anew"):
+    with pytest.raises(CheckpointError, match=r"training\.ckpt is damaged; restart the run"):
         run.load(saved)
     assert run.epoch == 0
     assert weights(model) == weights(convnet())
 
 
 def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
-    """The error names what differs, and both values."""
+    """The error names the difference and both values."""
     for run, message in (
         (Trainer(convnet(), few(), QUICK, seed=3), "run.seed=0 where this one has 3"),
         (
@@ -292,13 +292,13 @@ def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    """A folder without one is named."""
+    """The error has the system's reason."""
     with pytest.raises(CheckpointError, match="No such file"):
         Trainer(convnet(), few(), QUICK, seed=0).load(tmp_path / "none")
 
 
-def test_a_checkpoint_is_replaced_in_one_step(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If writing fails half-way, the last checkpoint is still there and whole."""
+def test_a_checkpoint_is_replaced_atomically(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a write fails, the previous checkpoint is intact."""
     run = Trainer(convnet(), few(), QUICK, seed=0)
     run.load(saved)
     run.run_epoch()
@@ -317,8 +317,8 @@ def test_a_checkpoint_is_replaced_in_one_step(saved: Path, monkeypatch: pytest.M
     assert [path.name for path in saved.iterdir()] == [CHECKPOINT]
 
 
-def test_a_checkpoint_says_what_it_is(saved: Path) -> None:
-    """Its first line is JSON that names the run."""
+def test_a_checkpoint_begins_with_its_identity(saved: Path) -> None:
+    """The first line is JSON."""
     with (saved / CHECKPOINT).open("rb") as file:
         header = json.loads(file.readline())
     assert header["format"] == 1
@@ -329,7 +329,7 @@ def test_a_checkpoint_says_what_it_is(saved: Path) -> None:
 # --- divergence ---
 
 
-def test_a_run_that_diverges_reports_nan_and_ends() -> None:
+def test_divergence_reports_nan_and_ends_the_training() -> None:
     """A loss that is not finite gives accuracy NaN, and no further epoch."""
     curve = fit(convnet(), few(), replace(QUICK, lr=1e30), seed=0)
     assert len(curve) == 1
@@ -338,7 +338,7 @@ def test_a_run_that_diverges_reports_nan_and_ends() -> None:
 
 
 def test_logits_that_are_not_finite_have_no_accuracy() -> None:
-    """argmax would take NaN for some class; the accuracy is NaN instead."""
+    """argmax would count NaN as a class; the accuracy is NaN instead."""
     model = convnet()
     assert math.isfinite(evaluate(model, few(), "validation"))
     with torch.no_grad():
@@ -350,7 +350,7 @@ def test_logits_that_are_not_finite_have_no_accuracy() -> None:
 
 
 class Constant(nn.Module):
-    """Always the same class; records the batches that it sees."""
+    """Predicts one class, and records its inputs."""
 
     def __init__(self, label: int, classes: int = 10) -> None:
         super().__init__()
@@ -367,14 +367,14 @@ class Constant(nn.Module):
 
 
 def test_evaluation_counts_every_image_once() -> None:
-    """A constant answer is right as often as its class comes; eval mode is left again."""
+    """A constant class is right as often as it occurs; the training mode is restored."""
     model = Constant(3)
     images = np.zeros((3000, 1, 16, 16), dtype=np.uint8)
     split = Split(images, np.arange(3000) % 7)
     task = replace(digits(), validation=split)
     blank = replace(task, train=split, test=split)
     assert evaluate(model, blank, "test") == pytest.approx(100 * (split.labels == 3).mean())
-    assert model.seen == 3000 + 2 * 2  # two blank images find out how to run it
+    assert model.seen == 3000 + 2 * 2  # two blank images, twice, to check the model
     assert model.modes == {(False, False), (False, True)}
     assert model.training
 
@@ -385,11 +385,11 @@ def test_a_search_has_no_test_split() -> None:
         evaluate(convnet(), digits().for_search(), "test")
 
 
-# --- what does not fit ---
+# --- errors ---
 
 
 def test_a_network_that_does_not_fit_the_task() -> None:
-    """Wrong channels or too few classes: one line with the task's name and the shape."""
+    """Wrong channels or too few classes: the error is one line with the task and the shape."""
     for model, message in (
         (nn.Conv2d(3, 8, 3), r"fails on those of 'digits', \(1, 8, 8\): .*expected input"),
         (Constant(0, classes=5), r"logits of shape \(N, 10\) .*it returns \(2, 5\); give its last"),
@@ -414,8 +414,8 @@ class Viewing(nn.Module):
         return self.fc(x.view(len(x), -1))
 
 
-def test_a_network_that_cannot_take_channels_last_trains_all_the_same() -> None:
-    """The memory format is chosen by trying; the mode of the network is left as it was."""
+def test_a_network_without_channels_last_trains() -> None:
+    """The memory format is chosen by trying; the network's mode is unchanged."""
     model = Viewing()
     blank = torch.zeros(1, 1, 8, 8)
     assert pick_memory_format(model, blank) is torch.contiguous_format
@@ -432,8 +432,8 @@ def test_a_batch_larger_than_the_training_split_is_refused() -> None:
     assert Trainer(convnet(), digits(), replace(QUICK, batch_size=1079), seed=0).epoch == 0
 
 
-def test_a_device_that_is_not_there() -> None:
-    """The error lists the devices that are."""
+def test_a_missing_device_is_refused() -> None:
+    """The error lists the existing devices."""
     assert check_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "cdua"):
         with pytest.raises(DeviceError, match=f"'{name}' does not; this machine has cpu"):

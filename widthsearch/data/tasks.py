@@ -95,7 +95,7 @@ def load_task(config: TaskConfig | str) -> Task:
     function = load_function(config.name, DataError)
     try:
         pair = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"task {config.name!r} failed: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error

@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole, of the right run, and hold no code.
+"""Checkpoint files, protected against damage, mix-ups and code execution.
 
-The first line is JSON: whose checkpoint it is, and the SHA-256 of the rest. The rest is torch's
-format and is loaded with ``weights_only=True``.
+The first line is JSON with the identity of the training and the SHA-256 of the rest. The rest is
+torch's format, loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,23 @@ from widthsearch.utils.files import write_atomically
 
 
 def write_checkpoint(path: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the last one stays until the new one is whole, on disk.
+    """Replace a checkpoint atomically.
 
     Args:
-        path: The file; its folder is made.
-        run: What the run is, as JSON values; whoever reads must name the same.
+        path: The file; its folder is created.
+        run: The identity of the training, as JSON values; :func:`read_checkpoint` requires the
+            same.
         state: Tensors and plain values.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "a.ckpt")
+        >>> write_checkpoint(path, {"seed": 0}, {"x": torch.ones(2)})
+        >>> read_checkpoint(path, {"seed": 0}, torch.device("cpu"))
+        {'x': tensor([1., 1.])}
+        >>> read_checkpoint(path, {"seed": 1}, torch.device("cpu"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        widthsearch.errors.CheckpointError: ... run.seed=0 where this one has 1; ...
     """
     content = io.BytesIO()
     torch.save(dict(state), content)
@@ -40,17 +51,16 @@ def write_checkpoint(path: Path, run: Mapping[str, Any], state: Mapping[str, Any
 
 
 def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The state in a file, its tensors on the device.
+    """Read a checkpoint's state, with its tensors on a device.
 
     Raises:
-        CheckpointError: It is not there, is damaged, or is of another run.
+        CheckpointError: The file is missing, damaged or of another training.
     """
     try:
         first, _, payload = path.read_bytes().partition(b"\n")
     except OSError as error:
         raise CheckpointError(
-            f"a checkpoint must be readable, but {path} is not ({error.strerror}); start the run "
-            "anew"
+            f"a checkpoint must be readable, but {path} is not ({error.strerror}); restart the run"
         ) from error
     try:
         header = json.loads(first)
@@ -59,13 +69,13 @@ def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) ->
         whole = False
     if not whole:
         raise CheckpointError(
-            f"a checkpoint must be as it was written, but {path} is damaged; start the run anew"
+            f"a checkpoint must be as it was written, but {path} is damaged; restart the run"
         )
     here = json.loads(json.dumps(run))
     if whose != here:
         raise CheckpointError(
             f"a checkpoint must be of the same run, but {path} has {_difference(whose, here)}; "
-            "start the run anew, or keep each run's checkpoints in a folder of its own"
+            "restart the run, or use another folder for each run's checkpoints"
         )
     state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     assert isinstance(state, dict)
@@ -73,7 +83,7 @@ def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) ->
 
 
 def _difference(there: Any, here: Any, place: str = "run") -> str:
-    """The first value that two JSON trees differ in."""
+    """The first difference of two JSON trees."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):

@@ -1,4 +1,4 @@
-"""Small tools that know nothing of networks' widths: devices, files, references to code.
+"""General tools: devices, files, references to functions, validation.
 
 May import: ``errors``, ``torch_internals``.
 """

@@ -1,4 +1,4 @@
-"""Files: written in one step, and the folder in which the package keeps its own."""
+"""Atomic writes, and the package's cache folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ VARIABLE = "WIDTHSEARCH_CACHE"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part of it.
+    """Replace a file atomically: a reader sees the old content or the new, never a part of it.
 
-    The temporary name is random: processes on several hosts may write to one shared folder.
+    The temporary name is random, because processes on several hosts may write to a shared folder.
 
     Args:
         path: The file; its folder is created.
         write: Writes the content to an open file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "new", "a.txt")
+        >>> write_atomically(path, lambda file: file.write(b"whole"))
+        >>> path.read_text()
+        'whole'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
@@ -35,9 +42,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def cache_folder(kind: str) -> Path | None:
-    """The folder for cached files of one kind, e.g. ``latency``; None without a cache.
+    """The folder for cached files of one kind, e.g. ``latency``; None if the cache is off.
 
-    ``$WIDTHSEARCH_CACHE``, else ``$XDG_CACHE_HOME/widthsearch``, else ``~/.cache/widthsearch``.
+    It is in ``$WIDTHSEARCH_CACHE``, else in ``$XDG_CACHE_HOME/widthsearch``, else in
+    ``~/.cache/widthsearch``.
     """
     given = os.environ.get(VARIABLE)
     if given is not None:

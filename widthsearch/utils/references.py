@@ -1,4 +1,4 @@
-"""References to functions by name, with one-line errors."""
+"""References to functions by name, such as ``module:function``, with one-line errors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from widthsearch.errors import SpaceError
 
 
 def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
-    """The function behind ``package.module:function`` or ``path/to/file.py:function``.
+    """Import the function of ``package.module:function`` or ``path/to/file.py:function``.
 
     Args:
-        reference: The text.
-        error: What is raised, with one line that says what is wrong and what to do.
+        reference: The reference.
+        error: The type of the error that is raised, with one line on the fault and the way out.
+
+    Example:
+        >>> load_function("math:sqrt")(9.0)
+        3.0
+        >>> load_function("math:squrt")
+        Traceback (most recent call last):
+        widthsearch.errors.SpaceError: 'math:squrt': math has no function 'squrt'; did you mean \
+'sqrt'?
     """
     where, _, name = reference.rpartition(":")
-    beside = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
-    for folder in (str(Path.cwd()), *beside):  # an installed command has neither on its path
+    parent = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
+    for folder in (str(Path.cwd()), *parent):  # an installed command has neither on its path
         if folder not in sys.path:
             sys.path.append(folder)
     if not where or not name:
