@@ -197,3 +197,60 @@ def test_several_spaces_share_a_study(store: Store) -> None:
     first, second = store.trials(both)
     assert (first.space, first.widths) == ("tiny", tiny.widths(4, 8))
     assert (second.space, dict(second.widths)) == ("other", {"second": 6})
+
+
+def sizes(file: Path) -> list[int]:
+    """The bytes of each stored attribute."""
+    with sqlite3.connect(file) as connection:
+        tables = ("study_user_attributes", "trial_user_attributes")
+        queries = " UNION ALL ".join(f"SELECT value_json FROM {table}" for table in tables)
+        found = [len(text.encode()) for (text,) in connection.execute(queries)]
+    connection.close()
+    return found
+
+
+def test_long_values_are_stored_in_parts(store: Store, url: str, tmp_path: Path) -> None:
+    """Of a study and of a trial: no column holds 60,000 bytes, where MySQL's holds 65,535."""
+    value = {'é"\\': ['"\n' * 40_000, list(range(20_000))]}
+    store.set_attribute("record", value)
+    trial = begin(store)
+    curve = tiny.curve(*[100 / epoch for epoch in range(1, 2001)])
+    store.record_curve(trial.number, curve[:1000])
+    store.record_curve(trial.number, curve)
+    store.fail(trial.number, "no " * 30_000)
+
+    anew = Store.open(url, "tiny")
+    assert anew.attribute("record") == value
+    (stored,) = anew.trials(SPACES)
+    assert (stored.curve, stored.error) == (curve, "no " * 30_000)
+    assert max(sizes(tmp_path / "study.db")) < 60_000
+    store.set_attribute("record", "short")
+    assert anew.attribute("record") == "short"
+
+
+def test_a_kill_between_parts_leaves_the_old_value(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a mixture: the head names the new parts once all of them are stored."""
+    old, new = ["old"] * 20_000, ["new"] * 20_000
+    store.set_attribute("record", ["first"] * 20_000)
+    store.set_attribute("record", old)
+    set_study_user_attr = optuna.storages.RDBStorage.set_study_user_attr
+    left = 0
+
+    def killed(self: object, *args: object) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        set_study_user_attr(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "set_study_user_attr", killed)
+    for writes in range(6):  # five parts and the head
+        left = writes
+        with pytest.raises(KeyboardInterrupt):
+            store.set_attribute("record", new)
+        assert store.attribute("record") == old
+    left = 6
+    store.set_attribute("record", new)
+    assert Store.open(url, "tiny").attribute("record") == new

@@ -17,11 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from widthsearch.errors import StudyError
-from widthsearch.study.config import StudyConfig
+from widthsearch.errors import StudyError, WidthsearchError
+from widthsearch.study.config import StudyConfig, read_yaml
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import AccuracyPosterior
-from widthsearch.study.storage import SpaceRecord, Store
+from widthsearch.study.storage import SchemaError, SpaceRecord, Store
 from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class Study:
         """A study by its name, its folder, or its YAML.
 
         Raises:
-            StudyError: There is none, or its configuration breaks a rule.
+            StudyError: There is none, its configuration breaks a rule, or it was run by another
+                version.
         """
         path = Path(reference)
         if path.suffix in (".yaml", ".yml"):
@@ -85,7 +86,7 @@ class Study:
             return cls(config, folder=Path(runs, config.name))
         for folder in (path, Path(runs) / path):
             if (folder / "study.yaml").is_file():
-                return cls(StudyConfig.from_yaml(folder / "study.yaml"), folder=folder)
+                return cls._run_before(folder)
         known = [file.parent.name for file in Path(runs).glob("*/study.yaml")]
         close = difflib.get_close_matches(str(reference), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "give a study's YAML, name or folder"
@@ -93,6 +94,21 @@ class Study:
             f"a study must be a YAML file or have a folder in {str(runs)!r}, but there is no "
             f"{str(reference)!r}; {hint}"
         )
+
+    @classmethod
+    def _run_before(cls, folder: Path) -> Study:
+        """The study of a folder, whose configuration another version may have written."""
+        try:
+            return cls(StudyConfig.from_yaml(folder / "study.yaml"), folder=folder)
+        except StudyError as error:
+            values = read_yaml(folder / "study.yaml")
+            try:
+                Store.open(_storage(folder, values.get("storage")), str(values.get("name")))
+            except SchemaError as cause:  # it explains the other one
+                raise cause from None
+            except WidthsearchError:
+                pass
+            raise error
 
     @cached_property
     def spaces(self) -> dict[str, SearchSpace]:
@@ -166,7 +182,7 @@ class Study:
     @property
     def storage(self) -> str:
         """The URL of the storage."""
-        return self.config.storage or f"sqlite:///{(self.folder / 'study.db').resolve()}"
+        return _storage(self.folder, self.config.storage)
 
     def run(
         self, on_progress: Callable[[Progress], None] | None = None, *, retry: bool = False
@@ -319,6 +335,10 @@ class Study:
         from widthsearch.study.driver import Driver
 
         return Driver(self.config, self.spaces, self.task, self.folder, self.storage, _pickled)
+
+
+def _storage(folder: Path, url: str | None) -> str:
+    return url or f"sqlite:///{(folder / 'study.db').resolve()}"
 
 
 def _pickled(space: SearchSpace, label: str) -> bytes:

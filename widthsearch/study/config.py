@@ -402,19 +402,7 @@ class StudyConfig(BaseModel):
         Raises:
             StudyError: It is not there, is not YAML, or breaks a rule: one line, with the place.
         """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-            raise StudyError(f"{path} is not safe YAML: {error.problem}{place}") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character, a date, depth
-            raise StudyError(f"{path} is not safe YAML: {str(error).splitlines()[0]}") from None
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
+        values = read_yaml(path)
         try:
             return cls(**values)
         except StudyError as error:
@@ -427,6 +415,28 @@ class StudyConfig(BaseModel):
     def to_yaml(self) -> str:
         """The same as YAML."""
         return yaml.safe_dump(self.to_json(), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a study file.
+
+    Raises:
+        StudyError: It is not there, or is no mapping in safe YAML.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise StudyError(f"{path} is not safe YAML: {error.problem}{place}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character, a date, depth
+        raise StudyError(f"{path} is not safe YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
+    return values
 
 
 _SECTIONS: dict[str, Any] = {

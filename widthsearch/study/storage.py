@@ -1,12 +1,14 @@
 """A study's storage: the one source of truth, in any Optuna database.
 
-A trial's parameters are its widths by axis name (``space/axis`` in a study of several spaces); its
-user attributes are its space, origin, seed, cost, latency, per-epoch curve and error. It is
-inserted *with* all its widths in one transaction, so a kill at any moment leaves whole trials:
-finished ones, and running ones to be taken up again under their own number. Curves never go in as
-intermediate values: under several objectives Optuna's samplers raise on them.
+The study's user attributes are its configuration, its spaces' records, the proposals, the results
+of probes, the driver's lock and the version of this schema. A trial's parameters are its widths by
+axis name (``space/axis`` in a study of several spaces); its user attributes are its space, origin,
+seed, cost, latency, per-epoch curve and error. It is inserted *with* all its widths in one
+transaction, so a kill at any moment leaves whole trials: finished ones, and running ones that the
+next driver continues under their own numbers. Curves are no intermediate values, because Optuna's
+samplers raise on those under several objectives.
 
-Only the driver opens the storage, and it holds a lease (``lease.py``).
+Only the driver writes, and it holds the lock of ``driver_lock.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -28,12 +31,16 @@ from widthsearch.bayesopt.optuna_sampler import directions, distributions
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
+from widthsearch.study import attributes
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
 
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
+
+SCHEMA = 2
+"""The version of what is stored. Version 1 is that of 0.1.0, which did not store it."""
 
 _STATES = {
     OptunaState.RUNNING: TrialState.RUNNING,
@@ -44,13 +51,18 @@ _STATES = {
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+
+class SchemaError(StudyError):
+    """A study of another version's schema."""
+
+
 Spaces = Mapping[str, Sequence[str]]
 """The axes of each space of a study, in order, by the space's name."""
 
 
 @dataclass(frozen=True, eq=False)
 class SpaceRecord:
-    """What a storage keeps of a space: enough to tell what its widths cost.
+    """A space in a storage: its axes and the costs that they determine.
 
     Attributes:
         name: The space's name.
@@ -93,7 +105,7 @@ class SpaceRecord:
 
 
 def _database_errors(method: Method) -> Method:
-    """Turn what the database raises into one line that a user can act on."""
+    """Turn the database's exceptions into errors of one line."""
 
     @functools.wraps(method)
     def wrapped(self: Store, *args: Any, **kwargs: Any) -> Any:
@@ -126,10 +138,10 @@ def _storage_error(url: str, error: Exception) -> StorageError:
 
 
 def _set_pragmas(connection: Any, _: object) -> None:
-    """Readers never block the driver, and a commit does not wait for the disk to turn.
+    """Let readers never block the driver, and commits not wait for the disk.
 
     With WAL, ``synchronous=NORMAL`` keeps the database whole through any kill of the process; only
-    a power cut may take back the last commits.
+    a power cut may undo the last commits.
     """
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
@@ -139,7 +151,7 @@ def _set_pragmas(connection: Any, _: object) -> None:
 
 
 def _open(url: str, *, make_tables: bool) -> BaseStorage:
-    # Optuna tells every new study on stderr, in the middle of the user's table.
+    # Optuna reports every new study on stderr, in the middle of the user's table.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=not make_tables)
@@ -164,6 +176,13 @@ class Store:
     Attributes:
         url: The storage, as any Optuna URL.
         name: The study's name in it.
+
+    Example:
+        >>> import tempfile
+        >>> url = f"sqlite:///{tempfile.mkdtemp()}/study.db"
+        >>> Store.create(url, "mine", ["accuracy", "macs"]).set_attribute("note", {"by": "me"})
+        >>> Store.open(url, "mine").attribute("note")
+        {'by': 'me'}
     """
 
     def __init__(self, url: str, name: str, storage: BaseStorage) -> None:
@@ -174,11 +193,11 @@ class Store:
 
     @classmethod
     def create(cls, url: str, name: str, objectives: Sequence[str]) -> Store:
-        """Open the study, made anew where it does not exist yet.
+        """Open the study; create it where it does not exist yet.
 
         Raises:
             StorageError: The storage cannot be opened.
-            StudyError: It has a stranger's study of that name.
+            StudyError: It has another program's study of that name, or one of another schema.
         """
         storage = _open(url, make_tables=True)
         study = optuna.create_study(
@@ -188,6 +207,7 @@ class Store:
             load_if_exists=True,
         )
         store = cls(url, name, storage)
+        store._check_schema()
         if store.attribute("spaces") is not None:
             return store
         if study.directions != directions(objectives):
@@ -199,6 +219,7 @@ class Store:
             # Marked experimental; it only labels what optuna-dashboard shows.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(objectives))
+        store.set_attribute("schema", SCHEMA)
         return store
 
     @classmethod
@@ -206,7 +227,7 @@ class Store:
         """Open a study that exists.
 
         Raises:
-            StudyError: There is no such study in the storage.
+            StudyError: There is no such study in the storage, or it is of another schema.
             StorageError: The storage cannot be opened.
         """
         missing = StudyError(f"study {name!r} has no trials yet: run it first")
@@ -215,23 +236,43 @@ class Store:
             if file and not Path(file).exists():  # opening would make an empty one
                 raise missing
         try:
-            return cls(url, name, _open(url, make_tables=False))
+            store = cls(url, name, _open(url, make_tables=False))
         except KeyError:
             raise missing from None
+        store._check_schema()
+        return store
+
+    def _check_schema(self) -> None:
+        version = self.attribute("schema")
+        if version is None and self.attribute("config") is not None:
+            raise SchemaError(
+                f"a study must be of this version's schema ({SCHEMA}), but {self.name!r} is of "
+                "widthsearch 0.1.0: read it with that version, or give the study another name"
+            )
+        if version is not None and version > SCHEMA:
+            raise SchemaError(
+                f"a study must be of this version's schema ({SCHEMA}) or an older one, but "
+                f"{self.name!r} has schema {version}: upgrade widthsearch"
+            )
 
     @_database_errors
     def attribute(self, key: str) -> Any:
-        """A JSON value that belongs to the whole study; None where it was never set."""
-        return self._storage.get_study_user_attrs(self._study).get(key)
+        """A JSON value of the study; None where it was never set."""
+        return attributes.read(key, self._storage.get_study_user_attrs(self._study))
 
     @_database_errors
     def set_attribute(self, key: str, value: Any) -> None:
-        """Store a JSON value that belongs to the whole study."""
-        self._storage.set_study_user_attr(self._study, key, value)
+        """Store a JSON value of the study, of any length; a kill leaves the old one or the new."""
+        attributes.write(
+            key,
+            value,
+            partial(self._storage.get_study_user_attrs, self._study),
+            partial(self._storage.set_study_user_attr, self._study),
+        )
 
     @_database_errors
     def forget(self, *beginnings: str) -> None:
-        """Unset the study's JSON values whose keys begin so."""
+        """Unset the study's values whose keys begin so."""
         for key in self._storage.get_study_user_attrs(self._study):
             if key.startswith(beginnings):
                 self._storage.set_study_user_attr(self._study, key, None)
@@ -283,13 +324,13 @@ class Store:
     @_database_errors
     def record_latency(self, number: int, latency: Latency) -> None:
         """Store a running trial's measured latency."""
-        self._storage.set_trial_user_attr(self._key(number), "latency", latency.to_json())
+        self._set_trial_attribute(self._key(number), "latency", latency.to_json())
 
     @_database_errors
     def record_curve(self, number: int, curve: Sequence[EpochResult]) -> None:
         """Store a running trial's curve so far."""
         rows = [asdict(result) for result in curve]
-        self._storage.set_trial_user_attr(self._key(number), "curve", rows)
+        self._set_trial_attribute(self._key(number), "curve", rows)
 
     @_database_errors
     def finish(self, number: int, values: Sequence[float]) -> None:
@@ -305,7 +346,7 @@ class Store:
     def fail(self, number: int, reason: str) -> None:
         """Close a trial that cannot be trained."""
         key = self._key(number)
-        self._storage.set_trial_user_attr(key, "error", reason)
+        self._set_trial_attribute(key, "error", reason)
         self._storage.set_trial_state_values(key, OptunaState.FAIL)
 
     @_database_errors
@@ -325,6 +366,14 @@ class Store:
         for frozen in self._frozen(OptunaState.RUNNING):
             if not _is_whole(frozen, spaces):
                 self._storage.set_trial_state_values(self._key(frozen.number), OptunaState.FAIL)
+
+    def _set_trial_attribute(self, trial: int, key: str, value: Any) -> None:
+        attributes.write(
+            key,
+            value,
+            lambda: self._storage.get_trial(trial).user_attrs,
+            partial(self._storage.set_trial_user_attr, trial),
+        )
 
     def _frozen(self, *states: OptunaState) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
@@ -347,20 +396,20 @@ def _is_whole(frozen: FrozenTrial, spaces: Spaces) -> bool:
 
 
 def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
-    attributes = frozen.user_attrs
-    latency = attributes.get("latency")
-    space = attributes["space"]
+    stored = frozen.user_attrs
+    latency = stored.get("latency")
+    space = stored["space"]
     names = tuple(spaces[space])
     keys = _parameters(space, names, len(spaces) == 1)
     return Trial(
         number=frozen.number,
         space=space,
         widths=Widths(names, tuple(frozen.params[key] for key in keys)),
-        origin=attributes["origin"],
-        seed=attributes["seed"],
-        cost=Cost(**attributes["cost"]),
+        origin=stored["origin"],
+        seed=stored["seed"],
+        cost=Cost(**stored["cost"]),
         latency=None if latency is None else Latency.from_json(latency),
-        curve=tuple(EpochResult(**row) for row in attributes.get("curve", [])),
+        curve=tuple(EpochResult(**row) for row in attributes.read("curve", stored) or ()),
         state=_STATES[frozen.state],
-        error=attributes.get("error"),
+        error=attributes.read("error", stored),
     )
