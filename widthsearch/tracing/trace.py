@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from widthsearch.modules.tree import join, tensors_of
 from widthsearch.tracing.polynomials import Poly, evaluate
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Trace:
         """The first tensor of a model with another name or shape than in this trace, if any."""
         x = self.variables(self.base)
         traced = {key: tuple(evaluate(n, x) for n in shape) for key, shape in self.shapes.items()}
+        from widthsearch.modules.tree import join, tensors_of  # here: plain values need no torch
+
         found = {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(model)}
         for key in (*traced, *found):
             if traced.get(key) != found.get(key):
