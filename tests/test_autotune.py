@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from digits import convnet, digits
 from torch import nn
 
-from widthsearch.data.tasks import load_task
 from widthsearch.errors import DeviceError
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training import autotune
@@ -29,22 +29,6 @@ from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import fit
 
 RECIPE = Recipe(epochs=6, batch_size=32, lr=0.1)
-
-
-def convnet(seed: int = 0) -> nn.Module:
-    """Two convolutions with BatchNorm and a linear layer."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(512, 10),
-        )
 
 
 # --- precision ---
@@ -80,7 +64,7 @@ def test_bf16_is_taken_where_it_is_clearly_faster(
     """By the median of at least five pairs."""
     Timed.seconds = {"fp32": [2.0], "bf16": bf16}
     monkeypatch.setattr(autotune, "Trainer", Timed)
-    probe = probe_precision(convnet(), load_task("digits"), RECIPE, threads=1, seconds=0.0)
+    probe = probe_precision(convnet(), digits(), RECIPE, threads=1, seconds=0.0)
     assert (probe.precision, probe.speedup) == (precision, pytest.approx(speedup))
     assert (probe.device, probe.threads, probe.pairs) == ("cpu", 1, 5)
 
@@ -89,20 +73,21 @@ def test_one_step_identifies_a_cpu_without_bf16(monkeypatch: pytest.MonkeyPatch)
     """The step takes ten times as long."""
     Timed.seconds = {"fp32": [2.0], "bf16": [20.0, 0.1]}
     monkeypatch.setattr(autotune, "Trainer", Timed)
-    probe = probe_precision(convnet(), load_task("digits"), RECIPE)
+    probe = probe_precision(convnet(), digits(), RECIPE)
     assert (probe.precision, probe.speedup, probe.pairs) == ("fp32", 0.1, 0)
 
 
 def test_divergence_is_left_to_the_trials() -> None:
     """Probes ignore a learning rate that diverges, and choose fp32 for a network of NaNs."""
-    task = load_task("digits")
+    task = digits()
     wild = replace(RECIPE, lr=1e8)
-    assert probe_precision(convnet(), task, wild, seconds=0.05).pairs >= 5
+    found = probe_precision(convnet(), task, wild, seconds=0.05)
+    assert found.pairs >= 5 or found.speedup < 1 / 3  # a slow first step ends the probe
     broken = convnet()
     with torch.no_grad():
         next(iter(broken.parameters())).fill_(math.nan)
     assert probe_precision(broken, task, RECIPE).pairs == 0
-    space = SearchSpace.from_model(nn_model, (1, 8, 8))
+    space = SearchSpace.from_model(convnet, (1, 8, 8))
     probe = probe_concurrency(pickle.dumps(space), task, wild, numbers=(1,), seconds=0.1)
     assert probe.candidates_per_hour[1] > 0
 
@@ -112,7 +97,7 @@ def test_a_probe_changes_nothing() -> None:
     model = convnet()
     torch.manual_seed(5)
     before, state = torch.get_rng_state(), pickle.dumps(model.state_dict())
-    probe = probe_precision(model, load_task("digits"), RECIPE, threads=2, seconds=0.1)
+    probe = probe_precision(model, digits(), RECIPE, threads=2, seconds=0.1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == 1
     assert pickle.dumps(model.state_dict()) == state
@@ -125,7 +110,7 @@ def test_a_probe_changes_nothing() -> None:
 @pytest.mark.slow
 def test_bf16_is_as_accurate_as_fp32() -> None:
     """Over six seeds the mean accuracies are within three standard errors of each other."""
-    task = load_task("digits")
+    task = digits()
     final = {
         precision: [
             fit(convnet(seed), task, replace(RECIPE, precision=precision), seed=seed)[-1].accuracy
@@ -186,7 +171,7 @@ def test_the_best_number_at_once(
     """The most candidates per hour, with as few processes as come close; memory is a limit."""
     Counted.rates = rates
     monkeypatch.setattr(autotune, "_process", Counted)
-    probe = probe_concurrency(b"", load_task("digits"), RECIPE, numbers=(1, 2, 4))
+    probe = probe_concurrency(b"", digits(), RECIPE, numbers=(1, 2, 4))
     assert probe.candidates_per_hour == pytest.approx(tried)
     assert probe.best == best
     assert probe.limit is None if limit is None else limit in (probe.limit or "")
@@ -196,21 +181,19 @@ def test_the_best_number_at_once(
 
 def test_candidates_are_counted_in_processes_of_their_own() -> None:
     """One process trains digits for a moment; another one cannot unpickle its space."""
-    space = SearchSpace.from_model(nn_model, (1, 8, 8))
-    probe = probe_concurrency(
-        pickle.dumps(space), load_task("digits"), RECIPE, numbers=(1,), seconds=0.1
-    )
+    space = SearchSpace.from_model(convnet, (1, 8, 8))
+    probe = probe_concurrency(pickle.dumps(space), digits(), RECIPE, numbers=(1,), seconds=0.1)
     assert isinstance(probe, ConcurrencyProbe)
     assert probe.candidates_per_hour[1] > 0
     with pytest.raises(DeviceError, match="cannot: 1 at once: UnpicklingError"):
-        probe_concurrency(b"nothing", load_task("digits"), RECIPE, numbers=(1,))
+        probe_concurrency(b"nothing", digits(), RECIPE, numbers=(1,))
 
 
 def test_a_process_that_dies_ends_the_probe() -> None:
     """For example killed for its memory: the error is one line."""
     killed = pickle.dumps(Killed())
     with pytest.raises(DeviceError, match="cannot: 1 at once: A process in the process pool was"):
-        probe_concurrency(killed, load_task("digits"), RECIPE, numbers=(1,))
+        probe_concurrency(killed, digits(), RECIPE, numbers=(1,))
 
 
 class Killed:
@@ -249,17 +232,12 @@ def test_a_process_ends_with_a_killed_parent(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
-def nn_model() -> nn.Module:
-    """A model of torch's classes, which another process can unpickle."""
-    return convnet()
-
-
 @pytest.mark.gpu
 def test_candidates_share_a_gpu() -> None:
     """One and two at once train."""
-    space = SearchSpace.from_model(nn_model, (1, 8, 8))
+    space = SearchSpace.from_model(convnet, (1, 8, 8))
     probe = probe_concurrency(
-        pickle.dumps(space), load_task("digits"), RECIPE, device="cuda", numbers=(1, 2), seconds=1.0
+        pickle.dumps(space), digits(), RECIPE, device="cuda", numbers=(1, 2), seconds=1.0
     )
     assert list(probe.candidates_per_hour) == [1, 2]
     assert probe.best in (1, 2)

@@ -18,16 +18,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import digits
 import numpy as np
 import pytest
 import torch
+from digits import untimed, weights
 from torch import Tensor, nn
 
-from widthsearch.data.tasks import Task, load_task
+from widthsearch.data.tasks import Task
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.training import cuda_graphs as capture
 from widthsearch.training.cuda_graphs import WARMUP_STEPS, CudaGraphStep, find_hooks
-from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer, fit
 
 QUICK = Recipe(epochs=3, batch_size=32, lr=0.1)
@@ -36,38 +38,13 @@ QUICK = Recipe(epochs=3, batch_size=32, lr=0.1)
 @cache
 def few() -> Task:
     """A quarter of the digits' training images, with every augmentation: 8 steps an epoch."""
-    task = load_task("digits")
-    augmentation = replace(task.augmentation, flip=True, cutout=2)
-    train = task.train.subset(np.arange(0, len(task.train), 4))
-    return replace(task, train=train, augmentation=augmentation)
+    augmentation = replace(digits.few().augmentation, flip=True, cutout=2)
+    return replace(digits.few(), augmentation=augmentation)
 
 
 def convnet(seed: int = 0, middle: Callable[[], nn.Module] = nn.Identity) -> nn.Module:
-    """Two convolutions with BatchNorm, something between them, dropout, and a linear layer."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            middle(),
-            nn.Conv2d(8, 16, 3, stride=2, padding=1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Dropout(0.2),
-            nn.Linear(256, 10),
-        )
-
-
-def untimed(curve: tuple[EpochResult, ...]) -> list[EpochResult]:
-    """A curve without times and modes."""
-    return [replace(result, seconds=0, mode="") for result in curve]
-
-
-def weights(model: nn.Module) -> list[list[float]]:
-    """Every parameter and buffer, exactly."""
-    return [tensor.flatten().tolist() for tensor in model.state_dict().values()]
+    """A narrow network with dropout."""
+    return digits.convnet(seed, width=8, dropout=0.2, middle=middle)
 
 
 # --- a stand-in for CUDA graphs ---
@@ -361,7 +338,7 @@ def test_every_kind_of_hook_is_found() -> None:
 @pytest.mark.gpu
 def test_a_graph_trains_as_the_eager_loop_does() -> None:
     """Over five seeds the mean accuracies are within three standard errors of each other."""
-    task, recipe = load_task("digits"), replace(QUICK, epochs=8)
+    task, recipe = digits.digits(), replace(QUICK, epochs=8)
     final: dict[bool, list[float]] = {True: [], False: []}
     for on, accuracies in final.items():
         for seed in range(5):

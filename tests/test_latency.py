@@ -446,34 +446,3 @@ def test_a_missing_device_is_refused() -> None:
     """The error lists the existing devices."""
     with pytest.raises(DeviceError, match="'cuda:99' does not; this machine has cpu"):
         LatencyMeter(convnet(8), SHAPE, LatencyConfig(device="cuda:99"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 0}, "latency.batch_size must be greater than or equal to 1, but was 0"),
-        ({"threads": 0}, "latency.threads must be greater than or equal to 1, but was 0"),
-        ({"pairs": 3}, "latency.pairs must be greater than or equal to 4, but was 3"),
-        (
-            {"backend": "onnx"},
-            "latency.backend must be 'eager', 'graph', 'compile' or 'onnxruntime', but was 'onnx'",
-        ),
-        (
-            {"backend": "graph"},
-            "latency: backend 'graph' needs a CUDA device, but device is 'cpu'; set the backend to",
-        ),
-        (
-            {"backend": "onnxruntime", "device": "cuda"},
-            "'onnxruntime' needs device 'cpu' and dtype 'float32', but they are 'cuda' and 'float",
-        ),
-        (
-            {"backend": "onnxruntime", "dtype": "bfloat16"},
-            "'onnxruntime' needs device 'cpu' and dtype 'float32', but they are 'cpu' and 'bfloat",
-        ),
-        ({"dtype": "int8"}, "latency.dtype must be 'float32' or 'bfloat16', but was 'int8'"),
-    ],
-)
-def test_an_invalid_configuration_is_refused(change: dict[str, object], message: str) -> None:
-    """The message names the place, the rule and the value."""
-    with pytest.raises(StudyError, match=message):
-        LatencyConfig(**change)  # type: ignore[arg-type]

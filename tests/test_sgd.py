@@ -53,9 +53,9 @@ def test_steps_are_those_of_a_literal_loop() -> None:
     )
     losses: list[float] = []
     while len(losses) < len(RATES):
-        for images, labels in loader.batches(augment=True, generator=generator):
-            if len(losses) == len(RATES):
-                break
+        drawn = loader.draws(generator)[:, : loader.steps * loader.batch_size]
+        for columns in drawn.split(loader.batch_size, dim=1)[: len(RATES) - len(losses)]:
+            images, labels = loader.augmented(columns)
             for group in optimizer.param_groups:
                 group["lr"] = RATES[len(losses)]
             loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from digits import convnet, digits, few, untimed, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import Task, load_task
 from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.sgd import parameter_groups
@@ -25,46 +24,6 @@ from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate, fit
 from widthsearch.utils.devices import check_device, fixed_threads, pick_memory_format
 
 QUICK = Recipe(epochs=4, batch_size=32, lr=0.1)
-
-
-@cache
-def digits() -> Task:
-    """The digits."""
-    return load_task("digits")
-
-
-@cache
-def few() -> Task:
-    """A quarter of the digits' training images, for tests of anything but accuracy."""
-    train = digits().train
-    return replace(digits(), train=train.subset(np.arange(0, len(train), 4)))
-
-
-def convnet(seed: int = 0, width: int = 16, dropout: float = 0.0) -> nn.Module:
-    """Two convolutions with BatchNorm, optional dropout, and a linear layer."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(2 * width * 16, 10),
-        )
-
-
-def untimed(curve: tuple[EpochResult, ...]) -> list[EpochResult]:
-    """A curve without its times."""
-    return [replace(result, seconds=0) for result in curve]
-
-
-def weights(model: nn.Module) -> list[list[float]]:
-    """Every parameter and buffer, exactly."""
-    return [tensor.flatten().tolist() for tensor in model.state_dict().values()]
 
 
 # --- learning ---
@@ -438,36 +397,6 @@ def test_a_missing_device_is_refused() -> None:
     for name in ("cuda:99", "cdua"):
         with pytest.raises(DeviceError, match=f"'{name}' does not; this machine has cpu"):
             Trainer(convnet(), few(), QUICK, seed=0, device=name)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epochs": 0}, "recipe.epochs must be greater than or equal to 1, but was 0"),
-        ({"batch_size": 1}, "recipe.batch_size must be greater than or equal to 2, but was 1"),
-        ({"lr": -0.1}, "recipe.lr must be greater than 0, but was -0.1"),
-        ({"lr": math.nan}, "recipe.lr must be a finite number, but was nan"),
-        (
-            {"momentum": 0.0},
-            "recipe: momentum must be greater than 0 with nesterov, but was 0; set",
-        ),
-        ({"momentum": 1.0}, "recipe.momentum must be less than 1, but was 1.0"),
-        ({"weight_decay": -1.0}, "recipe.weight_decay must be .*, but was -1.0"),
-        ({"schedule": "step"}, "recipe.schedule must be 'cosine', .*, but was 'step'"),
-        (
-            {"epochs": 3, "warmup_epochs": 3},
-            "recipe: warmup_epochs must be less than epochs, but they are 3 and 3",
-        ),
-        ({"warmup_epochs": -1}, "recipe.warmup_epochs must be .*, but was -1"),
-        ({"label_smoothing": 1.0}, "recipe.label_smoothing must be less than 1, but was 1.0"),
-        ({"precision": "fp16"}, "recipe.precision must be 'auto', 'fp32' or 'bf16', but was 'fp16"),
-        ({"epoch": 3}, "unknown key 'recipe.epoch'; did you mean 'epochs'"),
-    ],
-)
-def test_an_invalid_recipe_is_refused(change: dict[str, Any], message: str) -> None:
-    """The message names the place, the rule and the value."""
-    with pytest.raises(StudyError, match=message):
-        Recipe(**change)
 
 
 def test_an_integer_learning_rate_trains_like_a_float() -> None:

@@ -71,33 +71,14 @@ class DeviceLoader:
         """The number of whole batches."""
         return len(self._labels) // self.batch_size
 
-    def batches(
-        self,
-        *,
-        augment: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of batches: normalised images float32 (N, C, H, W) and labels int64 (N,).
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order: normalised float32 (N, C, H, W), with labels int64 (N,).
 
-        Without a generator: every image once, in order; the last batch may be smaller. With a
-        generator: shuffled whole batches only, because BatchNorm cannot learn from one image; the
-        skipped images differ from epoch to epoch.
-
-        Args:
-            augment: Whether to augment; needs a generator.
-            generator: A generator on the CPU, whatever the device.
+        The last batch may be smaller.
         """
-        if generator is None:
-            assert not augment, "augmenting needs a generator"
-            for start in range(0, len(self), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                yield self._normalised(self._images[part]), self._labels[part]
-            return
-        # All draws of the epoch at once: one transfer per epoch, and the same draws on any device.
-        draws = self.draws(generator).to(self._images.device)
-        for start in range(0, self.steps * self.batch_size, self.batch_size):
-            batch = draws[:, start : start + self.batch_size]
-            yield self.augmented(batch) if augment else self.plain(batch[0])
+        for start in range(0, len(self), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self._normalised(self._images[part]), self._labels[part]
 
     def draws(self, generator: torch.Generator, epoch: int | None = None) -> Tensor:
         """Draw an epoch's order of images and their augmentation, on the CPU.
@@ -131,11 +112,15 @@ class DeviceLoader:
         return torch.stack(draws)
 
     def plain(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch of the images with indices int64 (N,), not augmented."""
+        """The batch of the images with indices int64 (N,), as in :meth:`batches`."""
         return self._normalised(self._images[chosen]), self._labels[chosen]
 
     def augmented(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch of augmented images, of columns of :meth:`draws`, int64 (6, N), on the device."""
+        """A batch of augmented images, of columns of :meth:`draws`, int64 (6, N), on the device.
+
+        A training uses whole batches only, because BatchNorm cannot learn from one image; the order
+        of each epoch decides which images it skips.
+        """
         chosen, down, right, mirrored, *centre = draws
         rows_NH = self._rows[down] + (chosen * self._images[0].numel())[:, None]  # noqa: N806
         columns_NW = self._columns[right]  # noqa: N806

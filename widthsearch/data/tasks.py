@@ -153,12 +153,9 @@ def _task(
             f"test must have no other classes than train, but task {name!r} has label {most} in "
             f"test and {classes} classes in train"
         )
-    if config.crop_padding is not None:
-        augmentation = replace(augmentation, crop_padding=config.crop_padding)
-    if config.flip is not None:
-        augmentation = replace(augmentation, flip=config.flip)
-    if config.cutout is not None:
-        augmentation = replace(augmentation, cutout=config.cutout)
+    chosen = {key: getattr(config, key) for key in ("crop_padding", "flip", "cutout")}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    augmentation = replace(augmentation, **chosen)
     if augmentation.crop_padding >= min(shape[1:]):
         raise DataError(
             "`crop_padding` must be less than the image's side, but task "
