@@ -19,16 +19,18 @@ from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import WidthsError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
-from widthsearch.proposers.filter_groups.branched_space import (
+from widthsearch.proposers.filter_groups.architecture import (
     Branch,
     BranchedArchitecture,
-    BranchedConv2d,
     branchable,
-    branched,
+)
+from widthsearch.proposers.filter_groups.branched_layers import (
+    BranchedConv2d,
     deploy,
     with_branches,
     without_branches,
 )
+from widthsearch.proposers.filter_groups.branched_space import branched
 from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.search_space import SearchSpace
@@ -282,15 +284,14 @@ def test_branches_are_initialised_like_their_layer() -> None:
 
 
 def test_a_branched_network_trains_and_comes_back_from_json(tmp_path: Path) -> None:
-    """From scratch by the one training loop; architecture and weights from plain files."""
+    """From scratch by the one training loop; the architecture and the weights are read again."""
     space, architecture = residual()
     narrow = branched(space, architecture)
     net = narrow.build(narrow.base, seed=0)
     curve = fit(net, small_task(), Recipe(epochs=3, batch_size=50, lr=0.05), seed=0)
     assert curve[-1].loss < curve[0].loss
-    architecture.save(tmp_path / "branches.json")
     torch.save(net.state_dict(), tmp_path / "weights.pt")
-    read = BranchedArchitecture.load(tmp_path / "branches.json", space)
+    read = BranchedArchitecture.from_json(json.loads(json.dumps(architecture.to_json())), space)
     assert read == architecture
     again = branched(space, read)
     loaded = again.build(again.base, initialise=False)
@@ -364,16 +365,17 @@ def changed(path: list[Any], value: Any) -> Any:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "must hold a mapping `widths`, but has None"),
-        (changed(["layers"], [1]), r"must hold a mapping `layers`, but has \[1\]"),
+        ([], "architecture must be a mapping of keys to values"),
+        ({"widths": {}}, "key 'architecture.layers' is missing"),
+        (changed(["layers"], [1]), "architecture.layers must be a mapping of keys to values"),
         (changed(["widths", "conv3"], 4), "`widths` must name the 2 axes .* but 'conv3' is in one"),
-        (changed(["widths", "stem"], 1.5), "axis 'stem' takes multiples of 1 .* has 1.5"),
-        (changed(["widths", "stem"], 0), "axis 'stem' takes multiples of 1 .* has 0"),
-        (changed(["layers", "conv1"], []), r"layer 'conv1' must list its branches, but has \[\]"),
-        (changed(["layers", "conv1", 0], 3), "`filters` of branch 0 of layer 'conv1' must list"),
+        (changed(["widths", "stem"], 1.5), "widths.stem must be a whole number, but was 1.5"),
+        (changed(["widths", "stem"], 0), "widths.stem must be greater than .* 1, but was 0"),
+        (changed(["layers", "conv1"], []), "layers.conv1 must have at least 1 item"),
+        (changed(["layers", "conv1", 0], 3), "layers.conv1.0 must be a mapping"),
         (
-            changed(["layers", "conv1", 1, "inputs"], [True]),
-            "`inputs` of branch 1 of layer 'conv1' must list whole numbers",
+            changed(["layers", "conv1", 1, "inputs"], ["a"]),
+            "layers.conv1.1.inputs.0 must be a whole number, but was 'a'",
         ),
         (
             changed(["layers", "conv1", 1, "inputs"], [2, 1]),
@@ -395,7 +397,7 @@ def changed(path: list[Any], value: Any) -> Any:
             changed(["layers", "conv1", 1, "filters"], [1, 2]),
             "one branch makes a channel, but two of layer 'conv1' make 2",
         ),
-        (changed(["layers", "fc"], [{}]), "`filters` of branch 0 of layer 'fc' must list"),
+        (changed(["layers", "fc"], [{}]), "key 'architecture.layers.fc.0.filters' is missing"),
         (
             changed(["layers", "fc"], [{"filters": [0], "inputs": [0]}]),
             "must be an ungrouped Conv2d that runs, but 'fc' is Linear",
@@ -406,23 +408,19 @@ def changed(path: list[Any], value: Any) -> Any:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(content: Any, message: str, tmp_path: Path) -> None:
-    """In one line that names the culprit, from a value and from a file."""
+def test_an_architecture_that_does_not_fit_is_refused(content: Any, message: str) -> None:
+    """In one line that names the culprit."""
     space, _ = residual()
     with pytest.raises(WidthsError, match=message) as caught:
         BranchedArchitecture.from_json(content, space)
     assert "\n" not in str(caught.value)
-    path = tmp_path / "branches.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(WidthsError, match=r"branches\.json"):
-        BranchedArchitecture.load(path, space)
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    """Missing, or not JSON."""
-    space, _ = residual()
-    with pytest.raises(WidthsError, match="cannot be read: No such file"):
-        BranchedArchitecture.load(tmp_path / "none.json", space)
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(WidthsError, match="cannot be read: it is not JSON"):
-        BranchedArchitecture.load(tmp_path / "bad.json", space)
+def test_widths_are_multiples_of_their_groups() -> None:
+    """A width of an axis with four groups is refused if it is no multiple of four."""
+    space = space_of("Grouped")
+    content = BranchedArchitecture(space.base, {}).to_json()
+    assert BranchedArchitecture.from_json(content, space).widths == space.base
+    content["widths"]["stem"] = 14
+    with pytest.raises(WidthsError, match="axis 'stem' takes multiples of 4, but `widths` has 14"):
+        BranchedArchitecture.from_json(content, space)

@@ -5,6 +5,7 @@ Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbol
 - ``_ConvNd``, ``_NormBase``, ``_BatchNorm``: the common bases of torch's convolutions and norms.
 - ``_WeightNorm``, ``_SpectralNorm``: parametrisations whose formulas the package knows.
 - ``TorchDispatchMode``: sees every operator below autograd; ``_pytree``: walks its arguments.
+- ``_foreach_copy_``: copies a list of tensors in few kernels.
 - ``enable_python_dispatcher``: lets symbolic sizes reach composite operators undecomposed.
 - ``_parameters``, ``_buffers``, ``_modules`` and the hooks of a module: the public iterators hide
   None, non-persistent buffers or shared tensors.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import _foreach_copy_ as foreach_copy_
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch.nn.modules import module as every_module
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -45,6 +47,7 @@ __all__ = [
     "children_of",
     "enable_python_dispatcher",
     "end_allocation_to_pool",
+    "foreach_copy_",
     "forward_pre_hooks_of",
     "has_global_hooks",
     "has_hooks",

@@ -37,15 +37,15 @@ from widthsearch.latency.folding import fold_batchnorm
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
-from widthsearch.proposers.filter_groups.branched_space import (
-    Branch,
-    BranchedArchitecture,
-    branched,
+from widthsearch.proposers.filter_groups.architecture import Branch, BranchedArchitecture
+from widthsearch.proposers.filter_groups.branched_layers import (
     deploy,
     with_branches,
     without_branches,
 )
-from widthsearch.proposers.filter_groups.proposer import FilterGroups, GroupPruning
+from widthsearch.proposers.filter_groups.branched_space import branched
+from widthsearch.proposers.filter_groups.proposer import FilterGroups
+from widthsearch.proposers.filter_groups.pruning import GroupPruning
 from widthsearch.space.constraints import Constraints
 from widthsearch.utils.devices import fixed_threads
 from widthsearch.widths import Widths

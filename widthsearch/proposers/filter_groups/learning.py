@@ -1,17 +1,34 @@
-"""Differentiable group learning: which filters of a convolution read the same channels.
+"""Differentiable group learning: dynamic structure pruning, Park et al. 2023, arXiv 2303.09736.
 
-Dynamic structure pruning, Park et al. 2023, arXiv 2303.09736. The filters of a layer are assigned
-to G groups by logits α (G × C_out), drawn as ``p = softmax(α/τ + Gumbel noise)``. Groups are never
-in the forward pass; they shape a group lasso,
-``R = Σ_g s(p_g) Σ_c ℓ_gc``, ``ℓ_gc = sqrt(Σ_{f,k} (p_gf W_fck)²)``, ``s(p) = (Σ_f √p_f)²``,
-which draws the channels that a group needs least to zero. All derivatives are closed forms in
-``Σ_k W²``, so that layers of one shape are a few batched matrix products.
+Notation, with the suffixes of tensors::
+
+    L, G, F, C, K   layers of one shape, groups, filters, input channels, kernel elements
+    W (L F C K)     weights
+    α (L G F)       logits; p = softmax(α/τ + Gumbel noise) over the groups, with temperature τ
+    ℓ (L G C)       ℓ_gc = sqrt(Σ_{f,k} (p_gf W_fck)²), the norm of group g in channel c
+    s (L G)         s_g = (Σ_f √p_gf)², the squared size of a group
+    R               the group lasso Σ_g s_g Σ_c ℓ_gc
+    q               the factor of the penalty: λ times learning rate, ramp and the layer's scale
+
+Groups never take part in the forward pass. Through R they pull the weights of channels that a group
+needs least to zero. A training step on W is followed by one on α, which looks one step ahead::
+
+    W₁ = W - q ∂R/∂W                     the penalty with the drawn groups
+    W₂ = W₁ - optimizer step             of the same batch
+    W₃ = W₂ - q ∂R/∂W at W₂
+    ∂/∂α through the softmax of          ∂R/∂p at W₂ + (∂²R/∂p∂W at W)·(W₃ - W₁)
+
+Then W, the momentum and the statistics of batch norm are restored, and W receives the penalty with
+hard groups. All derivatives are closed forms in Σ_k W², so that a stack of layers of one shape
+takes a few batched matrix products. For example, with one channel, one group of two filters with
+p = (1, 1) and W = (3, 4): ℓ = 5, s = (1 + 1)² = 4, R = 20, and ∂R/∂W = s W/ℓ = (2.4, 3.2).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +39,15 @@ from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
-from widthsearch.proposers.filter_groups.branched_space import branchable
+from widthsearch.proposers.filter_groups.architecture import branchable
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
+from widthsearch.torch_internals import TorchDispatchMode, foreach_copy_, tree_leaves
 from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import as_constant
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import Backward, SgdSteps, sgd_step
+from widthsearch.training.trainer import check_batch_size
 from widthsearch.utils.devices import (
     check_device,
     deterministic_cudnn,
@@ -38,9 +56,6 @@ from widthsearch.utils.devices import (
 )
 
 aten = torch.ops.aten
-
-# Suffixes: L layers, G groups, F filters, C input channels, K kernel elements.
-
 
 # -- which layers ------------------------------------------------------------------------------
 
@@ -51,8 +66,8 @@ class GroupedLayer:
 
     Attributes:
         name: The layer.
-        scale: ``sqrt(C_in·H·W / 16384) · k / C_out^1.5`` with the input's C_in, H and W; times
-            ``G^1.5`` it is the layer's factor of the penalty.
+        scale: ``sqrt(C·H·W / 16384) · k / F^1.5`` for an input of shape (C, H, W) and a k×k kernel;
+            the layer's scale of the penalty is this value times ``G^1.5``.
     """
 
     name: str
@@ -60,11 +75,11 @@ class GroupedLayer:
 
 
 def find_layers(space: SearchSpace) -> tuple[GroupedLayer, ...]:
-    """The convolutions of a space whose filters can be grouped.
+    """Find the convolutions of a space whose filters can be grouped.
 
-    Those are ungrouped ``Conv2d`` whose inputs and outputs both have free widths (so neither the
-    stem nor a classifier), but for projection shortcuts: a 1×1 convolution that stands alone on one
-    side of a sum whose other side went through several since the two parted.
+    Those are ungrouped ``Conv2d`` layers whose inputs and outputs both have free widths, so neither
+    stems nor classifiers. Projection shortcuts are left out: a 1×1 convolution that is alone on one
+    side of a sum while the other side passes several convolutions.
 
     Args:
         space: A space without ties and pins.
@@ -86,12 +101,12 @@ def find_layers(space: SearchSpace) -> tuple[GroupedLayer, ...]:
 
 
 class _Paths(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which convolutions each tensor has been through.
+    """Follows the convolutions that each tensor has passed.
 
     Attributes:
         inputs: The shape of each convolution's input.
-        alone: Convolutions that are all that one side of a sum has been through, and the other has
-            not, while the other has been through several that it has not.
+        alone: Convolutions that one side of a sum passed alone, and the other side not, which
+            passed several convolutions that the first side did not.
     """
 
     def __init__(self, layers: dict[int, str]) -> None:
@@ -100,7 +115,7 @@ class _Paths(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.inputs: dict[str, torch.Size] = {}
         self.alone: set[str] = set()
         self._through: dict[int, frozenset[str]] = {}
-        self._kept: list[Tensor] = []  # so that no id is used twice
+        self._kept: list[Tensor] = []  # keeps ids unique
 
     def __torch_dispatch__(
         self,
@@ -133,7 +148,7 @@ class _Paths(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class GroupLasso:
-    """Derivatives of R at probabilities p and weights W, for a stack of layers of one shape.
+    """Derivatives of R at probabilities p and weights W.
 
     Args:
         p_LGF: Probabilities; one-hot over the groups where assignments are hard.
@@ -147,19 +162,19 @@ class GroupLasso:
         self._norms = (p_LGF.square() @ squares_LFC).sqrt()
         self._inverse = 1 / (self._norms + 1e-8)
 
-    def over_weights(self) -> Tensor:
-        """What W is multiplied by in ∂R/∂W: (L, F, C)."""
+    def weight_factor(self) -> Tensor:
+        """The factor of W in ∂R/∂W = factor · W, (L, F, C)."""
         return (self._total * self._p).square().mT @ self._inverse
 
-    def by_probabilities(self) -> Tensor:
-        """∂R/∂p: (L, G, F)."""
+    def probability_gradient(self) -> Tensor:
+        """∂R/∂p, (L, G, F)."""
         return self._product(self._norms, self._inverse @ self._squares.mT)
 
-    def along(self, change_LFC: Tensor) -> Tensor:  # noqa: N803
-        """(∂²R/∂p∂W)·v for a change of the weights: (L, G, F).
+    def mixed_product(self, change_LFC: Tensor) -> Tensor:  # noqa: N803
+        """(∂²R/∂p∂W)·v for a direction v of the weights, (L, G, F).
 
         Args:
-            change_LFC: The change of ``Σ_k W²`` with v, ``2 Σ_k W v``.
+            change_LFC: The derivative of ``Σ_k W²`` along v, ``2 Σ_k W v``.
         """
         norms = self._p.square() @ change_LFC * self._inverse / 2
         reciprocals = self._inverse @ change_LFC.mT
@@ -167,7 +182,7 @@ class GroupLasso:
         return self._product(norms, reciprocals)
 
     def _product(self, norms_LGC: Tensor, reciprocals_LGF: Tensor) -> Tensor:  # noqa: N803
-        """``∂s/∂p · Σ_c ℓ + s · p · Σ_c (Σ_k W²)/ℓ``, of the values or of their changes."""
+        """``∂s/∂p · Σ_c ℓ + s · p · Σ_c (Σ_k W²)/ℓ``, of these values or their derivatives."""
         size = self._total.square() * self._p * reciprocals_LGF
         return size + self._total / self._roots * norms_LGC.sum(-1, keepdim=True)
 
@@ -180,10 +195,10 @@ class _Stack:
     """Layers of one shape.
 
     Attributes:
-        layers: Which.
-        weights: Their weights, shape (L, F, C, k, k): the parameters are views of it.
+        layers: The layers.
+        weights: W, shape (L, F, C, k, k); the parameters of the layers are views of it.
         logits: α, shape (L, G, F).
-        scale: Each layer's factor of the penalty, shape (L, 1, 1).
+        scale: The scale of each layer's penalty, shape (L, 1, 1).
     """
 
     layers: tuple[GroupedLayer, ...]
@@ -196,27 +211,26 @@ class _Stack:
         return self.weights.square().sum((-2, -1))
 
     def shrink(self, factor: float, lasso: GroupLasso) -> None:
-        """``W ← W − factor · scale · ∂R/∂W``."""
-        shrunk = 1 - factor * self.scale * lasso.over_weights()
+        """``W ← W - factor · scale · ∂R/∂W``."""
+        shrunk = 1 - factor * self.scale * lasso.weight_factor()
         self.weights.mul_(shrunk[..., None, None])
 
     def hard(self) -> Tensor:
-        """Each filter in its most probable group, one-hot: (L, G, F)."""
+        """The most probable group of each filter, one-hot, (L, G, F)."""
         chosen = self.logits.argmax(1, keepdim=True)
         return torch.zeros_like(self.logits).scatter_(1, chosen, 1.0)
 
 
 class GroupLearning:
-    """Trains a network and, a step at a time, the groups of its filters.
+    """Learns the groups of a network's filters while the network trains.
 
     Args:
         model: The network; the weights of the layers become views of stacked tensors.
-        layers: Whose filters are grouped.
+        layers: The layers whose filters are grouped.
         groups: G.
-        lr: The logits' learning rate (Adam, ε = 1e-12).
+        lr: The learning rate of the logits (Adam, ε = 1e-12).
         temperature: τ.
-        penalties: The factor of the penalty in each step: λ times the learning rate of the weights
-            times a ramp.
+        penalties: For each step, λ times the learning rate of the weights times a ramp.
     """
 
     def __init__(
@@ -234,17 +248,12 @@ class GroupLearning:
         self._adam = torch.optim.Adam([s.logits for s in self._stacks], lr=lr, eps=1e-12)
 
     def step(self, optimizer: torch.optim.Optimizer, backward: Backward) -> Tensor:
-        """One step of the weights, one of the logits, and the penalty of the present groups.
+        """A step of the weights, a step of the logits, and the penalty with hard groups.
 
-        Args:
-            optimizer: Of the model's parameters.
-            backward: Runs a batch forward and backward and returns its loss; it is called twice,
-                the second time with weights that are looked ahead to and then forgotten.
-
-        Returns:
-            The loss of the first call.
+        This is a step hook, see :mod:`widthsearch.training.sgd`. It runs the batch twice, the
+        second time at the weights of the look-ahead.
         """
-        p = [self._drawn(stack) for stack in self._stacks]
+        p = [self._draw(stack) for stack in self._stacks]
         loss = sgd_step(optimizer, backward)
         factor = next(self._penalties)
         with torch.no_grad():
@@ -255,16 +264,16 @@ class GroupLearning:
                 for stack, lasso in zip(self._stacks, lassos, strict=True):
                     before.append(stack.weights.clone())
                     stack.shrink(factor, lasso)
-                ahead = [stack.weights.clone() for stack in self._stacks]
+                ahead = [stack.weights.clone() for stack in self._stacks]  # W₁
                 with torch.enable_grad():
-                    sgd_step(optimizer, backward)
+                    sgd_step(optimizer, backward)  # to W₂
                 for i, stack in enumerate(self._stacks):
-                    there = GroupLasso(p[i], stack.squares())
-                    gradient = there.by_probabilities()
-                    stack.shrink(factor, there)
+                    lasso = GroupLasso(p[i], stack.squares())
+                    gradient = lasso.probability_gradient()
+                    stack.shrink(factor, lasso)  # to W₃
                     moved = stack.weights - ahead[i]
-                    gradient += lassos[i].along(2 * (before[i] * moved).sum((-2, -1)))
-                    # Through the softmax.
+                    gradient += lassos[i].mixed_product(2 * (before[i] * moved).sum((-2, -1)))
+                    # The derivative of the softmax.
                     centred = gradient - (p[i] * gradient).sum(1, keepdim=True)
                     stack.logits.grad = p[i] * centred / self._temperature
             self._adam.step()
@@ -273,37 +282,31 @@ class GroupLearning:
         return loss
 
     def assignments(self) -> dict[str, Tensor]:
-        """Per layer, the group of each filter, shape (F,)."""
+        """The group of each filter by layer, shape (F,)."""
         return {
             layer.name: stack.logits[i].argmax(0)
             for stack in self._stacks
             for i, layer in enumerate(stack.layers)
         }
 
-    def _drawn(self, stack: _Stack) -> Tensor:
+    def _draw(self, stack: _Stack) -> Tensor:
         noise = -torch.empty_like(stack.logits).exponential_().log()
         return (stack.logits / self._temperature + noise).softmax(1)
 
-    def _restored(self, optimizer: torch.optim.Optimizer) -> _Restored:
+    @contextmanager
+    def _restored(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """A context after which network and optimizer have the values from before it."""
         state = [v for of in optimizer.state.values() for v in of.values()]
         tensors = [*self._model.parameters(), *self._model.buffers(), *state]
-        return _Restored([t.detach() for t in tensors if isinstance(t, Tensor)])
-
-
-class _Restored:
-    """While it lasts, tensors may be changed; then they are as they were."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        # Of one dtype at a time: what counts batches would make all copies slow ones on CUDA.
-        self._lists = [[t for t in tensors if t.dtype == d] for d in {t.dtype for t in tensors}]
-        self._saved = [[t.clone() for t in of] for of in self._lists]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for tensors, saved in zip(self._lists, self._saved, strict=True):
-            torch._foreach_copy_(tensors, saved)
+        detached = [t.detach() for t in tensors if isinstance(t, Tensor)]
+        # One list per dtype: with mixed dtypes foreach_copy_ takes a slow path on CUDA.
+        lists = [[t for t in detached if t.dtype == d] for d in {t.dtype for t in detached}]
+        saved = [[t.clone() for t in of] for of in lists]
+        try:
+            yield
+        finally:
+            for changed, copies in zip(lists, saved, strict=True):
+                foreach_copy_(changed, copies)
 
 
 def _stacked(model: nn.Module, layers: Sequence[GroupedLayer], groups: int) -> Iterator[_Stack]:
@@ -313,7 +316,7 @@ def _stacked(model: nn.Module, layers: Sequence[GroupedLayer], groups: int) -> I
         shapes.setdefault(modules[layer.name].weight.shape, []).append(layer)
     for shape, of in shapes.items():
         weights: list[Any] = [modules[layer.name].weight for layer in of]
-        # Channels last in memory, where the network's weights are.
+        # Keeps the memory format of the network's weights: contiguous or channels last.
         order, back = (0, 1, 2, 3), (0, 1, 2, 3, 4)
         if not weights[0].is_contiguous():
             order, back = (0, 2, 3, 1), (0, 1, 4, 2, 3)
@@ -339,14 +342,15 @@ def learn_groups(
     device: str,
     report: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """Train a network by a recipe, and learn its groups on the way; see :class:`GroupLearning`.
+    """Train a network by a recipe and learn the groups of its filters, see :class:`GroupLearning`.
 
     Returns:
-        Per layer, the group of each filter, shape (F,).
+        The group of each filter by layer, shape (F,).
 
     Raises:
-        StudyError: The loss is no longer finite.
+        StudyError: The loss is not finite, or a batch is larger than the training split.
     """
+    check_batch_size(recipe, task)
     place = check_device(device)
     model.to(place)
     layout = pick_memory_format(model, torch.zeros(2, *task.input_shape, device=place))

@@ -1,0 +1,304 @@
+"""Group pruning by hand: energies, dead structure and budgets."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from strategies import MODELS, space_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.proposers.filter_groups.branched_layers import with_branches
+from widthsearch.proposers.filter_groups.branched_space import branched
+from widthsearch.proposers.filter_groups.learning import (
+    find_layers,
+)
+from widthsearch.proposers.filter_groups.pruning import GroupPruning, Pruned, cumulative_shares
+from widthsearch.space.loading import load_space
+from widthsearch.space.search_space import SearchSpace
+
+RESNET20 = f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'}:resnet20"
+
+
+def test_shares_by_hand() -> None:
+    """Below β goes the smallest while the sum stays below β; the largest never."""
+    shares = cumulative_shares(np.array([[1.0, 4.0, 3.0, 2.0]]))
+    assert shares.tolist() == [[0.1, np.inf, 0.6, 0.3]]
+    assert (shares >= 0.1).all()  # a β that is not above the smallest energy drops nothing
+    assert ((shares >= 0.11) == [[False, True, True, True]]).all()
+    assert ((shares >= 0.3) == [[False, True, True, True]]).all()
+    assert ((shares >= 0.31) == [[False, True, True, False]]).all()
+    assert ((shares >= 1.0) == [[False, True, False, False]]).all()
+    assert cumulative_shares(np.zeros((1, 2))).tolist() == [[0.0, np.inf]]
+
+
+class Chain(nn.Module):
+    """Three 1×1 convolutions in a row, of 2, 3 and 2 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1, bias=False)
+        self.a = nn.Conv2d(2, 3, 1, bias=False)
+        self.b = nn.Conv2d(3, 2, 1, bias=False)
+        self.fc = nn.Linear(2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        return self.fc(F.relu(self.b(F.relu(self.a(self.stem(x))))).mean((2, 3)))
+
+
+@cache
+def chain_space() -> SearchSpace:
+    """The space of the chain."""
+    return SearchSpace.from_model(Chain, (3, 8, 8))
+
+
+def pruning_of(
+    space: SearchSpace, weights: dict[str, list[list[float]]], groups: dict[str, list[int]]
+) -> GroupPruning:
+    """Pruning of 1×1 convolutions with these square roots of energies, and these groups."""
+    model = space.unconstrained.build(space.unconstrained.base, seed=0)
+    with torch.no_grad():
+        for layer, values in weights.items():
+            weight = model.get_submodule(layer).weight
+            weight.zero_()
+            weight[:, :, 0, 0] = torch.tensor(values)
+    chosen = {layer: torch.tensor(of) for layer, of in groups.items()}
+    return GroupPruning(space, model, chosen, 1 + max(max(of) for of in groups.values()))
+
+
+def read(pruning: GroupPruning, pruned: Pruned) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """The branches by layer: filters and inputs."""
+    architecture = pruning.architecture(pruned)
+    return {
+        layer: [(list(b.filters), list(b.inputs)) for b in branches]
+        for layer, branches in architecture.layers.items()
+    }
+
+
+def test_dead_structure_goes_from_a_chain() -> None:
+    """What `b` no longer reads, `a` no longer makes; what nobody reads, the stem neither."""
+    pruning = pruning_of(
+        chain_space(),
+        {"a": [[3, 1], [3, 1], [1, 3]], "b": [[3, 3, 1], [3, 3, 1]]},
+        {"a": [0, 0, 1], "b": [0, 0]},
+    )
+    whole = pruning.pruned(0.0)
+    assert whole.channels.all()
+    assert pruning.macs(whole) == 64 * (6 + 6 + 6) + 20
+    # b's channel 2 has 2/38 of its energy: below β it goes. a's filter 2 is then read by none, and
+    # with it goes group 1 of a, which alone reads channel 1 well; a's group 0 has 2/20 there.
+    pruned = pruning.pruned(0.06)
+    assert read(pruning, pruned) == {"a": [([0, 1], [0, 1])], "b": [([0, 1], [0, 1])]}
+    assert pruning.widths(pruned).vector == (2, 2, 2)
+    # Above 0.1 group 0 of a reads channel 0 alone, and the stem's channel 1 is read by none.
+    pruned = pruning.pruned(0.11)
+    assert read(pruning, pruned) == {"a": [([0, 1], [0])], "b": [([0, 1], [0, 1])]}
+    assert pruning.widths(pruned).vector == (1, 2, 2)
+    assert pruning.keep(pruned) == {"stem": [0], "a": [0, 1], "b": [0, 1]}
+    assert pruning.macs(pruned) == 64 * (3 + 2 + 4) + 20
+
+
+def test_whole_filters_go_where_nothing_else_would_remove_them() -> None:
+    """`b` is read by the classifier, which is not grouped; `a` by `b` alone."""
+    pruning = pruning_of(
+        chain_space(),
+        {"a": [[3, 3], [3, 3], [0.1, 0.1]], "b": [[3, 3, 3], [1, 1, 1]]},
+        {"a": [0, 0, 0], "b": [0, 1]},
+    )
+    # b's filter 1 has a tenth of the energy; a's filter 2 far less, but it is read.
+    pruned = pruning.pruned(0.11)
+    assert read(pruning, pruned) == {"a": [([0, 1, 2], [0, 1])], "b": [([0], [0, 1, 2])]}
+    assert pruning.widths(pruned).vector == (2, 3, 1)
+
+
+def test_the_stream_of_a_residual_block_stays_where_others_make_it() -> None:
+    """Filters of the last convolution go one by one; the stem goes on making their channels."""
+    space = space_of("Residual")
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.conv2.weight[:4] *= 1e-3  # its filters
+        model.conv1.weight[8:16] *= 1e-3  # not pruned as such: conv2 reads their channels
+        model.conv2.weight[:, 20:] *= 1e-3  # whose makers in conv1 die
+    groups = {"conv1": torch.arange(32) % 2, "conv2": torch.arange(16) % 2}
+    pruning = GroupPruning(space, model, groups, 2)
+    pruned = pruning.pruned(1e-3)
+    assert pruning.widths(pruned).vector == (16, 20)
+    conv1, conv2 = read(pruning, pruned)["conv1"], read(pruning, pruned)["conv2"]
+    assert sorted(conv1[0][0] + conv1[1][0]) == list(range(20))
+    assert sorted(conv2[0][0] + conv2[1][0]) == list(range(4, 16))
+    assert conv2[0][1] == list(range(20))
+
+
+class Forked(nn.Module):
+    """Two 1×1 convolutions that are summed, and one that reads the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1, bias=False)
+        self.a = nn.Conv2d(2, 2, 1, bias=False)
+        self.b = nn.Conv2d(2, 2, 1, bias=False)
+        self.c = nn.Conv2d(2, 2, 1, bias=False)
+        self.fc = nn.Linear(2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 10)."""
+        x = self.stem(x)
+        return self.fc(self.c(F.relu(self.a(x) + self.b(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_channel_goes_when_no_filter_makes_it(both: bool) -> None:
+    """Both makers' filters must have gone; then its reader reads the other channel alone."""
+    space = SearchSpace.from_model(Forked, (3, 8, 8))
+    weak = [[3.0, 3.0], [0.1, 0.1]]
+    strong = [[3.0, 3.0], [3.0, 3.0]]
+    pruning = pruning_of(
+        space,
+        {"a": weak, "b": weak if both else strong, "c": strong},
+        {"a": [0, 0], "b": [0, 1], "c": [0, 0]},
+    )
+    pruned = pruning.pruned(0.01)
+    branches = read(pruning, pruned)
+    assert branches["a"] == [([0], [0, 1])]
+    if both:
+        assert branches["b"] == [([0], [0, 1])]
+        assert branches["c"] == [([0, 1], [0])]
+        assert pruning.widths(pruned).vector == (2, 1, 2)
+        assert pruning.macs(pruned) == 64 * (6 + 2 + 2 + 2) + 20
+    else:
+        assert branches["b"] == [([0], [0, 1]), ([1], [0, 1])]
+        assert branches["c"] == [([0, 1], [0, 1])]
+        assert pruning.widths(pruned).vector == (2, 2, 2)
+
+
+def test_dead_structure_goes_through_a_concatenation() -> None:
+    """`last` reads the stem's 8 channels and 4 of `grow`: what it leaves of those dies there."""
+    space = space_of("Concatenated")
+    model = space.build(space.base, seed=0)
+    with torch.no_grad():
+        model.last.weight[:, [0, 9]] = 0  # the stem's first, and the second of `grow`
+        model.grow.weight[:, 0] = 0
+    groups = {"grow": torch.zeros(4, dtype=torch.long), "last": torch.arange(16) // 8}
+    pruning = GroupPruning(space, model, groups, 2)
+    pruned = pruning.pruned(1e-6)
+    assert pruning.keep(pruned) == {
+        "stem": list(range(1, 8)),
+        "grow": [0, 2, 3],
+        "last": list(range(16)),
+    }
+    branches = pruning.architecture(pruned).layers
+    assert [b.inputs for b in branches["last"]] == [tuple(range(10))] * 2
+    assert [b.filters for b in branches["grow"]] == [(0, 1, 2)]
+
+
+def test_pinned_axes_keep_their_channels() -> None:
+    """A user's pin holds: filters go, their channels stay."""
+    space = chain_space().constrained(pin="a")
+    pruning = pruning_of(
+        space,
+        {"a": [[3, 3], [3, 3], [3, 3]], "b": [[3, 3, 0.1], [3, 3, 0.1]]},
+        {"a": [0, 0, 0], "b": [0, 0]},
+    )
+    pruned = pruning.pruned(0.01)
+    assert pruning.widths(pruned).vector == (2, 3, 2)
+    assert read(pruning, pruned)["a"] == [([0, 1], [0, 1])]
+    assert pruning.projected(pruned).names == ("stem", "b")
+
+
+def test_tied_axes_are_as_wide_as_the_widest_asks() -> None:
+    """Half of one and all of the other is all."""
+    space = chain_space().constrained(tie=[["stem", "b"]], min_width=0.5, step=1)
+    pruning = pruning_of(
+        space,
+        {"a": [[3, 0.1], [3, 0.1], [3, 0.1]], "b": [[3, 3, 3], [3, 3, 3]]},
+        {"a": [0, 0, 0], "b": [0, 0]},
+    )
+    pruned = pruning.pruned(0.01)
+    assert pruning.widths(pruned).vector == (1, 3, 2)
+    assert pruning.projected(pruned).vector == (2, 3)
+
+
+def test_block_macs_of_resnet20_are_the_papers() -> None:
+    """40,108,032 MACs in blocks, shortcuts left out; the last of each block loses whole filters."""
+    space = load_space(RESNET20)
+    model = space.build(space.base, seed=0)
+    groups = {
+        layer.name: torch.arange(len(model.get_submodule(layer.name).weight)) % 4
+        for layer in find_layers(space)
+    }
+    pruning = GroupPruning(space, model, groups, 4)
+    whole = pruning.pruned(0.0)
+    assert pruning.grouped_macs(whole) == 40_108_032
+    assert pruning.macs(whole) == space.cost(space.base).macs
+    last = [layer.name for layer in pruning._layers if np.isfinite(layer.whole).any()]
+    assert last == [f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)]
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_budgets_are_met_from_below(model: str) -> None:
+    """By the least β that does, at the exact cost of the branched network, nested in β."""
+    space = space_of(model)
+    net = space.build(space.base, seed=1)
+    groups = {
+        layer.name: torch.arange(len(net.get_submodule(layer.name).weight)) % 3
+        for layer in find_layers(space)
+    }
+    pruning = GroupPruning(space, net, groups, 3)
+    base = space.cost(space.base).macs
+    before = None
+    for share in (0.95, 0.8, 0.7):
+        beta = pruning.solve(share * base)
+        if beta is None:
+            continue
+        pruned = pruning.pruned(beta)
+        assert pruning.macs(pruned) <= share * base
+        lower = pruning.betas[np.searchsorted(pruning.betas, beta) - 1]
+        assert pruning.macs(pruning.pruned(lower)) > share * base
+        narrow = branched(space, pruning.architecture(pruned))
+        assert narrow.cost(narrow.base).macs == pruning.macs(pruned)
+        if before is not None:
+            assert not (pruned.channels & ~before.channels).any()
+            assert not any(
+                (a & ~b).any() for a, b in zip(pruned.inputs, before.inputs, strict=True)
+            )
+        before = pruned
+    assert pruning.solve(1.0) is None  # one MAC
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_the_branched_network_computes_what_the_masked_one_does(model: str) -> None:
+    """Inherited weights, eval mode, 1e-5: weights at zero where pruned, dead channels masked."""
+    space = space_of(model)
+    net = space.build(space.base, seed=2)
+    with torch.no_grad():  # statistics of batch norm that matter
+        for _ in range(3):
+            net(torch.randn(32, 3, 8, 8))
+    net.eval()
+    layers = find_layers(space)
+    groups = {
+        layer.name: torch.arange(len(net.get_submodule(layer.name).weight)) % 3 for layer in layers
+    }
+    pruning = GroupPruning(space, net, groups, 3)
+    pruned = pruning.pruned(0.4)
+    fine = space.constrained(
+        min_width={a.name: t.divisor for a, t in zip(space.axes, space.trace.axes, strict=True)},
+        step=1,
+    )
+    reference = copy.deepcopy(net)
+    with torch.no_grad():
+        for layer, alive, reads in zip(layers, pruned.filters, pruned.inputs, strict=True):
+            kept = torch.from_numpy(reads)[groups[layer.name]] & torch.from_numpy(alive)[:, None]
+            reference.get_submodule(layer.name).weight.mul_(kept[:, :, None, None])
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad(), fine.masked(reference, pruning.keep(pruned)):
+        wanted = reference(x)
+    narrow = fine.extract(net, pruning.keep(pruned))
+    ours = with_branches(narrow, pruning.architecture(pruned))
+    assert not torch.allclose(wanted, net(x), atol=1e-3)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-5, atol=1e-5)
