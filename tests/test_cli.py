@@ -411,15 +411,6 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stdout == f"widthsearch {widthsearch.__version__}\n"
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    """Neither does asking for help."""
-    code = (
-        "import sys, widthsearch, widthsearch.cli\n"
-        "assert not {'torch', 'ray', 'optuna', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_public_names_are_there() -> None:
     """__all__ is what the package gives, and dir() shows it."""
     for name in widthsearch.__all__:

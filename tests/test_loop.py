@@ -168,6 +168,7 @@ def test_a_space_that_is_used_up_ends_the_study(tmp_path: Path) -> None:
         assert search.done
     assert len({trial.widths for trial in search.trials.values()}) == 64
     assert told[-1].total == 64
+    assert told[-1].level == "event"
     assert told[-1].message == (
         "every width vector of the space has been tried: the study ends after 64 of 70 trials"
     )
@@ -385,7 +386,7 @@ def test_progress_tells_where_the_study_stands(tmp_path: Path) -> None:
         assert told[-1].remaining is not None
         search.ask()
         search.fail(2, "no")
-    assert told[-1].message == "trial 2 failed: no"
+    assert (told[-1].message, told[-1].level) == ("trial 2 failed: no", "warning")
 
 
 def test_a_driver_that_lost_its_lease_stops(tmp_path: Path) -> None:

@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
+from test_cli import SPACE, study_file
 
 from widthsearch.api import Study
+
+HEAVY = ("torch", "torchvision", "ray", "optuna", "sqlalchemy", "scipy", "matplotlib", "sklearn")
+HEAVY += ("numpy", "rich", "pydantic", "yaml")
 
 
 def imported(code: str, *names: str) -> set[str]:
@@ -30,6 +35,42 @@ assert study.posterior().surrogate is not None
 assert study.pick() in study.front()
 """
     assert imported(code, "torch", "ray", "torchvision", "sklearn", "matplotlib") == set()
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The heavy packages that a command imports; it must succeed."""
+    code = (
+        f"import sys\nfrom widthsearch import cli\nsys.stdout, out = sys.stderr, sys.stdout\n"
+        f"try:\n    assert cli.main({list(arguments)}) == 0\n"
+        f"except SystemExit as stopped:\n    assert stopped.code == 0\nsys.stdout = out"
+    )
+    return imported(code, *HEAVY)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["pareto", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    """Neither does importing the package."""
+    assert imported_by(*arguments) == set()
+
+
+def test_printing_a_front_imports_no_torch(tmp_path: Path) -> None:
+    """A table, JSON and CSV need the storage and the surrogate; a picture is drawn on request."""
+    study = Study.load(study_file(tmp_path, trials=9), tmp_path / "runs")
+    with study.search() as search:
+        tiny.drive(search)
+    for form in ([], ["--json"], ["--csv"]):
+        found = imported_by("pareto", "small", "--runs", str(tmp_path / "runs"), *form)
+        assert found == {"optuna", "sqlalchemy", "scipy", "numpy", "rich", "pydantic", "yaml"}
+
+
+def test_spaces_and_proposals_import_neither_ray_nor_optuna(tmp_path: Path) -> None:
+    """Those of a reference and those of a study's YAML."""
+    asked = ("--method", "random", "--budget", "0.5")
+    for space in (SPACE, str(study_file(tmp_path))):
+        for arguments in (("space", space), ("propose", space, *asked)):
+            found = imported_by(*arguments)
+            assert "torch" in found
+            assert not found & {"ray", "optuna", "sqlalchemy", "matplotlib"}
 
 
 def test_tracing_imports_neither_ray_nor_optuna() -> None:

@@ -219,3 +219,21 @@ def test_a_log_shows_one_line_per_finished_trial() -> None:
         "3/10 trials, best 91.25%, front 2, 1:15 elapsed, 1:01:40 left",
         "4/10 trials, best 91.25%, front 2, 1:15 elapsed, 1:01:40 left",
     ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_events_and_warnings_stay_on_the_screen(terminal: bool) -> None:
+    """Once each, whatever they begin with; a status is replaced by the next one."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=80)
+    with LiveView("mine", console) as view:
+        for level in ("event", "warning", "status"):
+            view(replace(STAND, message=f"a message of level {level}", level=level))
+        view(replace(STAND, message="the next status"))
+    text = stream.getvalue()
+    shown = text.rpartition("mine")[0] if terminal else text
+    assert text.count("a message of level event") == 1
+    assert text.count("a message of level warning") == 1
+    assert ("\x1b[33ma message of level warning" in text) == terminal
+    assert text.count("a message of level status") == int(terminal)
+    assert "a message of level event" in shown

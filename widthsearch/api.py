@@ -21,7 +21,6 @@ from widthsearch.errors import StudyError, WidthsearchError
 from widthsearch.study.config import StudyConfig, read_yaml
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import AccuracyPosterior
-from widthsearch.study.storage import SchemaError, SpaceRecord, Store
 from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from widthsearch.study.loop import Search
     from widthsearch.study.progress import Progress
     from widthsearch.study.proposals import Engine
+    from widthsearch.study.storage import SpaceRecord
     from widthsearch.training.recipe import Recipe
 
 
@@ -101,6 +101,8 @@ class Study:
         try:
             return cls(StudyConfig.from_yaml(folder / "study.yaml"), folder=folder)
         except StudyError as error:
+            from widthsearch.study.storage import SchemaError, Store
+
             values = read_yaml(folder / "study.yaml")
             try:
                 Store.open(_storage(folder, values.get("storage")), str(values.get("name")))
@@ -250,6 +252,8 @@ class Study:
 
     def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord]]:
         """The trials that have ended and the spaces' records, without the spaces' code."""
+        from widthsearch.study.storage import SpaceRecord, Store
+
         store = Store.open(self.storage, self.config.name)
         stored = store.attribute("spaces")
         if stored is None:

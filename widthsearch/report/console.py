@@ -34,9 +34,9 @@ def open_console(stderr: bool = False) -> Console:
     return console
 
 
-def print_line(console: Console, line: str) -> None:
+def print_line(console: Console, line: str, style: str = "") -> None:
     """Print a line literally: it is not wrapped, and brackets are no markup."""
-    console.print(Text(line), soft_wrap=True)
+    console.print(Text(line, style), soft_wrap=True)
 
 
 def print_tables(console: Console, tables: RenderableType) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -13,12 +11,19 @@ from rich.text import Text
 from widthsearch.report.console import print_line
 from widthsearch.study.progress import Progress
 
-_LASTING = ("trial ", "proposer ", "concurrency", "budgets", "every width vector")
-"""How messages begin that stay to be read."""
-
 
 class LiveView:
-    """Shows a run: a live table in a terminal, one line per finished trial elsewhere."""
+    """Shows a run: a live table in a terminal, one line per ended trial elsewhere.
+
+    Events and warnings stay on the screen, above the table.
+
+    Example:
+        >>> import sys
+        >>> console = Console(file=sys.stdout)
+        >>> with LiveView("mine", console) as view:
+        ...     view(Progress(2, 1, 8, 91.25, 2, elapsed=75.0, remaining=600.0))
+        2/8 trials, best 91.25%, front 2, 1:15 elapsed, 10:00 left
+    """
 
     def __init__(self, name: str, console: Console) -> None:
         self._name = name
@@ -31,20 +36,15 @@ class LiveView:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Show where the study stands."""
-        # Something befell one of them: that stays to be read.
-        if progress.message.startswith(_LASTING):
-            print_line(self._console, progress.message)
+        """Show the progress of the study."""
+        if progress.level != "status":
+            style = "yellow" if progress.level == "warning" else ""
+            print_line(self._console, progress.message, style)
         if self._console.is_terminal:
             self._live.update(progress_table(self._name, progress), refresh=True)
         elif progress.done != self._shown:
@@ -53,7 +53,7 @@ class LiveView:
 
 
 def progress_line(progress: Progress) -> str:
-    """Where a study stands, in one line."""
+    """The progress of a study in one line, with its message if it is a status."""
     parts = [f"{progress.done}/{progress.total} trials"]
     if progress.best_accuracy is not None:
         parts.append(f"best {progress.best_accuracy:.2f}%")
@@ -61,15 +61,15 @@ def progress_line(progress: Progress) -> str:
     parts.append(f"{_clock(progress.elapsed)} elapsed")
     if progress.remaining is not None:
         parts.append(f"{_clock(progress.remaining)} left")
-    if progress.message:
+    if progress.level == "status" and progress.message:
         parts.append(progress.message)
     return ", ".join(parts)
 
 
 def progress_table(name: str, progress: Progress) -> Table:
-    """Where a study stands, as a table."""
+    """The progress of a study as a table, with its message if it is a status."""
     table = Table(title=name)
-    for column in ("trials", "running", "best %", "front", "elapsed", "left", ""):
+    for column in ("trials", "running", "best %", "front", "elapsed", "left", "done"):
         table.add_column(column, justify="right")
     best, left = progress.best_accuracy, progress.remaining
     table.add_row(
@@ -81,7 +81,7 @@ def progress_table(name: str, progress: Progress) -> Table:
         "" if left is None else _clock(left),
         ProgressBar(total=progress.total, completed=progress.done, width=24),
     )
-    if progress.message:
+    if progress.level == "status":
         table.caption = Text(progress.message)
     return table
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
 from widthsearch.report.console import short, uncut
-from widthsearch.report.forecast import Forecast
 from widthsearch.study.front import equal_cost_pairs, objective_points
 from widthsearch.study.posterior import ENOUGH, INTERVAL, AccuracyEstimate, AccuracyPosterior
-from widthsearch.study.trial import Trial
+
+if TYPE_CHECKING:
+    from widthsearch.api import Study
+    from widthsearch.report.forecast import Forecast
+    from widthsearch.study.trial import Trial
 
 FEW = 3
 """A hypervolume is printed of a front with at least so many members."""

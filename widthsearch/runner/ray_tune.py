@@ -283,7 +283,7 @@ class _TuneAdapter:
             if report.machine_error is not None:
                 raise StorageError(f"{report.machine_error}: fix this and run again")
             if report.note:
-                self.search.notify(report.note)
+                self.search.notify(report.note, "warning")
             if report.failure is not None:
                 _logger.info("trial %d failed\n%s", number, report.failure.traceback)
                 if report.out_of_memory and self.search.retry_alone(number):
@@ -385,7 +385,8 @@ class _TuneCallback(tune.Callback):
         with self.adapter.keep_error():
             self.adapter.search.notify(
                 f"trial {trial.config['number']}: its worker process died; a new one continues "
-                "from its last checkpoint"
+                "from its last checkpoint",
+                "warning",
             )
 
 

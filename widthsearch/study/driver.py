@@ -31,8 +31,8 @@ from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Search
 from widthsearch.study.posterior import AccuracyPosterior
-from widthsearch.study.progress import Progress
-from widthsearch.study.proposals import Engine, ProgressCallback, ProposalRequest, collect_proposals
+from widthsearch.study.progress import Level, Notify, Progress
+from widthsearch.study.proposals import Engine, ProposalRequest, collect_proposals
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
@@ -188,9 +188,7 @@ class Driver:
         recipe = replace(config.recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})
 
-    def _with_concurrency(
-        self, config: StudyConfig, store: Store, say: ProgressCallback
-    ) -> StudyConfig:
+    def _with_concurrency(self, config: StudyConfig, store: Store, say: Notify) -> StudyConfig:
         """The configuration with a number of trials at once, probed once for each machine."""
         if config.concurrency != "auto":
             return config
@@ -215,7 +213,7 @@ class Driver:
         best = int(known["best"])
         rates = known["candidates_per_hour"].items()
         found = ", ".join(f"{rate:.0f} by {number} at once" for number, rate in rates)
-        say(f"concurrency {best} on each device; base networks an hour: {found}")
+        say(f"concurrency {best} on each device; base networks an hour: {found}", "event")
         if gpus:
             share = math.floor(1e4 / best) / 1e4  # so many fit one GPU, whatever is rounded
             taken = replace(taken, gpu=min(taken.gpu, share))
@@ -224,7 +222,7 @@ class Driver:
 
     # -- the queue ---------------------------------------------------------------------------
 
-    def _budgets(self, say: ProgressCallback) -> tuple[float, ...]:
+    def _budgets(self, say: Notify) -> tuple[float, ...]:
         """The budgets that some network meets; all of them where none does: that is an error."""
         budgets, base = self._config.budgets, self._first.cost(self._first.base).macs
         spaces = self._spaces.values()
@@ -234,7 +232,9 @@ class Driver:
             return budgets
         left = ", ".join(f"{budget:g}" for budget in budgets if budget < least)
         say(
-            f"budgets {left} are left out: the narrowest network has {least:.3f} of the base's MACs"
+            f"budgets {left} are left out: the narrowest network has {least:.3f} of the base's "
+            "MACs",
+            "event",
         )
         return met
 
@@ -262,7 +262,7 @@ class Driver:
         store: Store,
         recipe: Recipe,
         engine: Engine,
-        say: ProgressCallback,
+        say: Notify,
     ) -> dict[str, list[Proposal]]:
         """Each space's proposals."""
         config = self._config
@@ -298,14 +298,14 @@ class Driver:
 
         return measure
 
-    def _reporter(self, store: Store, on_progress: OnProgress | None) -> ProgressCallback:
+    def _reporter(self, store: Store, on_progress: OnProgress | None) -> Notify:
         """A callback for messages before there is a search; the trials are those of the storage."""
         config, begun = self._config, time.monotonic()
         trials = store.trials({name: space.names for name, space in self._spaces.items()})
         done = sum(trial.state != TrialState.RUNNING for trial in trials)
         posterior = AccuracyPosterior(trials, self._spaces, config.objectives, config.limits)
 
-        def say(message: str) -> None:
+        def say(message: str, level: Level = "status", /) -> None:
             if on_progress is not None:
                 on_progress(
                     Progress(
@@ -317,6 +317,7 @@ class Driver:
                         elapsed=time.monotonic() - begun,
                         remaining=None,
                         message=message,
+                        level=level,
                     )
                 )
 

@@ -40,7 +40,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import Rungs, StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.posterior import AccuracyPosterior
-from widthsearch.study.progress import Progress
+from widthsearch.study.progress import Level, Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, unresolved_failures
 from widthsearch.training.recipe import EpochResult
@@ -223,7 +223,9 @@ class Search:
             return False
         self._retried.add(number)
         self._waiting.append(number)
-        self.notify(f"trial {number} ran out of memory; it will be trained again by itself")
+        self.notify(
+            f"trial {number} ran out of memory; it will be trained again by itself", "warning"
+        )
         return True
 
     def is_alone(self, number: int) -> bool:
@@ -238,12 +240,12 @@ class Search:
             return None
         return self.trials[self._waiting.popleft()]
 
-    def notify(self, message: str = "") -> None:
+    def notify(self, message: str = "", level: Level = "status", /) -> None:
         """Let whoever watches know where the study stands."""
         if message:
             _logger.info(message)
         if self._on_progress is not None:
-            self._on_progress(self._progress(message))
+            self._on_progress(replace(self._progress(), message=message, level=level))
 
     @property
     def _begun(self) -> int:
@@ -274,7 +276,8 @@ class Search:
                 limits = " within the limits" if self.config.limits else ""
                 self.notify(
                     f"every width vector of the space{limits} has been tried: the study ends after "
-                    f"{self._begun} of {self._total} trials"
+                    f"{self._begun} of {self._total} trials",
+                    "event",
                 )
                 break
             generation.append(self._begin(candidate))
@@ -458,9 +461,12 @@ class Search:
         self.trials[trial.number] = trial
         failed = trial.state == TrialState.FAILED
         self._failures = self._failures + 1 if failed else 0
-        self.notify(f"trial {trial.number} failed: {trial.error}" if failed else "")
+        if failed:
+            self.notify(f"trial {trial.number} failed: {trial.error}", "warning")
+        else:
+            self.notify()
 
-    def _progress(self, message: str) -> Progress:
+    def _progress(self) -> Progress:
         now, done = time.monotonic(), self._done
         total = len(self.trials)
         if not self._exhausted:
@@ -475,5 +481,4 @@ class Search:
             front_size=len(self.posterior.front()),
             elapsed=now - self._started,
             remaining=training / lately * (total - done) if lately else None,
-            message=message,
         )

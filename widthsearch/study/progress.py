@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Level = Literal["status", "event", "warning"]
+"""The importance of a message: ``status`` is replaced by the next one, ``event`` stays on the
+screen, ``warning`` stays and is highlighted."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Progress:
         remaining: Seconds to go at the pace since the first epoch of this run; None before a trial
             has ended in it.
         message: What just happened; may be empty.
+        level: The importance of the message.
     """
 
     done: int
@@ -30,3 +36,12 @@ class Progress:
     elapsed: float
     remaining: float | None
     message: str = ""
+    level: Level = "status"
+
+
+class Notify(Protocol):
+    """Called with a message about a study and its importance."""
+
+    def __call__(self, message: str, level: Level = "status", /) -> None:
+        """Show the message."""
+        ...

@@ -28,6 +28,7 @@ from widthsearch.widths import Widths
 
 if TYPE_CHECKING:  # a worker imports this file, and neither of those
     from widthsearch.study.config import ProposerConfig
+    from widthsearch.study.progress import Notify
     from widthsearch.study.storage import Store
 
 _logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def collect_proposals(
     requests: Sequence[tuple[ProposerConfig, ProposalRequest]],
     task: Task,
     engine: Engine,
-    report: ProgressCallback,
+    report: Notify,
 ) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
     """The proposals of all requests: stored ones, and new ones of the proposers that lack one.
 
@@ -196,11 +197,12 @@ def collect_proposals(
         if isinstance(result, Failure):
             failures[request.label] = result.reason
             _logger.info("proposer %s failed\n%s", request.label, result.traceback)
-            report(f"proposer {request.label} failed: {result.reason}")
+            report(f"proposer {request.label} failed: {result.reason}", "warning")
         else:
             store.set_attribute(keys[i], {**result.to_json(), "lowest": request.setting.lowest})
             found[i] = result
-            report(f"proposer {request.label} finished after {time.monotonic() - begun:.1f} s")
+            elapsed = time.monotonic() - begun
+            report(f"proposer {request.label} finished after {elapsed:.1f} s", "event")
     by_space: dict[str, list[Proposal]] = {request.space.name: [] for _, request in requests}
     for i in sorted(found):
         by_space[requests[i][1].space.name].append(found[i])
