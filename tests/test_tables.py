@@ -100,7 +100,7 @@ def test_a_gain_is_a_mean_with_its_90_percent_interval() -> None:
     assert surrogate is not None
     pairs = [(found[2], rivals[1]), (found[5], rivals[2])]  # no other network has 5 MACs
     vectors = [t.widths.vector for pair in pairs for t in pair]
-    mean, covariance = surrogate.joint(vectors)
+    mean, covariance = surrogate.joint_posterior(vectors)
     weights = np.array([0.5, -0.5, 0.5, -0.5])
     gain, half = weights @ mean, 1.645 * math.sqrt(weights @ covariance @ weights)
     (line,) = report.gain_lines(posterior)

@@ -125,7 +125,7 @@ def _propose(options: argparse.Namespace) -> int:
         profile = load_profile(space, measured or LatencyConfig())
     except DeviceError:  # it is measured where there is such a device
         profile = None
-    if profile is None and getattr(config.make(), "per", None) == "latency":
+    if profile is None and getattr(config.make(config.method), "per", None) == "latency":
         given = "" if options.input is None else f" --input {'x'.join(map(str, options.input))}"
         raise StudyError(
             f"`per: latency` needs predicted latency, but {space.name!r} has no profile here: run "

@@ -251,7 +251,7 @@ def propose_at_budget(
         DataError: The space was traced at another shape than that of the task's images.
         WidthsError: The budget is below the narrowest network of the space.
     """
-    proposer = config.make()
+    proposer = config.make(config.method)
     if task is None and getattr(proposer, "reads_data", ":" not in config.method):
         raise StudyError(
             f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
