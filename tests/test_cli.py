@@ -535,7 +535,7 @@ def test_propose_takes_a_studys_space_task_and_recipe(
     ("arguments", "said"),
     [
         (("--method", "unifrm"), "must name a proposer or be `module:name`, but was 'unifrm'"),
-        (("--method", "uniform", "--set", "member=3"), "unknown key 'member'; did you mean"),
+        (("--method", "uniform", "--set", "member=3"), "unknown key 'uniform.member'; did you"),
         (("--method", "sensitivity"), "method 'sensitivity' reads data, but no task was given"),
         (("--method", "uniform", "--budget", "1e-9"), "is below the narrowest network"),
         (("--method", "uniform", "--task", "digitz"), "digitz"),
