@@ -1,10 +1,10 @@
-"""Group learning: what a step costs, as a ratio to a plain training step beside it.
+"""Filter groups: the time of a learning step, relative to a plain training step in turns with it.
 
     python -m benchmarks.groups [--device cpu] [--batch 128] [--rounds 15] [--groups 4]
 
 Two networks of each space take turns, step by step, in one process: one trains plainly, the other
-learns groups. A grouped step has two passes forward and backward where the plain one has one, so 2
-is the least. The last column is what is beyond that.
+learns groups. A learning step has two passes forward and backward where a plain step has one, so
+the ratio is at least 2. The last column is the excess over 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def row(reference: str, batch: int, rounds: int, groups: int, device: str) -> tuple[float, ...]:
-    """Seconds of a plain step and of a grouped one, and the median of their ratios."""
+    """Seconds of a plain step and of a learning step, and the median of their ratios."""
     space = load_space(reference)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *space.input_shape, generator=generator).to(device)
@@ -67,7 +67,7 @@ def row(reference: str, batch: int, rounds: int, groups: int, device: str) -> tu
 
     steps = (sgd_step, learning.step)
     taken: list[list[float]] = []
-    for _ in range(rounds + 3):  # the first do not count
+    for _ in range(rounds + 3):  # the first three are a warm-up
         times = []
         for step, optimizer, call in zip(steps, optimizers, calls, strict=True):
             started = time.perf_counter()

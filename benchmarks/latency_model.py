@@ -1,11 +1,11 @@
-"""Predicted latency against measured, of networks that the model has not seen.
+"""Predicted latency of networks that the predictor has not seen, against measurements.
 
     python -m benchmarks.latency_model [--spaces REFERENCE …] [--networks 80] [--batch-size 8]
 
-Networks are measured on this machine beside the base (a designed set, as ``widthsearch profile``
-measures it, and as many random ones on the grid). The model learns from the first 10, 20, 40, …
-of the designed ones and predicts all the random ones. Beside it ``a + b · MACs``, learned from the
-same networks, and what measuring again would give: the median difference of two measurements.
+Networks are measured on this machine relative to the base: a designed set, as in ``widthsearch
+profile``, and as many random networks on the grid. The predictor learns from the first 10, 20, 40,
+… designed networks and predicts all random ones. Baselines: ``a + b · MACs`` fitted to the same
+networks, and the repeatability, the median difference of two measurements of a network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from widthsearch.widths import Widths
 def measured(
     space: SearchSpace, meter: LatencyMeter, networks: list[Widths]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ratios to the base, with standard errors; in random order, since the machine drifts."""
+    """Ratios to the base with standard errors; in random order, because the machine drifts."""
     ratio, error = np.empty((2, len(networks)))
     for i in np.random.default_rng(0).permutation(len(networks)):
         latency = meter.measure(space.build(networks[i], seed=0))

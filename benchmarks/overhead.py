@@ -1,15 +1,15 @@
-"""What a study costs beyond training: in all as a ratio, and in seconds for each trial.
+"""The overhead of a study beyond training: as a ratio, and in seconds per trial.
 
     python -m benchmarks.overhead [STUDY] [--trials 12 28]
 
 Runs the study in a temporary folder in a process of its own, as a user would, and reads the
-training time of every epoch from its trials. What is on top of the 1 that training alone would
-take: starting Python, torch and Ray, tracing, proposals, latency measurements (which have the
-machine to themselves), evaluation, checkpoints, the storage, and idle ends of generations.
+training time of every epoch from its trials. The overhead consists of starting Python, torch and
+Ray, tracing, proposals, latency measurements (which have the machine to themselves), evaluation,
+checkpoints, the storage, and idle workers at the ends of generations.
 
-With two numbers of ``--trials`` the study runs twice, one trial at a time and without latency. What
-the larger one takes longer, less its training, is what its further trials cost: asking the sampler,
-starting, evaluation, checkpoints, reports.
+With two numbers of ``--trials`` the study runs twice, one trial at a time and without latency. The
+difference of the times, minus the difference of the training times, is the overhead of the
+additional trials: asking the sampler, starting, evaluation, checkpoints, reports.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Training speed: this project's loop beside a plain PyTorch loop, as ratios in one run.
+"""Training speed: this project's loop relative to a plain PyTorch loop, in turns in one process.
 
     python -m benchmarks.training [--device cuda] [--data FOLDER] [--networks resnet20,resnet18]
 
-Three loops take turns, on the same images, batch size, optimizer and augmentation:
+Three loops take turns, with the same images, batch size, optimizer and augmentation:
 
 - ``plain``: torchvision transforms in a ``DataLoader``, eager fp32;
-- ``eager``: images held and augmented on the device, channels_last; bf16 autocast on a GPU, fp32
+- ``eager``: images stored and augmented on the device, channels_last; bf16 autocast on a GPU, fp32
   on a CPU;
-- ``ours``: what a study runs: in addition one CUDA graph a step on a GPU; on a CPU bf16 where a
-  probe finds it faster.
+- ``ours``: the loop of a study: additionally one CUDA graph per step on a GPU; bf16 on a CPU where
+  a probe finds it faster.
 
-Then each trains until it reaches an accuracy (training time alone counts, validation does not), and
-as many candidates as fit train side by side. ``FOLDER`` is one that the task image_folder reads;
-without it the images are synthetic: one blurred pattern a class, shifted, under noise.
+Then each loop trains to a target accuracy (only training time counts, not validation), and as many
+candidates as fit train at once. ``FOLDER`` has the layout of the task image_folder; without it the
+images are synthetic: one blurred pattern per class, shifted, with noise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from widthsearch.utils.devices import hardware_name
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
-    """A split as torchvision's users read it: image by image, through transforms."""
+    """A split as a torchvision dataset: image by image, with transforms."""
 
     def __init__(self, split: Split, task: Task) -> None:
         self.split = split
@@ -78,7 +78,7 @@ class Plain:
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe, device: str) -> None:
         self.model, self.recipe, self.device = model.to(device), recipe, device
         cuda = device.startswith("cuda")
-        workers = min(8, os.cpu_count() or 1) if cuda else 0  # on a CPU they take the cores
+        workers = min(8, os.cpu_count() or 1) if cuda else 0  # on a CPU they would use its cores
         self.loader = DataLoader(
             Images(task.train, task),
             recipe.batch_size,
@@ -118,16 +118,16 @@ class Ours:
     """This project's loop."""
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe, device: str) -> None:
-        self.run = Trainer(model, task, recipe, seed=0, device=device)
+        self.trainer = Trainer(model, task, recipe, seed=0, device=device)
         self.model = model
 
     @property
     def mode(self) -> str:
-        return self.run.mode
+        return self.trainer.mode
 
     def train(self) -> float:
         """An epoch; its seconds."""
-        return self.run.run_epoch().seconds
+        return self.trainer.run_epoch().seconds
 
 
 def loops(
@@ -147,7 +147,7 @@ def loops(
 
 
 def shortened(task: Task, train: int, validation: int) -> Task:
-    """The first so many images."""
+    """A task with the first images of each split."""
     return replace(
         task,
         train=task.train.subset(np.arange(min(train, len(task.train)))),
@@ -158,7 +158,7 @@ def shortened(task: Task, train: int, validation: int) -> Task:
 def rates(
     makers: dict[str, Callable[[Task], Plain | Ours]], task: Task, steps: int, end: float
 ) -> dict[str, list[float]]:
-    """Images a second in blocks of so many steps, in turns until the end, three times at least."""
+    """Images per second in blocks of training, in turns until the end, at least three turns."""
     made = {name: make(shortened(task, steps, 2)) for name, make in makers.items()}
     for loop in made.values():
         loop.train()
@@ -174,7 +174,7 @@ def rates(
 def until(
     make: Callable[[Task], Plain | Ours], task: Task, accuracy: float, device: str, end: float
 ) -> tuple[float, float, int]:
-    """Seconds of training until the accuracy, the best one reached, and the epochs."""
+    """Seconds of training to a target accuracy, the best accuracy, and the number of epochs."""
     loop = make(task)
     seconds, best, epochs = 0.0, 0.0, 0
     while best < accuracy and time.perf_counter() < end:
@@ -232,7 +232,7 @@ def benchmark(name: str, task: Task, options: argparse.Namespace, seconds: float
             numbers=numbers,
             seconds=max(1.0, 0.15 * seconds / len(numbers)),
         )
-        print("    at once   candidates an hour (30 epochs)   over one")
+        print("    at once   candidates per hour (30 epochs)   over one")
         one = next(iter(probed.candidates_per_hour.values()))
         for number, rate in probed.candidates_per_hour.items():
             print(f"    {number:>7}   {rate:>18,.2f}   {rate / one:>21.2f}")
@@ -240,7 +240,7 @@ def benchmark(name: str, task: Task, options: argparse.Namespace, seconds: float
 
 
 def synthetic(count: int) -> Task:
-    """Ten blurred patterns, each shifted and under noise; no network knows them beforehand."""
+    """Ten blurred patterns, shifted and with noise."""
     rng = np.random.default_rng(0)
     coarse = rng.normal(size=(10, 3, 8, 8)).repeat(4, axis=2).repeat(4, axis=3)
 
