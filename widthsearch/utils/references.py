@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from widthsearch.errors import SpaceError
+from widthsearch.errors import SpaceError, one_line
 
 
 def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
@@ -39,14 +39,12 @@ def load_function(reference: str, error: type[Exception] = SpaceError) -> Callab
         raise error(
             f"{reference!r} must be `package.module:function` or `path/to/file.py:function`"
         )
-    module = _module_from_file(Path(where), reference, error) if where.endswith(".py") else None
-    if module is None:
-        try:
-            module = importlib.import_module(where)
-        except (Exception, SystemExit) as cause:
-            raise error(
-                f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}"
-            ) from cause
+    if parent and not Path(where).is_file():
+        raise error(f"{reference!r}: there is no file {where!r} (looked in {Path.cwd()})")
+    try:
+        module = _file_module(Path(where)) if parent else importlib.import_module(where)
+    except (Exception, SystemExit) as cause:
+        raise error(f"{reference!r} cannot be imported: {one_line(cause)}") from cause
     function = getattr(module, name, None)
     if not callable(function):
         public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
@@ -56,21 +54,18 @@ def load_function(reference: str, error: type[Exception] = SpaceError) -> Callab
     return function  # type: ignore[no-any-return]
 
 
-def _module_from_file(path: Path, reference: str, error: type[Exception]) -> ModuleType:
-    if not path.is_file():
-        raise error(f"{reference!r}: there is no file {str(path)!r} (looked in {Path.cwd()})")
-    content = path.read_bytes()
-    digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
+def _file_module(path: Path) -> ModuleType:
+    """The module of a file; a file with the same content is imported once."""
+    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
     name = f"_widthsearch_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as cause:
+    except BaseException:
         del sys.modules[name]
-        raise error(f"{reference!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
+        raise
     return module
