@@ -14,7 +14,7 @@ IMAGE_FOLDER_LAYOUT = "<folder>/train/<class>/*.jpg and <folder>/test/<class>/*.
 
 @validated_dataclass("augmentation", DataError)
 class Augmentation:
-    """The random changes to training images, drawn anew for each image in each epoch.
+    """The random changes to training images, drawn for each image in each epoch.
 
     Attributes:
         crop_padding: Images are shifted by up to this many pixels each way; the border is

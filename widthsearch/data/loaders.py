@@ -86,7 +86,7 @@ class DeviceLoader:
         Args:
             generator: A generator on the CPU.
             epoch: The epoch's number: even epochs mirror the images that odd ones do not. None
-                draws the mirrored images anew.
+                draws the mirrored images at random.
 
         Returns:
             int64 (6, images). A column has an image's index, its rows in the tables of vertical and

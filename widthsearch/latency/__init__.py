@@ -1,4 +1,4 @@
-"""Latency, measured beside the base model, and predicted from a profile of a space.
+"""Latency: measured relative to the base model, or predicted from a profile of a space.
 
 May import: ``training``, ``space`` and below.
 """

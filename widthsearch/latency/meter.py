@@ -56,7 +56,7 @@ class LatencyMeter:
 
     Args:
         base: The base model; it is copied, not changed.
-        inputs: One sample of what the networks take, without the batch: a shape such as
+        inputs: One sample of the networks' input, without the batch: a shape such as
             ``(3, 32, 32)``, a tensor, or several of those, see :data:`~tracing.inputs.Inputs`.
             Floating-point inputs are random normal numbers, all others zeros (a valid token id).
         config: Device, backend, batch size, threads, precision and number of pairs.

@@ -288,7 +288,7 @@ def _train(seconds: float) -> float:
     return _EPOCH_STEPS * len(results) / sum(result.seconds for result in results)
 
 
-# --- what is trained ---
+# --- short trainings ---
 
 
 def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PROBE_PIXELS) -> Task:

@@ -64,7 +64,7 @@ def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) ->
         ) from error
     try:
         header = json.loads(first)
-        whose, whole = header["run"], header["sha256"] == hashlib.sha256(payload).hexdigest()
+        stored, whole = header["run"], header["sha256"] == hashlib.sha256(payload).hexdigest()
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -72,9 +72,9 @@ def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) ->
             f"a checkpoint must be as it was written, but {path} is damaged; restart the run"
         )
     here = json.loads(json.dumps(run))
-    if whose != here:
+    if stored != here:
         raise CheckpointError(
-            f"a checkpoint must be of the same run, but {path} has {_difference(whose, here)}; "
+            f"a checkpoint must be of the same run, but {path} has {_difference(stored, here)}; "
             "restart the run, or use another folder for each run's checkpoints"
         )
     state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)

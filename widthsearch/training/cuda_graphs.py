@@ -202,9 +202,9 @@ def run_and_check(step: Callable[[], object], model: nn.Module) -> str | None:
     with device_waits() as waits:
         step()
     after = _python_state(model)
-    for what, value in before.items():
-        if after.get(what) != value:
-            return f"each step changes {what}"
+    for name, value in before.items():
+        if after.get(name) != value:
+            return f"each step changes {name}"
     return f"the step waits for the device: {waits[0]}" if waits else None
 
 
