@@ -86,7 +86,7 @@ class Study:
             return cls(config, folder=Path(runs, config.name))
         for folder in (path, Path(runs) / path):
             if (folder / "study.yaml").is_file():
-                return cls._run_before(folder)
+                return cls(_stored_config(folder), folder=folder)
         known = [file.parent.name for file in Path(runs).glob("*/study.yaml")]
         close = difflib.get_close_matches(str(reference), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "give a study's YAML, name or folder"
@@ -94,23 +94,6 @@ class Study:
             f"a study must be a YAML file or have a folder in {str(runs)!r}, but there is no "
             f"{str(reference)!r}; {hint}"
         )
-
-    @classmethod
-    def _run_before(cls, folder: Path) -> Study:
-        """The study of a folder, whose configuration another version may have written."""
-        try:
-            return cls(StudyConfig.from_yaml(folder / "study.yaml"), folder=folder)
-        except StudyError as error:
-            from widthsearch.study.storage import SchemaError, Store
-
-            values = read_yaml(folder / "study.yaml")
-            try:
-                Store.open(_storage(folder, values.get("storage")), str(values.get("name")))
-            except SchemaError as cause:  # it explains the other one
-                raise cause from None
-            except WidthsearchError:
-                pass
-            raise error
 
     @cached_property
     def spaces(self) -> dict[str, SearchSpace]:
@@ -339,6 +322,23 @@ class Study:
         from widthsearch.study.driver import Driver
 
         return Driver(self.config, self.spaces, self.task, self.folder, self.storage, _pickled)
+
+
+def _stored_config(folder: Path) -> StudyConfig:
+    """The configuration in a study's folder, which another version may have written."""
+    try:
+        return StudyConfig.from_yaml(folder / "study.yaml")
+    except StudyError as error:
+        from widthsearch.study.storage import SchemaError, Store
+
+        values = read_yaml(folder / "study.yaml")
+        try:
+            Store.open(_storage(folder, values.get("storage")), str(values.get("name")))
+        except SchemaError as cause:  # it explains the other one
+            raise cause from None
+        except WidthsearchError:
+            pass
+        raise error
 
 
 def _storage(folder: Path, url: str | None) -> str:

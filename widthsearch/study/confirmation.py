@@ -73,7 +73,7 @@ class Confirmation(Search):
     def _total(self) -> int:
         return self._wanted
 
-    def _drawn(self) -> Candidate:
+    def _suggest(self) -> Candidate:
         posterior = self.posterior
         front = posterior.front()
         finalists = {member.number: member for member in (*front, *posterior.undecided)}

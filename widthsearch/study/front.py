@@ -1,4 +1,4 @@
-"""Trials as points of the objectives, comparisons at equal cost, and picks from a front.
+"""Trials as values of the objectives, comparisons at equal cost, and picks from a front.
 
 The front itself is :meth:`~widthsearch.study.posterior.AccuracyPosterior.front`: there is no other.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points, knee
 from widthsearch.errors import StudyError
 from widthsearch.study.trial import Trial, TrialState
@@ -38,6 +39,28 @@ def objective_points(trials: Sequence[Trial], objectives: Sequence[str]) -> Poin
     sign = [-1.0 if objective == "accuracy" else 1.0 for objective in objectives]
     values = [[objective_value(trial, objective) for objective in objectives] for trial in trials]
     return np.array(values).reshape(len(trials), len(objectives)) * sign
+
+
+def observation(
+    trial: Trial, objectives: Sequence[str], predicted_ms: float = math.nan
+) -> Observation:
+    """A trial as the sampler and early stopping see it.
+
+    Args:
+        trial: The trial.
+        objectives: The objectives of the study.
+        predicted_ms: Stands for a latency that is not measured.
+    """
+    costs = (
+        predicted_ms
+        if name == "latency_ms" and trial.latency is None
+        else objective_value(trial, name)
+        for name in objectives
+        if name != "accuracy"
+    )
+    curve = tuple(result.accuracy for result in trial.curve)
+    running = trial.state == TrialState.RUNNING
+    return Observation(trial.widths.vector, trial.accuracy, tuple(costs), curve, running)
 
 
 def equal_cost_pairs(

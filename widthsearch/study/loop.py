@@ -1,53 +1,46 @@
-"""The engine-free study loop: which candidate comes next, and what becomes of it.
+"""The loop of a study without an engine: which trial comes next, and how each one ends.
 
-``Search`` does not know who trains. An engine (``runner.py``, or ten lines of a plain loop in a
-test) asks it for trials, trains each epoch by epoch, and reports::
+A :class:`Search` trains nothing. An engine (the runner, or a plain loop of ten lines in a test)
+asks it for trials, trains each epoch by epoch, and reports::
 
     while not search.done:
-        trial = search.ask()                  # None: wait for a trial that is being trained
+        trial = search.ask()                  # None: wait until a running trial has ended
         ...
-        goes_on = search.report(trial.number, curve)
+        continues = search.report(trial.number, curve)
 
-Whatever it knows it wrote to the storage first, so a search made anew after any kill goes on where
-the last one ended.
+Every change of its state is in the storage first, so a search made anew after any kill continues
+where the last one ended.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from widthsearch.bayesopt import pareto
-from widthsearch.bayesopt.early_stopping import FrontStopping
-from widthsearch.bayesopt.kernel import Coordinates
-from widthsearch.bayesopt.observation import Observation
-from widthsearch.bayesopt.pareto import Points
-from widthsearch.bayesopt.search import BayesianSearch
-from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency.config import Latency
 from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.config import Rungs, StudyConfig
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
+from widthsearch.study.front import objective_value
 from widthsearch.study.posterior import AccuracyPosterior
-from widthsearch.study.progress import Level, Progress
+from widthsearch.study.progress import Level, Pace, Progress
+from widthsearch.study.queue import CandidateQueue
+from widthsearch.study.stopping import EarlyStopping
 from widthsearch.study.storage import Store
-from widthsearch.study.trial import Trial, TrialState, unresolved_failures
+from widthsearch.study.suggestions import LatencyEstimates, Suggestions
+from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
-from widthsearch.widths import Widths
 
 FAILURES_IN_A_ROW = 5
-"""So many, and the study stops: a broken machine would burn the whole queue."""
+"""After so many the study stops: a broken machine would use up the whole queue."""
 
 _logger = logging.getLogger(__name__)
 
@@ -55,12 +48,24 @@ _logger = logging.getLogger(__name__)
 class Search:
     """The state of a study that is being driven.
 
-    With ``retry``, what failed before is trained again, first.
+    The queue is first the failed trials to train again, then the candidates, then suggestions.
 
-    With ``measure`` (of a trial; it is given the base model's latency once that is known), trials
-    come in generations: all of one are measured while nothing else of the study runs, then they
-    train, and only when all are done the next one is asked. The first is the whole queue; the
-    sampler's have twice as many trials as train at once, so that a slow one keeps few waiting.
+    With ``measure``, trials come in generations: all of one are measured while nothing else of the
+    study runs, then they train, and the next one begins when all have ended. The first is the whole
+    queue; those of suggestions have twice as many trials as train at once, so that a slow one keeps
+    few waiting.
+
+    Args:
+        config: The study's configuration.
+        spaces: The spaces by name.
+        store: The study's storage.
+        driver_lock: The lock that this process holds.
+        candidates: Networks to train before any is suggested.
+        measure: Measures a trial's latency, given the base model's once that is known; None where
+            latency is no objective.
+        profiles: Stored latency profiles, by space.
+        retry: Whether to train again the trials that failed.
+        on_progress: Called with the progress of the study.
 
     Attributes:
         config: The study's configuration.
@@ -86,63 +91,35 @@ class Search:
         self._store = store
         self._driver_lock = driver_lock
         self._measure = measure
-        self._profiles = profiles or {}
-        self._latency_models: dict[str, tuple[int, LatencyPredictor]] = {}
         self._on_progress = on_progress
         names = {name: space.names for name, space in spaces.items()}
-        stopping = config.early_stopping
-        self._rungs: Collection[int] = range(1, config.recipe.epochs)
-        if isinstance(stopping, Rungs):
-            self._rungs = stopping.rungs(config.recipe.epochs)
-
         store.fail_partial(names)
         self.trials = {trial.number: trial for trial in store.trials(names)}
-        running = [trial for trial in self.trials.values() if trial.state == TrialState.RUNNING]
-        self._taken_up = running  # begun by a driver that was killed
-        self._ready: deque[Trial] = deque()  # running ones that no engine has been given yet
-        self._waiting: deque[int] = deque()  # running ones that need a machine to themselves
-        self._retried: set[int] = set()  # those that were given one
-        failed = unresolved_failures(list(self.trials.values()))
-        again = {t.number: Candidate(t.space, t.widths, t.origin) for t in failed if retry}
-        left = {trial.number for trial in failed} - again.keys()
-        self._superseded = {
-            trial.number
-            for trial in self.trials.values()
-            if trial.state == TrialState.FAILED and trial.number not in left
-        }
-        self._seen = {(t.space, t.widths) for t in self.trials.values() if t.number not in again}
-        queue: dict[tuple[str, Widths], Candidate] = {}
-        for candidate in (*again.values(), *candidates):
-            queue.setdefault((candidate.space, candidate.widths), candidate)
-        self._queue = deque(c for key, c in queue.items() if key not in self._seen)
-        placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
-        self._samplers = {
-            name: BayesianSearch(
-                coordinates,
-                config.objectives,
-                seed=config.seed,
-                limits=config.limits,
-                latency=partial(self._predicted, name),
-                profiles=[c.widths for c in queue.values() if c.space == name],
-            )
-            for name, coordinates in zip(spaces, placed, strict=True)
-        }
+        # Running trials are in one of these until an engine has them.
+        self._interrupted = self._in_state(TrialState.RUNNING)  # by a kill of the last driver
+        self._ready: deque[Trial] = deque()
+        self._need_alone: deque[int] = deque()  # these ran out of memory
+        self._trained_alone: set[int] = set()
+        self._queue = CandidateQueue(list(self.trials.values()), candidates, retry=retry)
+        self._latency = LatencyEstimates(spaces, profiles or {}, self.trials)
+        self._suggestions = Suggestions(
+            config, spaces, self.trials, self._latency, self._queue.proposed
+        )
+        self._stopping = EarlyStopping(config, self.trials)
         self._exhausted = False
         self._failures = 0
-        self._started = time.monotonic()
-        self._first_epoch: float | None = None
-        self._done_before = self._done
+        self._pace = Pace(self._done)
         self._posterior: tuple[int, AccuracyPosterior] | None = None
 
     @property
     def done(self) -> bool:
-        """Whether every trial is done."""
+        """Whether every trial has ended."""
         return not self.running and not self._may_begin()
 
     @property
     def running(self) -> tuple[int, ...]:
         """The numbers of the trials that have begun and not ended."""
-        return tuple(t.number for t in self.trials.values() if t.state == TrialState.RUNNING)
+        return tuple(trial.number for trial in self._in_state(TrialState.RUNNING))
 
     @property
     def posterior(self) -> AccuracyPosterior:
@@ -155,55 +132,69 @@ class Search:
             )
         return self._posterior[1]
 
-    @property
-    def _done(self) -> int:
-        return len(self.trials) - len(self.running)
-
     def ask(self) -> Trial | None:
-        """The next trial to train; None while there is none before another one is done, or at all.
+        """The next trial to train.
+
+        Returns:
+            None while there is none before another one has ended, or at all.
 
         Raises:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
         self._driver_lock.check()
-        if self._waiting or any(self.is_alone(number) for number in self.running):
+        if self._need_alone or any(self.is_alone(number) for number in self.running):
             return self._next_alone()
-        if self._taken_up:
-            self._make_ready(self._taken_up)
-            self._taken_up = []
+        if self._interrupted:
+            self._make_ready(self._interrupted)
+            self._interrupted = []
         while not self._ready and self._may_begin():
-            self._make_ready(self._generation())
+            self._make_ready(self._begin_generation())
         return self._ready.popleft() if self._ready else None
 
     def report(self, number: int, curve: Sequence[EpochResult]) -> bool:
-        """Tell of an epoch; ``curve`` is all of them so far. Returns whether the trial goes on.
+        """Record an epoch of a trial, and decide whether the trial continues.
 
-        An epoch may be reported again after a restart; its rung is then decided anew.
+        An epoch may be reported again after a restart; early stopping then decides anew.
+
+        Args:
+            number: The trial's number.
+            curve: All its epochs so far.
+
+        Returns:
+            Whether the trial continues.
+
+        Raises:
+            StudyError: Another driver took over, or too many trials failed in a row.
         """
         self._driver_lock.check()
-        self._first_epoch = self._first_epoch or time.monotonic()
+        self._pace.record_epoch()
         trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
         last = trial.curve[-1]
         if not math.isfinite(last.accuracy):
             self.fail(number, f"training diverged in epoch {last.epoch}: its loss is {last.loss}")
-            return False
-        if last.epoch >= self.config.recipe.epochs:
-            self._store.finish(number, self._values(trial))
-            self._close(replace(trial, state=TrialState.FINISHED))
-            return False
-        if last.epoch in self._rungs and not self._goes_on(trial, last.epoch):
+        elif last.epoch >= self.config.recipe.epochs:
+            trial = replace(trial, state=TrialState.FINISHED)
+            values = [objective_value(trial, name) for name in self.config.objectives]
+            self._store.finish(number, values)
+            self._close(trial)
+        elif self._stopping.stops(trial):
             self._store.stop(number)
             self._close(replace(trial, state=TrialState.STOPPED))
-            return False
-        self.notify()
-        return True
+        else:
+            self.notify()
+            return True
+        return False
 
     def fail(self, number: int, reason: str) -> None:
-        """Tell that a trial cannot be trained, with the reason in one line.
+        """Record that a trial cannot be trained.
+
+        Args:
+            number: The trial's number.
+            reason: The reason, in one line.
 
         Raises:
-            StudyError: It is the last straw: ``FAILURES_IN_A_ROW``.
+            StudyError: ``FAILURES_IN_A_ROW`` trials failed in a row.
         """
         self._store.fail(number, reason)
         self._close(replace(self.trials[number], state=TrialState.FAILED, error=reason))
@@ -217,31 +208,29 @@ class Search:
         """Train a trial that ran out of memory once more, while no other one runs.
 
         Returns:
-            Whether it will be; it is once alone, and its next failure is its end.
+            False for a trial that was trained alone before: its failure is final.
         """
-        if number in self._retried:
+        if number in self._trained_alone:
             return False
-        self._retried.add(number)
-        self._waiting.append(number)
+        self._trained_alone.add(number)
+        self._need_alone.append(number)
         self.notify(
             f"trial {number} ran out of memory; it will be trained again by itself", "warning"
         )
         return True
 
     def is_alone(self, number: int) -> bool:
-        """Whether a trial is trained while no other one runs."""
-        return number in self._retried and number not in self._waiting and number in self.running
-
-    def _next_alone(self) -> Trial | None:
-        """The next trial that wants a machine to itself, once no other one is being trained."""
-        idle = {*self._waiting, *(trial.number for trial in self._ready)}
-        idle.update(trial.number for trial in self._taken_up)
-        if not self._waiting or not idle.issuperset(self.running):
-            return None
-        return self.trials[self._waiting.popleft()]
+        """Whether a trial is being trained while no other one runs."""
+        begun = number in self._trained_alone and number not in self._need_alone
+        return begun and number in self.running
 
     def notify(self, message: str = "", level: Level = "status", /) -> None:
-        """Let whoever watches know where the study stands."""
+        """Log a message, and call back with the progress of the study.
+
+        Args:
+            message: What just happened; may be empty.
+            level: Its importance.
+        """
         if message:
             _logger.info(message)
         if self._on_progress is not None:
@@ -249,28 +238,35 @@ class Search:
 
     @property
     def _begun(self) -> int:
-        """How many of this search's trials have begun; what failed and is trained again is one."""
-        counted = self.trials.keys() - self._superseded
+        """The trials of this search that have begun; a failed one and its repetition count once."""
+        counted = self.trials.keys() - self._queue.superseded
         return sum("confirms" not in self.trials[number].origin for number in counted)
 
     @property
     def _total(self) -> int:
-        """How many of them there will be."""
+        """The trials that this search is to have."""
         return self.config.trials
 
     def _may_begin(self) -> bool:
-        if self._exhausted or self._begun >= self._total:
-            return False
-        return self._measure is None or not self.running
+        left = not self._exhausted and self._begun < self._total
+        return left and (self._measure is None or not self.running)
 
-    def _generation(self) -> list[Trial]:
-        """Begin the trials that are next; one, where no latency is to be measured."""
+    def _next_alone(self) -> Trial | None:
+        """The next trial that needs a machine to itself, once no other one is being trained."""
+        idle = {*self._need_alone, *(trial.number for trial in self._ready)}
+        idle.update(trial.number for trial in self._interrupted)
+        if not self._need_alone or not idle.issuperset(self.running):
+            return None
+        return self.trials[self._need_alone.popleft()]
+
+    def _begin_generation(self) -> list[Trial]:
+        """Begin the next trials; a single one where no latency is measured."""
         size = 1
         if self._measure is not None:
             size = len(self._queue) or 2 * self.config.at_once
         generation = []
         for _ in range(min(size, self._total - self._begun)):
-            candidate = self._queue.popleft() if self._queue else self._drawn()
+            candidate = self._queue.pop() or self._suggest()
             if candidate is None:
                 self._exhausted = True
                 limits = " within the limits" if self.config.limits else ""
@@ -283,121 +279,35 @@ class Search:
             generation.append(self._begin(candidate))
         return generation
 
-    def _drawn(self) -> Candidate | None:
-        """The candidate of greatest expected gain, of all spaces."""
-        found: list[tuple[float, int, Candidate]] = []
-        known = {name: self._known(name) for name in self._samplers}
-        shared = self._shared(known)
-        for name, sampler in self._samplers.items():
-            seen = [widths for space, widths in self._seen if space == name]
-            surrogate, rivals = None, list[Observation]()
-            if shared is not None:
-                surrogate = shared.of_space(sampler.coordinates)
-                rivals = self._rivals(name, shared)
-            suggestion = sampler.suggest(known[name], seen=seen, rivals=rivals, surrogate=surrogate)
-            if suggestion is not None:
-                candidate = Candidate(name, suggestion.widths, {"sampler": "width"})
-                found.append((suggestion.improvement, -len(known[name]), candidate))
-        return max(found, key=lambda each: each[:2])[2] if found else None
-
-    def _shared(self, known: Mapping[str, Sequence[Observation]]) -> Surrogate | None:
-        """One surrogate of several spaces; None of a single space, or before a trial finished."""
-        if len(known) == 1 or all(o.accuracy is None for own in known.values() for o in own):
-            return None
-        return Surrogate.fit_observations(
-            *((self._samplers[name].coordinates, own) for name, own in known.items())
-        )
-
-    def _rivals(self, space: str, shared: Surrogate) -> list[Observation]:
-        """The other spaces' networks, finished or running, with their posterior mean accuracy."""
-        live = self._in_state(TrialState.FINISHED, TrialState.RUNNING)
-        rivals: list[Observation] = []
-        for name, sampler in self._samplers.items():
-            own = [trial for trial in live if trial.space == name]
-            timed = "latency_ms" in self.config.objectives
-            if name == space or not own or (timed and all(t.latency is None for t in own)):
-                continue
-            vectors = np.array([trial.widths.vector for trial in own])
-            mean = shared.of_space(sampler.coordinates).posterior(vectors).mean.tolist()
-            ms = self._predicted(name, vectors)[0].tolist() if timed else [math.nan] * len(own)
-            for trial, accuracy, predicted_ms in zip(own, mean, ms, strict=True):
-                rivals.append(replace(self._observed(trial, predicted_ms), accuracy=accuracy))
-        return rivals
-
-    def _predicted(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
-        """Predicted latency of a space's networks: from its profile and from what was measured."""
-        own = [(t.widths.vector, t.latency) for t in self.trials.values() if t.space == space]
-        measured = [(vector, latency) for vector, latency in own if latency is not None]
-        count, model = self._latency_models.get(space, (-1, None))
-        if model is None or count != len(measured):
-            rows = [(v, m.median_ms, m.standard_error_ms) for v, m in measured]
-            profile, base_ms = self._profiles.get(space), self._base_ms()
-            if profile is not None:  # on the scale of this study's base
-                base = np.array([self.spaces[space].base.vector])
-                scale = 1.0 if base_ms is None else base_ms / float(profile.predicted(base)[0])
-                rows += [
-                    (tuple(vector), ms * scale, sd * scale)
-                    for vector, ms, sd in zip(
-                        profile.vectors.tolist(), profile.ms, profile.sd, strict=True
-                    )
-                ]
-            model = LatencyPredictor.fit(self.spaces[space], *zip(*rows, strict=True))
-            self._latency_models[space] = len(measured), model
-        return model(vectors)
-
-    def _known(self, space: str) -> list[Observation]:
-        """What a space's sampler learns from, by number."""
-        return [
-            self._observed(trial)
-            for trial in self.trials.values()
-            if trial.space == space and trial.state != TrialState.FAILED
-        ]
-
-    def _observed(self, trial: Trial, predicted_ms: float = math.nan) -> Observation:
-        """A trial as the sampler and early stopping see it; a latency not measured is predicted."""
-        costs = (
-            predicted_ms
-            if name == "latency_ms" and trial.latency is None
-            else self._value(trial, name, -1)
-            for name in self.config.objectives
-            if name != "accuracy"
-        )
-        curve = tuple(result.accuracy for result in trial.curve)
-        running = trial.state == TrialState.RUNNING
-        return Observation(trial.widths.vector, trial.accuracy, tuple(costs), curve, running)
-
-    def _in_state(self, *states: TrialState) -> list[Trial]:
-        return [trial for trial in self.trials.values() if trial.state in states]
+    def _suggest(self) -> Candidate | None:
+        """A candidate once the queue is empty; None where no network is left."""
+        return self._suggestions.next(self._queue.seen)
 
     def _begin(self, candidate: Candidate) -> Trial:
         space = self.spaces[candidate.space]
+        entropy = (self.config.seed, len(self.trials), *b"trial")
         trial = self._store.begin(
             space.name,
             space.axes,
             candidate.widths,
             origin=candidate.origin,
-            seed=self._seed("trial"),
+            seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
             cost=space.cost(candidate.widths),
             alone=len(self.spaces) == 1,
         )
         self.trials[trial.number] = trial
-        self._seen.add((candidate.space, candidate.widths))
+        self._queue.seen.add((candidate.space, candidate.widths))
         return trial
 
-    def _seed(self, purpose: str) -> int:
-        """A seed for the trial that begins next: of the study's seed and the count of trials."""
-        entropy = (self.config.seed, len(self.trials), *purpose.encode())
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
     def _make_ready(self, trials: Sequence[Trial]) -> None:
-        """Measure the trials' latency where that is asked for; nothing else of the study runs."""
+        """Measure the trials' latency where it is an objective; nothing else of the study runs."""
         for i, trial in enumerate(trials):
             if self._measure is not None and trial.latency is None:
                 self.notify(f"measuring the latency of candidate {i + 1} of {len(trials)}")
                 try:
-                    latency = self._measure(trial, self._base_ms())
+                    latency = self._measure(trial, self._latency.base_ms)
                 except WidthsearchError:
-                    raise  # the device, not the candidate
+                    raise  # the device's error, not the candidate's
                 except Exception as error:
                     _logger.info("trial %d cannot be measured", trial.number, exc_info=True)
                     self.fail(trial.number, one_line(error))
@@ -406,56 +316,12 @@ class Search:
                 trial = self.trials[trial.number] = replace(trial, latency=latency)
             self._ready.append(trial)
 
-    def _base_ms(self) -> float | None:
-        """The base model's latency as this study measured it once: all others are on its scale."""
-        known = (trial.latency for trial in self.trials.values())
-        return next((latency.base_ms for latency in known if latency is not None), None)
+    def _in_state(self, state: TrialState) -> list[Trial]:
+        return [trial for trial in self.trials.values() if trial.state == state]
 
-    def _values(self, trial: Trial) -> tuple[float, ...]:
-        """The value of each objective as a person reads it, with the last epoch's accuracy."""
-        return tuple(self._value(trial, name, -1) for name in self.config.objectives)
-
-    def _value(self, trial: Trial, objective: str, index: int) -> float:
-        if objective == "accuracy":
-            return trial.curve[index].accuracy
-        if objective == "latency_ms":
-            assert trial.latency is not None
-            return trial.latency.median_ms
-        return float(getattr(trial.cost, objective))
-
-    def _goes_on(self, trial: Trial, epoch: int) -> bool:
-        """Whether a trial may go on after an epoch: never by accuracy alone.
-
-        The bases and the baselines are what the front is compared with, and what confirms a
-        network is compared with its first training: they are always trained to the end.
-        """
-        stopping = self.config.early_stopping
-        if stopping is None or not trial.origin.keys().isdisjoint(("base", "baseline", "confirms")):
-            return True
-        if isinstance(stopping, FrontStopping):
-            finished = self._in_state(TrialState.FINISHED)
-            if len(finished) < stopping.finished:
-                return True
-            peers = [self._observed(peer) for peer in finished]
-            return not stopping(self._observed(trial), peers)
-        return self._passes(trial, epoch, stopping)
-
-    def _passes(self, trial: Trial, epoch: int, stopping: Rungs) -> bool:
-        """Whether a rung lets a trial go on.
-
-        Everyone who has reached the epoch is on the rung, whatever became of them; failed ones are
-        not.
-        """
-        rung = [
-            peer
-            for peer in self.trials.values()
-            if peer.state != TrialState.FAILED and len(peer.curve) >= epoch
-        ]
-        signs = [-1.0 if name == "accuracy" else 1.0 for name in self.config.objectives]
-        points = np.array(
-            [[self._value(peer, n, epoch - 1) for n in self.config.objectives] for peer in rung]
-        )
-        return pareto.promoted(points * signs, rung.index(trial), stopping.eta)
+    @property
+    def _done(self) -> int:
+        return len(self.trials) - len(self.running)
 
     def _close(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
@@ -467,18 +333,15 @@ class Search:
             self.notify()
 
     def _progress(self) -> Progress:
-        now, done = time.monotonic(), self._done
-        total = len(self.trials)
+        done, total = self._done, len(self.trials)
         if not self._exhausted:
             total += max(0, self._total - self._begun)
-        lately = done - self._done_before
-        training = now - (self._first_epoch or now)
         return Progress(
             done=done,
             running=len(self.running),
             total=total,
             best_accuracy=self.posterior.best_accuracy,
             front_size=len(self.posterior.front()),
-            elapsed=now - self._started,
-            remaining=training / lately * (total - done) if lately else None,
+            elapsed=self._pace.elapsed,
+            remaining=self._pace.remaining(done, total),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Level = Literal["status", "event", "warning"]
@@ -45,3 +46,38 @@ class Notify(Protocol):
     def __call__(self, message: str, level: Level = "status", /) -> None:
         """Show the message."""
         ...
+
+
+@dataclass
+class Pace:
+    """The pace of a run, from its first epoch on.
+
+    Attributes:
+        done: Trials that had ended before the run.
+        started: The time at which it began.
+        first_epoch: The time of its first epoch; None until then.
+    """
+
+    done: int
+    started: float = field(default_factory=time.monotonic)
+    first_epoch: float | None = None
+
+    def record_epoch(self) -> None:
+        """Note that an epoch was trained."""
+        self.first_epoch = self.first_epoch or time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+    def remaining(self, done: int, total: int) -> float | None:
+        """Seconds until the run's end at its pace; None before a trial has ended in it.
+
+        Args:
+            done: Trials that have ended.
+            total: Trials that there will be.
+        """
+        if done == self.done or self.first_epoch is None:
+            return None
+        return (time.monotonic() - self.first_epoch) / (done - self.done) * (total - done)

@@ -1,0 +1,47 @@
+"""The queue of a study: the candidates to train before any network is suggested."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from widthsearch.proposers.families import Candidate
+from widthsearch.study.trial import Trial, TrialState, unresolved_failures
+from widthsearch.widths import Widths
+
+
+class CandidateQueue:
+    """Candidates that are still to begin, each network once.
+
+    Args:
+        trials: The trials that have begun before.
+        candidates: The candidates in their order; those that have begun are left out.
+        retry: Whether failed trials come again, before the candidates.
+
+    Attributes:
+        proposed: All candidates, also those that have begun before.
+        seen: The networks that have begun, each with its space's name.
+        superseded: The numbers of failed trials that have a repetition, or will have one.
+    """
+
+    def __init__(
+        self, trials: Sequence[Trial], candidates: Iterable[Candidate], *, retry: bool
+    ) -> None:
+        failed = unresolved_failures(trials)
+        again = {t.number: Candidate(t.space, t.widths, t.origin) for t in failed if retry}
+        unresolved = {trial.number for trial in failed} - again.keys()
+        failures = {trial.number for trial in trials if trial.state == TrialState.FAILED}
+        self.superseded = failures - unresolved
+        self.seen = {(t.space, t.widths) for t in trials if t.number not in again}
+        proposed: dict[tuple[str, Widths], Candidate] = {}
+        for candidate in (*again.values(), *candidates):
+            proposed.setdefault((candidate.space, candidate.widths), candidate)
+        self.proposed = tuple(proposed.values())
+        self._waiting = deque(c for key, c in proposed.items() if key not in self.seen)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def pop(self) -> Candidate | None:
+        """Remove and return the next candidate; None where none is left."""
+        return self._waiting.popleft() if self._waiting else None

@@ -1,0 +1,191 @@
+"""The next network of a study, from all its trials so far: one Bayesian search per space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widthsearch.bayesopt.kernel import Coordinates
+from widthsearch.bayesopt.observation import Observation
+from widthsearch.bayesopt.pareto import Points
+from widthsearch.bayesopt.search import BayesianSearch
+from widthsearch.bayesopt.surrogate import Surrogate
+from widthsearch.latency.predictor import LatencyPredictor
+from widthsearch.proposers.families import Candidate
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.front import observation
+from widthsearch.study.trial import Trial, TrialState
+from widthsearch.widths import Widths
+
+
+class LatencyEstimates:
+    """Predicted latency of networks, from stored profiles and the study's own measurements.
+
+    Args:
+        spaces: The spaces by name.
+        profiles: The stored profiles of some of them.
+        trials: Every trial by number; read anew at each call.
+    """
+
+    def __init__(
+        self,
+        spaces: Mapping[str, SearchSpace],
+        profiles: Mapping[str, LatencyPredictor],
+        trials: Mapping[int, Trial],
+    ) -> None:
+        self._spaces = spaces
+        self._profiles = profiles
+        self._trials = trials
+        self._fitted: dict[str, tuple[int, LatencyPredictor]] = {}
+
+    @property
+    def base_ms(self) -> float | None:
+        """The base model's latency, measured once per study; None until then.
+
+        All latencies of the study are on this scale.
+        """
+        measured = (trial.latency for trial in self._trials.values())
+        return next((latency.base_ms for latency in measured if latency is not None), None)
+
+    def __call__(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
+        """The latency of a space's networks in ms, and its standard deviation.
+
+        Args:
+            space: The space's name.
+            vectors: Widths in channels, shape (N, axes).
+
+        Returns:
+            Two arrays of shape (N,).
+        """
+        measured = [
+            (trial.widths.vector, trial.latency)
+            for trial in self._trials.values()
+            if trial.space == space and trial.latency is not None
+        ]
+        count, predictor = self._fitted.get(space, (-1, None))
+        if predictor is None or count != len(measured):
+            rows = [(v, latency.median_ms, latency.standard_error_ms) for v, latency in measured]
+            rows += self._profiled(space)
+            predictor = LatencyPredictor.fit(self._spaces[space], *zip(*rows, strict=True))
+            self._fitted[space] = len(measured), predictor
+        return predictor(vectors)
+
+    def _profiled(self, space: str) -> list[tuple[tuple[int, ...], float, float]]:
+        """The measurements of a space's profile, rescaled to this study's base_ms."""
+        profile, base_ms = self._profiles.get(space), self.base_ms
+        if profile is None:
+            return []
+        base = np.array([self._spaces[space].base.vector])
+        scale = 1.0 if base_ms is None else base_ms / float(profile.predicted(base)[0])
+        return [
+            (tuple(vector), ms * scale, sd * scale)
+            for vector, ms, sd in zip(profile.vectors.tolist(), profile.ms, profile.sd, strict=True)
+        ]
+
+
+class Suggestions:
+    """Suggests the network that is expected to improve the front most, of all spaces.
+
+    Several spaces share one surrogate, and the networks of the others are rivals: the volume that
+    they dominate is no improvement.
+
+    Args:
+        config: The study's configuration.
+        spaces: The spaces by name.
+        trials: Every trial by number; read anew for each suggestion.
+        latency: Predicts latency.
+        proposed: Networks whose multiples are among the candidates.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        spaces: Mapping[str, SearchSpace],
+        trials: Mapping[int, Trial],
+        latency: LatencyEstimates,
+        proposed: Sequence[Candidate],
+    ) -> None:
+        self._objectives = config.objectives
+        self._trials = trials
+        self._latency = latency
+        placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
+        self._searches = {
+            name: BayesianSearch(
+                coordinates,
+                config.objectives,
+                seed=config.seed,
+                limits=config.limits,
+                latency=partial(latency, name),
+                profiles=[c.widths for c in proposed if c.space == name],
+            )
+            for name, coordinates in zip(spaces, placed, strict=True)
+        }
+
+    def next(self, seen: Collection[tuple[str, Widths]]) -> Candidate | None:
+        """The network with the greatest expected improvement, of equals in the space tried least.
+
+        Args:
+            seen: Networks that are not to be suggested, each with its space's name.
+
+        Returns:
+            None where no network within the limits is left.
+        """
+        found: list[tuple[float, int, Candidate]] = []
+        observed = {
+            name: [
+                observation(trial, self._objectives)
+                for trial in self._trials.values()
+                if trial.space == name and trial.state != TrialState.FAILED
+            ]
+            for name in self._searches
+        }
+        shared = self._shared_surrogate(observed)
+        for name, search in self._searches.items():
+            surrogate, rivals = None, list[Observation]()
+            if shared is not None:
+                surrogate, rivals = shared.of_space(search.coordinates), self._rivals(name, shared)
+            suggestion = search.suggest(
+                observed[name],
+                seen=[widths for space, widths in seen if space == name],
+                rivals=rivals,
+                surrogate=surrogate,
+            )
+            if suggestion is not None:
+                candidate = Candidate(name, suggestion.widths, {"sampler": "width"})
+                found.append((suggestion.improvement, -len(observed[name]), candidate))
+        return max(found, key=lambda each: each[:2])[2] if found else None
+
+    def _shared_surrogate(self, observed: Mapping[str, Sequence[Observation]]) -> Surrogate | None:
+        """One surrogate of several spaces; None of a single space, or before a trial finished."""
+        if len(observed) == 1 or all(o.accuracy is None for own in observed.values() for o in own):
+            return None
+        return Surrogate.fit_observations(
+            *((self._searches[name].coordinates, own) for name, own in observed.items())
+        )
+
+    def _rivals(self, space: str, shared: Surrogate) -> list[Observation]:
+        """The other spaces' networks, finished or running, with their posterior mean accuracy."""
+        live = [
+            trial
+            for trial in self._trials.values()
+            if trial.state in (TrialState.FINISHED, TrialState.RUNNING)
+        ]
+        timed = "latency_ms" in self._objectives
+        rivals: list[Observation] = []
+        for name, search in self._searches.items():
+            own = [trial for trial in live if trial.space == name]
+            if name == space or not own or (timed and all(t.latency is None for t in own)):
+                continue
+            vectors = np.array([trial.widths.vector for trial in own])
+            mean = shared.of_space(search.coordinates).posterior(vectors).mean.tolist()
+            ms = self._latency(name, vectors)[0].tolist() if timed else [math.nan] * len(own)
+            for trial, accuracy, predicted_ms in zip(own, mean, ms, strict=True):
+                seen = observation(trial, self._objectives, predicted_ms)
+                rivals.append(replace(seen, accuracy=accuracy))
+        return rivals
