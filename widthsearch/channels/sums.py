@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph
@@ -63,10 +64,8 @@ def gate_gradients(graph: DependencyGraph, model: nn.Module) -> list[Tensor]:
             gated.add(axis)
             out[axis] = out[axis] + sums
 
-    for key, dim in graph.consumers.items():
-        where = _consuming_dim(graph, parameters[key], key, dim)
-        if where is not None:
-            collect(*where)
+    for key, dim in consuming_dims(graph, model):
+        collect(key, dim)
     without_consumer = set(range(len(out))) - gated
     for layer, module in model.named_modules():
         if isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm):
@@ -77,12 +76,30 @@ def gate_gradients(graph: DependencyGraph, model: nn.Module) -> list[Tensor]:
     return out
 
 
-def _consuming_dim(
-    graph: DependencyGraph, parameter: Tensor, key: str, dim: int
-) -> tuple[str, int] | None:
-    """The dim of a consumer along which its input channels lie."""
-    if (key, dim) in graph.axis:
-        return key, dim
-    if dim == 1 and parameter.shape[1] == 1 and (key, 0) in graph.axis:
-        return key, 0  # depthwise: filter i multiplies channel i
-    return None
+def consuming_dims(graph: DependencyGraph, model: nn.Module) -> list[tuple[str, int]]:
+    """The weight of each consumer, and the dim along which it has the channels of its input."""
+    parameters = dict(model.named_parameters())
+    out = []
+    for key, dim in graph.consumers.items():
+        if (key, dim) in graph.axis:
+            out.append((key, dim))
+        elif dim == 1 and parameters[key].shape[1] == 1 and (key, 0) in graph.axis:
+            out.append((key, 0))  # depthwise: filter i multiplies channel i
+    return out
+
+
+def of_input_channels(values: NDArray[np.int64], channels: int) -> NDArray[np.int64]:
+    """Convert values of the positions of :func:`consuming_dims` to values of the input's channels.
+
+    An input channel has several positions in a row after flattening and in depthwise convolutions;
+    a position stands for one channel of each group in grouped convolutions.
+
+    Example:
+        >>> of_input_channels(np.array([0, 0, 1, 1]), 2).tolist()
+        [0, 1]
+        >>> of_input_channels(np.array([0, 1]), 4).tolist()
+        [0, 1, 0, 1]
+    """
+    if channels >= len(values):
+        return np.tile(values, channels // len(values))
+    return values[:: len(values) // channels]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -175,29 +175,31 @@ class Phase:
         }
 
 
+@dataclass(eq=False)
 class _PhaseTrainer:
     """Trains the network of a phase until its densities settle, and narrows it.
 
     Attributes:
+        method: The hyperparameters.
+        space: The space.
+        task: The data.
+        setting: The circumstances of the proposal.
+        rules: The rules of consumers, shared by all phases.
+        name: The name of the phase in progress messages.
         model: The network, once it is trained.
         graph: Its dependency graph.
         counts: The counts of each axis in the last epoch.
     """
 
-    def __init__(
-        self,
-        method: ActivationDensity,
-        space: SearchSpace,
-        task: Task,
-        setting: Setting,
-        rules: dict[str, float],
-        name: str,
-    ) -> None:
-        self.method, self.space, self.task = method, space, task
-        self.setting, self.rules, self.name = setting, rules, name
-        self.model: nn.Module
-        self.graph: DependencyGraph
-        self.counts: list[Counts] = []
+    method: ActivationDensity
+    space: SearchSpace
+    task: Task
+    setting: Setting
+    rules: dict[str, float]
+    name: str
+    model: nn.Module = field(init=False)
+    graph: DependencyGraph = field(init=False)
+    counts: list[Counts] = field(init=False)
 
     def train(self, widths: Widths, model: nn.Module, seed: int, inherited: bool) -> Phase:
         """Train a network of these widths until its densities settle."""

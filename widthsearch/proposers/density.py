@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from widthsearch.channels.dependency_graph import DependencyGraph
+from widthsearch.channels.sums import consuming_dims, of_input_channels
 from widthsearch.modules.tree import owner_of
 from widthsearch.torch_internals import ConvNd
 
@@ -122,17 +123,11 @@ class DensityMeter:
 
     def __enter__(self) -> DensityMeter:
         model, graph = self._model, self._graph
-        layers = dict(model.named_modules())
-        for key, dim in graph.consumers.items():
-            layer = layers[owner_of(key.rpartition(".")[0])]
-            convolution = isinstance(layer, ConvNd)
-            if convolution and (key, dim) not in graph.axis and layer.weight.shape[1] == 1:
-                dim = 0  # depthwise: the filter is the channel
-            where = key, dim
-            if (convolution or isinstance(layer, nn.Linear)) and where in graph.axis:
-                self._consumers[key] = _Consumer(
-                    1 if convolution else -1, graph.axis[where], graph.group[where]
-                )
+        for key, dim in consuming_dims(graph, model):
+            layer = model.get_submodule(owner_of(key.rpartition(".")[0]))
+            if isinstance(layer, ConvNd | nn.Linear):
+                of_input, where = (-1 if isinstance(layer, nn.Linear) else 1), (key, dim)
+                self._consumers[key] = _Consumer(of_input, graph.axis[where], graph.group[where])
                 hook = partial(self._note, key)
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         self._hooks.append(model.register_forward_pre_hook(self._begin, prepend=True))
@@ -153,7 +148,7 @@ class DensityMeter:
         for consumer, sums in seen:
             n = len(sums)
             active, start = counted[start : start + n], start + n
-            axes, groups = (_spread(values, n) for values in (consumer.axis, consumer.group))
+            axes, groups = (of_input_channels(of, n) for of in (consumer.axis, consumer.group))
             for a in set(axes.tolist()) - {-1}:
                 np.add.at(out[a].active, groups[axes == a], active[axes == a])
                 np.add.at(out[a].total, groups[axes == a], consumer.total)
@@ -258,14 +253,3 @@ def _looked_through(name: str, x: Tensor, rest: Sequence[Any], kwargs: Mapping[s
         dims = rest[0] if rest else kwargs.get("dim")
         return x.dim() == 4 and isinstance(dims, Sequence) and {d % 4 for d in dims} == {2, 3}
     return name in _RESHAPES or name.startswith(_POOLS) or "dropout" in name
-
-
-def _spread(values: NDArray[np.int64], channels: int) -> NDArray[np.int64]:
-    """Convert values of a weight's positions to values of its input channels.
-
-    An input channel has several positions in a row after flattening and in depthwise convolutions;
-    a position stands for one channel of each group in grouped convolutions.
-    """
-    if channels >= len(values):
-        return np.tile(values, channels // len(values))
-    return values[:: len(values) // channels]

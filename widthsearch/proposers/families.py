@@ -39,7 +39,6 @@ from widthsearch.widths import Widths
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
 
-Quantity = Literal["macs", "params"]
 FamilyName = Literal["linear", "power"]
 
 
@@ -75,21 +74,17 @@ class Family(ABC):
             moves[row, i] = self.space.axes[i].step
         return moves.cumsum(0)
 
-    def solve(self, budget: float, quantity: Quantity = "macs") -> Widths:
-        """The widest member within a budget.
-
-        Args:
-            budget: The most MACs or parameters.
-            quantity: The unit of the budget.
+    def solve(self, budget: float) -> Widths:
+        """The widest member within a budget of MACs.
 
         Raises:
             WidthsError: Even the narrowest member exceeds the budget.
         """
-        costs = self.space.cost_form(quantity)(self.members)
+        costs = self.space.macs(self.members)
         last = bisect.bisect_right(costs.tolist(), budget) - 1
         if last < 0:
             raise WidthsError(
-                f"a budget of {budget:,.0f} {quantity} is below the narrowest network of space "
+                f"a budget of {budget:,.0f} MACs is below the narrowest network of space "
                 f"{self.space.name!r}, which has {int(costs[0]):,}; raise the budget, or lower "
                 "the smallest widths of the axes"
             )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from widthsearch.channels.dependency_graph import DependencyGraph
+from widthsearch.channels.sums import consuming_dims, of_input_channels
 from widthsearch.data.tasks import Task
 from widthsearch.proposers.importance import Per
 from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
@@ -130,14 +131,11 @@ class FisherInformation(TorchFunctionMode):
         # By id of the weight: its name, and the axis and group of each channel that it reads.
         self._consumers: dict[int, tuple[str, NDArray[np.int64], NDArray[np.int64]]] = {}
         self._unseen: list[set[str]] = [set() for _ in graph.groups]
-        for key, parameter in model.named_parameters():
-            where = key, graph.consumers.get(key, -1)
-            if where == (key, 1) and parameter.shape[1] == 1 and where not in graph.axis:
-                where = key, 0  # depthwise: the filter is the channel
-            if where in graph.axis:
-                self._consumers[id(parameter)] = key, graph.axis[where], graph.group[where]
-                for axis in set(graph.axis[where].tolist()) - {-1}:
-                    self._unseen[axis].add(key)
+        for key, dim in consuming_dims(graph, model):
+            consumer = key, graph.axis[key, dim], graph.group[key, dim]
+            self._consumers[id(model.get_parameter(key))] = consumer
+            for axis in set(graph.axis[key, dim].tolist()) - {-1}:
+                self._unseen[axis].add(key)
         self._consumed = {i for i, keys in enumerate(self._unseen) if keys}
         device = next(model.parameters()).device
         self._gradients: dict[int, list[Tensor]] = {}  # per axis, of this batch: (rows, groups)
@@ -160,10 +158,7 @@ class FisherInformation(TorchFunctionMode):
     def _collector(self, consumer: int, inputs: int) -> Callable[[Tensor], None]:
         """A function that stores the gate gradients of a consumer's inputs, (rows, inputs)."""
         key, axes, groups = self._consumers[consumer]
-        if len(axes) > inputs:  # depthwise, with several filters per input channel
-            axes, groups = (of[:: len(axes) // inputs] for of in (axes, groups))
-        else:  # a grouped convolution: its weight has the inputs of one group
-            axes, groups = (np.tile(of, inputs // len(of)) for of in (axes, groups))
+        axes, groups = (of_input_channels(of, inputs) for of in (axes, groups))
 
         def collect(gradients: Tensor) -> None:
             for axis in set(axes.tolist()) - {-1}:

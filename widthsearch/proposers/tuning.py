@@ -41,10 +41,9 @@ class FineTuner:
         graph: The dependency graph of the network.
         task: The data.
         recipe: Batch size, momentum, weight decay, label smoothing and precision.
+        setting: The seed (of the order of images, augmentation and dropout) and the device.
         every: Steps of a stretch of fine-tuning.
         lr: The learning rate.
-        seed: Seeds the order of images, augmentation and dropout.
-        device: The device.
 
     Attributes:
         model: The present network.
@@ -59,17 +58,16 @@ class FineTuner:
         graph: DependencyGraph,
         task: Task,
         recipe: Recipe,
+        setting: Setting,
         *,
         every: int,
         lr: float,
-        seed: int,
-        device: str,
     ) -> None:
         self.model = model
         self.graph = graph
         self._space, self._task, self._recipe = space, task, recipe
-        self._every, self._lr, self._seed, self._stretch = every, lr, seed, 0
-        self._device = check_device(device)
+        self._every, self._lr, self._seed, self._stretch = every, lr, setting.seed, 0
+        self._device = check_device(setting.device)
         blank = torch.zeros(2, *task.input_shape, device=self._device)
         self._layout = pick_memory_format(model, blank)
         self._loader = DeviceLoader(task.train, task, recipe.batch_size, self._device, self._layout)
@@ -209,17 +207,7 @@ def prune_and_tune(
         raise _nothing_to_remove(space)
     model = space.build(space.base, seed=setting.seed)
     train_base(model, task, pretrain, setting)
-    tuner = FineTuner(
-        space,
-        model,
-        graph,
-        task,
-        pretrain,
-        every=every,
-        lr=lr,
-        seed=setting.seed,
-        device=setting.device,
-    )
+    tuner = FineTuner(space, model, graph, task, pretrain, setting, every=every, lr=lr)
     epochs = float(pretrain.epochs)
     members = []
     while True:
