@@ -1,4 +1,4 @@
-"""What every proposer promises, on every kind of network: a new one subclasses this."""
+"""The promises of every proposer on several kinds of networks; a new one subclasses this."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from widthsearch.training.recipe import Recipe
 
 @cache
 def small_task() -> Task:
-    """Coloured 8×8 images of ten classes that a network can tell apart."""
+    """Images of 8×8 pixels in ten classes of different brightness."""
     rng = np.random.default_rng(0)
     labels = np.arange(200, dtype=np.int64) % 10
     images = rng.integers(0, 128, (200, 3, 8, 8), dtype=np.uint8)
@@ -46,7 +46,7 @@ RECIPE = Recipe(epochs=2, batch_size=50, lr=0.05)
 
 
 def setting(seed: int = 0, device: str = "cpu") -> Setting:
-    """Two short epochs."""
+    """A setting with two short epochs."""
     return Setting(seed=seed, device=device, recipe=RECIPE, lowest=0.3)
 
 
@@ -62,7 +62,7 @@ class ProposerConformance:
     proposer: ClassVar[Proposer]
 
     def propose(self, space: SearchSpace, seed: int = 0, device: str = "cpu") -> Proposal:
-        """What the instance proposes."""
+        """The proposal of the instance."""
         return type(self).proposer(space, small_task(), setting(seed, device))
 
     @pytest.mark.parametrize("model", sorted(MODELS))
@@ -79,7 +79,7 @@ class ProposerConformance:
 
     @pytest.mark.parametrize("model", sorted(MODELS))
     def test_its_family_meets_budgets_from_below(self, model: str) -> None:
-        """Within one step of one axis."""
+        """One step of one axis more exceeds the budget."""
         space = space_of(model)
         proposal = self.propose(space)
         base = space.cost(space.base).macs
@@ -94,7 +94,7 @@ class ProposerConformance:
             assert any(space.macs(v) > share * base for v in wider)
 
     def test_it_stays_inside_constraints(self) -> None:
-        """Bounds, steps, pinned and tied axes."""
+        """With bounds, steps, pinned and tied axes."""
         free = space_of("Grouped")
         space = free.constrained(min_width=0.5, tie=[["stem", "last"]])
         for widths in self.propose(space).trajectory:
@@ -104,7 +104,7 @@ class ProposerConformance:
             assert pinned.widths(widths) == widths
 
     def test_it_is_deterministic_and_disturbs_nothing(self) -> None:
-        """The same seed gives the same proposal; all global random states stay."""
+        """The same seed gives the same proposal, and no global random state changes."""
         space = space_of("Residual")
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
         threads, template = torch.get_num_threads(), str(space.model.template.state_dict())
@@ -119,7 +119,7 @@ class ProposerConformance:
         )
 
     def test_it_leaves_the_users_model_alone(self) -> None:
-        """A model given as an object keeps its values, gradients and mode."""
+        """A model that is passed as an object keeps its values, gradients and mode."""
         model = MODELS["Residual"]()
         assert isinstance(model, nn.Module)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -129,7 +129,7 @@ class ProposerConformance:
         assert model.training
 
     def test_its_provenance_is_plain_json(self) -> None:
-        """It survives a storage, and names the seed."""
+        """It can be stored, and has the seed."""
         proposal = self.propose(space_of("Concatenated"))
         assert Proposal.from_json(json.loads(json.dumps(proposal.to_json()))) == proposal
         assert proposal.provenance["seed"] == 0
@@ -137,7 +137,7 @@ class ProposerConformance:
     @pytest.mark.gpu
     @pytest.mark.parametrize("model", sorted(MODELS))
     def test_it_works_on_cuda(self, model: str) -> None:
-        """The same promises there."""
+        """Members are on the grid there, too."""
         space = space_of(model)
         for widths in self.propose(space, device="cuda").trajectory:
             assert space.widths(widths) == widths

@@ -1,4 +1,4 @@
-"""Gates multiplied into a network, the plain way: what methods compute without them."""
+"""Explicit gates in a network, whose gradients the methods compute without gates."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class Tokens(nn.Module):
 
 
 def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> list[Tensor]:
-    """Multiply a gate into what each reader of each unit of each axis reads, and return the gates.
+    """Multiply each channel group by a gate in the inputs of its consumers; returns the gates.
 
     Args:
         space: The space.
-        model: A network of it at the base, of convolutions and linear layers.
-        images: Gates for each image, if it is given.
+        model: A network of the space at its base, of convolutions and linear layers.
+        images: The number of images, for gates of each image.
 
     Returns:
-        Per axis, ones of shape (units,) or (images, units), float64, that require gradients.
+        Per axis, ones of shape (groups,) or (images, groups), float64, that require gradients.
     """
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     lead = () if images is None else (images,)
-    gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in channels.groups]
+    gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in graph.groups]
 
-    def read_by(module: nn.Module, where: tuple[str, int], groups: int, dim: int) -> None:
-        axes, units = channels.axis[where].tolist(), channels.group[where].tolist()
+    def gate_input(module: nn.Module, where: tuple[str, int], groups: int, dim: int) -> None:
+        axes, numbers = graph.axis[where].tolist(), graph.group[where].tolist()
         columns: Sequence[Tensor] = [
-            gates[a][..., u] if a >= 0 else torch.ones(*lead, dtype=torch.float64)
-            for a, u in zip(axes * groups, units * groups, strict=True)
+            gates[a][..., i] if a >= 0 else torch.ones(*lead, dtype=torch.float64)
+            for a, i in zip(axes * groups, numbers * groups, strict=True)
         ]
 
         def hook(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -64,8 +64,8 @@ def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> li
         if isinstance(module, nn.Conv2d):
             depthwise = module.groups == module.in_channels > 1
             where = (key, 0 if depthwise else 1)
-            if where in channels.axis:
-                read_by(module, where, 1 if depthwise else module.groups, 1)
-        elif isinstance(module, nn.Linear) and (key, 1) in channels.axis:
-            read_by(module, (key, 1), 1, -1)
+            if where in graph.axis:
+                gate_input(module, where, 1 if depthwise else module.groups, 1)
+        elif isinstance(module, nn.Linear) and (key, 1) in graph.axis:
+            gate_input(module, (key, 1), 1, -1)
     return gates

@@ -45,7 +45,7 @@ class TestActivationDensity(ProposerConformance):
 
 
 class TestInheriting(TestActivationDensity):
-    """The same, with weights handed down."""
+    """The same with inherited weights."""
 
     proposer = replace(QUICK, weights="inherit")
 
@@ -54,13 +54,13 @@ class TestInheriting(TestActivationDensity):
 
 
 def test_the_plateau_by_hand() -> None:
-    """Over `patience` changes no density may range by more than the tolerance."""
+    """Over `patience` changes no density ranges by more than the tolerance."""
     history = [(0.50, 0.9), (0.60, 0.9), (0.61, 0.9), (0.612, 0.9)]
     assert not plateaued(history, 0.02, 3)  # 0.5 to 0.612
     assert plateaued(history, 0.02, 2)  # 0.60 to 0.612: 0.012 of 0.612 is 1.96%
     assert not plateaued(history, 0.019, 2)
     assert not plateaued(history[:2], 0.5, 2)  # too short
-    assert plateaued([(math.nan, 0.5)] * 2, 0.0, 1)  # what is not measured does not count
+    assert plateaued([(math.nan, 0.5)] * 2, 0.0, 1)  # NaN is left out
     # A steady drift is no plateau, however small its steps.
     assert not plateaued([(0.5 * 1.01**i,) for i in range(9)], 0.02, 3)
 
@@ -71,7 +71,7 @@ def test_the_plateau_by_hand() -> None:
     st.integers(1, 5),
 )
 def test_plateaus(history: list[tuple[float, float]], tolerance: float, patience: int) -> None:
-    """A standstill is one; more tolerance or less patience never undoes one."""
+    """Constant densities have settled; more tolerance or less patience never changes that."""
     assert plateaued([*history, *[history[-1]] * patience], tolerance, patience)
     if plateaued(history, tolerance, patience):
         assert len(history) > patience
@@ -80,7 +80,7 @@ def test_plateaus(history: list[tuple[float, float]], tolerance: float, patience
 
 
 def test_narrower_widths_by_hand() -> None:
-    """Rounded, snapped, never below the least; what is not measured stays."""
+    """Rounded to the grid, never below the smallest width; an axis of NaN keeps its width."""
     space = space_of("Residual")  # stem 16 by 2, conv1 32 by 4
     assert narrowed(space, space.base, (0.5, 0.7)).vector == (8, 24)  # 22.4, 22, up to 24
     assert narrowed(space, space.base, (0.0, math.nan)).vector == (2, 32)
@@ -107,12 +107,12 @@ def test_narrower_widths(data: st.DataObject) -> None:
 
 
 def test_complexity_by_hand() -> None:
-    """10 epochs at 100 MACs and 20 at 25 are 1,500 of the 3,000 of 30 epochs at 100."""
+    """10 epochs at 100 MACs and 20 at 25 are 1,500 of the 3,000 of 30 epochs at 100 MACs."""
     assert training_complexity([(10, 100), (20, 25)], 30, 100) == 0.5
 
 
-def test_phases_hold_the_highest_learning_rate() -> None:
-    """The recipe's warm-up, then its lr; a phase shorter than the warm-up still begins low."""
+def test_phases_hold_the_peak_learning_rate() -> None:
+    """The recipe's warm-up, then its peak; a phase shorter than the warm-up starts low."""
     recipe = Recipe(epochs=20, lr=0.4, schedule="one_cycle", warmup_epochs=2)
     rates = [held(recipe, 50).learning_rate(step, 10) for step in range(500)]
     assert rates[0] == pytest.approx(0.4 / 21)
@@ -124,7 +124,7 @@ def test_phases_hold_the_highest_learning_rate() -> None:
 
 
 class Spy(Trainer):
-    """Records the networks that are trained; accuracies can be dictated."""
+    """Records the networks that are trained, and can replace their accuracies."""
 
     runs: list[Spy]
     accuracies: tuple[float, ...] = ()
@@ -136,7 +136,7 @@ class Spy(Trainer):
         type(self).runs.append(self)
 
     def run_epoch(self) -> EpochResult:
-        """The epoch, perhaps with another accuracy."""
+        """Train an epoch, and replace its accuracy if asked to."""
         result = super().run_epoch()
         if self.accuracies:
             phase = min(len(self.runs), len(self.accuracies))
@@ -146,14 +146,14 @@ class Spy(Trainer):
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
-    """A fresh one in place of the training loop."""
+    """A new spy in place of the trainer."""
     own = type("Own", (Spy,), {"runs": []})
     monkeypatch.setattr(activation_density, "Trainer", own)
     return own
 
 
 def test_every_phase_trains_the_smaller_network(spy: type[Spy]) -> None:
-    """MACs of what is trained are those of the trajectory; the complexity is theirs."""
+    """The trained networks have the MACs of the trajectory and of the complexity."""
     space = space_of("Residual")
     proposal = replace(QUICK, drop=100.0)(space, small_task(), setting())
     phases = proposal.provenance["phases"]
@@ -176,13 +176,13 @@ def test_every_phase_trains_the_smaller_network(spy: type[Spy]) -> None:
 
 
 def rows(run: Spy, of: str) -> set[bytes]:
-    """The filters of a layer when its phase began, or as they are."""
+    """The filters of a layer at the start of its phase, or now."""
     state = run.begun if of == "begun" else run.model.state_dict()
     return {row.numpy().tobytes() for row in state["bn1.running_mean"]}
 
 
-def test_weights_are_made_anew_or_handed_down(spy: type[Spy]) -> None:
-    """Inherited: the next phase begins with channels of the last, the densest; else with none."""
+def test_weights_are_initialised_anew_or_inherited(spy: type[Spy]) -> None:
+    """With `inherit`, a phase starts with filters of the last one; otherwise with none."""
     space = space_of("Residual")
     QUICK(space, small_task(), setting())
     first, second = spy.runs[:2]
@@ -194,8 +194,8 @@ def test_weights_are_made_anew_or_handed_down(spy: type[Spy]) -> None:
     assert [p["inherited"] for p in proposal.provenance["phases"][:2]] == [False, True]
 
 
-def cut(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[Any, Any]:
-    """The base network, and what is cut from it."""
+def narrow(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[Any, Any]:
+    """The base network, and the narrower network with its densest channels."""
     run = activation_density._PhaseTrainer(QUICK, space, small_task(), setting(), {}, "phase")
     run.model = space.build(space.base, seed=0)
     run.graph = build_dependency_graph(space.unconstrained.model, space.unconstrained.base)
@@ -208,22 +208,22 @@ def test_the_densest_channels_are_kept() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(4, 10))
     space = SearchSpace.from_model(net, (3, 8, 8), step=1)
     counts = Counts(np.array([3.0, 0.0, 1.0, 2.0]), np.full(4, 4.0))
-    model, narrow = cut(space, [counts], [2])
-    assert torch.equal(narrow[0].weight, model[0].weight[[0, 3]])
-    assert torch.equal(narrow[3].weight, model[3].weight[:, [0, 3]])
+    model, narrowest = narrow(space, [counts], [2])
+    assert torch.equal(narrowest[0].weight, model[0].weight[[0, 3]])
+    assert torch.equal(narrowest[3].weight, model[3].weight[:, [0, 3]])
 
 
 def test_tied_axes_keep_the_densest_of_each() -> None:
-    """Also at widths that the space without the tie does not have."""
+    """Also at widths that are off the grid of the unconstrained space."""
     space = space_of("Residual").constrained(tie=[["stem", "conv1"]], step=1, min_width=0.05)
     counts = [Counts(np.arange(n, dtype=float), np.full(n, 32.0)) for n in (16, 32)]
-    model, narrow = cut(space, counts, [1])
-    assert torch.equal(narrow.stem.weight, model.stem.weight[15:])
-    assert torch.equal(narrow.conv1.weight, model.conv1.weight[30:, 15:])
+    model, narrowest = narrow(space, counts, [1])
+    assert torch.equal(narrowest.stem.weight, model.stem.weight[15:])
+    assert torch.equal(narrowest.conv1.weight, model.conv1.weight[30:, 15:])
 
 
 class ZeroPadded(nn.Module):
-    """A shortcut that pads channels, so that no channel of either axis can be cut alone."""
+    """A shortcut that pads channels, so that channels of both axes cannot be told apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,8 +239,8 @@ class ZeroPadded(nn.Module):
         return self.fc(F.relu(y + F.pad(x, (0, 0, 0, 0, 0, more))).mean((2, 3)))
 
 
-def test_channels_that_cannot_be_told_apart_begin_anew(spy: type[Spy]) -> None:
-    """Such an axis is resized, but not inherited, and the phase says so."""
+def test_channels_that_cannot_be_told_apart_start_from_new_weights(spy: type[Spy]) -> None:
+    """Such an axis is narrowed without inheriting, and the phase records that."""
     space = SearchSpace.from_model(ZeroPadded, (3, 8, 8))
     assert build_dependency_graph(space.model, space.base).unknown
     method = replace(QUICK, weights="inherit", drop=100.0)
@@ -251,7 +251,7 @@ def test_channels_that_cannot_be_told_apart_begin_anew(spy: type[Spy]) -> None:
 
 
 def test_tied_axes_have_one_density() -> None:
-    """Over the readers of all of them; inherited widths may lie off the free space's own grid."""
+    """Over all of their consumers, also with inherited weights."""
     free = space_of("Grouped")
     tied = free.constrained(tie=[["stem", "last"]])
     counts = [
@@ -267,14 +267,14 @@ def test_tied_axes_have_one_density() -> None:
 
 
 def stopped(method: ActivationDensity, **changes: Any) -> tuple[str, int]:
-    """Why, and after how many phases."""
+    """The reason of the end, and the number of phases."""
     proposal = method(space_of("Residual"), small_task(), replace(setting(), **changes))
     assert len(proposal.trajectory) >= 2
     return proposal.provenance["stopped"], len(proposal.provenance["phases"])
 
 
-def test_why_it_stops(spy: type[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracy that falls, densities near 1, the lowest cost, or a grid too coarse."""
+def test_the_reasons_to_stop(spy: type[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drop of accuracy, densities near 1, the lowest cost, or a coarse grid."""
     spy.accuracies = (90.0, 88.0, 86.9)
     why, phases = stopped(replace(QUICK, drop=3.0), lowest=0.0)
     assert (why, phases) == ("accuracy is more than 3 points below the first phase's", 3)
@@ -289,13 +289,13 @@ def test_why_it_stops(spy: type[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_space_without_narrower_networks_has_one_member() -> None:
-    """There is nothing else to propose."""
+    """The base is the only network of the grid."""
     space = SearchSpace.from_model(ZeroPadded, (3, 8, 8), step={"stem": 8, "conv1": 16})
     assert QUICK(space, small_task(), setting()).trajectory == (space.base,)
 
 
-def test_training_that_diverges(spy: type[Spy]) -> None:
-    """Of the base it is an error that says what to do; later it is the end."""
+def test_divergence_ends_the_method(spy: type[Spy]) -> None:
+    """In the first phase it is an error with the way out, later the end of the trajectory."""
     spy.accuracies = (80.0, math.nan)
     proposal = QUICK(space_of("Residual"), small_task(), setting())
     assert proposal.provenance["stopped"] == "training diverged"
@@ -308,20 +308,22 @@ def test_training_that_diverges(spy: type[Spy]) -> None:
         )
 
 
-def test_one_epoch_is_the_ablation() -> None:
-    """At initialisation batch norm and ReLU leave half of everything: a uniform halving."""
+def test_one_epoch_per_phase_halves_all_widths() -> None:
+    """At initialisation batch norm and ReLU leave half of the values of every axis."""
     proposal = ActivationDensity(max_epochs=1)(space_of("Residual"), small_task(), setting())
     first = proposal.provenance["phases"][0]
     assert (first["epochs"], first["plateau"]) == (1, False)
     assert first["densities"] == pytest.approx([0.5, 0.5], abs=0.15)
 
 
-def test_it_says_how_far_it_is() -> None:
-    """A line an epoch."""
-    said: list[str] = []
-    QUICK(space_of("Residual"), small_task(), replace(setting(), report=said.append))
-    assert said[0].startswith("phase 1 at 1.00 of the base's MACs, epoch 1 of at most 2: accuracy ")
-    assert any(line.startswith("phase 2 at 0.") for line in said)
+def test_progress_is_reported() -> None:
+    """One line per epoch."""
+    lines: list[str] = []
+    QUICK(space_of("Residual"), small_task(), replace(setting(), report=lines.append))
+    assert lines[0].startswith(
+        "phase 1 at 1.00 of the base's MACs, epoch 1 of at most 2: accuracy "
+    )
+    assert any(line.startswith("phase 2 at 0.") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +339,6 @@ def test_it_says_how_far_it_is() -> None:
     ],
 )
 def test_bad_fields_are_refused(field: str, value: Any) -> None:
-    """With the rule and the value."""
+    """The error has the field, the rule and the value."""
     with pytest.raises(StudyError, match=f"^activation_density.{field} must .*, but was {value!r}"):
         ActivationDensity(**{field: value})

@@ -96,7 +96,7 @@ def test_cost_by_hand() -> None:
 
 
 def test_axes_are_the_branches_widths() -> None:
-    """What `conv1` alone makes is the sum of its branches; the stream is an axis of its own."""
+    """The width that `conv1` alone makes is the sum of its branches; the stream is an axis."""
     narrow = branched(*residual())
     assert {axis.name: axis.base for axis in narrow.axes} == {
         "stem": 16,
@@ -117,7 +117,7 @@ def test_axes_are_the_branches_widths() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data(), names)
 def test_costs_are_exact(data: st.DataObject, model: str) -> None:
-    """At the base and at any widths of the branched space, integer for integer."""
+    """At the base and at any widths of the branched space, as integers."""
     space = space_of(model)
     architecture = data.draw(architectures(space))
     narrow = branched(space, architecture)
@@ -130,7 +130,7 @@ def test_costs_are_exact(data: st.DataObject, model: str) -> None:
 
 
 def test_without_branches_it_is_the_plain_space() -> None:
-    """The same forms."""
+    """Names and costs are the same."""
     space = space_of("Depthwise")
     same = branched(space, BranchedArchitecture(space.base, {}))
     assert same.names == space.names
@@ -162,7 +162,7 @@ def test_torchvision_models_have_branched_spaces() -> None:
 
 
 def convolved(net: BranchedConv2d, x: Tensor) -> Tensor:
-    """The layer, a filter at a time."""
+    """The output of the layer, filter by filter."""
     out = torch.zeros(len(x), net.out_channels, *x.shape[2:])
     for conv, branch in zip(net.branches, net.current(), strict=True):
         for row, channel in enumerate(branch.filters):
@@ -173,7 +173,7 @@ def convolved(net: BranchedConv2d, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_gathers_convolves_and_places(bias: bool) -> None:
-    """Against one filter at a time; no branch makes channel 1."""
+    """The output equals that of single filters; no branch makes channel 1."""
     conv = nn.Conv2d(5, 4, 3, padding=1, bias=bias)
     given = (Branch((3,), (0, 2, 4)), Branch((0, 2), (4,)))
     layer = BranchedConv2d(conv, 5, 4, given)
@@ -186,7 +186,7 @@ def test_a_layer_gathers_convolves_and_places(bias: bool) -> None:
 
 
 def test_at_other_widths_the_channels_follow_from_the_sizes() -> None:
-    """Branches start evenly spread and go round; too few filters are spread, too many are cut."""
+    """Inputs start evenly spread and wrap around; filters are spread or left out evenly."""
     space, architecture = residual()
     narrow = branched(space, architecture)
     assert narrow.build(narrow.base).conv1.current() == architecture.layers["conv1"]
@@ -205,7 +205,7 @@ def test_at_other_widths_the_channels_follow_from_the_sizes() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.data(), names)
 def test_plain_networks_compute_the_same(data: st.DataObject, model: str) -> None:
-    """Filled with zeros, cut again, and merged for deployment: 1e-5 in eval mode."""
+    """Filled with zeros, split again, and merged for deployment, in eval mode to 1e-5."""
     space = space_of(model)
     architecture = data.draw(architectures(space))
     narrow = branched(space, architecture)
@@ -227,7 +227,7 @@ def test_plain_networks_compute_the_same(data: st.DataObject, model: str) -> Non
 
 
 def test_deploy_merges_branches_that_read_the_same() -> None:
-    """One convolution an input set; one that reads and makes everything is plain."""
+    """One convolution per set of inputs; a single branch of all channels is plain."""
     space = space_of("Residual")
     everything = tuple(range(16))
     architecture = BranchedArchitecture(
@@ -248,11 +248,11 @@ def test_deploy_merges_branches_that_read_the_same() -> None:
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(merged(x), net(x), rtol=1e-5, atol=1e-5)
     assert counted_flops(merged, (3, 8, 8)) == counted_flops(net, (3, 8, 8))
-    assert isinstance(net.conv1, BranchedConv2d)  # what was given stays
+    assert isinstance(net.conv1, BranchedConv2d)  # the argument is not changed
 
 
 def test_branches_are_initialised_like_their_layer() -> None:
-    """By the constructor's own scheme, at the branch's sizes: He's fan-in, and torch's default."""
+    """By the model's own scheme at the sizes of the branch: He's fan-in, and torch's default."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -297,7 +297,7 @@ def test_a_branched_network_trains_and_comes_back_from_json(tmp_path: Path) -> N
     loaded = again.build(again.base, initialise=False)
     loaded.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     x = torch.randn(2, 3, 8, 8)
-    # Not bit for bit: training left the network's weights channels last.
+    # Not bit for bit, since training leaves the network's weights channels last.
     torch.testing.assert_close(loaded.eval()(x), net.eval()(x), rtol=1e-5, atol=1e-5)
 
 
@@ -316,8 +316,8 @@ def test_a_branched_network_computes_the_same_on_cuda() -> None:
     assert len(curve) == 2
 
 
-def test_it_is_a_space_like_any_other() -> None:
-    """Families, constraints and proposers take it; two architectures are two spaces."""
+def test_a_branched_space_is_a_space_like_any_other() -> None:
+    """Families, constraints and proposers accept it; two architectures are two spaces."""
     space, architecture = residual()
     narrow = branched(space, architecture)
     narrow.check()
@@ -330,7 +330,7 @@ def test_it_is_a_space_like_any_other() -> None:
     for proposer in (Uniform(), Sensitivity()):
         proposal = proposer(narrow, small_task(), Setting())
         assert all(narrow.widths(w) == w for w in proposal.trajectory)
-    # Channels are not followed through branches.
+    # The dependency graph does not follow channels through branches.
     assert build_dependency_graph(narrow.model, narrow.base).unknown
     swapped = dict(architecture.layers)
     swapped["conv1"] = swapped["conv1"][::-1]
@@ -341,8 +341,8 @@ def test_it_is_a_space_like_any_other() -> None:
     assert copied(x).shape == (2, 10)
 
 
-def test_the_users_ties_and_pins_are_of_the_plain_space() -> None:
-    """An architecture names all axes; the branched space is free of them."""
+def test_ties_and_pins_apply_to_the_plain_space_only() -> None:
+    """An architecture names all axes, and the branched space has neither ties nor pins."""
     space = space_of("Residual")
     constrained = space.constrained(pin="stem")
     _, architecture = residual()
@@ -409,7 +409,7 @@ def changed(path: list[Any], value: Any) -> Any:
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(content: Any, message: str) -> None:
-    """In one line that names the culprit."""
+    """The error is one line that names the culprit."""
     space, _ = residual()
     with pytest.raises(WidthsError, match=message) as caught:
         BranchedArchitecture.from_json(content, space)

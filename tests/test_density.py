@@ -61,7 +61,7 @@ def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) ->
 
 @pytest.mark.parametrize("way", ["conv", "pool", "grid", "mean", "dropout", "in place"])
 def test_densities_by_hand(way: str) -> None:
-    """Two of four channels are on, half of the images' pixels in one of them."""
+    """Two of four channels are active, and in a third one half of the images."""
     space = SearchSpace.from_model(lambda: Pooled(way), (3, 8, 8), step=1)
     model = space.build(space.base, seed=0)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_densities_by_hand(way: str) -> None:
 
 
 def read_by(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, Tensor]:
-    """What some layers read in a forward pass."""
+    """The inputs of some layers in a forward pass."""
     inputs: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -93,12 +93,12 @@ def read_by(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, Tensor]
 
 
 def images(count: int = 6) -> Tensor:
-    """Noise."""
+    """Random images."""
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_stream_is_counted_over_all_of_its_readers() -> None:
-    """The residual stream is read twice: by the block, and behind an average by the classifier."""
+def test_a_stream_is_counted_over_all_of_its_consumers() -> None:
+    """The stream has two consumers: the block, and the classifier behind an average."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     seen = read_by(model, ["conv1", "conv2"], images())
@@ -112,8 +112,8 @@ def test_a_stream_is_counted_over_all_of_its_readers() -> None:
     assert inner.active.tolist() == (seen["conv2"] != 0).sum((0, 2, 3)).tolist()
 
 
-def test_what_is_concatenated_counts_for_the_axes_that_it_is_of() -> None:
-    """The first eight channels that `last` reads are the stem's, the other four the growth's."""
+def test_the_parts_of_a_concatenation_count_for_their_axes() -> None:
+    """The first eight input channels of `last` are the stem's, the other four the growth's."""
     space = space_of("Concatenated")
     model = space.build(space.base, seed=0)
     seen = read_by(model, ["grow", "last"], images())
@@ -126,7 +126,7 @@ def test_what_is_concatenated_counts_for_the_axes_that_it_is_of() -> None:
 
 
 def test_flattened_positions_count_for_their_channel() -> None:
-    """Each channel is 16 inputs of the classifier."""
+    """Each channel has 16 inputs of the classifier."""
     space = space_of("Plain")
     model = space.build(space.base, seed=0)
     seen = read_by(model, ["fc"], images())["fc"]
@@ -134,8 +134,8 @@ def test_flattened_positions_count_for_their_channel() -> None:
     assert second.active.tolist() == (seen != 0).view(6, 16, 16).sum((0, 2)).tolist()
 
 
-def test_groups_and_depthwise_filters_read_their_own_channels() -> None:
-    """A unit of the grouped stem is a channel of each group; a depthwise filter reads its own."""
+def test_grouped_and_depthwise_convolutions_count_their_own_channels() -> None:
+    """A channel group of the stem has one channel of each convolution group."""
     space = space_of("Grouped")
     model = space.build(space.base, seed=0)
     seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum((0, 2, 3))
@@ -153,8 +153,8 @@ def test_groups_and_depthwise_filters_read_their_own_channels() -> None:
     assert expand.active.tolist() == both.tolist()
 
 
-def test_smooth_activations_count_by_a_share_of_their_root_mean_square() -> None:
-    """GELU has no zeros: |x| > 0.05 rms, or what a threshold says; ReLU counts what is not zero."""
+def test_smooth_activations_have_a_relative_threshold() -> None:
+    """GELU has no zeros: |x| > 0.05 rms, or the given share; ReLU counts nonzero values."""
     space = SearchSpace.from_model(lambda: Pooled("conv", F.gelu), (3, 8, 8), step=1)
     model = space.build(space.base, seed=0)
     with torch.no_grad():
@@ -172,8 +172,8 @@ def test_smooth_activations_count_by_a_share_of_their_root_mean_square() -> None
     assert rules == {"conv2.weight": 0.0, "fc.weight": 0.0}
 
 
-def test_a_linear_layer_that_is_merely_random_counts_as_dense() -> None:
-    """Normal activations are 96% dense, so bottlenecks without activation stay."""
+def test_normally_distributed_activations_count_as_dense() -> None:
+    """They are 96% dense, so that bottlenecks without activation keep their width."""
     space = SearchSpace.from_model(lambda: Pooled("conv", lambda x: x), (3, 8, 8), step=1)
     model = space.build(space.base, seed=0)
     nn.init.zeros_(model.stem.bias)
@@ -181,8 +181,8 @@ def test_a_linear_layer_that_is_merely_random_counts_as_dense() -> None:
     assert 0.95 < counts.active.sum() / counts.total.sum() < 0.97
 
 
-def test_training_is_counted_alone_and_is_what_it_was() -> None:
-    """Every image once an epoch, none of evaluation; the same weights; no hook stays."""
+def test_only_training_is_counted_and_it_is_not_changed() -> None:
+    """Every image counts once per epoch, weights are the same, and no hook remains."""
     space, task = space_of("Residual"), small_task()
     recipe = Recipe(epochs=1, batch_size=50, lr=0.05)
     models = [space.build(space.base, seed=0) for _ in range(2)]
@@ -198,8 +198,8 @@ def test_training_is_counted_alone_and_is_what_it_was() -> None:
         assert not module._forward_pre_hooks and not module._forward_hooks
 
 
-def test_a_failing_forward_pass_leaves_nothing_behind() -> None:
-    """Torch's functions are ours to watch during the pass alone."""
+def test_a_failing_forward_pass_leaves_no_function_mode() -> None:
+    """The meter overrides torch's functions during the pass only."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     with (

@@ -1,4 +1,4 @@
-"""Families: on the grid, within the budget, and as wide as it allows."""
+"""Families: members on the grid, and the widest member within a budget."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def test_a_budget_is_solved_exactly(data: st.DataObject, space: SearchSpace) -> 
 
 @settings(max_examples=50)
 @given(st.data(), spaces)
-def test_members_climb_one_step_of_one_axis_at_a_time(
-    data: st.DataObject, space: SearchSpace
-) -> None:
+def test_members_differ_by_one_step_of_one_axis(data: st.DataObject, space: SearchSpace) -> None:
     """From the narrowest to the widest network of the space, through the profile itself."""
     profile = Widths(space.names, data.draw(widths_of(space)))
     members = LinearFamily(space, profile).members
@@ -56,7 +54,7 @@ def test_members_climb_one_step_of_one_axis_at_a_time(
 
 
 def test_scaling_the_base_by_a_half() -> None:
-    """By hand: nearest(τ · base) passes through every width halved, and doubled."""
+    """By hand: nearest(τ · base) has a member of half and one of twice all widths."""
     space = space_of("Residual")
     members = LinearFamily(space, space.base).members.tolist()
     assert [8, 16] in members
@@ -64,7 +62,7 @@ def test_scaling_the_base_by_a_half() -> None:
 
 
 def test_a_budget_below_the_space_is_refused() -> None:
-    """Names the budget, the space and the least it can do."""
+    """The error names the space and its smallest MACs."""
     space = space_of("Residual")
     least = int(space.macs([2, 4]))
     with pytest.raises(WidthsError) as error:
@@ -73,8 +71,8 @@ def test_a_budget_below_the_space_is_refused() -> None:
     assert f"{least:,}" in str(error.value)
 
 
-def test_candidates_are_distinct_and_know_their_origin() -> None:
-    """Two proposals that agree at a budget give one candidate, of the first."""
+def test_candidates_are_distinct_and_have_an_origin() -> None:
+    """Two proposals that agree at a budget give one candidate, of the first method."""
     space = space_of("Residual")
     a = Proposal("a", (space.base, space.widths(0.5)), {})
     b = Proposal("b", (space.base, space.widths([4, 24])), {})
@@ -87,7 +85,7 @@ def test_candidates_are_distinct_and_know_their_origin() -> None:
 
 
 def test_several_spaces_share_their_budgets_in_macs() -> None:
-    """Shares are of the first base; a space without a network of a budget takes no part there."""
+    """Shares refer to the first base; a space without a network of a budget is left out."""
     spaces = {name: space_of(name) for name in ("Grouped", "Residual")}  # 71k and 618k MACs
     proposed = {name: [Proposal("p", (s.base,), {})] for name, s in spaces.items()}
     base = 70_736
@@ -98,7 +96,7 @@ def test_several_spaces_share_their_budgets_in_macs() -> None:
         ("Residual", 0.5),
         ("Grouped", 3.9),
         ("Residual", 3.9),
-        ("Grouped", 8.0),  # its widest, 276,640 MACs: the first space takes part
+        ("Grouped", 8.0),  # its widest network, 276,640 MACs: the first space takes part
         ("Residual", 8.0),
     ]
     for c in found:
@@ -106,7 +104,7 @@ def test_several_spaces_share_their_budgets_in_macs() -> None:
 
 
 def test_baselines_are_uniform_then_random() -> None:
-    """At every budget in every space; fewer are spread over them; never more than asked."""
+    """At every budget in every space, or evenly spread if fewer are asked for."""
     spaces = {name: space_of(name) for name in ("Grouped", "Depthwise")}
     whole = baseline_candidates(spaces, [0.3, 0.6], 10, seed=0)
     assert [c.origin["proposer"] for c in whole] == ["uniform"] * 4 + ["random"] * 6
@@ -121,7 +119,7 @@ def test_baselines_are_uniform_then_random() -> None:
 
 
 def test_a_power_family_by_hand() -> None:
-    """An axis that stays has β = 0; the other one's is the slope of its log width."""
+    """A constant axis has β = 0; the β of the other axis is the slope of its log width."""
     space = space_of("Residual").constrained(step={"stem": 1, "conv1": 1})
     path = [space.widths([16, 32]), space.widths([16, 16]), space.widths([16, 8])]
     family = PowerFamily.fit(space, path)
@@ -141,7 +139,7 @@ def test_a_power_family_by_hand() -> None:
 def test_families_meet_budgets_within_a_step(
     data: st.DataObject, space: SearchSpace, name: Literal["linear", "power"]
 ) -> None:
-    """From below, along a monotone staircase of single steps."""
+    """From below, along members that differ by single steps."""
     wide = data.draw(widths_of(space))
     narrow = [min(a, b) for a, b in zip(wide, data.draw(widths_of(space)), strict=True)]
     trajectory = tuple(dict.fromkeys([space.widths(wide), space.widths(narrow)]))
@@ -158,7 +156,7 @@ def test_families_meet_budgets_within_a_step(
 
 
 def test_a_mixture_lies_between_its_proposals() -> None:
-    """The geometric mean of both, scaled to the budget; named after both."""
+    """It is the geometric mean of both, scaled to the budget, and has both names."""
     space = space_of("Residual")
     a = Proposal("a", (space.widths([16, 8]),), {})
     b = Proposal("b", (space.widths([4, 32]),), {})

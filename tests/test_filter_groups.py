@@ -24,7 +24,7 @@ class TestFilterGroups(ProposerConformance):
 
 
 def test_the_provenance_holds_the_branched_architectures() -> None:
-    """Each within its budget, with its plain projection in the trajectory, and exact MACs."""
+    """Each is within its budget and has exact MACs; the trajectory has its projection."""
     space = space_of("Residual")
     proposal = FilterGroups(groups=2, penalty=1.0, members=3)(space, small_task(), setting())
     assert proposal.provenance["branched"]
@@ -39,7 +39,7 @@ def test_the_provenance_holds_the_branched_architectures() -> None:
 
 
 def test_a_space_without_such_layers_is_refused() -> None:
-    """By name, with another method."""
+    """The error names the space and another method."""
     space = SearchSpace.from_model(
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10)),
         (3, 8, 8),
@@ -53,14 +53,14 @@ def test_a_space_without_such_layers_is_refused() -> None:
     "field", [{"groups": 0}, {"penalty": -1.0}, {"temperature": 0.0}, {"members": 0}]
 )
 def test_bad_hyperparameters_are_refused(field: dict[str, float]) -> None:
-    """With the rule and the value."""
+    """The error has the field, the rule and the value."""
     name, value = next(iter(field.items()))
     with pytest.raises(StudyError, match=rf"^filter_groups\.{name} must be .*, but was {value}"):
         FilterGroups(**field)
 
 
 def test_divergence_is_an_error() -> None:
-    """With the setting that caused it."""
+    """The error names the hyperparameter that caused it."""
     space, task = space_of("Residual"), small_task()
     with pytest.raises(StudyError, match=r"penalty=1e\+30"):
         FilterGroups(penalty=1e30)(space, task, setting())

@@ -1,4 +1,4 @@
-"""Fisher pruning, and the prune-and-tune that it shares with magnitude."""
+"""Fisher pruning, and the prune-and-tune loop that it shares with magnitude pruning."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def batch(images: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_delta_is_that_of_explicit_gates(name: str) -> None:
-    """Δ over two batches of different sizes, by autograd of a gate for each image, to 1e-5."""
+def test_delta_equals_that_of_explicit_gates(name: str) -> None:
+    """Δ over two batches of different sizes, by autograd of one gate per image, to 1e-5."""
     space = space_of(name)
     model = space.build(space.base, seed=1).double()
     graph = build_dependency_graph(space.model, space.base)
@@ -72,8 +72,8 @@ def test_delta_is_that_of_explicit_gates(name: str) -> None:
         assert bool((found > 0).any())
 
 
-def test_what_images_feel_adds_up_to_the_gate() -> None:
-    """The sum over images, before it is squared, is the gradient of the one gate for all."""
+def test_gate_gradients_of_images_add_up() -> None:
+    """Their sum, before it is squared, is the gradient of a gate that all images share."""
     space = space_of("Residual")
     model = space.build(space.base, seed=1).double()
     graph = build_dependency_graph(space.model, space.base)
@@ -86,8 +86,8 @@ def test_what_images_feel_adds_up_to_the_gate() -> None:
         assert torch.allclose(delta, gate.double().square() / 2, rtol=1e-5)
 
 
-def test_the_network_runs_as_without() -> None:
-    """Outputs and gradients are the same while information is gathered; evaluation is not seen."""
+def test_gathering_does_not_change_the_network() -> None:
+    """Gradients are the same with and without it, and evaluation is not gathered."""
     space = space_of("Depthwise")
     graph = build_dependency_graph(space.model, space.base)
     x, y = batch(8, seed=0)
@@ -107,8 +107,8 @@ def test_the_network_runs_as_without() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_windows_of_an_image_are_one_image() -> None:
-    """A reader that sees four rows an image: by hand, the image's gate feels all four."""
+def test_the_windows_of_an_image_share_its_gate() -> None:
+    """A consumer with four rows per image: the gate of the image has the sum of all four."""
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
     model = space.build(space.base, seed=0).double()
     x, y = batch(6, seed=0)
@@ -125,7 +125,7 @@ def test_windows_of_an_image_are_one_image() -> None:
 
 
 class Product(nn.Module):
-    """Its second weight reads by a matrix product that is no layer."""
+    """A network whose last weight is multiplied without a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,8 +138,8 @@ class Product(nn.Module):
         return F.relu(self.conv(F.relu(self.stem(x)))).mean((2, 3)) @ self.weight
 
 
-def test_axes_that_are_read_unseen_keep_their_width() -> None:
-    """Fisher knows nothing of them, so it cuts the others alone."""
+def test_axes_with_unknown_consumers_keep_their_width() -> None:
+    """Their information is unknown, so that only the others are narrowed."""
     space = SearchSpace.from_model(Product, (3, 8, 8))
     proposal = Fisher(every=1)(space, small_task(), setting())
     assert {w["weight"] for w in proposal.trajectory} == {8}
@@ -150,7 +150,7 @@ def test_axes_that_are_read_unseen_keep_their_width() -> None:
 
 
 def test_every_member_is_measured() -> None:
-    """Each has its exact MACs, its tuned accuracy and its training; the path ends at `lowest`."""
+    """Each has exact MACs, tuned accuracy and training so far; the path ends at `lowest`."""
     space, task = space_of("Residual"), small_task()
     proposal = Fisher(every=3)(space, task, setting())
     members = proposal.provenance["members"]
@@ -164,8 +164,8 @@ def test_every_member_is_measured() -> None:
     assert [m["epochs"] for m in members] == pytest.approx(spent.tolist())
 
 
-def test_networks_on_the_way_are_the_narrower_ones() -> None:
-    """What is scored is a network of each member's sizes, with the weights that were kept."""
+def test_networks_on_the_way_are_real_narrower_networks() -> None:
+    """A scored network has the sizes of its member and the weights of the channels left."""
     space, task = space_of("Residual"), small_task()
     seen: list[tuple[int, int]] = []
     weights: list[Tensor] = []
@@ -175,10 +175,10 @@ def test_networks_on_the_way_are_the_narrower_ones() -> None:
         net: Any = tuner.model
         seen.append((net.stem.out_channels, net.conv1.out_channels))
         weights.append(net.conv1.weight.detach().clone())
-        # The first two channels of the stem are worth least, then the first four of conv1.
-        worth = [torch.arange(float(n)) for n in tuner.graph.groups]
-        worth[0] *= 1e-3 if len(seen) == 1 else 1e3
-        return worth
+        # First the lowest scores are those of two stem channels, then those of four in conv1.
+        scores = [torch.arange(float(n)) for n in tuner.graph.groups]
+        scores[0] *= 1e-3 if len(seen) == 1 else 1e3
+        return scores
 
     trajectory, measured = prune_and_tune(
         space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE
@@ -191,7 +191,7 @@ def test_networks_on_the_way_are_the_narrower_ones() -> None:
 
 
 def test_the_base_is_trained_by_the_recipe() -> None:
-    """With a rate of almost nothing and no removal the network is the pretrained one."""
+    """The first network that is scored is the one that the recipe trains."""
     space, task = space_of("Residual"), small_task()
     model = space.build(space.base, seed=0)
     run = Trainer(model, task, RECIPE, seed=0)
@@ -210,17 +210,17 @@ def test_the_base_is_trained_by_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("per", ["macs", "params"])
-def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
-    """By hand: with equal information in all channels, the dearest step goes first."""
+def test_the_cost_that_information_is_divided_by_changes_the_order(per: Any) -> None:
+    """By hand: with equal information per channel, the costliest step is removed first."""
     space = space_of("Residual")
     removal = GreedyRemoval(space, per=per)
     steps = {0: (14, 32), 1: (16, 28)}
     form = space.cost_form(per)
     saved = {i: int(form(space.base.vector) - form(narrow)) for i, narrow in steps.items()}
-    per_step = np.array([2.0, 4.0])  # one a channel
+    per_step = np.array([2.0, 4.0])  # 1 per channel
     worth = {i: per_step[i] / saved[i] for i in steps}
     assert removal.weakest(per_step) == min(worth, key=worth.__getitem__)
-    # An axis whose channels are worth a little less goes first, unless its step saves far less.
+    # An axis with slightly less information goes first, unless its step saves far less.
     cheap = min(steps, key=lambda i: saved[i] / per_step[i])
     per_step[cheap] *= 0.95
     assert (
@@ -240,8 +240,8 @@ def test_what_information_is_divided_by_changes_the_order(per: Any) -> None:
     assert trajectory[1].vector[cheap] == space.base.vector[cheap]
 
 
-def test_the_smallest_channel_goes_first() -> None:
-    """Not the axis with the smallest step: what counts is the mean over the step's channels."""
+def test_the_lowest_score_per_channel_goes_first() -> None:
+    """The mean over the channels of a step counts, not the sum."""
     removal = GreedyRemoval(space_of("Residual"), per="channel")
     assert removal.weakest(np.array([2 * 0.6, 4 * 0.5])) == 1
     assert removal.weakest(np.array([2 * 0.4, 4 * 0.5])) == 0
@@ -249,8 +249,8 @@ def test_the_smallest_channel_goes_first() -> None:
     assert removal.weakest(np.array([np.inf, np.inf])) is None
 
 
-def test_divergence_is_one_line() -> None:
-    """It says which learning rate to lower."""
+def test_divergence_is_an_error() -> None:
+    """One line names the learning rate to lower."""
     space, task = space_of("Plain"), small_task()
     with pytest.raises(StudyError, match=r"fine-tuning .* lr=1e\+30"):
         Fisher(every=5, lr=1e30)(space, task, setting())
@@ -262,25 +262,25 @@ def test_divergence_is_one_line() -> None:
             Fisher(**{field: 0})
 
 
-def test_a_space_without_an_axis_to_cut_is_refused() -> None:
-    """Nothing may go below its `least`."""
+def test_a_space_without_narrower_networks_is_refused() -> None:
+    """All axes have their smallest width."""
     space = space_of("Residual").constrained(min_width=1.0)
     with pytest.raises(SpaceError, match="must be above its smallest width"):
         Magnitude(every=1)(space, small_task(), setting())
 
 
-def test_latency_is_refused_before_anything_trains() -> None:
-    """Where it is not known."""
-    said: list[str] = []
+def test_unknown_latency_is_refused_before_training() -> None:
+    """No progress is reported before the error."""
+    lines: list[str] = []
     with pytest.raises(StudyError, match="needs predicted latency"):
         Fisher(per="latency")(
-            space_of("Residual"), small_task(), Setting(recipe=RECIPE, report=said.append)
+            space_of("Residual"), small_task(), Setting(recipe=RECIPE, report=lines.append)
         )
-    assert not said
+    assert not lines
 
 
 def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
-    """Zero-padded shortcuts: the streams stay, the blocks' inner channels go."""
+    """With zero-padded shortcuts the streams stay wide, and inner channels are removed."""
     space = resnet(8, projection=False)
     graph = build_dependency_graph(space.model, space.base)
     kept = {space.names[i] for i in graph.unknown}
@@ -293,8 +293,10 @@ def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(space=spaces, data=st.data())
-def test_what_is_left_of_channels_is_found_anew(space: SearchSpace, data: st.DataObject) -> None:
-    """Cutting units from a network's channels gives the channels of the narrower network."""
+def test_the_graph_without_groups_is_the_graph_of_the_narrower_network(
+    space: SearchSpace, data: st.DataObject
+) -> None:
+    """Removing groups from a dependency graph gives the graph that is built anew."""
     graph = build_dependency_graph(space.model, space.base)
     axis = data.draw(st.integers(0, len(space.axes) - 1))
     of_step = space.axes[axis].step // space.trace.axes[axis].divisor
@@ -310,11 +312,11 @@ def test_what_is_left_of_channels_is_found_anew(space: SearchSpace, data: st.Dat
         assert left.group[where].tolist() == anew.group[where].tolist()
 
 
-def test_progress_is_told() -> None:
-    """A line an epoch of the base, and a line a network."""
-    said: list[str] = []
+def test_progress_is_reported() -> None:
+    """One line per epoch of the base, and one per network."""
+    lines: list[str] = []
     space = space_of("Residual")
-    told = Setting(recipe=RECIPE, lowest=0.5, report=said.append)
-    proposal = Fisher(every=1)(space, small_task(), told)
-    assert said[0].startswith("base: epoch 1 of 2")
-    assert len(said) == 2 + len(proposal.trajectory)
+    reporting = Setting(recipe=RECIPE, lowest=0.5, report=lines.append)
+    proposal = Fisher(every=1)(space, small_task(), reporting)
+    assert lines[0].startswith("base: epoch 1 of 2")
+    assert len(lines) == 2 + len(proposal.trajectory)

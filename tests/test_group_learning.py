@@ -41,19 +41,19 @@ RESNET20 = f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'
 def test_ungrouped_convolutions_between_free_widths_are_grouped(
     model: str, layers: list[str]
 ) -> None:
-    """Not the stem, not depthwise or grouped ones."""
+    """Stems, depthwise and grouped convolutions are left out."""
     assert [layer.name for layer in find_layers(space_of(model))] == layers
 
 
 def test_projection_shortcuts_are_not_grouped() -> None:
-    """ResNet-50's other 1×1 convolutions are."""
+    """The other 1×1 convolutions of ResNet-50 are grouped."""
     space = load_space("torchvision:resnet50", (3, 64, 64))
     found = {layer.name for layer in find_layers(space)}
     every = {n for n, m in space.model.template.named_modules() if isinstance(m, nn.Conv2d)}
     assert every - found == {"conv1", *(f"layer{i}.0.downsample.0" for i in range(1, 5))}
 
 
-def test_the_scale_is_the_papers() -> None:
+def test_the_scale_equals_the_papers() -> None:
     """sqrt(C_in·H·W / 16384) · k / C_out^1.5 of ResNet-20's first block and last stage."""
     scales = {layer.name: layer.scale for layer in find_layers(load_space(RESNET20))}
     assert scales["layer1.0.conv1"] == pytest.approx(1 * 3 / 16**1.5)
@@ -88,7 +88,7 @@ def test_r_by_hand() -> None:
     assert literal_r(p, weight).item() == pytest.approx(2.25 * (0.75**2 + 4.0**2) ** 0.5)
 
 
-def test_first_derivatives_are_autograds() -> None:
+def test_first_derivatives_equal_autograds() -> None:
     """∂R/∂W and ∂R/∂p of two layers at once."""
     layers = [some_layer(seed) for seed in (0, 1)]
     p, weight = (torch.stack(of) for of in zip(*layers, strict=True))
@@ -104,7 +104,7 @@ def test_first_derivatives_are_autograds() -> None:
 
 
 def test_hard_groups_have_a_gradient() -> None:
-    """One-hot assignments: ∂R/∂W = n_g² · W / ‖W of the group and channel‖, an empty group none."""
+    """One-hot assignments: ∂R/∂W = n_g² · W / ‖W of the group and channel‖."""
     weight = some_layer()[1]
     p = F.one_hot(torch.tensor([0, 0, 2, 2, 2]), 3).T.double()
     lasso = GroupLasso(p[None], weight.square().sum((-2, -1))[None])
@@ -113,8 +113,8 @@ def test_hard_groups_have_a_gradient() -> None:
     torch.testing.assert_close(ours[:2], first, rtol=1e-6, atol=1e-6)
 
 
-def test_the_mixed_derivative_is_a_difference_quotient() -> None:
-    """(∂²R/∂p∂W)·v against central differences of ∂R/∂p, and against autograd."""
+def test_the_mixed_derivative_equals_difference_quotients() -> None:
+    """(∂²R/∂p∂W)·v by central differences of ∂R/∂p, and by autograd."""
     p, weight = some_layer()
     v = torch.randn(weight.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     squares = weight.square().sum((-2, -1))
@@ -144,7 +144,7 @@ def two_steps_literally(
     groups: int,
     penalty: float,
 ) -> tuple[dict[str, Tensor], nn.Module]:
-    """Group learning as the formulas say, a layer at a time, with copies and autograd."""
+    """Group learning by the formulas, layer by layer, with copies and autograd."""
     tau, steps, lr = 0.5, 2, 0.1
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     names = [layer.name for layer in layers]
@@ -201,8 +201,8 @@ def two_steps_literally(
     return alphas, model
 
 
-def test_learning_is_the_literal_algorithm() -> None:
-    """Two steps of the vectorised version give the logits and weights of the formulas."""
+def test_learning_equals_the_literal_algorithm() -> None:
+    """Two steps give the logits and weights of the formulas."""
     space = space_of("Residual")
     layers = find_layers(space)
     model = space.build(space.base, seed=3)
@@ -239,7 +239,7 @@ def test_learning_is_the_literal_algorithm() -> None:
 
 
 def test_without_a_penalty_learning_is_training() -> None:
-    """Looking ahead leaves no trace: weights, momentum and statistics are those of plain steps."""
+    """The look-ahead is undone: weights, momentum and statistics are those of plain steps."""
     space = space_of("Concatenated")
     x, y = torch.randn(20, 3, 8, 8), torch.arange(20) % 10
     results = []
@@ -270,7 +270,7 @@ def test_without_a_penalty_learning_is_training() -> None:
 
 
 def test_a_strong_penalty_empties_channels_of_groups() -> None:
-    """Learning moves energy out of some channels of each group, and accuracy survives."""
+    """Learning moves energy out of some channels of each group."""
     space, task = space_of("Residual"), small_task()
 
     def least_share(penalty: float) -> float:

@@ -26,7 +26,7 @@ RESNET20 = f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'
 
 
 def test_shares_by_hand() -> None:
-    """Below β goes the smallest while the sum stays below β; the largest never."""
+    """The smallest entries are pruned while their sum stays below β; the largest never is."""
     shares = cumulative_shares(np.array([[1.0, 4.0, 3.0, 2.0]]))
     assert shares.tolist() == [[0.1, np.inf, 0.6, 0.3]]
     assert (shares >= 0.1).all()  # a β that is not above the smallest energy drops nothing
@@ -81,8 +81,8 @@ def read(pruning: GroupPruning, pruned: Pruned) -> dict[str, list[tuple[list[int
     }
 
 
-def test_dead_structure_goes_from_a_chain() -> None:
-    """What `b` no longer reads, `a` no longer makes; what nobody reads, the stem neither."""
+def test_dead_structure_is_removed_from_a_chain() -> None:
+    """Filters of `a` and of the stem are removed once their channels have no consumer."""
     pruning = pruning_of(
         chain_space(),
         {"a": [[3, 1], [3, 1], [1, 3]], "b": [[3, 3, 1], [3, 3, 1]]},
@@ -91,12 +91,12 @@ def test_dead_structure_goes_from_a_chain() -> None:
     whole = pruning.pruned(0.0)
     assert whole.channels.all()
     assert pruning.macs(whole) == 64 * (6 + 6 + 6) + 20
-    # b's channel 2 has 2/38 of its energy: below β it goes. a's filter 2 is then read by none, and
-    # with it goes group 1 of a, which alone reads channel 1 well; a's group 0 has 2/20 there.
+    # Input 2 of b has 2/38 of the energy and is pruned. Filter 2 of a is then dead, and with it
+    # group 1 of a, which has most of the energy in input 1; group 0 of a has 2/20 there.
     pruned = pruning.pruned(0.06)
     assert read(pruning, pruned) == {"a": [([0, 1], [0, 1])], "b": [([0, 1], [0, 1])]}
     assert pruning.widths(pruned).vector == (2, 2, 2)
-    # Above 0.1 group 0 of a reads channel 0 alone, and the stem's channel 1 is read by none.
+    # Above 0.1 group 0 of a reads input 0 alone, and channel 1 of the stem is dead.
     pruned = pruning.pruned(0.11)
     assert read(pruning, pruned) == {"a": [([0, 1], [0])], "b": [([0, 1], [0, 1])]}
     assert pruning.widths(pruned).vector == (1, 2, 2)
@@ -104,27 +104,27 @@ def test_dead_structure_goes_from_a_chain() -> None:
     assert pruning.macs(pruned) == 64 * (3 + 2 + 4) + 20
 
 
-def test_whole_filters_go_where_nothing_else_would_remove_them() -> None:
-    """`b` is read by the classifier, which is not grouped; `a` by `b` alone."""
+def test_whole_filters_are_pruned_if_they_would_never_die() -> None:
+    """The consumer of `b` is the classifier, which is not grouped; that of `a` is `b`."""
     pruning = pruning_of(
         chain_space(),
         {"a": [[3, 3], [3, 3], [0.1, 0.1]], "b": [[3, 3, 3], [1, 1, 1]]},
         {"a": [0, 0, 0], "b": [0, 1]},
     )
-    # b's filter 1 has a tenth of the energy; a's filter 2 far less, but it is read.
+    # Filter 1 of b has a tenth of the energy; filter 2 of a has far less, but b reads it.
     pruned = pruning.pruned(0.11)
     assert read(pruning, pruned) == {"a": [([0, 1, 2], [0, 1])], "b": [([0], [0, 1, 2])]}
     assert pruning.widths(pruned).vector == (2, 3, 1)
 
 
-def test_the_stream_of_a_residual_block_stays_where_others_make_it() -> None:
-    """Filters of the last convolution go one by one; the stem goes on making their channels."""
+def test_a_stream_keeps_the_channels_that_other_layers_make() -> None:
+    """Filters of the last convolution of a block are pruned; the stem makes their channels."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     with torch.no_grad():
-        model.conv2.weight[:4] *= 1e-3  # its filters
-        model.conv1.weight[8:16] *= 1e-3  # not pruned as such: conv2 reads their channels
-        model.conv2.weight[:, 20:] *= 1e-3  # whose makers in conv1 die
+        model.conv2.weight[:4] *= 1e-3  # whole filters
+        model.conv1.weight[8:16] *= 1e-3  # not pruned: conv2 reads their channels
+        model.conv2.weight[:, 20:] *= 1e-3  # inputs, whose filters in conv1 are then dead
     groups = {"conv1": torch.arange(32) % 2, "conv2": torch.arange(16) % 2}
     pruning = GroupPruning(space, model, groups, 2)
     pruned = pruning.pruned(1e-3)
@@ -136,7 +136,7 @@ def test_the_stream_of_a_residual_block_stays_where_others_make_it() -> None:
 
 
 class Forked(nn.Module):
-    """Two 1×1 convolutions that are summed, and one that reads the sum."""
+    """Two 1×1 convolutions whose outputs are summed, and one that reads the sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,8 +153,8 @@ class Forked(nn.Module):
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_a_channel_goes_when_no_filter_makes_it(both: bool) -> None:
-    """Both makers' filters must have gone; then its reader reads the other channel alone."""
+def test_a_channel_without_filters_is_removed(both: bool) -> None:
+    """Only if the filters of both layers were pruned; its consumer then has one input."""
     space = SearchSpace.from_model(Forked, (3, 8, 8))
     weak = [[3.0, 3.0], [0.1, 0.1]]
     strong = [[3.0, 3.0], [3.0, 3.0]]
@@ -177,12 +177,12 @@ def test_a_channel_goes_when_no_filter_makes_it(both: bool) -> None:
         assert pruning.widths(pruned).vector == (2, 2, 2)
 
 
-def test_dead_structure_goes_through_a_concatenation() -> None:
-    """`last` reads the stem's 8 channels and 4 of `grow`: what it leaves of those dies there."""
+def test_dead_structure_is_followed_through_a_concatenation() -> None:
+    """`last` reads 8 channels of the stem and 4 of `grow`; pruned inputs kill filters there."""
     space = space_of("Concatenated")
     model = space.build(space.base, seed=0)
     with torch.no_grad():
-        model.last.weight[:, [0, 9]] = 0  # the stem's first, and the second of `grow`
+        model.last.weight[:, [0, 9]] = 0  # the first of the stem, and the second of `grow`
         model.grow.weight[:, 0] = 0
     groups = {"grow": torch.zeros(4, dtype=torch.long), "last": torch.arange(16) // 8}
     pruning = GroupPruning(space, model, groups, 2)
@@ -198,7 +198,7 @@ def test_dead_structure_goes_through_a_concatenation() -> None:
 
 
 def test_pinned_axes_keep_their_channels() -> None:
-    """A user's pin holds: filters go, their channels stay."""
+    """Filters of a pinned axis are pruned, but the axis keeps its width."""
     space = chain_space().constrained(pin="a")
     pruning = pruning_of(
         space,
@@ -211,8 +211,8 @@ def test_pinned_axes_keep_their_channels() -> None:
     assert pruning.projected(pruned).names == ("stem", "b")
 
 
-def test_tied_axes_are_as_wide_as_the_widest_asks() -> None:
-    """Half of one and all of the other is all."""
+def test_tied_axes_are_as_wide_as_the_widest() -> None:
+    """Half of one axis and all of the other give the full width."""
     space = chain_space().constrained(tie=[["stem", "b"]], min_width=0.5, step=1)
     pruning = pruning_of(
         space,
@@ -224,8 +224,8 @@ def test_tied_axes_are_as_wide_as_the_widest_asks() -> None:
     assert pruning.projected(pruned).vector == (2, 3)
 
 
-def test_block_macs_of_resnet20_are_the_papers() -> None:
-    """40,108,032 MACs in blocks, shortcuts left out; the last of each block loses whole filters."""
+def test_block_macs_of_resnet20_equal_the_papers() -> None:
+    """40,108,032 MACs in blocks, without shortcuts; last layers of blocks prune whole filters."""
     space = load_space(RESNET20)
     model = space.build(space.base, seed=0)
     groups = {
@@ -242,7 +242,7 @@ def test_block_macs_of_resnet20_are_the_papers() -> None:
 
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_budgets_are_met_from_below(model: str) -> None:
-    """By the least β that does, at the exact cost of the branched network, nested in β."""
+    """By the smallest β that meets the exact cost of the branched network, nested in β."""
     space = space_of(model)
     net = space.build(space.base, seed=1)
     groups = {
@@ -272,8 +272,8 @@ def test_budgets_are_met_from_below(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_the_branched_network_computes_what_the_masked_one_does(model: str) -> None:
-    """Inherited weights, eval mode, 1e-5: weights at zero where pruned, dead channels masked."""
+def test_the_branched_network_computes_the_function_of_the_masked_one(model: str) -> None:
+    """With extracted weights in eval mode to 1e-5; the masked network has zeros instead."""
     space = space_of(model)
     net = space.build(space.base, seed=2)
     with torch.no_grad():  # statistics of batch norm that matter

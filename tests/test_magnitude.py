@@ -37,8 +37,8 @@ def test_norms_by_hand() -> None:
     assert int(l2.argmin()) != 5, "the two norms rank differently"
 
 
-def test_a_stream_is_made_by_all_that_is_added_to_it() -> None:
-    """And not by what reads it; biases and norms are no filters."""
+def test_every_layer_that_is_added_to_a_stream_makes_it() -> None:
+    """Consumers do not make it, and biases and norms are no filters."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     stem, inner = filter_norms(build_dependency_graph(space.model, space.base), model, "l1")
@@ -47,8 +47,8 @@ def test_a_stream_is_made_by_all_that_is_added_to_it() -> None:
     assert torch.allclose(inner, model.conv1.weight.detach().abs().sum((1, 2, 3)))
 
 
-def test_a_depthwise_filter_is_one_of_its_channel() -> None:
-    """What widens makes it, and so does the filter."""
+def test_a_depthwise_filter_belongs_to_its_channel() -> None:
+    """The expansion and the depthwise filter both make the channel."""
     space = space_of("Depthwise")
     model = space.build(space.base, seed=0)
     found = filter_norms(build_dependency_graph(space.model, space.base), model, "l1")[1]
@@ -56,8 +56,8 @@ def test_a_depthwise_filter_is_one_of_its_channel() -> None:
     assert torch.allclose(found, sum(w.detach().abs().sum((1, 2, 3)) for w in made))
 
 
-def test_units_of_groups_add_up() -> None:
-    """Channel 0 of each of four groups goes with the others."""
+def test_groups_of_channels_add_their_filters() -> None:
+    """Channel 0 of each of the four convolution groups is one group."""
     space = space_of("Grouped")
     model = space.build(space.base, seed=0)
     found = filter_norms(build_dependency_graph(space.model, space.base), model, "l1")[0]
@@ -65,8 +65,8 @@ def test_units_of_groups_add_up() -> None:
     assert torch.allclose(found, of_channel.view(4, 4).sum(0))
 
 
-def test_both_norms_prune() -> None:
-    """They are not the same method."""
+def test_the_norms_give_different_paths() -> None:
+    """The trajectories by L1 and L2 norm differ."""
     space, task = space_of("Residual"), small_task()
     paths = {Magnitude(norm=n, every=1)(space, task, setting()).trajectory for n in ("l1", "l2")}
     assert len(paths) == 2

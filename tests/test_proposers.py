@@ -1,4 +1,4 @@
-"""Proposers: what every one promises, and what each is."""
+"""Proposers: the two baselines, the table of methods and the checks of a proposal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TestUniform(ProposerConformance):
 
 
 class TestRandom(ProposerConformance):
-    """The other one."""
+    """The other baseline."""
 
     method = "random"
     proposer = Random()
@@ -41,15 +41,15 @@ def test_every_method_conforms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ([], "a proposal must have a member, but that of 'mine' has none"),
         ([(4, 4), (2, 6)], "no axis may grow along a proposal's trajectory"),
     ],
 )
-def test_a_proposal_that_is_none_is_refused(path: list[tuple[int, int]], said: str) -> None:
-    """A user's own method may be wrong; whose it is, is said."""
-    with pytest.raises(StudyError, match=said):
+def test_an_invalid_proposal_is_refused(path: list[tuple[int, int]], message: str) -> None:
+    """The error names the method, which may be a user's own."""
+    with pytest.raises(StudyError, match=message):
         Proposal("mine", tuple(tiny.widths(*vector) for vector in path), {})
 
 
@@ -75,14 +75,14 @@ def test_methods_are_found_by_name() -> None:
 
 
 def test_random_depends_on_its_seed() -> None:
-    """Two seeds, two profiles."""
+    """Two seeds give two profiles."""
     space, task = space_of("Residual"), small_task()
     a, b = (Random()(space, task, Setting(seed=s)).trajectory for s in (0, 1))
     assert a != b
 
 
 def test_uniform_scales_the_base() -> None:
-    """Every member is a multiple of the base, snapped."""
+    """Every member is a multiple of the base, rounded to the grid."""
     space = space_of("Residual")
     for widths in Uniform()(space, small_task(), Setting(seed=0)).trajectory:
         shares = [w / a.base for w, a in zip(widths.vector, space.axes, strict=True)]

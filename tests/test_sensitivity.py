@@ -1,4 +1,4 @@
-"""Sensitivity at initialisation: its saliency, and the greedy path through it."""
+"""Sensitivity at initialisation: saliency and greedy removal."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def path_of(space: SearchSpace, scores: list[NDArray[np.float64]], **options: ob
     ],
     ids=["residual", "densenet_bc", "densenet", "tokens"],
 )
-def test_saliency_is_that_of_explicit_gates(space: SearchSpace) -> None:
-    """|∂L/∂c| by autograd, of gates multiplied into residual, dense and token nets, to 1e-5."""
+def test_saliency_equals_that_of_explicit_gates(space: SearchSpace) -> None:
+    """|∂L/∂c| of gates in residual, dense and token networks, by autograd to 1e-5."""
     task = small_task()
     setting = Setting(seed=3)
     saliency = Sensitivity(batch_size=40).saliency(space, task, setting)
@@ -95,8 +95,8 @@ def test_the_gates_of_several_batches_keep_their_signs() -> None:
     assert any((a * b < 0).any() for a, b in zip(*signed, strict=True)), "some signs differ"
 
 
-def test_channels_go_by_saliency_per_mac() -> None:
-    """By hand, on two axes: the step that loses the least for the MACs that it saves goes first."""
+def test_channels_are_removed_by_saliency_per_mac() -> None:
+    """By hand on two axes: the first step has the least loss per MAC that it saves."""
     space = space_of("Residual")  # stem 16 by 2, conv1 32 by 4
     saliency = [np.full(16, 1.0), np.full(32, 1.0)]
     macs = space.macs
@@ -106,7 +106,7 @@ def test_channels_go_by_saliency_per_mac() -> None:
     path = path_of(space, saliency)
     assert path[:2] == [list(space.base.vector), first]
     assert path[-1] == [axis.min_width for axis in space.axes]
-    # An axis that matters a million times more goes last.
+    # An axis with a million times the saliency is removed last.
     path = path_of(space, [saliency[0] * 1e6, saliency[1]], cost="fixed")
     assert [w[1] for w in path[:8]] == [32, 28, 24, 20, 16, 12, 8, 4]
 
@@ -118,7 +118,7 @@ def test_channels_go_by_saliency_per_mac() -> None:
     seed=st.integers(0, 99),
 )
 def test_the_path_is_greedy(space: SearchSpace, per: Per, seed: int) -> None:
-    """Each step is the best by brute force: whole costs of both networks, whole sums of scores."""
+    """Each step is the best by brute force, from whole costs and whole sums of scores."""
     rng = np.random.default_rng(seed)
     scores = [rng.random(axis.base) for axis in space.axes]
     weights = rng.random(len(space.axes))
@@ -145,8 +145,8 @@ def test_the_path_is_greedy(space: SearchSpace, per: Per, seed: int) -> None:
         assert worth[chosen] == pytest.approx(min(worth.values()))
 
 
-def test_what_a_score_is_divided_by_changes_the_order() -> None:
-    """MACs, parameters, channels and latency differ, and the paper's fixed cost from the other."""
+def test_the_cost_that_scores_are_divided_by_changes_the_order() -> None:
+    """MACs, parameters, channels, latency and the paper's fixed cost give different paths."""
     space, task = space_of("Concatenated"), small_task()
     setting = Setting(seed=0, latency=lambda w: 1.0 + w[:, 0] + 0.01 * w[:, 1] + 0.1 * w[:, 2])
     methods = [Sensitivity(per=p) for p in ("macs", "params", "channel", "latency")]
@@ -155,8 +155,8 @@ def test_what_a_score_is_divided_by_changes_the_order() -> None:
     assert len(paths) == len(methods)
 
 
-def test_latency_is_asked_for_all_steps_at_once() -> None:
-    """One call a removal: the widths reached, and each axis a step narrower."""
+def test_latency_is_predicted_for_all_steps_at_once() -> None:
+    """One call per removal: the widths reached so far, and each axis one step narrower."""
     space = space_of("Residual")
     asked = []
 
@@ -169,8 +169,8 @@ def test_latency_is_asked_for_all_steps_at_once() -> None:
     assert [a.tolist() for a in asked] == [[[16, 32], [14, 32], [16, 28]]]
 
 
-def test_steps_that_save_no_latency_go_last() -> None:
-    """A prediction with stairs: the axis that it does not see waits, and goes all the same."""
+def test_steps_without_a_saving_are_removed_last() -> None:
+    """An axis that predicted latency does not depend on is narrowed after the other one."""
     space = space_of("Residual")
     path = path_of(
         space, [np.ones(16), np.ones(32)], per="latency", latency=lambda w: 1.0 + w[:, 0]
@@ -180,14 +180,14 @@ def test_steps_that_save_no_latency_go_last() -> None:
 
 
 def test_latency_must_be_known() -> None:
-    """One line says what to do."""
+    """The error has one line with the way out."""
     with pytest.raises(StudyError, match=r"needs predicted latency.*per: macs"):
         Sensitivity(per="latency")(space_of("Residual"), small_task(), Setting())
 
 
 @given(floor=st.floats(0, 1))
 def test_no_axis_goes_below_the_floor(floor: float) -> None:
-    """Nor is it kept a step above it."""
+    """Each axis ends at the floor, not a step above it."""
     space = space_of("Residual")
     removal = GreedyRemoval(space, per="macs", floor=floor)
     removal.remove_lowest([np.ones(16), np.ones(32)])
@@ -196,14 +196,14 @@ def test_no_axis_goes_below_the_floor(floor: float) -> None:
         assert width == axis.min_width or width - axis.step < floor * axis.base
 
 
-def test_channels_that_cannot_be_told_apart_are_scored_as_one() -> None:
-    """All of an axis's channels share its mean saliency."""
+def test_channels_that_cannot_be_told_apart_are_scored_as_a_whole() -> None:
+    """All channels of such an axis have its mean saliency."""
     space = space_of("Residual")
     graph = replace(build_dependency_graph(space.model, space.base), unknown=frozenset({0}))
     scores = [torch.arange(16.0), torch.arange(32.0)]
-    blurred, told = channel_scores(space, graph, scores)
-    assert blurred.tolist() == [7.5] * 16
-    assert told.tolist() == list(range(32))
+    shared, own = channel_scores(space, graph, scores)
+    assert shared.tolist() == [7.5] * 16
+    assert own.tolist() == list(range(32))
 
 
 def test_hyperparameters_are_checked() -> None:
@@ -214,15 +214,15 @@ def test_hyperparameters_are_checked() -> None:
 
 
 def test_the_batch_has_every_class() -> None:
-    """At least one sample a class, however small the batch."""
+    """At least one sample per class, however small the batch."""
     labels = np.repeat(np.arange(10), 30)
     rng = np.random.default_rng(0)
     assert np.bincount(labels[balanced(labels, 10, 3, rng)]).tolist() == [1] * 10
     assert np.bincount(labels[balanced(labels, 10, 64, rng)]).tolist() == [6] * 10
 
 
-def test_dead_channels_go_first() -> None:
-    """Channels whose readers ignore them have no saliency."""
+def test_dead_channels_have_no_saliency() -> None:
+    """Channels that all consumers multiply by zero."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     with torch.no_grad():
@@ -234,8 +234,8 @@ def test_dead_channels_go_first() -> None:
     assert bool((inner[12:] != 0).all())
 
 
-def test_tied_axes_lose_what_matters_least_in_each() -> None:
-    """The saliency of a tied axis is that of its axes, channel by channel in order of saliency."""
+def test_tied_axes_add_the_saliency_of_their_channels_by_rank() -> None:
+    """The least salient channels of each tied axis are removed together."""
     whole, task = space_of("Grouped"), small_task()
     tied = whole.constrained(tie=[["stem", "last"]])
     own = Sensitivity().saliency(whole, task, Setting(seed=0))

@@ -1,4 +1,4 @@
-"""Network slimming: sparse training, and what channels are ranked by."""
+"""Network slimming: sparse training and the scores of channels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TestSlimming(ProposerConformance):
 
 
 def test_scales_are_absolute_and_averaged_over_norms() -> None:
-    """The stream passes two norms, its inner channels one."""
+    """Channels of the stream pass two norms, inner channels one."""
     space = space_of("Residual")
     model = space.build(space.base, seed=0)
     with torch.no_grad():
@@ -35,8 +35,8 @@ def test_scales_are_absolute_and_averaged_over_norms() -> None:
     assert inner.tolist() == [0.5] * 32
 
 
-def test_a_norm_over_a_concatenation_is_of_both() -> None:
-    """Each part has its own scales; an axis without norms is ranked by its filters."""
+def test_a_norm_of_a_concatenation_scores_both_parts() -> None:
+    """Each part has scales of its own; an axis without norms is ranked by its filters."""
     space = space_of("Concatenated")
     model = space.build(space.base, seed=0)
     with torch.no_grad():
@@ -50,8 +50,8 @@ def test_a_norm_over_a_concatenation_is_of_both() -> None:
     assert last.tolist() == pytest.approx([5.5 / 1.125] * 3 + [16.5 / 1.125] + [5.5 / 1.125] * 12)
 
 
-def test_without_norms_filters_rank_alone() -> None:
-    """Each axis's mean is 1."""
+def test_without_norms_channels_are_ranked_by_their_filters() -> None:
+    """The mean score of each axis is 1."""
     space = space_of("Plain")
     model = space.build(space.base, seed=0)
     for scores in norm_scales(build_dependency_graph(space.model, space.base), model):
@@ -59,8 +59,8 @@ def test_without_norms_filters_rank_alone() -> None:
         assert scores.std().item() > 0
 
 
-def test_units_of_groups_count_by_channel() -> None:
-    """Four channels a unit, each worth 1 on average."""
+def test_groups_of_channels_add_their_scores() -> None:
+    """A group of four channels has four times the score of a channel, on average 1."""
     space = space_of("Grouped")
     scores = norm_scales(
         build_dependency_graph(space.model, space.base), space.build(space.base, seed=0)
@@ -69,7 +69,7 @@ def test_units_of_groups_count_by_channel() -> None:
 
 
 def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """λ acts on γ alone: its gradient is λ·sign(γ), and after training |γ| is smaller for it."""
+    """The penalty adds λ·sign(γ) to the gradient of γ, and training with it shrinks |γ|."""
     scale = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.0]))
     scale.grad = torch.tensor([1.0, 1.0, 1.0])
     Slimming(sparsity=0.25).penalise([scale])
@@ -86,14 +86,14 @@ def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     assert means[1] < 0.9 * means[0]
 
 
-def test_it_follows_its_own_recipe_and_says_what_it_reached() -> None:
-    """Or the study's; progress is told; divergence is one line."""
+def test_it_trains_by_its_own_recipe_and_reports_its_accuracy() -> None:
+    """By default it uses the study's recipe; divergence is an error of one line."""
     space, task = space_of("Residual"), small_task()
-    said: list[str] = []
+    lines: list[str] = []
     own = Slimming(recipe=RECIPE)
-    told = type(setting())(recipe=RECIPE, report=said.append)
-    proposal = own(space, task, told)
-    assert [line.split(",")[0] for line in said] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
+    reporting = type(setting())(recipe=RECIPE, report=lines.append)
+    proposal = own(space, task, reporting)
+    assert [line.split(",")[0] for line in lines] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
     assert 0 <= proposal.provenance["accuracy"] <= 100
     assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
     with pytest.raises(StudyError, match="sparsity"):

@@ -1,4 +1,4 @@
-"""SynFlow: conservation, and what follows from it."""
+"""SynFlow: scores by hand, conservation and rounds."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def tiny() -> nn.Module:
 
 
 def head() -> nn.Linear:
-    """Reads four channels of one pixel."""
+    """A layer with four input channels of one pixel."""
     return nn.Linear(4, 2)
 
 
 def test_scores_by_hand() -> None:
-    """Channel i carries Σ_o |W2[o, i]| Σ_j |W1[i, j]|, whatever the signs, biases and norms."""
+    """Channel i has Σ_o |W2[o, i]| Σ_j |W1[i, j]|, independent of signs, biases and norms."""
     space = SearchSpace.from_model(tiny, (3, 1, 1))
     model = space.build(space.base, seed=0)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_scores_by_hand() -> None:
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_flow_is_conserved(seed: int) -> None:
-    """In a chain, the scores of each axis sum to R: conservation."""
+    """In a chain, the scores of each axis sum to R."""
     space = space_of("Plain")
     model = linearised(space.build(space.base, seed=seed))
     ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
@@ -69,14 +69,14 @@ def test_flow_is_conserved(seed: int) -> None:
 
 
 def test_rounds_are_not_one_shot() -> None:
-    """Scores change as channels go."""
+    """Scores change while channels are removed."""
     space, task = space_of("Residual"), small_task()
     one, many = (SynFlow(rounds=n)(space, task, setting()).trajectory for n in (1, 50))
     assert one != many
 
 
 def test_data_is_not_read() -> None:
-    """Other labels change nothing."""
+    """Other images and labels give the same proposal."""
     space, task = space_of("Residual"), small_task()
     blind = replace(task, train=Split(task.train.images[:1] * 0, task.train.labels[:1]))
     paths = [SynFlow(rounds=5)(space, t, setting()).trajectory for t in (task, blind)]
@@ -84,7 +84,7 @@ def test_data_is_not_read() -> None:
 
 
 def test_a_product_beyond_float64_is_refused() -> None:
-    """In one line."""
+    """The error has one line."""
     space = space_of("Plain")
     model = space.build(space.base, seed=0).double()
     with torch.no_grad():
@@ -96,6 +96,6 @@ def test_a_product_beyond_float64_is_refused() -> None:
 
 
 def test_rounds_are_checked() -> None:
-    """At least one."""
+    """There must be at least one round."""
     with pytest.raises(StudyError, match="rounds"):
         SynFlow(rounds=0)
