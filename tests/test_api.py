@@ -1,4 +1,4 @@
-"""A study: found by name, claimed once, compared with what is stored, read without a space."""
+"""A study: found by name, claimed once, compared with its storage, read without a space."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drive(study: Study, trials: int | None = None) -> None:
 
 
 def test_trials_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
-    """A study that was made in Python, found again by its name."""
+    """A study made in Python, found again by its name."""
     drive(make(tmp_path / "tiny"))
     study = Study.load("tiny", runs=tmp_path)
     assert [trial.number for trial in study.trials()] == list(range(6))
@@ -71,8 +71,8 @@ def test_a_study_is_found_by_name_folder_or_yaml(tmp_path: Path) -> None:
         assert len(found.trials()) == 3
 
 
-def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """With the name that it may have been."""
+def test_a_missing_study_is_an_error(tmp_path: Path) -> None:
+    """The message suggests the closest name."""
     with pytest.raises(StudyError, match="there is no 'tiny'; give a study's YAML, name or folder"):
         Study.load("tiny", runs=tmp_path)
     drive(make(tmp_path / "tiny", trials=1))
@@ -80,8 +80,8 @@ def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
         Study.load("tinny", runs=tmp_path)
 
 
-def test_a_study_that_was_never_run_has_no_trials(tmp_path: Path) -> None:
-    """And asking makes no files."""
+def test_a_study_without_a_run_has_no_trials(tmp_path: Path) -> None:
+    """The error says so, and reading makes no files."""
     study = make(tmp_path / "tiny")
     with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
         study.trials()
@@ -89,7 +89,7 @@ def test_a_study_that_was_never_run_has_no_trials(tmp_path: Path) -> None:
 
 
 def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    """Nothing of the study changes by it."""
+    """The study does not change."""
     drive(make(tmp_path, trials=2))
     before = (tmp_path / "study.yaml").read_text()
     other = Study(tiny.config(trials=9), tiny.space("other"), tiny.task(), folder=tmp_path)
@@ -113,7 +113,7 @@ def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
         ({"task": "digits"}, "task=None and now has"),
     ],
 )
-def test_what_would_make_trials_incomparable_is_refused(
+def test_changes_that_make_trials_incomparable_are_refused(
     tmp_path: Path, changes: dict[str, Any], place: str
 ) -> None:
     """With the place, what it was, and what it is now."""
@@ -124,7 +124,7 @@ def test_what_would_make_trials_incomparable_is_refused(
 
 
 def test_a_network_is_picked(tmp_path: Path) -> None:
-    """By believed accuracy, from the front; by its ID, any that is finished."""
+    """By estimated accuracy from the front; by its ID any finished trial."""
     study = make(tmp_path, trials=12)
     drive(study)
     front = study.front()
@@ -136,7 +136,7 @@ def test_a_network_is_picked(tmp_path: Path) -> None:
 
 
 def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> None:
-    """A proposer's wrong name is mended, and so is whatever else is on one's mind."""
+    """Until then only the objectives are fixed."""
     with make(tmp_path).search():
         pass
     changed = tiny.config(recipe={"epochs": 3, "batch_size": 16}, seed=5, trials=2)
@@ -151,14 +151,14 @@ def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> No
         drive(make(tmp_path / "other", objectives=["accuracy", "params"]))
 
 
-def test_budgets_that_nothing_meets_are_left_out(tmp_path: Path) -> None:
-    """It is said; where none is left, that is an error."""
-    told: list[Progress] = []
-    with make(tmp_path, budgets=[0.001, 0.5]).search(told.append) as search:
+def test_budgets_below_every_network_are_left_out(tmp_path: Path) -> None:
+    """A message names them; if none is left, that is an error."""
+    progress: list[Progress] = []
+    with make(tmp_path, budgets=[0.001, 0.5]).search(progress.append) as search:
         budgets = {t.origin["budget"] for t in tiny.drive(search) if "budget" in t.origin}
     assert budgets == {0.5}
     narrowest = "budgets 0.001 are left out: the narrowest network has 0.084 of the base's MACs"
-    assert narrowest in [progress.message for progress in told]
+    assert narrowest in [each.message for each in progress]
     with pytest.raises(WidthsError, match="is below the narrowest network"):
         drive(make(tmp_path / "other", budgets=[0.001]))
 
@@ -201,7 +201,7 @@ def test_a_torchvision_model_has_the_classes_of_the_task(tmp_path: Path) -> None
 
 
 def test_a_space_traced_at_a_sample_tensor_is_driven(tmp_path: Path) -> None:
-    """A float tensor of the images' shape; integers and several inputs are refused in one line."""
+    """A float tensor of the images' shape; several inputs are refused in one line."""
     space = SearchSpace.from_model(tiny.Net, torch.zeros(1, 4, 4), name="tiny")
     study = Study(tiny.config(trials=2), space, tiny.task(), folder=tmp_path / "tensor")
     drive(study)
@@ -251,13 +251,13 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None:
-    """The base, and what the sampler asks for."""
+    """The base, and then suggestions."""
     study = make(tmp_path, proposers=[], baselines=0.0)
     drive(study)
     assert [trial.origin for trial in study.trials()[1:]] == 5 * [{"sampler": "width"}]
 
 
-def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
+def test_the_extent_of_a_search_may_change(tmp_path: Path) -> None:
     """More trials, another concurrency, other rungs, other budgets, other bounds."""
     drive(make(tmp_path, trials=2))
     changed = tiny.config(
@@ -273,7 +273,7 @@ def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
 
 
 def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
-    """Its costs would be another image's."""
+    """Its costs would be wrong for the task's images."""
     study = Study(tiny.config(task="digits"), tiny.space(), folder=tmp_path / "x")
     with pytest.raises(DataError, match=r"traced at \[1, 4, 4\] and the images of 'digits' are"):
         drive(study)
@@ -291,8 +291,8 @@ def test_two_drivers_are_refused(tmp_path: Path) -> None:
     assert Study.load(tmp_path).config.trials == 6
 
 
-def test_proposers_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed study has their answers in its storage, unless they are configured anew."""
+def test_proposers_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed study reads their proposals from its storage, unless their fields changed."""
     asked: list[int] = []
 
     def counted(self: Sensitivity, space: Any, task: Any, setting: Setting) -> Proposal:
@@ -341,7 +341,7 @@ def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert search.config.recipe.precision == "fp32"
 
 
-def test_the_number_at_once_is_found_once_a_machine(
+def test_concurrency_is_probed_once_per_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one probe of as many as the cores allow, reported and kept; another machine probes."""
@@ -353,12 +353,12 @@ def test_the_number_at_once_is_found_once_a_machine(
 
     monkeypatch.setattr(widthsearch.study.driver, "probe_concurrency", probe)
     monkeypatch.setattr(widthsearch.study.driver, "cores", lambda: 6)
-    told: list[Progress] = []
+    progress: list[Progress] = []
     for _ in range(2):
-        with make(tmp_path, concurrency="auto").search(told.append) as search:
+        with make(tmp_path, concurrency="auto").search(progress.append) as search:
             assert search.config.at_once == 2
     assert asked == [[1, 2, 4, 6]]
-    assert told[-1].message == (
+    assert progress[-1].message == (
         "concurrency 2 on each device; base networks an hour: 100 by 1 at once, 150 by 2 at once, "
         "140 by 4 at once"
     )
@@ -371,7 +371,7 @@ def test_the_number_at_once_is_found_once_a_machine(
         tiny.config(concurrency="auto", ray_address="10.0.0.1:6379")
 
 
-def test_a_gpu_is_shared_by_as_many_as_train_at_once(
+def test_concurrent_trials_share_a_gpu_equally(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two GPUs, three on each."""
@@ -388,9 +388,7 @@ def test_a_gpu_is_shared_by_as_many_as_train_at_once(
         assert search.config.resources.gpu == 0.3333
 
 
-def test_a_device_that_is_not_there_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_device_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any file is made."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     study = make(tmp_path / "tiny", device="cuda:0", resources={"gpu": 1})
@@ -399,14 +397,14 @@ def test_a_device_that_is_not_there_is_named(
     assert not (tmp_path / "tiny").exists()
 
 
-def test_a_space_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
-    """The space's own error comes through."""
+def test_a_space_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    """The error is the space's own."""
     study = Study(tiny.config(space="nowhere.at:all"), task=tiny.task(), folder=tmp_path)
     with pytest.raises(SpaceError, match="nowhere"):
         drive(study)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     """One line with the system's reason."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"'.*file/tiny' cannot be made: Not a directory"):
@@ -423,8 +421,8 @@ def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
     assert len(Study.load(tmp_path / "two").trials()) == 2
 
 
-def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
-    """An Optuna study that was not made here, in a database that is shared."""
+def test_another_programs_study_of_that_name_is_refused(tmp_path: Path) -> None:
+    """A plain Optuna study in a shared database."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     optuna.create_study(storage=url, study_name="tiny")
     with pytest.raises(StudyError, match="already has an Optuna study 'tiny' that is not"):
@@ -432,7 +430,7 @@ def test_a_strangers_study_of_that_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_spaces_make_one_front(tmp_path: Path) -> None:
-    """Each base, its own candidates at the first one's budgets, and trials that know theirs."""
+    """Each base, then candidates of each space at the first one's budgets."""
     spaces = [tiny.space(), tiny.space("other", min_width=0.5)]
     study = Study(tiny.config(trials=9), spaces, tiny.task(), folder=tmp_path)
     drive(study)
@@ -448,13 +446,13 @@ def test_several_spaces_make_one_front(tmp_path: Path) -> None:
 
 
 def test_spaces_of_one_name_are_refused(tmp_path: Path) -> None:
-    """Outcomes would not know theirs."""
+    """A trial refers to its space by name."""
     study = Study(tiny.config(), [tiny.space(), tiny.space()], tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError, match="must have different names, but are tiny, tiny"):
         drive(study)
 
 
-def test_the_device_decides_steps_that_nobody_gave(
+def test_the_device_decides_the_default_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where latency is measured, or else where candidates train; a step that was given stays."""

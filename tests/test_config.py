@@ -1,4 +1,4 @@
-"""The study's configuration: valid or refused in one line that names place, rule and value."""
+"""The configuration: valid, or an error of one line that names place, rule and value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_full_study_file_is_read(tmp_path: Path) -> None:
 
 
 def test_it_goes_through_json_and_yaml_unchanged(tmp_path: Path) -> None:
-    """What is stored says all that was chosen, and reads back as the same configuration."""
+    """The stored values read back as the same configuration."""
     path = tmp_path / "quickstart.yaml"
     path.write_text(FULL)
     config = StudyConfig.from_yaml(path)
@@ -61,8 +61,8 @@ def test_it_goes_through_json_and_yaml_unchanged(tmp_path: Path) -> None:
     assert StudyConfig.from_yaml(path) == config
 
 
-def test_little_is_needed() -> None:
-    """A name and a number of trials; the rest has defaults."""
+def test_defaults() -> None:
+    """A name and a number of trials suffice."""
     config = StudyConfig(name="a", trials=3)
     assert config.objectives == ("accuracy", "macs")
     assert config.early_stopping is None
@@ -238,7 +238,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_an_error_of_one_line(case: str, tmp_path: Path) -> None:
     """The same from Python and, with the file's name before it, from YAML."""
     changes, message = WRONG[case]
     values = {"name": "a", "trials": 3, **changes}
@@ -273,14 +273,14 @@ def test_a_proposers_fields_are_checked_when_it_is_made(
     assert str(caught.value) == message
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """With the system's reason."""
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    """The message has the system's reason."""
     with pytest.raises(StudyError, match="cannot be read: No such file or directory"):
         StudyConfig.from_yaml(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [1", r"is not safe YAML: expected ',' or '\]', .* \(line 1, column 6\)"),
         ("- a", "must be a mapping of keys to values"),
@@ -291,16 +291,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("[" * 2000, "is not safe YAML: maximum recursion depth"),
     ],
 )
-def test_a_file_that_is_no_study_is_named(text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_study_is_an_error(text: str, message: str, tmp_path: Path) -> None:
     """One line; and YAML's tags run no code."""
     path = tmp_path / "study.yaml"
     path.write_text(text)
-    with pytest.raises(StudyError, match=said) as caught:
+    with pytest.raises(StudyError, match=message) as caught:
         StudyConfig.from_yaml(path)
     assert "\n" not in str(caught.value)
 
 
 def test_rungs_are_a_power_apart() -> None:
-    """And none is at the last epoch, where there is nothing left to stop."""
+    """None is at the last epoch, where nothing is left to stop."""
     assert Rungs(first_epoch=3, eta=3).rungs(epochs=28) == (3, 9, 27)
     assert Rungs(first_epoch=3, eta=3).rungs(epochs=27) == (3, 9)

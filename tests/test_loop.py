@@ -1,4 +1,4 @@
-"""The engine-free loop, driven by a plain loop over made-up accuracies."""
+"""The loop without an engine, driven by a plain loop over invented accuracies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from widthsearch.study.trial import Trial, unresolved_failures
 OBJECTIVES = ["accuracy", "macs", "latency_ms"]
 
 
-def test_base_then_families_then_the_samplers_own(tmp_path: Path) -> None:
-    """As many as the configuration says, none twice, each with where it came from."""
+def test_base_then_families_then_suggestions(tmp_path: Path) -> None:
+    """As many as are configured, none twice, each with its origin."""
     with tiny.searching(tmp_path, tiny.config(trials=9)) as search:
         asked = tiny.drive(search)
         assert search.ask() is None
@@ -39,7 +39,7 @@ def test_base_then_families_then_the_samplers_own(tmp_path: Path) -> None:
     assert all(trial.cost == tiny.space().cost(trial.widths) for trial in asked)
 
 
-def test_the_first_trials_of_the_queue_come_where_all_do_not_fit(tmp_path: Path) -> None:
+def test_a_queue_longer_than_the_study_is_cut(tmp_path: Path) -> None:
     """Three trials: the base model and two candidates."""
     with tiny.searching(tmp_path, tiny.config(trials=3)) as search:
         assert [trial.widths for trial in tiny.drive(search)] == [
@@ -50,8 +50,8 @@ def test_the_first_trials_of_the_queue_come_where_all_do_not_fit(tmp_path: Path)
 
 
 @pytest.mark.parametrize("objectives", [["accuracy", "macs"], OBJECTIVES])
-def test_the_poorer_of_two_spaces_is_found_out(tmp_path: Path, objectives: list[str]) -> None:
-    """Same costs, 30 points less: it gets few of the sampler's trials, in any order of kills."""
+def test_the_worse_of_two_spaces_gets_few_trials(tmp_path: Path, objectives: list[str]) -> None:
+    """Same costs, 30 points less; with and without kills in between."""
     spaces = {name: tiny.space(name) for name in ("tiny", "poor")}
     options = {"spaces": spaces, "candidates": []}
     if "latency_ms" in objectives:
@@ -75,8 +75,8 @@ def test_the_poorer_of_two_spaces_is_found_out(tmp_path: Path, objectives: list[
         assert asked(tmp_path / "pieces", (7, 1, 12)) == whole
 
 
-def test_what_failed_is_trained_again_where_that_is_asked_for(tmp_path: Path) -> None:
-    """First, under new numbers; it counts once, and only what still fails is a failure."""
+def test_failed_trials_are_retried_on_request(tmp_path: Path) -> None:
+    """First, under new numbers; each counts once, and is a failure only if it fails again."""
     settings = tiny.config(trials=6)
 
     def run(*, retry: bool, broken: bool) -> list[tuple[int, int]]:
@@ -120,8 +120,8 @@ def test_same_seed_same_study(tmp_path: Path) -> None:
     assert asked("three", 1) != one
 
 
-def test_a_search_goes_on_where_another_one_ended(tmp_path: Path) -> None:
-    """After any trial: the rest is what it would have been, nothing is doubled or lost."""
+def test_a_search_continues_where_another_one_ended(tmp_path: Path) -> None:
+    """After any trial: the others are the same as without the break, none is doubled or lost."""
     (tmp_path / "whole").mkdir()
     with tiny.searching(tmp_path / "whole", tiny.config(trials=14)) as search:
         whole = [(t.number, t.widths, t.origin, t.seed) for t in tiny.drive(search)]
@@ -132,7 +132,7 @@ def test_a_search_goes_on_where_another_one_ended(tmp_path: Path) -> None:
     assert [(t.number, t.widths, t.origin, t.seed) for t in pieces] == whole
 
 
-def test_a_running_trial_is_taken_up_under_its_number(tmp_path: Path) -> None:
+def test_a_running_trial_continues_under_its_number(tmp_path: Path) -> None:
     """With its curve; and it counts once."""
     with tiny.searching(tmp_path, tiny.config()) as search:
         tiny.drive(search, trials=2)
@@ -147,8 +147,8 @@ def test_a_running_trial_is_taken_up_under_its_number(tmp_path: Path) -> None:
     assert list(search.trials) == list(range(6))
 
 
-def test_a_finished_study_asks_for_nothing(tmp_path: Path) -> None:
-    """And a larger number of trials asks for the difference."""
+def test_a_finished_study_begins_no_trial(tmp_path: Path) -> None:
+    """With a larger number of trials it begins the difference."""
     with tiny.searching(tmp_path, tiny.config(trials=3)) as search:
         tiny.drive(search)
     with tiny.searching(tmp_path, tiny.config(trials=3)) as search:
@@ -158,23 +158,23 @@ def test_a_finished_study_asks_for_nothing(tmp_path: Path) -> None:
         assert [trial.number for trial in tiny.drive(search)] == [3, 4]
 
 
-def test_a_space_that_is_used_up_ends_the_study(tmp_path: Path) -> None:
-    """An 8 × 8 grid has 64 width vectors, however many trials there are to be."""
-    told: list[Progress] = []
+def test_an_exhausted_space_ends_the_study(tmp_path: Path) -> None:
+    """An 8 × 8 grid has 64 width vectors, and the study is to have 70 trials."""
+    progress: list[Progress] = []
     settings = tiny.config(trials=70, recipe={"epochs": 1})
-    with tiny.searching(tmp_path, settings, on_progress=told.append) as search:
+    with tiny.searching(tmp_path, settings, on_progress=progress.append) as search:
         while (trial := search.ask()) is not None:
             search.report(trial.number, tiny.curve(10))
         assert search.done
     assert len({trial.widths for trial in search.trials.values()}) == 64
-    assert told[-1].total == 64
-    assert told[-1].level == "event"
-    assert told[-1].message == (
+    assert progress[-1].total == 64
+    assert progress[-1].level == "event"
+    assert progress[-1].message == (
         "every width vector of the space has been tried: the study ends after 64 of 70 trials"
     )
 
 
-def test_a_failed_candidate_counts_and_is_survived(tmp_path: Path) -> None:
+def test_a_failed_trial_counts_and_the_study_continues(tmp_path: Path) -> None:
     """Its reason is kept; NaN is a failure too, with its curve."""
     with tiny.searching(tmp_path, tiny.config()) as search:
         first, second = search.ask(), search.ask()
@@ -193,7 +193,7 @@ def test_a_failed_candidate_counts_and_is_survived(tmp_path: Path) -> None:
 
 
 def test_failures_in_a_row_stop_the_study(tmp_path: Path) -> None:
-    """A broken machine must not burn the queue; what failed in between others does not count."""
+    """A broken machine must not use up the queue; failures between other trials do not count."""
     with tiny.searching(tmp_path, tiny.config(trials=30)) as search:
         for _ in range(FAILURES_IN_A_ROW - 1):
             trial = search.ask()
@@ -234,7 +234,7 @@ class Bench:
 
 
 def test_a_generation_is_measured_while_nothing_trains(tmp_path: Path) -> None:
-    """The queue, then twice as many as train at once; no trial begins before all are done."""
+    """The queue, then twice as many as train at once; none begins before all have ended."""
     training: set[int] = set()
     bench = Bench(lambda: len(training))
     settings = tiny.config(objectives=OBJECTIVES, trials=11, concurrency=2)
@@ -257,7 +257,7 @@ def test_a_generation_is_measured_while_nothing_trains(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_measuring_loses_no_measurement(tmp_path: Path) -> None:
-    """What was measured is kept, the rest is measured before anything trains."""
+    """Measurements are kept, and the missing ones come before anything trains."""
     settings = tiny.config(objectives=OBJECTIVES)
     bench = Bench(lambda: 0)
 
@@ -282,7 +282,7 @@ def test_a_kill_while_measuring_loses_no_measurement(tmp_path: Path) -> None:
 
 
 def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
-    """But a device that is not there is nobody's fault: the study says so."""
+    """A missing device is no candidate's fault: it ends the study with an error."""
 
     def measure(trial: Trial, base_ms: float | None) -> Latency:
         if trial.number == 1:
@@ -308,8 +308,8 @@ def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
 STOPPING = {"kind": "rungs", "first_epoch": 1, "eta": 2}
 
 
-def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
-    """A small poor network goes on, for none is smaller; a large poor one is stopped.
+def test_a_rung_keeps_non_dominated_networks(tmp_path: Path) -> None:
+    """A small poor network continues, since none is smaller; a large poor one is stopped.
 
     By accuracy alone the small one would be stopped.
     """
@@ -330,7 +330,7 @@ def test_a_rung_keeps_what_is_not_dominated(tmp_path: Path) -> None:
 
 
 def test_base_and_baselines_are_never_stopped(tmp_path: Path) -> None:
-    """They are what the front is compared with, however poor they are."""
+    """The front is compared with them, however poor they are."""
     settings = tiny.config(early_stopping=STOPPING, trials=5)
     candidates = [
         tiny.candidate(2, 2, "random", 1.0),
@@ -345,7 +345,7 @@ def test_base_and_baselines_are_never_stopped(tmp_path: Path) -> None:
 
 
 def test_rungs_are_rebuilt_from_the_storage(tmp_path: Path) -> None:
-    """A search that was made anew at every trial decides as one that never ended."""
+    """A search made anew at every trial decides like one without a break."""
     settings = tiny.config(early_stopping=STOPPING, trials=20, recipe={"epochs": 6})
 
     def accuracy(trial: Trial, epoch: int) -> float:
@@ -364,33 +364,33 @@ def test_rungs_are_rebuilt_from_the_storage(tmp_path: Path) -> None:
     assert {len(o.curve) for o in whole if o.state == "stopped"} <= {1, 2, 4}
 
 
-def test_an_epoch_may_be_told_again(tmp_path: Path) -> None:
-    """After a restart a worker repeats its last epoch, or begins again: the curve is the last."""
+def test_an_epoch_may_be_reported_again(tmp_path: Path) -> None:
+    """After a restart a worker repeats its last epoch, or begins again; the last curve counts."""
     with tiny.searching(tmp_path, tiny.config()) as search:
         trial = search.ask()
         assert trial is not None
-        for told in (tiny.curve(1, 2), tiny.curve(1, 2), tiny.curve(5), tiny.curve(5, 6, 7, 8)):
-            search.report(trial.number, told)
+        for curve in (tiny.curve(1, 2), tiny.curve(1, 2), tiny.curve(5), tiny.curve(5, 6, 7, 8)):
+            search.report(trial.number, curve)
     assert search.trials[0].curve == tiny.curve(5, 6, 7, 8)
 
 
-def test_progress_tells_where_the_study_stands(tmp_path: Path) -> None:
-    """After each trial; the time left is of this run's pace."""
-    told: list[Progress] = []
-    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=told.append) as search:
+def test_progress_after_each_trial(tmp_path: Path) -> None:
+    """Counts, the front, and the time left at this run's pace."""
+    progress: list[Progress] = []
+    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=progress.append) as search:
         tiny.drive(search, trials=2)
-        assert (told[-1].done, told[-1].running, told[-1].total) == (2, 0, 4)
-        assert told[-1].best_accuracy == 36.0  # the base model: 2 × 16 channels + 4 epochs
-        assert told[-1].front_size == 2
-        assert told[0].remaining is None
-        assert told[-1].remaining is not None
+        assert (progress[-1].done, progress[-1].running, progress[-1].total) == (2, 0, 4)
+        assert progress[-1].best_accuracy == 36.0  # the base model: 2 × 16 channels + 4 epochs
+        assert progress[-1].front_size == 2
+        assert progress[0].remaining is None
+        assert progress[-1].remaining is not None
         search.ask()
         search.fail(2, "no")
-    assert (told[-1].message, told[-1].level) == ("trial 2 failed: no", "warning")
+    assert (progress[-1].message, progress[-1].level) == ("trial 2 failed: no", "warning")
 
 
-def test_a_driver_that_lost_its_lease_stops(tmp_path: Path) -> None:
-    """Before it asks or tells anything more."""
+def test_a_driver_that_lost_its_lock_stops(tmp_path: Path) -> None:
+    """It neither begins a trial nor records an epoch."""
     with tiny.searching(tmp_path, tiny.config()) as search:
         trial = search.ask()
         assert trial is not None
@@ -402,8 +402,8 @@ def test_a_driver_that_lost_its_lease_stops(tmp_path: Path) -> None:
             search.report(trial.number, tiny.curve(1))
 
 
-def test_the_front_stops_what_will_not_reach_it(tmp_path: Path) -> None:
-    """A network that is far below what no larger ones reached ends early; good ones do not.
+def test_front_aware_stopping(tmp_path: Path) -> None:
+    """A network far below others that are no larger is stopped; good ones are not.
 
     Nothing is stopped before some are finished, and never the base and the baselines.
     """
@@ -431,14 +431,16 @@ def test_the_front_stops_what_will_not_reach_it(tmp_path: Path) -> None:
     assert set(states.values()) == {("finished", False)}
 
 
-def test_what_ran_out_of_memory_is_trained_again_by_itself(tmp_path: Path) -> None:
-    """It waits for the others, nothing begins beside it, and then the study goes on."""
-    told: list[Progress] = []
-    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=told.append) as search:
+def test_a_trial_out_of_memory_is_trained_again_alone(tmp_path: Path) -> None:
+    """It waits for the others, nothing begins beside it, and then the study continues."""
+    progress: list[Progress] = []
+    with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=progress.append) as search:
         trials = [search.ask() for _ in range(3)]
         first, second, third = (trial.number for trial in trials if trial is not None)
         assert search.retry_alone(first)
-        assert told[-1].message == ("trial 0 ran out of memory; it will be trained again by itself")
+        assert progress[-1].message == (
+            "trial 0 ran out of memory; it will be trained again by itself"
+        )
         assert search.retry_alone(third)
         assert search.ask() is None  # the second one is being trained
         search.report(second, tiny.curve(1, 2, 3, 4))

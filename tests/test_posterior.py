@@ -48,15 +48,15 @@ def truth(first: int, second: int) -> float:
 
 
 def test_a_record_survives_json() -> None:
-    """And costs what the space says."""
+    """It has the costs of the space."""
     again = SpaceRecord.from_json(RECORDS["tiny"].to_json())
     assert [axis.name for axis in again.axes] == list(tiny.space().names)
     assert int(again.macs([4, 6])) == tiny.space().cost([4, 6]).macs
     assert int(again.params([4, 6])) == tiny.space().cost([4, 6]).params
 
 
-def test_with_few_trainings_means_stand_for_beliefs() -> None:
-    """No interval, no probability; repeats are averaged, and are one member."""
+def test_with_few_trainings_means_are_the_estimates() -> None:
+    """No interval and no probability; repeated trainings are averaged and are one member."""
     seen = [trial(0, 4, 4, 80.0), trial(1, 8, 8, 90.0), trial(2, 4, 4, 84.0)]
     posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
     estimate = posterior[seen[2]]
@@ -67,8 +67,8 @@ def test_with_few_trainings_means_stand_for_beliefs() -> None:
     assert posterior.surrogate is None
 
 
-def test_luck_is_not_believed() -> None:
-    """One network that was far too lucky is drawn to what its neighbours reached."""
+def test_a_lucky_training_is_shrunk() -> None:
+    """The estimate of one far too lucky network is drawn towards its neighbours."""
     seen = noisy(30, 0.5)
     lucky = replace(seen[5], curve=tiny.curve(accuracies(seen)[5] + 4.0))
     posterior = AccuracyPosterior([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
@@ -77,7 +77,7 @@ def test_luck_is_not_believed() -> None:
     assert posterior[lucky].sd is not None
 
 
-def test_beliefs_are_nearer_to_the_truth_than_trainings() -> None:
+def test_estimates_are_nearer_to_the_truth_than_trainings() -> None:
     """In the mean over the members, at noise as large as the differences."""
     seen = noisy(40, 1.0)
     posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
@@ -89,8 +89,8 @@ def test_beliefs_are_nearer_to_the_truth_than_trainings() -> None:
     assert posterior.surrogate.size == 40
 
 
-def test_the_front_is_drawn_by_beliefs_and_doubts_are_numbers() -> None:
-    """Probabilities agree with who is where: the narrowest cannot be dominated."""
+def test_the_front_follows_the_estimates() -> None:
+    """Probabilities agree with it: they are lower on the front, and 0 for the narrowest."""
     seen = noisy(40, 1.0)
     posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
     front = posterior.front()
@@ -106,7 +106,7 @@ def test_the_front_is_drawn_by_beliefs_and_doubts_are_numbers() -> None:
 
 
 def test_stopped_trials_count_by_their_curves() -> None:
-    """A stopped training tells something: the surrogate learns from it, and it is no member."""
+    """The surrogate learns from a stopped training, which is no member."""
     seen = noisy(20, 0.3)
     seen = [
         replace(o, curve=tiny.curve(final - 5, final))
@@ -118,7 +118,7 @@ def test_stopped_trials_count_by_their_curves() -> None:
     assert stopped not in posterior.members
 
 
-def test_nobody_is_believed_to_be_more_than_right() -> None:
+def test_estimates_are_at_most_100_percent() -> None:
     """A trend that goes on beyond 100% ends there."""
     seen = [
         replace(o, curve=tiny.curve(min(100.0, 60 + o.widths.vector[0] * 2.8)))
@@ -128,8 +128,8 @@ def test_nobody_is_believed_to_be_more_than_right() -> None:
     assert max(posterior.accuracy(o) for o in posterior.members) <= 100.0
 
 
-def test_what_lacks_an_objective_is_no_member() -> None:
-    """Latency that was never measured."""
+def test_a_trial_without_an_objective_is_no_member() -> None:
+    """Its latency is not measured."""
     latency: Latency = tiny.latency(1.0)
     seen = [trial(0, 4, 4, 80.0, latency=latency), trial(1, 8, 8, 90.0)]
     posterior = AccuracyPosterior(seen, RECORDS, ("accuracy", "latency_ms"))

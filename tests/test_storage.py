@@ -61,7 +61,7 @@ def test_trials_come_back_as_they_were_stored(store: Store, url: str) -> None:
     ]
 
 
-def test_a_running_trial_is_taken_up_as_it_was(store: Store, url: str) -> None:
+def test_a_running_trial_is_read_back(store: Store, url: str) -> None:
     """Under its own number, with its latency and curve."""
     begin(store)
     trial = begin(store, 6)
@@ -76,7 +76,7 @@ def test_a_running_trial_is_taken_up_as_it_was(store: Store, url: str) -> None:
 
 
 def test_a_half_written_trial_fails_and_does_not_count(store: Store, url: str) -> None:
-    """Someone asked this study by hand and was killed between two parameters."""
+    """Made by another program, which was killed between two parameters."""
     study = optuna.load_study(study_name="tiny", storage=url)
     study.ask({"first": optuna.distributions.IntDistribution(2, 16, step=2)})
 
@@ -90,7 +90,7 @@ def test_a_half_written_trial_fails_and_does_not_count(store: Store, url: str) -
 def test_a_trial_is_inserted_whole_or_not_at_all(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails between two parameters leaves nothing behind."""
+    """A failure between two parameters leaves nothing behind."""
     insert = optuna.storages.RDBStorage._set_trial_param_without_commit
 
     def fail_at_the_second(self: object, *args: object) -> None:
@@ -138,8 +138,8 @@ def test_sqlite_is_in_wal_mode(store: Store, tmp_path: Path) -> None:
     connection.close()
 
 
-def test_a_study_that_was_never_run_is_named(url: str, tmp_path: Path) -> None:
-    """And asking for it makes no empty database."""
+def test_a_study_without_a_run_is_an_error(url: str, tmp_path: Path) -> None:
+    """Opening it makes no empty database."""
     with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
         Store.open(url, "tiny")
     assert not (tmp_path / "study.db").exists()
@@ -157,8 +157,10 @@ def test_a_study_that_was_never_run_is_named(url: str, tmp_path: Path) -> None:
         ("oracle9://localhost/study", "Can't load plugin", "check its address"),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_named(address: str, reason: str, advice: str) -> None:
-    """One line: which, why, and what to check; never a password."""
+def test_a_storage_that_cannot_be_opened_is_an_error(
+    address: str, reason: str, advice: str
+) -> None:
+    """One line with the address, the reason and the way out; never a password."""
     with pytest.raises(StorageError) as caught:
         Store.create(address, "tiny", OBJECTIVES)
     message = str(caught.value)
@@ -169,15 +171,15 @@ def test_a_storage_that_cannot_be_opened_is_named(address: str, reason: str, adv
     assert "secret" not in message
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
     """A text file under the database's name."""
     (tmp_path / "study.db").write_text("hello, " * 100)
     with pytest.raises(StorageError, match="file is not a database"):
         Store.create(f"sqlite:///{tmp_path / 'study.db'}", "tiny", OBJECTIVES)
 
 
-def test_a_storage_that_breaks_later_is_named(store: Store, tmp_path: Path) -> None:
-    """The same one line when a write fails in the middle of a study."""
+def test_a_storage_that_breaks_later_is_an_error(store: Store, tmp_path: Path) -> None:
+    """The same line where a write fails in the middle of a study."""
     with sqlite3.connect(tmp_path / "study.db") as connection:
         connection.execute("DROP TABLE study_user_attributes")
     connection.close()

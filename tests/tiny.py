@@ -32,7 +32,7 @@ from widthsearch.widths import Widths
 
 
 class Net(nn.Module):
-    """Two convolutions, two axes; tells a file of each training step where it is asked to."""
+    """Two convolutions, two axes; on request it logs each training step to a file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def drive(
     accuracy: Callable[[Trial, int], float] = wide_is_good,
     trials: int | None = None,
 ) -> list[Trial]:
-    """The plain loop: one trial after the other, up to so many; returns what was asked."""
+    """The plain loop: one trial after the other, up to so many; returns them."""
     asked: list[Trial] = []
     while not search.done and (trials is None or len(asked) < trials):
         trial = search.ask()
