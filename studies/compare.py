@@ -1,18 +1,18 @@
-"""Networks side by side: the same recipe, several seeds from scratch, one table.
+"""Compare networks: train each from scratch by one recipe with several seeds; print one table.
 
-Studies of proposers end here::
+For example::
 
     base = Entry.of("base", space, space.base)
     entries = [base, Entry.of("uniform 0.5", space, widths), Entry("branched", build, macs, params)]
     results = compare(entries, task, Recipe(epochs=16), seeds=5, base=base)
     print(table(results, base))
 
-An entry is anything that builds a network from a seed, so spaces may be mixed (a smaller depth, a
-branched network). ``schedule="compute"`` gives a narrower network as many more epochs as it has
-fewer MACs. Accuracies are on the validation split unless ``split="test"``, which is for networks
-that nothing chose by their test accuracy. ``ratios`` adds inference latency and training time
-beside the base network, in turns with it, since a machine's absolute times drift. Run scripts from
-the repository's root: ``python -m studies.sensitivity.run``.
+An entry builds a network from a seed, so that entries of different spaces can be compared (a
+smaller depth, a branched network). ``schedule="compute"`` trains a narrower network for more epochs
+in proportion to its MACs. Accuracies are of the validation split unless ``split="test"``, which is
+for networks that were not chosen by their test accuracy. ``ratios`` adds inference latency and
+training time relative to the base network, measured in alternation, since absolute times of a
+machine drift. Run scripts from the repository's root: ``python -m studies.sensitivity.run``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from widthsearch.latency.meter import LatencyMeter
 from widthsearch.training.trainer import Trainer, evaluate
 
 Schedule = Literal["epochs", "compute"]
-"""``epochs``: the recipe's for all; ``compute``: times base MACs over the network's MACs."""
+"""``epochs``: those of the recipe; ``compute``: times the ratio of base MACs to network MACs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,10 @@ class Entry:
     """A network to compare.
 
     Attributes:
-        name: What the table calls it.
-        build: A newly initialised network, by seed.
-        macs: Its MACs.
-        params: Its parameters.
+        name: The name in the table.
+        build: Builds a newly initialised network from a seed.
+        macs: The MACs of the network.
+        params: The parameters of the network.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What an entry came to.
+    """The accuracies of an entry.
 
     Attributes:
         entry: The network.
-        epochs: How long each seed trained.
-        accuracies: Top-1 in percent after the last epoch, one a seed.
+        epochs: The epochs of each training.
+        accuracies: Top-1 in percent after the last epoch, one per seed.
     """
 
     entry: Entry
@@ -77,18 +77,18 @@ class Result:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the accuracy over seeds (n - 1); NaN of one seed."""
+        """Standard deviation of the accuracy over seeds (n - 1); NaN for a single seed."""
         return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """Times as multiples of the base network's beside it.
+    """Times of a network as multiples of the base network's.
 
     Attributes:
-        latency: Of inference.
-        latency_spread: Half the interquartile range of that over the pairs.
-        training: Of an epoch's training.
+        latency: The ratio of inference latencies.
+        latency_spread: Half the interquartile range of that ratio over pairs.
+        training: The ratio of the training times of an epoch.
     """
 
     latency: float
@@ -108,18 +108,18 @@ def compare(
     device: str = "cpu",
     report: Callable[[str], None] = print,
 ) -> list[Result]:
-    """Train every entry from scratch, a seed at a time.
+    """Train every entry from scratch, seed by seed.
 
     Args:
         entries: The networks.
         task: The data.
-        recipe: How each is trained.
-        seeds: How many seeds, or which. A seed is that of the initialisation and of the training.
-        base: Whose MACs ``schedule="compute"`` refers to.
-        schedule: How many epochs.
-        split: What accuracies are measured on.
-        device: Where.
-        report: Is told of each entry that is done.
+        recipe: The recipe of every training.
+        seeds: The number of seeds, or the seeds, of initialisation and training.
+        base: The network whose MACs ``schedule="compute"`` refers to.
+        schedule: The number of epochs.
+        split: The split of the accuracies.
+        device: The device.
+        report: Called with one line per entry.
     """
     chosen = range(seeds) if isinstance(seeds, int) else seeds
     results = []
@@ -145,7 +145,7 @@ def train(
     split: Literal["validation", "test"] = "validation",
     device: str = "cpu",
 ) -> float:
-    """Train a network by a recipe, perhaps for another number of epochs; its accuracy after."""
+    """Train a network by a recipe, for other epochs if given; returns its accuracy in percent."""
     stretched = _stretched(recipe, epochs or recipe.epochs)
     run = Trainer(model, task, stretched, seed=seed, device=device)
     while not run.finished:
@@ -158,7 +158,7 @@ def train(
 
 
 def _stretched(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe for another number of epochs; a warm-up keeps its share of them."""
+    """The recipe with another number of epochs; a warm-up keeps its share of them."""
     warmup = recipe.warmup_epochs
     if warmup is not None:
         warmup *= epochs / recipe.epochs
@@ -175,16 +175,16 @@ def ratios(
     epochs: int = 5,
     device: str = "cpu",
 ) -> dict[str, Ratios]:
-    """Inference latency and training time of each entry beside the base network, by its name.
+    """Inference latency and training time of each entry relative to the base, by name.
 
     Args:
         entries: The networks.
-        base: What they are compared with.
+        base: The base network.
         task: The data.
-        recipe: How an epoch is trained.
-        latency: How inference is measured.
-        epochs: Epochs of each that are timed, in turns; the median of their ratios counts.
-        device: Where they train.
+        recipe: The recipe of the timed epochs.
+        latency: The settings of the latency measurement.
+        epochs: Timed epochs of both networks in alternation; the median of their ratios counts.
+        device: The device of the training.
     """
     meter = LatencyMeter(base.build(0), task.input_shape, latency)
     timed = _stretched(recipe, epochs + 1)
@@ -195,13 +195,13 @@ def ratios(
             Trainer(which.build(0), task, timed, seed=0, device=device) for which in (base, entry)
         ]
         seconds = np.array([[run.run_epoch().seconds for run in runs] for _ in range(epochs + 1)])
-        training = np.median(seconds[1:, 1] / seconds[1:, 0])  # the first warms caches
+        training = np.median(seconds[1:, 1] / seconds[1:, 0])  # the first epoch warms caches
         out[entry.name] = Ratios(measured.ratio, measured.ratio_spread, float(training))
     return out
 
 
 def table(results: Sequence[Result], base: Entry, times: dict[str, Ratios] | None = None) -> str:
-    """A Markdown table, a line a result; with latency and training time where they are known."""
+    """A Markdown table with a line per result, and with times where they were measured."""
     head = ["network", "epochs", "n", "accuracy", "MACs", "× base", "parameters"]
     head += ["latency × base", "epoch's time × base"] if times else []
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]

@@ -1,6 +1,6 @@
-"""What the proposers' studies share: their options, and the networks and data that these name.
+"""The common options of the proposers' studies, and the networks and data that they name.
 
-On a CPU, a subset of CIFAR-10 at half its resolution is what one core trains in a minute::
+One CPU core trains a network on a subset of CIFAR-10 at half its resolution in a minute::
 
     --task image_folder --folder FOLDER --image-size 16 --images 5000
 """
@@ -36,7 +36,7 @@ def shallow_digits_resnet() -> SearchSpace:
 
 
 def vgg16_quarter() -> SearchSpace:
-    """VGG-16 at a quarter of its widths: what one CPU core trains in minutes."""
+    """VGG-16 at a quarter of its widths, which one CPU core trains in minutes."""
     narrow = vgg(16).build(0.25, seed=0)
     return SearchSpace.from_model(narrow, (3, 32, 32), name="vgg16_quarter")
 
@@ -49,19 +49,19 @@ BASES: Mapping[str, tuple[Callable[[int], SearchSpace], Callable[[int], SearchSp
     "vgg16": (lambda _: vgg(16), None),
     "vgg16_quarter": (lambda _: vgg16_quarter(), None),
 }
-"""By name: the base network's space for images of a side, and that of a shallower one."""
+"""By name: the space of a base network for images of a given side, and that of a shallower one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a study's options name.
+    """The networks and data that the options name.
 
     Attributes:
-        space: The base network's.
-        shallow: A shallower network's, if there is one.
-        task: The data, its test split included.
-        recipe: How each network is trained.
-        latency_batch: Images in a run whose latency is measured.
+        space: The space of the base network.
+        shallow: The space of a shallower network, if there is one.
+        task: The data, with the test split.
+        recipe: The recipe of every training.
+        latency_batch: Batch size of latency measurements.
     """
 
     space: SearchSpace
@@ -72,19 +72,25 @@ class Setup:
 
 
 def parser(description: str, seeds: int, image_base: str = "resnet20") -> argparse.ArgumentParser:
-    """A parser with the options that all studies have.
+    """A parser with the common options.
 
     Args:
-        description: The first line is shown.
-        seeds: By default.
-        image_base: The base network on images, by default.
+        description: Its first line is shown.
+        seeds: The default number of seeds.
+        image_base: The default base network on images.
     """
     out = argparse.ArgumentParser(description=description.splitlines()[0])
     out.add_argument("--task", default="digits", choices=["digits", "image_folder"])
-    out.add_argument("--folder", help="of image_folder: train/<class>/ and test/<class>/")
-    out.add_argument("--image-size", type=int, default=32, help="of image_folder, in pixels")
-    out.add_argument("--images", type=int, help="how many training images; by default all")
-    out.add_argument("--base", choices=sorted(BASES), help="by default one for the task")
+    out.add_argument(
+        "--folder", help="folder of image_folder, with train/<class>/ and test/<class>/"
+    )
+    out.add_argument(
+        "--image-size", type=int, default=32, help="side of the images of image_folder, in pixels"
+    )
+    out.add_argument("--images", type=int, help="number of training images; by default all")
+    out.add_argument(
+        "--base", choices=sorted(BASES), help="base network; the default depends on the task"
+    )
     out.add_argument("--seeds", type=int, default=seeds)
     out.add_argument("--epochs", type=int)
     out.add_argument("--device", default="cpu")
@@ -93,7 +99,7 @@ def parser(description: str, seeds: int, image_base: str = "resnet20") -> argpar
 
 
 def setup(options: argparse.Namespace) -> Setup:
-    """What the options name; on a CPU with one thread from here on."""
+    """Load what the options name, and use one CPU thread from now on."""
     if options.device == "cpu":
         torch.set_num_threads(1)
     digits = options.task == "digits"

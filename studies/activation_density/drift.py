@@ -1,4 +1,4 @@
-"""How densities go on changing at the highest learning rate; prints the lines of README.md.
+"""The drift of densities at the peak learning rate; prints the lines of README.md.
 
 From the repository's root: ``python -m studies.activation_density.drift --weight-decay 5e-4``.
 """
@@ -19,7 +19,7 @@ from widthsearch.training.trainer import Trainer
 
 
 def main() -> None:
-    """Train the base network, and print densities now and then."""
+    """Train the base network and print its densities after certain epochs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--epochs", type=int, default=200)
@@ -36,9 +36,9 @@ def main() -> None:
     )
     model = space.build(space.base, seed=arguments.seed)
     run = Trainer(model, task, held(recipe, arguments.epochs), seed=arguments.seed)
-    channels = build_dependency_graph(space.model, space.base)
+    graph = build_dependency_graph(space.model, space.base)
     while not run.finished:
-        with DensityMeter(channels, model, None, {}) as meter:
+        with DensityMeter(graph, model, None, {}) as meter:
             run.run_epoch()
         if run.epoch in (1, 5, 20, 50, 100, 200):
             densities = density_of_axes(space, meter.counts())

@@ -29,18 +29,18 @@ VARIANTS: Mapping[str, ActivationDensity] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A phase's network, of one seed.
+    """The network of a phase, of one seed.
 
     Attributes:
-        variant: How it was found.
-        phase: Which it was, from 1.
-        epochs: How many epochs it trained to its plateau.
-        plateau: Accuracy there.
-        macs: Share of the base's.
-        params: Share of the base's.
-        complexity: Training to here, and this network once in full, over the base's in full.
-        scratch: Accuracy of its widths trained from scratch by the whole recipe.
-        uniform: The same for uniform widths of no more MACs.
+        variant: The variant of the method.
+        phase: The number of the phase, from 1.
+        epochs: The epochs of the phase.
+        plateau: The accuracy at the end of the phase.
+        macs: MACs as a share of the base's.
+        params: Parameters as a share of the base's.
+        complexity: All training so far and this network once in full, by the base once in full.
+        scratch: The accuracy of these widths after training from scratch by the whole recipe.
+        uniform: The same for uniform widths of at most as many MACs.
         base: The same for the base.
     """
 
@@ -59,7 +59,7 @@ class Row:
 def rows(
     space: SearchSpace, task: Task, recipe: Recipe, seed: int, proposals: Mapping[str, Proposal]
 ) -> list[Row]:
-    """Every phase after the first of one seed's proposals."""
+    """All phases but the first of the proposals of one seed."""
     accuracies: dict[Widths, float] = {}
 
     def accuracy(widths: Widths) -> float:
@@ -102,7 +102,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def accuracy_table(found: list[Row]) -> str:
-    """A line for each variant and phase, over the seeds that came that far."""
+    """A line for each variant and phase, over the seeds that reached the phase."""
     head = ["variant", "phase", "n", "MACs", "params", "epochs", "at plateau", "from scratch"]
     head += ["uniform", "density − uniform", "− base", "complexity"]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
@@ -128,7 +128,7 @@ def accuracy_table(found: list[Row]) -> str:
 
 
 def density_table(space: SearchSpace, proposals: list[Mapping[str, Proposal]]) -> str:
-    """Each axis's density where a phase ended, mean and range over seeds."""
+    """The density of each axis at the end of a phase, mean and range over seeds."""
     lines = [["variant", "phase", *space.names], ["---", *["--:"] * (len(space.axes) + 1)]]
     for variant in proposals[0]:
         phases = [p[variant].provenance["phases"] for p in proposals]
@@ -141,12 +141,12 @@ def density_table(space: SearchSpace, proposals: list[Mapping[str, Proposal]]) -
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Propose, train and print the tables."""
     options = parser(__doc__, seeds=5, image_base="vgg16_quarter")
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
     options.add_argument("--weight-decay", type=float, default=5e-4)
     options.add_argument("--lowest", type=float, default=0.01)
-    options.add_argument("--step", type=int, help="of every axis's grid; by default the space's")
+    options.add_argument("--step", type=int, help="grid step of every axis; by default the space's")
     options.set_defaults(epochs=32)
     arguments = options.parse_args()
     made = setup(arguments)

@@ -1,20 +1,20 @@
-"""Learned filter groups: plain and branched networks against uniform ones, at equal MACs.
+"""Learned filter groups: plain and branched networks against uniform widths, at equal MACs.
 
     python -m studies.filter_groups.run [--seeds 3] [--shares 0.4 0.2 0.1] [--penalty 0.1]
     python -m studies.filter_groups.run --task image_folder --folder FOLDER --penalty 0.02
 
-Each seed has groups of its own, learned from a base network of that seed. At each share of the
-base's MACs the table has, trained from scratch by one recipe:
+Each seed learns groups of its own, with a base network of that seed. At each share of the base's
+MACs the table has these networks, trained from scratch by one recipe:
 
-* ``uniform``: all widths alike;
-* ``plain``: the branched networks' projection to plain widths, scaled to that share;
-* ``branched``: as learned;
-* ``shuffled``: branches of the same sizes with channels drawn at random;
+* ``uniform``: uniform widths;
+* ``plain``: the projection of the branched network to plain widths, scaled to the share;
+* ``branched``: the learned branches;
+* ``shuffled``: branches of the same sizes with random channels;
 
-and ``tuned``: the branched network with the weights that it was pruned from, fine-tuned by the
-recipe at a fifth of its learning rate (the paper's way). It was trained twice before, so there is
-also the uniform network trained for three times as many epochs. Latency is that of seed 0's
-networks in turns with the base network; branched ones with batch norm folded and branches merged
+and ``tuned``: the branched network with its pruned weights, fine-tuned by the recipe at a fifth of
+the learning rate, as in the paper. Its weights were trained twice before, so that there is also the
+uniform network after three times as many epochs. Latency is that of the networks of seed 0 in
+alternation with the base network; branched networks have batch norm folded and branches merged
 (``deploy``).
 """
 
@@ -52,7 +52,13 @@ from widthsearch.widths import Widths
 
 
 class Learned:
-    """What one seed's groups come to at each share: networks of each kind, by name."""
+    """The networks from the groups of one seed, at each share of the base's MACs.
+
+    Attributes:
+        architectures: The branched architectures.
+        plain: The plain projections, scaled to the share.
+        inherited: The branched networks with the pruned weights.
+    """
 
     def __init__(
         self,
@@ -85,7 +91,7 @@ class Learned:
 def shuffled(
     space: SearchSpace, architecture: BranchedArchitecture, seed: int
 ) -> BranchedArchitecture:
-    """Branches of the same sizes, of channels drawn at random."""
+    """Branches of the same sizes with random channels."""
     rng = random.Random(seed)
     layers = {}
     for layer, branches in architecture.layers.items():
@@ -103,7 +109,7 @@ def shuffled(
 
 
 def by_seed(name: str, networks: list[tuple[SearchSpace, Widths]]) -> Entry:
-    """An entry whose architecture is another for each seed; its cost is their mean."""
+    """An entry with an architecture per seed; its cost is the mean of theirs."""
     costs = [space.cost(widths) for space, widths in networks]
 
     def build(seed: int) -> nn.Module:
@@ -115,7 +121,7 @@ def by_seed(name: str, networks: list[tuple[SearchSpace, Widths]]) -> Entry:
 
 
 def for_inference(net: nn.Module, architecture: BranchedArchitecture, shape: tuple) -> nn.Module:
-    """A branched network with batch norm folded into its branches, and branches merged."""
+    """A branched network for inference: batch norm is folded, then branches are merged."""
     plain = without_branches(net.eval())
     fold_batchnorm(plain, torch.randn(1, *shape))
     for module in list(plain.modules()):
@@ -126,7 +132,7 @@ def for_inference(net: nn.Module, architecture: BranchedArchitecture, shape: tup
 
 
 def main() -> None:
-    """Learn groups for each seed, train all networks, print the tables."""
+    """Learn groups with each seed, train all networks and print the tables."""
     asked = parser(__doc__, seeds=3)
     asked.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.2, 0.1])
     asked.add_argument("--groups", type=int, default=4)
@@ -206,7 +212,7 @@ def latency(
     deployed: Callable[[float], nn.Module],
     device: str,
 ) -> None:
-    """Times of seed 0's networks as ratios to the base network's."""
+    """Print the times of the networks of seed 0 as ratios to the base network's."""
     print("\n| network | MACs × base | convolutions | latency, batch 1 | CPU time, batch 32 |")
     print("| --- | --: | --: | --: | --: |")
     meter = LatencyMeter(base.build(0), task.input_shape, LatencyConfig(device))
@@ -225,9 +231,9 @@ def latency(
 
 
 def cpu_ratio(net: nn.Module, base: nn.Module, shape: tuple[int, ...]) -> float:
-    """CPU time of a run to that of the base network's beside it, median of 60 pairs, one thread.
+    """The ratio of the CPU times of two networks with one thread, the median of 60 pairs.
 
-    On a machine with other work, wall times of more than a time slice say how often one waited.
+    CPU time, because wall times above a time slice include waiting on a machine with other work.
     """
     x = torch.randn(shape).to(memory_format=torch.channels_last)
     nets = [n.eval().to(memory_format=torch.channels_last) for n in (base, net)]

@@ -1,10 +1,14 @@
 """Prune-and-tune against the same widths from scratch and against reduced networks.
 
-At each budget of MACs: a trained network pruned by Fisher information or magnitude, tuned on the
-way, and tuned once more by a whole schedule; networks of its widths trained from scratch, for as
-many epochs as the base or with as much compute; and networks reduced in width or in depth without
-any pruning, those in width also with all the compute that pruning and tuning took, and both also at
-the measured latency of the pruned networks. From the repository's root::
+At each budget of MACs the table has
+
+* trained networks pruned by Fisher information or magnitude and fine-tuned on the way, and the same
+  after another fine-tuning by a whole schedule;
+* networks of their widths from scratch, for the epochs or for the compute of the base;
+* networks reduced in width or depth without pruning, the same at the measured latency of the pruned
+  networks, and those of reduced width with all the compute of pruning and tuning.
+
+From the repository's root::
 
     python -m studies.prune_and_tune.run --seeds 3
     python -m studies.prune_and_tune.run --task image_folder --folder FOLDER --device cuda
@@ -34,13 +38,13 @@ from widthsearch.proposers.tuning import FineTuner, prune_and_tune
 
 
 class Pruned:
-    """What a method came to with one seed, at the first network within each budget.
+    """The first networks of a method within each budget, of one seed.
 
     Attributes:
-        widths: By budget.
-        tuned: Validation accuracy there, tuned on the way.
-        networks: The network there.
-        epochs: Training until there, in epochs of the base network by MACs.
+        widths: The widths by budget.
+        tuned: The validation accuracy, fine-tuned on the way.
+        networks: The network.
+        epochs: All training so far, in epochs of the base network by MACs.
     """
 
     def __init__(
@@ -89,9 +93,14 @@ def no_slower(
     base: Entry,
     meter: LatencyMeter,
 ) -> list[Entry]:
-    """For each pruned network the largest of a linear family that is measured no slower than it.
+    """For each pruned network, the largest member of a linear family that is not slower.
 
-    ``limits`` has the latency of each pruned network by its name, seed by seed, over the base's.
+    Args:
+        name: The name of the family in the table.
+        space: The space of the family.
+        limits: The latency of each pruned network by name and seed, relative to the base.
+        base: The base network.
+        meter: The latency meter.
     """
     members = LinearFamily(space, space.base).members
     narrower = members[space.macs(members) <= base.macs][::-1]
@@ -111,12 +120,14 @@ def no_slower(
 
 
 def main() -> None:
-    """Print the table."""
+    """Prune, train and print the table."""
     asked = parser(__doc__, seeds=3)
     asked.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.2])
-    asked.add_argument("--every", type=int, default=100, help="fine-tuning steps a removal")
-    asked.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
-    asked.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
+    asked.add_argument("--every", type=int, default=100, help="fine-tuning steps per removal")
+    asked.add_argument("--lr", type=float, default=0.01, help="learning rate of fine-tuning")
+    asked.add_argument(
+        "--pairs", type=int, default=60, help="pairs of latency measurements; 0 for none"
+    )
     options = asked.parse_args()
     made = setup(options)
     space, task, recipe = made.space, made.task.for_search(), made.recipe
@@ -179,7 +190,7 @@ def main() -> None:
             schedule=schedule,
             device=device,
         )
-    for budget, spent in most.items():  # what the dearest pruned network was given
+    for budget, spent in most.items():  # the compute of the costliest pruned network
         results += compare(
             [narrow["uniform width", budget]],
             task,

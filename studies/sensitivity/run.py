@@ -1,6 +1,6 @@
 """Sensitivity at initialisation against uniform and random widths, at equal MACs.
 
-For each seed every method proposes anew, and each proposal at each budget is trained from scratch
+For each seed every method makes a proposal, and its widths at each budget are trained from scratch
 by the same recipe. From the repository's root::
 
     python -m studies.sensitivity.run --seeds 5
@@ -38,7 +38,7 @@ METHODS: Mapping[str, Proposer] = {
 
 
 def at_each_seed(name: str, space: SearchSpace, widths: list[Widths]) -> Entry:
-    """An entry whose widths are those that were proposed with the seed that it trains with."""
+    """An entry that trains with each seed the widths that were proposed with that seed."""
     vectors = [w.vector for w in widths]
 
     def build(seed: int) -> nn.Module:
@@ -49,11 +49,13 @@ def at_each_seed(name: str, space: SearchSpace, widths: list[Widths]) -> Entry:
 
 
 def main() -> None:
-    """Print the table."""
+    """Propose, train and print the table."""
     options = parser(__doc__, seeds=5)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25, 0.1])
-    options.add_argument("--pairs", type=int, default=60, help="of latency; 0 leaves it out")
+    options.add_argument(
+        "--pairs", type=int, default=60, help="pairs of latency measurements; 0 for none"
+    )
     chosen = options.parse_args()
     made = setup(chosen)
     space, task, recipe = made.space, made.task.for_search(), made.recipe
