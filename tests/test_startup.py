@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_cli import SPACE, study_file
+from commands import SPACE, study_file
 
 from widthsearch.api import Study
 

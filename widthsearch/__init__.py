@@ -1,14 +1,15 @@
 """Network pruning as a search over layer widths.
 
-A pruned CNN is a width vector: one integer per free width. A space says which there are; a study
-trains candidates from scratch and keeps the Pareto set::
+A pruned network is a width vector: one integer per free width of a model. A space holds the widths
+that are allowed and their exact costs; a study trains candidates from scratch and keeps the Pareto
+set of accuracy and costs::
 
     space = widthsearch.SearchSpace.from_model(make_model, input_shape=(3, 32, 32))
     study = widthsearch.Study.load("studies/quickstart.yaml")
     study.run()
     widthsearch.train(study, study.front()[-1])
 
-Importing the package imports neither torch nor Ray nor Optuna; each name is loaded on first use.
+Importing the package imports neither torch nor Ray nor Optuna: each name is imported on first use.
 """
 
 from __future__ import annotations

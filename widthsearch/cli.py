@@ -1,7 +1,7 @@
-"""The command line: parses, calls one function, prints.
+"""The command line: each command parses its arguments, calls one function and prints the result.
 
-Exit codes: 0 all is well; 1 some candidate or proposer failed; 2 bad input, or nothing finished,
-said in one line; 130 interrupted, with how to go on.
+Exit codes: 0 success; 1 some trial or proposer failed; 2 invalid input, or no trial finished (one
+line names the cause); 130 interrupted (one line has the command that resumes).
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ SHARES = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code.
+
+    Args:
+        arguments: Those of the command line; by default the process's own.
+
+    Example:
+        >>> main(["space", "torchvision:resnet19"])  # one line on standard error
+        2
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
     again = shlex.join(["widthsearch", *arguments])
@@ -34,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: {again}", file=sys.stderr)
+        print(f"\ninterrupted; resume with: {again}", file=sys.stderr)
         return 130
     return code
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a study, or go on with it; ends by printing the front."""
+    """Run a study, or resume it, and print its front."""
     from widthsearch.api import Study
     from widthsearch.report import tables
     from widthsearch.report.console import open_console, print_line, print_tables
@@ -54,8 +62,8 @@ def _run(options: argparse.Namespace) -> int:
     print_tables(console, tables.front_tables(study))
     print_line(console, tables.write_front(study))
     failed = unresolved_failures(study.trials())
-    for o in failed:
-        print_line(console, f"failed: trial {o.number}: {o.error}")
+    for trial in failed:
+        print_line(console, f"failed: trial {trial.number}: {trial.error}")
     for method, reason in study.failures.items():
         print_line(console, f"failed: proposer {method}: {reason}")
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
@@ -64,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _space(options: argparse.Namespace) -> int:
-    """Show a space: its axes, their share of MACs, and what is pinned and why."""
+    """Print a space: its axes with their shares of MACs, and its pinned widths with reasons."""
     from widthsearch.api import Study
     from widthsearch.report import space_tables
     from widthsearch.report.console import open_console, print_line, print_tables
@@ -96,7 +104,7 @@ def _space(options: argparse.Namespace) -> int:
 
 
 def _propose(options: argparse.Namespace) -> int:
-    """Ask one method for widths at a budget; shows them beside the base."""
+    """Print one method's widths at a budget beside the base's."""
     from widthsearch.api import Study
     from widthsearch.data.config import TaskConfig
     from widthsearch.data.tasks import load_task
@@ -123,7 +131,7 @@ def _propose(options: argparse.Namespace) -> int:
     measured = study.config.latency if study is not None else None
     try:
         profile = load_profile(space, measured or LatencyConfig())
-    except DeviceError:  # it is measured where there is such a device
+    except DeviceError:  # the study measures latency on a device of another machine
         profile = None
     if profile is None and getattr(config.make(config.method), "per", None) == "latency":
         given = "" if options.input is None else f" --input {'x'.join(map(str, options.input))}"
@@ -161,7 +169,7 @@ def _propose(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    """Measure networks of a space on a device, and learn to predict the latency of all others."""
+    """Measure networks of a space on a device, to predict the latency of all others."""
     from widthsearch.api import Study
     from widthsearch.latency import profiles as profiling
     from widthsearch.latency.config import LatencyConfig
@@ -175,12 +183,12 @@ def _profile(options: argparse.Namespace) -> int:
         spaces = list(study.spaces.values())
     else:
         spaces = [load_space(options.space, options.input)]
-    given = {
+    changes = {
         key: getattr(options, key)
         for key in ("device", "backend", "batch_size", "threads", "dtype", "pairs")
         if getattr(options, key) is not None
     }
-    config = replace(config, **given)
+    config = replace(config, **changes)
     console = open_console()
     for space in spaces:
         with console.status(f"measuring {space.name}") as status:
@@ -196,29 +204,29 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _pareto(options: argparse.Namespace) -> int:
-    """Show a study's front and the uniform baseline; write front.json."""
+    """Print a study's front and the uniform baseline, and write front.json."""
     from widthsearch.api import Study
     from widthsearch.report import tables
     from widthsearch.report.console import open_console, print_line, print_tables
 
     study = Study.load(options.study, options.runs)
-    expected = None
+    forecasts = None
     if options.families:
         from widthsearch.report.forecast import forecast
 
-        expected = forecast(study)
+        forecasts = forecast(study)
     console = open_console(stderr=options.json or options.csv)
     if options.json:
         content = tables.front_json(study)
-        if expected is not None:
-            content["families"] = [each.to_json() for each in expected]
+        if forecasts is not None:
+            content["families"] = [each.to_json() for each in forecasts]
         print(json.dumps(content, indent=1))
     elif options.csv:
         print(tables.front_csv(study), end="")
     else:
         print_tables(console, tables.front_tables(study))
-        if expected is not None:
-            print_tables(console, tables.forecast_table(expected))
+        if forecasts is not None:
+            print_tables(console, tables.forecast_table(forecasts))
     print_line(console, tables.write_front(study))
     if options.plot is not None:
         from widthsearch.report.front_plot import draw_front
@@ -231,7 +239,7 @@ def _pareto(options: argparse.Namespace) -> int:
 
 
 def _confirm(options: argparse.Namespace) -> int:
-    """Train the front again with fresh seeds where it is undecided; ends by printing it."""
+    """Train the front again with fresh seeds, where it is uncertain, and print it."""
     from widthsearch.api import Study
     from widthsearch.report import tables
     from widthsearch.report.console import open_console, print_line, print_tables
@@ -247,7 +255,7 @@ def _confirm(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Train a network of a study in full and test it; writes a folder that loads."""
+    """Train a network of a study in full, test it, and write a folder that loads."""
     from widthsearch import export
     from widthsearch.api import Study
     from widthsearch.report import tables

@@ -205,6 +205,10 @@ def footnotes(shown: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]
             f"Of {surrogate.size} trainings, {surrogate.coverage(0.9):.0%} lie in the 90% interval "
             "that the others predict."
         )
+    if any(t.latency is not None for t in shown):
+        lines.append(
+            "ms, ms/base: measured latency, and its ratio to the base's, measured in turn."
+        )
     if any(estimate.trainings > 1 for estimate in estimates.values()):
         lines.append("(n×): the network was trained n times.")
     doubtful = [str(n) for n, estimate in estimates.items() if (estimate.dominated or 0.0) > 0.5]
