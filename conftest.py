@@ -1,4 +1,7 @@
-"""What every test shares: one thread, a cache of its own, and no GPU test without a GPU."""
+"""Settings of all tests and doctests: one thread, a cache of their own, GPU tests only on a GPU.
+
+The file lies at the root so that it also serves the doctests of the package.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main() -> Iterator[None]:
-    """Keep the tests' files out of the user's own cache."""
+    """Give the tests a cache folder of their own instead of the user's."""
     with TemporaryDirectory(prefix="widthsearch-cache") as folder:
         os.environ["WIDTHSEARCH_CACHE"] = folder
         return (yield)
@@ -20,12 +23,12 @@ def pytest_cmdline_main() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tests measure behaviour, not speed: one thread keeps them repeatable on any machine."""
+    """Run torch on one thread, so that results are the same on any machine."""
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the GPU tests where there is no GPU."""
+    """Skip the GPU tests on a machine without a GPU."""
     if torch.cuda.is_available():
         return
     for item in items:
