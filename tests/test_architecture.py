@@ -1,0 +1,65 @@
+"""``docs/architecture.md`` describes the package as it is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+TREE, LAYERS = re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)
+
+
+def described_files() -> list[Path]:
+    """The files in the tree of the page; each line has a description, but that of the root."""
+    folders: list[str] = []
+    files = []
+    for line in TREE.splitlines():
+        if not line:
+            continue
+        indent, name, description = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()  # type: ignore[union-attr]
+        folders = folders[: len(indent) // 2]
+        assert description or not folders, line
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            files.append(Path(*folders, name))
+    return files
+
+
+def test_the_tree_names_every_file_once() -> None:
+    """No module is missing, and no line names a file that does not exist."""
+    existing = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "widthsearch").rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    ]
+    shown = [path for path in existing if len(path.parts) == 2 or path.name != "__init__.py"]
+    assert sorted(described_files()) == sorted(shown)
+
+
+def test_the_tree_names_every_package() -> None:
+    """A package's own line stands for its ``__init__.py``."""
+    packages = {path.parent.name for path in (ROOT / "widthsearch").rglob("__init__.py")}
+    assert set(re.findall(r"(\w+)/ ", TREE.replace("/\n", "/ \n"))) == packages
+
+
+def test_the_layers_are_those_of_the_contract() -> None:
+    """The order on the page is the one that import-linter checks."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    layers = next(each["layers"] for each in contracts if each["type"] == "layers")
+    shown = [set(layer.split(" | ")) for layer in LAYERS.strip().split(" < ")]
+    assert shown == [set(layer.split(" | ")) for layer in reversed(layers)]
+
+
+def test_the_walks_name_what_exists() -> None:
+    """Each function or class that a walk names is defined in the file that it names."""
+    named = re.findall(r"`([A-Z_a-z.]+)`\s+\(`([\w/]+\.py)`", PAGE)
+    assert len(named) > 60
+    for name, file in named:
+        code = (ROOT / "widthsearch" / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            defined = rf"^ *(?:(?:def|class) )?{part}\b(?=[(:\[]| *[:=])"
+            assert re.search(defined, code, re.MULTILINE), f"{name} in {file}"
