@@ -53,7 +53,9 @@ def test_trials_and_front_are_read_without_space_or_task(tmp_path: Path) -> None
     assert [member.cost.macs for member in front] == sorted(m.cost.macs for m in front)
     assert {member.number for member in front} <= set(range(6))
     assert study.trials()[0].widths == tiny.space().base
-    with pytest.raises(StudyError, match=r"study 'tiny' names no space: add `space:`"):
+    with pytest.raises(
+        StudyError, match=r"study 'tiny' names no space: add `space: torchvision:NAME` or"
+    ):
         study.run()
 
 
@@ -278,6 +280,12 @@ def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"traced at \[1, 4, 4\] and the images of 'digits' are"):
         drive(study)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_study_without_a_task_is_an_error(tmp_path: Path) -> None:
+    """The message shows both forms of the section."""
+    with pytest.raises(StudyError, match=r"`task: digits` or `task: \{name: image_folder, folder:"):
+        drive(Study(tiny.config(), tiny.space(), folder=tmp_path))
 
 
 def test_two_drivers_are_refused(tmp_path: Path) -> None:

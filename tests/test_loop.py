@@ -136,8 +136,7 @@ def test_a_running_trial_continues_under_its_number(tmp_path: Path) -> None:
     """With its curve; and it counts once."""
     with tiny.searching(tmp_path, tiny.config()) as search:
         tiny.drive(search, trials=2)
-        left = search.ask()
-        assert left is not None
+        left = tiny.ask(search)
         search.report(left.number, tiny.curve(11, 12))
     with tiny.searching(tmp_path, tiny.config()) as search:
         assert search.running == (2,)
@@ -177,9 +176,7 @@ def test_an_exhausted_space_ends_the_study(tmp_path: Path) -> None:
 def test_a_failed_trial_counts_and_the_study_continues(tmp_path: Path) -> None:
     """Its reason is kept; NaN is a failure too, with its curve."""
     with tiny.searching(tmp_path, tiny.config()) as search:
-        first, second = search.ask(), search.ask()
-        assert first is not None
-        assert second is not None
+        first, second = tiny.ask(search), tiny.ask(search)
         search.fail(first.number, "RuntimeError: no")
         assert not search.report(second.number, tiny.curve(10, math.nan))
         tiny.drive(search)
@@ -196,16 +193,13 @@ def test_failures_in_a_row_stop_the_study(tmp_path: Path) -> None:
     """A broken machine must not use up the queue; failures between other trials do not count."""
     with tiny.searching(tmp_path, tiny.config(trials=30)) as search:
         for _ in range(FAILURES_IN_A_ROW - 1):
-            trial = search.ask()
-            assert trial is not None
+            trial = tiny.ask(search)
             search.fail(trial.number, "no")
         tiny.drive(search, trials=1)
         for _ in range(FAILURES_IN_A_ROW - 1):
-            trial = search.ask()
-            assert trial is not None
+            trial = tiny.ask(search)
             search.fail(trial.number, "no")
-        trial = search.ask()
-        assert trial is not None
+        trial = tiny.ask(search)
         with pytest.raises(StudyError) as caught:
             search.fail(trial.number, "RuntimeError: the disk burns")
     assert str(caught.value) == (
@@ -274,8 +268,7 @@ def test_a_kill_while_measuring_loses_no_measurement(tmp_path: Path) -> None:
     assert bench.measured == [0, 1]
     with tiny.searching(tmp_path, settings, measure=bench) as search:
         assert search.running == (0, 1, 2, 3, 4)
-        trial = search.ask()
-        assert trial is not None
+        trial = tiny.ask(search)
         assert trial.number == 0
         assert bench.measured == [0, 1, 2, 3, 4]
         assert bench.bases == [None, 1.0, 1.0, 1.0, 1.0]
@@ -294,8 +287,7 @@ def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
 
     settings = tiny.config(objectives=OBJECTIVES)
     with tiny.searching(tmp_path, settings, measure=measure) as search:
-        trial = search.ask()
-        assert trial is not None
+        tiny.ask(search)
         assert search.trials[1].error == "RuntimeError: no kernel"
     (tmp_path / "other").mkdir()
     with (
@@ -367,8 +359,7 @@ def test_rungs_are_rebuilt_from_the_storage(tmp_path: Path) -> None:
 def test_an_epoch_may_be_reported_again(tmp_path: Path) -> None:
     """After a restart a worker repeats its last epoch, or begins again; the last curve counts."""
     with tiny.searching(tmp_path, tiny.config()) as search:
-        trial = search.ask()
-        assert trial is not None
+        trial = tiny.ask(search)
         for curve in (tiny.curve(1, 2), tiny.curve(1, 2), tiny.curve(5), tiny.curve(5, 6, 7, 8)):
             search.report(trial.number, curve)
     assert search.trials[0].curve == tiny.curve(5, 6, 7, 8)
@@ -392,8 +383,7 @@ def test_progress_after_each_trial(tmp_path: Path) -> None:
 def test_a_driver_that_lost_its_lock_stops(tmp_path: Path) -> None:
     """It neither begins a trial nor records an epoch."""
     with tiny.searching(tmp_path, tiny.config()) as search:
-        trial = search.ask()
-        assert trial is not None
+        trial = tiny.ask(search)
         search._store.set_attribute("driver", {"token": "other"})
         search._driver_lock.renew()
         with pytest.raises(StudyError, match="another one took over"):
@@ -435,8 +425,7 @@ def test_a_trial_out_of_memory_is_trained_again_alone(tmp_path: Path) -> None:
     """It waits for the others, nothing begins beside it, and then the study continues."""
     progress: list[Progress] = []
     with tiny.searching(tmp_path, tiny.config(trials=4), on_progress=progress.append) as search:
-        trials = [search.ask() for _ in range(3)]
-        first, second, third = (trial.number for trial in trials if trial is not None)
+        first, second, third = (tiny.ask(search).number for _ in range(3))
         assert search.retry_alone(first)
         assert progress[-1].message == (
             "trial 0 ran out of memory; it will be trained again by itself"
@@ -444,20 +433,17 @@ def test_a_trial_out_of_memory_is_trained_again_alone(tmp_path: Path) -> None:
         assert search.retry_alone(third)
         assert search.ask() is None  # the second one is being trained
         search.report(second, tiny.curve(1, 2, 3, 4))
-        again = search.ask()
-        assert again is not None
+        again = tiny.ask(search)
         assert again.number == first
         assert search.is_alone(first)
         assert search.ask() is None
         assert not search.retry_alone(first)  # once
         search.fail(first, "no memory")
-        last = search.ask()
-        assert last is not None
+        last = tiny.ask(search)
         assert last.number == third
         assert search.ask() is None
         search.report(third, tiny.curve(1, 2, 3, 4))
-        new = search.ask()
-        assert new is not None
+        new = tiny.ask(search)
         assert new.number == 3
         assert not search.is_alone(3)
     states = {number: trial.state for number, trial in search.trials.items()}

@@ -38,8 +38,7 @@ def make_fixture(folder: Path) -> None:
     with study.search() as search:
         search._measure = lambda trial, base_ms: tiny.latency(trial.cost.macs / 1e4)
         tiny.drive(search, accuracy, trials=9)
-        last = search.ask()
-        assert last is not None
+        last = tiny.ask(search)
         search.fail(last.number, "RuntimeError: no")
         store = search._store
     for key, value in {

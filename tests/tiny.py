@@ -157,6 +157,13 @@ def finished(number: int, widths: Widths, accuracy: float, **changes: Any) -> Tr
     return replace(trial, **changes)
 
 
+def ask(search: Search) -> Trial:
+    """The next trial, which must be there."""
+    trial = search.ask()
+    assert trial is not None
+    return trial
+
+
 def drive(
     search: Search,
     accuracy: Callable[[Trial, int], float] = wide_is_good,
@@ -165,8 +172,7 @@ def drive(
     """The plain loop: one trial after the other, up to so many; returns them."""
     asked: list[Trial] = []
     while not search.done and (trials is None or len(asked) < trials):
-        trial = search.ask()
-        assert trial is not None
+        trial = ask(search)
         asked.append(trial)
         done = list(trial.curve)
         goes_on = True

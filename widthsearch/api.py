@@ -121,8 +121,9 @@ class Study:
             spaces = [load_space(reference, config.input, classes) for reference in references]
         if not spaces:
             raise StudyError(
-                f"study {config.name!r} names no space: add `space:` to its configuration, "
-                "or give the object: Study(config, space=...)"
+                f"study {config.name!r} names no space: add `space: torchvision:NAME` or `space: "
+                "path/to/file.py:function` to its configuration, or give the object: "
+                "Study(config, space=...)"
             )
         timed = "latency_ms" in config.objectives
         device = (config.latency or LatencyConfig()).device if timed else config.device
@@ -159,8 +160,9 @@ class Study:
 
         if self.config.task is None:
             raise StudyError(
-                f"study {self.config.name!r} names no task: add `task:` to its configuration, "
-                "or give the object: Study(config, task=...)"
+                f"study {self.config.name!r} names no task: add `task: digits` or "
+                "`task: {name: image_folder, folder: path}` to its configuration, or give the "
+                "object: Study(config, task=...)"
             )
         return load_task(self.config.task)
 
