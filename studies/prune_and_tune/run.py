@@ -157,14 +157,14 @@ def main() -> None:
         for budget in options.budgets:
             spent = round(sum(p.epochs[budget] for p in pruned) / seeds)
             entry = at_each_seed(f"{name} ×{budget:g}", space, [p.widths[budget] for p in pruned])
-            tuned = replace(entry, name=f"{entry.name}, pruned and tuned")
+            tuned = replace(entry, name=f"{entry.name}, pruned and fine-tuned")
             results.append(Result(tuned, spent, tuple(p.tuned[budget] for p in pruned)))
             more = tuple(
                 train(p.networks[budget], task, again, s, device=device)
                 for s, p in enumerate(pruned)
             )
             spent += round(epochs * entry.macs / base.macs)
-            annealed = replace(entry, name=f"{entry.name}, and tuned by a schedule")
+            annealed = replace(entry, name=f"{entry.name}, then fine-tuned by a schedule")
             results.append(Result(annealed, spent, more))
             most[budget] = max(spent, most.get(budget, 0))
             for result in results[-2:]:
