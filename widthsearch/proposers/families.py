@@ -133,6 +133,15 @@ class PowerFamily(Family):
         space: The space.
         alpha: α, shape (axes,).
         beta: β, shape (axes,), at least 0: no axis narrows as the network grows.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.Linear(16, 2))
+        >>> space = SearchSpace.from_model(net, (4,), step=2)
+        >>> family = PowerFamily.fit(space, [space.base, space.widths([8, 4])])
+        >>> family.solve(120).vector, family.solve(250).vector  # the first axis was kept
+        ((8, 8), (8, 20))
     """
 
     space: SearchSpace

@@ -123,6 +123,19 @@ class FisherInformation(TorchFunctionMode):
     Args:
         graph: The dependency graph of the network.
         model: The network.
+
+    Example:
+        >>> from widthsearch.channels.dependency_graph import build_dependency_graph
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> space = SearchSpace.from_model(net, (2,))
+        >>> model = space.build(space.base, seed=0)
+        >>> graph = build_dependency_graph(space.model, space.base)
+        >>> with FisherInformation(graph, model) as information:
+        ...     loss = F.cross_entropy(model(torch.randn(5, 2)), torch.zeros(5, dtype=torch.long))
+        ...     loss.backward()
+        ...     information.gather(5)
+        >>> [delta.shape for delta in information.deltas()]
+        [torch.Size([4])]
     """
 
     def __init__(self, graph: DependencyGraph, model: nn.Module) -> None:

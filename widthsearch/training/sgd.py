@@ -62,6 +62,18 @@ class SgdSteps:
 
     Attributes:
         optimizer: Its momentum lasts over runs.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> task, recipe = load_task("digits"), Recipe(batch_size=64)
+        >>> loader = DeviceLoader(task.train, task, recipe.batch_size)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> norms = []
+        >>> hook = after_backward(lambda: norms.append(model[1].weight.grad.norm().item()))
+        >>> sgd = SgdSteps(model, loader, recipe, torch.device("cpu"), steps=20, hook=hook)
+        >>> first, second = (sgd.run(torch.Generator().manual_seed(i), [0.1] * 20) for i in (0, 1))
+        >>> second < first, len(norms)
+        (True, 40)
     """
 
     def __init__(

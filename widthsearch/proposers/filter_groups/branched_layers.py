@@ -37,6 +37,14 @@ class BranchedConv2d(nn.Module):
             bias).
         given: The branches.
         device: The device of the tensors, whose values are undefined.
+
+    Example:
+        >>> branches = [Branch((0, 3), (1, 2)), Branch((1,), (0,))]
+        >>> layer = BranchedConv2d(nn.Conv2d(4, 4, 1, bias=False), 4, 4, branches)
+        >>> for parameter in layer.parameters():
+        ...     _ = nn.init.ones_(parameter)
+        >>> layer(torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(1, 4, 1, 1)).flatten().tolist()
+        [110.0, 1.0, 0.0, 110.0]
     """
 
     bias: nn.Parameter | None

@@ -153,6 +153,12 @@ class GroupLasso:
     Args:
         p_LGF: Probabilities; one-hot over the groups where assignments are hard.
         squares_LFC: ``Σ_k W²``.
+
+    Example:
+        >>> W = torch.tensor([[[3.0], [4.0]]])  # one layer, two filters, one channel
+        >>> lasso = GroupLasso(torch.ones(1, 1, 2), W.square())
+        >>> (lasso.weight_factor() * W).flatten()  # ∂R/∂W
+        tensor([2.4000, 3.2000])
     """
 
     def __init__(self, p_LGF: Tensor, squares_LFC: Tensor) -> None:  # noqa: N803

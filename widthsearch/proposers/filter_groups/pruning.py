@@ -121,6 +121,20 @@ class GroupPruning:
         model: A network at the base of ``space.unconstrained``.
         groups: Per grouped layer, the group of each filter.
         count: The number of groups.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+        >>> space = SearchSpace.from_model(net, (3, 8, 8))
+        >>> model = space.build(space.base, seed=0)
+        >>> _ = nn.init.ones_(model[1].weight)
+        >>> _ = nn.init.zeros_(model[1].weight[:, 0])  # no filter reads channel 0
+        >>> pruning = GroupPruning(space, model, {"1": torch.tensor([0, 0, 1, 1])}, 2)
+        >>> pruned = pruning.pruned(1e-6)
+        >>> pruning.widths(pruned).vector
+        (3, 4)
+        >>> [branch.inputs for branch in pruning.architecture(pruned).layers["1"]]
+        [(0, 1, 2), (0, 1, 2)]
     """
 
     def __init__(
