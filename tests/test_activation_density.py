@@ -324,21 +324,3 @@ def test_progress_is_reported() -> None:
         "phase 1 at 1.00 of the base's MACs, epoch 1 of at most 2: accuracy "
     )
     assert any(line.startswith("phase 2 at 0.") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("weights", "kept"),
-        ("tolerance", -0.1),
-        ("patience", 0),
-        ("max_epochs", 0),
-        ("until", 0.0),
-        ("drop", -1.0),
-        ("threshold", -0.1),
-    ],
-)
-def test_bad_fields_are_refused(field: str, value: Any) -> None:
-    """The error has the field, the rule and the value."""
-    with pytest.raises(StudyError, match=f"^activation_density.{field} must .*, but was {value!r}"):
-        ActivationDensity(**{field: value})

@@ -49,16 +49,6 @@ def test_a_space_without_such_layers_is_refused() -> None:
         FilterGroups()(space, small_task(), Setting())
 
 
-@pytest.mark.parametrize(
-    "field", [{"groups": 0}, {"penalty": -1.0}, {"temperature": 0.0}, {"members": 0}]
-)
-def test_bad_hyperparameters_are_refused(field: dict[str, float]) -> None:
-    """The error has the field, the rule and the value."""
-    name, value = next(iter(field.items()))
-    with pytest.raises(StudyError, match=rf"^filter_groups\.{name} must be .*, but was {value}"):
-        FilterGroups(**field)
-
-
 def test_divergence_is_an_error() -> None:
     """The error names the hyperparameter that caused it."""
     space, task = space_of("Residual"), small_task()

@@ -74,6 +74,28 @@ def test_methods_are_found_by_name() -> None:
         proposer_class("sense")
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("activation_density", "weights", "kept"),
+        ("activation_density", "tolerance", -0.1),
+        ("activation_density", "until", 0.0),
+        ("activation_density", "threshold", -0.1),
+        ("filter_groups", "temperature", 0.0),
+        ("fisher", "every", 0),
+        ("magnitude", "lr", 0.0),
+        ("random", "lowest", 0.0),
+        ("sensitivity", "floor", 1.5),
+        ("slimming", "sparsity", float("inf")),
+        ("synflow", "rounds", 0),
+    ],
+)
+def test_bad_hyperparameters_are_refused(method: str, field: str, value: object) -> None:
+    """The error has the field, the rule and the value."""
+    with pytest.raises(StudyError, match=rf"^{method}\.{field} must .*, but was {value!r}"):
+        proposer_class(method)(**{field: value})
+
+
 def test_random_depends_on_its_seed() -> None:
     """Two seeds give two profiles."""
     space, task = space_of("Residual"), small_task()

@@ -206,13 +206,6 @@ def test_channels_that_cannot_be_told_apart_are_scored_as_a_whole() -> None:
     assert own.tolist() == list(range(32))
 
 
-def test_hyperparameters_are_checked() -> None:
-    """Each error names the field."""
-    for field, value in {"batches": 0, "batch_size": 0, "members": 0, "floor": 1.5}.items():
-        with pytest.raises(StudyError, match=rf"^sensitivity\.{field} must be"):
-            replace(Sensitivity(), **{field: value})
-
-
 def test_the_batch_has_every_class() -> None:
     """At least one sample per class, however small the batch."""
     labels = np.repeat(np.arange(10), 30)

@@ -96,8 +96,6 @@ def test_it_trains_by_its_own_recipe_and_reports_its_accuracy() -> None:
     assert [line.split(",")[0] for line in lines] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
     assert 0 <= proposal.provenance["accuracy"] <= 100
     assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
-    with pytest.raises(StudyError, match="sparsity"):
-        Slimming(sparsity=-1.0)
     wild = type(RECIPE)(epochs=2, batch_size=50, lr=1e30)
     with pytest.raises(StudyError, match=r"lr=1e\+30"), np.errstate(all="ignore"):
         Slimming(recipe=wild)(space, task, setting())

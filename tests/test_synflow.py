@@ -93,9 +93,3 @@ def test_a_product_beyond_float64_is_refused() -> None:
     ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(StudyError, match="exceeds float64"):
         synaptic_flow(build_dependency_graph(space.model, space.base), linearised(model), ones)
-
-
-def test_rounds_are_checked() -> None:
-    """There must be at least one round."""
-    with pytest.raises(StudyError, match="rounds"):
-        SynFlow(rounds=0)
