@@ -123,5 +123,7 @@ def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> No
 
 def test_too_few_trainings_give_no_forecast(tmp_path: Path) -> None:
     """The error names the number that is needed."""
-    with pytest.raises(StudyError, match=r"a forecast needs 8 finished trials, but .* has 4: run"):
+    with pytest.raises(
+        StudyError, match=r"needs 8 finished trials, but .* has 4: run it with more `trials`"
+    ):
         forecast(study(tmp_path, 4))

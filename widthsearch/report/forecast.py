@@ -94,7 +94,7 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
     if surrogate is None:
         raise StudyError(
             f"a forecast needs {ENOUGH} finished trials, but study {study.config.name!r} has "
-            f"{len(posterior.members)}: run it on"
+            f"{len(posterior.members)}: run it with more `trials`"
         )
     spaces, config = study.spaces, study.config
     found = stored_proposals(
