@@ -113,8 +113,8 @@ def setup(options: argparse.Namespace) -> Setup:
         task = load_task(TaskConfig("image_folder", folder=options.folder, image_size=side))
         recipe = Recipe(epochs=30, batch_size=128, label_smoothing=0.1)
     if options.images:
-        kept, _ = stratified(task.train.labels, 1 - options.images / len(task.train), seed=0)
-        task = replace(task, train=task.train.subset(kept))
+        kept, _ = stratified(task.train, 1 - options.images / len(task.train), seed=0)
+        task = replace(task, train=kept)
     space = make(side)
     if space.input_shape != task.input_shape:
         raise SystemExit(f"{name} takes {space.input_shape}, but images are {task.input_shape}")

@@ -141,7 +141,7 @@ def test_a_card_says_how_images_are_made_ready(tmp_path: Path) -> None:
         how = card["preprocessing"]
         assert how["input_shape"] == list(task.input_shape)
         assert task.test is not None
-        ((ready, _),) = DeviceLoader(task.test, task, len(task.test)).batches()
+        ready, _ = DeviceLoader(task.test, task, len(task.test)).plain()
         pixels = torch.from_numpy(task.test.images) / 255
         torch.testing.assert_close(normalize(pixels, how["mean"], how["std"]), ready)
 

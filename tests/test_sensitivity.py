@@ -67,7 +67,7 @@ def test_saliency_equals_that_of_explicit_gates(space: SearchSpace) -> None:
     gates = gated(space, model)
     index = balanced(task.train.labels, 10, 40, np.random.default_rng(3))
     batch = Split(task.train.images[index], task.train.labels[index])
-    ((x, y),) = DeviceLoader(batch, task, len(batch)).batches()
+    x, y = DeviceLoader(batch, task, len(batch)).plain()
     F.cross_entropy(model(x.double()), y).backward()
     for gate, found in zip(gates, saliency, strict=True):
         assert gate.grad is not None
@@ -86,7 +86,7 @@ def test_the_gates_of_several_batches_keep_their_signs() -> None:
     for _ in range(2):
         index = balanced(task.train.labels, 10, 10, rng)
         batch = Split(task.train.images[index], task.train.labels[index])
-        ((x, y),) = DeviceLoader(batch, task, len(batch)).batches()
+        x, y = DeviceLoader(batch, task, len(batch)).plain()
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         signed.append(gate_gradients(build_dependency_graph(space.model, space.base), model))

@@ -59,7 +59,7 @@ def test_the_split_seed_changes_only_train_and_validation() -> None:
 def test_the_training_split_is_normalised() -> None:
     """Its images have mean 0 and standard deviation 1."""
     task = load_task("digits")
-    ((images, _),) = DeviceLoader(task.train, task, len(task.train)).batches()
+    images, _ = DeviceLoader(task.train, task, len(task.train)).plain()
     assert images.mean().item() == pytest.approx(0, abs=1e-5)
     assert images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
 
@@ -83,10 +83,11 @@ def test_stratified_split_holds_out_a_share_of_each_class(
 ) -> None:
     """Kept and held out are disjoint, complete, and within one image of the share in each class."""
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    kept, held = stratified(labels, share, seed)
-    assert sorted([*kept, *held]) == list(range(len(labels)))
+    numbers = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
+    kept, held = stratified(Split(numbers, labels), share, seed)
+    assert sorted([*kept.images.flat, *held.images.flat]) == list(range(len(labels)))
     for label, size in enumerate(sizes):
-        out = int((labels[held] == label).sum())
+        out = int((held.labels == label).sum())
         assert 1 <= out <= size - 1
         assert abs(out - share * size) <= 1
 

@@ -1,9 +1,9 @@
 """Batches of a task's images, made on the device."""
+# ruff: noqa: N806  letters of a name are the dims of a tensor
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class DeviceLoader:
         >>> from widthsearch.data.tasks import load_task
         >>> task = load_task("digits")
         >>> loader = DeviceLoader(task.train, task, batch_size=128)
-        >>> images, labels = next(loader.batches())
+        >>> images, labels = loader.plain(torch.arange(128))
         >>> images.shape, labels.shape, loader.steps
         (torch.Size([128, 1, 8, 8]), torch.Size([128]), 8)
     """
@@ -71,15 +71,6 @@ class DeviceLoader:
         """The number of whole batches."""
         return len(self._labels) // self.batch_size
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order: normalised float32 (N, C, H, W), with labels int64 (N,).
-
-        The last batch may be smaller.
-        """
-        for start in range(0, len(self), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self._normalised(self._images[part]), self._labels[part]
-
     def draws(self, generator: torch.Generator, epoch: int | None = None) -> Tensor:
         """Draw an epoch's order of images and their augmentation, on the CPU.
 
@@ -94,25 +85,25 @@ class DeviceLoader:
             cut-out square.
         """
         count, augmentation = len(self), self._augmentation
-        height, width = self._images.shape[2:]
         order = torch.randperm(count, generator=generator)
         shifts = torch.randint(2 * augmentation.crop_padding + 1, (2, count), generator=generator)
         if epoch is None:
             mirrored = torch.rand(count, generator=generator) < 0.5
         else:
-            sides = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
-            mirrored = sides[order] ^ bool(epoch % 2)
-        draws = [order, *shifts, (mirrored & augmentation.flip).long()]
-        for side in (height, width):
-            draws.append(
-                torch.randint(side, (count,), generator=generator)
-                if augmentation.cutout
-                else torch.zeros_like(order)
-            )
-        return torch.stack(draws)
+            odd = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
+            mirrored = odd[order] ^ bool(epoch % 2)
+        centre = torch.zeros(2, count, dtype=torch.int64)
+        if augmentation.cutout:
+            sides = self._images.shape[2:]
+            centre = torch.stack([torch.randint(n, (count,), generator=generator) for n in sides])
+        return torch.stack([order, *shifts, (mirrored & augmentation.flip).long(), *centre])
 
-    def plain(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of the images with indices int64 (N,), as in :meth:`batches`."""
+    def plain(self, chosen: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """A batch of images as they are, normalised: float32 (N, C, H, W), and labels int64 (N,).
+
+        Args:
+            chosen: The images' indices, int64 (N,); by default all images.
+        """
         return self._normalised(self._images[chosen]), self._labels[chosen]
 
     def augmented(self, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,16 +113,11 @@ class DeviceLoader:
         of each epoch decides which images it skips.
         """
         chosen, down, right, mirrored, *centre = draws
-        rows_NH = self._rows[down] + (chosen * self._images[0].numel())[:, None]  # noqa: N806
-        columns_NW = self._columns[right]  # noqa: N806
-        columns_NW = torch.where(  # noqa: N806
-            mirrored[:, None].bool(), columns_NW.flip(1), columns_NW
-        )
-        index_NCHW = (  # noqa: N806
-            rows_NH[:, None, :, None]
-            + self._planes[None, :, None, None]
-            + columns_NW[:, None, None, :]
-        )
+        rows_NH = self._rows[down] + (chosen * self._images[0].numel())[:, None]
+        columns_NW = self._columns[right]
+        columns_NW = torch.where(mirrored[:, None].bool(), columns_NW.flip(1), columns_NW)
+        pixels_NCW = self._planes[None, :, None] + columns_NW[:, None, :]
+        index_NCHW = rows_NH[:, None, :, None] + pixels_NCW[:, :, None, :]
         pixels = self._images.view(-1).index_select(0, index_NCHW.view(-1)).view(index_NCHW.shape)
         blank = self._cut_out(*centre) if self._augmentation.cutout else None
         return self._normalised(pixels, blank), self._labels[chosen]

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
 _logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_CACHED = ("train_images", "train_labels", "test_images", "test_labels")
 _WIDE = ("I", "F")  # the first letters of PIL's modes with more than 8 bits
 
 
@@ -53,8 +54,8 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: NDArray[np.intp]) -> Split:
-        """A copy of the images with these indices."""
+    def subset(self, indices: NDArray[np.intp | np.bool_]) -> Split:
+        """A copy of the images with these indices, or where a mask is true."""
         return Split(self.images[indices], self.labels[indices])
 
 
@@ -93,10 +94,7 @@ def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
             "image_folder"
         ) from error
     train, test = (
-        Split(
-            np.ascontiguousarray(half.data.transpose(0, 3, 1, 2)),
-            np.array(half.targets, dtype=np.int64),
-        )
+        Split(half.data.transpose(0, 3, 1, 2), np.array(half.targets, dtype=np.int64))
         for half in halves
     )
     return train, test, tuple(halves[0].classes)
@@ -155,27 +153,17 @@ def _read_cache(file: Path) -> tuple[Split, Split] | None:
     """The halves in a cache file; None if it is missing or damaged."""
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            train, test = (
-                Split(stored[f"{half}_images"], stored[f"{half}_labels"])
-                for half in ("train", "test")
-            )
+            arrays = [stored[name] for name in _CACHED]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return train, test
+    return Split(*arrays[:2]), Split(*arrays[2:])
 
 
 def _write_cache(file: Path, train: Split, test: Split) -> None:
-    def save(opened: BinaryIO) -> None:
-        np.savez(
-            opened,
-            train_images=train.images,
-            train_labels=train.labels,
-            test_images=test.images,
-            test_labels=test.labels,
-        )
-
+    arrays = (train.images, train.labels, test.images, test.labels)
+    named: dict[str, Any] = dict(zip(_CACHED, arrays, strict=True))
     try:
-        write_atomically(file, save)
+        write_atomically(file, lambda opened: np.savez(opened, **named))
     except OSError as error:
         _logger.warning(
             "decoded images cannot be cached in %s (%s), so they are decoded each time; name "

@@ -73,9 +73,7 @@ def load_task(config: TaskConfig | str) -> Task:
     if isinstance(config, str):
         config = TaskConfig(config)
     if config.name == "digits":
-        digits = sources.digits()
-        kept, held = stratified(digits.labels, share=0.2, seed=0)
-        train, test = digits.subset(kept), digits.subset(held)
+        train, test = stratified(sources.digits(), share=0.2, seed=0)
         task = _task(config, train, test, validation=0.25, augmentation=Augmentation(1))
         return replace(task, names=tuple(map(str, range(10))))
     if config.name in ("cifar10", "image_folder"):
@@ -122,11 +120,9 @@ def task_from_datasets(train: Any, test: Any, config: TaskConfig) -> Task:
     Raises:
         DataError: An item has another form, or a class has too few images.
     """
-    halves = (
-        sources.read_dataset(half, f"{which} of task {config.name!r}")
-        for which, half in (("train", train), ("test", test))
-    )
-    return _task(config, *halves, validation=0.1, augmentation=Augmentation())
+    train_half = sources.read_dataset(train, f"train of task {config.name!r}")
+    test_half = sources.read_dataset(test, f"test of task {config.name!r}")
+    return _task(config, train_half, test_half, validation=0.1, augmentation=Augmentation())
 
 
 def _task(
@@ -153,34 +149,31 @@ def _task(
             f"test must have no other classes than train, but task {name!r} has label {most} in "
             f"test and {classes} classes in train"
         )
-    chosen = {key: getattr(config, key) for key in ("crop_padding", "flip", "cutout")}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
-    augmentation = replace(augmentation, **chosen)
+    for key in ("crop_padding", "flip", "cutout"):
+        if (chosen := getattr(config, key)) is not None:
+            augmentation = replace(augmentation, **{key: chosen})
     if augmentation.crop_padding >= min(shape[1:]):
         raise DataError(
             "`crop_padding` must be less than the image's side, but task "
             f"{name!r} has crop_padding={augmentation.crop_padding} and images of {shape}"
         )
     share = validation if config.validation is None else config.validation
-    kept, held = stratified(train.labels, share, config.split_seed)
-    train, held_out = train.subset(kept), train.subset(held)
+    train, held_out = stratified(train, share, config.split_seed)
     mean, std = _channel_statistics(train.images)
     return Task(name, train, held_out, test, classes, mean, std, augmentation)
 
 
-def stratified(
-    labels: NDArray[np.int64], share: float, seed: int
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Indices to keep and to hold out, ascending.
+def stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """The images to keep and those to hold out, each in the order of the split.
 
     A share of every class is held out: at least one image, and at most all but one.
     """
     rng = np.random.default_rng(seed)
-    out = np.zeros(len(labels), dtype=np.bool_)
-    for label in range(int(labels.max()) + 1):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    out = np.zeros(len(split), dtype=np.bool_)
+    for label in range(int(split.labels.max()) + 1):
+        members = rng.permutation(np.flatnonzero(split.labels == label))
         out[members[: min(max(round(share * len(members)), 1), len(members) - 1)]] = True
-    return np.flatnonzero(~out), np.flatnonzero(out)
+    return split.subset(~out), split.subset(out)
 
 
 def _channel_statistics(

@@ -92,7 +92,7 @@ class Sensitivity:
             for _ in range(self.batches):
                 index = balanced(task.train.labels, task.classes, self.batch_size, rng)
                 batch = Split(task.train.images[index], task.train.labels[index])
-                ((x, y),) = DeviceLoader(batch, task, len(batch), device).batches()
+                x, y = DeviceLoader(batch, task, len(batch), device).plain()
                 loss = F.cross_entropy(model(x), y) / self.batches
                 loss.backward()  # type: ignore[no-untyped-call]
         graph = build_dependency_graph(unconstrained.model, unconstrained.base)

@@ -84,9 +84,7 @@ def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     training = model.training
     model.eval()
     try:
-        with (
-            torch.no_grad()
-        ):  # not inference mode: a tensor that the model caches must be trainable
+        with torch.no_grad():  # no inference mode: a tensor that the model caches must be trainable
             model(images.to(memory_format=torch.channels_last))
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):
