@@ -219,20 +219,13 @@ def _on_each(
     Raises:
         RuntimeError: The function failed in a process, or the process died.
     """
-    with _hidden_main():
-        futures = [process.submit(function, *args) for process in processes]
-    return [future.result() for future in futures]
-
-
-@contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Hide the user's script from processes that start now: they would run it again."""
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    sys.modules["__main__"] = ModuleType("__main__")  # else a new process runs the user's script
     try:
-        yield
+        futures = [process.submit(function, *args) for process in processes]
     finally:
         sys.modules["__main__"] = main
+    return [future.result() for future in futures]
 
 
 # --- in the processes ---

@@ -24,14 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from widthsearch import torch_internals as internals
 from widthsearch.errors import one_line
-from widthsearch.torch_internals import (
-    buffers_of,
-    end_allocation_to_pool,
-    has_global_hooks,
-    has_hooks,
-    has_tensor_hooks,
-)
 
 WARMUP_STEPS = 3
 """Eager steps before the capture: they create lazy state and load kernels."""
@@ -149,7 +143,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) 
     """
     _abandoned.append(graph)
     with torch.inference_mode(False):
-        end_allocation_to_pool(stream.device_index, pool)
+        internals.end_allocation_to_pool(stream.device_index, pool)
         graph.reset()
         # Only the end of another capture resets the generator's state.
         empty = torch.cuda.CUDAGraph()
@@ -182,12 +176,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def find_hooks(model: nn.Module) -> str | None:
     """The first hooks of a model, which a graph would skip; None without hooks."""
     for name, module in model.named_modules():
-        if has_hooks(module):
+        if internals.has_hooks(module):
             return f"module {name!r} has hooks"
     for name, tensor in model.named_parameters():
-        if has_tensor_hooks(tensor):
+        if internals.has_tensor_hooks(tensor):
             return f"parameter {name!r} has hooks"
-    if has_global_hooks():
+    if internals.has_global_hooks():
         return "hooks on all modules"
     return None
 
@@ -233,7 +227,7 @@ def _python_state(model: nn.Module) -> dict[str, Any]:
         "numpy's generator": repr(np.random.get_state()),  # noqa: NPY002  whatever a model uses
     }
     for name, module in model.named_modules():
-        for key, value in (*vars(module).items(), *buffers_of(module).items()):
+        for key, value in (*vars(module).items(), *internals.buffers_of(module).items()):
             if isinstance(value, Tensor):  # a graph always reads the tensor of its capture
                 state[f"which tensor is {key!r} of module {name!r}"] = id(value)
             elif isinstance(value, bool | int | float | str):

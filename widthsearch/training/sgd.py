@@ -27,14 +27,6 @@ StepHook = Callable[[torch.optim.Optimizer, Backward], Tensor]
 """Performs one step, calling ``backward`` as often as it needs; returns the loss to report."""
 
 
-def sgd_step(optimizer: torch.optim.Optimizer, backward: Backward) -> Tensor:
-    """The plain step: gradients of one batch, one optimizer step."""
-    optimizer.zero_grad()
-    loss = backward()
-    optimizer.step()
-    return loss
-
-
 def after_backward(action: Callable[[], object]) -> StepHook:
     """A hook that acts on the gradients of each batch before the weights change."""
 
@@ -46,6 +38,10 @@ def after_backward(action: Callable[[], object]) -> StepHook:
         return loss
 
     return step
+
+
+sgd_step = after_backward(lambda: None)
+"""The plain step: gradients of one batch, one optimizer step."""
 
 
 class SgdSteps:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task
 from widthsearch.errors import DataError, StudyError, first_line
 from widthsearch.space.search_space import SearchSpace
@@ -29,16 +30,7 @@ from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.recipe import EpochResult, Precision, Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook
-from widthsearch.utils.devices import (
-    autocast,
-    check_device,
-    deterministic_cudnn,
-    fixed_threads,
-    format_name,
-    pick_memory_format,
-    seeded,
-    uses_bf16,
-)
+from widthsearch.utils import devices
 
 CHECKPOINT = "training.ckpt"
 """The name of the file that :meth:`Trainer.save` writes into a folder."""
@@ -85,21 +77,15 @@ class Trainer:
         hook: StepHook | None = None,
     ) -> None:
         check_batch_size(recipe, task)
-        self._device = check_device(device)
+        self._device = devices.check_device(device)
         self._recipe, self._seed, self._threads = recipe, seed, threads
         self._model = model.to(self._device)
-        with seeded(seed, 0, self._device), fixed_threads(threads):
-            layout = check_model(model, task, self._device)
-        self._layout = layout
+        with devices.seeded(seed, 0, self._device), devices.fixed_threads(threads):
+            layout = self._layout = check_model(model, task, self._device)
         self._model.to(memory_format=layout)
-        self._cast = autocast(self._device, recipe.precision)
         self._train = DeviceLoader(task.train, task, recipe.batch_size, self._device, layout)
         self._validation = _Evaluation(
-            model,
-            _whole_split(task, "validation", self._device, layout),
-            self._cast,
-            self._device,
-            recipe.capture,
+            model, task, task.validation, layout, self._device, recipe.precision, recipe.capture
         )
         self._sgd = SgdSteps(model, self._train, recipe, self._device, hook=hook)
         self._curve: list[EpochResult] = []
@@ -135,31 +121,26 @@ class Trainer:
         For example ``bf16, channels_last, graph``, or ``fp32, contiguous, eager (reason)``. A graph
         exists after the first few steps.
         """
-        precision = "bf16" if uses_bf16(self._device, self._recipe.precision) else "fp32"
-        return f"{precision}, {format_name(self._layout)}, {self._sgd.mode}"
+        precision = "bf16" if devices.uses_bf16(self._device, self._recipe.precision) else "fp32"
+        return f"{precision}, {devices.format_name(self._layout)}, {self._sgd.mode}"
 
     def run_epoch(self) -> EpochResult:
         """Train for one epoch and evaluate on the validation split."""
         assert not self.finished
-        number = self.epoch + 1
+        number, steps = self.epoch + 1, self._train.steps
+        first = self.epoch * steps
+        rates = [self._recipe.learning_rate(first + i, steps) for i in range(steps)]
         with (
-            seeded(self._seed, number, self._device) as generator,
-            fixed_threads(self._threads),
-            deterministic_cudnn(),
+            devices.seeded(self._seed, number, self._device) as generator,
+            devices.fixed_threads(self._threads),
+            devices.deterministic_cudnn(),
         ):
             started = time.perf_counter()
-            loss = self._train_epoch(generator)
+            loss = self._sgd.run(generator, rates, self.epoch)
             seconds = time.perf_counter() - started
             accuracy = self._validation() if math.isfinite(loss) else math.nan
         self._curve.append(EpochResult(number, loss, accuracy, seconds, self.mode))
         return self._curve[-1]
-
-    def _train_epoch(self, generator: torch.Generator) -> float:
-        """Train on every whole batch once; returns the mean loss."""
-        steps = self._train.steps
-        first = self.epoch * steps
-        rates = [self._recipe.learning_rate(first + i, steps) for i in range(steps)]
-        return self._sgd.run(generator, rates, self.epoch)
 
     def save(self, folder: Path) -> None:
         """Replace the folder's checkpoint atomically."""
@@ -220,12 +201,17 @@ def evaluate(
         DeviceError: The device does not exist.
         DataError: The task has no such split, or the model does not fit the task.
     """
-    place = check_device(device)
+    place = devices.check_device(device)
+    images = task.validation if split == "validation" else task.test
+    if images is None:
+        raise DataError(
+            f"task {task.name!r} has no test split here, because a search removes it; load the "
+            "task again"
+        )
     model.to(place)
-    with seeded(0, 0, place), deterministic_cudnn():
+    with devices.seeded(0, 0, place), devices.deterministic_cudnn():
         layout = check_model(model, task, place)
-        loader = _whole_split(task, split, place, layout)
-        return _Evaluation(model, loader, autocast(place, precision), place)()
+        return _Evaluation(model, task, images, layout, place, precision)()
 
 
 def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.memory_format:
@@ -237,7 +223,7 @@ def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.mem
     blank = torch.zeros(2, *task.input_shape, device=device)
     training = model.training
     try:
-        layout = pick_memory_format(model, blank)
+        layout = devices.pick_memory_format(model, blank)
         model.eval()
         with torch.no_grad():
             logits = model(blank.to(memory_format=layout))
@@ -289,21 +275,6 @@ def check_batch_size(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _whole_split(
-    task: Task,
-    name: Literal["validation", "test"],
-    device: torch.device,
-    layout: torch.memory_format,
-) -> DeviceLoader:
-    split = task.validation if name == "validation" else task.test
-    if split is None:
-        raise DataError(
-            f"task {task.name!r} has no test split here, because a search removes it; load the "
-            "task again"
-        )
-    return DeviceLoader(split, task, evaluation_batch(task, device.type), device, layout)
-
-
 def evaluation_batch(task: Task, device_type: str) -> int:
     """The batch size of an evaluation: enough pixels for a GPU, few enough for a CPU's caches.
 
@@ -319,13 +290,17 @@ class _Evaluation:
     def __init__(
         self,
         model: nn.Module,
-        loader: DeviceLoader,
-        cast: torch.autocast,
+        task: Task,
+        split: Split,
+        layout: torch.memory_format,
         device: torch.device,
+        precision: Precision,
         capture: bool = False,
     ) -> None:
-        self._model, self._loader, self._cast = model, loader, cast
-        self._batch = torch.arange(loader.batch_size, device=device)
+        self._model, self._cast = model, devices.autocast(device, precision)
+        batch_size = evaluation_batch(task, device.type)
+        self._loader = DeviceLoader(split, task, batch_size, device, layout)
+        self._batch = torch.arange(self._loader.batch_size, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._hits = torch.zeros((), dtype=torch.int64, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
