@@ -250,7 +250,7 @@ def test_compiled_networks_are_timed_as_such() -> None:
         assert 0.3 < latency.ratio < 3
 
 
-def test_every_backend_has_a_class() -> None:
+def test_every_backend_has_a_function() -> None:
     """The names in the configuration are those of the mapping."""
     assert get_args(BackendName) == tuple(BACKENDS)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -59,6 +58,13 @@ class Meter:
         return replace(latency, ratio=ratio, base_ms=2.0, spread_ms=0.01, ratio_spread=0.005)
 
 
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of this test's profiles."""
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path))
+    return tmp_path / "latency"
+
+
 @pytest.fixture
 def meter(monkeypatch: pytest.MonkeyPatch) -> type[Meter]:
     """Replaces the meter."""
@@ -95,27 +101,25 @@ def test_a_design_has_both_whole_blocks_and_other_widths() -> None:
 # --- profiles ---
 
 
-def test_a_profile_is_measured_once_and_loaded_afterwards(
-    tmp_path: Path, meter: type[Meter]
-) -> None:
+def test_a_profile_is_measured_once_and_loaded_afterwards(meter: type[Meter]) -> None:
     """The second call measures nothing; the predictor and its errors are the same."""
-    assert load_profile(tiny.space(), CONFIG, tmp_path) is None
+    assert load_profile(tiny.space(), CONFIG) is None
     calls: list[tuple[int, int]] = []
     model = measure_profile(
-        tiny.space(), CONFIG, vectors=12, folder=tmp_path, on_progress=lambda *a: calls.append(a)
+        tiny.space(), CONFIG, vectors=12, on_progress=lambda *a: calls.append(a)
     )
     assert len(meter.measured) == 12
     assert calls == [(i, 12) for i in range(12)]
     assert float(model(tiny.space().base.vector)[0]) == pytest.approx(2.0, rel=0.05)
-    again = measure_profile(tiny.space(), CONFIG, vectors=12, folder=tmp_path)
-    loaded = load_profile(tiny.space(), CONFIG, tmp_path)
+    again = measure_profile(tiny.space(), CONFIG, vectors=12)
+    loaded = load_profile(tiny.space(), CONFIG)
     assert len(meter.measured) == 12
     assert loaded is not None and loaded.errors == again.errors == model.errors
     assert again.predicted(model.vectors).tolist() == model.predicted(model.vectors).tolist()
 
 
 def test_an_interrupted_profile_continues_on_the_same_scale(
-    tmp_path: Path, meter: type[Meter]
+    folder: Path, meter: type[Meter]
 ) -> None:
     """Measurements are stored, the base's time is measured once, and a profile can grow later."""
 
@@ -124,34 +128,33 @@ def test_an_interrupted_profile_continues_on_the_same_scale(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_profile(tiny.space(), CONFIG, vectors=9, folder=tmp_path, on_progress=kill)
-    killed = load_profile(tiny.space(), CONFIG, tmp_path)
+        measure_profile(tiny.space(), CONFIG, vectors=9, on_progress=kill)
+    killed = load_profile(tiny.space(), CONFIG)
     assert killed is not None and len(killed.ms) == len(meter.measured) == 5
-    assert len(measure_profile(tiny.space(), CONFIG, vectors=9, folder=tmp_path).ms) == 9
-    assert len(measure_profile(tiny.space(), CONFIG, vectors=11, folder=tmp_path).ms) == 11
+    assert len(measure_profile(tiny.space(), CONFIG, vectors=9).ms) == 9
+    assert len(measure_profile(tiny.space(), CONFIG, vectors=11).ms) == 11
     assert len(meter.measured) == 11
     assert meter.base_ms == [None, 2.0, 2.0]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     "change", [{"batch_size": 2}, {"threads": 2}, {"dtype": "bfloat16"}, {"pairs": 8}]
 )
-def test_a_profile_is_of_one_way_to_measure(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_profile_is_of_one_way_to_measure(change: dict[str, Any]) -> None:
     """Another batch size, dtype or number of threads has another file; more pairs have not."""
-    other = profile_path(tiny.space(), replace(CONFIG, **change), tmp_path)
-    assert (other == profile_path(tiny.space(), CONFIG, tmp_path)) == ("pairs" in change)
+    other = profile_path(tiny.space(), replace(CONFIG, **change))
+    assert (other == profile_path(tiny.space(), CONFIG)) == ("pairs" in change)
 
 
 def test_a_profile_is_of_one_space() -> None:
     """Other bounds and steps share a profile; other pins and another cost do not."""
-    folder = Path("profiles")
-    of: Callable[[SearchSpace], Path] = lambda space: profile_path(space, CONFIG, folder)  # noqa: E731
     space = tiny.space()
-    assert of(space.constrained(min_width=0.5)) == of(space)
-    assert of(space.constrained(pin=["first"])) != of(space)
+    path = profile_path(space, CONFIG)
+    assert profile_path(space.constrained(min_width=0.5), CONFIG) == path
+    assert profile_path(space.constrained(pin=["first"]), CONFIG) != path
     larger = SearchSpace.from_model(tiny.Net, (1, 8, 8), name="tiny", min_width=0.25, step=2)
-    assert of(larger) != of(space)
+    assert profile_path(larger, CONFIG) != path
 
 
 def test_profiles_lie_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,37 +184,38 @@ def test_a_profile_that_cannot_be_kept_is_not_measured(
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(StudyError, match=r"file/latency' must be writable, but .*name another"):
         measure_profile(tiny.space(), CONFIG, vectors=4)
-    (tmp_path / "own").mkdir()
+    monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / "own"))
     read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "own"))
     monkeypatch.setattr(profiling, "TemporaryFile", Mock(side_effect=read_only))
-    with pytest.raises(StudyError, match=r"own' must be writable, but .*own is not: Read-only"):
-        measure_profile(tiny.space(), CONFIG, vectors=4, folder=tmp_path / "own")
+    with pytest.raises(StudyError, match=r"latency' must be writable, but .*own is not: Read"):
+        measure_profile(tiny.space(), CONFIG, vectors=4)
     assert meter.measured == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"vectors": []}', '{"vectors": [[2, 2]]}'])
-def test_a_damaged_profile_is_named(content: str, tmp_path: Path) -> None:
+def test_a_damaged_profile_is_named(content: str) -> None:
     """It is neither overwritten nor ignored."""
-    path = profile_path(tiny.space(), CONFIG, tmp_path)
+    path = profile_path(tiny.space(), CONFIG)
+    path.parent.mkdir()
     path.write_text(content)
     for read in (load_profile, measure_profile):
         with pytest.raises(StudyError, match=r"cannot be read .*: remove it"):
-            read(tiny.space(), CONFIG, folder=tmp_path)
+            read(tiny.space(), CONFIG)
     assert path.read_text() == content
 
 
-def test_an_empty_profile_and_a_missing_device_are_refused(tmp_path: Path) -> None:
+def test_an_empty_profile_and_a_missing_device_are_refused() -> None:
     """The message has the rule and the value."""
     with pytest.raises(StudyError, match="`vectors >= 1` must hold"):
-        measure_profile(tiny.space(), CONFIG, vectors=0, folder=tmp_path)
+        measure_profile(tiny.space(), CONFIG, vectors=0)
     with pytest.raises(DeviceError, match="cuda:99"):
-        load_profile(tiny.space(), replace(CONFIG, device="cuda:99"), tmp_path)
+        load_profile(tiny.space(), replace(CONFIG, device="cuda:99"))
 
 
-def test_a_real_profile_of_a_tiny_space(tmp_path: Path) -> None:
+def test_a_real_profile_of_a_tiny_space(folder: Path) -> None:
     """Six networks on this machine; the file is plain JSON."""
-    model = measure_profile(tiny.space(), CONFIG, vectors=6, folder=tmp_path)
-    (file,) = tmp_path.iterdir()
+    model = measure_profile(tiny.space(), CONFIG, vectors=6)
+    (file,) = folder.iterdir()
     content = json.loads(file.read_text())
     assert content["setting"]["batch_size"] == 1
     assert content["base_ms"] > 0 and min(content["ms"]) > 0
@@ -232,25 +236,25 @@ class Tokens(nn.Module):
         return self.head(self.hidden(self.embed(ids)).relu().mean(1))
 
 
-def test_a_space_of_a_sample_tensor_has_a_profile(tmp_path: Path) -> None:
+def test_a_space_of_a_sample_tensor_has_a_profile() -> None:
     """Its networks take token ids, so the meter makes integers; the file is found again."""
     space = SearchSpace.from_model(Tokens, torch.zeros(6, dtype=torch.long), name="tokens")
-    model = measure_profile(space, CONFIG, vectors=3, folder=tmp_path)
+    model = measure_profile(space, CONFIG, vectors=3)
     assert len(model.ms) == 3
-    assert load_profile(space, CONFIG, tmp_path) is not None
+    assert load_profile(space, CONFIG) is not None
 
 
 # --- the table ---
 
 
-def test_the_table_names_axes_blocks_and_errors(tmp_path: Path, meter: type[Meter]) -> None:
+def test_the_table_names_axes_blocks_and_errors(meter: type[Meter]) -> None:
     """Errors out of sample are in the caption, if there are enough networks."""
-    model = measure_profile(tiny.space(), CONFIG, vectors=12, folder=tmp_path)
+    model = measure_profile(tiny.space(), CONFIG, vectors=12)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(profile_table(model))
     text = capture.get()
     for shown in ("predicted latency 2", "blocks of", "first", "second", "12 networks", "median"):
         assert shown in text
-    single = measure_profile(tiny.space(), replace(CONFIG, threads=2), vectors=1, folder=tmp_path)
+    single = measure_profile(tiny.space(), replace(CONFIG, threads=2), vectors=1)
     assert profile_table(single).caption is None

@@ -77,13 +77,7 @@ class _UseCounter(TorchFunctionMode):
         super().__init__()
         self.count: Counter[int] = Counter()
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # reading a size is none
             self.add((args, kwargs))

@@ -26,6 +26,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -34,19 +35,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from widthsearch.latency.backends import BACKENDS
+from widthsearch.latency.backends import BACKENDS, CHOOSE_LAYOUT
 from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.folding import fold_batchnorm
 from widthsearch.torch_internals import tree_map
 from widthsearch.tracing.inputs import Inputs, as_inputs, sample
-from widthsearch.utils.devices import (
-    check_device,
-    fixed_threads,
-    format_name,
-    hardware_name,
-    measurement_lock,
-    pick_memory_format,
-)
+from widthsearch.utils import devices
 
 _BLOCK_MS = 2.0  # far above the resolution of the clock and the cost of the loop
 
@@ -83,7 +77,7 @@ class LatencyMeter:
         base_ms: float | None = None,
     ) -> None:
         self._config, self._base_ms = config, base_ms
-        self._device = check_device(config.device)
+        self._device = devices.check_device(config.device)
         self._dtype = getattr(torch, config.dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -94,7 +88,7 @@ class LatencyMeter:
             return noise.to(self._device, self._dtype)
 
         self._x = tree_map(filled, sample(as_inputs(inputs), config.batch_size))
-        with measurement_lock(self._device):
+        with devices.measurement_lock(self._device):
             self._base = self._prepared(base)
 
     def measure(self, model: nn.Module) -> Latency:
@@ -102,7 +96,7 @@ class LatencyMeter:
 
         Waits while another process or thread on this machine measures on the same device.
         """
-        with measurement_lock(self._device):
+        with devices.measurement_lock(self._device):
             candidate = self._prepared(model)
             blocks = self._timed(candidate)
             if self._device.type == "cuda":
@@ -117,21 +111,16 @@ class LatencyMeter:
             ratio=ratio,
             ratio_spread=spread,
             base_ms=self._base_ms,
-            device=self._config.device,
-            hardware=hardware_name(self._device),
-            backend=self._config.backend,
-            batch_size=self._config.batch_size,
-            dtype=self._config.dtype,
-            memory_format=format_name(candidate.memory_format),
-            threads=self._config.threads,
-            pairs=self._config.pairs,
+            hardware=devices.hardware_name(self._device),
+            memory_format=devices.format_name(candidate.memory_format),
             clock_mhz=_clock(self._device),
+            **asdict(self._config),
         )
 
     def _timed(self, candidate: _TimedNetwork) -> NDArray[np.float64]:
         """Times in ms of alternating blocks of the base and the candidate, shape (pairs, 2)."""
         blocks = np.empty((self._config.pairs, 2))
-        with fixed_threads(self._config.threads), torch.inference_mode():
+        with devices.fixed_threads(self._config.threads), torch.inference_mode():
             runs = [math.ceil(_BLOCK_MS / net.warmed_up_ms()) for net in (self._base, candidate)]
             for pair in blocks:
                 pair[0] = self._base.block_ms(runs[0])
@@ -142,7 +131,7 @@ class LatencyMeter:
         """A copy of a network as it runs at inference, with folded BatchNorms."""
         net = copy.deepcopy(model).to(self._device).eval()
         fold_batchnorm(net, tree_map(_first_in_float32, self._x))
-        with fixed_threads(self._config.threads):
+        with devices.fixed_threads(self._config.threads):
             return _TimedNetwork(net.to(self._dtype), self._x, self._device, self._config)
 
 
@@ -154,14 +143,13 @@ class _TimedNetwork:
     """A network that is ready to run on its input, with a timer."""
 
     def __init__(self, net: nn.Module, x: Any, device: torch.device, config: LatencyConfig) -> None:
-        backend = BACKENDS[config.backend]
         self.memory_format = torch.contiguous_format
         if isinstance(x, Tensor) and x.ndim == 4:
-            if not backend.chooses_layout:
-                self.memory_format = pick_memory_format(net, x)
+            if config.backend not in CHOOSE_LAYOUT:
+                self.memory_format = devices.pick_memory_format(net, x)
             net = net.to(memory_format=self.memory_format)
             x = x.to(memory_format=self.memory_format)
-        self._call: Callable[[], object] = backend.prepare(net, x)
+        self._call: Callable[[], object] = BACKENDS[config.backend](net, x)
         self._device = device
         if device.type == "cuda":
             event = partial(torch.cuda.Event, enable_timing=True)

@@ -39,7 +39,6 @@ def measure_profile(
     config: LatencyConfig,
     *,
     vectors: int = 40,
-    folder: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatencyPredictor:
     """Measure designed networks until a profile has enough, and fit a predictor to them.
@@ -48,7 +47,6 @@ def measure_profile(
         space: The space.
         config: Device and method of the measurements.
         vectors: The size of the profile; networks that it already has are not measured again.
-        folder: The folder of the file; None for the cache.
         on_progress: Called before each measurement with the number of measured networks and the
             size of the profile.
 
@@ -58,7 +56,7 @@ def measure_profile(
     """
     if vectors < 1:
         raise StudyError(f"`vectors >= 1` must hold, but vectors={vectors}")
-    path = profile_path(space, config, folder)
+    path = profile_path(space, config)
     content = _read(path) or {
         "space": space.name,
         "fingerprint": space.fingerprint,
@@ -94,30 +92,27 @@ def measure_profile(
     return model
 
 
-def load_profile(
-    space: SearchSpace, config: LatencyConfig, folder: Path | None = None
-) -> LatencyPredictor | None:
+def load_profile(space: SearchSpace, config: LatencyConfig) -> LatencyPredictor | None:
     """The predictor of a stored profile for this device; None if there is no profile.
 
     Raises:
         DeviceError: The device does not exist.
         StudyError: The profile's file cannot be read.
     """
-    folder = folder or cache_folder("latency")
-    if folder is None:
+    if cache_folder("latency") is None:
         return None
-    content = _read(profile_path(space, config, folder))
+    content = _read(profile_path(space, config))
     return None if content is None else LatencyPredictor.from_json(space, content)
 
 
-def profile_path(space: SearchSpace, config: LatencyConfig, folder: Path | None = None) -> Path:
+def profile_path(space: SearchSpace, config: LatencyConfig) -> Path:
     """The file of a space's profile for a device, backend, batch size, dtype and threads.
 
     Raises:
         DeviceError: The device does not exist.
-        StudyError: No folder was given, and the cache is turned off.
+        StudyError: The cache is turned off.
     """
-    folder = folder or cache_folder("latency")
+    folder = cache_folder("latency")
     if folder is None:
         raise StudyError(
             f"a latency profile is stored in the cache, but {VARIABLE} is empty, which turns the "
@@ -141,14 +136,8 @@ def design(space: SearchSpace, count: int) -> list[Widths]:
         ``count`` different width vectors; fewer if the space has fewer.
     """
     axes = space.axes
-    out = [
-        space.base,
-        space.widths([a.min_width for a in axes]),
-        space.widths([a.max_width for a in axes]),
-    ]
-    base, least, most = (
-        np.array([getattr(a, k) for a in axes]) for k in ("base", "min_width", "max_width")
-    )
+    base, least, most = np.array([(a.base, a.min_width, a.max_width) for a in axes]).T
+    out = [space.base, space.nearest(least), space.nearest(most)]
     low, high = np.log((least / base).min()), np.log((most / base).max())
     points = qmc.Sobol(len(axes) + 1, rng=0).random_base2(math.ceil(math.log2(4 * count)))
     for i, (scale, *shares) in enumerate(points):
@@ -178,8 +167,7 @@ def profile_table(model: LatencyPredictor) -> Table:
             f"(MACs alone {e.median_macs:.1%}), Kendall τ {e.tau:.2f} (MACs {e.tau_macs:.2f}), "
             f"{e.coverage:.0%} inside the 90% intervals"
         )
-    table = Table(title=title, caption=caption)
-    table.add_column("axis")
+    table = Table("axis", title=title, caption=caption)
     for column in ("width", "one step less", "one step more", "same latency from", "to"):
         table.add_column(column, justify="right")
     for stair in model.stairs(base):
@@ -195,9 +183,8 @@ def profile_table(model: LatencyPredictor) -> Table:
 
 def _setting(space: SearchSpace, config: LatencyConfig) -> dict[str, Any]:
     """Everything that a network's latency depends on besides its widths."""
-    measured = {key: value for key, value in asdict(config).items() if key != "pairs"}
     return {
-        **measured,
+        **{key: value for key, value in asdict(config).items() if key != "pairs"},
         "hardware": hardware_name(check_device(config.device)),
         "torch": torch.__version__,
         "fingerprint": space.fingerprint,

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -183,7 +183,7 @@ class Driver:
         if probe is None:
             model = space.build(space.base, seed=config.seed)
             threads = max(1, int(config.resources.cpu))
-            probe = probe_precision(model, self._task, config.recipe, threads=threads).to_json()
+            probe = asdict(probe_precision(model, self._task, config.recipe, threads=threads))
             store.set_attribute("precision", probe)
         recipe = replace(config.recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})

@@ -61,10 +61,6 @@ class PrecisionProbe:
     device: str
     threads: int | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Every field by its name."""
-        return asdict(self)
-
 
 def probe_precision(
     model: nn.Module,
