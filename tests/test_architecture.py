@@ -1,10 +1,12 @@
-"""``docs/architecture.md`` describes the package as it is."""
+"""``docs/architecture.md`` describes the package as it is, and pages name files that exist."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -66,3 +68,17 @@ def test_the_walks_name_what_exists() -> None:
         for part in name.split("."):
             defined = rf"^( *(def|class) {part}\b|{part}\b.* = )"
             assert re.search(defined, code, re.MULTILINE), f"{name} in {file}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/methods.md", "docs/scale.md"],
+)
+def test_pages_name_files_that_exist(page: str) -> None:
+    """Paths are relative to the root or to the package; NAME and the like are placeholders."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.[a-z]+)`", text)
+    assert paths
+    roots = (ROOT, ROOT / "widthsearch", ROOT / "benchmarks" / "results")
+    missing = [path for path in paths if not any((root / path).exists() for root in roots)]
+    assert missing == []
