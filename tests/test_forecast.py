@@ -28,7 +28,7 @@ def study(folder: Path, trials: int, **changes: object) -> Study:
 def test_every_proposal_has_a_forecast_at_every_budget(tmp_path: Path) -> None:
     """Its family's member, narrower and wider than the base, with cost and estimate."""
     done = study(tmp_path, 16, proposers=["sensitivity"])
-    found = forecast(done, (0.25, 1.0, 2.0))
+    found = forecast(done, done.posterior(), (0.25, 1.0, 2.0))
     of = {(each.origin["proposer"], each.origin["budget"]) for each in found}
     assert of >= {("sensitivity", 0.25), ("sensitivity", 1.0), ("sensitivity", 2.0)}
     assert ("uniform", 0.25) in of  # at 1 and 2 it has the widths of the other one
@@ -52,7 +52,7 @@ def test_chances_and_gains_by_hand(tmp_path: Path) -> None:
     """Against the best trained network within the MACs, by the normal distribution."""
     done = study(tmp_path, 12, proposers=["sensitivity"])
     posterior = done.posterior()
-    for each in forecast(done, (0.25, 0.5, 1.5)):
+    for each in forecast(done, done.posterior(), (0.25, 0.5, 1.5)):
         best = max(
             posterior.accuracy(o) for o in posterior.members if o.cost.macs <= each.cost.macs
         )
@@ -68,7 +68,7 @@ def test_chances_and_gains_by_hand(tmp_path: Path) -> None:
 def test_the_next_training_is_the_greatest_gain_within_the_trained_sizes(tmp_path: Path) -> None:
     """It is named with its widths; trained and extrapolated members are marked, and not named."""
     done = study(tmp_path, 12)
-    found = forecast(done)
+    found = forecast(done, done.posterior())
     open_ = [each for each in found if not (each.trained or each.extrapolated)]
     best = max(open_, key=lambda each: each.gain)
     table, *lines = report.forecast_table(found).renderables
@@ -81,7 +81,7 @@ def test_the_next_training_is_the_greatest_gain_within_the_trained_sizes(tmp_pat
 def test_beyond_the_trained_sizes_a_forecast_is_extrapolated(tmp_path: Path) -> None:
     """MACs outside of those of the finished trials, or a width more than a step outside."""
     done = study(tmp_path, 9, budgets=[0.25, 0.5], limits={"macs": [0, 4500]}, baselines=0.5)
-    found = forecast(done, (0.05, 0.1, 0.25, 0.4, 0.75, 1.0, 1.5, 2.0))
+    found = forecast(done, done.posterior(), (0.05, 0.1, 0.25, 0.4, 0.75, 1.0, 1.5, 2.0))
     members = done.posterior().members
     macs = [member.cost.macs for member in members]
     ends = [
@@ -111,7 +111,7 @@ def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> No
     made = Study(tiny.config(trials=12), tiny.space(), tiny.task(), folder=tmp_path)
     with made.search() as search:
         tiny.drive(search, lambda trial, _: min(100.0, 90.0 + sum(trial.widths.vector) / 2))
-    found = forecast(made)
+    found = forecast(made, made.posterior())
     best = max(found, key=lambda each: each.estimate.accuracy)
     assert best.estimate.sd is not None
     assert best.estimate.accuracy + 1.645 * best.estimate.sd > 100
@@ -123,7 +123,8 @@ def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> No
 
 def test_too_few_trainings_give_no_forecast(tmp_path: Path) -> None:
     """The error names the number that is needed."""
+    done = study(tmp_path, 4)
     with pytest.raises(
         StudyError, match=r"needs 8 finished trials, but .* has 4: run it with more `trials`"
     ):
-        forecast(study(tmp_path, 4))
+        forecast(done, done.posterior())

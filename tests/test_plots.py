@@ -149,7 +149,8 @@ def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_pat
     study = Study(config, tiny.space(), tiny.task(), folder=tmp_path)
     with study.search() as search:
         tiny.drive(search)
-    posterior, figure = study.posterior(), draw_front(study)
+    posterior = study.posterior()
+    figure = draw_front(study, posterior)
     front = study.front()
     figure.draw_without_rendering()
     assert len(figure.axes) == len(objectives) - 1

@@ -59,9 +59,10 @@ def _run(options: argparse.Namespace) -> int:
     console = open_console()
     with LiveView(study.config.name, console) as view:
         study.run(view, retry=options.retry)
-    print_tables(console, tables.front_tables(study))
-    print_line(console, tables.write_front(study))
-    failed = unresolved_failures(study.trials())
+    posterior = study.posterior()
+    print_tables(console, tables.front_tables(study, posterior))
+    print_line(console, tables.write_front(study, posterior))
+    failed = unresolved_failures(posterior.trials)
     for trial in failed:
         print_line(console, f"failed: trial {trial.number}: {trial.error}")
     for method, reason in study.failures.items():
@@ -210,30 +211,30 @@ def _pareto(options: argparse.Namespace) -> int:
     from widthsearch.report.console import open_console, print_line, print_tables
 
     study = Study.load(options.study, options.runs)
-    forecasts = None
+    posterior, forecasts = study.posterior(), None
     if options.families:
         from widthsearch.report.forecast import forecast
 
-        forecasts = forecast(study)
+        forecasts = forecast(study, posterior)
     console = open_console(stderr=options.json or options.csv)
     if options.json:
-        content = tables.front_json(study)
+        content = tables.front_json(study, posterior)
         if forecasts is not None:
             content["families"] = [each.to_json() for each in forecasts]
         print(json.dumps(content, indent=1))
     elif options.csv:
-        print(tables.front_csv(study), end="")
+        print(tables.front_csv(posterior), end="")
     else:
-        print_tables(console, tables.front_tables(study))
+        print_tables(console, tables.front_tables(study, posterior))
         if forecasts is not None:
             print_tables(console, tables.forecast_table(forecasts))
-    print_line(console, tables.write_front(study))
+    print_line(console, tables.write_front(study, posterior))
     if options.plot is not None:
         from widthsearch.report.front_plot import draw_front
 
         picture = Path(options.plot or study.folder / "front.png")
         with writing(picture.parent):
-            draw_front(study).savefig(picture, format="png", dpi=120)
+            draw_front(study, posterior).savefig(picture, format="png", dpi=120)
         print_line(console, f"written: {picture}")
     return 0
 
@@ -249,8 +250,9 @@ def _confirm(options: argparse.Namespace) -> int:
     console = open_console()
     with LiveView(study.config.name, console) as view:
         study.confirm(options.seeds, view)
-    print_tables(console, tables.front_tables(study))
-    print_line(console, tables.write_front(study))
+    posterior = study.posterior()
+    print_tables(console, tables.front_tables(study, posterior))
+    print_line(console, tables.write_front(study, posterior))
     return 0
 
 

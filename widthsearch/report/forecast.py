@@ -19,7 +19,7 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting, families
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.cost import Cost
-from widthsearch.study.posterior import ENOUGH, AccuracyEstimate
+from widthsearch.study.posterior import ENOUGH, AccuracyEstimate, AccuracyPosterior
 from widthsearch.study.proposals import stored_proposals
 from widthsearch.study.storage import Store
 from widthsearch.widths import Widths
@@ -76,7 +76,9 @@ class Forecast:
         }
 
 
-def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]:
+def forecast(
+    study: Study, posterior: AccuracyPosterior, budgets: Sequence[float] = BUDGETS
+) -> list[Forecast]:
     """The members of the families of the study's proposals and uniform widths at each budget.
 
     The best next training is the one of the greatest :attr:`Forecast.gain` among those that are
@@ -84,12 +86,12 @@ def forecast(study: Study, budgets: Sequence[float] = BUDGETS) -> list[Forecast]
 
     Args:
         study: A study that was run; its spaces' code is needed.
+        posterior: Its posterior.
         budgets: Shares of the first space's base's MACs; those below every network are left out.
 
     Raises:
-        StudyError: The study was never run, or has too few finished trials for a surrogate.
+        StudyError: The study has too few finished trials for a surrogate.
     """
-    posterior = study.posterior()
     surrogate = posterior.surrogate
     if surrogate is None:
         raise StudyError(

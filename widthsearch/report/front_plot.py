@@ -14,12 +14,12 @@ from widthsearch.errors import StudyError
 from widthsearch.report.console import short
 from widthsearch.report.tables import baseline
 from widthsearch.study.front import objective_value
-from widthsearch.study.posterior import AccuracyEstimate
+from widthsearch.study.posterior import AccuracyEstimate, AccuracyPosterior
 
 _LABELS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
 
 
-def draw_front(study: Study) -> Figure:
+def draw_front(study: Study, posterior: AccuracyPosterior) -> Figure:
     """Every finished trial, the front with its IDs, and the uniform and random baselines.
 
     One panel a cost. The front and the baselines are drawn at their estimated accuracy, with its
@@ -27,11 +27,11 @@ def draw_front(study: Study) -> Figure:
 
     Args:
         study: A study that was run.
+        posterior: Its posterior.
 
     Raises:
         StudyError: No trial has finished.
     """
-    posterior = study.posterior()
     finished = [t for t in posterior.trials if t.accuracy is not None]
     if not finished:
         raise StudyError(f"no trial of {study.config.name!r} has finished: run the study first")

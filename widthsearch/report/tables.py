@@ -109,9 +109,8 @@ def gain_lines(posterior: AccuracyPosterior) -> list[str]:
     return lines
 
 
-def front_json(study: Study) -> dict[str, Any]:
+def front_json(study: Study, posterior: AccuracyPosterior) -> dict[str, Any]:
     """The front, the base model and the uniform baseline as JSON values."""
-    posterior = study.posterior()
     uniform, base = baseline(posterior.members), posterior.base
     return {
         "study": study.config.name,
@@ -129,9 +128,8 @@ def _trial_json(trial: Trial, posterior: AccuracyPosterior) -> dict[str, Any]:
     return {**chosen, "estimated": posterior[trial].to_json()}
 
 
-def front_csv(study: Study) -> str:
+def front_csv(posterior: AccuracyPosterior) -> str:
     """The front as CSV: one row a member, one column an axis."""
-    posterior = study.posterior()
     front = posterior.front()
     out = io.StringIO()
     names = list(dict.fromkeys(name for t in front for name in t.widths))
@@ -148,9 +146,8 @@ def front_csv(study: Study) -> str:
     return out.getvalue()
 
 
-def front_tables(study: Study) -> Group:
+def front_tables(study: Study, posterior: AccuracyPosterior) -> Group:
     """The front and the uniform baseline as tables, with footnotes and the gains."""
-    posterior = study.posterior()
     trials, front, base = posterior.trials, posterior.front(), posterior.base
     states = {s: sum(t.state == s for t in trials) for s in ("finished", "stopped", "failed")}
     counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none has ended"
@@ -339,11 +336,11 @@ def latency_remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
     ]
 
 
-def write_front(study: Study) -> str:
+def write_front(study: Study, posterior: AccuracyPosterior) -> str:
     """Write ``front.json`` into the study's folder; returns a line that says where, or why not."""
     file = study.folder / "front.json"
     try:
-        file.write_text(json.dumps(front_json(study), indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(front_json(study, posterior), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         return f"not written: {file}: {error.strerror}"
     return f"written: {file}"
