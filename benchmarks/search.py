@@ -36,7 +36,9 @@ from numpy.typing import NDArray
 from optuna.distributions import IntDistribution
 
 from widthsearch.bayesopt import pareto
+from widthsearch.bayesopt.kernel import Coordinates
 from widthsearch.bayesopt.optuna_sampler import WidthSampler
+from widthsearch.bayesopt.search import BayesianSearch
 from widthsearch.widths import Axis
 
 SAMPLERS = ("width", "tpe", "nsga2", "random", "gp")
@@ -169,7 +171,8 @@ def run(table: Table, name: str, seed: int, marks: Sequence[int]) -> dict[int, f
     if name == "width":
         costs = {"macs": table.cost(table.macs), "params": table.cost(table.params)}
         allowed = None if table.whole else table.widths
-        sampler = WidthSampler(table.axes, costs, seed=seed, allowed=allowed)
+        space = Coordinates(table.axes, costs)
+        sampler = WidthSampler(BayesianSearch(space, seed=seed, allowed=allowed))
         ranges = sampler.distributions
     else:
         sampler = optuna_sampler(name, seed)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,14 @@ Batch = NDArray[np.int64]
 """Width vectors, (N, axes), in channels."""
 
 
-@dataclass(frozen=True, eq=False)
 class Grid:
     """All width vectors of some axes.
 
     Attributes:
         axes: The axes.
+        min_width: The narrowest network, (axes,).
+        max_width: The widest network, (axes,).
+        step: Each axis's step, (axes,).
 
     Example:
         >>> grid = Grid([Axis("conv1", 8, 4, 16, step=4), Axis("conv2", 4, 2, 6, step=2)])
@@ -34,22 +34,10 @@ class Grid:
         [[4, 2], [8, 4], [16, 6]]
     """
 
-    axes: Sequence[Axis]
-
-    @cached_property
-    def min_width(self) -> Batch:
-        """The narrowest network, (axes,)."""
-        return np.array([axis.min_width for axis in self.axes])
-
-    @cached_property
-    def max_width(self) -> Batch:
-        """The widest network, (axes,)."""
-        return np.array([axis.max_width for axis in self.axes])
-
-    @cached_property
-    def step(self) -> Batch:
-        """Each axis's step, (axes,)."""
-        return np.array([axis.step for axis in self.axes])
+    def __init__(self, axes: Sequence[Axis]) -> None:
+        self.axes = axes
+        rows = np.array([(axis.min_width, axis.max_width, axis.step) for axis in axes])
+        self.min_width, self.max_width, self.step = rows.T
 
     @property
     def size(self) -> int:

@@ -76,15 +76,12 @@ class CostedSpace(Protocol):
     @property
     def axes(self) -> Sequence[Axis]:
         """The axes."""
-        ...
 
     def macs(self, widths: NDArray[np.int64], /) -> NDArray[np.int64]:
         """MACs, (N, A) to (N,)."""
-        ...
 
     def params(self, widths: NDArray[np.int64], /) -> NDArray[np.int64]:
         """Parameters, (N, A) to (N,)."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

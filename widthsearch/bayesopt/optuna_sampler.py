@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from widthsearch.bayesopt.kernel import Coordinates, CostFunction
+from widthsearch.bayesopt.kernel import Coordinates, CostedSpace
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import non_dominated
-from widthsearch.bayesopt.search import BayesianSearch, LatencyPredictor
+from widthsearch.bayesopt.search import BayesianSearch
 from widthsearch.bayesopt.surrogate import Surrogate
-from widthsearch.widths import Axis, Widths
-
-if TYPE_CHECKING:
-    from widthsearch.space.search_space import SearchSpace
+from widthsearch.widths import Axis
 
 
 def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
@@ -46,26 +42,15 @@ class WidthSampler(BaseSampler):
     ``{"accuracy": percent}``, one an epoch, in the trial's user attribute ``curve``.
 
     Args:
-        axes: The axes of the study's space.
-        costs: Exact costs by name, integers (N, axes) to (N,); those that are no objectives inform
-            the surrogate.
-        objectives: The names of the study's values: ``accuracy``, costs, ``latency_ms``.
-        seed: The seed of the first trials and of the candidates.
-        limits: The least and greatest value of costs or ``latency_ms``: no network outside is
-            sampled.
-        latency: Predicts latency; None to learn it from the trials.
-        profiles: Widths whose multiples are among the candidates, beside the base's.
-        allowed: The only width vectors that may be sampled, (N, axes); None for the whole grid.
-        repeats: Whether widths may be sampled again.
-
-    Raises:
-        ValueError: ``accuracy`` is no objective, or an objective or a limit has no cost.
+        search: The search, whose objectives are the study's values; :meth:`of` makes one for a
+            space.
 
     Example:
         >>> import optuna
         >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
         >>> axes = [Axis("conv1", 16, 8, 32, 8), Axis("conv2", 16, 8, 32, 8)]
-        >>> sampler = WidthSampler(axes, {"macs": lambda widths: widths[:, 0] * widths[:, 1]})
+        >>> costs = {"macs": lambda widths: widths[:, 0] * widths[:, 1]}
+        >>> sampler = WidthSampler(BayesianSearch(Coordinates(axes, costs)))
         >>> study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         >>> trial = study.ask(sampler.distributions)
         >>> trial.params
@@ -74,36 +59,22 @@ class WidthSampler(BaseSampler):
         'COMPLETE'
     """
 
-    def __init__(
-        self,
-        axes: Sequence[Axis],
-        costs: Mapping[str, CostFunction],
-        objectives: Sequence[str] = ("accuracy", "macs"),
-        *,
-        seed: int = 0,
-        limits: Mapping[str, tuple[float, float]] | None = None,
-        latency: LatencyPredictor | None = None,
-        profiles: Sequence[Widths] = (),
-        allowed: ArrayLike | None = None,
-        repeats: bool = False,
-    ) -> None:
-        self.search = BayesianSearch(
-            Coordinates(tuple(axes), costs),
-            tuple(objectives),
-            seed=seed,
-            limits=limits or {},
-            latency=latency,
-            profiles=profiles,
-            allowed=allowed,
-            repeats=repeats,
-        )
+    def __init__(self, search: BayesianSearch) -> None:
+        self.search = search
 
     @classmethod
-    def of(
-        cls, space: SearchSpace, objectives: Sequence[str] = ("accuracy", "macs"), **options: Any
-    ) -> WidthSampler:
-        """A sampler for a space; the options are those of the class."""
-        return cls(space.axes, Coordinates.of(space).costs, objectives, **options)
+    def of(cls, space: CostedSpace, **options: Any) -> WidthSampler:
+        """A sampler for a space.
+
+        Args:
+            space: The space.
+            options: Those of :class:`~widthsearch.bayesopt.search.BayesianSearch`, e.g.
+                ``objectives``.
+
+        Raises:
+            ValueError: ``accuracy`` is no objective, or an objective or a limit has no cost.
+        """
+        return cls(BayesianSearch(Coordinates.of(space), **options))
 
     @property
     def distributions(self) -> dict[str, IntDistribution]:
@@ -136,11 +107,7 @@ class WidthSampler(BaseSampler):
         return dict(suggestion.widths)
 
     def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> Any:
         """Never: every parameter is an axis.
 

@@ -113,16 +113,15 @@ def crowding(points: ArrayLike) -> Points:
     Deb et al., A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II, IEEE TEC 6(2), 2002,
     section III-B. Equal points share one distance; the ends of each column have infinity.
     """
-    array = _checked(points)
-    rows, inverse = np.unique(array, axis=0, return_inverse=True)
-    distance = np.zeros(len(rows))
-    for column in rows.T:
+    columns, inverse = _distinct(points)
+    distance = np.zeros(columns.shape[1])
+    for column in columns:
         order = np.argsort(column, kind="stable")
         span = column[order[-1]] - column[order[0]]
         if span > 0:
             distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
             distance[order[[0, -1]]] = np.inf
-    return distance[inverse.reshape(-1)]
+    return distance[inverse]
 
 
 def promoted(points: ArrayLike, index: int, eta: int) -> bool:

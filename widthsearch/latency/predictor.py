@@ -29,10 +29,10 @@ reflects that.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ Features = tuple[Array, Array, Array]
 
 @dataclass(frozen=True)
 class PredictionErrors:
-    """PredictionErrors of a predictor out of sample, by ten-fold cross-validation.
+    """Errors of a predictor out of sample, by ten-fold cross-validation.
 
     Attributes:
         networks: The number of measured networks.
@@ -226,22 +226,15 @@ class LatencyPredictor:
             )
         return tuple(out)
 
-    @cached_property
+    @functools.cached_property
     def errors(self) -> PredictionErrors:
         """Errors out of sample.
 
         Raises:
             StudyError: Fewer than three different networks were measured.
         """
-        return self._stored_errors or self._cross_validated()
-
-    def _logs(self, vectors: NDArray[Any]) -> tuple[Array, Array, Array]:
-        """Mean and variance of log ms of each fit, (fits, N), and the weights of the fits."""
-        parts = [fit.log_ms(self._layers(vectors, fit.block)) for _, fit in self._fits]
-        means, variances = (np.stack(part) for part in zip(*parts, strict=True))
-        return means, variances, np.array([weight for weight, _ in self._fits])
-
-    def _cross_validated(self) -> PredictionErrors:
+        if self._stored_errors is not None:
+            return self._stored_errors
         _, network = np.unique(self.vectors, axis=0, return_inverse=True)
         networks = int(network.max()) + 1
         if networks < 3:
@@ -268,6 +261,12 @@ class LatencyPredictor:
             median_macs=float(np.median(np.abs(linear / self.ms - 1))),
             tau_macs=float(kendalltau(self.space.macs(self.vectors), self.ms).statistic),
         )
+
+    def _logs(self, vectors: NDArray[Any]) -> tuple[Array, Array, Array]:
+        """Mean and variance of log ms of each fit, (fits, N), and the weights of the fits."""
+        parts = [fit.log_ms(self._layers(vectors, fit.block)) for _, fit in self._fits]
+        means, variances = (np.stack(part) for part in zip(*parts, strict=True))
+        return means, variances, np.array([weight for weight, _ in self._fits])
 
     def to_json(self) -> dict[str, Any]:
         """The measurements and :attr:`errors` as JSON values; :meth:`from_json` fits again."""
@@ -306,35 +305,29 @@ class _Layers:
     """
 
     def __init__(self, space: SearchSpace) -> None:
-        trace, n = space.trace, len(space.axes)
-        units = [axis.divisor for axis in trace.axes]
+        trace, units = space.trace, [axis.divisor for axis in space.trace.axes]
+        one: Poly = {(): 1}
         self._units = np.array(units, np.float64)
         self._whole: list[QuadraticForm] = []  # MACs that are no product of a weight's dims
-        factors: list[int] = []  # MACs over the product of the weight's free dims
-        positions: list[int] = []  # positions of the output
-        out: list[Poly] = []
-        first: list[Poly] = []
-        second: list[Poly] = []
+        # Of each other layer: the positions of the output, the MACs over the product of the free dims
+        # of its weight, the channels of the output, and the two free dims.
+        layers: list[tuple[int, int, Poly, Poly, Poly]] = []
         for layer, macs in trace.layer_macs.items():
             shape = trace.shapes.get(f"{layer}.weight", ())
-            product: Poly = {(): 1}
-            for dim in shape:
-                product = multiply(product, dim)
+            product = functools.reduce(multiply, shape, one)
             places = as_constant(divide(macs, product) or {}) if shape and product else None
             free = [dim for dim in shape if as_constant(dim) is None]
             affine = all(len(monomial) < 2 for dim in free for monomial in dim)
             if not places or not affine or len(free) > 2:
                 self._whole.append(QuadraticForm.from_poly(macs, units))
                 continue
-            positions.append(places)
-            factors.append(places * math.prod(as_constant(dim) or 1 for dim in shape))
-            out.append(shape[0])
-            first.append(free[0] if free else {(): 1})
-            second.append(free[1] if len(free) > 1 else {(): 1})
-        self._positions, self._factors = np.array(positions, np.float64), np.array(factors, float)
-        self._out, self._first, self._second = (_affine(p, n) for p in (out, first, second))
-        base = space.base.vector
-        shares, elements, _ = self._raw(np.array([base], np.float64), 1)
+            first, second = [*free, one, one][:2]
+            factor = places * math.prod(as_constant(dim) or 1 for dim in shape)
+            layers.append((places, factor, shape[0], first, second))
+        positions, factors, *dims = zip(*layers, strict=True) if layers else ((),) * 5
+        self._positions, self._factors = np.array([positions, factors], np.float64)
+        self._out, self._first, self._second = (_affine(polys, len(units)) for polys in dims)
+        shares, elements, _ = self._raw(np.array([space.base.vector], np.float64), 1)
         self._scale = float(shares.sum()), float(elements.sum()) or 1.0
 
     def __call__(self, vectors: ArrayLike, block: int) -> tuple[Array, Array, Array]:
@@ -359,14 +352,12 @@ class _Layers:
 
 
 def _affine(polys: Sequence[Poly], axes: int) -> tuple[Array, Array]:
-    matrix, constant = np.zeros((axes, len(polys))), np.zeros(len(polys))
+    """The coefficients of each affine polynomial, (axes, N), and its constant, (N,)."""
+    rows = np.zeros((axes + 1, len(polys)))
     for column, poly in enumerate(polys):
         for monomial, coefficient in poly.items():
-            if monomial:
-                matrix[monomial[0], column] = coefficient
-            else:
-                constant[column] = coefficient
-    return matrix, constant
+            rows[monomial[0] if monomial else axes, column] = coefficient
+    return rows[:-1], rows[-1]
 
 
 def _aligned(x: Array, form: tuple[Array, Array], block: int) -> tuple[Array, Array]:
