@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 
 import numpy as np
@@ -227,11 +228,14 @@ def test_stairs_name_the_widths_of_equal_latency() -> None:
 # --- files and errors ---
 
 
-def test_json_and_back_predicts_the_same() -> None:
-    """Measurements and errors are stored and fitted again; those of another space are refused."""
+def test_stored_measurements_predict_the_same() -> None:
+    """They are fitted again, with the errors that are stored; another space's are refused."""
     train = vectors(deep(), 20)
     model = LatencyPredictor.fit(deep(), train, device(8)(train), np.full(20, 0.01))
-    content = json.loads(json.dumps(model.to_json()))
+    content = {"fingerprint": deep().fingerprint, "errors": asdict(model.errors)}
+    for name in ("vectors", "ms", "sd"):
+        content[name] = getattr(model, name).tolist()
+    content = json.loads(json.dumps(content))
     again = LatencyPredictor.from_json(deep(), content)
     np.testing.assert_array_equal(again.predicted(train), model.predicted(train))
     assert again.errors == model.errors
@@ -245,7 +249,6 @@ def test_errors_need_three_networks() -> None:
     model = LatencyPredictor.fit(deep(), [base, other, base], [1.0, 0.5, 1.1])
     with pytest.raises(StudyError, match="need 3 different networks, but 2"):
         _ = model.errors
-    assert model.to_json()["errors"] is None
 
 
 @pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf])

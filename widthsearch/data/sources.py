@@ -221,18 +221,16 @@ def _size(image: NDArray[np.uint8]) -> str:
 def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as file:
-            mode = file.mode
-            if mode[0] not in _WIDE:
-                image = file.convert("RGB")
+            if file.mode[0] in _WIDE:
+                raise DataError(
+                    f"every image must have 8 bits per channel, but {path} has mode {file.mode!r}, "
+                    "which would be clipped; scale its values to 0 to 255 and save it with 8 bits"
+                )
+            image = file.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(
             f"every image must be readable, but {path} is not ({error}); repair or remove it"
         ) from error
-    if mode[0] in _WIDE:
-        raise DataError(
-            f"every image must have 8 bits per channel, but {path} has mode {mode!r}, which would "
-            "be clipped; scale its values to 0 to 255 and save it with 8 bits"
-        )
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)

@@ -176,9 +176,7 @@ def stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     return split.subset(~out), split.subset(out)
 
 
-def _channel_statistics(
-    images: NDArray[np.uint8],
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, from exact counts of the 256 pixel values."""
     values = np.arange(256) / 255
     means, stds = [], []

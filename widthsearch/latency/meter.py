@@ -70,11 +70,7 @@ class LatencyMeter:
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        inputs: Inputs,
-        config: LatencyConfig,
-        base_ms: float | None = None,
+        self, base: nn.Module, inputs: Inputs, config: LatencyConfig, base_ms: float | None = None
     ) -> None:
         self._config, self._base_ms = config, base_ms
         self._device = devices.check_device(config.device)

@@ -32,7 +32,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,11 @@ class LatencyPredictor:
         """The probability of each block size, without negligible ones."""
         return {fit.block: weight for weight, fit in self._fits}
 
+    @functools.cached_property
+    def networks(self) -> int:
+        """The number of different measured networks."""
+        return len(np.unique(self.vectors, axis=0))
+
     def stairs(self, widths: Widths, tolerance: float = 0.01) -> tuple[Stair, ...]:
         """Per axis, the predicted latency of fewer and more channels with other widths fixed.
 
@@ -235,14 +240,13 @@ class LatencyPredictor:
         """
         if self._stored_errors is not None:
             return self._stored_errors
-        _, network = np.unique(self.vectors, axis=0, return_inverse=True)
-        networks = int(network.max()) + 1
-        if networks < 3:
+        if self.networks < 3:
             raise StudyError(
-                f"errors out of sample need 3 different networks, but {networks} were measured"
+                f"errors out of sample need 3 different networks, but {self.networks} were measured"
             )
-        order = np.random.default_rng(0).permutation(networks)
-        fold = (order % min(_FOLDS, networks))[network.reshape(-1)]
+        _, network = np.unique(self.vectors, axis=0, return_inverse=True)
+        order = np.random.default_rng(0).permutation(self.networks)
+        fold = (order % min(_FOLDS, self.networks))[network.reshape(-1)]
         predicted, linear, inside = np.empty((3, len(self.ms)))
         for out in range(fold.max() + 1):
             test, train = fold == out, fold != out
@@ -254,7 +258,7 @@ class LatencyPredictor:
             inside[test] = np.abs(mean - self.ms[test]) < _Z90 * np.hypot(sd, self.sd[test])
             linear[test] = line_of_macs(self.space, *part[:2])(self.vectors[test])
         return PredictionErrors(
-            networks=networks,
+            networks=self.networks,
             median=float(np.median(np.abs(predicted / self.ms - 1))),
             tau=float(kendalltau(predicted, self.ms).statistic),
             coverage=float(inside.mean()),
@@ -268,20 +272,14 @@ class LatencyPredictor:
         means, variances = (np.stack(part) for part in zip(*parts, strict=True))
         return means, variances, np.array([weight for weight, _ in self._fits])
 
-    def to_json(self) -> dict[str, Any]:
-        """The measurements and :attr:`errors` as JSON values; :meth:`from_json` fits again."""
-        networks = len(np.unique(self.vectors, axis=0))
-        return {
-            "fingerprint": self.space.fingerprint,
-            "vectors": self.vectors.tolist(),
-            "ms": self.ms.tolist(),
-            "sd": self.sd.tolist(),
-            "errors": asdict(self.errors) if networks >= 3 else None,
-        }
-
     @classmethod
     def from_json(cls, space: SearchSpace, content: Mapping[str, Any]) -> LatencyPredictor:
-        """Inverse of :meth:`to_json`.
+        """A predictor of the measurements in a profile.
+
+        Args:
+            space: The space.
+            content: The space's ``fingerprint``; ``vectors``, ``ms`` and ``sd`` of the measured
+                networks; and ``errors``, the fields of :attr:`errors`, or None if unknown.
 
         Raises:
             StudyError: The measurements are of another space.
@@ -309,8 +307,8 @@ class _Layers:
         one: Poly = {(): 1}
         self._units = np.array(units, np.float64)
         self._whole: list[QuadraticForm] = []  # MACs that are no product of a weight's dims
-        # Of each other layer: the positions of the output, the MACs over the product of the free dims
-        # of its weight, the channels of the output, and the two free dims.
+        # Of each other layer: the positions of the output, the MACs over the product of the free
+        # dims of its weight, the channels of the output, and the two free dims.
         layers: list[tuple[int, int, Poly, Poly, Poly]] = []
         for layer, macs in trace.layer_macs.items():
             shape = trace.shapes.get(f"{layer}.weight", ())

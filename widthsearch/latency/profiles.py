@@ -87,8 +87,8 @@ def measure_profile(
             content["errors"] = None
             _write(path, content)
     model = LatencyPredictor.from_json(space, content)
-    if content["errors"] is None:
-        _write(path, {**content, **model.to_json()})
+    if content["errors"] is None and model.networks >= 3:
+        _write(path, {**content, "errors": asdict(model.errors)})
     return model
 
 
@@ -160,7 +160,7 @@ def profile_table(model: LatencyPredictor) -> Table:
     blocks = ", ".join(f"{block} ({p:.0%})" for block, p in model.blocks.items())
     title = f"predicted latency {mean:.3g} ± {sd:.1g} ms; blocks of {blocks} channels"
     caption = None
-    if len(np.unique(model.vectors, axis=0)) >= 3:
+    if model.networks >= 3:
         e = model.errors
         caption = (
             f"{e.networks} networks, each predicted from the others: median error {e.median:.1%} "

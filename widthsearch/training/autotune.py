@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context, parent_process
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,8 +39,6 @@ MIN_SPEEDUP = 1.2
 _PROBE_PIXELS = 2**14  # per batch of the precision probe: 16 images of 32×32
 _EPOCH_STEPS = 8  # per epoch of the concurrency probe
 _ENDLESS = 10**6  # epochs: the warm-up of the learning rate outlasts any probe
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -208,8 +206,8 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _on_each(
-    processes: Sequence[ProcessPoolExecutor], function: Callable[..., T], *args: Any
-) -> list[T]:
+    processes: Sequence[ProcessPoolExecutor], function: Callable[..., Any], *args: Any
+) -> list[Any]:
     """Run a function in all processes at once.
 
     Raises:
