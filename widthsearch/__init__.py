@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _WHERE = {
     "Axis": "widths",
