@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from search_spaces.resnet_cifar import resnet
-from widthsearch import SearchSpace, pareto
+from widthsearch import SearchSpace
+from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.candidates import Grid
 from widthsearch.bayesopt.kernel import Coordinates
 from widthsearch.bayesopt.observation import Observation

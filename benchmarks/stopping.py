@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from widthsearch import Recipe, load_space, pareto
+from widthsearch import Recipe, load_space
+from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.early_stopping import FrontStopping
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.data.config import TaskConfig
