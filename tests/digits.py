@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task, load_task
 from widthsearch.training.recipe import EpochResult
+from widthsearch.training.trainer import Trainer
 
 
 @cache
@@ -48,6 +50,17 @@ def convnet(
             nn.Dropout(dropout),
             nn.Linear(2 * width * 16, 10),
         )
+
+
+def rows(split: Split) -> list[bytes]:
+    """Each image's bytes."""
+    return [image.tobytes() for image in split.images]
+
+
+def finish(run: Trainer) -> None:
+    """Train to the end."""
+    while not run.finished:
+        run.run_epoch()
 
 
 def untimed(curve: tuple[EpochResult, ...]) -> list[EpochResult]:

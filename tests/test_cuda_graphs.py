@@ -22,14 +22,14 @@ import digits
 import numpy as np
 import pytest
 import torch
-from digits import untimed, weights
+from digits import finish, untimed, weights
 from torch import Tensor, nn
 
 from widthsearch.data.tasks import Task
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.training import cuda_graphs as capture
 from widthsearch.training.cuda_graphs import WARMUP_STEPS, CudaGraphStep, find_hooks
-from widthsearch.training.recipe import Recipe
+from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import Trainer, fit
 
 QUICK = Recipe(epochs=3, batch_size=32, lr=0.1)
@@ -45,6 +45,19 @@ def few() -> Task:
 def convnet(seed: int = 0, middle: Callable[[], nn.Module] = nn.Identity) -> nn.Module:
     """A narrow network with dropout."""
     return digits.convnet(seed, width=8, dropout=0.2, middle=middle)
+
+
+def with_and_without_graphs(
+    task: Task, recipe: Recipe = QUICK, **options: Any
+) -> list[list[EpochResult]]:
+    """The curves of one training, captured and eager; the weights are the same."""
+    models = [convnet(), convnet()]
+    curves = [
+        untimed(fit(model, task, replace(recipe, capture=on), seed=0, **options))
+        for model, on in zip(models, (True, False), strict=True)
+    ]
+    assert weights(models[0]) == weights(models[1])
+    return curves
 
 
 # --- a stand-in for CUDA graphs ---
@@ -135,8 +148,7 @@ def test_a_captured_run_gives_the_numbers_of_the_plain_loop(
     curve = fit(plain, few(), replace(recipe, capture=False), seed=0)
     assert not recordings
     run = Trainer(captured, few(), recipe, seed=0)
-    while not run.finished:
-        run.run_epoch()
+    finish(run)
     assert run.mode.endswith(", graph")
     assert untimed(run.curve) == untimed(curve)
     assert weights(captured) == weights(plain)
@@ -150,8 +162,8 @@ def test_evaluation_is_captured_too(recordings: list[Recording]) -> None:
     images = np.tile(task.validation.images, (20, 1, 1, 1))  # 7180: seven batches of 1024 and more
     labels = np.tile(task.validation.labels, 20)
     task = replace(task, validation=type(task.validation)(images, labels))
-    curves = [fit(convnet(), task, replace(QUICK, capture=on), seed=0) for on in (True, False)]
-    assert untimed(curves[0]) == untimed(curves[1])
+    captured, eager = with_and_without_graphs(task)
+    assert captured == eager
     assert [recording.replays for recording in recordings] == [
         3 * 8 - WARMUP_STEPS,
         3 * 7 - WARMUP_STEPS,
@@ -176,9 +188,8 @@ def test_a_resumed_run_captures_again(recordings: list[Recording], tmp_path: Pat
 
 def test_the_warm_up_spans_short_epochs(recordings: list[Recording]) -> None:
     """With two steps per epoch, the fourth step, in the second epoch, is captured first."""
-    recipe = replace(QUICK, batch_size=128)
-    curves = [fit(convnet(), few(), replace(recipe, capture=on), seed=0) for on in (True, False)]
-    assert untimed(curves[0]) == untimed(curves[1])
+    captured, eager = with_and_without_graphs(few(), replace(QUICK, batch_size=128))
+    assert captured == eager
     assert recordings[0].replays == 3 * 2 - WARMUP_STEPS
 
 
@@ -345,8 +356,7 @@ def test_a_graph_trains_as_the_eager_loop_does() -> None:
             run = Trainer(
                 convnet(seed), task, replace(recipe, capture=on), seed=seed, device="cuda"
             )
-            while not run.finished:
-                run.run_epoch()
+            finish(run)
             assert run.mode.endswith("graph" if on else "eager"), run.mode
             accuracies.append(run.curve[-1].accuracy)
     assert min(final[True]) > 90
@@ -369,27 +379,20 @@ def test_a_graph_repeats_its_numbers(precision: Any) -> None:
 @pytest.mark.gpu
 def test_a_graph_gives_the_numbers_of_eager_steps() -> None:
     """The kernels are the same, so a run can resume exactly with eager steps."""
-    models = [convnet(), convnet()]
-    curves = [
-        fit(model, few(), replace(QUICK, capture=on), seed=3, device="cuda")
-        for model, on in zip(models, (True, False), strict=True)
-    ]
-    assert untimed(curves[0]) == untimed(curves[1])
-    assert weights(models[0]) == weights(models[1])
+    captured, eager = with_and_without_graphs(few(), device="cuda")
+    assert captured == eager
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("middle", "reason"),
-    [(Halved, "the step waits for the device"), (Drawn, "Python's generator")],
+    ("middle", "reason"), [(Halved, "the step waits for the device"), (Drawn, "Python's generator")]
 )
 def test_a_model_with_control_flow_by_data_trains_eagerly_on_cuda(
     middle: type[nn.Module], reason: str
 ) -> None:
     """The mode has the reason, the model learns, and the next model is captured."""
     run = Trainer(convnet(middle=middle), few(), QUICK, seed=0, device="cuda")
-    while not run.finished:
-        run.run_epoch()
+    finish(run)
     assert reason in run.mode
     assert run.curve[-1].loss < run.curve[0].loss
     after = Trainer(convnet(), few(), QUICK, seed=0, device="cuda")

@@ -109,20 +109,16 @@ def test_a_copy_runs_as_at_inference() -> None:
     """In eval and inference mode, with the given threads and batch; the model is unchanged."""
     seen = set()
 
-    class Watched(nn.Module):
+    class Watched(nn.Sequential):
         """Records the conditions of each run; its copies share the record."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = convnet(8)
 
         def forward(self, x: Tensor) -> Tensor:
             """(N, 3, H, W) to (N, 10)."""
             if torch.is_inference_mode_enabled():
                 seen.add((id(self), self.training, torch.get_num_threads(), tuple(x.shape)))
-            return self.net(x)
+            return super().forward(x)
 
-    model = Watched()
+    model = Watched(*convnet(8))
     before = copy.deepcopy(model.state_dict())
     config = LatencyConfig(batch_size=2, threads=2, pairs=4)
     LatencyMeter(convnet(8), SHAPE, config).measure(model)
@@ -131,7 +127,7 @@ def test_a_copy_runs_as_at_inference() -> None:
     assert (training, threads, shape) == (False, 2, (2, *SHAPE))
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert not model.net[0]._forward_hooks  # type: ignore[index, operator]
+    assert not model[0]._forward_hooks
 
 
 @pytest.mark.gpu
@@ -168,23 +164,20 @@ def test_a_graph_is_faster_than_eager_launches(dtype: str, batch_size: int) -> N
 def test_a_network_that_branches_on_values_has_no_graph() -> None:
     """The error is one line with the way out; the eager backend can measure it."""
 
-    class Branching(nn.Module):
+    class Branching(nn.Sequential):
         """Control flow by data."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = convnet(8)
 
         def forward(self, x: Tensor) -> Tensor:
             """(N, 3, H, W) to (N, 10)."""
-            return self.net(x if x.mean() > 0 else -x)
+            return super().forward(x if x.mean() > 0 else -x)
 
+    branching = Branching(*convnet(8))
     config = LatencyConfig("cuda", "graph", pairs=4)
     meter = LatencyMeter(convnet(8), SHAPE, config)
     with pytest.raises(StudyError, match=r"as a CUDA graph: .*; set latency's backend to eager"):
-        meter.measure(Branching())
+        meter.measure(branching)
     eager = LatencyConfig("cuda", pairs=4)
-    assert LatencyMeter(convnet(8), SHAPE, eager).measure(Branching()).ratio > 0
+    assert LatencyMeter(convnet(8), SHAPE, eager).measure(branching).ratio > 0
 
 
 def test_the_standard_error_of_a_median() -> None:
@@ -325,8 +318,16 @@ def test_the_meter_needs_no_fcntl() -> None:
 # --- folding ---
 
 
-def folded_count(model: nn.Module) -> int:
-    """The number of BatchNorms that return their input."""
+def folds(model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> int:
+    """The number of BatchNorms that fold: they return their input, and the outputs are the same."""
+    randomise_statistics(model).eval().to(x.dtype)
+    with torch.no_grad():
+        expected = model(x)
+        largest = max(float(output.abs().max()) for output in expected)
+        fold_batchnorm(model, x)
+        result = model(x)
+    atol = tolerance * min(largest, 1.0)
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=atol)
     return sum("forward" in vars(module) for module in model.modules())
 
 
@@ -341,14 +342,9 @@ def folded_count(model: nn.Module) -> int:
 )
 def test_folding_gives_the_same_outputs(name: str, folded: int) -> None:
     """Every BatchNorm after a convolution folds; outputs agree up to rounding."""
-    model = randomise_statistics(torchvision.models.get_model(name, weights=None)).eval()
+    model = torchvision.models.get_model(name, weights=None)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model.double()(images.double())
-        fold_batchnorm(model, images.double())
-        result = model(images.double())
-    assert folded_count(model) == folded
-    assert torch.allclose(result, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    assert folds(model, images.double(), tolerance=1e-9) == folded
 
 
 class Branches(nn.Module):
@@ -400,15 +396,7 @@ def test_only_a_single_consumer_folds(
 ) -> None:
     """Modules used twice, changed outputs and the reverse order stay, with the same outputs."""
     torch.manual_seed(0)
-    model = randomise_statistics(Branches(wire)).eval()
-    images = torch.randn(2, *SHAPE)
-    with torch.no_grad():
-        expected = model(images)
-        fold_batchnorm(model, images)
-        result = model(images)
-    assert folded_count(model) == folded
-    for got, wanted in zip(result, expected, strict=True):
-        assert torch.allclose(got, wanted, atol=1e-5)
+    assert folds(Branches(wire), torch.randn(2, *SHAPE)) == folded
 
 
 @pytest.mark.parametrize(
@@ -423,20 +411,14 @@ def test_other_convolutions_fold_too(
     convolution: nn.Module, batchnorm: nn.Module, shape: tuple[int, ...]
 ) -> None:
     """One and three dimensions, groups, transposed, and a BatchNorm without weights."""
-    model = randomise_statistics(nn.Sequential(convolution, batchnorm)).eval()
-    x = torch.randn(shape)
-    with torch.no_grad():
-        expected = model(x)
-        fold_batchnorm(model, x)
-        assert torch.allclose(model(x), expected, atol=1e-5)
-    assert folded_count(model) == 1
+    assert folds(nn.Sequential(convolution, batchnorm), torch.randn(shape)) == 1
 
 
 def test_a_batchnorm_without_statistics_does_not_fold() -> None:
     """It normalises with the statistics of the batch even in eval mode."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     fold_batchnorm(model, torch.randn(2, *SHAPE))
-    assert folded_count(model) == 0
+    assert not any("forward" in vars(module) for module in model)
 
 
 # --- errors ---

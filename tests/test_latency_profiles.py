@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency import profiles as profiling
@@ -222,23 +222,10 @@ def test_a_real_profile_of_a_tiny_space(folder: Path) -> None:
     assert model.errors.networks == 6
 
 
-class Tokens(nn.Module):
-    """An embedding and two linear layers, of integers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(5, 8)
-        self.hidden = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(N, T) to (N, 3)."""
-        return self.head(self.hidden(self.embed(ids)).relu().mean(1))
-
-
 def test_a_space_of_a_sample_tensor_has_a_profile() -> None:
     """Its networks take token ids, so the meter makes integers; the file is found again."""
-    space = SearchSpace.from_model(Tokens, torch.zeros(6, dtype=torch.long), name="tokens")
+    net = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    space = SearchSpace.from_model(net, torch.zeros(6, dtype=torch.long), name="tokens")
     model = measure_profile(space, CONFIG, vectors=3)
     assert len(model.ms) == 3
     assert load_profile(space, CONFIG) is not None

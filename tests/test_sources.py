@@ -14,11 +14,11 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from digits import rows
 from PIL import Image
 
 from widthsearch.data import sources
 from widthsearch.data.config import Augmentation, TaskConfig
-from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task, load_task, task_from_datasets
 from widthsearch.errors import DataError
 
@@ -29,11 +29,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("WIDTHSEARCH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "widthsearch" / "image_folder"
-
-
-def rows(split: Split) -> list[bytes]:
-    """Each image's bytes."""
-    return [image.tobytes() for image in split.images]
 
 
 # --- image_folder ---

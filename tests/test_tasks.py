@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digits import rows
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,12 +20,6 @@ from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import load_task, stratified, task_from_datasets
 from widthsearch.errors import DataError
-
-
-def rows(split: Split) -> list[bytes]:
-    """Each image's bytes."""
-    return [image.tobytes() for image in split.images]
-
 
 # --- splits ---
 
@@ -74,9 +69,7 @@ def test_a_search_has_no_test_split() -> None:
 
 
 @given(
-    st.lists(st.integers(2, 30), min_size=1, max_size=5),
-    st.floats(0.01, 0.99),
-    st.integers(0, 5),
+    st.lists(st.integers(2, 30), min_size=1, max_size=5), st.floats(0.01, 0.99), st.integers(0, 5)
 )
 def test_stratified_split_holds_out_a_share_of_each_class(
     sizes: list[int], share: float, seed: int
