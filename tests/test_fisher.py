@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from widthsearch.proposers import Setting
 from widthsearch.proposers.fisher import Fisher, FisherInformation
 from widthsearch.proposers.importance import GreedyRemoval
 from widthsearch.proposers.magnitude import Magnitude
-from widthsearch.proposers.tuning import FineTuner, prune_and_tune, without_groups
+from widthsearch.proposers.tuning import FineTuner, PruneAndTune, without_groups
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
@@ -149,6 +150,20 @@ def test_axes_with_unknown_consumers_keep_their_width() -> None:
 # -- prune-and-tune ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Scripted(PruneAndTune):
+    """Scores by a function; single steps hardly change the weights."""
+
+    scores: Callable[[FineTuner], list[Tensor]] = lambda _: []
+    every: int = 1
+    lr: float = 1e-9
+    name: ClassVar[str] = "scripted"
+
+    def score(self, tuner: FineTuner) -> list[Tensor]:
+        """The scores of the function."""
+        return self.scores(tuner)
+
+
 def test_every_member_is_measured() -> None:
     """Each has exact MACs, tuned accuracy and training so far; the path ends at `lowest`."""
     space, task = space_of("Residual"), small_task()
@@ -180,14 +195,12 @@ def test_networks_on_the_way_are_real_narrower_networks() -> None:
         scores[0] *= 1e-3 if len(seen) == 1 else 1e3
         return scores
 
-    trajectory, measured = prune_and_tune(
-        space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE
-    )
-    assert seen == [w.vector for w in trajectory]
+    proposal = Scripted(scores=score)(space, task, setting())
+    assert seen == [w.vector for w in proposal.trajectory]
     assert seen[:3] == [(16, 32), (14, 32), (14, 28)]
     assert torch.allclose(weights[1], weights[0][:, 2:], atol=1e-6)
     assert torch.allclose(weights[2], weights[1][4:], atol=1e-6)
-    assert len(measured["members"]) == len(trajectory)
+    assert len(proposal.provenance["members"]) == len(proposal.trajectory)
 
 
 def test_the_base_is_trained_by_the_recipe() -> None:
@@ -204,7 +217,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
         tuner.tune()
         return [torch.ones(n) for n in tuner.graph.groups]
 
-    prune_and_tune(space, task, setting(), score, every=1, lr=1e-9, per="channel", pretrain=RECIPE)
+    Scripted(scores=score)(space, task, setting())
     assert found[0][0] == result.accuracy
     assert all(map(torch.equal, found[0][1], model.parameters()))
 
@@ -226,18 +239,14 @@ def test_the_cost_that_information_is_divided_by_changes_the_order(per: Any) -> 
     assert (
         GreedyRemoval(space, per="channel").weakest(per_step) == cheap != removal.weakest(per_step)
     )
-    calls: list[str] = []
 
     def even(tuner: FineTuner) -> list[Tensor]:
         tuner.tune()
-        calls.append(per)
         slopes = [0.95 if i == cheap else 1.0 for i in steps]
         return [s * torch.ones(n) for s, n in zip(slopes, tuner.graph.groups, strict=True)]
 
-    trajectory, _ = prune_and_tune(
-        space, small_task(), setting(), even, every=1, lr=1e-9, per=per, pretrain=RECIPE
-    )
-    assert trajectory[1].vector[cheap] == space.base.vector[cheap]
+    proposal = Scripted(scores=even, per=per)(space, small_task(), setting())
+    assert proposal.trajectory[1].vector[cheap] == space.base.vector[cheap]
 
 
 def test_the_lowest_score_per_channel_goes_first() -> None:

@@ -34,7 +34,7 @@ from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
 from widthsearch.proposers.fisher import Fisher
 from widthsearch.proposers.magnitude import Magnitude
-from widthsearch.proposers.tuning import FineTuner, prune_and_tune
+from widthsearch.proposers.tuning import FineTuner, PruneAndTune
 
 
 class Pruned:
@@ -49,7 +49,7 @@ class Pruned:
 
     def __init__(
         self,
-        method: Fisher | Magnitude,
+        method: PruneAndTune,
         space: SearchSpace,
         task: Task,
         setting: Setting,
@@ -57,28 +57,26 @@ class Pruned:
     ) -> None:
         base = space.cost(space.base).macs
         self.networks: dict[float, nn.Module] = {}
+        networks = self.networks
 
-        def score(tuner: FineTuner) -> list[Tensor]:
-            scores = method.score(tuner)
-            for budget in budgets:
-                if space.cost(tuner.graph.widths).macs <= budget * base:
-                    self.networks.setdefault(budget, copy.deepcopy(tuner.model))
-            return scores
+        class Keeping(PruneAndTune):
+            """The method, which keeps a copy of the first network within each budget."""
 
-        trajectory, measured = prune_and_tune(
-            space,
-            task,
-            setting,
-            score,
-            every=method.every,
-            lr=method.lr,
-            per=method.per,
-            pretrain=setting.recipe,
-        )
+            name = method.name
+
+            def score(self, tuner: FineTuner) -> list[Tensor]:
+                """The scores of the method."""
+                scores = method.score(tuner)
+                for budget in budgets:
+                    if space.cost(tuner.graph.widths).macs <= budget * base:
+                        networks.setdefault(budget, copy.deepcopy(tuner.model))
+                return scores
+
+        proposal = Keeping(method.every, method.lr, method.per)(space, task, setting)
         self.widths: dict[float, Widths] = {}
         self.tuned: dict[float, float] = {}
         self.epochs: dict[float, float] = {}
-        for widths, member in zip(trajectory, measured["members"], strict=True):
+        for widths, member in zip(proposal.trajectory, proposal.provenance["members"], strict=True):
             for budget in budgets:
                 if member["macs"] <= budget * base and budget not in self.widths:
                     self.widths[budget] = widths
@@ -134,9 +132,9 @@ def main() -> None:
     device, seeds, epochs = options.device, options.seeds, made.recipe.epochs
     again = replace(recipe, lr=options.lr)
     base = Entry.of("base", space, space.base)
-    methods: dict[str, Fisher | Magnitude] = {
+    methods: dict[str, PruneAndTune] = {
         "fisher per MAC": Fisher(options.every, options.lr, per="macs"),
-        "l1": Magnitude("l1", options.every, options.lr),
+        "l1": Magnitude(options.every, options.lr, norm="l1"),
     }
     results: list[Result] = compare([base], task, recipe, seeds=seeds, base=base, device=device)
     scratch: list[Entry] = []

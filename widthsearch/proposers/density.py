@@ -221,13 +221,7 @@ class _LookThrough(TorchFunctionMode):
         at = dim if before.dim() == read.dim() else 1
         return (before, at) if read.shape[dim] % before.shape[at] == 0 else (read, dim)
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         x = args[0] if args else kwargs.get("input")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,18 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.channels.sums import consuming_dims, of_input_channels
-from widthsearch.data.tasks import Task
-from widthsearch.proposers.importance import Per
-from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
-from widthsearch.proposers.tuning import FineTuner, prune_and_tune
-from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.recipe import Recipe
+from widthsearch.proposers.tuning import FineTuner, PruneAndTune
 from widthsearch.training.sgd import after_backward
 from widthsearch.utils.validation import validated_dataclass
 
 
 @validated_dataclass("fisher")
-class Fisher:
+class Fisher(PruneAndTune):
     """Fisher pruning (Theis et al. 2018, arXiv 1801.05787; Crowley et al. 2018, arXiv 1810.04622).
 
     A trained network is fine-tuned. After every ``every`` steps, channels whose removal raises the
@@ -47,6 +41,9 @@ class Fisher:
 
     Example:
         >>> from widthsearch.data.tasks import load_task
+        >>> from widthsearch.proposers import Setting
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> from widthsearch.training.recipe import Recipe
         >>> net = nn.Sequential(
         ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
         ... )
@@ -57,29 +54,7 @@ class Fisher:
         ((8, 8), ['accuracy', 'epochs', 'macs'])
     """
 
-    every: Count = 100
-    lr: LearningRate = 8e-4
-    per: Per = "channel"
-    pretrain: Recipe | None = None
-
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Train the base network, then remove channels while it is fine-tuned.
-
-        Raises:
-            StudyError: Training diverged, or the predicted latency is unknown.
-            SpaceError: No axis can be narrowed.
-        """
-        trajectory, measured = prune_and_tune(
-            space,
-            task,
-            setting,
-            self.score,
-            every=self.every,
-            lr=self.lr,
-            per=self.per,
-            pretrain=self.pretrain or setting.recipe,
-        )
-        return Proposal("fisher", trajectory, {"seed": setting.seed, **asdict(self), **measured})
+    name: ClassVar[str] = "fisher"
 
     def score(self, tuner: FineTuner) -> list[Tensor]:
         """Fine-tune for a stretch; per axis, Δ of each group over the stretch, shape (groups,)."""
@@ -90,12 +65,8 @@ class Fisher:
 
 
 _CONSUMERS: dict[Callable[..., Any], int] = {
-    F.conv1d: 1,
-    F.conv2d: 1,
-    F.conv3d: 1,
-    F.conv_transpose1d: 1,
-    F.conv_transpose2d: 1,
-    F.conv_transpose3d: 1,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), 1),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1),
     F.linear: -1,
 }
 """Functions that consume channels with a weight, their second argument, by the dim of channels."""
@@ -126,6 +97,7 @@ class FisherInformation(TorchFunctionMode):
 
     Example:
         >>> from widthsearch.channels.dependency_graph import build_dependency_graph
+        >>> from widthsearch.space.search_space import SearchSpace
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> space = SearchSpace.from_model(net, (2,))
         >>> model = space.build(space.base, seed=0)
@@ -155,13 +127,7 @@ class FisherInformation(TorchFunctionMode):
         self._sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in self._groups]
         self._images = 0
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONSUMERS and torch.is_grad_enabled() and id(args[1]) in self._consumers:
             x = args[0].movedim(_CONSUMERS[func], 1)
             probed = _GateProbe.apply(x, self._collector(id(args[1]), x.shape[1]))

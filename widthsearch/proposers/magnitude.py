@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.channels.sums import group_sums
-from widthsearch.data.tasks import Task
-from widthsearch.proposers.importance import Per
-from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
-from widthsearch.proposers.tuning import FineTuner, prune_and_tune
-from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.recipe import Recipe
+from widthsearch.proposers.tuning import FineTuner, PruneAndTune
 from widthsearch.utils.validation import validated_dataclass
 
 Norm = Literal["l1", "l2"]
 
 
 @validated_dataclass("magnitude")
-class Magnitude:
+class Magnitude(PruneAndTune):
     """Prune-and-tune that removes the filters with the smallest norm (Li et al. 2017, arXiv
     1608.08710).
 
@@ -38,6 +32,9 @@ class Magnitude:
 
     Example:
         >>> from widthsearch.data.tasks import load_task
+        >>> from widthsearch.proposers import Setting
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> from widthsearch.training.recipe import Recipe
         >>> net = nn.Sequential(
         ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
         ... )
@@ -49,29 +46,7 @@ class Magnitude:
     """
 
     norm: Norm = "l1"
-    every: Count = 100
-    lr: LearningRate = 8e-4
-    per: Per = "channel"
-    pretrain: Recipe | None = None
-
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
-        """Train the base network, then remove channels while it is fine-tuned.
-
-        Raises:
-            StudyError: Training diverged, or the predicted latency is unknown.
-            SpaceError: No axis can be pruned.
-        """
-        trajectory, measured = prune_and_tune(
-            space,
-            task,
-            setting,
-            self.score,
-            every=self.every,
-            lr=self.lr,
-            per=self.per,
-            pretrain=self.pretrain or setting.recipe,
-        )
-        return Proposal("magnitude", trajectory, {"seed": setting.seed, **asdict(self), **measured})
+    name: ClassVar[str] = "magnitude"
 
     def score(self, tuner: FineTuner) -> list[Tensor]:
         """Fine-tune for a stretch; per axis, the norm of each group after it, shape (groups,)."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,17 +18,12 @@ from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.tasks import Task
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers.importance import GreedyRemoval, Per
-from widthsearch.proposers.protocol import Setting
+from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook
 from widthsearch.training.trainer import evaluate, fit
-from widthsearch.utils.devices import (
-    check_device,
-    deterministic_cudnn,
-    pick_memory_format,
-    seeded,
-)
+from widthsearch.utils.devices import check_device, deterministic_cudnn, pick_memory_format, seeded
 from widthsearch.widths import Widths
 
 
@@ -36,14 +31,13 @@ class FineTuner:
     """Fine-tunes a network of a space at a constant learning rate, and removes channels from it.
 
     Args:
+        method: The steps of a stretch of fine-tuning, and the learning rate.
         space: The space.
         model: A trained network of the space.
         graph: The dependency graph of the network.
         task: The data.
         recipe: Batch size, momentum, weight decay, label smoothing and precision.
         setting: The seed (of the order of images, augmentation and dropout) and the device.
-        every: Steps of a stretch of fine-tuning.
-        lr: The learning rate.
 
     Attributes:
         model: The present network.
@@ -53,20 +47,17 @@ class FineTuner:
 
     def __init__(
         self,
+        method: PruneAndTune,
         space: SearchSpace,
         model: nn.Module,
         graph: DependencyGraph,
         task: Task,
         recipe: Recipe,
         setting: Setting,
-        *,
-        every: int,
-        lr: float,
     ) -> None:
-        self.model = model
-        self.graph = graph
-        self._space, self._task, self._recipe = space, task, recipe
-        self._every, self._lr, self._seed, self._stretch = every, lr, setting.seed, 0
+        self.model, self.graph = model, graph
+        self._method, self._space, self._task, self._recipe = method, space, task, recipe
+        self._seed, self._stretch = setting.seed, 0
         self._device = check_device(setting.device)
         blank = torch.zeros(2, *task.input_shape, device=self._device)
         self._layout = pick_memory_format(model, blank)
@@ -82,15 +73,14 @@ class FineTuner:
         Raises:
             StudyError: The loss is not finite.
         """
-        sgd = SgdSteps(
-            self.model, self._loader, self._recipe, self._device, steps=self._every, hook=hook
-        )
+        steps, lr = self._method.every, self._method.lr
+        sgd = SgdSteps(self.model, self._loader, self._recipe, self._device, steps=steps, hook=hook)
         self._stretch += 1
         with seeded(self._seed, self._stretch, self._device) as generator, deterministic_cudnn():
-            loss = sgd.run(generator, [self._lr] * self._every)
+            loss = sgd.run(generator, [lr] * steps)
         if not math.isfinite(loss):
             raise StudyError(
-                f"fine-tuning must keep a finite loss, but with lr={self._lr} it diverged; lower it"
+                f"fine-tuning must keep a finite loss, but with lr={lr} it diverged; lower it"
             )
 
     def accuracy(self) -> float:
@@ -160,75 +150,86 @@ def train_base(
     return curve[-1].accuracy
 
 
-def prune_and_tune(
-    space: SearchSpace,
-    task: Task,
-    setting: Setting,
-    score: Callable[[FineTuner], list[Tensor]],
-    *,
-    every: int,
-    lr: float,
-    per: Per,
-    pretrain: Recipe,
-) -> tuple[tuple[Widths, ...], dict[str, Any]]:
-    """Train the base network, then alternate: fine-tune and score channels, remove one grid step.
+@dataclass(frozen=True)
+class PruneAndTune(ABC):
+    """A method that trains the base network, then alternates: fine-tune and score, remove a step.
 
-    The loop ends at ``setting.lowest`` of the base's MACs, or if no axis can be narrowed. Each
-    network on the way is a real narrower network, and is fine-tuned for a stretch before it is
-    measured. Axes whose channels cannot be told apart keep their base width; in axes that a user
-    tied, groups of the same number are removed together.
+    It ends at ``setting.lowest`` of the base's MACs, or if no axis can be narrowed. Each network on
+    the way is a real narrower network, and is fine-tuned for a stretch before it is measured. Axes
+    whose channels cannot be told apart keep their base width; in axes that a user tied, groups of
+    the same number are removed together.
 
-    Args:
-        space: The space.
-        task: The data.
-        setting: The seed, the device, the smallest network.
-        score: Fine-tunes for a stretch and returns the score of each channel group, per axis;
-            axes with infinite scores keep their base width.
-        every: Fine-tuning steps of a stretch.
-        lr: The learning rate of fine-tuning.
-        per: The cost that scores are divided by.
-        pretrain: The recipe of the base network; fine-tuning uses its batches and regularisation.
-
-    Returns:
-        The trajectory, and for provenance ``members``: for each member of the trajectory ``macs``,
-        ``accuracy`` (fine-tuned, top-1 on the validation split in percent), and ``epochs``, the
-        training so far in epochs of the base network by MACs.
-
-    Raises:
-        StudyError: Training diverged, or the predicted latency is unknown.
-        SpaceError: No axis can be narrowed.
+    Attributes:
+        every: Fine-tuning steps between two removals; default 100.
+        lr: The constant learning rate of fine-tuning; default 8e-4.
+        per: The cost that scores are divided by: ``channel`` (default, none), ``macs``, ``params``
+            or predicted ``latency``.
+        pretrain: The recipe of the base network; default the study's recipe. Fine-tuning uses its
+            batches and regularisation.
+        name: The name of the method in studies.
     """
-    base = space.cost(space.base).macs
-    graph = build_dependency_graph(space.model, space.base)
-    removal = GreedyRemoval(space, per=per, latency=setting.latency, kept=graph.unknown)
-    # Channel groups per grid step of each axis.
-    counts = [axis.step // t.divisor for axis, t in zip(space.axes, space.trace.axes, strict=True)]
-    if not removal.possible.any():
-        raise _nothing_to_remove(space)
-    model = space.build(space.base, seed=setting.seed)
-    train_base(model, task, pretrain, setting)
-    tuner = FineTuner(space, model, graph, task, pretrain, setting, every=every, lr=lr)
-    epochs = float(pretrain.epochs)
-    members = []
-    while True:
-        scores = [of_axis.double().cpu().numpy() for of_axis in score(tuner)]
-        macs = space.cost(tuner.graph.widths).macs
-        epochs += every * tuner.batch_size / len(task.train) * macs / base
-        members.append({"macs": macs, "accuracy": tuner.accuracy(), "epochs": epochs})
-        setting.report(f"{macs / base:.2f} of the base's MACs: {members[-1]['accuracy']:.1f}%")
-        if macs <= setting.lowest * base:
-            break
-        weakest = [np.argsort(s, kind="stable")[:n] for s, n in zip(scores, counts, strict=True)]
-        losses = [s[groups].sum() for s, groups in zip(scores, weakest, strict=True)]
-        axis = removal.weakest(np.array(losses))
-        if axis is None:
-            break
-        removal.remove(axis)
-        tuner.remove(axis, weakest[axis])
-    if macs == base > setting.lowest * base:
-        raise _nothing_to_remove(space)
-    trajectory = tuple(Widths(space.names, tuple(step.tolist())) for step in removal.path)
-    return trajectory, {"members": members}
+
+    every: Count = 100
+    lr: LearningRate = 8e-4
+    per: Per = "channel"
+    pretrain: Recipe | None = None
+    name: ClassVar[str]
+
+    @abstractmethod
+    def score(self, tuner: FineTuner) -> list[Tensor]:
+        """Fine-tune for a stretch and score the channels.
+
+        Returns:
+            Per axis, the score of each channel group, shape (groups,); axes with infinite scores
+            keep their width.
+        """
+
+    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+        """Train the base network, then remove channels while it is fine-tuned.
+
+        Returns:
+            The proposal; its provenance has ``members``: for each member of the trajectory
+            ``macs``, ``accuracy`` (fine-tuned, top-1 on the validation split in percent), and
+            ``epochs``, the training so far in epochs of the base network by MACs.
+
+        Raises:
+            StudyError: Training diverged, or the predicted latency is unknown.
+            SpaceError: No axis can be narrowed.
+        """
+        base = space.cost(space.base).macs
+        graph = build_dependency_graph(space.model, space.base)
+        removal = GreedyRemoval(space, per=self.per, latency=setting.latency, kept=graph.unknown)
+        # Channel groups per grid step of each axis.
+        counts = [a.step // t.divisor for a, t in zip(space.axes, space.trace.axes, strict=True)]
+        if not removal.possible.any():
+            raise _nothing_to_remove(space)
+        model, recipe = space.build(space.base, seed=setting.seed), self.pretrain or setting.recipe
+        train_base(model, task, recipe, setting)
+        tuner = FineTuner(self, space, model, graph, task, recipe, setting)
+        epochs = float(recipe.epochs)
+        members = []
+        while True:
+            scores = [of_axis.double().cpu().numpy() for of_axis in self.score(tuner)]
+            macs = space.cost(tuner.graph.widths).macs
+            epochs += self.every * tuner.batch_size / len(task.train) * macs / base
+            members.append({"macs": macs, "accuracy": tuner.accuracy(), "epochs": epochs})
+            setting.report(f"{macs / base:.2f} of the base's MACs: {members[-1]['accuracy']:.1f}%")
+            if macs <= setting.lowest * base:
+                break
+            weakest = [
+                np.argsort(s, kind="stable")[:n] for s, n in zip(scores, counts, strict=True)
+            ]
+            losses = [s[groups].sum() for s, groups in zip(scores, weakest, strict=True)]
+            axis = removal.weakest(np.array(losses))
+            if axis is None:
+                break
+            removal.remove(axis)
+            tuner.remove(axis, weakest[axis])
+        if macs == base > setting.lowest * base:
+            raise _nothing_to_remove(space)
+        trajectory = tuple(Widths(space.names, tuple(step.tolist())) for step in removal.path)
+        provenance = {"seed": setting.seed, **asdict(self), "members": members}
+        return Proposal(self.name, trajectory, provenance)
 
 
 def _nothing_to_remove(space: SearchSpace) -> SpaceError:

@@ -117,13 +117,7 @@ class _Paths(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._through: dict[int, frozenset[str]] = {}
         self._kept: list[Tensor] = []  # keeps ids unique
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         sides = [self._through.get(id(x), frozenset()) for x in tensors]
