@@ -425,7 +425,7 @@ def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
     for name in ("one", "two"):
         drive(make(tmp_path / name, name=name, storage=url, trials=2))
     assert not (tmp_path / "one" / "study.db").exists()
-    assert len(Store.open(url, "one").trials({"tiny": ("first", "second")})) == 2
+    assert len(Store.open(url, "one").trials({"tiny": tiny.space()})) == 2
     assert len(Study.load(tmp_path / "two").trials()) == 2
 
 

@@ -260,7 +260,7 @@ class Driver:
     def running(self) -> list[Trial]:
         """The trials that have begun and are not done."""
         store = Store.open(self.study.storage, "tiny")
-        trials = store.trials({"tiny": self.study.space.names})
+        trials = store.trials(self.study.spaces)
         return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
     def wait_for(self, done: int) -> None:

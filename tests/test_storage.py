@@ -11,11 +11,12 @@ import pytest
 import tiny
 
 from widthsearch.errors import StorageError, StudyError
+from widthsearch.proposers.families import Candidate
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
 
-SPACES = {"tiny": ("first", "second")}
+SPACES = {"tiny": tiny.space()}
 OBJECTIVES = ("accuracy", "macs", "latency_ms")
 
 
@@ -33,14 +34,8 @@ def store(url: str) -> Store:
 
 def begin(store: Store, first: int = 4, second: int = 8) -> Trial:
     """A trial that has just begun."""
-    return store.begin(
-        "tiny",
-        tiny.space().axes,
-        tiny.widths(first, second),
-        origin={"sampler": "tpe"},
-        seed=7,
-        cost=tiny.COST,
-    )
+    candidate = Candidate("tiny", tiny.widths(first, second), {"sampler": "tpe"})
+    return store.begin(SPACES, candidate, seed=7)
 
 
 def test_trials_come_back_as_they_were_stored(store: Store, url: str) -> None:
@@ -189,13 +184,9 @@ def test_a_storage_that_breaks_later_is_an_error(store: Store, tmp_path: Path) -
 
 def test_several_spaces_share_a_study(store: Store) -> None:
     """Their axes may have the same names: parameters are `space/axis`."""
-    both = {"tiny": ("first", "second"), "other": ("second",)}
-    (axis,) = [axis for axis in tiny.space().axes if axis.name == "second"]
-    for space, axes, widths in (
-        ("tiny", tiny.space().axes, tiny.widths(4, 8)),
-        ("other", [axis], Widths(("second",), (6,))),
-    ):
-        store.begin(space, axes, widths, origin={}, seed=0, cost=tiny.COST, alone=False)
+    both = {"tiny": tiny.space(), "other": tiny.space("other").constrained(pin="first")}
+    for name, widths in (("tiny", tiny.widths(4, 8)), ("other", Widths(("second",), (6,)))):
+        store.begin(both, Candidate(name, widths, {}), seed=0)
     first, second = store.trials(both)
     assert (first.space, first.widths) == ("tiny", tiny.widths(4, 8))
     assert (second.space, dict(second.widths)) == ("other", {"second": 6})

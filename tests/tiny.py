@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widthsearch.api import Study
 from widthsearch.data.config import Augmentation
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task
@@ -25,6 +26,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Search
+from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
@@ -136,13 +138,19 @@ CANDIDATES = [
 
 @contextmanager
 def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[Search]:
-    """A search over the tiny space, with its storage in a folder."""
+    """A search over the tiny space, with its storage in a folder, which is made."""
+    folder.mkdir(exist_ok=True)
     store = Store.create(f"sqlite:///{folder / 'study.db'}", settings.name, settings.objectives)
     with DriverLock(store) as driver_lock:
         spaces = options.pop("spaces", {"tiny": space()})
         base = Candidate("tiny", space().base, {"base": True})
         options["candidates"] = [base, *options.get("candidates", CANDIDATES)]
-        yield Search(settings, spaces, store, driver_lock, **options)
+        yield Search(settings, spaces, driver_lock, **options)
+
+
+def study(folder: Path, space_: SearchSpace | None = None, **changes: Any) -> Study:
+    """A study of the tiny task in a folder; of the tiny space unless another one is given."""
+    return Study(config(**changes), space_ or space(), task(), folder=folder)
 
 
 def wide_is_good(trial: Trial, epoch: int) -> float:
@@ -181,3 +189,15 @@ def drive(
             done.append(EpochResult(epoch, 1.0, accuracy(trial, epoch), 0.1))
             goes_on = search.report(trial.number, done)
     return asked
+
+
+def run(
+    of: Study,
+    accuracy: Callable[[Trial, int], float] = wide_is_good,
+    trials: int | None = None,
+) -> list[Progress]:
+    """Run a study by the plain loop; returns its progress."""
+    progress: list[Progress] = []
+    with of.search(progress.append) as search:
+        drive(search, accuracy, trials)
+    return progress

@@ -231,9 +231,7 @@ class Study:
         Raises:
             StudyError: The study was never run, the spec is none of these, or nothing fits it.
         """
-        posterior = self.posterior()
-        accuracy, trials = posterior.accuracy, posterior.trials
-        return pick(posterior.front(), spec, self.config.objectives, accuracy, trials)
+        return pick(self.posterior(), spec)
 
     def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord]]:
         """The trials that have ended and the spaces' records, without the spaces' code."""
@@ -244,8 +242,7 @@ class Study:
         if stored is None:
             raise StudyError(f"study {self.config.name!r} has no trials yet: run it first")
         records = {space["name"]: SpaceRecord.from_json(space) for space in stored}
-        names = {name: [a.name for a in record.axes] for name, record in records.items()}
-        trials = [trial for trial in store.trials(names) if trial.state != TrialState.RUNNING]
+        trials = [trial for trial in store.trials(records) if trial.state != TrialState.RUNNING]
         return trials, records
 
     def confirm(

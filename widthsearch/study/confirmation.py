@@ -12,9 +12,7 @@ from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Search
 from widthsearch.study.progress import Progress
-from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial
-from widthsearch.widths import Widths
 
 _MIN_DOUBT = 0.05
 """The least value of p (1 − p): a member of the front with p near 0 is trained again as well."""
@@ -42,8 +40,7 @@ class Confirmation(Search):
     Args:
         config: The study's configuration.
         spaces: Its spaces by name.
-        store: Its storage.
-        driver_lock: The lock that this process holds.
+        driver_lock: The lock of its storage, which this process holds.
         seeds: The mean number of trainings that the members of the front are to have.
         on_progress: Called with the progress of the study.
     """
@@ -52,13 +49,11 @@ class Confirmation(Search):
         self,
         config: StudyConfig,
         spaces: Mapping[str, SearchSpace],
-        store: Store,
         driver_lock: DriverLock,
         seeds: int,
-        *,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        super().__init__(config, spaces, store, driver_lock, on_progress=on_progress)
+        super().__init__(config, spaces, driver_lock, on_progress=on_progress)
         posterior = self.posterior
         front = posterior.front()
         missing = seeds * len(front) - sum(posterior[member].trainings for member in front)
@@ -77,13 +72,11 @@ class Confirmation(Search):
         posterior = self.posterior
         front = posterior.front()
         finalists = {member.number: member for member in (*front, *posterior.undecided)}
-        pending: Counter[tuple[str, Widths]] = Counter(
-            (self.trials[number].space, self.trials[number].widths) for number in self.running
-        )
+        pending = Counter(self.trials[number].architecture for number in self.running)
 
         def priority(member: Trial) -> tuple[float, int]:
             estimate = posterior[member]
-            k = pending[member.space, member.widths]
+            k = pending[member.architecture]
             if estimate.sd is None or posterior.surrogate is None:
                 return -estimate.trainings - k, -member.number
             p = estimate.dominated or 0.0

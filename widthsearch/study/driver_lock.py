@@ -34,6 +34,9 @@ class DriverLock:
     Args:
         store: The study's storage.
 
+    Attributes:
+        store: The study's storage.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -45,18 +48,18 @@ class DriverLock:
     KEY = "driver"
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
         self._token = secrets.token_hex(8)
         self._ended = threading.Event()
         self._lost = False
         self._thread = threading.Thread(target=self._beat, name="driver-lock", daemon=True)
 
     def __enter__(self) -> DriverLock:
-        holder = self._store.attribute(self.KEY)
+        holder = self.store.attribute(self.KEY)
         if holder is not None and not _is_gone(holder):
             silent = time.time() - holder["time"]
             raise StudyError(
-                f"a study has one driver at a time, but {self._store.name!r} is being run by "
+                f"a study has one driver at a time, but {self.store.name!r} is being run by "
                 f"process {holder['pid']} on {holder['host']} (last sign of life {silent:.0f} s "
                 f"ago): wait for it or stop it; if it was killed, run again in "
                 f"{max(1.0, TIMEOUT_SECONDS - silent):.0f} s"
@@ -71,19 +74,19 @@ class DriverLock:
         if not self._lost:
             # If the storage has failed, its error is already being raised; the lock times out.
             with contextlib.suppress(StorageError):
-                self._store.set_attribute(self.KEY, None)
+                self.store.set_attribute(self.KEY, None)
 
     def check(self) -> None:
         """Raise StudyError if another driver has taken over."""
         if self._lost:
             raise StudyError(
                 f"a study has one driver at a time, but another one took over "
-                f"{self._store.name!r}: this one stops"
+                f"{self.store.name!r}: this one stops"
             )
 
     def renew(self) -> None:
         """Write the current time, unless another driver has taken over."""
-        holder = self._store.attribute(self.KEY)
+        holder = self.store.attribute(self.KEY)
         if holder is None or holder["token"] != self._token:
             self._lost = True
         else:
@@ -96,7 +99,7 @@ class DriverLock:
             "pid": os.getpid(),
             "time": time.time(),
         }
-        self._store.set_attribute(self.KEY, holder)
+        self.store.set_attribute(self.KEY, holder)
 
     def _beat(self) -> None:
         while not self._lost and not self._ended.wait(HEARTBEAT_SECONDS):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,16 +16,15 @@ from widthsearch.bayesopt.pareto import Points, knee
 from widthsearch.errors import StudyError
 from widthsearch.study.trial import Trial, TrialState
 
+if TYPE_CHECKING:
+    from widthsearch.study.posterior import AccuracyPosterior
+
 OBJECTIVES = ("accuracy", "macs", "params", "latency_ms")
 
 
 def objective_value(trial: Trial, objective: str) -> float:
     """A trial's value of an objective, in the objective's own unit; NaN where it has none."""
-    value: Any
-    if objective in ("macs", "params"):
-        value = getattr(trial.cost, objective)
-    else:
-        value = getattr(trial, objective)
+    value = getattr(trial.cost if objective in ("macs", "params") else trial, objective)
     return math.nan if value is None else float(value)
 
 
@@ -51,16 +50,12 @@ def observation(
         objectives: The objectives of the study.
         predicted_ms: Stands for a latency that is not measured.
     """
-    costs = (
-        predicted_ms
-        if name == "latency_ms" and trial.latency is None
-        else objective_value(trial, name)
-        for name in objectives
-        if name != "accuracy"
-    )
+    costs = {name: objective_value(trial, name) for name in objectives if name != "accuracy"}
+    if "latency_ms" in costs and trial.latency is None:
+        costs["latency_ms"] = predicted_ms
     curve = tuple(result.accuracy for result in trial.curve)
     running = trial.state == TrialState.RUNNING
-    return Observation(trial.widths.vector, trial.accuracy, tuple(costs), curve, running)
+    return Observation(trial.widths.vector, trial.accuracy, (*costs.values(),), curve, running)
 
 
 def equal_cost_pairs(
@@ -90,44 +85,34 @@ def equal_cost_pairs(
     return pairs
 
 
-def pick(
-    front: Sequence[Trial],
-    spec: str | int,
-    objectives: Sequence[str],
-    accuracy: Callable[[Trial], float],
-    trials: Sequence[Trial] = (),
-) -> Trial:
+def pick(posterior: AccuracyPosterior, spec: str | int) -> Trial:
     """The front's member that ``spec`` names, or any finished trial by its ID.
 
-    ``best`` is the most accurate, ``knee`` the one of greatest bulge over ``objectives``, a number
+    ``best`` is the most accurate, ``knee`` the one of greatest bulge over the objectives, a number
     the trial of that ID, and a limit such as ``macs<=2e6``, ``params<=1e5`` or ``latency_ms<=0.5``
     the most accurate within it.
 
     Args:
-        front: The front.
+        posterior: The posterior of the study, which has the front and the trials.
         spec: The name, limit or ID.
-        objectives: The objectives of the front.
-        accuracy: The estimated accuracy of a member.
-        trials: Others that an ID may name, such as a baseline.
 
     Raises:
         StudyError: The spec is none of these, or no member fits it.
     """
+    front = posterior.front()
     if not front:
         raise StudyError(f"a pick needs a front, but {spec!r} picks from none: run the study first")
 
     def most_accurate(members: Sequence[Trial]) -> Trial:
-        return max(members, key=lambda t: (accuracy(t), -t.cost.macs, -t.number))
+        return max(members, key=lambda t: (posterior.accuracy(t), -t.cost.macs, -t.number))
 
     spec = str(spec).strip()
     if spec == "knee":
-        points = objective_points(front, objectives)
-        points[:, list(objectives).index("accuracy")] = [-accuracy(member) for member in front]
-        return front[knee(points)]
+        return front[knee(posterior.points(front))]
     if spec == "best":
         return most_accurate(front)
     if spec.isdecimal():
-        known = {trial.number: trial for trial in (*trials, *front)}
+        known = {trial.number: trial for trial in posterior.trials}
         named = known.get(int(spec))
         if named is not None and named.state == TrialState.FINISHED:
             return named
@@ -143,11 +128,9 @@ def pick(
     within = [member for member, value in zip(front, values, strict=True) if value <= limit]
     if not within:
         measured = [value for value in values if not math.isnan(value)]
-        least = (
-            f"the least {objective} on the front is {min(measured):g}"
-            if measured
-            else (f"no member of the front has a {objective}")
-        )
+        least = f"no member of the front has a {objective}"
+        if measured:
+            least = f"the least {objective} on the front is {min(measured):g}"
         raise StudyError(
             f"a pick's limit must leave a member of the front, but {spec!r} leaves none; {least}"
         )

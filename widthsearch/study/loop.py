@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -33,8 +34,7 @@ from widthsearch.study.front import objective_value
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.progress import Level, Pace, Progress
 from widthsearch.study.queue import CandidateQueue
-from widthsearch.study.stopping import EarlyStopping
-from widthsearch.study.storage import Store
+from widthsearch.study.stopping import is_stopped
 from widthsearch.study.suggestions import LatencyEstimates, Suggestions
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
@@ -58,8 +58,7 @@ class Search:
     Args:
         config: The study's configuration.
         spaces: The spaces by name.
-        store: The study's storage.
-        driver_lock: The lock that this process holds.
+        driver_lock: The lock of the study's storage, which this process holds.
         candidates: Networks to train before any is suggested.
         measure: Measures a trial's latency, given the base model's once that is known; None where
             latency is no objective.
@@ -77,7 +76,6 @@ class Search:
         self,
         config: StudyConfig,
         spaces: Mapping[str, SearchSpace],
-        store: Store,
         driver_lock: DriverLock,
         *,
         candidates: Iterable[Candidate] = (),
@@ -88,28 +86,23 @@ class Search:
     ) -> None:
         self.config = config
         self.spaces = spaces
-        self._store = store
+        self._store = driver_lock.store
         self._driver_lock = driver_lock
         self._measure = measure
         self._on_progress = on_progress
-        names = {name: space.names for name, space in spaces.items()}
-        store.fail_partial(names)
-        self.trials = {trial.number: trial for trial in store.trials(names)}
+        self._store.fail_partial(spaces)
+        self.trials = {trial.number: trial for trial in self._store.trials(spaces)}
         # Running trials are in one of these until an engine has them.
         self._interrupted = self._in_state(TrialState.RUNNING)  # by a kill of the last driver
         self._ready: deque[Trial] = deque()
         self._need_alone: deque[int] = deque()  # these ran out of memory
         self._trained_alone: set[int] = set()
-        self._queue = CandidateQueue(list(self.trials.values()), candidates, retry=retry)
+        self._queue = CandidateQueue(self.trials.values(), candidates, retry=retry)
         self._latency = LatencyEstimates(spaces, profiles or {}, self.trials)
-        self._suggestions = Suggestions(
-            config, spaces, self.trials, self._latency, self._queue.proposed
-        )
-        self._stopping = EarlyStopping(config, self.trials)
+        self._suggestions = Suggestions(config, self._latency, self._queue.proposed)
         self._exhausted = False
         self._failures = 0
         self._pace = Pace(self._done)
-        self._posterior: tuple[int, AccuracyPosterior] | None = None
 
     @property
     def done(self) -> bool:
@@ -121,16 +114,11 @@ class Search:
         """The numbers of the trials that have begun and not ended."""
         return tuple(trial.number for trial in self._in_state(TrialState.RUNNING))
 
-    @property
+    @cached_property
     def posterior(self) -> AccuracyPosterior:
         """The posterior of the trials that have ended; computed anew once another one has."""
-        if self._posterior is None or self._posterior[0] != self._done:
-            trials, config = list(self.trials.values()), self.config
-            self._posterior = (
-                self._done,
-                AccuracyPosterior(trials, self.spaces, config.objectives, config.limits),
-            )
-        return self._posterior[1]
+        trials, config = list(self.trials.values()), self.config
+        return AccuracyPosterior(trials, self.spaces, config.objectives, config.limits)
 
     def ask(self) -> Trial | None:
         """The next trial to train.
@@ -178,7 +166,7 @@ class Search:
             values = [objective_value(trial, name) for name in self.config.objectives]
             self._store.finish(number, values)
             self._close(trial)
-        elif self._stopping.stops(trial):
+        elif is_stopped(trial, self.trials.values(), self.config):
             self._store.stop(number)
             self._close(replace(trial, state=TrialState.STOPPED))
         else:
@@ -234,7 +222,12 @@ class Search:
         if message:
             _logger.info(message)
         if self._on_progress is not None:
-            self._on_progress(replace(self._progress(), message=message, level=level))
+            total = len(self.trials)
+            if not self._exhausted:
+                total += max(0, self._total - self._begun)
+            running = len(self.running)
+            now = self._pace.progress(self.posterior, self._done, running, total)
+            self._on_progress(replace(now, message=message, level=level))
 
     @property
     def _begun(self) -> int:
@@ -284,19 +277,11 @@ class Search:
         return self._suggestions.next(self._queue.seen)
 
     def _begin(self, candidate: Candidate) -> Trial:
-        space = self.spaces[candidate.space]
         entropy = (self.config.seed, len(self.trials), *b"trial")
-        trial = self._store.begin(
-            space.name,
-            space.axes,
-            candidate.widths,
-            origin=candidate.origin,
-            seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
-            cost=space.cost(candidate.widths),
-            alone=len(self.spaces) == 1,
-        )
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        trial = self._store.begin(self.spaces, candidate, seed)
         self.trials[trial.number] = trial
-        self._queue.seen.add((candidate.space, candidate.widths))
+        self._queue.seen.add(trial.architecture)
         return trial
 
     def _make_ready(self, trials: Sequence[Trial]) -> None:
@@ -325,23 +310,10 @@ class Search:
 
     def _close(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
+        vars(self).pop("posterior", None)
         failed = trial.state == TrialState.FAILED
         self._failures = self._failures + 1 if failed else 0
         if failed:
             self.notify(f"trial {trial.number} failed: {trial.error}", "warning")
         else:
             self.notify()
-
-    def _progress(self) -> Progress:
-        done, total = self._done, len(self.trials)
-        if not self._exhausted:
-            total += max(0, self._total - self._begun)
-        return Progress(
-            done=done,
-            running=len(self.running),
-            total=total,
-            best_accuracy=self.posterior.best_accuracy,
-            front_size=len(self.posterior.front()),
-            elapsed=self._pace.elapsed,
-            remaining=self._pace.remaining(done, total),
-        )

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.kernel import Coordinates, CostedSpace, Features
 from widthsearch.bayesopt.observation import Observation
+from widthsearch.bayesopt.pareto import Points
 from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.study.front import objective_points, objective_value
-from widthsearch.study.trial import Trial, TrialState
-from widthsearch.widths import Widths
+from widthsearch.study.trial import Architecture, Trial, TrialState
 
 ENOUGH = 8
 """Finished trainings that the surrogate needs; with fewer, the mean of each network's trainings
@@ -33,7 +33,6 @@ INTERVAL = 1.645
 """Standard deviations to each side that hold 90% of a normal distribution."""
 
 _DRAWS = 2048
-Architecture = tuple[str, Widths]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class AccuracyPosterior:
         limits: Mapping[Any, tuple[float, float]] | None = None,
     ) -> None:
         self.objectives = tuple(objectives)
-        self._limits = dict(limits or {})
+        self._limits = limits or {}
         self.trials = trials
         self._spaces = spaces
 
@@ -102,7 +101,7 @@ class AccuracyPosterior:
         points = objective_points(self.trials, self.objectives)
         for trial, point in zip(self.trials, points, strict=True):
             if trial.state == TrialState.FINISHED and not np.isnan(point).any():
-                first.setdefault((trial.space, trial.widths), trial)
+                first.setdefault(trial.architecture, trial)
         return list(first.values())
 
     @property
@@ -135,11 +134,11 @@ class AccuracyPosterior:
 
     def __getitem__(self, trial: Trial) -> AccuracyEstimate:
         """The estimate of a finished trial's architecture."""
-        return self._estimates[trial.space, trial.widths]
+        return self._estimates[trial.architecture]
 
     def accuracy(self, trial: Trial) -> float:
         """The estimated accuracy of a finished trial's architecture, in percent."""
-        return self._means[trial.space, trial.widths]
+        return self._means[trial.architecture]
 
     def front(self) -> list[Trial]:
         """The members within the limits that no other dominates by estimated accuracy.
@@ -157,7 +156,7 @@ class AccuracyPosterior:
     @cached_property
     def _front(self) -> list[Trial]:
         inside = np.flatnonzero([self._is_within(member) for member in self.members])
-        kept = inside[pareto.non_dominated(self._points[inside])]
+        kept = inside[pareto.non_dominated(self.points(self.members)[inside])]
         return sorted((self.members[i] for i in kept), key=lambda t: (t.cost.macs, t.number))
 
     def _is_within(self, member: Trial) -> bool:
@@ -182,11 +181,10 @@ class AccuracyPosterior:
         ]
         return [member for *_, member in sorted(open_, key=lambda each: each[:2])]
 
-    @cached_property
-    def _points(self) -> NDArray[np.float64]:
-        """The members as points to minimise, by estimated accuracy."""
-        points = objective_points(self.members, self.objectives)
-        points[:, self.objectives.index("accuracy")] = [-self.accuracy(t) for t in self.members]
+    def points(self, trials: Sequence[Trial]) -> Points:
+        """Finished trials as points to minimise, (N, objectives), by estimated accuracy."""
+        points = objective_points(trials, self.objectives)
+        points[:, self.objectives.index("accuracy")] = [-self.accuracy(t) for t in trials]
         return points
 
     @cached_property
@@ -195,23 +193,20 @@ class AccuracyPosterior:
         trained: dict[Architecture, list[float]] = {}
         for trial in self.trials:
             if trial.accuracy is not None:
-                trained.setdefault((trial.space, trial.widths), []).append(trial.accuracy)
+                trained.setdefault(trial.architecture, []).append(trial.accuracy)
         return trained
 
     @cached_property
     def _features(self) -> Features:
         """The members as the surrogate sees them, in their order."""
-        grouped = [
-            (coordinates, own)
-            for name, coordinates in self.coordinates.items()
-            if (own := [i for i, member in enumerate(self.members) if member.space == name])
-        ]
-        seen = [
-            Features.of(coordinates, [self.members[i].widths.vector for i in own])
-            for coordinates, own in grouped
-        ]
-        order = np.argsort([i for _, own in grouped for i in own])
-        return Features.concatenate(seen).rows(order)
+        seen, places = [], list[int]()
+        for name, coordinates in self.coordinates.items():
+            own = [i for i, member in enumerate(self.members) if member.space == name]
+            if own:
+                vectors = [self.members[i].widths.vector for i in own]
+                seen.append(Features.of(coordinates, vectors))
+                places += own
+        return Features.concatenate(seen).rows(np.argsort(places))
 
     @cached_property
     def _means(self) -> dict[Architecture, float]:
@@ -220,7 +215,7 @@ class AccuracyPosterior:
         if self.surrogate is not None and self.members:
             posterior = self.surrogate.posterior(self._features)
             for member, mean in zip(self.members, posterior.mean, strict=True):
-                means[member.space, member.widths] = min(max(float(mean), 0.0), 100.0)
+                means[member.architecture] = min(max(float(mean), 0.0), 100.0)
         return means
 
     @cached_property
@@ -239,11 +234,11 @@ class AccuracyPosterior:
             The estimate, and its standard deviation: sqrt(wᵀ C w) with C the joint posterior
             covariance of the members and w the weight of each in the mean. It needs a surrogate.
         """
-        place = {(t.space, t.widths): i for i, t in enumerate(self.members)}
+        place = {member.architecture: i for i, member in enumerate(self.members)}
         weights = np.zeros(len(self.members))
         for first, second in pairs:
-            weights[place[first.space, first.widths]] += 1 / len(pairs)
-            weights[place[second.space, second.widths]] -= 1 / len(pairs)
+            weights[place[first.architecture]] += 1 / len(pairs)
+            weights[place[second.architecture]] -= 1 / len(pairs)
         mean = sum(self.accuracy(first) - self.accuracy(second) for first, second in pairs)
         variance = float(weights @ self._joint[1] @ weights)
         return mean / len(pairs), math.sqrt(max(0.0, variance))
@@ -260,18 +255,16 @@ class AccuracyPosterior:
         draws = np.random.default_rng(0).multivariate_normal(
             mean, covariance, _DRAWS, check_valid="ignore", method="eigh"
         )
-        costs = np.delete(
-            objective_points(self.members, self.objectives),
-            self.objectives.index("accuracy"),
-            axis=1,
-        )
+        points = objective_points(self.members, self.objectives)
+        costs = np.delete(points, self.objectives.index("accuracy"), axis=1)
         within = np.array([self._is_within(member) for member in self.members])
         for i, member in enumerate(self.members):
             rivals = within & (costs <= costs[i]).all(axis=1)
             rivals[i] = False
             beaten = (draws[:, rivals] > draws[:, [i]]).any(axis=1).mean()
-            key = member.space, member.widths
-            estimated[key] = replace(
-                estimated[key], sd=float(np.sqrt(covariance[i, i])), dominated=float(beaten)
+            estimated[member.architecture] = replace(
+                estimated[member.architecture],
+                sd=float(np.sqrt(covariance[i, i])),
+                dominated=float(beaten),
             )
         return estimated

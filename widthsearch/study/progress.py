@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from widthsearch.study.posterior import AccuracyPosterior
+
 Level = Literal["status", "event", "warning"]
 """The importance of a message: ``status`` is replaced by the next one, ``event`` stays on the
 screen, ``warning`` stays and is highlighted."""
@@ -66,18 +68,19 @@ class Pace:
         """Note that an epoch was trained."""
         self.first_epoch = self.first_epoch or time.monotonic()
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the run began."""
-        return time.monotonic() - self.started
-
-    def remaining(self, done: int, total: int) -> float | None:
-        """Seconds until the run's end at its pace; None before a trial has ended in it.
+    def progress(
+        self, posterior: AccuracyPosterior, done: int, running: int, total: int
+    ) -> Progress:
+        """The progress of the run now.
 
         Args:
+            posterior: That of the study's trials.
             done: Trials that have ended.
+            running: Trials that have begun and not ended.
             total: Trials that there will be.
         """
-        if done == self.done or self.first_epoch is None:
-            return None
-        return (time.monotonic() - self.first_epoch) / (done - self.done) * (total - done)
+        now, remaining = time.monotonic(), None
+        if done != self.done and self.first_epoch is not None:
+            remaining = (now - self.first_epoch) / (done - self.done) * (total - done)
+        best, size = posterior.best_accuracy, len(posterior.front())
+        return Progress(done, running, total, best, size, now - self.started, remaining)

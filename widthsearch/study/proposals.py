@@ -161,7 +161,7 @@ def run_sequentially(
 
 def collect_proposals(
     store: Store,
-    requests: Sequence[tuple[ProposerConfig, ProposalRequest]],
+    requests: Sequence[tuple[str, ProposalRequest]],
     task: Task,
     engine: Engine,
     report: Notify,
@@ -173,7 +173,7 @@ def collect_proposals(
 
     Args:
         store: The study's storage.
-        requests: The requests, each with its proposer's configuration.
+        requests: The requests, each with the :func:`proposal_key` of its result.
         task: The data, without a test split.
         engine: Runs the proposers.
         report: Called with the proposers' messages, and as each one finishes or fails.
@@ -182,30 +182,29 @@ def collect_proposals(
         The proposals in the order of the requests, by the space's name, and the reasons of the
         failures, by the request's label.
     """
-    found: dict[int, Proposal] = {}
-    keys = [_key(config, request.space) for config, request in requests]
-    for i, (key, (_, request)) in enumerate(zip(keys, requests, strict=True)):
+    found: dict[str, Proposal] = {}
+    for key, request in requests:
         stored = store.attribute(key)
         if stored is not None and stored["lowest"] <= request.setting.lowest:
-            found[i] = Proposal.from_json(stored)
-    missing = [i for i in range(len(requests)) if i not in found]
+            found[key] = Proposal.from_json(stored)
+    missing = [(key, request) for key, request in requests if key not in found]
     failures = {}
     begun = time.monotonic()
-    for index, result in engine([requests[i][1] for i in missing], task, report):
-        i = missing[index]
-        request = requests[i][1]
+    for index, result in engine([request for _, request in missing], task, report):
+        key, request = missing[index]
         if isinstance(result, Failure):
             failures[request.label] = result.reason
             _logger.info("proposer %s failed\n%s", request.label, result.traceback)
             report(f"proposer {request.label} failed: {result.reason}", "warning")
         else:
-            store.set_attribute(keys[i], {**result.to_json(), "lowest": request.setting.lowest})
-            found[i] = result
+            store.set_attribute(key, {**result.to_json(), "lowest": request.setting.lowest})
+            found[key] = result
             elapsed = time.monotonic() - begun
             report(f"proposer {request.label} finished after {elapsed:.1f} s", "event")
     by_space: dict[str, list[Proposal]] = {request.space.name: [] for _, request in requests}
-    for i in sorted(found):
-        by_space[requests[i][1].space.name].append(found[i])
+    for key, request in requests:
+        if key in found:
+            by_space[request.space.name].append(found[key])
     return by_space, failures
 
 
@@ -215,12 +214,12 @@ def stored_proposals(
     """The proposals in a study's storage, by the space's name; no proposer runs."""
     found: dict[str, list[Proposal]] = {}
     for space in spaces:
-        stored = [store.attribute(_key(config, space)) for config in methods]
+        stored = [store.attribute(proposal_key(config, space)) for config in methods]
         found[space.name] = [Proposal.from_json(content) for content in stored if content]
     return found
 
 
-def _key(config: ProposerConfig, space: SearchSpace) -> str:
+def proposal_key(config: ProposerConfig, space: SearchSpace) -> str:
     """The attribute of the storage that holds a proposer's proposal."""
     content = json.dumps([config.model_dump(mode="json"), space.fingerprint], sort_keys=True)
     return f"proposal:{hashlib.sha256(content.encode()).hexdigest()[:16]}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from widthsearch.proposers.families import Candidate
-from widthsearch.study.trial import Trial, TrialState, unresolved_failures
-from widthsearch.widths import Widths
+from widthsearch.study.trial import Architecture, Trial, TrialState, unresolved_failures
 
 
 class CandidateQueue:
@@ -25,15 +24,15 @@ class CandidateQueue:
     """
 
     def __init__(
-        self, trials: Sequence[Trial], candidates: Iterable[Candidate], *, retry: bool
+        self, trials: Collection[Trial], candidates: Iterable[Candidate], *, retry: bool
     ) -> None:
         failed = unresolved_failures(trials)
         again = {t.number: Candidate(t.space, t.widths, t.origin) for t in failed if retry}
         unresolved = {trial.number for trial in failed} - again.keys()
         failures = {trial.number for trial in trials if trial.state == TrialState.FAILED}
         self.superseded = failures - unresolved
-        self.seen = {(t.space, t.widths) for t in trials if t.number not in again}
-        proposed: dict[tuple[str, Widths], Candidate] = {}
+        self.seen = {t.architecture for t in trials if t.number not in again}
+        proposed: dict[Architecture, Candidate] = {}
         for candidate in (*again.values(), *candidates):
             proposed.setdefault((candidate.space, candidate.widths), candidate)
         self.proposed = tuple(proposed.values())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -27,6 +27,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from widthsearch.bayesopt.kernel import CostedSpace
 from widthsearch.bayesopt.optuna_sampler import directions, distributions
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency
@@ -37,6 +38,7 @@ from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
 
 if TYPE_CHECKING:
+    from widthsearch.proposers.families import Candidate
     from widthsearch.space.search_space import SearchSpace
 
 SCHEMA = 2
@@ -56,8 +58,8 @@ class SchemaError(StudyError):
     """A study of another version's schema."""
 
 
-Spaces = Mapping[str, Sequence[str]]
-"""The axes of each space of a study, in order, by the space's name."""
+Spaces = Mapping[str, CostedSpace]
+"""The spaces of a study, or their records, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +81,7 @@ class SpaceRecord:
     @classmethod
     def of(cls, space: SearchSpace) -> SpaceRecord:
         """The record of a space."""
-        fields = ("name", "base", "min_width", "max_width", "step")
-        axes = tuple(Axis(**{f: getattr(axis, f) for f in fields}) for axis in space.axes)
+        axes = tuple(replace(axis, layers=(), tied=()) for axis in space.axes)
         return cls(space.name, axes, space.cost_form("macs"), space.cost_form("params"))
 
     def to_json(self) -> dict[str, Any]:
@@ -283,43 +284,26 @@ class Store:
         return bool(self._frozen(*OptunaState))
 
     @_database_errors
-    def begin(
-        self,
-        space: str,
-        axes: Sequence[Axis],
-        widths: Widths,
-        *,
-        origin: Mapping[str, Any],
-        seed: int,
-        cost: Cost,
-        alone: bool = True,
-    ) -> Trial:
+    def begin(self, spaces: Mapping[str, SearchSpace], candidate: Candidate, seed: int) -> Trial:
         """Insert a running trial, whole or not at all.
 
         Args:
-            space: The name of its space.
-            axes: That space's axes.
-            widths: The architecture.
-            origin: Where the widths came from.
+            spaces: The spaces of the study by name.
+            candidate: The architecture, and where it came from.
             seed: The trial's seed.
-            cost: Its exact cost.
-            alone: Whether the study has this one space.
         """
-        own = dict(zip(widths.names, _parameters(space, widths.names, alone), strict=True))
+        space, widths, origin = candidate.space, candidate.widths, dict(candidate.origin)
+        cost, keys = spaces[space].cost(widths), _parameters(space, spaces)
+        grids = distributions(spaces[space].axes)
         template = create_trial(
             state=OptunaState.RUNNING,
-            params={own[name]: width for name, width in widths.items()},
-            distributions={own[name]: d for name, d in distributions(axes).items()},
-            user_attrs={
-                "origin": dict(origin),
-                "seed": seed,
-                "cost": asdict(cost),
-                "space": space,
-            },
+            params={keys[name]: width for name, width in widths.items()},
+            distributions={keys[name]: grid for name, grid in grids.items()},
+            user_attrs={"origin": origin, "seed": seed, "cost": asdict(cost), "space": space},
         )
         key = self._storage.create_new_trial(self._study, template_trial=template)
         number = self._storage.get_trial_number_from_id(key)
-        return Trial(number, space, widths, dict(origin), seed, cost)
+        return Trial(number, space, widths, origin, seed, cost)
 
     @_database_errors
     def record_latency(self, number: int, latency: Latency) -> None:
@@ -351,7 +335,7 @@ class Store:
 
     @_database_errors
     def trials(self, spaces: Spaces) -> list[Trial]:
-        """Every trial, by number; ``spaces`` has the axes of each space in order.
+        """Every trial, by number.
 
         A trial without all its widths is another program's (a study may be asked by hand): it is
         left out.
@@ -382,29 +366,27 @@ class Store:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
 
 
-def _parameters(space: str, names: Sequence[str], alone: bool) -> list[str]:
-    """What Optuna calls the axes of a space."""
-    return list(names) if alone else [f"{space}/{name}" for name in names]
+def _parameters(space: str, spaces: Spaces) -> dict[str, str]:
+    """What Optuna calls the axes of a space, by their own names, in order."""
+    prefix = "" if len(spaces) == 1 else f"{space}/"
+    return {axis.name: f"{prefix}{axis.name}" for axis in spaces[space].axes}
 
 
 def _is_whole(frozen: FrozenTrial, spaces: Spaces) -> bool:
     space = frozen.user_attrs.get("space", "")
     if "cost" not in frozen.user_attrs or space not in spaces:
         return False
-    keys = _parameters(space, spaces[space], len(spaces) == 1)
-    return all(key in frozen.params for key in keys)
+    return set(_parameters(space, spaces).values()) <= frozen.params.keys()
 
 
 def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
     stored = frozen.user_attrs
     latency = stored.get("latency")
-    space = stored["space"]
-    names = tuple(spaces[space])
-    keys = _parameters(space, names, len(spaces) == 1)
+    keys = _parameters(stored["space"], spaces)
     return Trial(
         number=frozen.number,
-        space=space,
-        widths=Widths(names, tuple(frozen.params[key] for key in keys)),
+        space=stored["space"],
+        widths=Widths(tuple(keys), tuple(frozen.params[key] for key in keys.values())),
         origin=stored["origin"],
         seed=stored["seed"],
         cost=Cost(**stored["cost"]),

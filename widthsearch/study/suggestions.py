@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -20,29 +20,23 @@ from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.front import observation
-from widthsearch.study.trial import Trial, TrialState
-from widthsearch.widths import Widths
+from widthsearch.study.trial import Architecture, Trial, TrialState
 
 
+@dataclass
 class LatencyEstimates:
     """Predicted latency of networks, from stored profiles and the study's own measurements.
 
-    Args:
+    Attributes:
         spaces: The spaces by name.
         profiles: The stored profiles of some of them.
         trials: Every trial by number; read anew at each call.
     """
 
-    def __init__(
-        self,
-        spaces: Mapping[str, SearchSpace],
-        profiles: Mapping[str, LatencyPredictor],
-        trials: Mapping[int, Trial],
-    ) -> None:
-        self._spaces = spaces
-        self._profiles = profiles
-        self._trials = trials
-        self._fitted: dict[str, tuple[int, LatencyPredictor]] = {}
+    spaces: Mapping[str, SearchSpace]
+    profiles: Mapping[str, LatencyPredictor]
+    trials: Mapping[int, Trial]
+    _fitted: dict[str, tuple[int, LatencyPredictor]] = field(default_factory=dict, init=False)
 
     @property
     def base_ms(self) -> float | None:
@@ -50,7 +44,7 @@ class LatencyEstimates:
 
         All latencies of the study are on this scale.
         """
-        measured = (trial.latency for trial in self._trials.values())
+        measured = (trial.latency for trial in self.trials.values())
         return next((latency.base_ms for latency in measured if latency is not None), None)
 
     def __call__(self, space: str, vectors: NDArray[np.int64]) -> tuple[Points, Points]:
@@ -65,23 +59,23 @@ class LatencyEstimates:
         """
         measured = [
             (trial.widths.vector, trial.latency)
-            for trial in self._trials.values()
+            for trial in self.trials.values()
             if trial.space == space and trial.latency is not None
         ]
         count, predictor = self._fitted.get(space, (-1, None))
         if predictor is None or count != len(measured):
             rows = [(v, latency.median_ms, latency.standard_error_ms) for v, latency in measured]
             rows += self._profiled(space)
-            predictor = LatencyPredictor.fit(self._spaces[space], *zip(*rows, strict=True))
+            predictor = LatencyPredictor.fit(self.spaces[space], *zip(*rows, strict=True))
             self._fitted[space] = len(measured), predictor
         return predictor(vectors)
 
     def _profiled(self, space: str) -> list[tuple[tuple[int, ...], float, float]]:
         """The measurements of a space's profile, rescaled to this study's base_ms."""
-        profile, base_ms = self._profiles.get(space), self.base_ms
+        profile, base_ms = self.profiles.get(space), self.base_ms
         if profile is None:
             return []
-        base = np.array([self._spaces[space].base.vector])
+        base = np.array([self.spaces[space].base.vector])
         scale = 1.0 if base_ms is None else base_ms / float(profile.predicted(base)[0])
         return [
             (tuple(vector), ms * scale, sd * scale)
@@ -97,23 +91,17 @@ class Suggestions:
 
     Args:
         config: The study's configuration.
-        spaces: The spaces by name.
-        trials: Every trial by number; read anew for each suggestion.
-        latency: Predicts latency.
+        latency: Predicts latency; has the spaces, and the trials, read anew for each suggestion.
         proposed: Networks whose multiples are among the candidates.
     """
 
     def __init__(
-        self,
-        config: StudyConfig,
-        spaces: Mapping[str, SearchSpace],
-        trials: Mapping[int, Trial],
-        latency: LatencyEstimates,
-        proposed: Sequence[Candidate],
+        self, config: StudyConfig, latency: LatencyEstimates, proposed: Sequence[Candidate]
     ) -> None:
         self._objectives = config.objectives
-        self._trials = trials
+        self._trials = latency.trials
         self._latency = latency
+        spaces = latency.spaces
         placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
         self._searches = {
             name: BayesianSearch(
@@ -127,7 +115,7 @@ class Suggestions:
             for name, coordinates in zip(spaces, placed, strict=True)
         }
 
-    def next(self, seen: Collection[tuple[str, Widths]]) -> Candidate | None:
+    def next(self, seen: Collection[Architecture]) -> Candidate | None:
         """The network with the greatest expected improvement, of equals in the space tried least.
 
         Args:

@@ -6,16 +6,18 @@ Nothing here needs torch, so a stored study can be read and its front drawn with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from widthsearch.latency.config import Latency
-    from widthsearch.space.cost import Cost
-    from widthsearch.training.recipe import EpochResult
-    from widthsearch.widths import Widths
+from widthsearch.latency.config import Latency
+from widthsearch.space.cost import Cost
+from widthsearch.training.recipe import EpochResult
+from widthsearch.widths import Widths
+
+Architecture = tuple[str, Widths]
+"""A network of a study: the name of its space, and its widths."""
 
 
 class TrialState(StrEnum):
@@ -77,6 +79,11 @@ class Trial:
         assert self.accuracy is None or math.isfinite(self.accuracy), self
 
     @property
+    def architecture(self) -> Architecture:
+        """The network that is trained."""
+        return self.space, self.widths
+
+    @property
     def accuracy(self) -> float | None:
         """Top-1 on the validation split after the last epoch, in percent; None unless finished."""
         return self.curve[-1].accuracy if self.state == TrialState.FINISHED else None
@@ -115,22 +122,22 @@ class Trial:
         }
 
 
-def unresolved_failures(trials: Sequence[Trial]) -> list[Trial]:
+def unresolved_failures(trials: Collection[Trial]) -> list[Trial]:
     """The failed trials, by number, whose architecture has no later trial and none that is well.
 
     Args:
         trials: All trials of a study; running ones resolve a failure too.
     """
-    known = {(t.space, t.widths) for t in trials if t.state != TrialState.FAILED}
+    known = {t.architecture for t in trials if t.state != TrialState.FAILED}
     found = []
     for trial in sorted(trials, key=lambda t: -t.number):
-        if trial.state == TrialState.FAILED and (trial.space, trial.widths) not in known:
-            known.add((trial.space, trial.widths))
+        if trial.state == TrialState.FAILED and trial.architecture not in known:
+            known.add(trial.architecture)
             found.append(trial)
     return found[::-1]
 
 
-def count_begun(trials: Sequence[Trial]) -> int:
+def count_begun(trials: Collection[Trial]) -> int:
     """How many of a study's own trials have begun.
 
     A failed trial and its repetition count once; a confirmation of a network does not count.
