@@ -41,6 +41,7 @@ from widthsearch.torch_internals import (
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
 from widthsearch.tracing.symbolic_ints import poly_of
+from widthsearch.tracing.writes import SCATTERS, WRITES, taken_dims
 
 aten = torch.ops.aten
 
@@ -78,10 +79,18 @@ _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
     **dict.fromkeys(
         operators("embedding _embedding_bag _embedding_bag_forward_only"), lambda *_: iter((0,))
     ),
-    **dict.fromkeys(operators("index_select gather"), lambda dim, *_: iter((dim,))),
     **dict.fromkeys(
-        operators("index index_put index_put_"),
-        lambda indices, *_: (dim for dim, index in enumerate(indices) if index is not None),
+        (
+            *operators(
+                "index_select gather index_add index_add_ index_copy index_copy_ index_fill"
+            ),
+            *(aten.index_fill_, *SCATTERS),
+        ),
+        lambda dim, *_: iter((dim,)),
+    ),
+    **dict.fromkeys(
+        operators("index _unsafe_index index_put index_put_ _unsafe_index_put"),
+        lambda indices, *_: taken_dims(indices),
     ),
 }
 """Per operation that indexes a tensor by another, the indexed dims given its other arguments."""
@@ -172,6 +181,8 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet is aten.topk:
             dim = args[2] if len(args) > 2 else -1
             self._impose_at_least(poly_of(args[0].shape[dim]), poly_of(args[1]))
+        if packet in WRITES:
+            WRITES[packet](self._pin_written, *args, **kwargs)
         try:
             out = func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -207,6 +218,11 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for dim in dims(*rest):
             if (n := poly_of(x.shape[dim])) and as_constant(n) is None:
                 self.system.pin_value(n, f"looked up by index: {_line()}")
+
+    def _pin_written(self, n: Any) -> None:
+        """Pin a number of positions that are written by index."""
+        if as_constant(p := poly_of(n)) is None:
+            self.system.pin_value(p, f"written by index: {self.line()}")
 
     def _pin_positions(self, x: Tensor) -> None:
         """Pin the dims that are resized: they are spatial, even those of a parameter."""
