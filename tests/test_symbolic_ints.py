@@ -87,7 +87,7 @@ def test_coprime_factors_share_a_new_symbol() -> None:
 
 def test_a_needed_value_is_pinned_with_its_reason() -> None:
     """int() takes a symbol's freedom and says why."""
-    system = System(reason=lambda: "somewhere")
+    system = System(reason=lambda _: "somewhere")
     (a,) = sizes(system, 8)
     assert int(a) == 8
     assert [(pin.symbol, pin.reason) for pin in system.pins] == [(0, "somewhere")]
@@ -113,7 +113,7 @@ def test_a_comparison_with_a_remainder_imposes_nothing() -> None:
 
 def test_a_remainder_in_a_shape_pins_what_it_came_from() -> None:
     """Padding to a multiple cannot be followed, so the width is pinned rather than wrong."""
-    system = System(reason=lambda: "padding")
+    system = System(reason=lambda _: "padding")
     a, b = sizes(system, 8, 2)
     assert a % 3 == b
     assert system.value(0) == {(): 8}
@@ -130,7 +130,7 @@ def test_floor_of_a_true_division_is_exact() -> None:
 
 def test_other_floats_pin_when_rounded() -> None:
     """int(0.3 · width) is not a polynomial."""
-    system = System(reason=lambda: "rounded")
+    system = System(reason=lambda _: "rounded")
     (a,) = sizes(system, 10)
     assert int(torch.sym_int(a * 0.3)) == 3
     assert system.value(0) == {(): 10}
@@ -139,7 +139,7 @@ def test_other_floats_pin_when_rounded() -> None:
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_products_of_unknowns_are_pinned_not_guessed(hints: list[int]) -> None:
     """An equation that is not linear fixes its symbols at their values."""
-    system = System(reason=lambda: "product")
+    system = System(reason=lambda _: "product")
     made = sizes(system, *hints, hints[0] * hints[-1])
     assert made[0] * made[len(hints) - 1] == made[-1]
     assert all(system.hint(system.value(s)) == h for s, h in enumerate(system.hints))
@@ -199,7 +199,7 @@ def test_a_common_factor_is_taken_out() -> None:
 
 def test_of_a_product_the_larger_number_that_code_keeps_is_fixed() -> None:
     """Heads times their width: the heads stay free."""
-    system = System(reason=lambda: "here")
+    system = System(reason=lambda _: "here")
     a, heads, width = sizes(system, 48, 4, 12)
     system.soft |= {1, 2}
     assert a == heads * width

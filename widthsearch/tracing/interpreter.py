@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import linecache
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -124,7 +125,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs: The model's inputs by id, and tensors computed from them alone.
         layers: Names of the modules that are running, outermost first.
         operation: The operation that is running.
-        of_input: Whether it reads one of ``inputs``.
+        of_input: Those of ``inputs`` that it reads.
         used: Ids of the tensors that some operation read.
         flops: FLOPs per layer.
         activations: Output elements of all convolutions and matrix products.
@@ -137,15 +138,16 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.inputs = {id(x): x for x in inputs}
         self.layers: list[str] = []
         self.operation = ""
-        self.of_input = False
+        self.of_input: list[Tensor] = []
         self.used: set[int] = set()
         self.flops: dict[str, Poly] = {}
         self.activations: Poly = {}
         self.fixed_in: set[str] = set()
 
-    def reason(self) -> str:
-        """The reason of an equation that is imposed now."""
-        return "input of the model" if self.of_input else self.line()
+    def reason(self, equation: Poly = {}) -> str:  # noqa: B006  a Poly never changes in place
+        """The reason of a pin now: the model's input if it is the equation's constant."""
+        sizes = {n for x in self.of_input for n in x.shape}
+        return "input of the model" if abs(equation.get((), 0)) in sizes else self.line()
 
     def line(self) -> str:
         """The line that is running, as a reason for a pin in the layer that is running."""
@@ -153,11 +155,20 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _line()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        packet = func._overloadpacket
         self.operation = str(func)
         tensors = list(_tensors_among(args))
-        self.of_input = any(id(a) in self.inputs for a in tensors)
+        self.of_input = [a for a in tensors if id(a) in self.inputs]
+        try:
+            out = self._run(func, tensors, args, kwargs or {})
+            if self.of_input and len(self.of_input) == len(tensors) and isinstance(out, Tensor):
+                self.inputs[id(out)] = out
+            return out
+        finally:
+            self.of_input = []  # what code compares between two operations is no input
+
+    def _run(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """Run one operation: impose its size rules, and count its FLOPs."""
+        packet = func._overloadpacket
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
             if all(a.device.type != "meta" for a in tensors):
@@ -178,6 +189,8 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._pin_positions(args[0])
         elif packet in (aten.slice, aten.select):
             self._slice(packet, *args)
+        elif packet in (aten.view, aten._unsafe_view, aten.reshape):
+            self._view(*args)
         elif packet is aten.topk:
             dim = args[2] if len(args) > 2 else -1
             self._impose_at_least(poly_of(args[0].shape[dim]), poly_of(args[1]))
@@ -187,8 +200,6 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             out = self._run_with_integers(func, args, kwargs, error)
-        if self.of_input and all(id(a) in self.inputs for a in tensors) and isinstance(out, Tensor):
-            self.inputs[id(out)] = out
         if packet in flop_registry:
             self._count(flop_registry[packet](*args, **kwargs, out_val=out), out)
         return out
@@ -242,6 +253,33 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 p = add(p, n)
             self._impose_at_least(p, constant(0))
             self._impose_at_least(last, p)
+
+    def _view(self, x: Tensor, shape: list[Any]) -> None:
+        """Equate the parts of a concatenation that a view takes apart again.
+
+        Example: ``cat((q, k, v)).view(3, heads, -1)``. Only of equally long parts is the first
+        third ``q``, so these are one width.
+        """
+        hint = self.system.hint
+        for dim, n in enumerate(x.shape):
+            parts = {m: c for m, c in poly_of(n).items() if m}
+            if len(parts) < 2 or len({(len(m), hint({m: 1})) for m in parts}) > 1:
+                continue
+            count = sum(parts.values()) // math.gcd(*parts.values())
+            before = math.prod(hint(poly_of(size)) for size in x.shape[:dim])
+            target = [hint(poly_of(size)) for size in shape]
+            if -1 in target:
+                whole = math.prod(hint(poly_of(size)) for size in x.shape)
+                target[target.index(-1)] = whole // -math.prod(target)
+            at = next((i for i in range(len(shape)) if math.prod(target[:i]) == before), None)
+            while at is not None and at < len(shape) and target[at] == 1:
+                at += 1
+            if at is None or at == len(shape) or not isinstance(shape[at], int):
+                continue
+            if parts and () not in poly_of(n) and target[at] % count == 0:
+                first, *others = parts
+                for other in others:
+                    self.system.impose({first: 1, other: -1})
 
     def _impose_at_least(self, a: Poly, b: Poly) -> None:
         """Impose ``a >= b`` at every width."""

@@ -157,7 +157,8 @@ class System:
             symbols of ``a`` and ``b``. They may be compared; where one would reach a shape, the
             symbols of ``a`` and ``b`` are pinned.
         soft: Symbols of integer attributes of modules, which are pinned before any tensor's.
-        reason: Returns the reason of a pin now: the line that is running.
+        reason: Returns the reason of a pin now: the line that is running, or the rule behind the
+            equation given, if there is one.
 
     Example:
         >>> system = System()
@@ -177,7 +178,7 @@ class System:
     parents: dict[int, frozenset[int]] = field(default_factory=dict)
     opaque: dict[int, Poly] = field(default_factory=dict)
     soft: set[int] = field(default_factory=set)
-    reason: Callable[[], str] = field(default=lambda: "")
+    reason: Callable[[Poly], str] = field(default=lambda _equation: "")
 
     def fresh(self, hint: int) -> int:
         """A new free symbol."""
@@ -234,7 +235,7 @@ class System:
 
     def impose(self, p: Poly) -> None:
         """Impose ``p = 0``, which holds for the model as given."""
-        p = self.transparent(p)
+        p = given = self.transparent(p)
         assert self.hint(p) == 0, "an equation that does not hold for the model as given"
         if not p:
             return
@@ -248,7 +249,7 @@ class System:
             return
         linear = {m[0]: c for m, c in p.items() if m}
         if len(linear) == 1:
-            self.pin(linear, self.reason())
+            self.pin(linear, self.reason(given))
             return
         self._balance(linear, p.get((), 0))
 
@@ -264,10 +265,10 @@ class System:
         factors = {s for m in p if len(m) > 1 for s in m}
         if soft := factors & self.soft:
             # Of heads times their width, the smaller number stays free: that is the heads.
-            self.pin([max(soft, key=lambda s: (self.hints[s], s))], self.reason())
+            self.pin([max(soft, key=lambda s: (self.hints[s], s))], self.reason(p))
             self.impose(p)
         else:
-            self.pin(sorted(symbols_of(p)), self.reason())
+            self.pin(sorted(symbols_of(p)), self.reason(p))
 
     def _balance(self, linear: dict[int, int], rest: int) -> None:
         """Solve ``Σ linear[s]·s + rest = 0`` so that no size can become negative.
@@ -296,29 +297,34 @@ class System:
             for a, b in pairs:
                 self.impose({(a,): left[a], (b,): -right[b]})
         else:
-            self.pin(sorted(linear), self.reason())
+            self.pin(sorted(linear), self.reason({}))
 
     def _solve_for(self, symbol: int, factor: int, other: dict[int, int], rest: int) -> None:
         """Solve ``factor·symbol = Σ other[s]·s + rest`` for ``symbol``.
 
         Every term must be a multiple of the factor: where a coefficient is not, its symbol is
         replaced by a multiple of a new one. ``2·s9 = 3·s1`` becomes ``s1 = 2·t``, ``s9 = 3·t``.
+        Where that is impossible, equal parts stay equal: ``3·s9 = s1 + s2 + s3`` with the hints
+        ``16 = 16 + 16 + 16`` becomes ``s1 = s2 = s3 = s9``. Else all symbols are pinned.
         """
-        if rest % factor:
-            self.pin(sorted([symbol, *other]), self.reason())
+        units = {s: factor // math.gcd(factor, c) for s, c in other.items()}
+        if rest % factor or any(self.hints[s] % unit for s, unit in units.items()):
+            first, *others = sorted(other)
+            parts = sum(other.values()) // math.gcd(*other.values())
+            alike = len({self.hints[s] for s in other}) == 1
+            if others and alike and not rest and factor % parts == 0:
+                for s in others:
+                    self.impose({(first,): 1, (s,): -1})
+                self.impose({(symbol,): factor, (first,): -sum(other.values())})
+            else:
+                self.pin(sorted([symbol, *other]), self.reason({}))
             return
         value: Poly = constant(rest // factor)
         for s, c in other.items():
-            unit = factor // math.gcd(factor, c)
-            if unit == 1:
+            if units[s] == 1:
                 value = add(value, {(s,): c // factor})
-                continue
-            if self.hints[s] % unit:  # the parts are not multiples in the model as given
-                self.pin(sorted([symbol, *other]), self.reason())
-                return
         for s, c in other.items():
-            unit = factor // math.gcd(factor, c)
-            if unit > 1:
+            if (unit := units[s]) > 1:
                 t = self.fresh(self.hints[s] // unit)
                 self._solve(s, {(t,): unit})
                 value = add(value, {(t,): c * unit // factor})
@@ -341,8 +347,8 @@ class System:
         p = self.canonical(p)
         while hidden := [s for s in symbols_of(p) if s in self.opaque]:
             for symbol in hidden:
-                self.pin_value(self.opaque[symbol], self.reason())
-                self.pin([symbol], self.reason())
+                self.pin_value(self.opaque[symbol], self.reason({}))
+                self.pin([symbol], self.reason({}))
             p = self.canonical(p)
         return p
 
@@ -375,7 +381,9 @@ class System:
         if divisor is None and r == self.hint(b) - 1:  # (x + b - 1) // b, rounding up
             remainder = add(b, constant(1), -1)
         elif divisor is None and r:  # the remainder of a narrower b is unknown
-            return constant(self.pin_value(a, self.reason()) // self.pin_value(b, self.reason()))
+            return constant(
+                self.pin_value(a, self.reason({})) // self.pin_value(b, self.reason({}))
+            )
         fixed = divisor is None or as_constant(a) is not None
         out: Poly = constant(q) if fixed else {(self.fresh(q),): 1}
         self.impose(add(a, add(multiply(out, b), remainder), -1))

@@ -90,7 +90,7 @@ class SizeNode(_Node):
     constant_int = maybe_as_int
 
     def guard_int(self, _file: str = "", _line: int = 0) -> int:
-        return self.system.pin_value(self.poly, self.system.reason())
+        return self.system.pin_value(self.poly, self.system.reason({}))
 
     int_ = guard_int
 
@@ -236,7 +236,7 @@ class RatioNode(_Node):
             down = self.system.quotient(a, b)
             gap = rounding(self.value) - math.floor(self.value)
             return SizeNode(self.system, add(down, constant(gap)))
-        self.system.pin(sorted(self.symbols), self.system.reason())
+        self.system.pin(sorted(self.symbols), self.system.reason({}))
         return SizeNode(self.system, constant(rounding(self.value)))
 
     def trunc(self) -> SizeNode:
