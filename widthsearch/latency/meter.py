@@ -52,7 +52,7 @@ class LatencyMeter:
         base: The base model; it is copied, not changed.
         inputs: One sample of the networks' input, without the batch: a shape such as
             ``(3, 32, 32)``, a tensor, or several of those, see :data:`~tracing.inputs.Inputs`.
-            Floating-point inputs are random normal numbers, all others zeros (a valid token id).
+            Floating-point inputs are random normal numbers; others have the tensor's values.
         config: Device, backend, batch size, threads, precision and number of pairs.
         base_ms: The base model's time, from an earlier latency in the same study; None to take it
             from the first measurement.
@@ -79,11 +79,11 @@ class LatencyMeter:
 
         def filled(blank: Tensor) -> Tensor:
             if not blank.is_floating_point():
-                return torch.zeros_like(blank, device=self._device)
+                return blank.to(self._device)
             noise = torch.randn(blank.shape, generator=generator)
             return noise.to(self._device, self._dtype)
 
-        self._x = tree_map(filled, sample(as_inputs(inputs), config.batch_size))
+        self._x = tree_map(filled, sample(as_inputs(inputs), config.batch_size, "cpu"))
         with devices.measurement_lock(self._device):
             self._base = self._prepared(base)
 

@@ -18,6 +18,7 @@ from widthsearch.space.cost import Cost
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.interpreter import no_fast_path, track_layers
+from widthsearch.tracing.sample_values import SampleValues
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:
@@ -65,9 +66,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def countable() -> Iterator[None]:
-    """Run attention as separate products: its fused kernels hide them from the counter."""
-    with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
-        yield
+    """Run attention and recurrent layers as separate products.
+
+    The counter does not see into their fused kernels: those of oneDNN on a CPU, of cuDNN on a GPU.
+    """
+    fused: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [backend.enabled for backend in fused]
+    try:
+        for backend in fused:
+            backend.enabled = False
+        with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for backend, enabled in zip(fused, before, strict=True):
+            backend.enabled = enabled
 
 
 def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> Cost:
@@ -86,11 +98,13 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
     """
     device = torch.device(device)
     watch = _Watch(model)
-    where = device if device.type == "meta" else nullcontext()  # tensors that forward makes
+    meta = device.type == "meta"
+    where = device if meta else nullcontext()  # tensors that forward makes
     own = [device] if device.type == "cuda" else []
-    with countable(), where, torch.random.fork_rng(devices=own):
+    values = SampleValues if meta else nullcontext  # code may branch on the sample
+    with where, torch.random.fork_rng(devices=own), values():
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as flops, watch:
+            with torch.no_grad(), countable(), FlopCounterMode(display=False) as flops, watch:
                 # The counter's own hooks fail on modules whose inputs are parameters.
                 learned = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
                 call(model.eval(), sample(inputs, 1, device))

@@ -41,6 +41,7 @@ from widthsearch.torch_internals import (
 )
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
+from widthsearch.tracing.sample_values import SampleValues, unknown
 from widthsearch.tracing.symbolic_ints import poly_of
 from widthsearch.tracing.writes import SCATTERS, WRITES, taken_dims
 
@@ -111,7 +112,9 @@ def with_integers(tree: Any, system: System, reason: str) -> Any:
         ):
             found = True
             shape, stride = ([fix(n) for n in numbers] for numbers in (value.shape, value.stride()))
-            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            return unknown(
+                torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            )
         return value
 
     fixed = tree_map(fix, tree)
@@ -222,7 +225,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if torch.Tag.dynamic_output_shape in func.tags:
                 raise
         zeros = tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), (args, kwargs))
-        return tree_map_only(Tensor, lambda t: t.to("meta"), func(*zeros[0], **zeros[1]))
+        return tree_map_only(Tensor, lambda t: unknown(t.to("meta")), func(*zeros[0], **zeros[1]))
 
     def _look_up(self, dims: Callable[..., Iterator[int]], x: Tensor, *rest: Any) -> None:
         """Pin an indexed dim: an index is a position, which other sizes do not have."""
@@ -323,7 +326,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.used.add(id(vector))
                 torch._check(vector.shape[0] == x.shape[1])
         nothing = torch.empty((0,), device="meta")
-        return (torch.empty_like(x), *([nothing] * (returns - 1)))
+        return (unknown(torch.empty_like(x)), *([nothing] * (returns - 1)))
 
     def _count(self, flops: Any, out: Any) -> None:
         layer = self.layers[-1] if self.layers else ""
@@ -401,12 +404,16 @@ def no_fast_path() -> Iterator[None]:
 
 
 def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
-    """Run a model on the meta device in a dispatch mode, on a batch from :func:`sample`."""
+    """Run a model on the meta device in a dispatch mode, on a batch from :func:`sample`.
+
+    Values of the batch are known to code that reads them.
+    """
     with (
         no_fast_path(),
         torch.device("meta"),
         enable_python_dispatcher(),
         torch.no_grad(),
+        SampleValues(),
         mode,
     ):
         return call(model, x)

@@ -1,0 +1,155 @@
+"""Values of the sample beside a run on meta tensors, for code that branches on them.
+
+A tensor is *known* if it was computed from the model's inputs and constants alone: no weight and no
+width has a part in it. Its operations run on the sample's values too, on the CPU, so that
+``mask.all()`` has an answer. The answer is the same at every width. Tensors that depend on a
+weight or a width have no values, and code that reads them fails as on any meta tensor.
+
+Example: a decoder's ``if attention_mask.all():`` takes the branch of the sample's mask, and
+``if hidden.norm() > 1:`` is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map
+
+_CONSTANTS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
+_READERS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+_NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_VALUE = "_sample_value"
+
+
+def set_value(tensor: Tensor, value: Tensor | Callable[[], Tensor] | None) -> Tensor:
+    """Make a meta tensor known: by its values, or by a function that returns them."""
+    setattr(tensor, _VALUE, value)
+    return tensor
+
+
+def unknown(tensor: Tensor) -> Tensor:
+    """Forget the values of a tensor that stands in for one with other content."""
+    return set_value(tensor, None)
+
+
+def _tensors_among(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_among(value)
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.SymInt):
+        return value.node.maybe_as_int() is None
+    if isinstance(value, list | tuple):
+        return any(map(_is_symbolic, value))
+    return isinstance(value, torch.SymFloat | torch.SymBool)
+
+
+class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the operations of known tensors on their values too. It is the outermost mode."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._constants = _Constants(self)
+        self._spoiled: dict[int, Tensor] = {}  # by storage: values that a weight was written into
+
+    def __enter__(self) -> SampleValues:
+        super().__enter__()
+        self._constants.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._constants.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def value(self, tensor: Tensor) -> Tensor | None:
+        """The values of a tensor, if it is known."""
+        if tensor.device.type != "meta":
+            return tensor
+        value = getattr(tensor, _VALUE, None)
+        if value is not None and not isinstance(value, Tensor):
+            value = value()
+            set_value(tensor, value)
+        if value is not None and _storage(value) in self._spoiled:
+            return None
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors_among((*args, *kwargs.values())))
+        if tensors and all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
+            return func(*args, **kwargs)
+        if not self._known(func, tensors, args, kwargs):
+            self._spoil(func, args)
+            return func(*args, **kwargs)
+        try:
+            values = self._run(func, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # the run on meta says why
+            self._spoil(func, args)
+            return func(*args, **kwargs)
+        if not _NEEDS_VALUES.isdisjoint(func.tags):
+            return tree_map(_on_meta, values)
+        out = func(*args, **kwargs)
+        for meta, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
+            if isinstance(meta, Tensor) and meta.device.type == "meta":
+                set_value(meta, value)
+        return out
+
+    def _known(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
+        return (
+            all(self.value(t) is not None for t in tensors)
+            and torch.Tag.nondeterministic_seeded not in func.tags
+            and not _is_symbolic((*args, *kwargs.values()))
+        )
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def real(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.value(value)
+            return int(value) if isinstance(value, torch.SymInt) else value
+
+        args, kwargs = tree_map(real, (args, kwargs))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+    def _spoil(self, func: Any, args: Any) -> None:
+        """Forget the values of tensors that an operation writes unknown content into."""
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in _tensors_among((given,)):
+                    if tensor.device.type == "meta" and (value := self.value(tensor)) is not None:
+                        self._spoiled[_storage(value)] = value
+
+
+class _Constants(TorchFunctionMode):
+    """Keeps the values of constants, and answers calls that bypass the dispatcher."""
+
+    def __init__(self, values: SampleValues) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._values = values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READERS and (value := self._values.value(args[0])) is not None:
+            return func(value, *args[1:], **kwargs)
+        out = func(*args, **kwargs)
+        if func in _CONSTANTS and out.device.type == "meta" and not isinstance(args[0], Tensor):
+            set_value(out, func(*args, **{**kwargs, "device": "cpu"}))
+        return out
+
+
+def _on_meta(value: Any) -> Any:
+    return set_value(value.to("meta"), value) if isinstance(value, Tensor) else value
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
