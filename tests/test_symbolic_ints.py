@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from widthsearch.torch_internals import enable_python_dispatcher
 from widthsearch.tracing.polynomials import Poly, System, add, divide, multiply
-from widthsearch.tracing.symbolic_ints import poly_of, size
+from widthsearch.tracing.symbolic_ints import plain_numbers, poly_of, size
 
 polys = st.dictionaries(
     st.lists(st.integers(0, 3), max_size=2).map(lambda m: tuple(sorted(m))),
@@ -128,12 +130,17 @@ def test_floor_of_a_true_division_is_exact() -> None:
     assert poly_of(half * 2) == poly_of(a)
 
 
-def test_other_floats_pin_when_rounded() -> None:
-    """int(0.3 · width) is not a polynomial."""
-    system = System(reason=lambda _: "rounded")
+@pytest.mark.parametrize("strict", [True, False])
+def test_other_floats_are_plain_numbers_when_rounded(strict: bool) -> None:
+    """int(0.3 · width) is not a polynomial: its line is noted, or pins the width."""
+    lines = frozenset({"rounded"} if strict else ())
+    system = System(reason=lambda _: "rounded", line=lambda: "rounded", strict=lines)
     (a,) = sizes(system, 10)
-    assert int(torch.sym_int(a * 0.3)) == 3
-    assert system.value(0) == {(): 10}
+    with plain_numbers():
+        assert int(a * 0.3) == torch.sym_int(a * 0.3) == 3
+        assert math.isclose(math.sqrt(a), 10**0.5)
+    assert system.value(0) == ({(): 10} if strict else {(0,): 1})
+    assert list(system.taken) == ([] if strict else ["rounded"])
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))

@@ -21,7 +21,7 @@ its inputs is traced with those of the tensor; a shape stands for zeros."""
 
 
 def as_inputs(inputs: Inputs) -> Any:
-    """The same in tuples, dictionaries, and tensors on the CPU (on meta, if they have no values)."""
+    """The same in tuples, dictionaries, and tensors on the CPU (or on meta, without values)."""
     if isinstance(inputs, Tensor):
         return inputs.detach() if inputs.device.type == "meta" else inputs.detach().cpu().clone()
     if isinstance(inputs, Mapping):

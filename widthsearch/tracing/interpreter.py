@@ -42,7 +42,7 @@ from widthsearch.torch_internals import (
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
 from widthsearch.tracing.sample_values import SampleValues, unknown
-from widthsearch.tracing.symbolic_ints import poly_of
+from widthsearch.tracing.symbolic_ints import plain_numbers, poly_of
 from widthsearch.tracing.writes import SCATTERS, WRITES, taken_dims
 
 aten = torch.ops.aten
@@ -133,6 +133,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops: FLOPs per layer.
         activations: Output elements of all convolutions and matrix products.
         fixed_in: Layers in which an equation took a symbol's freedom.
+        outputs: The shapes of the model's outputs.
     """
 
     def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:
@@ -146,6 +147,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: dict[str, Poly] = {}
         self.activations: Poly = {}
         self.fixed_in: set[str] = set()
+        self.outputs: list[tuple[int, ...]] = []
 
     def reason(self, equation: Poly = {}) -> str:  # noqa: B006  a Poly never changes in place
         """The reason of a pin now: the model's input if it is the equation's constant."""
@@ -413,6 +415,7 @@ def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
         torch.device("meta"),
         enable_python_dispatcher(),
         torch.no_grad(),
+        plain_numbers(),
         SampleValues(),
         mode,
     ):
@@ -437,7 +440,7 @@ def execute(
     # Training mode refuses batches of one sample in batch norm.
     x = sample(inputs, 2 if train else 1)
     run = SymbolicInterpreter(system, tuple(_tensors_in(x)))
-    system.reason = run.reason
+    system.reason, system.line = run.reason, _line
     hooks = track_layers(symbolic, run.layers)
     for layer, why in fixed.items():
         hook = partial(_pin_inputs, system, why)
@@ -449,8 +452,8 @@ def execute(
     for handle in hooks:
         handle.remove()
     for tensor in _tensors_in(out):
-        for n in tensor.shape:
-            system.pin_value(poly_of(n), "output of the model")
+        shape = [system.pin_value(poly_of(n), "output of the model") for n in tensor.shape]
+        run.outputs.append(tuple(shape))
     return run
 
 

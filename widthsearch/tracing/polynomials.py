@@ -157,6 +157,10 @@ class System:
             symbols of ``a`` and ``b``. They may be compared; where one would reach a shape, the
             symbols of ``a`` and ``b`` are pinned.
         soft: Symbols of integer attributes of modules, which are pinned before any tensor's.
+        strict: Lines on which a plain number that is taken from symbols pins them.
+        taken: The other lines on which a plain number was taken. It is assumed to scale values
+            without reaching a size.
+        line: Returns the line that is running.
         reason: Returns the reason of a pin now: the line that is running, or the rule behind the
             equation given, if there is one.
 
@@ -178,6 +182,9 @@ class System:
     parents: dict[int, frozenset[int]] = field(default_factory=dict)
     opaque: dict[int, Poly] = field(default_factory=dict)
     soft: set[int] = field(default_factory=set)
+    strict: frozenset[str] = frozenset()
+    taken: dict[str, None] = field(default_factory=dict)
+    line: Callable[[], str] = field(default=lambda: "")
     reason: Callable[[Poly], str] = field(default=lambda _equation: "")
 
     def fresh(self, hint: int) -> int:
@@ -232,6 +239,14 @@ class System:
         p = self.canonical(p)
         self.pin(sorted(symbols_of(p)), reason)
         return self.hint(p)
+
+    def take(self, symbols: Iterable[int]) -> None:
+        """Note that code takes a plain number that was computed from these symbols."""
+        free = symbols_of(total(map(self.value, symbols)))
+        if free and (line := self.line()) in self.strict:
+            self.pin(sorted(free), self.reason({}))
+        elif free:
+            self.taken[line] = None
 
     def impose(self, p: Poly) -> None:
         """Impose ``p = 0``, which holds for the model as given."""

@@ -63,11 +63,11 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> SampleValues:
         super().__enter__()
-        self._constants.__enter__()
+        self._constants.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._constants.__exit__(*error)
+        self._constants.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def value(self, tensor: Tensor) -> Tensor | None:
@@ -141,6 +141,9 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _READERS and (value := self._values.value(args[0])) is not None:
             return func(value, *args[1:], **kwargs)
+        if func in _CONSTANTS and isinstance(args[0], torch.SymInt | torch.SymFloat):
+            number = int if isinstance(args[0], torch.SymInt) else float
+            return unknown(func(number(args[0]), *args[1:], **kwargs))
         out = func(*args, **kwargs)
         if func in _CONSTANTS and out.device.type == "meta" and not isinstance(args[0], Tensor):
             set_value(out, func(*args, **{**kwargs, "device": "cpu"}))

@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partialmethod
 from typing import Any
 
@@ -197,11 +198,55 @@ def _poly_of(size: Any) -> Poly:
     return poly
 
 
+def _taking(number: type) -> Callable[[Any], Any]:
+    """A conversion of symbolic numbers to ``int`` or ``float`` that notes the line."""
+
+    def convert(value: Any) -> Any:
+        node = value.node
+        if not isinstance(node, _Node):  # of a compiler
+            return number(node.guard_int("", 0) if node.is_int() else node.guard_float("", 0))
+        symbols = symbols_of(node.poly) if isinstance(node, SizeNode) else node.symbols
+        node.system.take(symbols)
+        return number(node.hint)
+
+    return convert
+
+
+@contextmanager
+def plain_numbers() -> Iterator[None]:
+    """Let ``int()``, ``float()``, ``math`` and ``numpy`` take plain numbers from sizes.
+
+    They most often scale values: ``x / math.sqrt(x.size(-1))``. Those that reach a size at other
+    widths are found by the tracer, which runs the model at other widths.
+    """
+    patches: dict[str, Callable[[Any], Any]] = {
+        "__float__": _taking(float),
+        "__int__": _taking(int),
+        "sqrt": lambda value: value**0.5,  # numpy calls methods of unknown objects
+        "floor": math.floor,
+        "ceil": math.ceil,
+    }
+    for name in ("exp", "log", "log2", "log10"):
+        patches[name] = lambda value, function=getattr(math, name): function(float(value))
+    before = [
+        (kind, name, vars(kind).get(name))
+        for kind in (torch.SymInt, torch.SymFloat)
+        for name in patches
+    ]
+    for kind, name, _ in before:
+        setattr(kind, name, patches[name])
+    try:
+        yield
+    finally:
+        for kind, name, method in before:
+            delattr(kind, name) if method is None else setattr(kind, name, method)
+
+
 class RatioNode(_Node):
     """A float computed from sizes: its value in the model as given, and its quotient of sizes.
 
     A float reaches a shape only by rounding. A plain quotient of sizes is rounded exactly; any
-    other float pins the symbols that it was computed from.
+    other float is rounded to a plain number (:meth:`System.take`).
     """
 
     kind = "float"
@@ -236,7 +281,7 @@ class RatioNode(_Node):
             down = self.system.quotient(a, b)
             gap = rounding(self.value) - math.floor(self.value)
             return SizeNode(self.system, add(down, constant(gap)))
-        self.system.pin(sorted(self.symbols), self.system.reason({}))
+        self.system.take(self.symbols)
         return SizeNode(self.system, constant(rounding(self.value)))
 
     def trunc(self) -> SizeNode:

@@ -44,6 +44,7 @@ from widthsearch.tracing.polynomials import (
     System,
     as_constant,
     constant,
+    evaluate,
     multiply,
     symbols_of,
     total,
@@ -88,7 +89,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     fixed: dict[str, str] = {}
     while True:
         try:
-            return _freest(model, inputs, fixed).collect()
+            return _sound(model, inputs, fixed)
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := _failure(model, inputs)) is not None:
@@ -101,14 +102,35 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             fixed = {**fixed, stop.layer: stop.reason}
 
 
-def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt:
+def _sound(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> Trace:
+    """The trace of the freest attempt in which no plain number taken from a width is a size.
+
+    Whether a number that code took with ``float()`` or ``int()`` only scales values is found by
+    runs at other widths. If it does not, the lines that take numbers pin their widths: one of
+    them if that is enough, else all.
+    """
+    freest = _freest(model, inputs, fixed)
+    taken = tuple(freest.system.taken)
+    found = freest.collect()
+    if not taken or freest.holds(found):
+        return found
+    for strict in dict.fromkeys([*((line,) for line in taken), taken]):
+        attempt = _freest(model, inputs, fixed, frozenset(strict))
+        if attempt.holds(trace := attempt.collect()):
+            return trace
+    return found
+
+
+def _freest(
+    model: nn.Module, inputs: Any, fixed: Mapping[str, str], strict: frozenset[str] = frozenset()
+) -> _Attempt:
     """The attempt with the most free sizes, over choices of attributes to make symbolic."""
-    best = latest = _Attempt(model, inputs, frozenset(), fixed)
+    best = latest = _Attempt(model, inputs, frozenset(), fixed, strict)
     tried: frozenset[tuple[str, str]] = frozenset()
     while repeated := latest.repeated_sizes(tried):
         tried |= repeated
         try:
-            latest = _Attempt(model, inputs, latest.attributes | repeated, fixed)
+            latest = _Attempt(model, inputs, latest.attributes | repeated, fixed, strict)
         except TraceInterrupted:  # the code needs an integer there
             continue
         if latest.freedom < best.freedom:
@@ -116,7 +138,7 @@ def _freest(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> _Attempt
         if latest.freedom == best.freedom:  # one attribute may pin what another one frees
             for part in _by_name(repeated):
                 with suppress(TraceInterrupted):
-                    attempt = _Attempt(model, inputs, best.attributes | part, fixed)
+                    attempt = _Attempt(model, inputs, best.attributes | part, fixed, strict)
                     if attempt.freedom > best.freedom:
                         best = latest = attempt
                         break
@@ -177,9 +199,10 @@ class _Attempt:
         inputs: Any,
         attributes: frozenset[tuple[str, str]],
         fixed: Mapping[str, str],
+        strict: frozenset[str],
     ) -> None:
         self.model, self.inputs, self.attributes, self.fixed = model, inputs, attributes, fixed
-        self.system = System()
+        self.system = System(strict=strict)
         self.symbols: dict[int, _Symbol] = {}
         self.sized: dict[str, Tensor] = {}
         self.values: dict[tuple[str, str], Poly] = {}
@@ -270,6 +293,37 @@ class _Attempt:
             powers = Counter(s for monomial in high for s in monomial)
             worst = max(powers, key=lambda s: (powers[s], s))
             system.pin([worst], "the cost is not quadratic in it")
+
+    def holds(self, trace: Trace) -> bool:
+        """Whether the model costs what its trace predicts at narrower and at wider widths."""
+        base = trace.variables(trace.base)
+        for x in (
+            [max(1, n // 8) for n in base],
+            [n // 2 + 1 + i % 2 for i, n in enumerate(base)],
+            [2 * n for n in base],
+        ):
+            tensors: dict[int, Tensor] = {}
+            for _, layer, name, old in tensors_of(self.model):
+                shape = [evaluate(poly, x) for poly in trace.shapes[join(layer, name)]]
+                new = torch.empty(shape, dtype=old.dtype, device="meta")
+                tensors[id(old)] = (
+                    nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
+                )
+            network = clone(self.model, tensors)
+            for (layer, name), poly in trace.attributes.items():
+                set_size(network, layer, name, evaluate(poly, x))
+            for module in network.modules():
+                sync_attributes(module)
+            try:
+                run = execute(network, System(), self.inputs, {}, train=False)
+            except TraceInterrupted:
+                return False
+            macs = {layer: evaluate(p, x) for layer, p in trace.layer_macs.items()}
+            found = {layer: evaluate(p, ()) // 2 for layer, p in run.flops.items()}
+            activations = evaluate(run.activations, ()), evaluate(trace.activations, x)
+            if found != macs or run.outputs != self.run.outputs or activations[0] != activations[1]:
+                return False
+        return True
 
     def collect(self) -> Trace:
         """The trace: shapes and costs as polynomials over the axes."""

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widthsearch.tracing.polynomials import as_constant
 from widthsearch.tracing.symbolic_ints import poly_of
 
 aten = torch.ops.aten
@@ -79,10 +78,9 @@ def _masked_scatter(pin: Pin, x: Tensor, _mask: Tensor, source: Tensor, *_: Any)
     *rows, last = source.shape or (1,)
     for n in rows:
         pin(n)
-    if any(as_constant(poly_of(n)) is None for n in (last, x.shape[-1])):
-        if bool(torch.sym_not(last == x.shape[-1])):
-            pin(last)
-            pin(x.shape[-1])
+    if last != x.shape[-1]:
+        pin(last)
+        pin(x.shape[-1])
 
 
 def _index_add(
