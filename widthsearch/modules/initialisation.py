@@ -29,7 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.modules.tree import direction_of, is_estimate, join, owner_of, reset, tensors_of
+from widthsearch.modules.tree import (
+    direction_of,
+    is_estimate,
+    join,
+    owner_of,
+    reset,
+    tensors_of,
+    varying_dims,
+)
 from widthsearch.torch_internals import TorchDispatchMode, buffers_of, parameters_of
 
 _INIT: dict[CodeType, str] = {
@@ -180,7 +188,8 @@ class Scheme:
         constants: The value of tensors that hold one value everywhere.
         moments: Mean and standard deviation of tensors whose steps cannot be replayed; they are
             drawn from a normal distribution.
-        kept: Buffers whose content is the same at every width.
+        kept: The content of buffers that is the same at every width, once along dims that repeat
+            it.
     """
 
     steps: Mapping[str, tuple[Step, ...]]
@@ -221,7 +230,10 @@ class Scheme:
             elif bool((tensor == tensor.flatten()[0]).all()):
                 constants[key] = float(tensor.detach().flatten()[0])
             elif name in buffers_of(module) or not tensor.is_floating_point():
-                kept[key] = tensor.detach().clone()
+                one = tensor.detach()
+                for dim in set(range(one.dim())) - varying_dims(one):
+                    one = one.narrow(dim, 0, 1)
+                kept[key] = one.clone()
             else:
                 values = tensor.detach().float()
                 moments[key] = float(values.mean()), float(values.std())

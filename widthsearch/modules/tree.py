@@ -97,6 +97,16 @@ def is_estimate(module: nn.Module, name: str) -> bool:
     )
 
 
+def varying_dims(tensor: Tensor) -> set[int]:
+    """The dims along which a tensor's values differ.
+
+    Example:
+        >>> varying_dims(torch.arange(3.0).expand(2, 3))
+        {1}
+    """
+    return {d for d in range(tensor.dim()) if bool((tensor != tensor.narrow(d, 0, 1)).any())}
+
+
 def sync_attributes(module: nn.Module) -> None:
     """Set the attributes of torch's layers that repeat their tensors' sizes."""
     if not isinstance(module, _SIZED):
@@ -160,7 +170,11 @@ _SIZED = (
 
 def sizes_in(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Every integer among a module's plain attributes: ``name``, or ``name[i]`` in a sequence."""
-    for name, value in vars(module).items():
+    return _integers_in(vars(module))
+
+
+def _integers_in(attributes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in attributes.items():
         if type(value) is int:
             yield name, value
         elif type(value) in (tuple, list, torch.Size):
@@ -169,16 +183,42 @@ def sizes_in(module: nn.Module) -> Iterator[tuple[str, int]]:
                     yield f"{name}[{i}]", item
 
 
+def sizes_held_by(module: nn.Module) -> Iterator[tuple[int, str, int]]:
+    """The same for objects among a module's attributes, e.g. ``config.hidden_size``.
+
+    Yields:
+        The object's id, as several modules may hold it; the name; the integer.
+    """
+    for name, held in vars(module).items():
+        if isinstance(held, dict) and not name.startswith("_"):
+            attributes = {f"{name}.{key}": v for key, v in held.items() if isinstance(key, str)}
+        elif not hasattr(held, "__dict__") or isinstance(held, nn.Module | Tensor | type):
+            continue
+        else:
+            attributes = {f"{name}.{key}": value for key, value in vars(held).items()}
+        for place, value in _integers_in(attributes):
+            yield id(held), place, value
+
+
 def set_size(model: nn.Module, layer: str, attribute: str, value: Any) -> None:
-    """Set an attribute by the name that :func:`sizes_in` gives it."""
-    module = model.get_submodule(layer)
+    """Set an attribute by the name that :func:`sizes_in` or :func:`sizes_held_by` gives it."""
     name, _, index = attribute.partition("[")
+    holder, _, name = name.rpartition(".")
+    owner: Any = model.get_submodule(layer)
+    attributes = vars(owner)
+    if holder:
+        attributes = owner = getattr(owner, holder)
+        if not isinstance(owner, dict):
+            attributes = vars(owner)
     if index:
-        sequence = getattr(module, name)
+        sequence = attributes[name]
         items = list(sequence)
         items[int(index[:-1])] = value
         value = items if isinstance(sequence, list) else tuple(items)
-    setattr(module, name, value)
+    if isinstance(owner, nn.Module):
+        setattr(owner, name, value)
+    else:
+        attributes[name] = value  # not setattr: the object may be frozen
 
 
 @torch.no_grad()

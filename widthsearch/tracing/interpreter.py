@@ -133,6 +133,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops: FLOPs per layer.
         activations: Output elements of all convolutions and matrix products.
         fixed_in: Layers in which an equation took a symbol's freedom.
+        lines: The lines that did.
         outputs: The shapes of the model's outputs.
     """
 
@@ -147,6 +148,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: dict[str, Poly] = {}
         self.activations: Poly = {}
         self.fixed_in: set[str] = set()
+        self.lines: set[str] = set()
         self.outputs: list[tuple[int, ...]] = []
 
     def reason(self, equation: Poly = {}) -> str:  # noqa: B006  a Poly never changes in place
@@ -157,7 +159,8 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def line(self) -> str:
         """The line that is running, as a reason for a pin in the layer that is running."""
         self.fixed_in.add(self.layers[-1] if self.layers else "")
-        return _line()
+        self.lines.add(line := _line())
+        return line
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operation = str(func)

@@ -62,7 +62,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._spoiled: dict[int, Tensor] = {}  # by storage: values that a weight was written into
 
     def __enter__(self) -> SampleValues:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         self._constants.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -134,7 +134,7 @@ class _Constants(TorchFunctionMode):
     """Keeps the values of constants, and answers calls that bypass the dispatcher."""
 
     def __init__(self, values: SampleValues) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._values = values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -202,14 +202,17 @@ def _taking(number: type) -> Callable[[Any], Any]:
     """A conversion of symbolic numbers to ``int`` or ``float`` that notes the line."""
 
     def convert(value: Any) -> Any:
-        node = value.node
-        if not isinstance(node, _Node):  # of a compiler
+        node: Any = value.node
+        if not hasattr(node, "system"):  # a compiler's
             return number(node.guard_int("", 0) if node.is_int() else node.guard_float("", 0))
-        symbols = symbols_of(node.poly) if isinstance(node, SizeNode) else node.symbols
-        node.system.take(symbols)
+        node.system.take(symbols_of(node.poly) if isinstance(node, SizeNode) else node.symbols)
         return number(node.hint)
 
     return convert
+
+
+def _of_float(function: Callable[[float], float]) -> Callable[[Any], float]:
+    return lambda value: function(float(value))
 
 
 @contextmanager
@@ -226,8 +229,8 @@ def plain_numbers() -> Iterator[None]:
         "floor": math.floor,
         "ceil": math.ceil,
     }
-    for name in ("exp", "log", "log2", "log10"):
-        patches[name] = lambda value, function=getattr(math, name): function(float(value))
+    for function in (math.exp, math.log, math.log2, math.log10):
+        patches[function.__name__] = _of_float(function)
     before = [
         (kind, name, vars(kind).get(name))
         for kind in (torch.SymInt, torch.SymFloat)

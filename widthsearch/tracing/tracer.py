@@ -32,9 +32,11 @@ from widthsearch.modules.tree import (
     join,
     owner_of,
     set_size,
+    sizes_held_by,
     sizes_in,
     sync_attributes,
     tensors_of,
+    varying_dims,
 )
 from widthsearch.torch_internals import ConvNd, buffers_of, parameters_of
 from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
@@ -144,6 +146,11 @@ def _freest(
                         break
         else:
             best = latest
+    for group in best.sizes_elsewhere(tried):
+        with suppress(TraceInterrupted):
+            attempt = _Attempt(model, inputs, best.attributes | group, fixed, strict)
+            if attempt.freedom > best.freedom:
+                best = attempt
     return best
 
 
@@ -233,12 +240,40 @@ class _Attempt:
         likely = {place for place, value in numbers.items() if value in fixed}
         return frozenset(likely or numbers)
 
+    def sizes_elsewhere(self, tried: Set[tuple[str, str]]) -> list[frozenset[tuple[str, str]]]:
+        """Integers of any module, or of an object that it holds, with the value of a fixed width.
+
+        A module may be given its parent's number as an argument, or read a configuration.
+
+        Returns:
+            Places of one name and one value, which are made symbolic together.
+        """
+        fixed = {
+            self.system.hints[pin.symbol]
+            for pin in self.system.pins
+            if pin.reason in self.run.lines
+        } - {1}
+        groups: dict[tuple[str, int], set[tuple[str, str]]] = {}
+        seen: set[tuple[int, str]] = set()
+        running = {*self.run.fixed_in, ""}
+        for layer, module in self.model.named_modules() if fixed else ():
+            own = [] if is_synced(module) else sizes_in(module)
+            around = any(at.startswith(f"{layer}.") or not layer for at in running)
+            # Small numbers of other modules are strides and dims.
+            integers = ((0, name, n) for name, n in own if around or n >= 8)
+            for holder, name, value in (*integers, *sizes_held_by(module)):
+                key = holder, name.rpartition(".")[2]
+                if value in fixed and (layer, name) not in tried and key not in seen:
+                    seen.update([key] if holder else ())
+                    groups.setdefault((key[1], value), set()).add((layer, name))
+        return [frozenset(group) for group in groups.values()]
+
     def _symbolic(self) -> nn.Module:
         """A copy of the model on meta tensors with symbolic sizes."""
         copies: dict[int, Tensor] = {}
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
-            numbers = name in buffers_of(module) and has_content(module, name, tensor)
+            fixed = fixed_dims(module, name, tensor) if name in buffers_of(module) else set()
             why = reason_within(owner, self.fixed)
             layer_of = self.model.get_submodule(owner) if owner != layer else module
             convolution = isinstance(layer_of, ConvNd) and tensor.dim() > 2
@@ -246,7 +281,7 @@ class _Attempt:
             key = join(layer, name)
             shape: list[torch.SymInt | int] = []
             for dim, n in enumerate(tensor.shape):
-                if n == 1 or numbers or (convolution and dim > 1):
+                if n == 1 or dim in fixed or (convolution and dim > 1):
                     shape.append(n)
                     continue
                 symbol = self.system.fresh(n)
@@ -266,7 +301,9 @@ class _Attempt:
             if depthwise and reason_within(layer, self.fixed) is None:
                 chosen.add((layer, "groups"))
         for layer, name in sorted(chosen):
-            hint = dict(sizes_in(symbolic.get_submodule(layer)))[name]
+            owner_module = symbolic.get_submodule(layer)
+            held = ((place, value) for _, place, value in sizes_held_by(owner_module))
+            hint = dict((*sizes_in(owner_module), *held))[name]
             symbol = self.system.fresh(hint)
             self.values[layer, name] = {(symbol,): 1}
             self.system.soft.add(symbol)
@@ -336,13 +373,14 @@ class _Attempt:
         return _collect(self.system, self.symbols, self.sized, self.values, self.run)
 
 
-def has_content(module: nn.Module, name: str, buffer: Tensor) -> bool:
-    """Whether a buffer holds different values, so that it cannot be made for other sizes."""
-    if is_estimate(module, name):
-        return False
-    if not buffer.is_floating_point():
-        return True
-    return buffer.device.type != "meta" and bool((buffer != buffer.flatten()[:1]).any())
+def fixed_dims(module: nn.Module, name: str, buffer: Tensor) -> set[int]:
+    """The dims along which a buffer's content differs, so that it cannot be made for other sizes.
+
+    Along the others it is repeated, e.g. one blur filter for every channel.
+    """
+    if is_estimate(module, name) or (buffer.is_floating_point() and buffer.device.type == "meta"):
+        return set()
+    return varying_dims(buffer) if buffer.is_floating_point() else set(range(buffer.dim()))
 
 
 def _collect(
