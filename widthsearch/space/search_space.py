@@ -367,10 +367,14 @@ def _checked_inputs(input_shape: Inputs) -> Any:
 
 
 def _no_free_width(model: nn.Module, pinned: Sequence[Pinned]) -> SpaceError:
-    shown = [f"{pin.name!r} ({pin.size}: {pin.reason})" for pin in pinned[:4]]
-    rest = [f"… ({len(pinned)} in all)"] if len(pinned) > 4 else []
-    widths = ", ".join([*shown, *rest]) or "none"
+    by_reason: dict[str, list[str]] = {}
+    for pin in pinned:
+        by_reason.setdefault(pin.reason, []).append(f"{pin.name!r} ({pin.size})")
+    widths = "; ".join(
+        ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])]) + f": {reason}"
+        for reason, names in by_reason.items()
+    )
     return SpaceError(
         f"a model must have a free width, but all widths of {type(model).__name__} are fixed: "
-        f"{widths}; change the line that fixes one, or give another model"
+        f"{widths or 'it has none'}; change the line that fixes one, or give another model"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from widthsearch.errors import SpaceError, first_line
@@ -186,7 +187,38 @@ def _check_network(
     except Exception as error:
         raise SpaceError(f"it cannot be built: {first_line(error)}") from error
     counted, predicted = run_and_count(network, space.input_shape, device), space.cost(widths)
+    if counted != predicted and (wider := _without_skipped_products(space, widths)):
+        network = space.build(wider, device="meta")
+        counted, predicted = run_and_count(network, space.input_shape, "meta"), space.cost(wider)
     for quantity in ("macs", "params", "activations"):
         a, b = getattr(counted, quantity), getattr(predicted, quantity)
         if a != b:
             raise SpaceError(f"its {quantity} are {a:,}, but the space predicts {b:,}")
+
+
+def _without_skipped_products(space: SearchSpace, widths: Widths) -> Widths | None:
+    """The widths with more than one group on each axis, if the network calls ``torch.einsum``.
+
+    Over a dim of size 1 ``einsum`` multiplies elementwise, which torch's counter does not count.
+    Such widths are counted at the next width instead; None if that is no matter here.
+    """
+    wider = [
+        width + axis.step if width == traced.divisor else width
+        for width, axis, traced in zip(widths.vector, space.axes, space.trace.axes, strict=True)
+    ]
+    if tuple(wider) == widths.vector:
+        return None
+    x = sample(space.input_shape, 1)
+    with torch.device("meta"), torch.no_grad(), SampleValues(), _EinsumSpy() as spy:
+        call(space.build(widths, device="meta").eval(), x)
+    return space.widths(wider) if spy.called else None
+
+
+class _EinsumSpy(TorchFunctionMode):
+    """Notes whether ``torch.einsum`` is called."""
+
+    called = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called |= func is torch.einsum
+        return func(*args, **(kwargs or {}))

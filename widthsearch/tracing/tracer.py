@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 
 from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.tree import (
@@ -38,7 +39,7 @@ from widthsearch.modules.tree import (
     tensors_of,
     varying_dims,
 )
-from widthsearch.torch_internals import ConvNd, buffers_of, parameters_of
+from widthsearch.torch_internals import ConvNd, buffers_of, forward_pre_hooks_of, parameters_of
 from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
 from widthsearch.tracing.interpreter import SymbolicInterpreter, TraceInterrupted, execute
 from widthsearch.tracing.polynomials import (
@@ -87,7 +88,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             operation), or not on such an input.
     """
     inputs = as_inputs(inputs)
-    _refuse_lazy(model)
+    _refuse(model)
     fixed: dict[str, str] = {}
     while True:
         try:
@@ -187,14 +188,33 @@ def _failure(model: nn.Module, inputs: Any) -> Exception | None:
     return None
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse(model: nn.Module) -> None:
+    """Refuse modules whose copies would not be what a user's class makes at other widths."""
     for layer, module in model.named_modules():
+        name = f"module {layer or '(the model itself)'!r} ({type(module).__name__})"
         if any(p is not None and is_lazy(p) for p in parameters_of(module).values()):
             raise TraceError(
-                f"a model's tensors must have sizes, but module {layer or '(the model itself)'!r} "
-                f"({type(module).__name__}) has none before its first run: run the model once on "
-                "a sample where it is made"
+                f"a model's tensors must have sizes, but {name} has none before its first run: run "
+                "the model once on a sample where it is made"
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"a model's modules must be Python code, but {name} is compiled by torch.jit: give "
+                "the module that it was compiled from"
+            )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise TraceError(
+                f"a model must not be spread over devices yet, but {name} is: give its `.module`, "
+                "and wrap the network that is built"
+            )
+        for hook in forward_pre_hooks_of(module):
+            if isinstance(hook, BasePruningMethod):
+                tensor = getattr(hook, "_tensor_name", "weight")
+                raise TraceError(
+                    f"a model must be without the masks of torch.nn.utils.prune, whose sizes are "
+                    f"fixed, but {name} has one on {tensor!r}: call torch.nn.utils.prune.remove("
+                    f"module, {tensor!r}) where the model is made"
+                )
 
 
 class _Attempt:
