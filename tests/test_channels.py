@@ -55,7 +55,7 @@ def test_every_position_has_its_owner(name: str) -> None:
     """Nothing is unknown, and every group has as many positions as the shape has."""
     space = space_of(name)
     graph = build_dependency_graph(space.model, space.base)
-    assert graph.unknown == frozenset()
+    assert graph.unknown == {}
     assert all((axes >= 0).all() for axes in graph.axis.values())
 
 
@@ -100,9 +100,10 @@ def test_saliency_equals_an_explicit_gate(name: str) -> None:
     for layer, where in GATES[name].items():
         modules[layer].register_forward_pre_hook(gated(where))
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    F.cross_entropy(model(x), torch.arange(16) % 10).backward()
     graph = build_dependency_graph(space.model, space.base)
-    for i, (gate, gradient) in enumerate(zip(gates, gate_gradients(graph, model), strict=True)):
+    found = gate_gradients(graph, model, lambda: F.cross_entropy(model(x), torch.arange(16) % 10))
+    F.cross_entropy(model(x), torch.arange(16) % 10).backward()
+    for i, (gate, gradient) in enumerate(zip(gates, found, strict=True)):
         assert gate.grad is not None
         expected = group_sums(graph, *space.trace.axes[i].maker, gate.grad)[i]
         assert torch.allclose(expected, gradient.double(), rtol=1e-5, atol=1e-8)
@@ -293,8 +294,8 @@ class Padded(nn.Module):
 def test_channels_that_two_axes_share_cannot_be_cut() -> None:
     """Widths are free of each other, but channel i of one is channel i of the other."""
     space = SearchSpace.from_model(Padded, (3, 8, 8))
-    assert build_dependency_graph(space.model, space.base).unknown == {0, 1}
-    with pytest.raises(SpaceError, match="cannot be separated from those of others"):
+    assert build_dependency_graph(space.model, space.base).unknown.keys() == {0, 1}
+    with pytest.raises(SpaceError, match="have channels in common; leave the axis out"):
         space.extract(space.build(1.0), {"narrow": [0, 1, 2, 3]})
 
 

@@ -9,7 +9,7 @@ groups or attention has heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from widthsearch.channels.call_sites import Operand, Site
 from widthsearch.channels.elements import Elements
-from widthsearch.channels.propagation import Propagation
+from widthsearch.channels.propagation import Propagation, Sites
 from widthsearch.modules.tree import join, tensors_of
+from widthsearch.torch_internals import tree_leaves
 from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import System, as_constant, symbols_of
@@ -38,8 +40,10 @@ class DependencyGraph:
         axis: Per tensor and dim that depends on axes, the axis of each position; -1 if unknown.
         group: The same for the group within the axis.
         consumers: Per weight that multiplies channels of its input, the dim along which it does.
-        unknown: Axes with groups whose positions the run did not determine; they cannot be pruned
-            channel by channel.
+        unknown: Axes whose channels cannot be pruned one by one, each with the reason.
+        masks: Per call of a torch function that combines channels, the operands whose removed
+            channels a mask takes out.
+        gates: Per such call, the weights that multiply channels of the call's other operands.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 5, 1))
@@ -56,7 +60,9 @@ class DependencyGraph:
     axis: Mapping[tuple[str, int], NDArray[np.int64]]
     group: Mapping[tuple[str, int], NDArray[np.int64]]
     consumers: Mapping[str, int]
-    unknown: frozenset[int]
+    unknown: Mapping[int, str]
+    masks: Mapping[Site, tuple[Operand, ...]]
+    gates: Mapping[Site, tuple[Operand, ...]]
 
 
 def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGraph:
@@ -66,83 +72,168 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
         model: The traced model.
         widths: The network's widths, one per axis of the trace.
     """
-    groups = model.trace.variables(widths.vector)
-    system = System(hints=list(groups))
+    x = model.trace.variables(widths.vector)
+    system = System(hints=list(x))
     elements = Elements()
-    run = Propagation(elements)
+    inputs = sample(model.input_shape, 1, "meta")
+    run = Propagation(elements, [t for t in tree_leaves(inputs) if isinstance(t, Tensor)])
     own: dict[tuple[str, int], NDArray[np.int64]] = {}
     copies: dict[int, Tensor] = {}
     for _, layer, name, tensor in tensors_of(model.template):
         key = join(layer, name)
         shape = model.trace.shapes[key]
         meta = torch.empty([size(system, p) for p in shape], dtype=tensor.dtype, device="meta")
+        parameter = isinstance(tensor, nn.Parameter)
         fields = []
         for dim, p in enumerate(shape):
             if as_constant(p) is None:
                 own[key, dim] = elements.new(system.hint(p))
+                run.add_place(own[key, dim], key if parameter else None, dim)
                 along_dim = [-1 if d == dim else 1 for d in range(len(shape))]
                 fields.append(torch.from_numpy(own[key, dim]).view(along_dim))
-        if isinstance(tensor, nn.Parameter):
+        if parameter:
             meta = nn.Parameter(meta, requires_grad=False)
-            run.parameters[id(meta)] = key
         run.set_fields(meta, fields)
         copies[id(tensor)] = meta
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
-    run_on_meta(symbolic, sample(model.input_shape, 1, "meta"), run)
-    roots = {where: elements.find(made) for where, made in own.items()}
-    group_of = [_number_groups(model, i, count, roots) for i, count in enumerate(groups)]
-    axes: dict[tuple[str, int], NDArray[np.int64]] = {}
-    group: dict[tuple[str, int], NDArray[np.int64]] = {}
-    unknown: set[int] = set()
-    for (key, dim), these in roots.items():
-        length = model.trace.shapes[key][dim]
-        owners = sorted(symbols_of(length))
-        found = np.full((len(these), 2), -1)
-        for position, root in enumerate(these.tolist()):
-            for number in owners:
-                if root in group_of[number]:
-                    found[position] = number, group_of[number][root]
-        axes[key, dim], group[key, dim] = found.T
-        for number in owners:
-            counts = np.bincount(found[found[:, 0] == number, 1], minlength=groups[number])
-            # A dim of `c·x` positions has c of each of the axis's x groups, or some were not found.
-            if (counts != length.get((number,), 0)).any():
-                unknown.add(number)
-    unfollowed = np.concatenate([np.empty(0, np.int64), *elements.unfollowed])
-    unfollowed_roots = set(elements.find(unfollowed[unfollowed >= 0]).tolist())
-    unknown.update(i for i, a in enumerate(group_of) if not unfollowed_roots.isdisjoint(a))
-    for i, a in enumerate(group_of):  # axes with a common class cannot be pruned independently
-        unknown.update(n for k, b in enumerate(group_of[:i]) if a.keys() & b.keys() for n in (i, k))
-    return DependencyGraph(widths, tuple(groups), axes, group, run.consumers, frozenset(unknown))
+    with Sites(symbolic, run):
+        run_on_meta(symbolic, inputs, run)
+    numbers = _Numbers.of(model, x, elements, own)
+    while True:
+        broken = [(seam, seam.broken(numbers.axis, numbers.group, x)) for seam in run.seams]
+        if not sum(seam.mend(elements) for seam, axes in broken if axes):
+            break
+        numbers = _Numbers.of(model, x, elements, own)
+    unknown = dict(run.lost_axes)
+    for seam, axes in broken:
+        for i in axes:
+            unknown.setdefault(i, f"its channels change sides of a cut: {seam.reason}")
+    for lost, reason in run.lost:
+        for i in np.unique(numbers.axis[lost[lost >= 0]]).tolist():
+            unknown.setdefault(i, reason)
+    unknown |= {i: why for i, why in numbers.unknown.items() if i not in unknown}
+    unknown = {i: unknown[i] for i in sorted(unknown) if 0 <= i < len(x)}
+    return DependencyGraph(
+        widths,
+        tuple(x),
+        numbers.axes,
+        numbers.groups,
+        run.consumers,
+        unknown,
+        *_operands(run, numbers),
+    )
 
 
-def _number_groups(
-    model: TracedModel,
-    axis: int,
-    count: int,
-    roots: Mapping[tuple[str, int], NDArray[np.int64]],
-) -> dict[int, int]:
-    """The number of the group of each class, by the class's representative.
+@dataclass
+class _Numbers:
+    """The axis and group of each class of elements.
 
     One axis can hold several sets of channels that only have their number in common (the residual
-    stream of a transformer, and the heads of its attention). Each set is numbered on its own, the
-    set of the axis's maker first. A set of more channels than there are groups has several
+    stream of a transformer, and the heads of its attention). Each is numbered on its own, from the
+    axis's maker and the shortest dims on. A set of more channels than there are groups has several
     consecutive channels in each group.
+
+    Attributes:
+        axis: The axis of each element; -1 for none.
+        group: Its group.
+        axes: Per dim, the axis of each position.
+        groups: The same for the group.
+        unknown: Axes whose positions are not all known, with the reason.
     """
-    # Dims whose size is a multiple of this axis's variable; sums of axes are numbered through them.
-    remaining = [
-        where for where in roots if model.trace.shapes[where[0]][where[1]].keys() == {(axis,)}
-    ]
-    remaining.sort(key=lambda where: where != model.trace.axes[axis].maker)
-    numbered: dict[int, int] = {}
-    while remaining:
-        connected = remaining[:1]
-        classes: dict[int, None] = {}  # a set that keeps its order
-        while connected:  # all dims that share a class with the first, directly or through others
-            remaining = [where for where in remaining if where not in connected]
-            classes.update(dict.fromkeys(c for where in connected for c in roots[where].tolist()))
-            connected = [w for w in remaining if not classes.keys().isdisjoint(roots[w].tolist())]
-        if len(classes) % count == 0:
-            per_group = len(classes) // count
-            numbered.update({root: i // per_group for i, root in enumerate(classes)})
-    return numbered
+
+    axis: NDArray[np.int64]
+    group: NDArray[np.int64]
+    axes: dict[tuple[str, int], NDArray[np.int64]]
+    groups: dict[tuple[str, int], NDArray[np.int64]]
+    unknown: dict[int, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: TracedModel,
+        x: Sequence[int],
+        elements: Elements,
+        own: Mapping[tuple[str, int], NDArray[np.int64]],
+    ) -> _Numbers:
+        """Number the classes.
+
+        Args:
+            model: The traced model.
+            x: The number of groups of each axis.
+            elements: The classes.
+            own: The elements of each dim.
+        """
+        shapes, unknown = model.trace.shapes, {}
+        root = elements.find(np.arange(len(elements.parent)))
+        # A class can have a group in several axes, which then cannot be pruned independently.
+        group = [np.full(len(root), -1) for _ in x]
+        single: dict[int, list[tuple[str, int]]] = {}  # dims of a multiple of one axis's variable
+        for where in own:
+            length = shapes[where[0]][where[1]]
+            if len(length) == 1 and len(*length) == 1:
+                single.setdefault(*next(iter(length)), []).append(where)
+        for i, places in single.items():
+            maker = model.trace.axes[i].maker
+            for where in sorted(places, key=lambda at: (at != maker, len(own[at]))):
+                roots = root[own[where]]
+                left = np.array(list(dict.fromkeys(roots[group[i][roots] < 0].tolist())), np.int64)
+                if len(left) and len(left) % x[i] == 0:
+                    group[i][left] = np.arange(len(left)) // (len(left) // x[i])
+        axis_of, group_of = np.full(len(root), -1), np.full(len(root), -1)
+        for i, of_axis in enumerate(group):
+            mine = of_axis >= 0
+            for other in np.unique(axis_of[mine & (axis_of >= 0)]).tolist():
+                first, second = (model.trace.axes[n].name for n in (other, i))
+                why = f"axes {first!r} and {second!r} have channels in common"
+                unknown |= {i: why, other: why}
+            axis_of[mine], group_of[mine] = i, of_axis[mine]
+        axes, groups = {}, {}
+        for where, these in own.items():
+            length = shapes[where[0]][where[1]]
+            found = np.full((2, len(these)), -1)
+            for i in sorted(symbols_of(length)):
+                mine = group[i][root[these]] >= 0
+                found[:, mine] = [[i] * int(mine.sum()), group[i][root[these]][mine]]
+                counts = np.bincount(found[1, found[0] == i], minlength=x[i])
+                # A dim of `c·x` positions has c of each group, or some were not found.
+                if (counts != length.get((i,), 0)).any():
+                    unknown.setdefault(i, f"the run does not tell its channels in {where[0]!r}")
+            axes[where], groups[where] = found
+        return cls(axis_of[root], group_of[root], axes, groups, unknown)
+
+
+def _operands(
+    run: Propagation, numbers: _Numbers
+) -> tuple[dict[Site, tuple[Operand, ...]], dict[Site, tuple[Operand, ...]]]:
+    """Per call, the operands that masks change, and those that gates do."""
+    masks: dict[Site, tuple[Operand, ...]] = {}
+    gates: dict[Site, tuple[Operand, ...]] = {}
+    base = 1 + int(numbers.group.max(initial=0))
+    code = np.where(numbers.axis < 0, -1, numbers.axis * base + numbers.group)
+    # Indexed by -1, "no element", code and chosen give their last entries: -1 and False.
+    code = np.append(code, -1)
+    for site, record in run.sites.items():
+        # A mask is of codes, since what belongs to the same groups as elements that are read is
+        # undefined too, such as the bias of a query.
+        read = np.zeros(code.max() + 2, bool)
+        consumed = np.zeros(len(code), bool)
+        for f, dims in record.reads:
+            read_codes = code[f.numpy()]
+            first = read_codes[tuple(slice(1 if d in dims else None) for d in range(f.dim()))]
+            if (read_codes != first).any():  # else whole groups are combined
+                read[read_codes] = True
+        for f in record.consumed:
+            consumed[f.numpy()] = True
+        read[-1] = consumed[-1] = False
+        for chosen, out in ((read[code], masks), (consumed & (code >= 0), gates)):
+            found = []
+            for index, fields in record.operands.items():
+                for e in (f.numpy() for f in fields):
+                    if chosen[e].any():
+                        axis, group = (
+                            np.where(chosen[e], of[e], -1) for of in (numbers.axis, numbers.group)
+                        )
+                        found.append(Operand(index, axis, group))
+            if found:
+                out[site] = tuple(found)
+    return masks, gates

@@ -13,6 +13,7 @@ Example: the output of a convolution with four filters, elements 10 to 13, has t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,6 @@ Field = Tensor
 class Elements:
     """A union-find forest: ``parent[i]`` is a smaller element of the same class, or ``i`` itself.
 
-    Attributes:
-        unfollowed: Elements whose position in some tensor depends on the widths.
-
     Example:
         >>> elements = Elements()
         >>> first, second = elements.new(3), elements.new(3)
@@ -40,7 +38,6 @@ class Elements:
 
     def __init__(self) -> None:
         self.parent = np.empty(0, np.int64)
-        self.unfollowed: list[NDArray[np.int64]] = []
 
     def new(self, count: int) -> NDArray[np.int64]:
         """Make new elements, each a class of its own."""
@@ -70,6 +67,30 @@ class Elements:
             x, y = x[apart], y[apart]
             np.minimum.at(self.parent, np.maximum(x, y), np.minimum(x, y))
             x, y = self.find(x), self.find(y)
+
+    def merged(self, fields: Iterable[Field]) -> list[Field]:
+        """The fields of a tensor from those of its operands, united at equal positions."""
+        out: list[Field] = []
+        for f in fields:
+            same = [i for i, g in enumerate(out) if varies(g) & varies(f)]
+            for i in same:
+                self.unite(out[i], f)
+            if not same:
+                out.append(f)
+            else:
+                a, b = torch.broadcast_tensors(out[same[0]], f)  # type: ignore[no-untyped-call]
+                out[same[0]] = compressed(torch.where(a >= 0, a, b))
+        return out
+
+    def collapsed(self, f: Field, dims: set[int]) -> list[Field]:
+        """The field after some dims are summed, if its elements along them are one class."""
+        first = f
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        roots, of_first = (
+            torch.from_numpy(self.find(np.maximum(g.numpy(), 0))) for g in (f, first)
+        )
+        return [first] if varies(first) and bool((roots == of_first).all()) else []
 
 
 def hinted(value: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from widthsearch.channels.call_sites import CallSites, Site, with_operands
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.modules.tree import join
 from widthsearch.torch_internals import NormBase
@@ -34,46 +38,63 @@ def group_sums(graph: DependencyGraph, key: str, dim: int, values: Tensor) -> di
     return out
 
 
-def gate_gradients(graph: DependencyGraph, model: nn.Module) -> list[Tensor]:
+def gate_gradients(
+    graph: DependencyGraph, model: nn.Module, loss: Callable[[], Tensor]
+) -> list[Tensor]:
     """∂L/∂c for a gate c = 1 that multiplies each group of each axis in its consumers' inputs.
 
-    The gates need not exist: with W the weights of the consumers, the gradient of gate i is the
-    sum over consumers of ⟨W[:, i], ∂L/∂W[:, i]⟩. A gate stands behind batch norm and activation,
-    so that neither cancels it. For an axis without consumers the gate stands behind the batch norm
-    of its maker, and its gradient is γ·∂L/∂γ + β·∂L/∂β.
+    The gates multiply the weights that the consumers read, which is the same and costs less. They
+    may be computed from parameters (weight norm, quantisation). A gate stands behind batch norm and
+    activation, so that neither cancels it. For an axis without consumers the gate stands behind the
+    norm of its maker, and its gradient is γ·∂L/∂γ + β·∂L/∂β.
 
     Args:
         graph: The dependency graph of ``model``.
-        model: A network whose parameters have gradients.
+        model: A network.
+        loss: Computes the loss L by passes of the network. Gradients are not accumulated in its
+            parameters.
 
     Returns:
         Per axis, shape (groups,).
     """
-    parameters = dict(model.named_parameters())
-    device = next(iter(parameters.values())).device
-    out = [torch.zeros(n, device=device) for n in graph.groups]
-    gated: set[int] = set()
-
-    def collect(key: str, dim: int) -> None:
-        parameter = parameters[key]
-        if parameter.grad is None:
-            return
-        products = (parameter.detach() * parameter.grad).movedim(dim, 0)
-        products = products.reshape(len(products), -1).sum(1)
-        for axis, sums in group_sums(graph, key, dim, products).items():
-            gated.add(axis)
-            out[axis] = out[axis] + sums
-
-    for key, dim in consuming_dims(graph, model):
-        collect(key, dim)
-    without_consumer = set(range(len(out))) - gated
+    first = next(model.parameters())
+    gates = [first.new_ones(n, requires_grad=True) for n in graph.groups]
+    with _Gated(model, graph, gates):
+        value = loss()
+    consumed = {i for found in graph.gates.values() for o in found for i in np.unique(o.axis)}
+    norms = []
     for layer, module in model.named_modules():
-        if isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm):
+        if isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
             for name in ("weight", "bias"):
-                where = join(layer, name), 0
-                if where in graph.axis and set(graph.axis[where].tolist()) <= without_consumer:
-                    collect(*where)
+                key = join(layer, name)
+                if (key, 0) in graph.axis and consumed.isdisjoint(graph.axis[key, 0]):
+                    norms.append((key, getattr(module, name)))
+    wanted = [*gates, *(parameter for _, parameter in norms)]
+    found = torch.autograd.grad(value, wanted, allow_unused=True)
+    gradients = [
+        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
+    ]
+    out, of_norms = gradients[: len(gates)], gradients[len(gates) :]
+    for (key, parameter), gradient in zip(norms, of_norms, strict=True):
+        for axis, sums in group_sums(graph, key, 0, parameter.detach() * gradient).items():
+            out[axis] = out[axis] + sums
     return out
+
+
+class _Gated(CallSites):
+    """Multiplies the weights of consumers by gates of their channels."""
+
+    def __init__(self, model: nn.Module, graph: DependencyGraph, gates: list[Tensor]) -> None:
+        super().__init__(model)
+        self.graph, self.gates = graph, gates
+        self.one = torch.ones_like(gates[0][:1])
+
+    def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
+        for operand in self.graph.gates.get(site, ()):
+            gate = operand.select(self.gates, self.one)
+            change = {operand.index: lambda weight, gate=gate: weight * gate.to(weight)}
+            args, kwargs = with_operands(change, args, kwargs)
+        return func(*args, **kwargs)
 
 
 def consuming_dims(graph: DependencyGraph, model: nn.Module) -> list[tuple[str, int]]:

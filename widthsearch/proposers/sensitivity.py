@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
@@ -86,6 +88,8 @@ class Sensitivity:
         unconstrained, device = space.unconstrained, check_device(setting.device)
         rng = np.random.default_rng(setting.seed)
         model = unconstrained.build(unconstrained.base, seed=setting.seed).to(device)
+        graph = build_dependency_graph(unconstrained.model, unconstrained.base)
+        gradients = [torch.zeros(n, device=device) for n in graph.groups]
         # In train mode, since batch norm's running statistics carry no information before training.
         # The gates stand after batch norm, so that it does not cancel them.
         with seeded(setting.seed, 0, device), deterministic_cudnn():
@@ -93,10 +97,13 @@ class Sensitivity:
                 index = balanced(task.train.labels, task.classes, self.batch_size, rng)
                 batch = Split(task.train.images[index], task.train.labels[index])
                 x, y = DeviceLoader(batch, task, len(batch), device).plain()
-                loss = F.cross_entropy(model(x), y) / self.batches
-                loss.backward()  # type: ignore[no-untyped-call]
-        graph = build_dependency_graph(unconstrained.model, unconstrained.base)
-        return channel_scores(space, graph, [g.abs() for g in gate_gradients(graph, model)])
+
+                def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
+                    return F.cross_entropy(model(x), y) / self.batches
+
+                found = gate_gradients(graph, model, loss)
+                gradients = [a + b for a, b in zip(gradients, found, strict=True)]
+        return channel_scores(space, graph, [g.abs() for g in gradients])
 
 
 def balanced(

@@ -119,16 +119,19 @@ def synaptic_flow(
     Raises:
         StudyError: R exceeds float64.
     """
-    model.zero_grad()
-    with deterministic_cudnn():
-        flow = model(ones).sum()
-        if not torch.isfinite(flow):
+
+    def flow() -> Tensor:
+        total: Tensor = model(ones).sum()
+        if not torch.isfinite(total):
             raise StudyError(
                 "synflow multiplies the weights of all layers, and the product exceeds float64 in "
                 "this network; use `sensitivity`"
             )
-        flow.backward()
-    scores = [g.double().cpu().numpy() for g in gate_gradients(graph, model)]
+        return total
+
+    with deterministic_cudnn():
+        gradients = gate_gradients(graph, model, flow)
+    scores = [g.double().cpu().numpy() for g in gradients]
     return [np.full_like(s, s.mean()) if i in graph.unknown else s for i, s in enumerate(scores)]
 
 

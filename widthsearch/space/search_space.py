@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from widthsearch.channels import extraction
+from widthsearch.channels import extraction, masking
 from widthsearch.errors import SpaceError
 from widthsearch.modules.initialisation import Recorder
 from widthsearch.space.constraints import Constraints, default_axis
@@ -326,9 +326,9 @@ class SearchSpace:
     ) -> AbstractContextManager[nn.Module]:
         """A context in which ``model`` computes as if it only had the channels that are kept.
 
-        See :func:`widthsearch.channels.extraction.masked`.
+        See :func:`widthsearch.channels.masking.masked`.
         """
-        return extraction.masked(self.model, model, keep)
+        return masking.masked(self.model, model, keep)
 
     def check(
         self, *, seed: int = 0, vectors: int = 3, device: str | torch.device = "cpu"

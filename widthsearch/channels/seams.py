@@ -1,0 +1,95 @@
+"""Seams: positions at which a dim is cut into parts, ``x[:, :c // 2]`` and ``x[:, c // 2:]``.
+
+Other widths move a seam, and the channels beside it change sides unless as many of them are removed
+on each side as the sizes of the parts say.
+
+Notation: a dim has ``n = Σ c_i·x_i`` positions over the axes' variables ``x_i``, and the seam lies
+at ``s = Σ k_i·x_i``. It is *kept* if ``k_i`` of ``c_i`` positions of each group of each axis lie
+before it. A seam between concatenated parts is kept as it is. For others in a dim of a single axis,
+with ``s/n = p/q``, the elements at equal positions of ``q`` equal blocks are united.
+
+Example: 6 channels of one axis in halves, so ``q = 2``: 0 is united with 3, 1 with 4 and 2 with 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widthsearch.channels.elements import Elements, Field
+from widthsearch.tracing.polynomials import Poly, evaluate, symbols_of
+
+
+@dataclass(frozen=True, eq=False)
+class Seam:
+    """A position at which a dim is cut.
+
+    Attributes:
+        field: The elements of the tensor that is cut.
+        dim: The dim.
+        position: The first position behind the seam.
+        length: The size of the dim.
+        reason: The line of code that cuts.
+    """
+
+    field: Field
+    dim: int
+    position: Poly
+    length: Poly
+    reason: str
+
+    def _ratios(self) -> dict[int, Fraction | None]:
+        """Per axis of the dim, k/c; None if it differs between the terms."""
+        out: dict[int, Fraction | None] = {}
+        for monomial in {*self.length, *self.position}:
+            c, k = self.length.get(monomial, 0), self.position.get(monomial, 0)
+            for i in set(monomial):
+                ratio = Fraction(k, c) if c else None
+                out[i] = ratio if out.get(i, ratio) == ratio else None
+        return out
+
+    def broken(
+        self, axis: NDArray[np.int64], group: NDArray[np.int64], x: Sequence[int]
+    ) -> set[int]:
+        """The axes for which the seam is not kept.
+
+        Args:
+            axis: The axis of each element; -1 for none.
+            group: The group of each element.
+            x: The values of the axes' variables.
+        """
+        owners = symbols_of(self.length) | symbols_of(self.position)
+        if any(i >= len(x) for i in owners):
+            return {i for i in owners if i < len(x)}
+        at = evaluate(self.position, x)
+        before, after = (
+            f.reshape(-1).numpy()
+            for f in self.field.split([at, self.field.shape[self.dim] - at], self.dim)
+        )
+        out = set()
+        present = {*np.unique(axis[before[before >= 0]]), *np.unique(axis[after[after >= 0]])}
+        ratios = self._ratios()
+        for i in {*owners, *(int(i) for i in present if i >= 0)}:
+            counts = [
+                np.bincount(group[e[(e >= 0) & (axis[e] == i)]], minlength=x[i])
+                for e in (before, after)
+            ]
+            ratio = ratios.get(i)
+            if ratio is None or (counts[0] * (1 - ratio) != counts[1] * ratio).any():
+                out.add(i)
+        return out
+
+    def mend(self, elements: Elements) -> bool:
+        """Unite the elements at equal positions of equal blocks; False if that changes nothing."""
+        ratios = set(self._ratios().values())
+        ratio = ratios.pop() if len(self.length) == 1 and len(ratios) == 1 else None
+        if ratio is None or ratio.denominator == 1:
+            return False
+        blocks = self.field.unflatten(self.dim, (ratio.denominator, -1))
+        before = elements.find(self.field.numpy())
+        elements.unite(blocks, blocks.narrow(self.dim, 0, 1))
+        return bool((elements.find(self.field.numpy()) != before).any())
