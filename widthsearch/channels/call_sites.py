@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -68,14 +68,14 @@ class CallSites(TorchFunctionMode):
         self._layers: list[str] = []
         self._counts: Counter[tuple[str, str]] = Counter()
 
-    def __enter__(self) -> CallSites:
+    def __enter__(self) -> Self:
         begin = self._model.register_forward_pre_hook(lambda *_: self._counts.clear())
         self._hooks = [begin, *track_layers(self._model, self._layers)]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[arg-type]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 

@@ -93,6 +93,7 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
                 fields.append(torch.from_numpy(own[key, dim]).view(along_dim))
         if parameter:
             meta = nn.Parameter(meta, requires_grad=False)
+            run.parameters[id(meta)] = key
         run.set_fields(meta, fields)
         copies[id(tensor)] = meta
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
@@ -163,15 +164,17 @@ class _Numbers:
             elements: The classes.
             own: The elements of each dim.
         """
-        shapes, unknown = model.trace.shapes, {}
+        shapes = model.trace.shapes
+        unknown: dict[int, str] = {}
         root = elements.find(np.arange(len(elements.parent)))
         # A class can have a group in several axes, which then cannot be pruned independently.
         group = [np.full(len(root), -1) for _ in x]
         single: dict[int, list[tuple[str, int]]] = {}  # dims of a multiple of one axis's variable
         for where in own:
             length = shapes[where[0]][where[1]]
-            if len(length) == 1 and len(*length) == 1:
-                single.setdefault(*next(iter(length)), []).append(where)
+            monomial = next(iter(length))
+            if len(length) == len(monomial) == 1:
+                single.setdefault(monomial[0], []).append(where)
         for i, places in single.items():
             maker = model.trace.axes[i].maker
             for where in sorted(places, key=lambda at: (at != maker, len(own[at]))):

@@ -115,6 +115,11 @@ def compressed(field: Field) -> Field:
     return field
 
 
+def in_blocks(field: Field, dim: int, count: int) -> Field:
+    """The field with a dim divided into that many blocks and the positions in each."""
+    return field.reshape(*field.shape[:dim], count, -1, *field.shape[dim + 1 :])
+
+
 def varies(field: Field) -> set[int]:
     """The dims along which a field varies."""
     return {dim for dim, n in enumerate(field.shape) if n > 1}

@@ -21,7 +21,7 @@ elements ``[2, 3, 4]`` along dim 0 and ``[5, 6]`` along dim 1. The rule unites 0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from widthsearch.channels.call_sites import CallSites, Site
 from widthsearch.channels.elements import Elements, Field, compressed, shape_of, varies
-from widthsearch.channels.rules import RULES, UNIFORM, moved, pointwise
+from widthsearch.channels.local_rules import moved
+from widthsearch.channels.rules import rule_of
 from widthsearch.channels.seams import Seam
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.tracing.interpreter import BATCH_NORMS, _line
@@ -99,6 +100,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elements: The elements of the model's parameters and buffers.
         starts: The first element of each dim that has elements.
         places: The parameter and the dim of each of them; None for a buffer.
+        parameters: The name of each parameter, by the id of its meta tensor.
         consumers: Per parameter that multiplies channels, the dim along which it does.
         sites: The calls that read elements.
         seams: Where dims are cut.
@@ -113,6 +115,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.starts: list[int] = []
         self.places: list[tuple[str | None, int]] = []
         self.consumers: dict[str, int] = {}
+        self.parameters: dict[int, str] = {}
         self.sites: dict[Site, SiteRecord] = {}
         self.seams: list[Seam] = []
         self.lost: list[tuple[NDArray[np.int64], str]] = []
@@ -171,16 +174,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(o) not in known:
                 self._fields.pop(id(o), None)
                 self.views.pop(id(o), None)
-        rule = RULES.get(packet)
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = pointwise
-        if any(id(t) in self._fields for t in inputs):
-            if rule is None:
-                self._lose_all(call, inputs)
-            else:
-                rule(self, call)
-        elif rule is None and packet not in UNIFORM:
-            self._lose_all(call, ())
+        rule = rule_of(func)
+        if rule is None:
+            self._lose_all(call, inputs)
+        elif call.outputs and any(id(t) in self._fields for t in inputs):
+            rule(self, call)
         return out
 
     def is_weight(self, tensor: Tensor) -> bool:
@@ -213,7 +211,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             x: The other factor.
             dim: The dim to record, if it is not the field's own.
         """
-        if f is None or not self.is_weight(weight) or self.is_weight(x):
+        if not self.is_weight(weight) or self.is_weight(x):
+            return
+        if f is None:  # a single channel has no field
+            if id(weight) in self.parameters and self.fields_of(x):
+                self.consumers[self.parameters[id(weight)]] = 1
             return
         if self.site is not None:
             self.site.consumed.append(f)
@@ -228,16 +230,12 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reason = f"{call.func} mixes its channels: {_line()}"
         self.lost.append((np.unique(f.reshape(-1).numpy()), reason))
 
-    def lose_sizes(self, tensors: Iterable[Tensor], call: Call) -> None:
-        """Give up on the axes in some tensors' sizes."""
-        for s in {s for t in tensors for n in t.shape for s in symbols_of(poly_of(n))}:
+    def _lose_all(self, call: Call, inputs: Iterable[Tensor]) -> None:
+        """Give up on the axes of an operator without a rule, and of the sizes that it makes."""
+        for f in (f for t in inputs for f in self.fields_of(t)):
+            self.lose(f, call)
+        for s in {s for t in call.outputs for n in t.shape for s in symbols_of(poly_of(n))}:
             self.lost_axes.setdefault(s, f"{call.func} has no rule for its channels: {_line()}")
-
-    def _lose_all(self, call: Call, inputs: Sequence[Tensor]) -> None:
-        for t in inputs:
-            for f in self.fields_of(t):
-                self.lose(f, call)
-        self.lose_sizes(call.outputs, call)
 
     def cut(self, f: Field, dim: int, position: Poly, length: Poly) -> None:
         """Record a seam in a field; a dim of a fixed size is cut at the same place ever."""
@@ -290,6 +288,7 @@ class Sites(CallSites):
         self.run = run
 
     def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a call, and keep its record if it reads elements."""
         record = self.run.site = SiteRecord(site[1])
         try:
             out = func(*args, **kwargs)

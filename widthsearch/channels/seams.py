@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from widthsearch.channels.elements import Elements, Field
+from widthsearch.channels.elements import Elements, Field, in_blocks
 from widthsearch.tracing.polynomials import Poly, evaluate, symbols_of
 
 
@@ -68,7 +69,7 @@ class Seam:
         at = evaluate(self.position, x)
         before, after = (
             f.reshape(-1).numpy()
-            for f in self.field.split([at, self.field.shape[self.dim] - at], self.dim)
+            for f in torch.split(self.field, [at, self.field.shape[self.dim] - at], self.dim)
         )
         out = set()
         present = {*np.unique(axis[before[before >= 0]]), *np.unique(axis[after[after >= 0]])}
@@ -79,7 +80,10 @@ class Seam:
                 for e in (before, after)
             ]
             ratio = ratios.get(i)
-            if ratio is None or (counts[0] * (1 - ratio) != counts[1] * ratio).any():
+            if ratio is not None:
+                k, c = ratio.numerator, ratio.denominator
+                kept = bool((counts[0] * (c - k) == counts[1] * k).all())
+            if ratio is None or not kept:
                 out.add(i)
         return out
 
@@ -89,7 +93,7 @@ class Seam:
         ratio = ratios.pop() if len(self.length) == 1 and len(ratios) == 1 else None
         if ratio is None or ratio.denominator == 1:
             return False
-        blocks = self.field.unflatten(self.dim, (ratio.denominator, -1))
+        blocks = in_blocks(self.field, self.dim, ratio.denominator)
         before = elements.find(self.field.numpy())
         elements.unite(blocks, blocks.narrow(self.dim, 0, 1))
         return bool((elements.find(self.field.numpy()) != before).any())

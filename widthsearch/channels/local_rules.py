@@ -1,0 +1,265 @@
+"""The rules of operators that keep channels apart: pointwise, views, pooling, look-ups.
+
+See ``rules.py`` for the others, and for the table of operators.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from widthsearch.channels.elements import Field, compressed, hinted, in_blocks, shape_of, varies
+from widthsearch.torch_internals import tree_leaves
+from widthsearch.tracing.polynomials import Poly, add, as_constant, constant, divide
+from widthsearch.tracing.symbolic_ints import poly_of
+
+if TYPE_CHECKING:
+    from widthsearch.channels.propagation import Call, Propagation
+
+aten = torch.ops.aten
+
+
+def from_front(dims: Any, x: Tensor) -> set[int]:
+    """Dims counted from the front; all of them for None or an empty list."""
+    dims = [dims] if isinstance(dims, int) else dims
+    return {d % max(1, x.dim()) for d in (dims or range(x.dim()))}
+
+
+def pointwise(run: Propagation, call: Call) -> None:
+    """Unite elements at the same position of the operands."""
+    first = call.outputs[0]
+    shape = shape_of(first)
+    fields: list[Field] = []
+    for x in _tensors((call.args, call.kwargs)):
+        for f in run.fields_of(x):
+            f = f.reshape(*[1] * (len(shape) - f.dim()), *f.shape)
+            if f.dim() > len(shape) or any(
+                n not in (1, m) for n, m in zip(f.shape, shape, strict=True)
+            ):
+                run.lose(f, call)
+            else:
+                fields.append(f)
+    run.set_fields(first, run.elements.merged(fields))
+    for other in call.outputs[1:]:  # masks of dropout
+        if shape_of(other) == shape:
+            run.set_fields(other, run.fields_of(first))
+    if any(first is x for x in (*call.args, *call.kwargs.values())):
+        run.write_through(first, call)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def uniform(run: Propagation, call: Call) -> None:
+    """An output that is equal in every position, such as ``zeros_like``."""
+
+
+def moved(call: Call, field: Field) -> list[Field]:
+    """Apply a view to a field that has the full shape of the view's operand."""
+    name = call.func._schema.name.split("::")[1].rstrip("_")
+    if name in ("view", "_unsafe_view", "reshape"):
+        return [field.reshape(shape_of(call.outputs[0]))]
+    if name in ("alias", "detach", "clone", "contiguous", "lift_fresh"):
+        return [field]
+    if name == "view_as_real":
+        return [field.unsqueeze(-1)]
+    if name == "view_as_complex":
+        return [field.select(-1, 0)]
+    named = {k: hinted(v) for k, v in call.kwargs.items()}
+    out = getattr(aten, name)(field, *hinted(list(call.args[1:])), **named)
+    return list(out) if isinstance(out, list | tuple) else [out]
+
+
+def view(run: Propagation, call: Call) -> None:
+    """Move elements like values; a cut into parts makes seams."""
+    x, outputs = call.args[0], call.outputs
+    collected: list[list[Field]] = [[] for _ in outputs]
+    for field in run.fields_of(x):
+        _cut(run, call, field)
+        if call.func._overloadpacket in (aten.view, aten._unsafe_view):
+            _check_reshaped_sum(run, call, field)
+        parts = moved(call, field.expand(shape_of(x)))
+        for fields, part, o in zip(collected, parts, outputs, strict=True):
+            fields.append(_unite_fixed_dims(run, compressed(part), o))
+    for index, (o, fields) in enumerate(zip(outputs, collected, strict=True)):
+        if o is not x:
+            run.views[id(o)] = x, call, index
+        run.set_fields(o, fields)
+
+
+def _cut(run: Propagation, call: Call, field: Field) -> None:
+    """Record the seams of slices, parts and rolls."""
+    x, name, named = call.args[0], call.func._overloadpacket, call.named
+    dims = from_front(named["dim"], x) if "dim" in named else from_front(named.get("dims"), x)
+    if name is aten.roll:
+        for shift, dim in zip(named["shifts"], named["dims"], strict=False):
+            length = poly_of(x.shape[dim])
+            run.cut(field, dim % x.dim(), add(length, poly_of(shift), -1), length)
+        if not named["dims"]:
+            run.lose(field, call)
+        return
+    if name in (aten.channel_shuffle, aten.native_channel_shuffle) and 1 in varies(field):
+        blocks = in_blocks(field, 1, hinted(named["groups"]))
+        run.elements.unite(blocks, blocks.narrow(1, 0, 1))
+    if name not in (aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind):
+        return
+    (dim,) = dims
+    length = poly_of(x.shape[dim])
+    positions: list[Poly] = []
+    if name is aten.slice:
+        bounds = [n for n in (named["start"], named["end"]) if n is not None and n != sys.maxsize]
+        positions = [_position(n, length) for n in bounds]
+        if hinted(named["step"]) != 1 and dim in varies(field):
+            step = hinted(named["step"])
+            if hinted(x.shape[dim]) % step:
+                run.lose(field, call)
+            else:
+                blocks = in_blocks(field, dim, field.shape[dim] // step)
+                run.elements.unite(blocks, blocks.narrow(dim + 1, 0, 1))
+    elif name is aten.select:
+        first = _position(named["index"], length)
+        positions = [first, add(first, constant(1))]
+    elif name is aten.unbind:
+        positions = [constant(i) for i in range(1, len(call.outputs))]
+    else:
+        position: Poly = {}
+        for part in call.outputs[:-1]:
+            position = add(position, poly_of(part.shape[dim]))
+            positions.append(position)
+    for position in positions:
+        run.cut(field, dim, position, length)
+
+
+def _position(bound: Any, length: Poly) -> Poly:
+    position = poly_of(bound)
+    return add(position, length) if hinted(bound) < 0 else position
+
+
+def _check_reshaped_sum(run: Propagation, call: Call, field: Field) -> None:
+    """Give up on a dim of several axes that is reshaped: other widths shift its elements."""
+    for dim in varies(field):
+        whole = poly_of(call.args[0].shape[dim])
+        shape = call.outputs[0].shape
+        if len(whole) > 1 and all(divide(poly_of(n), whole) is None for n in shape):
+            run.lose(field, call)
+
+
+def _unite_fixed_dims(run: Propagation, field: Field, tensor: Tensor) -> Field:
+    """Unite all elements along each dim of a fixed size: none of them can go alone."""
+    for dim in sorted(varies(field)):
+        if as_constant(poly_of(tensor.shape[dim])) is not None:
+            run.elements.unite(field, field.narrow(dim, 0, 1))
+    return field
+
+
+def gated_halves(run: Propagation, call: Call) -> None:
+    """GLU: the first half of a dim, multiplied by a function of the second."""
+    x = call.args[0]
+    (dim,) = from_front(call.named["dim"], x)
+    length = poly_of(x.shape[dim])
+    fields = []
+    for f in run.fields_of(x):
+        if dim in varies(f):
+            run.cut(f, dim, poly_of(call.outputs[0].shape[dim]), length)
+            first, second = f.chunk(2, dim)
+            run.elements.unite(first, second)
+            f = first
+        fields.append(f)
+    run.set_fields(call.outputs[0], fields)
+
+
+def spatial(run: Propagation, call: Call) -> None:
+    """Pooling and resizing: the last dims of the operand are no channels."""
+    digit = re.search(r"(\d)d", call.func._schema.name)
+    dims = int(digit[1]) if digit else 2
+    fields = []
+    for f in run.fields_of(call.args[0]):
+        if max(varies(f)) < f.dim() - dims:
+            fields.append(f)
+        else:
+            run.lose(f, call)
+    for o in call.outputs:
+        run.set_fields(o, fields)
+
+
+def pad(run: Propagation, call: Call) -> None:
+    """Padding has no elements."""
+    amounts = hinted(list(call.args[1]))
+    fields = []
+    for f in run.fields_of(call.args[0]):
+        full = f.expand(shape_of(call.args[0]))
+        fields.append(compressed(torch.constant_pad_nd(full, amounts, -1)))
+    run.set_fields(call.outputs[0], fields)
+
+
+def concatenate(run: Propagation, call: Call) -> None:
+    """Elements lie one after the other; along the other dims the parts must agree."""
+    stacked = call.func._overloadpacket is aten.stack
+    parts, out = call.args[0], call.outputs[0]
+    dim = call.named["dim"] % out.dim()
+    along: list[Field] = []
+    other: list[Field] = []
+    for p in parts:
+        shape = list(shape_of(p))
+        whole = torch.full([1] * p.dim(), -1)
+        for f in run.fields_of(p):
+            if stacked or dim in varies(f):
+                whole = torch.where(whole < 0, f, whole) if bool((whole < 0).all()) else whole
+                if not stacked:
+                    continue
+            other.append(f.unsqueeze(dim) if stacked else f)
+        along.append(whole.expand(shape))
+    fields = run.elements.merged(other)
+    if not stacked:
+        joined = compressed(torch.cat(along, dim))
+        fields = [joined, *(f for f in fields if dim not in varies(f))]
+    run.set_fields(out, fields)
+
+
+def along_dim(run: Propagation, call: Call) -> None:
+    """Sorting and the like: entries along one dim are mixed, and the others are kept apart."""
+    (dim,) = from_front(call.named["dim"], call.args[0])
+    shape = shape_of(call.outputs[0])
+    fields = []
+    for x in _tensors(call.args):
+        for f in run.fields_of(x):
+            kept = f.dim() == len(shape) and dim not in varies(f)
+            if kept and all(n in (1, m) for n, m in zip(f.shape, shape, strict=True)):
+                fields.append(f)
+            else:
+                run.lose(f, call)
+    fields = run.elements.merged(fields)
+    for o in call.outputs:
+        run.set_fields(o, fields)
+    if any(call.outputs[0] is x for x in call.args):
+        run.write_through(call.outputs[0], call)
+
+
+def indexed(run: Propagation, call: Call) -> None:
+    """Look-ups by a tensor of positions: the indexed dims must have no elements."""
+    x, indices = call.args[0], call.args[1]
+    fields = []
+    masks = any(i is not None and i.dtype == torch.bool for i in indices)
+    for f in run.fields_of(x):
+        gone = {d for d, i in enumerate(indices) if i is not None}
+        if masks or varies(f) & gone:
+            run.lose(f, call)
+            continue
+        zeros = [None if i is None else torch.zeros(shape_of(i), dtype=torch.long) for i in indices]
+        fields.append(compressed(aten.index(f.expand(shape_of(x)), zeros)))
+    run.set_fields(call.outputs[0], fields)
+
+
+def embedding(run: Propagation, call: Call) -> None:
+    """A table's rows are looked up; its columns are the last dim of the output."""
+    out = call.outputs[0]
+    for f in run.fields_of(call.args[0]):
+        if varies(f) == {1}:
+            run.set_fields(out, [f.view([1] * (out.dim() - 1) + [-1])])
+        else:
+            run.lose(f, call)
