@@ -12,6 +12,7 @@ from torch import nn
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.modules.tree import join, tensors_of
+from widthsearch.tracing.polynomials import evaluate
 from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Widths
 
@@ -99,5 +100,13 @@ def extract(
 def widths_of(model: TracedModel, network: nn.Module) -> Widths:
     """The widths of a network that was built from a traced model."""
     sizes = {join(layer, name): tensor.shape for _, layer, name, tensor in tensors_of(network)}
-    vector = tuple(sizes[a.maker[0]][a.maker[1]] for a in model.trace.axes)
+    x = [0] * len(model.trace.axes)
+    lengths = [model.trace.shapes[key][dim] for key, dim in (a.maker for a in model.trace.axes)]
+    for i in sorted(range(len(x)), key=lambda i: len(lengths[i])):
+        key, dim = model.trace.axes[i].maker  # its size is rest + slope·x_i
+        rest = evaluate(lengths[i], x)
+        x[i] = 1
+        slope = evaluate(lengths[i], x) - rest
+        x[i] = (sizes[key][dim] - rest) // slope
+    vector = tuple(n * axis.divisor for n, axis in zip(x, model.trace.axes, strict=True))
     return Widths(tuple(axis.name for axis in model.trace.axes), vector)

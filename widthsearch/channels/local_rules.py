@@ -113,12 +113,12 @@ def _cut(run: Propagation, call: Call, field: Field) -> None:
     positions: list[Poly] = []
     if name is aten.slice:
         bounds = [n for n in (named["start"], named["end"]) if n is not None and n != sys.maxsize]
-        positions = [_position(n, length) for n in bounds]
-        if hinted(named["step"]) != 1 and dim in varies(field):
-            step = hinted(named["step"])
+        step = hinted(named["step"])
+        positions = [_position(n, length) for n in bounds if step == 1 or hinted(n) >= step]
+        if step != 1 and dim in varies(field):
             if hinted(x.shape[dim]) % step:
                 run.lose(field, call)
-            else:
+            else:  # of each block of `step` channels one is taken
                 blocks = in_blocks(field, dim, field.shape[dim] // step)
                 run.elements.unite(blocks, blocks.narrow(dim + 1, 0, 1))
     elif name is aten.select:

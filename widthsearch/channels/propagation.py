@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.call_sites import CallSites, Site
 from widthsearch.channels.elements import Elements, Field, compressed, shape_of, varies
-from widthsearch.channels.local_rules import moved
+from widthsearch.channels.local_rules import moved, view
 from widthsearch.channels.rules import rule_of
 from widthsearch.channels.seams import Seam
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
@@ -177,7 +177,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = rule_of(func)
         if rule is None:
             self._lose_all(call, inputs)
-        elif call.outputs and any(id(t) in self._fields for t in inputs):
+        elif rule is view or (call.outputs and any(id(t) in self._fields for t in inputs)):
             rule(self, call)
         return out
 

@@ -174,6 +174,12 @@ def batch_norm(run: Propagation, call: Call) -> None:
     run.set_fields(call.outputs[0], run.fields_of(x))
 
 
+def prelu(run: Propagation, call: Call) -> None:
+    """Each channel has its own slope, or all have the same."""
+    run.unite_vectors(call.args[0], call.args[1:], 1)
+    run.set_fields(call.outputs[0], run.fields_of(call.args[0]))
+
+
 def group_norm(run: Propagation, call: Call) -> None:
     """The groups keep equal sizes: a channel goes from all of them, or a whole group does."""
     x, weight, bias, *_, count, _ = call.args
@@ -223,7 +229,7 @@ _Rule = Callable[["Propagation", "Call"], None]
 RULES: dict[Any, _Rule] = dict.fromkeys(BATCH_NORMS, batch_norm)
 _BY_NAMES: dict[_Rule, str] = {
     local.pointwise: """
-        hardswish hardswish_ dropout native_dropout copy_ _to_copy fill_ zero_ prelu _prelu_kernel
+        hardswish hardswish_ dropout native_dropout copy_ _to_copy fill_ zero_ _prelu_kernel
         masked_fill_ log_sigmoid_forward real imag _conj polar complex as_strided_
     """,
     local.view: """
@@ -250,6 +256,7 @@ _BY_NAMES: dict[_Rule, str] = {
         _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
         _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
     """,
+    prelu: "prelu",
     group_norm: "native_group_norm",
     layer_norm: "native_layer_norm _fused_rms_norm rms_norm",
     weight_norm: "_weight_norm_interface _weight_norm",

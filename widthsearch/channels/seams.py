@@ -71,6 +71,8 @@ class Seam:
             f.reshape(-1).numpy()
             for f in torch.split(self.field, [at, self.field.shape[self.dim] - at], self.dim)
         )
+        # Parts without elements, such as zeros that are not written yet, are not counted.
+        constant_parts = bool((before < 0).any() or (after < 0).any())
         out = set()
         present = {*np.unique(axis[before[before >= 0]]), *np.unique(axis[after[after >= 0]])}
         ratios = self._ratios()
@@ -80,10 +82,14 @@ class Seam:
                 for e in (before, after)
             ]
             ratio = ratios.get(i)
-            if ratio is not None:
+            if constant_parts:
+                kept = all((of == of[0]).all() for of in counts)
+            elif ratio is not None:
                 k, c = ratio.numerator, ratio.denominator
-                kept = bool((counts[0] * (c - k) == counts[1] * k).all())
-            if ratio is None or not kept:
+                kept = (counts[0] * (c - k) == counts[1] * k).all()
+            else:
+                kept = False
+            if not kept:
                 out.add(i)
         return out
 
