@@ -277,8 +277,8 @@ def test_a_model_without_freedom_is_refused() -> None:
     with pytest.raises(SpaceError) as error:
         SearchSpace.from_model(lambda: nn.Conv2d(3, 10, 1), (3, 8, 8))
     assert str(error.value) == (
-        "a model must have a free width, but all widths of Conv2d are fixed: 'weight' (10: output "
-        "of the model), 'weight' (3: input of the model); change the line that fixes one, or give "
+        "a model must have a free width, but all widths of Conv2d are fixed: 'weight' (10): "
+        "output of the model; 'weight' (3): input of the model; change the line that fixes one, or give "
         "another model"
     )
 
