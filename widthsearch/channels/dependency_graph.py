@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.call_sites import Operand, Site
-from widthsearch.channels.elements import Elements
+from widthsearch.channels.elements import Elements, compressed
 from widthsearch.channels.propagation import Propagation, Sites
 from widthsearch.modules.tree import join, tensors_of
 from widthsearch.torch_internals import tree_leaves
@@ -233,10 +233,14 @@ def _operands(
             for index, fields in record.operands.items():
                 for e in (f.numpy() for f in fields):
                     if chosen[e].any():
-                        axis, group = (
-                            np.where(chosen[e], of[e], -1) for of in (numbers.axis, numbers.group)
-                        )
-                        found.append(Operand(index, axis, group))
+                        # The dims of a batch, and heads that all lose the same, have size 1.
+                        codes = torch.from_numpy(np.where(chosen[e], code[e], -1))
+                        found.append(Operand(index, *decoded(compressed(codes).numpy(), base)))
             if found:
                 out[site] = tuple(found)
     return masks, gates
+
+
+def decoded(code: NDArray[np.int64], base: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The axes and groups behind ``axis * base + group``; -1 and -1 behind -1."""
+    return np.where(code < 0, -1, code // base), np.where(code < 0, -1, code % base)

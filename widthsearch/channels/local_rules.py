@@ -188,12 +188,12 @@ def spatial(run: Propagation, call: Call) -> None:
 
 
 def pad(run: Propagation, call: Call) -> None:
-    """Padding has no elements."""
+    """Padding along channels has no elements; positions that it adds have all channels."""
     amounts = hinted(list(call.args[1]))
     fields = []
     for f in run.fields_of(call.args[0]):
-        full = f.expand(shape_of(call.args[0]))
-        fields.append(compressed(torch.constant_pad_nd(full, amounts, -1)))
+        own = [n if f.dim() - 1 - i // 2 in varies(f) else 0 for i, n in enumerate(amounts)]
+        fields.append(torch.constant_pad_nd(f, own, -1))
     run.set_fields(call.outputs[0], fields)
 
 

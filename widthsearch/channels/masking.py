@@ -21,6 +21,7 @@ from widthsearch.channels.call_sites import CallSites, Site, with_operands
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.extraction import Keep, extract, kept_groups, widths_of
 from widthsearch.channels.propagation import FILLS
+from widthsearch.errors import SpaceError
 from widthsearch.torch_internals import tree_leaves
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.traced_model import TracedModel
@@ -126,6 +127,11 @@ class _Masked(CallSites):
 
 def _filled(masks: list[Tensor], fill: float, x: Tensor) -> Tensor:
     for mask in masks:
+        if any(n not in (1, m) for n, m in zip(mask.shape, x.shape, strict=True)):
+            raise SpaceError(
+                f"a mask of shape {tuple(mask.shape)} fits no operand of shape {tuple(x.shape)}: "
+                "the model merges channels with its batch; use `extract`"
+            )
         x = torch.where(mask.to(x.device), x, fill)
     return x
 
