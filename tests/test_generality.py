@@ -11,7 +11,7 @@ import torch
 from exact_space import IMAGE, TOKENS, Model, bases, exact_space, reasons
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from widthsearch.errors import TraceError
 from widthsearch.modules.tree import direction_of, tensors_of
@@ -175,3 +175,23 @@ def test_lazy_modules_are_refused_by_name() -> None:
         "a model's tensors must have sizes, but module '1' (LazyConv2d) has none before its first "
         "run: run the model once on a sample where it is made"
     )
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "compiled": (lambda: torch.jit.script(nn.Linear(6, 8)), "compiled by torch.jit"),
+    "spread": (lambda: nn.DataParallel(nn.Linear(6, 8)), "give its `.module`"),
+    "pruned": (lambda: prune.random_unstructured(nn.Linear(6, 8), "weight", 0.5), "prune.remove("),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_modules_that_cannot_be_made_at_other_widths_are_refused_by_name(name: str) -> None:
+    """The message names the module and the way out."""
+    make, way_out = REFUSED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(make(), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(TraceError) as error:
+        trace(model, (6,))
+    assert "module '0' (" in str(error.value)
+    assert way_out in str(error.value)

@@ -20,7 +20,7 @@ from strategies import (
     spaces,
     widths_of,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.space.search_space import SearchSpace
@@ -277,13 +277,55 @@ def test_a_model_without_freedom_is_refused() -> None:
     with pytest.raises(SpaceError) as error:
         SearchSpace.from_model(lambda: nn.Conv2d(3, 10, 1), (3, 8, 8))
     assert str(error.value) == (
-        "a model must have a free width, but all widths of Conv2d are fixed: 'weight' (10): "
-        "output of the model; 'weight' (3): input of the model; change the line that fixes one, or give "
+        "a model must have a free width, but all widths of Conv2d are fixed: 'weight' (10): output "
+        "of the model; 'weight' (3): input of the model; change the line that fixes one, or give "
         "another model"
     )
 
 
 # -- proof -----------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, whose fused kernels hide its products from torch's counter."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.r, self.o = kind(6, 16, num_layers=2, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last output."""
+        return self.o(self.r(x)[0][:, -1])
+
+
+class Products(nn.Module):
+    """Products by ``einsum``, which makes none over a dim of size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One product of two layers' outputs."""
+        return self.o(torch.einsum("bnd,bmd->bnm", self.a(x), self.b(x)))
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Recurrent, nn.LSTM), partial(Recurrent, nn.GRU), Products]
+)
+def test_check_counts_what_torchs_counter_does_not_see(make: Any) -> None:
+    """Fused kernels are turned off, and ``einsum`` is counted at the next width above 1."""
+    space = SearchSpace.from_model(make, (7, 6))
+    assert min(axis.min_width for axis in space.axes) < 4
+    assert space.check().device == "cpu"
+    assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
+
+
+def test_shares_of_pinned_widths_are_parts_of_the_whole() -> None:
+    """Each is the sum of the MACs of different layers."""
+    space = SearchSpace.from_model(partial(Recurrent, nn.LSTM), (7, 6))
+    shares = space.trace.pinned_shares()
+    assert shares and all(0 <= share <= 1 for share in shares)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -6,6 +6,7 @@ Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbol
 - ``_WeightNorm``, ``_SpectralNorm``: parametrisations whose formulas the package knows.
 - ``TorchDispatchMode``: sees every operator below autograd; ``_pytree``: walks its arguments.
 - ``_foreach_copy_``: copies a list of tensors in few kernels.
+- ``_disable_current_modes``: makes a constant on the CPU while modes see only meta tensors.
 - ``enable_python_dispatcher``: lets symbolic sizes reach composite operators undecomposed.
 - ``_parameters``, ``_buffers``, ``_modules`` and the hooks of a module: the public iterators hide
   None, non-persistent buffers or shared tensors.
@@ -31,6 +32,7 @@ from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -56,6 +58,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_map_only",
+    "without_modes",
 ]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

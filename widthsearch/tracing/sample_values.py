@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map
+from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map, without_modes
+
+aten = torch.ops.aten
 
 _CONSTANTS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
 _READERS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put)
 _VALUE = "_sample_value"
 
 
@@ -84,6 +87,8 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._overloadpacket in _INDEXED:
+            args = (args[0], self._positions(args[1]), *args[2:])
         tensors = list(_tensors_among((*args, *kwargs.values())))
         if tensors and all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
             return func(*args, **kwargs)
@@ -101,6 +106,18 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for meta, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
             if isinstance(meta, Tensor) and meta.device.type == "meta":
                 set_value(meta, value)
+        return out
+
+    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Masks as the positions that they choose: these set the sizes of what is indexed."""
+        out: list[Tensor | None] = []
+        for index in indices:
+            mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            value = self.value(index) if mask and index is not None else None
+            if value is None or value.device == index.device:  # type: ignore[union-attr]
+                out.append(index)
+            else:
+                out.extend(map(_on_meta, value.nonzero(as_tuple=True)))
         return out
 
     def _known(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
@@ -146,7 +163,8 @@ class _Constants(TorchFunctionMode):
             return unknown(func(number(args[0]), *args[1:], **kwargs))
         out = func(*args, **kwargs)
         if func in _CONSTANTS and out.device.type == "meta" and not isinstance(args[0], Tensor):
-            set_value(out, func(*args, **{**kwargs, "device": "cpu"}))
+            with without_modes():
+                set_value(out, func(*args, **{**kwargs, "device": "cpu"}))
         return out
 
 

@@ -305,7 +305,7 @@ class _Attempt:
                     shape.append(n)
                     continue
                 symbol = self.system.fresh(n)
-                makes = dim == output and tensor.dim() > 1
+                makes = dim == output and tensor.dim() > 1 and isinstance(tensor, nn.Parameter)
                 self.symbols[symbol] = _Symbol(owner, key, dim, makes)
                 if why is not None:
                     self.system.pin([symbol], why)
