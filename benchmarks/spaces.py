@@ -1,13 +1,24 @@
-"""Traces many models and verifies their costs: one line per model, with times.
+"""Traces many models, and asks of each space what a user relies on: one row a model.
 
-    python -m benchmarks.spaces [--source torchvision|timm] [--limit N] [--names A,B] [--seconds S]
+    python -m benchmarks.spaces [--source torchvision|timm|transformers|monai|smp]
+        [--limit N] [--names A,B] [--seconds S]
 
 ``torchvision`` is its classification and segmentation models and its detection backbones; ``timm``
-(not a dependency: ``pip install timm``) is every k-th of its models that has at most 100 million
-parameters, created without weights. Each model is traced, and built at five random width vectors
-(one narrower, one wider, three mixed). ``exact`` is ``yes`` where all five run forward and backward
-on the meta device and cost exactly what the space predicts (MACs, parameters and activations as
-torch counts them), and the narrowest also runs on real tensors. One core.
+is every k-th of its models that has at most 100 million parameters; ``transformers`` and ``monai``
+are small configurations; ``smp`` is segmentation_models_pytorch. Nothing is downloaded, and no
+source but torchvision is a dependency: ``pip install`` it first. The columns:
+
+- *axes*, *trace s*: the free widths, and the seconds of the symbolic run.
+- *exact*: at five random width vectors (one narrower, one wider, three mixed) the network runs
+  forward and backward on the meta device and costs what the space predicts (MACs, parameters and
+  activations as torch counts them), and the narrowest also runs on real tensors.
+- *mask = cut*: at random channels of every axis whose channels are known, the masked base computes
+  what the network with these channels alone computes, to 1e-5 of the largest output. The number
+  of axes with unknown channels follows.
+- *searchable*: the share of the base's MACs in products with a free width.
+- *pinned*: the number of other widths by reason, without those of the model's inputs and outputs.
+
+One core.
 """
 
 from __future__ import annotations
@@ -16,88 +27,32 @@ import argparse
 import json
 import operator
 import random
+import re
 import selectors
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from benchmarks.space_models import SOURCES
+from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
+from widthsearch.torch_internals import tree_leaves, tree_map_only
+from widthsearch.tracing.inputs import call, sample
+from widthsearch.tracing.polynomials import evaluate
 from widthsearch.tracing.tracer import trace
 
-MOST_PARAMS = 100_000_000
-SIDES = {"vit": 224, "maxvit": 224, "inception_v3": 299}
-"""The inputs of torchvision models that do not take every size; the others get 96."""
+TOLERANCE = 1e-5
 
 
-def detection_backbone(name: str) -> nn.Module:
-    from torchvision.models.detection import backbone_utils
-    from torchvision.ops import FrozenBatchNorm2d
-
-    options = {"weights": None, "norm_layer": FrozenBatchNorm2d}
-    if name == "mobilenet_v3_large":
-        return backbone_utils.mobilenet_backbone(backbone_name=name, fpn=True, **options)
-    return backbone_utils.resnet_fpn_backbone(backbone_name=name, trainable_layers=3, **options)
-
-
-def torchvision_model(name: str) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
-    from torchvision import models
-
-    if name.startswith("fpn:"):
-        return lambda: detection_backbone(name.removeprefix("fpn:")), (3, 96, 96)
-    options: dict[str, Any] = {"weights": None}
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = True
-    if name in models.list_models(module=models.segmentation):
-        options["weights_backbone"] = None
-        options["num_classes"] = 21
-        if not name.startswith("lraspp"):
-            options["aux_loss"] = True
-    side = next((side for prefix, side in SIDES.items() if name.startswith(prefix)), 96)
-    return lambda: models.get_model(name, **options), (3, side, side)
-
-
-def timm_model(name: str) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    import timm
-
-    with torch.device("meta"):
-        try:
-            params = sum(p.numel() for p in timm.create_model(name).parameters())
-        except (RuntimeError, NotImplementedError):  # its constructor needs values
-            params = 0
-    if params > MOST_PARAMS:
-        raise ValueError("too large")
-    model = timm.create_model(name)
-    if sum(p.numel() for p in model.parameters()) > MOST_PARAMS:
-        raise ValueError("too large")
-    return lambda: timm.create_model(name), tuple(model.default_cfg["input_size"])
-
-
-MODELS = {"torchvision": torchvision_model, "timm": timm_model}
-
-
-def names_of(source: str, limit: int | None) -> Iterator[list[str]]:
-    """Lists of names; of each list the first model that is not too large is measured."""
-    if source == "torchvision":
-        from torchvision import models
-
-        names = models.list_models(module=models)
-        names += models.list_models(module=models.segmentation)
-        names += ["fpn:resnet50", "fpn:mobilenet_v3_large"]
-        yield from ([name] for name in names[:limit])
-        return
-    import timm
-
-    names = timm.list_models()
-    count = min(limit or 100, len(names))
-    for i in range(count):
-        yield names[i * len(names) // count : (i + 1) * len(names) // count]
+# -- one function a question -------------------------------------------------------------------
 
 
 def random_widths(space: SearchSpace, seed: int) -> list[list[int]]:
@@ -108,40 +63,115 @@ def random_widths(space: SearchSpace, seed: int) -> list[list[int]]:
     ]
 
 
-def milliseconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return 1000 * min(times)
-
-
-def measure(source: str, name: str) -> dict[str, Any]:
-    """The figures of one model."""
-    make, shape = MODELS[source](name)
-    row: dict[str, Any] = {"name": name, "side": shape[-1]}
-    model = make()
-    row["params"] = sum(p.numel() for p in model.parameters())
-    row["make_ms"] = milliseconds(make, 1)
-    started = time.perf_counter()
-    traced = trace(model, shape)
-    row["trace_s"] = time.perf_counter() - started
-    row["axes"], row["pinned"] = len(traced.axes), len(traced.pinned)
-    del model
-    space = SearchSpace.from_model(make, shape, name=name)
-    base = space.base
-    row["meta_ms"] = milliseconds(lambda: space.build(base, device="meta"))
-    row["empty_ms"] = milliseconds(lambda: space.build(base, initialise=False))
-    row["build_ms"] = milliseconds(lambda: space.build(base, seed=0), 2)
-    vectors = random_widths(space, seed=len(name))
+def exact(space: SearchSpace) -> str:
+    """``yes``, or the first difference."""
+    vectors = random_widths(space, seed=len(space.name))
     for i, vector in enumerate(vectors):
         predicted = space.cost(vector)
         counted = run_and_count(space.build(vector, device="meta"), space.input_shape, "meta")
         if counted != predicted:
-            raise AssertionError(f"network {i + 1}: predicted {predicted}, but counted {counted}")
+            return f"no: network {i + 1} counts {counted}, not {predicted}"
     run_and_count(space.build(vectors[0], seed=0), space.input_shape, "cpu")
+    return "yes"
+
+
+def mask_equals_cut(space: SearchSpace) -> str:
+    """``yes``, or the largest difference of outputs; then the axes of unknown channels."""
+    graph = build_dependency_graph(space.model, space.base)
+    rng = random.Random(0)
+    keep: dict[str, list[int]] = {}
+    for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
+        narrower = [w for w in axis.grid if w < axis.base]
+        if i in graph.unknown or not narrower:
+            continue
+        groups = set(rng.sample(range(graph.groups[i]), rng.choice(narrower) // traced.divisor))
+        channels = enumerate(graph.group[traced.maker].tolist())
+        keep[axis.name] = [c for c, group in channels if group in groups]
+    base = space.build(space.base, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    _perturb(base, generator)
+    x = tree_map_only(
+        Tensor,
+        lambda t: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t,
+        sample(space.input_shape, 1, "cpu"),
+    )
+    with torch.no_grad():
+        with space.masked(base, keep):
+            masked = _floats(call(base, x))
+        cut = _floats(call(space.extract(base, keep).eval(), x))
+    worst = max(
+        (float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(masked, cut, strict=True)),
+        default=0.0,
+    )
+    answer = "yes" if worst <= TOLERANCE else f"no: {worst:.1g}"
+    return f"{answer} ({len(graph.unknown)} unknown)" if graph.unknown else answer
+
+
+@torch.no_grad()
+def _perturb(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Make vectors random: norms and biases that start at 1 and 0 hide differences."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    leaves = tree_leaves(outputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def searchable_share(space: SearchSpace) -> float:
+    """The share of the base's MACs in products with at least one free width."""
+    macs = space.trace.macs
+    total = evaluate(macs, space.trace.variables(space.trace.base))
+    return 1 - macs.get((), 0) / max(total, 1)
+
+
+def pinned_reasons(space: SearchSpace) -> str:
+    """Numbers of pinned widths by reason, as short as a table needs."""
+    count: Counter[str] = Counter()
+    for pin in space.pinned:
+        if pin.reason not in ("input of the model", "output of the model"):
+            count[re.sub(r" ?`.*|:\d+ .*", "", pin.reason)[:60]] += 1
+    return "; ".join(f"{n} {reason}" for reason, n in count.most_common(3))
+
+
+QUESTIONS: dict[str, Callable[[SearchSpace], str]] = {
+    "exact": exact,
+    "mask = cut": mask_equals_cut,
+}
+"""The columns that are answered by ``yes`` or ``no``; each is asked on its own."""
+
+
+# -- rows --------------------------------------------------------------------------------------
+
+
+def measure(source: str, name: str) -> dict[str, Any]:
+    """The figures and answers of one model."""
+    make, inputs = SOURCES[source][0](name)
+    row: dict[str, Any] = {"name": name}
+    torch.manual_seed(0)
+    model = make()
+    row["params"] = sum(p.numel() for p in model.parameters())
+    started = time.perf_counter()
+    trace(model, inputs)
+    row["trace_s"] = time.perf_counter() - started
+    del model
+    space = SearchSpace.from_model(make, inputs, name=name)
+    row["axes"] = len(space.axes)
+    row["searchable"] = searchable_share(space)
+    row["pinned"] = pinned_reasons(space)
+    for question, answer in QUESTIONS.items():
+        try:
+            row[question] = answer(space)
+        except Exception as error:  # noqa: BLE001 - a failure is an answer
+            row[question] = f"no: {_first_line(error)}"
     return row
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200].replace("|", "/")
 
 
 def work() -> None:
@@ -151,12 +181,11 @@ def work() -> None:
     out = sys.stdout
     sys.stdout = sys.stderr  # models may print
     for line in sys.stdin:
-        source, name = line.split()
+        source, name = line.rstrip("\n").split(" ", 1)
         try:
-            row: dict[str, Any] = measure(source, name) | {"exact": True}
+            row: dict[str, Any] = measure(source, name)
         except Exception as error:  # noqa: BLE001 - a model's failure is a result
-            first = (str(error).strip().splitlines() or [""])[0]
-            row = {"name": name, "exact": False, "reason": f"{type(error).__name__}: {first}"}
+            row = {"name": name, "reason": _first_line(error)}
         print(json.dumps(row), file=out, flush=True)
 
 
@@ -184,7 +213,7 @@ class Worker:
             return answer
         died = self.process.poll() is not None
         self.close()
-        return {"name": name, "exact": False, "reason": "died" if died else f"over {seconds:.0f} s"}
+        return {"name": name, "reason": "died" if died else f"over {seconds:.0f} s"}
 
     def close(self) -> None:
         if self.process is not None:
@@ -195,7 +224,7 @@ class Worker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", choices=MODELS, default="torchvision")
+    parser.add_argument("--source", choices=SOURCES, default="torchvision")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--names", help="model names, separated by commas")
     parser.add_argument("--seconds", type=float, default=300, help="the most for one model")
@@ -207,43 +236,40 @@ def main() -> None:
     if options.names:
         groups = [[name] for name in options.names.split(",")]
     else:
-        groups = list(names_of(options.source, options.limit))
-    print(
-        "| model | input | Mparams | axes | pinned | trace s "
-        "| make ms | build ms: meta | empty | full | exact |"
-    )
-    print("| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |", flush=True)
+        groups = list(SOURCES[options.source][1](options.limit))
+    columns = ["model", "Mparams", "axes", "trace s", *QUESTIONS, "searchable", "pinned"]
+    print("|", " | ".join(columns), "|")
+    print("| --- |", "--: | " * 3, "--- | " * len(QUESTIONS), "--: | --- |", sep="", flush=True)
     worker = Worker()
-    exact = tried = 0
+    rows: list[dict[str, Any]] = []
     for group in groups:
-        row = next(
-            (
-                row
-                for name in group
-                if (row := worker.ask(options.source, name, options.seconds)).get("reason")
-                != "ValueError: too large"
-            ),
-            None,
-        )
-        if row is None:
-            continue
-        tried += 1
-        exact += row["exact"]
-        if row["exact"]:
-            figures = [
-                row["side"],
-                f"{row['params'] / 1e6:.1f}",
-                row["axes"],
-                row["pinned"],
-                f"{row['trace_s']:.2f}",
-                *(f"{row[key]:.0f}" for key in ("make_ms", "meta_ms", "empty_ms", "build_ms")),
-                "yes",
-            ]
-            print("|", row["name"], "|", " | ".join(map(str, figures)), "|", flush=True)
-        else:
-            print("|", row["name"], "|" * 9, f"no: {row['reason']}", "|", flush=True)
+        for name in group:
+            row = worker.ask(options.source, name, options.seconds)
+            if row.get("reason") != "ValueError: too large":
+                rows.append(row)
+                print("|", " | ".join(_cells(row)), "|", flush=True)
+                break
     worker.close()
-    print(f"\n{exact} of {tried} exact ({100 * exact / max(tried, 1):.0f}%)")
+    traced = [row for row in rows if "reason" not in row]
+    print(f"\n{len(traced)} of {len(rows)} traced", end="")
+    for question in QUESTIONS:
+        print(f", {question}: {sum(row[question].startswith('yes') for row in traced)}", end="")
+    share = sum(row["searchable"] for row in traced) / max(len(traced), 1)
+    print(f"; searchable MACs {share:.2%} on average")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "reason" in row:
+        return [row["name"], "", "", "", *["" for _ in QUESTIONS], "", f"no: {row['reason']}"]
+    return [
+        row["name"],
+        f"{row['params'] / 1e6:.2f}",
+        str(row["axes"]),
+        f"{row['trace_s']:.2f}",
+        *(row[question] for question in QUESTIONS),
+        f"{row['searchable']:.1%}",
+        row["pinned"],
+    ]
 
 
 if __name__ == "__main__":

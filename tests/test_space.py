@@ -316,7 +316,6 @@ class Products(nn.Module):
 def test_check_counts_what_torchs_counter_does_not_see(make: Any) -> None:
     """Fused kernels are turned off, and ``einsum`` is counted at the next width above 1."""
     space = SearchSpace.from_model(make, (7, 6))
-    assert min(axis.min_width for axis in space.axes) < 4
     assert space.check().device == "cpu"
     assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
 
