@@ -1,0 +1,246 @@
+"""The commands: each calls one function with its parsed options, and prints the result.
+
+A command imports only what it needs: printing a front must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from widthsearch.api import Study
+from widthsearch.errors import DeviceError, StudyError, writing
+from widthsearch.latency.config import LatencyConfig
+from widthsearch.report import space_tables, tables
+from widthsearch.report.console import open_console, print_line, print_tables
+from widthsearch.report.progress import LiveView
+from widthsearch.study.config import ProposerConfig, StudyConfig
+from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.trial import unresolved_failures
+from widthsearch.training.recipe import EpochResult
+
+if TYPE_CHECKING:
+    from widthsearch.space.search_space import SearchSpace
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a study, or resume it, and print its front."""
+    study, console = Study.load(options.study, options.runs), open_console()
+    with LiveView(study.config.name, console) as view:
+        study.run(view, retry=options.retry)
+    failed = unresolved_failures(_print_front(study, console).trials)
+    for trial in failed:
+        print_line(console, f"failed: trial {trial.number}: {trial.error}")
+    for method, reason in study.failures.items():
+        print_line(console, f"failed: proposer {method}: {reason}")
+    runs = "" if options.runs == "runs" else f" --runs {options.runs}"
+    print_line(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
+    return 1 if failed or study.failures else 0
+
+
+def space(options: argparse.Namespace) -> int:
+    """Print a space, and check it on request."""
+    from widthsearch.utils.devices import check_device
+
+    _, (space, *_) = _spaces(options)
+    widths = None if options.widths is None else space.load_widths(options.widths)
+    if options.json:
+        content = space_tables.space_json(space)
+        if widths is not None:
+            content["widths"] = widths.to_json()
+            content["cost"] = asdict(space.cost(widths))
+        print(json.dumps(content, indent=1))
+    else:
+        console = open_console()
+        print_tables(console, space_tables.space_tables(space))
+        if widths is not None:
+            print_line(console, f"{options.widths}: {space_tables.cost_line(space, widths)}")
+    if options.check:
+        if options.device != "meta":
+            check_device(options.device)
+        checked = space.check(device=options.device)
+        print(checked, file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def propose(options: argparse.Namespace) -> int:
+    """Print one method's widths at a budget beside the base's."""
+    from widthsearch.data.config import TaskConfig
+    from widthsearch.data.tasks import load_task
+    from widthsearch.latency.profiles import load_profile
+    from widthsearch.proposers import Setting
+    from widthsearch.report import width_bars
+    from widthsearch.study.proposals import propose_at_budget
+
+    study, (space, *_) = _spaces(options)
+    config = StudyConfig(name="none", trials=1) if study is None else study.config
+    task = None if study is None or options.task is not None else study.task
+    if options.task is not None:
+        task = load_task(TaskConfig(options.task, options.folder))
+    epochs = config.recipe.epochs if options.epochs is None else options.epochs
+    method = ProposerConfig.of(options.method, dict(options.set))
+    try:
+        profile = load_profile(space, config.latency or LatencyConfig())
+    except DeviceError:  # the study measures latency on a device of another machine
+        profile = None
+    if profile is None and getattr(method.make(method.method), "per", None) == "latency":
+        given = "" if options.input is None else f" --input {'x'.join(map(str, options.input))}"
+        raise StudyError(
+            f"`per: latency` needs predicted latency, but {space.name!r} has no profile here: run "
+            f"`widthsearch profile {options.space}{given}` first, or use `per: macs`"
+        )
+    amount, is_share = options.budget
+    budget = amount * (space.cost(space.base).macs if is_share else 1)
+    console = open_console(stderr=options.json)
+    with console.status(options.method) as status:
+        setting = Setting(
+            config.seed if options.seed is None else options.seed,
+            options.device,
+            replace(config.recipe, epochs=epochs),
+            latency=None if profile is None else profile.predicted,
+            report=lambda line: status.update(f"{options.method}: {line}"),
+        )
+        widths, proposal = propose_at_budget(method, space, budget, task, setting)
+    if options.json:
+        print(json.dumps(space_tables.proposal_json(space, widths, proposal), indent=1))
+    else:
+        print_tables(console, width_bars.width_bars(space, widths))
+        print_line(console, space_tables.cost_line(space, widths))
+    if options.out is not None:
+        _write(options.out, lambda path: space.save_widths(path, widths), console)
+    if options.plot is not None:
+        _write(options.plot, lambda path: width_bars.save_width_bars(space, widths, path), console)
+    return 0
+
+
+def profile(options: argparse.Namespace) -> int:
+    """Measure networks of a space on a device, to predict the latency of all others."""
+    from widthsearch.latency import profiles
+
+    study, spaces = _spaces(options)
+    config = (study and study.config.latency) or LatencyConfig()
+    fields = ("device", "backend", "batch_size", "threads", "dtype", "pairs")
+    given = {key: getattr(options, key) for key in fields}
+    config = replace(config, **{key: value for key, value in given.items() if value is not None})
+    console = open_console()
+    for space in spaces:
+        with console.status(f"measuring {space.name}") as status:
+            model = profiles.measure_profile(
+                space,
+                config,
+                vectors=options.vectors,
+                on_progress=lambda done, all_: status.update(f"measured {done} of {all_} networks"),
+            )
+        print_tables(console, profiles.profile_table(model))
+        print_line(console, f"written: {profiles.profile_path(space, config)}")
+    return 0
+
+
+def pareto(options: argparse.Namespace) -> int:
+    """Print a study's front and the uniform baseline, and write front.json."""
+    study = Study.load(options.study, options.runs)
+    posterior, forecasts = study.posterior(), None
+    if options.families:
+        from widthsearch.report.forecast import forecast
+
+        forecasts = forecast(study, posterior)
+    console = open_console(stderr=options.json or options.csv)
+    if options.json:
+        content = tables.front_json(study, posterior)
+        if forecasts is not None:
+            content["families"] = [each.to_json() for each in forecasts]
+        print(json.dumps(content, indent=1))
+    elif options.csv:
+        print(tables.front_csv(posterior), end="")
+    else:
+        print_tables(console, tables.front_tables(study, posterior))
+        if forecasts is not None:
+            print_tables(console, tables.forecast_table(forecasts))
+    print_line(console, tables.write_front(study, posterior))
+    if options.plot is not None:
+        from widthsearch.report.front_plot import draw_front
+
+        def draw(path: Path) -> None:
+            draw_front(study, posterior).savefig(path, format="png", dpi=120)
+
+        _write(options.plot or study.folder / "front.png", draw, console)
+    return 0
+
+
+def confirm(options: argparse.Namespace) -> int:
+    """Train the front again with fresh seeds, where it is uncertain, and print it."""
+    study, console = Study.load(options.study, options.runs), open_console()
+    with LiveView(study.config.name, console) as view:
+        study.confirm(options.seeds, view)
+    _print_front(study, console)
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a network of a study in full, test it, and write a folder that loads."""
+    from widthsearch import export
+
+    study = Study.load(options.study, options.runs)
+    trial = study.pick(options.pick)
+    folder = Path(options.out or study.folder / "trained" / str(trial.number))
+    console = open_console()
+    print_tables(console, tables.pick_table(study, trial))
+
+    def on_epoch(number: int, result: EpochResult) -> None:
+        print_line(
+            console,
+            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: loss {result.loss:.4f}, "
+            f"accuracy on training images {result.accuracy:.2f}%",
+        )
+
+    card = export.train(
+        study,
+        trial,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        device=options.device,
+        folder=folder,
+        on_epoch=on_epoch,
+    )
+    test = card["test_accuracy"]
+    of = "one seed"
+    if options.seeds > 1:
+        of = f"mean of {options.seeds} seeds (standard deviation {test['std']:.2f})"
+    print_line(
+        console,
+        f"test accuracy {test['mean']:.2f}%, {of}; written to {folder}; load it with "
+        f"widthsearch.load({str(folder)!r})",
+    )
+    return 0
+
+
+def _spaces(options: argparse.Namespace) -> tuple[Study | None, list[SearchSpace]]:
+    """The study that the options name, if they name one, and its spaces or the one they name."""
+    from widthsearch.space.loading import load_space
+
+    if options.space.endswith((".yaml", ".yml")) and options.input is None:
+        study = Study.load(options.space)
+        return study, list(study.spaces.values())
+    return None, [load_space(options.space, options.input)]
+
+
+def _print_front(study: Study, console: Console) -> AccuracyPosterior:
+    """Print a study's front, and write front.json."""
+    posterior = study.posterior()
+    print_tables(console, tables.front_tables(study, posterior))
+    print_line(console, tables.write_front(study, posterior))
+    return posterior
+
+
+def _write(path: str | Path, write: Callable[[Path], object], console: Console) -> None:
+    """Write a file that the user named."""
+    with writing(Path(path).parent):
+        write(Path(path))
+    print_line(console, f"written: {path}")
