@@ -220,9 +220,10 @@ def default_step(base: int, divisor: int = 1, block: int = 8) -> int:
     return step
 
 
-def default_axis(name: str, base: int, divisor: int, layers: tuple[str, ...]) -> Axis:
+def default_axis(traced: TracedAxis) -> Axis:
     """An axis with the default grid: the default step, from an eighth to twice the base."""
-    axis = Axis(name, base, divisor, base, divisor, layers)
+    base, divisor = traced.base, traced.divisor
+    axis = Axis(traced.name, base, divisor, base, divisor, traced.layers)
     return axis.on_grid(default_step(base, divisor), 0.125 * base, 2 * base)
 
 

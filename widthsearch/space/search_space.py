@@ -104,7 +104,7 @@ class SearchSpace:
         traced = TracedModel.of(made, inputs, name or own_name, recorder, init)
         if not traced.trace.axes:
             raise _no_free_width(made, traced.trace.pinned)
-        axes = tuple(default_axis(a.name, a.base, a.divisor, a.layers) for a in traced.trace.axes)
+        axes = tuple(default_axis(axis) for axis in traced.trace.axes)
         return cls(traced.name, axes, traced).with_constraints(constraints)
 
     def save(self, path: Path | str) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from widthsearch.errors import WidthsError
 from widthsearch.modules.tree import join
-from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.torch_internals import ConvNd
+from widthsearch.tracing.polynomials import evaluate
 from widthsearch.utils.validation import explain
 from widthsearch.widths import Widths
 
@@ -65,13 +65,8 @@ class BranchedArchitecture:
 
     def to_json(self) -> dict[str, Any]:
         """The architecture as plain JSON values, see :meth:`from_json`."""
-        return {
-            "widths": self.widths.to_json(),
-            "layers": {
-                layer: [{"filters": list(b.filters), "inputs": list(b.inputs)} for b in branches]
-                for layer, branches in self.layers.items()
-            },
-        }
+        content = _Content.model_construct(widths=self.widths.to_json(), layers=self.layers)
+        return content.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, content: Any, space: SearchSpace) -> BranchedArchitecture:
@@ -116,10 +111,8 @@ class BranchedArchitecture:
             outputs, inputs = self.sizes(space, layer)
             made: set[int] = set()
             for number, branch in enumerate(branches):
-                for what, channels, count in (
-                    ("filters", branch.filters, outputs),
-                    ("inputs", branch.inputs, inputs),
-                ):
+                for what, count in (("filters", outputs), ("inputs", inputs)):
+                    channels = getattr(branch, what)
                     where = f"`{what}` of branch {number} of layer {layer!r}"
                     if not channels:
                         raise WidthsError(f"{where} must not be empty; leave the branch out")
@@ -147,10 +140,10 @@ class BranchedArchitecture:
                 f"{'no layer' if module is None else type(module).__name__} of space "
                 f"{space.name!r}"
             )
-        shape = space.unconstrained.trace.shapes[join(layer, "weight")]
-        units = [axis.divisor for axis in space.unconstrained.trace.axes]
-        outputs, inputs = (QuadraticForm.from_poly(poly, units) for poly in shape[:2])
-        return int(outputs(self.widths.vector)), int(inputs(self.widths.vector))
+        trace = space.unconstrained.trace
+        outputs, inputs, *_ = trace.shapes[join(layer, "weight")]
+        x = trace.variables(self.widths.vector)
+        return evaluate(outputs, x), evaluate(inputs, x)
 
 
 def branchable(space: SearchSpace, layer: str) -> bool:

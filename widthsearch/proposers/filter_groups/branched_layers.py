@@ -60,10 +60,8 @@ class BranchedConv2d(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.given = tuple(given)
-        like: dict[str, Any] = {
-            name: getattr(conv, name)
-            for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        }
+        names = "kernel_size", "stride", "padding", "dilation", "padding_mode"
+        like: dict[str, Any] = {name: getattr(conv, name) for name in names}
         like |= {"device": "meta", "dtype": conv.weight.dtype, "bias": False}
         self.branches = nn.ModuleList(
             nn.Conv2d(len(branch.inputs), len(branch.filters), **like) for branch in given
@@ -94,13 +92,11 @@ class BranchedConv2d(nn.Module):
             y = x.new_empty((size[0], self.out_channels, *parts[0].shape[2:]))
         else:
             gathers, source = self._indices(x.device)
-            y = torch.cat(
-                [
-                    branch(x if gather is None else x.index_select(1, gather))
-                    for branch, gather in zip(self._convs(), gathers, strict=True)
-                ],
-                1,
-            )
+            parts = [
+                branch(x if gather is None else x.index_select(1, gather))
+                for branch, gather in zip(self._convs(), gathers, strict=True)
+            ]
+            y = torch.cat(parts, 1)
             if source is not None:
                 y = nn.functional.pad(y, (0, 0, 0, 0, 0, 1)).index_select(1, source)
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
@@ -172,14 +168,8 @@ def with_branches(model: nn.Module, architecture: BranchedArchitecture) -> nn.Mo
     for layer, branches in architecture.layers.items():
         conv = out.get_submodule(layer)
         assert isinstance(conv, nn.Conv2d)
-        new = _like(conv, branches)
-        for part, branch in zip(new._convs(), branches, strict=True):
-            filters, inputs = (_index(c, conv.weight) for c in (branch.filters, branch.inputs))
-            part.weight.copy_(conv.weight[filters[:, None], inputs])
-        if new.bias is not None:
-            assert conv.bias is not None
-            new.bias.copy_(conv.bias)
-        replace_module(out, conv, new.train(conv.training))
+        weights = [conv.weight[list(b.filters)][:, list(b.inputs)] for b in branches]
+        replace_module(out, conv, _branched(conv, branches, weights))
     return out
 
 
@@ -193,7 +183,8 @@ def without_branches(model: nn.Module) -> nn.Module:
         for part, branch in zip(layer._convs(), layer.current(), strict=True):
             kept = [i for i, channel in enumerate(branch.filters) if channel >= 0]
             rows = weight.new_zeros(len(kept), *weight.shape[1:])
-            rows.index_add_(1, _index(branch.inputs, weight), part.weight[kept])
+            inputs = torch.tensor(branch.inputs, device=weight.device)
+            rows.index_add_(1, inputs, part.weight[kept])
             weight[[branch.filters[i] for i in kept]] = rows
         replace_module(out, layer, _plain(layer, weight))
     return out
@@ -219,27 +210,25 @@ def deploy(model: nn.Module) -> nn.Module:
             merged.append(Branch(tuple(sorted(filters)), inputs))
             weights.append(torch.cat([weight for _, weight in parts])[order])
         everything = Branch(tuple(range(layer.out_channels)), tuple(range(layer.in_channels)))
-        if merged == [everything]:
-            replace_module(out, layer, _plain(layer, weights[0]))
-            continue
-        new = _like(layer, merged)
-        for part, weight in zip(new._convs(), weights, strict=True):
-            part.weight.copy_(weight)
-        if layer.bias is not None:
-            assert new.bias is not None
-            new.bias.copy_(layer.bias)
-        replace_module(out, layer, new.train(layer.training))
+        whole = merged == [everything]
+        new = _plain(layer, weights[0]) if whole else _branched(layer, merged, weights)
+        replace_module(out, layer, new)
     return out
 
 
-def _index(channels: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(channels, device=like.device)
-
-
-def _like(layer: nn.Conv2d | BranchedConv2d, branches: Sequence[Branch]) -> BranchedConv2d:
-    """A copy of a layer with other branches and undefined weights."""
-    conv = _plain(layer, layer._convs()[0].weight) if isinstance(layer, BranchedConv2d) else layer
-    return BranchedConv2d(conv, layer.in_channels, layer.out_channels, branches, conv.weight.device)
+def _branched(
+    layer: nn.Conv2d | BranchedConv2d, branches: Sequence[Branch], weights: Sequence[Tensor]
+) -> BranchedConv2d:
+    """A copy of a layer with other branches, of these weights."""
+    conv = _plain(layer, weights[0]) if isinstance(layer, BranchedConv2d) else layer
+    sizes = layer.in_channels, layer.out_channels
+    new = BranchedConv2d(conv, *sizes, branches, conv.weight.device)
+    for part, weight in zip(new._convs(), weights, strict=True):
+        part.weight.copy_(weight)
+    if new.bias is not None:
+        assert conv.bias is not None
+        new.bias.copy_(conv.bias)
+    return new.train(layer.training)
 
 
 def _plain(layer: BranchedConv2d, weight: Tensor) -> nn.Conv2d:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -27,10 +27,17 @@ from widthsearch.modules.tree import clone, join, tensors_of
 from widthsearch.proposers.filter_groups.architecture import BranchedArchitecture, is_depthwise
 from widthsearch.proposers.filter_groups.branched_layers import BranchedConv2d, replace_module
 from widthsearch.space.constraints import default_axis, substituted
-from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.torch_internals import ConvNd
-from widthsearch.tracing.polynomials import Poly, add, constant, multiply, symbols_of
+from widthsearch.tracing.polynomials import (
+    Poly,
+    add,
+    constant,
+    evaluate,
+    multiply,
+    symbols_of,
+    total,
+)
 from widthsearch.tracing.trace import Trace, TracedAxis
 
 
@@ -64,8 +71,8 @@ def branched(space: SearchSpace, architecture: BranchedArchitecture) -> SearchSp
     """
     architecture.check(space)
     plain = space.unconstrained
-    trace, bases = _rewritten(plain, architecture)
-    axes = [default_axis(a.name, bases[a.name], a.divisor, a.layers) for a in trace.axes]
+    trace = _rewritten(plain, architecture)
+    axes = [default_axis(axis) for axis in trace.axes]
     template = clone(plain.model.template, {})
     for layer, branches in architecture.layers.items():
         conv = template.get_submodule(layer)
@@ -90,84 +97,63 @@ def positions(space: SearchSpace, layer: str) -> int:
         space: A plain space without ties and pins.
         layer: A convolution of the space.
     """
-    units = [axis.divisor for axis in space.trace.axes]
-    base = space.base.vector
-    weights = 1
-    for poly in space.trace.shapes[join(layer, "weight")]:
-        weights *= int(QuadraticForm.from_poly(poly, units)(base))
-    macs = int(QuadraticForm.from_poly(space.trace.layer_macs[layer], units)(base))
+    x = space.trace.variables(space.base.vector)
+    weights = math.prod(evaluate(n, x) for n in space.trace.shapes[join(layer, "weight")])
+    macs = evaluate(space.trace.layer_macs[layer], x)
     assert macs % weights == 0
     return macs // weights
 
 
-def _rewritten(
-    space: SearchSpace, architecture: BranchedArchitecture
-) -> tuple[Trace, dict[str, int]]:
-    """The trace with the terms of the branches, and the base of each of its axes."""
-    bases = dict(architecture.widths)
+def _rewritten(space: SearchSpace, architecture: BranchedArchitecture) -> Trace:
+    """The trace with the terms of the branches."""
     made_by = _sole_makers(space, architecture)
-    kept = [i for i in range(len(space.axes)) if i not in made_by]
-    axes = [replace(space.trace.axes[i], base=bases[space.names[i]]) for i in kept]
-    zero: Poly = {}
-    values = [zero] * len(space.axes)
-    for new, old in enumerate(kept):
-        values[old] = {(new,): 1}
-    pairs: dict[str, list[tuple[Poly, Poly]]] = {}
+    axes: list[TracedAxis] = []
+    values: list[Poly] = [{}] * len(space.axes)
+    for i, traced in enumerate(space.trace.axes):
+        if i not in made_by:
+            values[i] = {(len(axes),): 1}
+            axes.append(replace(traced, base=architecture.widths[traced.name]))
+    sizes: dict[str, dict[str, tuple[Poly, Poly]]] = {}  # out and in of each branch, by layer
     for layer, branches in architecture.layers.items():
+        sizes[layer] = {}
         for name, branch in zip(_names(layer, len(branches)), branches, strict=True):
-            pair: list[Poly] = []
-            for dim, end, count in ((0, "out", branch.filters), (1, "in", branch.inputs)):
+            sizes[layer][name] = {(len(axes),): 1}, {(len(axes) + 1,): 1}
+            for dim, end, channels in ((0, "out", branch.filters), (1, "in", branch.inputs)):
                 maker = f"{name}.weight", dim
-                pair.append({(len(axes),): 1})
-                axes.append(TracedAxis(f"{name}.{end}", len(count), 1, (name,), maker))
-                bases[f"{name}.{end}"] = len(count)
-            pairs.setdefault(layer, []).append((pair[0], pair[1]))
+                axes.append(TracedAxis(f"{name}.{end}", len(channels), 1, (name,), maker))
     for axis, layer in made_by.items():
-        values[axis] = reduce(add, (outputs for outputs, _ in pairs[layer]), zero)
+        values[axis] = total(out for out, _ in sizes[layer].values())
     trace = substituted(space.trace, axes, (), values)
     macs, params, activations = trace.macs, trace.params, trace.activations
-    shapes, layer_macs, attributes = (
-        dict(trace.shapes),
-        dict(trace.layer_macs),
-        dict(trace.attributes),
-    )
-    for layer, branches_of in pairs.items():
+    shapes, layer_macs = dict(trace.shapes), dict(trace.layer_macs)
+    attributes = dict(trace.attributes)
+    for layer, of_branches in sizes.items():
         outputs, inputs, *kernel = shapes.pop(join(layer, "weight"))
-        times = positions(space, layer)
-        area = multiply(kernel[0], kernel[1])
-        plain = multiply(multiply(outputs, inputs), area)
+        times, area = positions(space, layer), multiply(*kernel)
         macs = add(macs, layer_macs.pop(layer), -1)
-        params = add(params, plain, -1)
+        params = add(params, multiply(multiply(outputs, inputs), area), -1)
         activations = add(activations, outputs, -times)
-        for name, (out, into) in zip(_names(layer, len(branches_of)), branches_of, strict=True):
+        for name, (out, into) in of_branches.items():
             weights = multiply(multiply(out, into), area)
             layer_macs[name] = multiply(weights, constant(times))
             macs = add(macs, layer_macs[name])
             params = add(params, weights)
             activations = add(activations, out, times)
             shapes[f"{name}.weight"] = (out, into, *kernel)
-        attributes[layer, "out_channels"] = outputs
-        attributes[layer, "in_channels"] = inputs
+        attributes |= {(layer, "out_channels"): outputs, (layer, "in_channels"): inputs}
     for i, traced in enumerate(axes):
         if traced.maker[0] not in shapes:  # its maker has branches now: take another of that size
-            same = [
+            same = (
                 (key, dim)
                 for key, shape in shapes.items()
                 for dim, poly in enumerate(shape)
                 if poly == {(i,): traced.divisor}
-            ]
-            axes[i] = replace(traced, maker=(same or [traced.maker])[0])
-    rewritten = replace(
-        trace,
-        axes=tuple(axes),
-        shapes=shapes,
-        attributes=attributes,
-        macs=macs,
-        params=params,
-        activations=activations,
-        layer_macs=layer_macs,
+            )
+            axes[i] = replace(traced, maker=next(same, traced.maker))
+    costed = replace(
+        trace, macs=macs, params=params, activations=activations, layer_macs=layer_macs
     )
-    return rewritten, bases
+    return replace(costed, axes=tuple(axes), shapes=shapes, attributes=attributes)
 
 
 def _sole_makers(space: SearchSpace, architecture: BranchedArchitecture) -> dict[int, str]:
@@ -197,15 +183,13 @@ def _sole_makers(space: SearchSpace, architecture: BranchedArchitecture) -> dict
 def _scheme(scheme: Scheme, architecture: BranchedArchitecture) -> Scheme:
     """The initialisation scheme in which each branch has the entries of its layer."""
 
+    names = {
+        join(layer, "weight"): [f"{name}.weight" for name in _names(layer, len(branches))]
+        for layer, branches in architecture.layers.items()
+    }
+
     def of(entries: Mapping[str, Any]) -> dict[str, Any]:
-        out = dict(entries)
-        for layer, branches in architecture.layers.items():
-            key = join(layer, "weight")
-            if key in out:
-                value = out.pop(key)
-                names = _names(layer, len(branches))
-                out.update({f"{name}.weight": value for name in names})
-        return out
+        return {name: v for key, v in entries.items() for name in names.get(key, [key])}
 
     return Scheme(
         of(scheme.steps), of(scheme.shapes), of(scheme.constants), of(scheme.moments), scheme.kept

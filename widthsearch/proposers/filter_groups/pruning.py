@@ -34,9 +34,8 @@ from widthsearch.proposers.filter_groups.architecture import (
     is_depthwise,
 )
 from widthsearch.proposers.filter_groups.branched_space import positions
-from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.tracing.polynomials import add
+from widthsearch.tracing.polynomials import evaluate
 from widthsearch.widths import Widths
 
 Bools = NDArray[np.bool_]
@@ -212,7 +211,7 @@ class GroupPruning:
         inputs: list[Bools] = [np.asarray(layer.threshold >= beta) for layer in self._layers]
         while True:
             made, read = self._made.copy(), self._read.copy()
-            before = sum(int(f.sum()) + int(i.sum()) for f, i in zip(filters, inputs, strict=True))
+            before = sum(int(left.sum()) for left in (*filters, *inputs))
             for layer, alive, reads in zip(self._layers, filters, inputs, strict=True):
                 occupied = layer.group @ alive
                 np.logical_and(reads, occupied[:, None], out=reads)
@@ -222,8 +221,7 @@ class GroupPruning:
             for layer, alive, reads in zip(self._layers, filters, inputs, strict=True):
                 np.logical_and(alive, read[layer.filters], out=alive)
                 np.logical_and(reads, made[layer.inputs], out=reads)
-            after = sum(int(f.sum()) + int(i.sum()) for f, i in zip(filters, inputs, strict=True))
-            if after == before:
+            if before == sum(int(left.sum()) for left in (*filters, *inputs)):
                 break
         return Pruned((made & read) | self._kept, tuple(filters), tuple(inputs))
 
@@ -236,21 +234,11 @@ class GroupPruning:
         counts: Ints = np.add.reduceat(pruned.channels[:-1], self._offsets[:-1], dtype=np.int64)
         return counts
 
-    @cached_property
-    def _rest(self) -> QuadraticForm:
-        """The MACs of all layers that are not grouped."""
-        poly = self._plain.trace.macs
-        for layer in self._layers:
-            poly = add(poly, self._plain.trace.layer_macs[layer.name], -1)
-        return QuadraticForm.from_poly(poly, [axis.divisor for axis in self._plain.trace.axes])
-
     def widths(self, pruned: Pruned) -> Widths:
         """The widths that are left, of ``space.unconstrained`` and possibly off its grid."""
         counts = self._counts(pruned).tolist()
-        sizes = [axis.divisor for axis in self._plain.trace.axes]
-        return Widths(
-            self._plain.names, tuple(n * size for n, size in zip(counts, sizes, strict=True))
-        )
+        pairs = zip(counts, self._plain.trace.axes, strict=True)
+        return Widths(self._plain.names, tuple(n * axis.divisor for n, axis in pairs))
 
     def grouped_macs(self, pruned: Pruned) -> int:
         """The MACs of the grouped layers."""
@@ -261,17 +249,17 @@ class GroupPruning:
 
     def macs(self, pruned: Pruned) -> int:
         """The MACs of the branched network, exactly."""
-        return int(self._rest(self.widths(pruned).vector)) + self.grouped_macs(pruned)
+        trace, x = self._plain.trace, self._counts(pruned).tolist()
+        dense = sum(evaluate(trace.layer_macs[layer.name], x) for layer in self._layers)
+        return evaluate(trace.macs, x) - dense + self.grouped_macs(pruned)
 
     def projected(self, pruned: Pruned) -> Widths:
         """The plain projection on the space's grid: every axis as wide as the channels left."""
         widths = self.widths(pruned)
         shares = {a.name: widths[a.name] / a.base for a in self._plain.axes}
+        owners = ((axis, (axis.name, *axis.tied)) for axis in self._space.axes)
         return self._space.nearest(
-            [
-                axis.base * max(shares[name] for name in (axis.name, *axis.tied))
-                for axis in self._space.axes
-            ]
+            [axis.base * max(shares[name] for name in names) for axis, names in owners]
         )
 
     def solve(self, budget: float, *, plain: bool = False) -> float | None:
