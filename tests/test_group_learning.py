@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import RECIPE, small_task
+from conformance import RECIPE, setting, small_task
 from strategies import space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -280,13 +280,11 @@ def test_a_strong_penalty_empties_channels_of_groups() -> None:
             find_layers(space),
             task,
             RECIPE,
+            setting(),
             groups=2,
             penalty=penalty,
             lr=1e-2,
             temperature=0.5,
-            seed=0,
-            device="cpu",
-            report=lambda _: None,
         )
         energy = model.conv1.weight.detach().square().sum((2, 3))
         of = torch.stack([energy[groups["conv1"] == g].sum(0) for g in range(2)])

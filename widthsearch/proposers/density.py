@@ -39,6 +39,9 @@ dense, so that a layer without activation, such as MobileNetV2's bottleneck, doe
 """
 _ZEROS = 0.01  # inputs with a smaller share of exact zeros have the relative rule
 
+Rules = dict[str, float]
+"""The rule of each consumer by the name of its weight."""
+
 
 @dataclass(frozen=True, eq=False)
 class Counts:
@@ -108,14 +111,9 @@ class DensityMeter:
     """
 
     def __init__(
-        self,
-        graph: DependencyGraph,
-        model: nn.Module,
-        threshold: float | None,
-        rules: dict[str, float],
+        self, graph: DependencyGraph, model: nn.Module, threshold: float | None, rules: Rules
     ) -> None:
-        self._graph, self._threshold, self._rules = graph, threshold, rules
-        self._model = model
+        self._graph, self._model, self._threshold, self._rules = graph, model, threshold, rules
         self._through = _LookThrough()
         self._consumers: dict[str, _Consumer] = {}
         self._inputs: list[tuple[str, Tensor]] = []  # of this forward pass, by consumer
@@ -143,14 +141,13 @@ class DensityMeter:
         out = [Counts(np.zeros(n), np.zeros(n)) for n in self._graph.groups]
         seen = [(c, c.active) for c in self._consumers.values() if c.active is not None]
         # One transfer from the device for all consumers.
-        counted = torch.cat([active for _, active in seen] or [torch.empty(0)]).cpu().numpy()
-        start = 0
-        for consumer, sums in seen:
-            n = len(sums)
-            active, start = counted[start : start + n], start + n
+        counted = torch.cat([sums for _, sums in seen] or [torch.empty(0)]).cpu()
+        of_consumers = torch.split(counted, [len(sums) for _, sums in seen])
+        for (consumer, _), active in zip(seen, of_consumers, strict=True):
+            n = len(active)
             axes, groups = (of_input_channels(of, n) for of in (consumer.axis, consumer.group))
             for a in set(axes.tolist()) - {-1}:
-                np.add.at(out[a].active, groups[axes == a], active[axes == a])
+                np.add.at(out[a].active, groups[axes == a], active.numpy()[axes == a])
                 np.add.at(out[a].total, groups[axes == a], consumer.total)
         return out
 

@@ -61,18 +61,16 @@ class Family(ABC):
     @cached_property
     def members(self) -> NDArray[np.int64]:
         """All members, narrowest first: widths of shape (members, axes)."""
+        axes = self.space.axes
         steps = sorted(
             # nearest() rounds up to `width` from half a step below it.
             (self.tau_at(i, Fraction(2 * width - axis.step, 2)), i)
-            for i, axis in enumerate(self.space.axes)
+            for i, axis in enumerate(axes)
             for width in axis.grid[1:]
         )
-        steps = [(tau, i) for tau, i in steps if tau < math.inf]
-        moves = np.zeros((len(steps) + 1, len(self.space.axes)), np.int64)
-        moves[0] = [axis.min_width for axis in self.space.axes]
-        for row, (_, i) in enumerate(steps, start=1):
-            moves[row, i] = self.space.axes[i].step
-        return moves.cumsum(0)
+        moved = [i for tau, i in steps if tau < math.inf]
+        moves = np.diag([axis.step for axis in axes])[moved]
+        return np.vstack([[axis.min_width for axis in axes], moves]).cumsum(0, dtype=np.int64)
 
     def solve(self, budget: float) -> Widths:
         """The widest member within a budget of MACs.
@@ -288,14 +286,10 @@ def baseline_candidates(
             own = int(np.random.SeedSequence((seed, turn, i)).generate_state(1)[0])
             method = Random() if turn else Uniform()
             proposal = method(space, None, Setting(own))
-            origin = {
-                "proposer": proposal.method,
-                "family": "linear",
-                "budget": budget,
-                "baseline": True,
-            }
+            origin = {"proposer": proposal.method, "family": "linear", "budget": budget}
             widths = scale_proposal(space, proposal, macs)
-            out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
+            made = Candidate(space.name, widths, {**origin, "baseline": True})
+            out.setdefault((space.name, widths), made)
     return list(out.values())
 
 

@@ -157,7 +157,7 @@ class GreedyRemoval:
             np.append(np.sort(of_axis).reshape(-1, step).sum(1), np.inf)
             for step, of_axis in zip(self._steps, scores, strict=True)
         ]
-        removed = [0] * len(losses)  # in steps
+        removed = np.zeros(len(losses), np.int64)  # in steps
         upcoming = np.array([loss[0] for loss in losses])
         form = self._space.cost_form("macs")
         while not until or form(self.widths) > until:
@@ -167,7 +167,8 @@ class GreedyRemoval:
             self.remove(axis)
             removed[axis] += 1
             upcoming[axis] = losses[axis][removed[axis]]
-        return [count * int(step) for count, step in zip(removed, self._steps, strict=True)]
+        done: list[int] = (removed * self._steps).tolist()
+        return done
 
     def trajectory(self, members: int) -> tuple[Widths, ...]:
         """So many members of the path, evenly spaced in log MACs, with both of its ends."""

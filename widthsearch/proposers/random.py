@@ -10,7 +10,6 @@ from pydantic import Field
 
 from widthsearch.proposers.protocol import Count, Proposal, Setting
 from widthsearch.utils.validation import validated_dataclass
-from widthsearch.widths import Widths
 
 if TYPE_CHECKING:
     from widthsearch.data.tasks import Task
@@ -45,9 +44,7 @@ class Random:
         generator = random.Random(setting.seed)
         shares = [self.lowest ** generator.random() for _ in space.axes]
         top = max(shares)
-        trajectory: dict[Widths, None] = {}
-        for i in range(self.members):
-            scale = (1 - i / self.members) / top
-            vector = [a.base * s * scale for a, s in zip(space.axes, shares, strict=True)]
-            trajectory[space.nearest(vector)] = None
+        scales = [(1 - i / self.members) / top for i in range(self.members)]
+        profile = [axis.base * share for axis, share in zip(space.axes, shares, strict=True)]
+        trajectory = dict.fromkeys(space.nearest([w * by for w in profile]) for by in scales)
         return Proposal("random", tuple(trajectory), {"seed": setting.seed, **asdict(self)})

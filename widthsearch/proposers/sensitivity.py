@@ -75,11 +75,8 @@ class Sensitivity:
         saliency = self.saliency(space, task, setting)
         removal.remove_lowest(saliency)
         sums = {a.name: float(s.sum()) for a, s in zip(space.axes, saliency, strict=True)}
-        return Proposal(
-            "sensitivity",
-            removal.trajectory(self.members),
-            {"seed": setting.seed, **asdict(self), "saliency_per_axis": sums},
-        )
+        provenance = {"seed": setting.seed, **asdict(self), "saliency_per_axis": sums}
+        return Proposal("sensitivity", removal.trajectory(self.members), provenance)
 
     def saliency(
         self, space: SearchSpace, task: Task, setting: Setting
@@ -111,8 +108,6 @@ def balanced(
 ) -> NDArray[np.int64]:
     """Draw indices of a batch with equally many samples per class, at least one."""
     each = max(1, batch_size // classes)
-    chosen = []
-    for label in range(classes):
-        members = np.flatnonzero(labels == label)
-        chosen.append(generator.permutation(members)[:each])
+    members = (np.flatnonzero(labels == label) for label in range(classes))
+    chosen = [generator.permutation(of_label)[:each] for of_label in members]
     return np.sort(np.concatenate(chosen))

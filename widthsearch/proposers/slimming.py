@@ -73,11 +73,8 @@ class Slimming:
         accuracy = train_base(model, task, recipe, setting, hook)
         graph = build_dependency_graph(unconstrained.model, unconstrained.base)
         removal.remove_lowest(channel_scores(space, graph, norm_scales(graph, model)))
-        return Proposal(
-            "slimming",
-            removal.trajectory(self.members),
-            {"seed": setting.seed, **asdict(self), "accuracy": accuracy},
-        )
+        provenance = {"seed": setting.seed, **asdict(self), "accuracy": accuracy}
+        return Proposal("slimming", removal.trajectory(self.members), provenance)
 
     def penalise(self, scales: Sequence[Tensor]) -> None:
         """Add the gradient of the penalty, ∂λ|γ|/∂γ = λ sign(γ), to that of the loss."""
@@ -119,9 +116,8 @@ def norm_scales(graph: DependencyGraph, model: nn.Module) -> list[Tensor]:
     mean = torch.cat(every).mean() if every else torch.ones(())
     filters = filter_norms(graph, model, "l1")
     out = []
-    for width, total, count, norms in zip(
-        graph.widths.vector, totals, counts, filters, strict=True
-    ):
+    of_axes = zip(graph.widths.vector, totals, counts, filters, strict=True)
+    for width, total, count, norms in of_axes:
         of_group = total / count if count.all() else mean.to(device) * norms / norms.mean()
         out.append(of_group * width / len(total))
     return out

@@ -80,11 +80,8 @@ class SynFlow:
                 dead, left[i] = np.split(left[i][ascending], [count // size])
                 if len(dead) and i not in graph.unknown:
                     silence(graph, model, i, dead)
-        return Proposal(
-            "synflow",
-            removal.trajectory(self.members),
-            {"seed": setting.seed, **asdict(self)},
-        )
+        provenance = {"seed": setting.seed, **asdict(self)}
+        return Proposal("synflow", removal.trajectory(self.members), provenance)
 
 
 def linearised(model: nn.Module) -> nn.Module:

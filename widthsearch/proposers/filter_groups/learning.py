@@ -27,7 +27,7 @@ p = (1, 1) and W = (3, 4): ℓ = 5, s = (1 + 1)² = 4, R = 20, and ∂R/∂W = s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,7 @@ from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
 from widthsearch.proposers.filter_groups.architecture import branchable
+from widthsearch.proposers.protocol import Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.torch_internals import TorchDispatchMode, foreach_copy_, tree_leaves
 from widthsearch.tracing.inputs import sample
@@ -48,12 +49,7 @@ from widthsearch.tracing.polynomials import as_constant
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import Backward, SgdSteps, sgd_step
 from widthsearch.training.trainer import check_batch_size
-from widthsearch.utils.devices import (
-    check_device,
-    deterministic_cudnn,
-    pick_memory_format,
-    seeded,
-)
+from widthsearch.utils.devices import check_device, deterministic_cudnn, pick_memory_format, seeded
 
 aten = torch.ops.aten
 
@@ -333,14 +329,12 @@ def learn_groups(
     layers: Sequence[GroupedLayer],
     task: Task,
     recipe: Recipe,
+    setting: Setting,
     *,
     groups: int,
     penalty: float,
     lr: float,
     temperature: float,
-    seed: int,
-    device: str,
-    report: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Train a network by a recipe and learn the groups of its filters, see :class:`GroupLearning`.
 
@@ -351,7 +345,7 @@ def learn_groups(
         StudyError: The loss is not finite, or a batch is larger than the training split.
     """
     check_batch_size(recipe, task)
-    place = check_device(device)
+    place = check_device(setting.device)
     model.to(place)
     layout = pick_memory_format(model, torch.zeros(2, *task.input_shape, device=place))
     model.to(memory_format=layout)
@@ -369,12 +363,12 @@ def learn_groups(
     )
     sgd = SgdSteps(model, loader, recipe, place, hook=learning.step)
     for epoch in range(recipe.epochs):
-        with seeded(seed, epoch + 1, place) as generator, deterministic_cudnn():
+        with seeded(setting.seed, epoch + 1, place) as generator, deterministic_cudnn():
             loss = sgd.run(generator, rates[epoch * steps : (epoch + 1) * steps])
         if not math.isfinite(loss):
             raise StudyError(
                 f"group learning must keep a finite loss, but with penalty={penalty} and "
                 f"lr={recipe.lr} it diverged; lower one of them"
             )
-        report(f"groups: epoch {epoch + 1} of {recipe.epochs}, loss {loss:.3f}")
+        setting.report(f"groups: epoch {epoch + 1} of {recipe.epochs}, loss {loss:.3f}")
     return learning.assignments()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import numpy as np
@@ -20,7 +20,6 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import evaluate
 from widthsearch.utils.validation import validated_dataclass
-from widthsearch.widths import Widths
 
 
 @validated_dataclass("filter_groups")
@@ -82,9 +81,7 @@ class FilterGroups:
         pruning = GroupPruning(space, model, groups, self.groups)
         base = pruning.macs(pruning.pruned(0.0))
         shares = np.geomspace(1, setting.lowest, self.members + 1)[1:].tolist()
-        members: dict[Widths, None] = {space.base: None}
-        branched = []
-        betas = []
+        branched, betas = [], []
         for share in shares:
             beta = pruning.solve(share * base)
             if beta is None:
@@ -100,12 +97,11 @@ class FilterGroups:
                 }
             )
             betas += [beta, pruning.solve(share * base, plain=True)]
-        for beta in sorted(b for b in betas if b is not None):
-            members[pruning.projected(pruning.pruned(beta))] = None
+        found = sorted(beta for beta in betas if beta is not None)
+        projections = (pruning.projected(pruning.pruned(beta)) for beta in found)
+        provenance = {"seed": setting.seed, **asdict(self), **measured, "branched": branched}
         return Proposal(
-            "filter_groups",
-            tuple(members),
-            {"seed": setting.seed, **asdict(self), **measured, "branched": branched},
+            "filter_groups", tuple(dict.fromkeys([space.base, *projections])), provenance
         )
 
     def learned(
@@ -132,13 +128,11 @@ class FilterGroups:
             layers,
             task,
             learn,
+            replace(setting, seed=setting.seed + 1),
             groups=self.groups,
             penalty=self.penalty,
             lr=self.group_lr,
             temperature=self.temperature,
-            seed=setting.seed + 1,
-            device=setting.device,
-            report=setting.report,
         )
         accuracy = evaluate(model, task, "validation", setting.device, learn.precision)
         return model, groups, {"pretrained": pretrained, "grouped": accuracy}
