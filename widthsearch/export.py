@@ -28,7 +28,6 @@ from torch import nn
 from widthsearch import __version__
 from widthsearch.api import Study
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import Task
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.modules.source import source_digest
 from widthsearch.space.constraints import Constraints
@@ -43,6 +42,9 @@ _logger = logging.getLogger(__name__)
 
 WIDTHS, WEIGHTS, CARD = "widths.json", "weights.pt", "card.json"
 
+OnEpoch = Callable[[int, EpochResult], None]
+"""Called with a network's number and the result of an epoch."""
+
 
 def train(
     study: Study,
@@ -52,7 +54,7 @@ def train(
     epochs: int | None = None,
     device: str | None = None,
     folder: Path | str | None = None,
-    on_epoch: Callable[[int, EpochResult], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train a trial's widths in full, once a seed, and test each network.
 
@@ -90,16 +92,28 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
     everything = replace(task, train=_joined(task.train, task.validation))
     tested: dict[int, float] = {}
-    first: nn.Module | None = None
+    weights = io.BytesIO()
     for i in range(seeds):
         seed = int(np.random.SeedSequence((study.config.seed, 1, i)).generate_state(1)[0])
         model = space.build(trial.widths, seed=seed)
-        _train_one(model, everything, recipe, seed, device, folder, i, on_epoch)
+        code = source_digest(model)
+        run = Trainer(model, everything, recipe, seed=seed, device=device, code=code)
+        _train_to_the_end(run, folder, i, on_epoch)
+        if run.epoch < recipe.epochs:
+            raise StudyError(
+                f"training diverged in epoch {run.epoch} with seed {seed}: lower the recipe's lr "
+                f"(now {recipe.lr})"
+            )
         tested[seed] = evaluate(model, task, "test", device, recipe.precision)
-        first = first or model
-    assert first is not None
+        if i == 0:
+            torch.save({key: value.cpu() for key, value in model.state_dict().items()}, weights)
     posterior = study.posterior()
     base = posterior.base
+    of_base = base and {
+        **asdict(base.cost),
+        "latency_ms": base.latency_ms,
+        "estimated": posterior[base].to_json(),
+    }
     card = {
         "study": study.config.name,
         "trial": trial.number,
@@ -122,15 +136,9 @@ def train(
         "recipe": asdict(recipe),
         "device": device,
         **asdict(trial.cost),
-        "latency": None if trial.latency is None else trial.latency.to_json(),
+        "latency": trial.latency and trial.latency.to_json(),
         "estimated": posterior[trial].to_json(),
-        "base": None
-        if base is None
-        else {
-            **asdict(base.cost),
-            "latency_ms": base.latency_ms,
-            "estimated": posterior[base].to_json(),
-        },
+        "base": of_base,
         "test_accuracy": {
             "mean": statistics.fmean(tested.values()),
             "std": statistics.stdev(tested.values()) if seeds > 1 else None,
@@ -139,8 +147,6 @@ def train(
         },
         "versions": versions(),
     }
-    weights = io.BytesIO()
-    torch.save({key: value.cpu() for key, value in first.state_dict().items()}, weights)
     with writing(folder):
         _remove(folder / CARD)
         space.save_widths(folder / WIDTHS, trial.widths)
@@ -151,19 +157,9 @@ def train(
     return card
 
 
-def _train_one(
-    model: nn.Module,
-    task: Task,
-    recipe: Any,
-    seed: int,
-    device: str,
-    folder: Path,
-    number: int,
-    on_epoch: Callable[[int, EpochResult], None] | None,
-) -> None:
+def _train_to_the_end(run: Trainer, folder: Path, number: int, on_epoch: OnEpoch | None) -> None:
+    """Train a network, from its last checkpoint where there is one."""
     checkpoints = folder / "checkpoints" / str(number)
-    code = source_digest(model)
-    run = Trainer(model, task, recipe, seed=seed, device=device, code=code)
     if (checkpoints / CHECKPOINT).exists():
         try:
             run.load(checkpoints)
@@ -175,11 +171,6 @@ def _train_one(
             run.save(checkpoints)
         if on_epoch is not None:
             on_epoch(number, result)
-    if run.epoch < recipe.epochs:
-        raise StudyError(
-            f"training diverged in epoch {run.epoch} with seed {seed}: lower the recipe's lr "
-            f"(now {recipe.lr})"
-        )
 
 
 def _remove(path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from widthsearch.bayesopt import pareto
 from widthsearch.report.console import short, uncut
-from widthsearch.study.front import equal_cost_pairs, objective_points
+from widthsearch.study.front import equal_cost_pairs
 from widthsearch.study.posterior import ENOUGH, INTERVAL, AccuracyEstimate, AccuracyPosterior
 
 if TYPE_CHECKING:
@@ -260,15 +259,10 @@ def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> floa
     if not members or not posterior.members:
         return 0.0
 
-    def points(of: Sequence[Trial]) -> NDArray[np.float64]:
-        found = objective_points(of, posterior.objectives)
-        found[:, posterior.objectives.index("accuracy")] = [-posterior.accuracy(t) for t in of]
-        return found
-
-    every = points(posterior.members)
+    every = posterior.points(posterior.members)
     low, high = every.min(0), every.max(0)
     span = np.where(high > low, high - low, 1.0)
-    return pareto.hypervolume((points(members) - low) / span, np.ones(len(posterior.objectives)))
+    return pareto.hypervolume((posterior.points(members) - low) / span, np.ones_like(low))
 
 
 def trial_table(

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._ray = contextlib.ExitStack()
         self._owns_ray: bool | None = None  # None while not connected
-        self._logging = False
 
     def __enter__(self) -> Session:
         self._stack.enter_context(self._interrupts)
@@ -139,7 +139,7 @@ class Session:
         for checkpoint in checkpoints.iterdir():
             if checkpoint.name not in map(str, search.running):
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        logs = self._start_logging()
+        logs = self._logs
         try:
             # With latency, this measures a whole generation: before Ray starts, on a quiet machine.
             first = search.ask()
@@ -150,19 +150,18 @@ class Session:
             # Before the driver lock is released, so that no worker trains on without it.
             self._disconnect()
 
-    def _start_logging(self) -> Path:
-        """Write log records to the study's folder from now on; returns the folder of the logs."""
+    @cached_property
+    def _logs(self) -> Path:
+        """The folder of the logs; from its first use on, log records are written there."""
         logs = (self._folder / "logs").resolve()
-        if not self._logging:
-            logs.mkdir(exist_ok=True)
-            self._stack.enter_context(cluster.log_to_file(logs / "run.log"))
-            self._logging = True
+        logs.mkdir(exist_ok=True)
+        self._stack.enter_context(cluster.log_to_file(logs / "run.log"))
         return logs
 
     def _connect(self, report: ProgressCallback) -> bool:
         """Connect to Ray if that was not done; returns whether it was started or joined here."""
         if self._owns_ray is None:
-            self._start_logging()
+            assert self._logs.is_dir()
             connection = cluster.connect(self._config, report, self._interrupts)
             self._owns_ray = self._ray.enter_context(connection)
         return self._owns_ray
@@ -178,7 +177,7 @@ def _next_message(stream: Any) -> str | ProposalResult:
 
 
 @dataclass(eq=False)
-class _TuneAdapter:
+class _TuneAdapter(tune.Callback):
     """Drives a search by Tune: Tune's searcher, scheduler and callback all call this object.
 
     Tune wraps or swallows exceptions of its callbacks. So an exception is kept in ``error``, and
@@ -226,7 +225,7 @@ class _TuneAdapter:
                     storage_path=str(logs),
                     search_alg=_TuneSearcher(self),
                     scheduler=_TuneScheduler(self),
-                    callbacks=[_TuneCallback(self)],
+                    callbacks=[self],
                     num_samples=-1,
                     max_concurrent_trials=config.at_once,
                     reuse_actors=True,
@@ -295,10 +294,13 @@ class _TuneAdapter:
             self._remove_checkpoint(number)
         return continues
 
-    def on_worker_lost(self, number: int) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
         """Fail a trial after all its retries."""
         if self.interrupts.requested:
             return  # a terminal sends Ctrl-C to the workers too: the trial has no fault
+        number = trial.config["number"]
         with self.keep_error():
             self.search.fail(
                 number,
@@ -310,7 +312,18 @@ class _TuneAdapter:
     def _remove_checkpoint(self, number: int) -> None:
         shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
 
-    def on_step_end(self) -> None:
+    def on_trial_recover(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Pass on that a worker process died and another one goes on."""
+        with self.keep_error():
+            self.search.notify(
+                f"trial {trial.config['number']}: its worker process died; a new one continues "
+                "from its last checkpoint",
+                "warning",
+            )
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         """Leave Tune where there is a reason to: the one place where that is safe."""
         over = self.search.done and self.owns_ray
         if over or self.error is not None or self.interrupts.requested:
@@ -363,31 +376,6 @@ class _TuneScheduler(FIFOScheduler):
         continues = self._adapter.on_report(trial.config["number"], result["report"])
         decision: str = TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
         return decision
-
-
-@dataclass
-class _TuneCallback(tune.Callback):
-    """Follows the steps of Tune's loop, and the deaths of worker processes."""
-
-    adapter: _TuneAdapter
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.adapter.on_step_end()
-
-    def on_trial_error(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        self.adapter.on_worker_lost(trial.config["number"])
-
-    def on_trial_recover(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        with self.adapter.keep_error():
-            self.adapter.search.notify(
-                f"trial {trial.config['number']}: its worker process died; a new one continues "
-                "from its last checkpoint",
-                "warning",
-            )
 
 
 def _trainable() -> type[tune.Trainable]:

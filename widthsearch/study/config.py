@@ -188,17 +188,17 @@ class ProposerConfig(BaseModel):
         Raises:
             StudyError: The proposer cannot be imported or does not take the fields.
         """
-        own: Any
         if ":" not in self.method:
             return self._filled(proposer_class(self.method), place)
-        own, fields = load_function(self.method, StudyError), self.model_extra or {}
-        if isinstance(own, type):
-            if not dataclasses.is_dataclass(own):
-                raise StudyError(
-                    f"a proposer must be a function or a dataclass, but {self.method!r} is another "
-                    "class: decorate it, @dataclass(frozen=True)"
-                )
+        own: Any = load_function(self.method, StudyError)
+        fields = self.model_extra or {}
+        if isinstance(own, type) and dataclasses.is_dataclass(own):
             made = self._filled(own, place)
+        elif isinstance(own, type):
+            raise StudyError(
+                f"a proposer must be a function or a dataclass, but {self.method!r} is another "
+                "class: decorate it, @dataclass(frozen=True)"
+            )
         else:
             try:
                 inspect.signature(own).bind(None, None, None, **fields)
@@ -239,6 +239,12 @@ def _named(key: str, default: str | None = None) -> BeforeValidator:
         return value
 
     return BeforeValidator(whole)
+
+
+NamedProposer = Annotated[ProposerConfig, _named("method")]
+Share = Annotated[float, Field(gt=0)]
+Family = Literal["linear", "power", "mixture"]
+Interval = Annotated[tuple[float, float], WrapValidator(_interval)]
 
 
 class StudyConfig(BaseModel):
@@ -295,26 +301,12 @@ class StudyConfig(BaseModel):
     constraints: Constraints = Constraints()
     task: Annotated[TaskConfig, _named("name")] | None = None
     recipe: Recipe = Recipe()
-    proposers: tuple[Annotated[ProposerConfig, _named("method")], ...] = (
-        ProposerConfig(method="sensitivity"),
-    )
-    budgets: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
-        0.1,
-        0.2,
-        0.35,
-        0.5,
-        0.75,
-    )
-    families: Annotated[tuple[Literal["linear", "power", "mixture"], ...], Field(min_length=1)] = (
-        "linear",
-        "power",
-    )
+    proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
+    budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
+    families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("linear", "power")
     baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
     objectives: tuple[Objective, ...] = ("accuracy", "macs")
-    limits: Mapping[
-        Literal["macs", "params", "latency_ms"],
-        Annotated[tuple[float, float], WrapValidator(_interval)],
-    ] = {}
+    limits: Mapping[Literal["macs", "params", "latency_ms"], Interval] = {}
     latency: LatencyConfig | None = None
     early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
     trials: Annotated[int, Field(ge=1)]
@@ -341,20 +333,18 @@ class StudyConfig(BaseModel):
                 f"a study has a space or spaces, but was given both ({self.space!r} and "
                 f"{', '.join(self.spaces)})"
             )
+        listed = f"[{', '.join(self.objectives)}]"
         if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
-            raise ValueError(
-                "objectives must hold accuracy and no name twice, but are "
-                f"[{', '.join(self.objectives)}]"
-            )
+            raise ValueError(f"objectives must hold accuracy and no name twice, but are {listed}")
         if self.latency is not None and "latency_ms" not in self.objectives:
             raise ValueError(
-                "latency is measured where it is an objective, but objectives are "
-                f"[{', '.join(self.objectives)}]: add latency_ms, or leave the latency section out"
+                f"latency is measured where it is an objective, but objectives are {listed}: add "
+                "latency_ms, or leave the latency section out"
             )
         if "latency_ms" in self.limits and "latency_ms" not in self.objectives:
             raise ValueError(
-                "a limit of latency_ms needs it among the objectives, but they are "
-                f"[{', '.join(self.objectives)}]: add it, or leave the limit out"
+                f"a limit of latency_ms needs it among the objectives, but they are {listed}: add "
+                "it, or leave the limit out"
             )
         stopping = self.early_stopping
         if stopping is not None and len(self.objectives) == 1:

@@ -110,7 +110,7 @@ class Trial:
             "params": self.cost.params,
             "activations": self.cost.activations,
             "latency_ms": self.latency_ms,
-            "latency": None if self.latency is None else self.latency.to_json(),
+            "latency": self.latency and self.latency.to_json(),
             "curve": [
                 {
                     k: None if isinstance(v, float) and not math.isfinite(v) else v
