@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from widthsearch import cli
+from widthsearch.api import Study
 
 ROOT = Path(__file__).parent.parent
 SPACE = f"{ROOT / 'search_spaces' / 'quickstart.py'}:digits_resnet"
@@ -31,9 +33,32 @@ def study_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command prints; it must succeed."""
-    code = cli.main(arguments)
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return captured.out
+def small(folder: Path, **changes: Any) -> Study:
+    """The study of that YAML, among the runs in the same folder."""
+    return Study.load(study_file(folder, **changes), folder / "runs")
+
+
+class CommandLine:
+    """Runs commands, and reads what they print."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> str:
+        """What a command prints; it must succeed."""
+        code = cli.main([*map(str, arguments)])
+        captured = self.capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    def json(self, *arguments: object) -> Any:
+        """The JSON that a command prints."""
+        return json.loads(self(*arguments, "--json"))
+
+    def refusal(self, *arguments: object) -> str:
+        """The error of a command that is refused: one line and exit code 2."""
+        assert cli.main([*map(str, arguments)]) == 2
+        error = self.capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error

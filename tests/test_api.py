@@ -33,20 +33,9 @@ from widthsearch.study.storage import Store
 from widthsearch.training.autotune import ConcurrencyProbe, PrecisionProbe
 
 
-def make(folder: Path, **changes: Any) -> Study:
-    """A study of the tiny space in a folder."""
-    return Study(tiny.config(**changes), tiny.space(), tiny.task(), folder=folder)
-
-
-def drive(study: Study, trials: int | None = None) -> None:
-    """Run it by the plain loop."""
-    with study.search() as search:
-        tiny.drive(search, trials=trials)
-
-
 def test_trials_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
     """A study made in Python, found again by its name."""
-    drive(make(tmp_path / "tiny"))
+    tiny.run(tiny.study(tmp_path / "tiny"))
     study = Study.load("tiny", runs=tmp_path)
     assert [trial.number for trial in study.trials()] == list(range(6))
     front = study.front()
@@ -66,7 +55,7 @@ def test_a_study_is_found_by_name_folder_or_yaml(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"name": "tiny", "trials": 3}))
     study = Study.load(file, runs=runs)
     assert study.folder == runs / "tiny"
-    drive(make(runs / "tiny", trials=3))
+    tiny.run(tiny.study(runs / "tiny", trials=3))
     for reference in ("tiny", runs / "tiny", str(runs / "tiny")):
         found = Study.load(reference, runs=runs)
         assert found.folder == runs / "tiny"
@@ -77,14 +66,14 @@ def test_a_missing_study_is_an_error(tmp_path: Path) -> None:
     """The message suggests the closest name."""
     with pytest.raises(StudyError, match="there is no 'tiny'; give a study's YAML, name or folder"):
         Study.load("tiny", runs=tmp_path)
-    drive(make(tmp_path / "tiny", trials=1))
+    tiny.run(tiny.study(tmp_path / "tiny", trials=1))
     with pytest.raises(StudyError, match="there is no 'tinny'; did you mean 'tiny'"):
         Study.load("tinny", runs=tmp_path)
 
 
 def test_a_study_without_a_run_has_no_trials(tmp_path: Path) -> None:
     """The error says so, and reading makes no files."""
-    study = make(tmp_path / "tiny")
+    study = tiny.study(tmp_path / "tiny")
     with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
         study.trials()
     assert not (tmp_path / "tiny").exists()
@@ -92,18 +81,17 @@ def test_a_study_without_a_run_has_no_trials(tmp_path: Path) -> None:
 
 def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
     """The study does not change."""
-    drive(make(tmp_path, trials=2))
+    tiny.run(tiny.study(tmp_path, trials=2))
     before = (tmp_path / "study.yaml").read_text()
-    other = Study(tiny.config(trials=9), tiny.space("other"), tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError) as caught:
-        drive(other)
+        tiny.run(tiny.study(tmp_path, tiny.space("other"), trials=9))
     assert str(caught.value) == (
         "a study keeps its space, but 'tiny' was begun with 'tiny' (2 axes, 10,400 MACs) and is "
         "now given 'other' (2 axes, 10,400 MACs): put the space back, or give the study another "
         "name"
     )
     assert (tmp_path / "study.yaml").read_text() == before
-    drive(make(tmp_path, trials=3))
+    tiny.run(tiny.study(tmp_path, trials=3))
 
 
 @pytest.mark.parametrize(
@@ -119,16 +107,16 @@ def test_changes_that_make_trials_incomparable_are_refused(
     tmp_path: Path, changes: dict[str, Any], place: str
 ) -> None:
     """With the place, what it was, and what it is now."""
-    drive(make(tmp_path, trials=2))
+    tiny.run(tiny.study(tmp_path, trials=2))
     with pytest.raises(StudyError, match=place) as caught:
-        drive(make(tmp_path, **changes))
+        tiny.run(tiny.study(tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
 def test_a_network_is_picked(tmp_path: Path) -> None:
     """By estimated accuracy from the front; by its ID any finished trial."""
-    study = make(tmp_path, trials=12)
-    drive(study)
+    study = tiny.study(tmp_path, trials=12)
+    tiny.run(study)
     front = study.front()
     assert study.pick("best") == max(front, key=study.posterior().accuracy)
     assert study.pick() in front
@@ -139,49 +127,43 @@ def test_a_network_is_picked(tmp_path: Path) -> None:
 
 def test_before_its_first_trial_a_study_may_become_another(tmp_path: Path) -> None:
     """Until then only the objectives are fixed."""
-    with make(tmp_path).search():
+    with tiny.study(tmp_path).search():
         pass
-    changed = tiny.config(recipe={"epochs": 3, "batch_size": 16}, seed=5, trials=2)
-    study = Study(changed, tiny.space(min_width=0.5), tiny.task(), folder=tmp_path)
-    drive(study)
+    recipe = {"epochs": 3, "batch_size": 16}
+    study = tiny.study(tmp_path, tiny.space(min_width=0.5), recipe=recipe, seed=5, trials=2)
+    tiny.run(study)
     assert [len(trial.curve) for trial in study.trials()] == [3, 3]
     with pytest.raises(StudyError, match="a study keeps its seed"):
-        drive(make(tmp_path, recipe={"epochs": 3, "batch_size": 16}))
-    with make(tmp_path / "other").search():
+        tiny.run(tiny.study(tmp_path, recipe=recipe))
+    with tiny.study(tmp_path / "other").search():
         pass
     with pytest.raises(StudyError, match="a study keeps its objectives"):
-        drive(make(tmp_path / "other", objectives=["accuracy", "params"]))
+        tiny.run(tiny.study(tmp_path / "other", objectives=["accuracy", "params"]))
 
 
 def test_budgets_below_every_network_are_left_out(tmp_path: Path) -> None:
     """A message names them; if none is left, that is an error."""
-    progress: list[Progress] = []
-    with make(tmp_path, budgets=[0.001, 0.5]).search(progress.append) as search:
-        budgets = {t.origin["budget"] for t in tiny.drive(search) if "budget" in t.origin}
-    assert budgets == {0.5}
+    study = tiny.study(tmp_path, budgets=[0.001, 0.5])
+    progress = tiny.run(study)
+    assert {t.origin["budget"] for t in study.trials() if "budget" in t.origin} == {0.5}
     narrowest = "budgets 0.001 are left out: the narrowest network has 0.084 of the base's MACs"
     assert narrowest in [each.message for each in progress]
     with pytest.raises(WidthsError, match="is below the narrowest network"):
-        drive(make(tmp_path / "other", budgets=[0.001]))
+        tiny.run(tiny.study(tmp_path / "other", budgets=[0.001]))
 
 
 def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
     """All but the base, which is on no front; and some network must fit."""
-    study = make(
-        tmp_path,
-        limits={"macs": (0, 4000)},
-        proposers=["sensitivity"],
-        budgets=[0.3, 2.0],
-        trials=9,
-    )
-    drive(study)
+    sizes = {"limits": {"macs": (0, 4000)}, "budgets": [0.3, 2.0]}
+    study = tiny.study(tmp_path, proposers=["sensitivity"], trials=9, **sizes)
+    tiny.run(study)
     base, *others = study.trials()
     assert base.cost.macs > 4000
     assert all(trial.cost.macs <= 4000 for trial in others)
     assert any("baseline" in trial.origin for trial in others)
     assert all(trial.cost.macs <= 4000 for trial in study.front())
     with pytest.raises(StudyError, match=r"limits.macs is \[0, 10\] and networks have 872 to "):
-        drive(make(tmp_path / "other", limits={"macs": (0, 10)}))
+        tiny.run(tiny.study(tmp_path / "other", limits={"macs": (0, 10)}))
 
 
 @pytest.mark.parametrize("classes", [3, 5])
@@ -190,7 +172,7 @@ def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path: Path, classes
     task = replace(tiny.task(), classes=classes)
     study = Study(tiny.config(), tiny.space(), task, folder=tmp_path / "x")
     with pytest.raises(DataError, match=f"give its last layer {classes} outputs"):
-        drive(study)
+        tiny.run(study)
     assert not (tmp_path / "x").exists()
 
 
@@ -205,8 +187,8 @@ def test_a_torchvision_model_has_the_classes_of_the_task(tmp_path: Path) -> None
 def test_a_space_traced_at_a_sample_tensor_is_driven(tmp_path: Path) -> None:
     """A float tensor of the images' shape; several inputs are refused in one line."""
     space = SearchSpace.from_model(tiny.Net, torch.zeros(1, 4, 4), name="tiny")
-    study = Study(tiny.config(trials=2), space, tiny.task(), folder=tmp_path / "tensor")
-    drive(study)
+    study = tiny.study(tmp_path / "tensor", space, trials=2)
+    tiny.run(study)
     assert len(study.trials()) == 2
 
     class Pair(tiny.Net):
@@ -215,16 +197,16 @@ def test_a_space_traced_at_a_sample_tensor_is_driven(tmp_path: Path) -> None:
 
     pair = SearchSpace.from_model(Pair, ((1, 4, 4), (1, 4, 4)))
     with pytest.raises(DataError, match=r"was traced at \[\[1, 4, 4\], \[1, 4, 4\]\]") as caught:
-        drive(Study(tiny.config(), pair, tiny.task(), folder=tmp_path / "pair"))
+        tiny.run(tiny.study(tmp_path / "pair", pair))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pair").exists()
 
 
 def test_a_proposers_fields_are_checked_before_anything_begins(tmp_path: Path) -> None:
     """Not where the configuration is read, since that would import the method."""
-    study = make(tmp_path / "x", proposers=["uniform", {"method": "uniform", "member": 2}])
+    study = tiny.study(tmp_path / "x", proposers=["uniform", {"method": "uniform", "member": 2}])
     with pytest.raises(StudyError, match=r"unknown key 'proposers\.1\.member'; did you mean"):
-        drive(study)
+        tiny.run(study)
     assert not (tmp_path / "x").exists()
 
 
@@ -232,7 +214,7 @@ def test_a_kill_leaves_the_old_configuration_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never a part of a file, which no later run could read."""
-    drive(make(tmp_path, trials=1))
+    tiny.run(tiny.study(tmp_path, trials=1))
     before = (tmp_path / "study.yaml").read_text()
 
     def killed(self: Path, target: object) -> None:
@@ -240,37 +222,32 @@ def test_a_kill_leaves_the_old_configuration_or_the_new(
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        drive(make(tmp_path, trials=2))
+        tiny.run(tiny.study(tmp_path, trials=2))
     assert (tmp_path / "study.yaml").read_text() == before
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     """Before anything is written."""
-    study = make(tmp_path / "large", recipe={"epochs": 4, "batch_size": 64})
+    study = tiny.study(tmp_path / "large", recipe={"epochs": 4, "batch_size": 64})
     with pytest.raises(StudyError, match="batch_size=64 and task 'tiny' has 32 training images"):
-        drive(study)
+        tiny.run(study)
     assert not (tmp_path / "large").exists()
 
 
 def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None:
     """The base, and then suggestions."""
-    study = make(tmp_path, proposers=[], baselines=0.0)
-    drive(study)
+    study = tiny.study(tmp_path, proposers=[], baselines=0.0)
+    tiny.run(study)
     assert [trial.origin for trial in study.trials()[1:]] == 5 * [{"sampler": "width"}]
 
 
 def test_the_extent_of_a_search_may_change(tmp_path: Path) -> None:
     """More trials, another concurrency, other rungs, other budgets, other bounds."""
-    drive(make(tmp_path, trials=2))
-    changed = tiny.config(
-        trials=7,
-        concurrency=2,
-        budgets=[0.3],
-        early_stopping={"kind": "rungs", "first_epoch": 1, "eta": 2},
-        proposers=["random"],
-    )
-    study = Study(changed, tiny.space(min_width=0.5), tiny.task(), folder=tmp_path)
-    drive(study)
+    tiny.run(tiny.study(tmp_path, trials=2))
+    rungs = {"kind": "rungs", "first_epoch": 1, "eta": 2}
+    extent = {"trials": 7, "concurrency": 2, "budgets": [0.3], "proposers": ["random"]}
+    study = tiny.study(tmp_path, tiny.space(min_width=0.5), early_stopping=rungs, **extent)
+    tiny.run(study)
     assert len(study.trials()) == 7
 
 
@@ -278,22 +255,22 @@ def test_a_space_of_another_input_shape_is_refused(tmp_path: Path) -> None:
     """Its costs would be wrong for the task's images."""
     study = Study(tiny.config(task="digits"), tiny.space(), folder=tmp_path / "x")
     with pytest.raises(DataError, match=r"traced at \[1, 4, 4\] and the images of 'digits' are"):
-        drive(study)
+        tiny.run(study)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_study_without_a_task_is_an_error(tmp_path: Path) -> None:
     """The message shows both forms of the section."""
     with pytest.raises(StudyError, match=r"`task: digits` or `task: \{name: image_folder, folder:"):
-        drive(Study(tiny.config(), tiny.space(), folder=tmp_path))
+        tiny.run(Study(tiny.config(), tiny.space(), folder=tmp_path))
 
 
 def test_two_drivers_are_refused(tmp_path: Path) -> None:
     """The second one changes nothing."""
     with (
-        make(tmp_path).search(),
+        tiny.study(tmp_path).search(),
         pytest.raises(StudyError, match="is being run by process"),
-        make(tmp_path, trials=9).search(),
+        tiny.study(tmp_path, trials=9).search(),
     ):
         pass
     assert Study.load(tmp_path).config.trials == 6
@@ -309,8 +286,8 @@ def test_proposers_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return Proposal("sensitivity", (space.base,), {})
 
     monkeypatch.setattr(Sensitivity, "__call__", counted)
-    drive(make(tmp_path, trials=2, proposers=["sensitivity"]))
-    drive(make(tmp_path, trials=3, proposers=["sensitivity"]))
+    tiny.run(tiny.study(tmp_path, trials=2, proposers=["sensitivity"]))
+    tiny.run(tiny.study(tmp_path, trials=3, proposers=["sensitivity"]))
     assert asked == [0]
 
 
@@ -320,9 +297,9 @@ def test_latency_is_measured_where_it_is_an_objective(tmp_path: Path) -> None:
         "objectives": ["accuracy", "macs", "latency_ms"],
         "latency": {"pairs": 4},
     }
-    drive(make(tmp_path, trials=2, **settings), trials=1)
-    study = make(tmp_path, trials=4, **settings)
-    drive(study)
+    tiny.run(tiny.study(tmp_path, trials=2, **settings), trials=1)
+    study = tiny.study(tmp_path, trials=4, **settings)
+    tiny.run(study)
     latencies = [trial.latency for trial in study.trials()]
     assert len({latency.base_ms for latency in latencies if latency is not None}) == 1
     assert len(latencies) == 4
@@ -336,16 +313,16 @@ def test_precision_is_decided_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return PrecisionProbe("bf16", 2.0, 5, "cpu", 1)
 
     monkeypatch.setattr(widthsearch.study.driver, "probe_precision", probe)
-    study = make(tmp_path / "a", trials=4)
-    drive(study, trials=1)
-    for again in (study, make(tmp_path / "a", trials=4)):
+    study = tiny.study(tmp_path / "a", trials=4)
+    tiny.run(study, trials=1)
+    for again in (study, tiny.study(tmp_path / "a", trials=4)):
         with again.search() as search:
             assert search.config.recipe.precision == again.resolve_recipe().precision == "bf16"
         assert again.config.recipe.precision == "auto"
     stored = Store.open(study.storage, "tiny").attribute("precision")
     assert (stored["precision"], stored["speedup"]) == ("bf16", 2.0)
     recipe = {**tiny.config().to_json()["recipe"], "precision": "fp32"}
-    with make(tmp_path / "b", recipe=recipe).search() as search:
+    with tiny.study(tmp_path / "b", recipe=recipe).search() as search:
         assert search.config.recipe.precision == "fp32"
 
 
@@ -363,7 +340,7 @@ def test_concurrency_is_probed_once_per_machine(
     monkeypatch.setattr(widthsearch.study.driver, "cores", lambda: 6)
     progress: list[Progress] = []
     for _ in range(2):
-        with make(tmp_path, concurrency="auto").search(progress.append) as search:
+        with tiny.study(tmp_path, concurrency="auto").search(progress.append) as search:
             assert search.config.at_once == 2
     assert asked == [[1, 2, 4, 6]]
     assert progress[-1].message == (
@@ -371,7 +348,7 @@ def test_concurrency_is_probed_once_per_machine(
         "140 by 4 at once"
     )
     monkeypatch.setattr(widthsearch.study.driver, "cores", lambda: 2)
-    with make(tmp_path, concurrency="auto").search():
+    with tiny.study(tmp_path, concurrency="auto").search():
         assert asked[1:] == [[1, 2]]
     with pytest.raises(StudyError, match="is decided when a study is run"):
         tiny.config(concurrency="auto").at_once  # noqa: B018
@@ -391,7 +368,7 @@ def test_concurrent_trials_share_a_gpu_equally(
         lambda *_, **__: ConcurrencyProbe({1: 1.0, 2: 1.5, 3: 2.0}, "cuda", 1, None),
     )
     settings = {"device": "cuda", "resources": {"gpu": 1}, "proposers": ["uniform"]}
-    with make(tmp_path, concurrency="auto", **settings).search() as search:
+    with tiny.study(tmp_path, concurrency="auto", **settings).search() as search:
         assert search.config.at_once == 6
         assert search.config.resources.gpu == 0.3333
 
@@ -399,9 +376,9 @@ def test_concurrent_trials_share_a_gpu_equally(
 def test_a_missing_device_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any file is made."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    study = make(tmp_path / "tiny", device="cuda:0", resources={"gpu": 1})
+    study = tiny.study(tmp_path / "tiny", device="cuda:0", resources={"gpu": 1})
     with pytest.raises(DeviceError, match="cuda:0"):
-        drive(study)
+        tiny.run(study)
     assert not (tmp_path / "tiny").exists()
 
 
@@ -409,21 +386,21 @@ def test_a_space_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     """The error is the space's own."""
     study = Study(tiny.config(space="nowhere.at:all"), task=tiny.task(), folder=tmp_path)
     with pytest.raises(SpaceError, match="nowhere"):
-        drive(study)
+        tiny.run(study)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     """One line with the system's reason."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"'.*file/tiny' cannot be made: Not a directory"):
-        drive(make(tmp_path / "file" / "tiny"))
+        tiny.run(tiny.study(tmp_path / "file" / "tiny"))
 
 
 def test_a_storage_elsewhere_holds_several_studies(tmp_path: Path) -> None:
     """Any Optuna URL; each study under its name."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     for name in ("one", "two"):
-        drive(make(tmp_path / name, name=name, storage=url, trials=2))
+        tiny.run(tiny.study(tmp_path / name, name=name, storage=url, trials=2))
     assert not (tmp_path / "one" / "study.db").exists()
     assert len(Store.open(url, "one").trials({"tiny": tiny.space()})) == 2
     assert len(Study.load(tmp_path / "two").trials()) == 2
@@ -434,30 +411,29 @@ def test_another_programs_study_of_that_name_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     optuna.create_study(storage=url, study_name="tiny")
     with pytest.raises(StudyError, match="already has an Optuna study 'tiny' that is not"):
-        drive(make(tmp_path, storage=url))
+        tiny.run(tiny.study(tmp_path, storage=url))
 
 
 def test_several_spaces_make_one_front(tmp_path: Path) -> None:
     """Each base, then candidates of each space at the first one's budgets."""
     spaces = [tiny.space(), tiny.space("other", min_width=0.5)]
-    study = Study(tiny.config(trials=9), spaces, tiny.task(), folder=tmp_path)
-    drive(study)
+    study = tiny.study(tmp_path, spaces, trials=9)
+    tiny.run(study)
     trials = study.trials()
     assert [o.space for o in trials[:2]] == ["tiny", "other"]
     assert all(o.origin == {"base": True} for o in trials[:2])
     assert len({(o.space, o.widths) for o in trials}) == 9
     assert {o.space for o in trials if "sampler" in o.origin} == {"tiny", "other"}
     assert [o.number for o in Study.load(tmp_path).trials()] == list(range(9))
-    drive(Study(tiny.config(trials=10), spaces, tiny.task(), folder=tmp_path))
+    tiny.run(tiny.study(tmp_path, spaces, trials=10))
     with pytest.raises(StudyError, match="begun with tiny, other and is now given tiny: put them"):
-        drive(make(tmp_path, trials=11))
+        tiny.run(tiny.study(tmp_path, trials=11))
 
 
 def test_spaces_of_one_name_are_refused(tmp_path: Path) -> None:
     """A trial refers to its space by name."""
-    study = Study(tiny.config(), [tiny.space(), tiny.space()], tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError, match="must have different names, but are tiny, tiny"):
-        drive(study)
+        tiny.run(tiny.study(tmp_path, [tiny.space(), tiny.space()]))
 
 
 def test_the_device_decides_the_default_steps(
@@ -470,7 +446,7 @@ def test_the_device_decides_the_default_steps(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
     def step(space: SearchSpace = wide, **changes: Any) -> int:
-        return Study(tiny.config(**changes), space, tiny.task(), folder=tmp_path).space.axes[0].step
+        return tiny.study(tmp_path, space, **changes).space.axes[0].step
 
     assert step() == 16
     assert step(constraints={"align": "none"}) == 8

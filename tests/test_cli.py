@@ -15,28 +15,34 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from commands import ROOT, SPACE, printed, study_file
+from commands import ROOT, SPACE, CommandLine, small, study_file
+from digits import digits
 
 import widthsearch
 from widthsearch import cli
 from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
 from widthsearch.space.loading import load_space
+from widthsearch.training.trainer import evaluate
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs that holds one study that is done, with made-up accuracies."""
     folder = tmp_path_factory.mktemp("cli")
-    study = Study.load(study_file(folder), folder / "runs")
-    with study.search() as search:
-        tiny.drive(search)
+    tiny.run(small(folder))
     return folder / "runs"
 
 
-def test_space_shows_axes_shares_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def copied(runs: Path, tmp_path: Path) -> Path:
+    """A copy of these runs, to write into."""
+    return Path(shutil.copytree(runs, tmp_path / "runs"))
+
+
+def test_space_shows_axes_shares_and_reasons(command: CommandLine) -> None:
     """Every axis with its grid and its share of MACs; every pinned width with its reason."""
-    out = printed(capsys, "space", "torchvision:resnet18", "--input", "3x64x64")
+    out = command("space", "torchvision:resnet18", "--input", "3x64x64")
     assert "torchvision:resnet18: 12 axes, input 3×64×64" in out
     assert "layer4.1.conv1" in out
     assert "input of the model" in out
@@ -44,73 +50,63 @@ def test_space_shows_axes_shares_and_reasons(capsys: pytest.CaptureFixture[str])
     assert "MACs (" in out
 
 
-def test_names_of_axes_are_whole_where_no_terminal_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_axes_are_whole_where_no_terminal_is(command: CommandLine) -> None:
     """They are what constraints name."""
-    out = printed(capsys, "space", "torchvision:mobilenet_v3_small", "--input", "3x64x64")
+    out = command("space", "torchvision:mobilenet_v3_small", "--input", "3x64x64")
     space = load_space("torchvision:mobilenet_v3_small", (3, 64, 64))
     assert set(space.names) <= set(out.replace("│", " ").split())
     assert "…" not in out.replace(", …", "")
 
 
-def test_space_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_space_as_json(command: CommandLine) -> None:
     """The same as data."""
-    content = json.loads(printed(capsys, "space", SPACE, "--json"))
+    content = command.json("space", SPACE)
     assert content["macs"] == 763520
     assert [axis["name"] for axis in content["axes"]][:2] == ["conv1", "block1.conv1"]
     assert 0 < content["axes"][0]["share_of_macs"] < 1
     assert content["pinned"][0]["reason"] == "output of the model"
 
 
-def test_space_is_proved_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_space_is_proved_on_demand(command: CommandLine) -> None:
     """Networks are built and run, and their counts compared."""
-    out = printed(capsys, "space", SPACE, "--check", "--device", "meta")
+    out = command("space", SPACE, "--check", "--device", "meta")
     assert "checked: 5 networks (narrowest, widest, random 1, random 2, random 3)" in out
 
 
-def test_space_shows_what_a_widths_file_costs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_space_shows_what_a_widths_file_costs(command: CommandLine, tmp_path: Path) -> None:
     """A file that a person may have edited."""
     path = tmp_path / "widths.json"
     load_space(SPACE).save_widths(path, 0.5)
-    out = printed(capsys, "space", SPACE, "--widths", str(path))
-    assert f"{path}: 193k MACs (0.253 of the base), 19.8k parameters (0.255)" in out
-    content = json.loads(printed(capsys, "space", SPACE, "--widths", str(path), "--json"))
+    asked = ("space", SPACE, "--widths", path)
+    assert f"{path}: 193k MACs (0.253 of the base), 19.8k parameters (0.255)" in command(*asked)
+    content = command.json(*asked)
     assert content["cost"]["macs"] == 193344
     assert content["widths"]["conv1"] == 8
     path.write_text(path.read_text().replace('"conv1": 8', '"conv1": 7'))
-    assert cli.main(["space", SPACE, "--widths", str(path)]) == 2
-    assert "axis 'conv1' takes multiples of 2" in capsys.readouterr().err
+    assert "axis 'conv1' takes multiples of 2" in command.refusal(*asked)
 
 
-def test_a_study_searches_its_constrained_space(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_study_searches_its_constrained_space(command: CommandLine, tmp_path: Path) -> None:
     """Pinned and bounded from YAML; pins are kept; the trained folder loads without the study."""
     constraints = {"pin": ["block2.*"], "tie": ["block3.*"], "max": {"conv1": 16}}
-    file = study_file(tmp_path, constraints=constraints, trials=3, budgets=[0.8])
-    content = json.loads(printed(capsys, "space", str(file), "--json"))
+    study = small(tmp_path, constraints=constraints, trials=3, budgets=[0.8])
+    content = command.json("space", tmp_path / "small.yaml")
     assert [(a["name"], a["max_width"]) for a in content["axes"]] == [
         *(("conv1", 16), ("block1.conv1", 24), ("block3.conv1", 96)),
     ]
-    study = Study.load(file, tmp_path / "runs")
-    with study.search() as search:
-        tiny.drive(search)
+    tiny.run(study)
     trial = study.front()[0]
     assert list(trial.widths) == ["conv1", "block1.conv1", "block3.conv1"]
     widthsearch.train(study, trial, seeds=1, epochs=1, folder=tmp_path / "trained")
     net = widthsearch.load(tmp_path / "trained")
     assert net.block3.conv2.out_channels == trial.widths["block3.conv1"]
-    free = Study.load(study_file(tmp_path), tmp_path / "runs")
-    with pytest.raises(widthsearch.WidthsearchError, match="keeps its space"), free.search():
-        pass
+    with pytest.raises(widthsearch.WidthsearchError, match="keeps its space"):
+        tiny.run(small(tmp_path))
 
 
-def test_pareto_prints_the_front_and_the_baseline(
-    capsys: pytest.CaptureFixture[str], runs: Path
-) -> None:
+def test_pareto_prints_the_front_and_the_baseline(command: CommandLine, runs: Path) -> None:
     """Tables, widths and the hypervolume of both; front.json is written, a picture is not."""
-    out = printed(capsys, "pareto", "small", "--runs", str(runs))
+    out = command("pareto", "small", "--runs", runs)
     assert "front of small" in out
     assert "uniform baseline" in out
     assert "by id, in the order conv1, block1.conv1" in out
@@ -120,57 +116,53 @@ def test_pareto_prints_the_front_and_the_baseline(
 
 
 def test_pareto_draws_the_front_on_request(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+    command: CommandLine, copied: Path, tmp_path: Path
 ) -> None:
     """Into the study's folder, or the file that is named."""
-    shutil.copytree(runs, tmp_path / "runs")
-    asked = ("pareto", "small", "--runs", str(tmp_path / "runs"), "--plot")
     for picture, file in (
-        (tmp_path / "runs" / "small" / "front.png", ()),
-        (tmp_path / "a.png", (str(tmp_path / "a.png"),)),
+        (copied / "small" / "front.png", ()),
+        (tmp_path / "a.png", (tmp_path / "a.png",)),
     ):
-        assert f"written: {picture}" in printed(capsys, *asked, *file)
+        out = command("pareto", "small", "--runs", copied, "--plot", *file)
+        assert f"written: {picture}" in out
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_pareto_prints_where_it_cannot_write(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
-) -> None:
+def test_pareto_prints_where_it_cannot_write(command: CommandLine, copied: Path) -> None:
     """And says why, also beside JSON."""
-    shutil.copytree(runs, tmp_path / "runs")
-    file = tmp_path / "runs" / "small" / "front.json"
+    file = copied / "small" / "front.json"
     file.unlink(missing_ok=True)
     file.mkdir()
-    out = printed(capsys, "pareto", "small", "--runs", str(tmp_path / "runs"))
+    out = command("pareto", "small", "--runs", copied)
     assert "front of small" in out
     assert f"not written: {file}: Is a directory" in out
-    assert cli.main(["pareto", "small", "--json", "--runs", str(tmp_path / "runs")]) == 0
-    captured = capsys.readouterr()
+    assert cli.main(["pareto", "small", "--json", "--runs", str(copied)]) == 0
+    captured = command.capsys.readouterr()
     assert json.loads(captured.out)["front"]
     assert f"not written: {file}" in captured.err
 
 
-def test_pareto_of_nothing_is_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_pareto_of_nothing_is_a_line(command: CommandLine, tmp_path: Path) -> None:
     """No empty tables."""
-    study = Study.load(study_file(tmp_path), tmp_path / "runs")
-    with study.search() as search:
-        trial = search.ask()
-        assert trial is not None
-        search.fail(trial.number, "out of luck")
-    out = printed(capsys, "pareto", "small", "--runs", str(tmp_path / "runs"))
-    first, second = out.splitlines()
+    with small(tmp_path).search() as search:
+        search.fail(tiny.ask(search).number, "out of luck")
+    asked = ("pareto", "small", "--runs", tmp_path / "runs")
+    first, second = command(*asked).splitlines()
     assert first.startswith(
         "No trial of small has finished yet, so there is no front. 1 trial: 1 f"
     )
     assert second.startswith("written: ")
-    assert cli.main(["pareto", "small", "--plot", "--runs", str(tmp_path / "runs")]) == 2
-    assert "no trial of 'small' has finished" in capsys.readouterr().err
+    assert cli.main([*map(str, asked), "--plot"]) == 2
+    assert "no trial of 'small' has finished" in command.capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_pareto_as_json(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
-    """The promised keys; the front is non-dominated; base and uniform are named."""
-    content = json.loads(printed(capsys, "pareto", "small", "--json", "--runs", str(runs)))
+def test_pareto_as_json_and_csv(command: CommandLine, runs: Path) -> None:
+    """The promised keys; the front is non-dominated; base and uniform are named.
+
+    The CSV agrees with it: one row a member, one column an axis.
+    """
+    content = command.json("pareto", "small", "--runs", runs)
     keys = {"id", "widths", "accuracy", "estimated", "macs", "params", "latency_ms", "origin"}
     assert content["front"]
     for member in [*content["front"], content["base"], *content["uniform"]]:
@@ -179,57 +171,37 @@ def test_pareto_as_json(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
     assert pareto.non_dominated(points).all()
     assert content["base"]["origin"] == {"base": True}
     assert len(content["uniform"]) == 2
-
-
-def test_pareto_as_csv(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
-    """One row a member, one column an axis, that agree with the JSON."""
-    rows = list(
-        csv.DictReader(
-            printed(capsys, "pareto", "small", "--csv", "--runs", str(runs)).splitlines()
-        )
-    )
-    content = json.loads(printed(capsys, "pareto", "small", "--json", "--runs", str(runs)))
-    assert [int(row["id"]) for row in rows] == [m["id"] for m in content["front"]]
-    assert [int(row["block3.conv2"]) for row in rows] == [
-        m["widths"]["block3.conv2"] for m in content["front"]
+    rows = csv.DictReader(command("pareto", "small", "--csv", "--runs", runs).splitlines())
+    assert [(int(row["id"]), int(row["block3.conv2"])) for row in rows] == [
+        (m["id"], m["widths"]["block3.conv2"]) for m in content["front"]
     ]
 
 
-def test_train_writes_a_folder_that_loads(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
-) -> None:
+def test_train_writes_a_folder_that_loads(command: CommandLine, runs: Path, tmp_path: Path) -> None:
     """Widths, weights and a card; the loaded network is the trained one."""
-    out_folder = str(tmp_path / "picked")
-    out = printed(
-        capsys, "train", "small", "--pick", "macs<=2e5", "--seeds", "2", "--epochs", "1",
-        "--runs", str(runs), "--out", out_folder,
-    )  # fmt: skip
+    asked = ("train", "small", "--pick", "macs<=2e5", "--seeds", 2, "--epochs", 1)
+    out = command(*asked, "--runs", runs, "--out", tmp_path)
     assert "pick of small" in out
     assert " base " in out
     assert "network 2/2, epoch 1: loss " in out
     assert ", accuracy on training images " in out
     assert "mean of 2 seeds (standard deviation " in out
-    card = json.loads((tmp_path / "picked" / "card.json").read_text())
-    content = json.loads((tmp_path / "picked" / "widths.json").read_text())
-    net = widthsearch.load(out_folder)
+    card = json.loads((tmp_path / "card.json").read_text())
+    content = json.loads((tmp_path / "widths.json").read_text())
+    net = widthsearch.load(tmp_path)
     assert not net.training
     assert net.conv1.out_channels == content["widths"]["conv1"]
     assert sum(p.numel() for p in net.parameters()) == card["params"]
     assert card["recipe"]["epochs"] == 1
     assert len(card["test_accuracy"]["by_seed"]) == 2
-    from widthsearch.data.tasks import load_task
-    from widthsearch.training.trainer import evaluate
-
-    accuracy = evaluate(net, load_task("digits"), "test")
+    accuracy = evaluate(net, digits(), "test")
     assert accuracy == pytest.approx(card["test_accuracy"]["of_weights"])
 
 
-def test_train_with_one_seed(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
-) -> None:
+def test_train_with_one_seed(command: CommandLine, runs: Path, tmp_path: Path) -> None:
     """There is no spread, and the base alone stands in the table when it is the pick."""
-    asked = ("train", "small", "--pick", "0", "--seeds", "1", "--epochs", "1")
-    out = printed(capsys, *asked, "--runs", str(runs), "--out", str(tmp_path / "picked"))
+    asked = ("train", "small", "--pick", 0, "--seeds", 1, "--epochs", 1)
+    out = command(*asked, "--runs", runs, "--out", tmp_path / "picked")
     assert re.search(r"test accuracy \d+\.\d\d%, one seed; written to ", out)
     assert out.count(" base ") == 1
 
@@ -237,37 +209,39 @@ def test_train_with_one_seed(
 def test_train_resumes_where_it_was_interrupted(runs: Path, tmp_path: Path) -> None:
     """After a kill, finished epochs are not trained again and the result is the same."""
     study = Study.load("small", runs)
-    trial = study.front()[0]
-    whole = widthsearch.train(study, trial, seeds=1, epochs=3, folder=tmp_path / "a")
-    trained = []
+    trained: list[int] = []
 
-    def interrupt(_number: int, result: Any) -> None:
-        trained.append(result.epoch)
-        if len(trained) == 2:
-            raise KeyboardInterrupt
+    def train(name: str, interrupt_after: int = 0) -> dict[str, Any]:
+        def on_epoch(_number: int, result: Any) -> None:
+            trained.append(result.epoch)
+            if len(trained) == interrupt_after:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        widthsearch.train(
-            study, trial, seeds=1, epochs=3, folder=tmp_path / "b", on_epoch=interrupt
+        folder = tmp_path / name
+        return widthsearch.train(
+            study, study.front()[0], seeds=1, epochs=3, folder=folder, on_epoch=on_epoch
         )
-    again = widthsearch.train(
-        study, trial, seeds=1, epochs=3, folder=tmp_path / "b",
-        on_epoch=lambda _number, result: trained.append(result.epoch),
-    )  # fmt: skip
+
+    whole = train("a")
+    trained.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train("b", interrupt_after=2)
+    assert train("b")["test_accuracy"] == whole["test_accuracy"]
     assert trained == [1, 2, 3]
-    assert again["test_accuracy"] == whole["test_accuracy"]
 
 
-def test_loading_refuses_another_space(runs: Path, tmp_path: Path) -> None:
-    """The message says what differs."""
+def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: Path) -> None:
+    """The message says what differs; a weights file that holds code is not run."""
     study = Study.load("small", runs)
     widthsearch.train(study, study.front()[0], seeds=1, epochs=1, folder=tmp_path)
     with pytest.raises(widthsearch.WidthsearchError) as error:
         widthsearch.load(tmp_path, tiny.space())
-    assert "is of 'digits_resnet' (6 axes) and the space given is 'tiny' (2 axes)" in str(
-        error.value
-    )
-    assert "it has no axis 'conv1'" in str(error.value)
+    message = str(error.value)
+    assert "is of 'digits_resnet' (6 axes) and the space given is 'tiny' (2 axes)" in message
+    assert "it has no axis 'conv1'" in message
+    torch.save({"conv1.weight": print}, tmp_path / "weights.pt")
+    with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
+        widthsearch.load(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"nonsense")
     with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
         widthsearch.load(tmp_path)
@@ -289,10 +263,7 @@ BAD: Mapping[str, tuple[dict[str, Any], str]] = {
         {"task": {"name": "image_folder", "folder": "no/such/folder"}},
         "no/such/folder",
     ),
-    "a device that is not there": (
-        {"device": "cuda:99", "resources": {"gpu": 1}},
-        "'cuda:99'",
-    ),
+    "a device that is not there": ({"device": "cuda:99", "resources": {"gpu": 1}}, "'cuda:99'"),
     "a storage that cannot be opened": ({"storage": "sqlite:////no/such/folder/x.db"}, "/no/such"),
     "a budget below the space": ({"budgets": [1e-9]}, "is below the narrowest network"),
 }
@@ -300,16 +271,12 @@ BAD: Mapping[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", sorted(BAD))
 def test_bad_input_is_one_line_and_exit_code_2(
-    case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    case: str, command: CommandLine, tmp_path: Path
 ) -> None:
     """The culprit by name, no traceback."""
     changes, message = BAD[case]
     file = study_file(tmp_path, **changes)
-    assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in command.refusal("run", file, "--runs", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -324,14 +291,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ],
 )
 def test_bad_arguments_are_one_line_too(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], runs: Path
+    arguments: list[str], message: str, command: CommandLine, runs: Path
 ) -> None:
     """Every command refuses alike."""
-    where = [] if arguments[0] == "space" else ["--runs", str(runs)]
-    assert cli.main([*arguments, *where]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+    where = [] if arguments[0] == "space" else ["--runs", runs]
+    assert message in command.refusal(*arguments, *where)
 
 
 @pytest.mark.parametrize(
@@ -392,27 +356,15 @@ def test_public_names_are_there() -> None:
         _ = widthsearch.nonsense
 
 
-def test_loading_weights_runs_no_code(tmp_path: Path, runs: Path) -> None:
-    """A weights file that holds code is refused."""
-    study = Study.load("small", runs)
-    widthsearch.train(study, study.front()[0], seeds=1, epochs=1, folder=tmp_path)
-    torch.save({"conv1.weight": print}, tmp_path / "weights.pt")
-    with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
-        widthsearch.load(tmp_path)
-
-
 def test_images_have_the_strides_that_torch_expects() -> None:
     """With one channel odd strides are legal, and would be taken for channels_last."""
-    from widthsearch.data.tasks import load_task
-
-    task = load_task("digits")
-    for split in (task.train, task.validation, task.test):
+    for split in (digits().train, digits().validation, digits().test):
         assert split is not None
         assert split.images.strides == (64, 64, 8, 1)
 
 
 def test_networks_that_cost_something_else_are_another_space(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    command: CommandLine, tmp_path: Path
 ) -> None:
     """The same axes do not make the same networks."""
     code = (
@@ -424,51 +376,35 @@ def test_networks_that_cost_something_else_are_another_space(
     )
     space = tmp_path / "space.py"
     space.write_text("K = 3\n" + code)
-    file = study_file(tmp_path, space=f"{space}:tiny", trials=2, budgets=[0.5])
-    study = Study.load(file, tmp_path / "runs")
-    with study.search() as search:
-        tiny.drive(search)
+    tiny.run(small(tmp_path, space=f"{space}:tiny", trials=2, budgets=[0.5]))
     space.write_text("K = 5\n" + code)
-    assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
-    assert "'small' was begun with 't' (1 axes, 4,688 MACs) and is now" in capsys.readouterr().err
+    error = command.refusal("run", tmp_path / "small.yaml", "--runs", tmp_path / "runs")
+    assert "'small' was begun with 't' (1 axes, 4,688 MACs) and is now" in error
 
 
-def test_a_function_that_raises_is_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_function_that_raises_is_one_line(command: CommandLine, tmp_path: Path) -> None:
     """Of a space or of a task."""
     (tmp_path / "boom.py").write_text("def boom():\n    raise FileNotFoundError('no data')\n")
-    assert cli.main(["space", f"{tmp_path / 'boom.py'}:boom"]) == 2
-    file = study_file(tmp_path, task=f"{tmp_path / 'boom.py'}:boom")
-    assert cli.main(["run", str(file), "--runs", str(tmp_path / "runs")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert all("boom:boom" in x or "failed: FileNotFoundError: no data" in x for x in lines)
+    boom = f"{tmp_path / 'boom.py'}:boom"
+    file = study_file(tmp_path, task=boom)
+    for asked in (("space", boom), ("run", file, "--runs", tmp_path / "runs")):
+        error = command.refusal(*asked)
+        assert "boom:boom" in error or "failed: FileNotFoundError: no data" in error
 
 
 def test_early_stopping_is_never_by_accuracy_alone(tmp_path: Path) -> None:
     """A study of one objective refuses it."""
+    rungs = {"kind": "rungs", "first_epoch": 2, "eta": 2}
     with pytest.raises(widthsearch.WidthsearchError, match="needs a cost among the objectives"):
-        Study.load(
-            study_file(
-                tmp_path,
-                objectives=["accuracy"],
-                recipe={"epochs": 4},
-                early_stopping={"kind": "rungs", "first_epoch": 2, "eta": 2},
-            )
-        )
+        small(tmp_path, objectives=["accuracy"], recipe={"epochs": 4}, early_stopping=rungs)
 
 
 @pytest.mark.ray
-def test_confirm_trains_the_front_again(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
-) -> None:
+def test_confirm_trains_the_front_again(command: CommandLine, copied: Path) -> None:
     """And prints it with how often each was trained."""
-    shutil.copytree(runs, tmp_path / "runs")
-    out = printed(capsys, "confirm", "small", "--seeds", "2", "--runs", str(tmp_path / "runs"))
+    out = command("confirm", "small", "--seeds", 2, "--runs", copied)
     assert "front of small" in out
-    again = [o for o in Study.load("small", tmp_path / "runs").trials() if "confirms" in o.origin]
-    assert again
+    assert any("confirms" in trial.origin for trial in Study.load("small", copied).trials())
     assert "(2×)" in out
-    assert cli.main(["confirm", "small", "--seeds", "1", "--runs", str(tmp_path / "runs")]) == 2
-    assert "`seeds >= 2` must hold" in capsys.readouterr().err
+    refused = command.refusal("confirm", "small", "--seeds", 1, "--runs", copied)
+    assert "`seeds >= 2` must hold" in refused

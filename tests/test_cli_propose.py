@@ -4,54 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from commands import SPACE, printed, study_file
+from commands import SPACE, CommandLine, small, study_file
 
-from widthsearch import cli
-from widthsearch.api import Study
 from widthsearch.latency.profiles import load_profile
 from widthsearch.space.loading import load_space
 
 
-def proposed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    """The output of `propose --json` for the quickstart's space."""
-    return json.loads(printed(capsys, "propose", SPACE, "--json", *arguments))
-
-
-def test_propose_meets_a_share_or_a_number_of_macs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_propose_meets_a_share_or_a_number_of_macs(command: CommandLine) -> None:
     """From below, with exact costs."""
     space = load_space(SPACE)
-    share = proposed(capsys, "--method", "uniform", "--budget", "0.5")
+    asked = ("propose", SPACE, "--method", "uniform", "--budget")
+    share = command.json(*asked, 0.5)
     assert share["cost"]["macs"] <= 0.5 * share["base"]["macs"]
     assert share["cost"]["macs"] == space.cost(share["widths"]).macs
-    absolute = proposed(capsys, "--method", "uniform", "--budget", str(share["base"]["macs"] * 0.5))
+    absolute = command.json(*asked, share["base"]["macs"] * 0.5)
     assert absolute["widths"] == share["widths"]
-    wider = proposed(capsys, "--method", "uniform", "--budget", "2")
+    wider = command.json(*asked, 2)
     assert share["base"]["macs"] < wider["cost"]["macs"] <= 2 * share["base"]["macs"]
 
 
-def test_propose_passes_task_fields_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_propose_passes_task_fields_and_seed(command: CommandLine) -> None:
     """The data, a field and the seed arrive in the method."""
-    asked = ("--method", "sensitivity", "--budget", "0.4", "--task", "digits")
-    first = proposed(capsys, *asked, "--set", "batch_size=32", "--seed", "3")
+    asked = ("propose", SPACE, "--method", "sensitivity", "--budget", 0.4, "--task", "digits")
+    asked += ("--set", "batch_size=32", "--seed", 3)
+    first = command.json(*asked)
     assert first["proposal"]["provenance"]["batch_size"] == 32
     assert first["proposal"]["provenance"]["seed"] == 3
-    assert first == proposed(capsys, *asked, "--set", "batch_size=32", "--seed", "3")
+    assert first == command.json(*asked)
 
 
-def test_propose_takes_a_studys_space_task_and_recipe(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_propose_takes_a_studys_space_task_and_recipe(command: CommandLine, tmp_path: Path) -> None:
     """Its constraints too."""
     pinned = next(iter(load_space(SPACE).names))
     file = study_file(tmp_path, constraints={"pin": [pinned]}, seed=5)
-    content = json.loads(
-        printed(
-            capsys, *("propose", str(file), "--method", "sensitivity", "--budget", "0.4", "--json")
-        )
-    )
+    content = command.json("propose", file, "--method", "sensitivity", "--budget", 0.4)
     assert pinned not in content["widths"]
     assert content["proposal"]["provenance"]["seed"] == 5
 
@@ -59,62 +47,49 @@ def test_propose_takes_a_studys_space_task_and_recipe(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "unifrm"), "must name a proposer or be `module:name`, but was 'unifrm'"),
-        (("--method", "uniform", "--set", "member=3"), "unknown key 'uniform.member'; did you"),
-        (("--method", "sensitivity"), "method 'sensitivity' reads data, but no task was given"),
-        (("--method", "uniform", "--budget", "1e-9"), "is below the narrowest network"),
-        (("--method", "uniform", "--task", "digitz"), "digitz"),
+        ("unifrm", "must name a proposer or be `module:name`, but was 'unifrm'"),
+        ("uniform --set member=3", "unknown key 'uniform.member'; did you"),
+        ("sensitivity", "method 'sensitivity' reads data, but no task was given"),
+        ("uniform --budget 1e-9", "is below the narrowest network"),
+        ("uniform --task digitz", "digitz"),
         (
-            ("--method", "uniform", "--set", "members=0"),
+            "uniform --set members=0",
             "uniform.members must be greater than or equal to 1, but was 0",
         ),
-        (
-            ("--method", "random", "--set", "lowest=-1"),
-            "random.lowest must be greater than 0, but was -1",
-        ),
-        (
-            ("--method", "synflow", "--set", "per=latency"),
-            "digits_resnet' has no profile here: run `widthsearch profile ",
-        ),
-        (("--method", "uniform", "--out", f"{__file__}/w.json"), "must be writable, but "),
-        (("--method", "uniform", "--plot", f"{__file__}/w.png"), "must be writable, but "),
+        ("random --set lowest=-1", "random.lowest must be greater than 0, but was -1"),
+        ("synflow --set per=latency", "digits_resnet' has no profile here: run `widthsearch prof"),
+        ("uniform --out /dev/null/w.json", "must be writable, but "),
+        ("uniform --plot /dev/null/w.png", "must be writable, but "),
     ],
 )
 def test_propose_refuses_in_one_line(
-    capsys: pytest.CaptureFixture[str],
+    command: CommandLine,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    arguments: tuple[str, ...],
+    arguments: str,
     message: str,
 ) -> None:
     """Bad input is one line and exit code 2."""
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path))
-    budget = () if "--budget" in arguments else ("--budget", "0.5")
-    assert cli.main(["propose", SPACE, *arguments, *budget]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    asked = ("propose", SPACE, "--budget", 0.5, "--method", *arguments.split())
+    assert message in command.refusal(*asked)
 
 
-def test_propose_shows_and_writes_widths(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_propose_shows_and_writes_widths(command: CommandLine, tmp_path: Path) -> None:
     """Bars in the terminal, a widths file that its space reads; a picture on request only."""
     out, picture = tmp_path / "widths.json", tmp_path / "widths.png"
     asked = ("propose", SPACE, "--method", "random", "--budget", "0.3", "--out", str(out))
-    shown = printed(capsys, *asked)
+    shown = command(*asked)
     space = load_space(SPACE)
     widths = space.load_widths(out)
     assert all(name in shown for name in space.names)
     assert space.cost(widths).macs <= 0.3 * space.cost(space.base).macs
     assert not picture.exists()
-    printed(capsys, *asked, "--plot", str(picture))
+    command(*asked, "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_propose_prints_names_that_constraints_accept(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_propose_prints_names_that_constraints_accept(command: CommandLine, tmp_path: Path) -> None:
     """The names are the space's also where all of them begin alike."""
     file = tmp_path / "nested.py"
     file.write_text(
@@ -124,35 +99,30 @@ def test_propose_prints_names_that_constraints_accept(
         "    return SearchSpace.from_model(nn.Sequential(layers), (1, 8, 8))\n"
     )
     asked = ("propose", f"{file}:nested", "--method", "uniform", "--budget", "0.5")
-    first = printed(capsys, *asked).splitlines()[4].split()[0]
+    first = command(*asked).splitlines()[4].split()[0]
     assert load_space(f"{file}:nested").constrained(pin=first).names == ("0.1",)
 
 
 def test_profile_measures_once_and_prints_where_width_is_free(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second call measures nothing anew; a study with that latency finds it."""
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path))
     asked = ("profile", SPACE, "--vectors", "4", "--pairs", "4", "--batch-size", "2")
-    first = printed(capsys, *asked)
+    first = command(*asked)
     assert "predicted latency" in first
     (file,) = (tmp_path / "latency").iterdir()
     before = json.loads(file.read_text())
     assert len(before["vectors"]) == 4
-    printed(capsys, *asked)
+    command(*asked)
     assert json.loads(file.read_text())["ms"] == before["ms"]
-    study = Study.load(
-        study_file(
-            tmp_path,
-            objectives=["accuracy", "macs", "latency_ms"],
-            latency={"batch_size": 2, "pairs": 40},
-        )
-    )
+    latency = {"batch_size": 2, "pairs": 40}
+    study = small(tmp_path, objectives=["accuracy", "macs", "latency_ms"], latency=latency)
     assert study.config.latency is not None
     assert load_profile(study.space, study.config.latency) is not None
     by_latency = ("--method", "synflow", "--budget", "0.5", "--set", "per=latency")
-    assert cli.main(["propose", SPACE, *by_latency]) == 2
-    assert f"run `widthsearch profile {SPACE}` first" in capsys.readouterr().err
-    printed(capsys, "propose", str(tmp_path / "small.yaml"), *by_latency)
-    assert cli.main(["profile", SPACE, "--vectors", "0"]) == 2
-    assert cli.main(["profile", SPACE, "--backend", "fast"]) == 2
+    advice = f"run `widthsearch profile {SPACE}` first"
+    assert advice in command.refusal("propose", SPACE, *by_latency)
+    command("propose", tmp_path / "small.yaml", *by_latency)
+    command.refusal("profile", SPACE, "--vectors", 0)
+    command.refusal("profile", SPACE, "--backend", "fast")

@@ -13,7 +13,6 @@ import ray
 import tiny
 from ray.cluster_utils import Cluster
 
-from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.study.progress import Progress
 
@@ -32,13 +31,8 @@ def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> No
     """The trial of the lost node continues on another one, and all trials finish."""
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    settings = tiny.config(
-        ray_address=cluster.address,
-        trials=6,
-        concurrency=2,
-        recipe={"epochs": 60, "batch_size": 32, "lr": 0.01, "precision": "fp32"},
-    )
-    study = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
+    recipe = {"epochs": 60, "batch_size": 32, "lr": 0.01, "precision": "fp32"}
+    study = tiny.study(tmp_path, ray_address=cluster.address, concurrency=2, recipe=recipe)
     history: list[Progress] = []
     removed = False
 
@@ -86,9 +80,8 @@ def test_a_cluster_that_wants_a_token_is_refused_at_once(
     assert head.stdout is not None
     try:
         address = head.stdout.readline().strip()
-        settings = tiny.config(ray_address=address)
         with pytest.raises(StudyError) as caught:
-            Study(settings, tiny.space(), tiny.task(), folder=tmp_path).run()
+            tiny.study(tmp_path, ray_address=address).run()
     finally:
         head.communicate("end\n")
     assert str(caught.value) == (

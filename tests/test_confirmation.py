@@ -23,9 +23,8 @@ def noisy(trial: Trial, epoch: int) -> float:
 
 def make(folder: Path, trials: int = 16) -> Study:
     """A finished study of the tiny space."""
-    study = Study(tiny.config(trials=trials), tiny.space(), tiny.task(), folder=folder)
-    with study.search() as search:
-        tiny.drive(search, noisy)
+    study = tiny.study(folder, trials=trials)
+    tiny.run(study, noisy)
     return study
 
 
@@ -57,8 +56,7 @@ def test_networks_outside_the_limits_are_not_confirmed(tmp_path: Path) -> None:
     macs = sorted(trial.cost.macs for trial in study.trials())
     least, most = macs[6], macs[9]
     assert any(not least <= trial.cost.macs <= most for trial in study.posterior().undecided)
-    settings = tiny.config(trials=16, limits={"macs": (least, most)})
-    limited = Study(settings, tiny.space(), tiny.task(), folder=tmp_path)
+    limited = tiny.study(tmp_path, trials=16, limits={"macs": (least, most)})
     front = limited.front()
     with limited.confirmation(seeds=4) as search:
         confirmed = tiny.drive(search, noisy)
@@ -72,8 +70,7 @@ def test_a_confirmed_study_can_be_continued(tmp_path: Path) -> None:
     with study.confirmation(seeds=2) as search:
         repeats = len(tiny.drive(search, noisy))
     assert repeats > 0
-    more = Study(tiny.config(trials=12), tiny.space(), tiny.task(), folder=tmp_path)
-    with more.search() as search:
+    with tiny.study(tmp_path, trials=12).search() as search:
         assert len(tiny.drive(search, noisy)) == 2
 
 
@@ -92,8 +89,7 @@ def test_a_killed_confirmation_continues(tmp_path: Path) -> None:
 
 def test_a_study_without_a_front_has_nothing_to_confirm(tmp_path: Path) -> None:
     """A study that was not run is refused, and so is a single seed."""
-    study = Study(tiny.config(), tiny.space(), tiny.task(), folder=tmp_path)
-    with pytest.raises(StudyError, match="run it first"), study.confirmation():
+    with pytest.raises(StudyError, match="run it first"), tiny.study(tmp_path).confirmation():
         pass
     study = make(tmp_path / "other", trials=2)
     with pytest.raises(StudyError, match="`seeds >= 2` must hold"), study.confirmation(seeds=1):

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +15,6 @@ from widthsearch.study.driver_lock import TIMEOUT_SECONDS, DriverLock
 from widthsearch.study.storage import Store
 
 OBJECTIVES = ("accuracy", "macs")
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'study.db'}"
 
 
 @pytest.fixture

@@ -27,26 +27,8 @@ from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
 
 
-class Net(nn.Module):
-    """Two convolutions and a linear layer, as in the tiny study."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 4)
-
-
-class Relu(Net):
-    """With one activation."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 1, 4, 4) to (N, 4)."""
-        return self.fc(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
-
-
-class Silu(Net):
-    """The same tensors, another function of them."""
+class Silu(tiny.Net):
+    """The tensors of the tiny network, and another function of them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 1, 4, 4) to (N, 4)."""
@@ -55,9 +37,8 @@ class Silu(Net):
 
 def study_of(folder: Path, space: SearchSpace | None = None) -> Study:
     """A study whose base has finished."""
-    study = Study(tiny.config(), space or tiny.space(), tiny.task(), folder=folder / "study")
-    with study.search() as search:
-        tiny.drive(search, trials=1)
+    study = tiny.study(folder / "study", space)
+    tiny.run(study, trials=1)
     return study
 
 
@@ -152,17 +133,12 @@ def test_a_card_says_how_images_are_made_ready(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
     """Not after it."""
     (tmp_path / "file").write_text("")
-    seen: list[int] = []
+    out, seen = tmp_path / "file" / "out", list[int]()
     with pytest.raises(StudyError) as error:
-        trained(
-            study_of(tmp_path),
-            tmp_path / "file" / "out",
-            on_epoch=lambda _n, result: seen.append(result.epoch),
-        )
+        trained(study_of(tmp_path), out, on_epoch=lambda _n, result: seen.append(result.epoch))
     assert str(error.value) == (
-        f"the folder {str(tmp_path / 'file' / 'out')!r} must be writable, but "
-        f"{tmp_path / 'file' / 'out'} is not: {os.strerror(errno.ENOTDIR)}; name another folder, "
-        "or make this one writable"
+        f"the folder {str(out)!r} must be writable, but {out} is not: "
+        f"{os.strerror(errno.ENOTDIR)}; name another folder, or make this one writable"
     )
     assert seen == []
 
@@ -222,7 +198,7 @@ def test_training_goes_on_with_the_same_code_alone(tmp_path: Path) -> None:
     """Another network with tensors of the same names and shapes starts anew."""
     spaces = [
         SearchSpace.from_model(model, (1, 4, 4), name="tiny", min_width=0.25, step=2)
-        for model in (Silu, Relu)
+        for model in (Silu, tiny.Net)
     ]
     assert spaces[0].fingerprint == spaces[1].fingerprint
     for space, epochs in zip(spaces, ([2], [1, 2]), strict=True):
@@ -246,8 +222,7 @@ def test_a_complete_folder_keeps_no_checkpoints(tmp_path: Path) -> None:
 def test_a_card_has_the_studys_estimates_for_the_pick_and_the_base(tmp_path: Path) -> None:
     """The base is None until the study has trained it."""
     study = study_of(tmp_path)
-    with study.search() as search:
-        tiny.drive(search, trials=1)
+    tiny.run(study, trials=1)
     posterior, (base, pick) = study.posterior(), study.trials()
     export.train(study, pick, seeds=1, epochs=1, folder=tmp_path / "out")
     card = json.loads((tmp_path / "out" / "card.json").read_text())
@@ -259,7 +234,7 @@ def test_a_card_has_the_studys_estimates_for_the_pick_and_the_base(tmp_path: Pat
 
 def test_source_digest_covers_code_alone(tmp_path: Path) -> None:
     """Neither values, seeds nor comments count; None where there is no source."""
-    space = SearchSpace.from_model(Relu, (1, 4, 4))
+    space = tiny.space()
     digest = source_digest(space.build(1.0, seed=0))
     assert digest == source_digest(space.build(0.5, seed=1))
     assert digest not in (None, source_digest(Silu()))

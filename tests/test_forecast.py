@@ -19,9 +19,8 @@ from widthsearch.report.forecast import forecast
 
 def study(folder: Path, trials: int, **changes: object) -> Study:
     """A study of the tiny space, run by the plain loop: wide is good."""
-    made = Study(tiny.config(trials=trials, **changes), tiny.space(), tiny.task(), folder=folder)
-    with made.search() as search:
-        tiny.drive(search)
+    made = tiny.study(folder, trials=trials, **changes)
+    tiny.run(made)
     return made
 
 
@@ -108,9 +107,8 @@ def test_beyond_the_trained_sizes_a_forecast_is_extrapolated(tmp_path: Path) -> 
 
 def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> None:
     """Also where the trend leads above 100%; the gain ends there too."""
-    made = Study(tiny.config(trials=12), tiny.space(), tiny.task(), folder=tmp_path)
-    with made.search() as search:
-        tiny.drive(search, lambda trial, _: min(100.0, 90.0 + sum(trial.widths.vector) / 2))
+    made = tiny.study(tmp_path, trials=12)
+    tiny.run(made, lambda trial, _: min(100.0, 90.0 + sum(trial.widths.vector) / 2))
     found = forecast(made, made.posterior())
     best = max(found, key=lambda each: each.estimate.accuracy)
     assert best.estimate.sd is not None

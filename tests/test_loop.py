@@ -61,7 +61,6 @@ def test_the_worse_of_two_spaces_gets_few_trials(tmp_path: Path, objectives: lis
         return tiny.wide_is_good(trial, epoch) - (30 if trial.space == "poor" else 0)
 
     def asked(folder: Path, pieces: tuple[int, ...]) -> list[tuple[int, str, tuple[int, ...]]]:
-        folder.mkdir()
         trials = []
         for piece in pieces:
             settings = tiny.config(trials=20, objectives=objectives)
@@ -111,7 +110,6 @@ def test_same_seed_same_study(tmp_path: Path) -> None:
     """The same widths, in the same order, with the same seeds; and another seed gives others."""
 
     def asked(name: str, seed: int) -> list[tuple[tuple[int, ...], int]]:
-        (tmp_path / name).mkdir()
         with tiny.searching(tmp_path / name, tiny.config(trials=16, seed=seed)) as search:
             return [(trial.widths.vector, trial.seed) for trial in tiny.drive(search)]
 
@@ -122,7 +120,6 @@ def test_same_seed_same_study(tmp_path: Path) -> None:
 
 def test_a_search_continues_where_another_one_ended(tmp_path: Path) -> None:
     """After any trial: the others are the same as without the break, none is doubled or lost."""
-    (tmp_path / "whole").mkdir()
     with tiny.searching(tmp_path / "whole", tiny.config(trials=14)) as search:
         whole = [(t.number, t.widths, t.origin, t.seed) for t in tiny.drive(search)]
     pieces = []
@@ -289,7 +286,6 @@ def test_a_candidate_that_cannot_be_measured_fails(tmp_path: Path) -> None:
     with tiny.searching(tmp_path, settings, measure=measure) as search:
         tiny.ask(search)
         assert search.trials[1].error == "RuntimeError: no kernel"
-    (tmp_path / "other").mkdir()
     with (
         tiny.searching(tmp_path / "other", settings, measure=no_device) as search,
         pytest.raises(DeviceError, match="there is no cuda:7"),
@@ -343,7 +339,6 @@ def test_rungs_are_rebuilt_from_the_storage(tmp_path: Path) -> None:
     def accuracy(trial: Trial, epoch: int) -> float:
         return (trial.number * 37 % 50) + epoch
 
-    (tmp_path / "whole").mkdir()
     with tiny.searching(tmp_path / "whole", settings) as search:
         tiny.drive(search, accuracy)
         whole = list(search.trials.values())

@@ -15,7 +15,6 @@ from rich.console import Console
 from strategies import space_of
 from torch import nn
 
-from widthsearch.api import Study
 from widthsearch.report import width_bars
 from widthsearch.report.console import print_tables
 from widthsearch.report.front_plot import draw_front
@@ -70,7 +69,6 @@ def test_wider_than_before_is_marked() -> None:
 
 def test_bars_by_hand() -> None:
     """Eighths of a cell; something is always there."""
-    assert width_bars.bar(8, 4, 8, room=8) == "████░░░░"
     assert width_bars.bar(8, 3.5, 8, room=8) == "███▌░░░░"
     assert width_bars.bar(8, 8, 8, room=8) == "████████"
     assert width_bars.bar(4, 8, 8, room=8) == "████▓▓▓▓"
@@ -145,10 +143,9 @@ def test_a_png_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objectives", [["accuracy", "macs"], ["accuracy", "macs", "params"]])
 def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_path: Path) -> None:
     """One panel a cost with the IDs of the front, both baselines, and labels that fit."""
-    config = tiny.config(trials=14, objectives=objectives, budgets=[0.1, 0.25, 0.5], baselines=0.5)
-    study = Study(config, tiny.space(), tiny.task(), folder=tmp_path)
-    with study.search() as search:
-        tiny.drive(search)
+    sizes = {"budgets": [0.1, 0.25, 0.5], "baselines": 0.5}
+    study = tiny.study(tmp_path, trials=14, objectives=objectives, **sizes)
+    tiny.run(study)
     posterior = study.posterior()
     figure = draw_front(study, posterior)
     front = study.front()

@@ -13,7 +13,6 @@ from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Proposal, Setting
 from widthsearch.study.config import ProposerConfig
-from widthsearch.study.progress import Progress
 from widthsearch.study.proposals import (
     Failure,
     ProposalRequest,
@@ -90,10 +89,9 @@ def own(tmp_path: Path) -> str:
     return str(file)
 
 
-def study(folder: Path, *proposers: Any, **changes: Any) -> Study:
+def study(folder: Path, *proposers: Any, trials: int = 4, **changes: Any) -> Study:
     """A study with these proposers."""
-    settings = tiny.config(**{"proposers": list(proposers), "trials": 4, **changes})
-    return Study(settings, tiny.space(), tiny.task(), folder=folder / "study")
+    return tiny.study(folder / "study", proposers=proposers, trials=trials, **changes)
 
 
 def origins(of: Study) -> list[str]:
@@ -103,17 +101,13 @@ def origins(of: Study) -> list[str]:
 
 def drive(of: Study) -> list[str]:
     """Run it by the plain loop; returns the messages."""
-    progress: list[Progress] = []
-    with of.search(progress.append) as search:
-        tiny.drive(search)
-    return [each.message for each in progress]
+    return [progress.message for progress in tiny.run(of)]
 
 
 def test_a_users_own_proposer_is_a_function_or_a_dataclass(tmp_path: Path, own: str) -> None:
     """It is named by a reference, with its arguments beside it."""
-    made = study(
-        tmp_path, {"method": f"{own}:halves", "times": 1}, {"method": f"{own}:Bottle", "width": 2}
-    )
+    halves, bottle = f"{own}:halves", f"{own}:Bottle"
+    made = study(tmp_path, {"method": halves, "times": 1}, {"method": bottle, "width": 2})
     messages = drive(made)
     assert made.failures == {}
     assert {"halves", "bottle"} <= set(origins(made))
@@ -292,9 +286,8 @@ def test_ray_runs_proposers_in_parallel(tmp_path: Path, own: str) -> None:
     """The user's own modules are sent along; a proposer that kills its process is survived."""
     names = ("dies", "halves", "broken", "leaves")
     made = study(tmp_path, *(f"{own}:{name}" for name in names), "sensitivity", trials=3)
-    history: list[Progress] = []
-    made.run(history.append)
-    messages = [progress.message for progress in history]
+    messages: list[str] = []
+    made.run(lambda progress: messages.append(progress.message))
     assert made.failures[f"{own}:broken"] == "RuntimeError: out of ideas"
     assert made.failures[f"{own}:dies"].startswith("its worker process died")
     assert made.failures[f"{own}:leaves"] == "SystemExit: no data here"

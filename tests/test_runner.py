@@ -74,6 +74,9 @@ def unlucky():
 '''
 
 
+Unlucky = tuple[Study, list[Progress]]
+
+
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Ray, started in this process: a study uses it and leaves it running.
@@ -89,9 +92,7 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def unlucky(
-    ray_here: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Study, list[Progress]]:
+def unlucky(ray_here: Path, tmp_path_factory: pytest.TempPathFactory) -> Unlucky:
     """A finished study with failures of every kind, and its progress.
 
     Its space is in a file that no worker can import, and its first trial begins with a damaged
@@ -118,9 +119,7 @@ def errors(study: Study) -> dict[int, str | None]:
     return {trial.widths["conv"]: trial.error for trial in study.trials()}
 
 
-def test_an_exception_fails_the_trial_without_a_retry(
-    unlucky: tuple[Study, list[Progress]],
-) -> None:
+def test_an_exception_fails_the_trial_without_a_retry(unlucky: Unlucky) -> None:
     """The reason is one line; the traceback is in the log."""
     study, progress = unlucky
     assert errors(study)[2] == "RuntimeError: no kernel for 2 channels"
@@ -130,23 +129,19 @@ def test_an_exception_fails_the_trial_without_a_retry(
     assert 'raise RuntimeError("no kernel for 2 channels' in log
 
 
-def test_a_trial_fails_when_its_worker_dies_in_every_retry(
-    unlucky: tuple[Study, list[Progress]],
-) -> None:
+def test_a_trial_fails_when_its_worker_dies_in_every_retry(unlucky: Unlucky) -> None:
     """The error has the number of deaths."""
     study, _ = unlucky
     assert str(errors(study)[4]).startswith("its worker process died 2 times")
 
 
-def test_a_loss_of_nan_fails_the_trial(unlucky: tuple[Study, list[Progress]]) -> None:
+def test_a_loss_of_nan_fails_the_trial(unlucky: Unlucky) -> None:
     """The error names the epoch."""
     study, _ = unlucky
     assert errors(study)[6] == "training diverged in epoch 1: its loss is nan"
 
 
-def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(
-    unlucky: tuple[Study, list[Progress]],
-) -> None:
+def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(unlucky: Unlucky) -> None:
     """The trial finishes, and the progress has a message."""
     study, progress = unlucky
     (trial,) = [o for o in study.trials() if o.widths["conv"] == 10]
@@ -158,9 +153,7 @@ def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(
     assert f"trial {trial.number} ran out of memory; it will be trained again by itself" in messages
 
 
-def test_a_damaged_checkpoint_restarts_the_trial(
-    unlucky: tuple[Study, list[Progress]],
-) -> None:
+def test_a_damaged_checkpoint_restarts_the_trial(unlucky: Unlucky) -> None:
     """The message has the checkpoint's name."""
     study, progress = unlucky
     assert study.trials()[0].state == "finished"
@@ -169,7 +162,7 @@ def test_a_damaged_checkpoint_restarts_the_trial(
     assert "training.ckpt is damaged" in message
 
 
-def test_nothing_is_left_behind(unlucky: tuple[Study, list[Progress]]) -> None:
+def test_nothing_is_left_behind(unlucky: Unlucky) -> None:
     """No checkpoint of a done trial and no driver lock; Ray is as it was before."""
     study, progress = unlucky
     assert list((study.folder / "checkpoints").iterdir()) == []
@@ -182,9 +175,8 @@ def test_nothing_is_left_behind(unlucky: tuple[Study, list[Progress]]) -> None:
 
 def test_resources_that_no_machine_has_are_refused(ray_here: Path, tmp_path: Path) -> None:
     """Tune itself would wait for ever."""
-    study = Study(tiny.config(resources={"cpu": 64}), tiny.space(), tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError) as caught:
-        study.run()
+        tiny.study(tmp_path, resources={"cpu": 64}).run()
     assert str(caught.value) == (
         "resources must fit one machine, but a trial takes cpu: 64 and gpu: 0, and the largest has "
         "2 CPUs and 0 GPUs"
@@ -203,9 +195,8 @@ def test_an_address_without_a_cluster_is_refused(
     address: str, message: str, tmp_path: Path
 ) -> None:
     """In one line, with the address."""
-    study = Study(tiny.config(ray_address=address), tiny.space(), tiny.task(), folder=tmp_path)
     with pytest.raises(StudyError) as caught:
-        study.run()
+        tiny.study(tmp_path, ray_address=address).run()
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -226,12 +217,8 @@ EPOCHS = 40
 
 def long_study(folder: str | Path) -> Study:
     """A study that is long enough to be killed while it trains."""
-    settings = tiny.config(
-        trials=8,
-        concurrency=2,
-        recipe={"epochs": EPOCHS, "batch_size": 32, "lr": 0.01, "precision": "fp32"},
-    )
-    return Study(settings, tiny.space(), tiny.task(), folder=Path(folder))
+    recipe = {"epochs": EPOCHS, "batch_size": 32, "lr": 0.01, "precision": "fp32"}
+    return tiny.study(Path(folder), trials=8, concurrency=2, recipe=recipe)
 
 
 class Driver:
@@ -259,8 +246,7 @@ class Driver:
 
     def running(self) -> list[Trial]:
         """The trials that have begun and are not done."""
-        store = Store.open(self.study.storage, "tiny")
-        trials = store.trials(self.study.spaces)
+        trials = Store.open(self.study.storage, "tiny").trials(self.study.spaces)
         return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
     def wait_for(self, done: int) -> None:

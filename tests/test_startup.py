@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from commands import SPACE, study_file
-
-from widthsearch.api import Study
+from commands import SPACE, small, study_file
 
 HEAVY = ("torch", "torchvision", "ray", "optuna", "sqlalchemy", "scipy", "matplotlib", "sklearn")
 HEAVY += ("numpy", "rich", "pydantic", "yaml")
@@ -25,9 +23,7 @@ def imported(code: str, *names: str) -> set[str]:
 
 def test_reading_a_study_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     """Its configuration, trials, posterior, front and picks are plain values."""
-    study = Study(tiny.config(trials=9), tiny.space(), tiny.task(), folder=tmp_path / "tiny")
-    with study.search() as search:
-        tiny.drive(search)
+    tiny.run(tiny.study(tmp_path / "tiny", trials=9))
     code = f"""
 from widthsearch import Study
 study = Study.load("tiny", {str(tmp_path)!r})
@@ -55,9 +51,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_printing_a_front_imports_no_torch(tmp_path: Path) -> None:
     """A table, JSON and CSV need the storage and the surrogate; a picture is drawn on request."""
-    study = Study.load(study_file(tmp_path, trials=9), tmp_path / "runs")
-    with study.search() as search:
-        tiny.drive(search)
+    tiny.run(small(tmp_path, trials=9))
     for form in ([], ["--json"], ["--csv"]):
         found = imported_by("pareto", "small", "--runs", str(tmp_path / "runs"), *form)
         assert found == {"optuna", "sqlalchemy", "scipy", "numpy", "rich", "pydantic", "yaml"}

@@ -21,12 +21,6 @@ OBJECTIVES = ("accuracy", "macs", "latency_ms")
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'study.db'}"
-
-
-@pytest.fixture
 def store(url: str) -> Store:
     """An empty study."""
     return Store.create(url, "tiny", OBJECTIVES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -148,9 +148,11 @@ def searching(folder: Path, settings: StudyConfig, **options: Any) -> Iterator[S
         yield Search(settings, spaces, driver_lock, **options)
 
 
-def study(folder: Path, space_: SearchSpace | None = None, **changes: Any) -> Study:
-    """A study of the tiny task in a folder; of the tiny space unless another one is given."""
-    return Study(config(**changes), space_ or space(), task(), folder=folder)
+def study(
+    folder: Path, spaces: SearchSpace | Sequence[SearchSpace] | None = None, **changes: Any
+) -> Study:
+    """A study of the tiny task in a folder; of the tiny space unless others are given."""
+    return Study(config(**changes), spaces or space(), task(), folder=folder)
 
 
 def wide_is_good(trial: Trial, epoch: int) -> float:

@@ -1,0 +1,20 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import CommandLine
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line."""
+    return CommandLine(capsys)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'study.db'}"
