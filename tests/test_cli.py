@@ -92,7 +92,7 @@ def test_a_study_searches_its_constrained_space(command: CommandLine, tmp_path: 
     study = small(tmp_path, constraints=constraints, trials=3, budgets=[0.8])
     content = command.json("space", tmp_path / "small.yaml")
     assert [(a["name"], a["max_width"]) for a in content["axes"]] == [
-        *(("conv1", 16), ("block1.conv1", 24), ("block3.conv1", 96)),
+        *(("conv1", 16), ("block1.conv1", 24), ("block3.conv1", 96))
     ]
     tiny.run(study)
     trial = study.front()[0]

@@ -33,9 +33,7 @@ def dead_process() -> int:
     """The number of a process that has ended."""
     return int(
         subprocess.run(
-            [sys.executable, "-c", "import os; print(os.getpid())"],
-            capture_output=True,
-            check=True,
+            [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
         ).stdout
     )
 

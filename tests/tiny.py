@@ -194,9 +194,7 @@ def drive(
 
 
 def run(
-    of: Study,
-    accuracy: Callable[[Trial, int], float] = wide_is_good,
-    trials: int | None = None,
+    of: Study, accuracy: Callable[[Trial, int], float] = wide_is_good, trials: int | None = None
 ) -> list[Progress]:
     """Run a study by the plain loop; returns its progress."""
     progress: list[Progress] = []

@@ -28,10 +28,7 @@ _HEAD = "widthsearch.parts"
 
 
 def write(
-    key: str,
-    value: Any,
-    stored: Callable[[], Mapping[str, Any]],
-    store: Callable[[str, Any], None],
+    key: str, value: Any, stored: Callable[[], Mapping[str, Any]], store: Callable[[str, Any], None]
 ) -> None:
     """Store a value, in parts where it is long.
 

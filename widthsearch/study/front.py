@@ -59,10 +59,7 @@ def observation(
 
 
 def equal_cost_pairs(
-    chosen: Sequence[Trial],
-    rivals: Sequence[Trial],
-    cost: str,
-    accuracy: Callable[[Trial], float],
+    chosen: Sequence[Trial], rivals: Sequence[Trial], cost: str, accuracy: Callable[[Trial], float]
 ) -> list[tuple[Trial, Trial]]:
     """The most accurate chosen trial that costs no more than a rival, with the rival.
 

@@ -202,10 +202,7 @@ class Store:
         """
         storage = _open(url, make_tables=True)
         study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=directions(objectives),
-            load_if_exists=True,
+            storage=storage, study_name=name, directions=directions(objectives), load_if_exists=True
         )
         store = cls(url, name, storage)
         store._check_schema()
