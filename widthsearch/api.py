@@ -10,14 +10,13 @@ its driver are imported where they are first needed.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from widthsearch.errors import StudyError, WidthsearchError
+from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 from widthsearch.study.config import StudyConfig, read_yaml
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import AccuracyPosterior
@@ -88,8 +87,7 @@ class Study:
             if (folder / "study.yaml").is_file():
                 return cls(_stored_config(folder), folder=folder)
         known = [file.parent.name for file in Path(runs).glob("*/study.yaml")]
-        close = difflib.get_close_matches(str(reference), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "give a study's YAML, name or folder"
+        hint = did_you_mean(str(reference), known, "give a study's YAML, name or folder")
         raise StudyError(
             f"a study must be a YAML file or have a folder in {str(runs)!r}, but there is no "
             f"{str(reference)!r}; {hint}"

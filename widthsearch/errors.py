@@ -18,7 +18,8 @@ invariants of widthsearch itself are ``AssertionError``: bugs to report, not inp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,3 +85,9 @@ def one_line(error: BaseException) -> str:
     """An error's type and the first line of its message."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The way out after an unknown name: the closest known name, or another text if none is."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]!r}?" if close else otherwise

@@ -6,7 +6,6 @@ and steps only change the grid.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -15,7 +14,7 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
 
-from widthsearch.errors import SpaceError
+from widthsearch.errors import SpaceError, did_you_mean
 from widthsearch.space.ties import joined
 from widthsearch.tracing.polynomials import Poly, constant, substitute
 from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
@@ -116,24 +115,23 @@ class Constraints:
         gridded = self._gridded(trace, axes, block, stepped)
         pinned = {i for name in _listed(self.pin) for i in matching(name, names, trace)}
         groups = self._groups(names, trace)
-        first_of: dict[int, int] = {}
+        tied: dict[int, list[int]] = {}
         for group in groups:
             for i in group:
-                if i in pinned or i in first_of:
+                if i in pinned or i in tied:
                     other = "pinned too" if i in pinned else "in another tie too"
                     raise SpaceError(f"an axis is tied once or pinned, but {names[i]!r} is {other}")
-                first_of[i] = group[0]
-        ties = {group[0]: group for group in groups}
+                tied[i] = group
         if len(pinned) == len(axes):
             raise SpaceError(f"an axis must be left to search, but all {len(axes)} are pinned")
         kept_traced: list[TracedAxis] = []
         kept: list[Axis] = []
         values: list[Poly] = [{}] * len(axes)
         for i, traced in enumerate(trace.axes):
+            group = tied.get(i, [i])
             if i in pinned:
                 values[i] = constant(traced.base // traced.divisor)
-            elif first_of.get(i, i) == i:
-                group = ties.get(i, [i])
+            elif i == group[0]:
                 divisor, axis = joined(
                     [gridded[j] for j in group], [trace.axes[j].divisor for j in group]
                 )
@@ -254,9 +252,8 @@ def matching(pattern: str, names: Sequence[str], trace: Trace) -> list[int]:
     stem = re.split(r"[*?\[]", pattern)[0]
     beginnings = {name[: len(stem)] + pattern[len(stem) :] for name in names}
     globs = sorted(b for b in beginnings if any(fnmatchcase(name, b) for name in names))
-    close = difflib.get_close_matches(pattern, [*names, *globs], 1)
     shown = ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
-    hint = f"did you mean {close[0]!r}?" if close else f"the axes are {shown}"
+    hint = did_you_mean(pattern, [*names, *globs], f"the axes are {shown}")
     raise SpaceError(f"no axis matches {pattern!r}; {hint}")
 
 

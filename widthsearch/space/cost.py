@@ -158,9 +158,8 @@ class QuadraticForm:
         Returns:
             float64, shape (axes,). Shares overlap: a layer's cost depends on both its widths.
         """
-        x = np.asarray(widths, np.float64) / self.units
-        symmetric = (self.quadratic + self.quadratic.T).astype(np.float64)
-        squares = np.diag(self.quadratic).astype(np.float64) * x * x
-        with_axis = x * (symmetric @ x + self.linear) - squares
+        w = np.asarray(widths, np.float64)
+        squares = np.diag(self.quadratic) * (w / self.units) ** 2
+        with_axis: NDArray[np.float64] = w * self.marginal(w) - squares
         total = float(self(widths))
         return with_axis / total if total else with_axis

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
-from widthsearch.errors import SpaceError, WidthsearchError
+from widthsearch.errors import SpaceError, WidthsearchError, did_you_mean
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.references import load_function
 
@@ -81,15 +78,10 @@ def _torchvision(name: str, input_shape: tuple[int, ...], classes: int) -> Searc
 
     known = _classifiers()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:5])}, …"
+        hint = did_you_mean(name, known, f"it has {', '.join(known[:5])}, …")
         raise SpaceError(f"torchvision has no classification model {name!r}; {hint}")
     options: dict[str, Any] = {"num_classes": classes}
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # else they warn
-
-    def make_model() -> nn.Module:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-        return model
-
+    make_model = functools.partial(torchvision.models.get_model, name, weights=None, **options)
     return SearchSpace.from_model(make_model, input_shape, name=f"torchvision:{name}")

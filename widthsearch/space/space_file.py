@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from widthsearch.errors import SpaceError, writing
 from widthsearch.tracing.inputs import inputs_from_json, inputs_to_json
 from widthsearch.tracing.trace import Trace
@@ -22,6 +24,7 @@ from widthsearch.utils.files import write_atomically
 from widthsearch.widths import Axis
 
 FORMAT = 1
+_AXES = TypeAdapter(tuple[Axis, ...])
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,7 @@ def read_space(path: Path) -> tuple[str, Any, list[SpaceState]]:
     states = [
         SpaceState(
             Trace.from_json(state["trace"]),
-            tuple(
-                Axis(**{**axis, "layers": tuple(axis["layers"]), "tied": tuple(axis["tied"])})
-                for axis in state["axes"]
-            ),
+            _AXES.validate_python(state["axes"]),
             frozenset(state["stepped"]),
         )
         for state in content["states"]

@@ -115,8 +115,8 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
             with watch:
                 out = call(model.train(), sample(inputs, 2, device))
                 watch.stage = "backward"
-                losses = [x.sum() for x in tree_leaves(out) if _differentiable(x)]
-                if losses:
+                tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+                if losses := [x.sum() for x in tensors if x.requires_grad]:
                     torch.autograd.backward(losses)
         except Exception as error:
             layer = watch.layers[-1] if watch.layers else ""
@@ -134,10 +134,6 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
         params=sum(p.numel() for p in model.parameters()),
         activations=watch.activations,
     )
-
-
-def _differentiable(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
 
 
 def check_space(

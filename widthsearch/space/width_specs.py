@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from widthsearch.errors import WidthsError
+from widthsearch.errors import WidthsError, did_you_mean
 from widthsearch.widths import Axis, Widths
 
 WidthSpec = float | Mapping[str, int] | Sequence[int]
@@ -39,8 +38,7 @@ def parse_widths(space: str, axes: Sequence[Axis], spec: WidthSpec) -> Widths:
         return Widths(names, tuple(axis.nearest(axis.base * float(spec)) for axis in axes))
     if isinstance(spec, Mapping):
         if unknown := [name for name in spec if name not in names]:
-            close = difflib.get_close_matches(str(unknown[0]), names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"its axes are {_listed(names)}"
+            hint = did_you_mean(str(unknown[0]), names, f"its axes are {_listed(names)}")
             raise WidthsError(f"space {space!r} has no axis {unknown[0]!r}; {hint}")
         values: list[Any] = [spec.get(axis.name, axis.base) for axis in axes]
     else:

@@ -7,7 +7,6 @@ A line has the place, the rule, the value and, where there is one, the way out:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, dataclass_transform
 import pydantic.dataclasses
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from widthsearch.errors import StudyError, WidthsearchError
+from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 
 T = TypeVar("T")
 
@@ -115,10 +114,7 @@ def explain(error: ValidationError, sections: Mapping[str, Any], root: str = "")
 def hint(name: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown name: the closest known name, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(known)}"
+    return "; " + did_you_mean(name, known, f"known are {', '.join(known)}")
 
 
 def _keys(section: Any) -> list[str]:
