@@ -93,8 +93,8 @@ def extract(
                 if (key, dim) in graph.axis:
                     index = np.flatnonzero(_kept_positions(graph, kept, (key, dim)))
                     values = values.index_select(dim, torch.from_numpy(index).to(values.device))
-            new.copy_(values)
-    return narrow.to(next(network.parameters()).device).train(network.training)
+            new.data = values.clone()  # with the network's device and dtype
+    return narrow.train(network.training)
 
 
 def widths_of(model: TracedModel, network: nn.Module) -> Widths:

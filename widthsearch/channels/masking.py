@@ -22,7 +22,7 @@ from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.extraction import Keep, extract, kept_groups, widths_of
 from widthsearch.channels.propagation import FILLS
 from widthsearch.errors import SpaceError
-from widthsearch.torch_internals import tree_leaves
+from widthsearch.torch_internals import tree_leaves, tree_map_only
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.traced_model import TracedModel
 
@@ -51,8 +51,14 @@ def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Mo
             if not mask.all():
                 masks.setdefault(site, {}).setdefault(operand.index, []).append(mask)
     narrow = extract(model, network, keep, graph).cpu().eval()
+    dtype = next(narrow.parameters()).dtype
+    inputs = tree_map_only(
+        Tensor,
+        lambda x: x.to(dtype) if x.is_floating_point() else x,
+        sample(model.input_shape, 1, "cpu"),
+    )
     with _Numbers(narrow) as numbers, torch.no_grad():
-        call(narrow, sample(model.input_shape, 1, "cpu"))
+        call(narrow, inputs)
     with _Masked(network, masks, numbers.found):
         yield network
 

@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.call_sites import CallSites, Site
-from widthsearch.channels.elements import Elements, Field, compressed, shape_of, varies
+from widthsearch.channels.elements import Elements, Field, compressed, hinted, shape_of, varies
 from widthsearch.channels.local_rules import moved, view
 from widthsearch.channels.rules import rule_of
 from widthsearch.channels.seams import Seam
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
+from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
 from widthsearch.tracing.interpreter import BATCH_NORMS, _line
 from widthsearch.tracing.polynomials import Poly, as_constant, symbols_of
 from widthsearch.tracing.symbolic_ints import poly_of
@@ -160,7 +160,10 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             nothing = torch.empty((0,), device="meta")
             out: Any = (torch.empty_like(args[0]), *[nothing] * (len(func._schema.returns) - 1))
         else:
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except (NotImplementedError, RuntimeError, TypeError, ValueError):
+                out = _on_zeros(func, args, kwargs)
         call = Call(func, args, kwargs, out)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = {id(t) for t in inputs}
@@ -225,6 +228,12 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key is not None:
                 self.consumers[key] = own if dim is None else dim
 
+    def follow(self, f: Field, other: Tensor, found: Field | None, dim: int, call: Call) -> None:
+        """Give up on a field that is contracted with activations whose channels are not known."""
+        followed = found is not None or self.is_weight(other)
+        if not followed and as_constant(poly_of(other.shape[dim])) is None:
+            self.lose(f, call)
+
     def lose(self, f: Field, call: Call) -> None:
         """Give up on the axes of a field's elements."""
         reason = f"{call.func} mixes its channels: {_line()}"
@@ -273,6 +282,18 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.lose(f, call)
         self.set_fields(base, map(compressed, fields))
         self.write_through(base, call)
+
+
+def _on_zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    """The outputs' sizes of an operator without a kernel for meta tensors or symbolic sizes."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.zeros(shape_of(value), dtype=value.dtype, device="cpu")
+        return hinted(value) if isinstance(value, torch.SymInt) else value
+
+    args, kwargs = tree_map(known, (args, kwargs))
+    return tree_map_only(Tensor, lambda t: t.to("meta"), func(*args, **kwargs))
 
 
 class Sites(CallSites):

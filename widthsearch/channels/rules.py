@@ -56,6 +56,8 @@ def convolution(run: Propagation, call: Call) -> None:
         for end in (channels, read):
             if end is not None:
                 run.read(end, (0,), 0, call)
+        if read is not None:
+            run.follow(read, x, channels, 1, call)
     if filters is None:
         return
     if transposed and groups > 1:
@@ -86,6 +88,10 @@ def _multiply(run: Propagation, call: Call, a: Tensor, b: Tensor) -> None:
     """(…, m, k) × (…, k, n): unite the elements along k, and keep those along m and n."""
     out, vector = call.outputs[0], b.dim() == 1
     k = 0 if vector else b.dim() - 2
+    found = [
+        next((f for f in run.fields_of(x) if dim in varies(f)), None)
+        for x, dim in ((a, a.dim() - 1), (b, k))
+    ]
     rows: list[Field] = []
     columns: list[Field] = []
     for f in run.fields_of(a):
@@ -96,11 +102,13 @@ def _multiply(run: Propagation, call: Call, a: Tensor, b: Tensor) -> None:
         if contracted:
             run.read(f, (f.dim() - 1,), 0, call)
             run.consume(a, f, b)
+            run.follow(f, b, found[1], k, call)
         rows += run.elements.collapsed(f, {f.dim() - 1})
     for g in run.fields_of(b):
         if k in varies(g):
             run.read(g, (k,), 0, call)
             run.consume(b, g, a)
+            run.follow(g, a, found[0], a.dim() - 1, call)
         columns += run.elements.collapsed(g, {k})
     if vector:
         rows, columns = [f.squeeze(-1) for f in rows], []
