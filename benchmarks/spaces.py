@@ -99,13 +99,9 @@ def mask_equals_cut(space: SearchSpace) -> str:
         with space.masked(base, keep):
             masked = _floats(call(base, x))
         cut = _floats(call(space.extract(base, keep).eval(), x))
-    worst = max(
-        (
-            float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
-            for a, b in zip(masked, cut, strict=True)
-        ),
-        default=0.0,
-    )
+    pairs = zip(masked, cut, strict=True)
+    differences = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs]
+    worst = max(differences, default=0.0)
     answer = "yes" if worst <= TOLERANCE else f"no: {worst:.1g}"
     return f"{answer} ({len(graph.unknown)} unknown)" if graph.unknown else answer
 

@@ -102,8 +102,8 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
     meta = device.type == "meta"
     where = device if meta else nullcontext()  # tensors that forward makes
     own = [device] if device.type == "cuda" else []
-    values = SampleValues if meta else nullcontext  # code may branch on the sample
-    with where, torch.random.fork_rng(devices=own), values():
+    values = SampleValues() if meta else None  # code may branch on the sample
+    with where, torch.random.fork_rng(devices=own), values or nullcontext():
         try:
             with torch.no_grad(), countable(), FlopCounterMode(display=False) as flops, watch:
                 # The counter's own hooks fail on modules whose inputs are parameters.
@@ -112,6 +112,8 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
             for p in learned:
                 p.requires_grad_(True)
             watch.stage = "forward in training mode"
+            if values is not None:
+                values.random = True
             with watch:
                 out = call(model.train(), sample(inputs, 2, device))
                 watch.stage = "backward"

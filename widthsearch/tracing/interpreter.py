@@ -419,7 +419,7 @@ def run_on_meta(model: nn.Module, x: Any, mode: TorchDispatchMode) -> Any:
         enable_python_dispatcher(),
         torch.no_grad(),
         plain_numbers(),
-        SampleValues(),
+        SampleValues(random=model.training),
         mode,
     ):
         return call(model, x)

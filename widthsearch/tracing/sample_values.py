@@ -22,7 +22,9 @@ from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map
 
 aten = torch.ops.aten
 
-_CONSTANTS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
+_CONSTANTS = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, torch.Tensor.new_tensor: 1}
+"""Functions that make tensors from numbers, and which argument the numbers are."""
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _READERS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put)
@@ -57,14 +59,23 @@ def _is_symbolic(value: Any) -> bool:
 
 
 class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs the operations of known tensors on their values too. It is the outermost mode."""
+    """Runs the operations of known tensors on their values too. It is the outermost mode.
 
-    def __init__(self) -> None:
+    Attributes:
+        random: Whether random numbers are known too: in training mode, code may skip a layer at
+            random. The context keeps the CPU's generator.
+    """
+
+    def __init__(self, random: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.random = random
         self._constants = _Constants(self)
+        self._generator = torch.random.fork_rng(devices=())
         self._spoiled: dict[int, Tensor] = {}  # by storage: values that a weight was written into
 
     def __enter__(self) -> SampleValues:
+        self._generator.__enter__()
+        torch.default_generator.manual_seed(0)
         super().__enter__()  # type: ignore[no-untyped-call]
         self._constants.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -72,6 +83,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: Any) -> None:
         self._constants.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._generator.__exit__(*error)
 
     def value(self, tensor: Tensor) -> Tensor | None:
         """The values of a tensor, if it is known."""
@@ -123,7 +135,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _known(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
         return (
             all(self.value(t) is not None for t in tensors)
-            and torch.Tag.nondeterministic_seeded not in func.tags
+            and (self.random or torch.Tag.nondeterministic_seeded not in func.tags)
             and not _is_symbolic((*args, *kwargs.values()))
         )
 
@@ -158,14 +170,24 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _READERS and (value := self._values.value(args[0])) is not None:
             return func(value, *args[1:], **kwargs)
-        if func in _CONSTANTS and isinstance(args[0], torch.SymInt | torch.SymFloat):
-            number = int if isinstance(args[0], torch.SymInt) else float
-            return unknown(func(number(args[0]), *args[1:], **kwargs))
+        if func in _INDEXING:
+            args = (args[0], self._index(args[1]), *args[2:])
+        data = args[_CONSTANTS[func]] if func in _CONSTANTS else None
+        if isinstance(data, torch.SymInt | torch.SymFloat):
+            number = int(data) if isinstance(data, torch.SymInt) else float(data)
+            return unknown(func(*(number if a is data else a for a in args), **kwargs))
         out = func(*args, **kwargs)
-        if func in _CONSTANTS and out.device.type == "meta" and not isinstance(args[0], Tensor):
+        if data is not None and not isinstance(data, Tensor) and out.device.type == "meta":
             with without_modes():
                 set_value(out, func(*args, **{**kwargs, "device": "cpu"}))
         return out
+
+    def _index(self, index: Any) -> Any:
+        """An index with its lists as known tensors."""
+        if isinstance(index, tuple):
+            return tuple(map(self._index, index))
+        numbers = isinstance(index, list) and all(isinstance(i, int) for i in index)
+        return self.__torch_function__(torch.tensor, (), (index,)) if numbers else index
 
 
 def _on_meta(value: Any) -> Any:

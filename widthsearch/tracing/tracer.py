@@ -266,7 +266,7 @@ class _Attempt:
         A module may be given its parent's number as an argument, or read a configuration.
 
         Returns:
-            Places of one name and one value, which are made symbolic together.
+            Places of one name and one value, which are made symbolic together; the largest first.
         """
         fixed = {
             self.system.hints[pin.symbol]
@@ -286,7 +286,8 @@ class _Attempt:
                 if value in fixed and (layer, name) not in tried and key not in seen:
                     seen.update([key] if holder else ())
                     groups.setdefault((key[1], value), set()).add((layer, name))
-        return [frozenset(group) for group in groups.values()]
+        largest = sorted(groups, key=lambda key: -key[1])[:8]  # each costs a run
+        return [frozenset(groups[key]) for key in largest]
 
     def _symbolic(self) -> nn.Module:
         """A copy of the model on meta tensors with symbolic sizes."""
@@ -317,9 +318,12 @@ class _Attempt:
         symbolic = clone(self.model, copies)
         chosen = set(self.attributes)
         for layer, module in symbolic.named_modules():
-            depthwise = isinstance(module, ConvNd) and (1 < module.groups == module.in_channels)
-            if depthwise and reason_within(layer, self.fixed) is None:
+            if reason_within(layer, self.fixed) is not None:
+                continue
+            if isinstance(module, ConvNd) and 1 < module.groups == module.in_channels:
                 chosen.add((layer, "groups"))
+            if isinstance(module, nn.GroupNorm) and 1 < module.num_groups == module.num_channels:
+                chosen.add((layer, "num_groups"))
         for layer, name in sorted(chosen):
             owner_module = symbolic.get_submodule(layer)
             held = ((place, value) for _, place, value in sizes_held_by(owner_module))
