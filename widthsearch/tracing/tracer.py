@@ -322,8 +322,6 @@ class _Attempt:
                 continue
             if isinstance(module, ConvNd) and 1 < module.groups == module.in_channels:
                 chosen.add((layer, "groups"))
-            if isinstance(module, nn.GroupNorm) and 1 < module.num_groups == module.num_channels:
-                chosen.add((layer, "num_groups"))
         for layer, name in sorted(chosen):
             owner_module = symbolic.get_submodule(layer)
             held = ((place, value) for _, place, value in sizes_held_by(owner_module))
