@@ -241,17 +241,23 @@ def along_dim(run: Propagation, call: Call) -> None:
 
 
 def indexed(run: Propagation, call: Call) -> None:
-    """Look-ups by a tensor of positions: the indexed dims must have no elements."""
-    x, indices = call.args[0], call.args[1]
+    """Look-ups by a tensor of positions, or by a mask: the indexed dims must have no elements."""
+    x = call.args[0]
+    positions: list[Tensor | None] = []
+    for i in call.args[1]:
+        if i is None:
+            positions.append(None)
+        elif i.dtype == torch.bool:  # a mask stands for its dims, and selects along one
+            positions += [torch.zeros(1, dtype=torch.long)] * i.dim()
+        else:
+            positions.append(torch.zeros(shape_of(i), dtype=torch.long))
+    gone = {d for d, at in enumerate(positions) if at is not None}
     fields = []
-    masks = any(i is not None and i.dtype == torch.bool for i in indices)
     for f in run.fields_of(x):
-        gone = {d for d, i in enumerate(indices) if i is not None}
-        if masks or varies(f) & gone:
+        if varies(f) & gone:
             run.lose(f, call)
-            continue
-        zeros = [None if i is None else torch.zeros(shape_of(i), dtype=torch.long) for i in indices]
-        fields.append(compressed(aten.index(f.expand(shape_of(x)), zeros)))
+        else:
+            fields.append(compressed(aten.index(f.expand(shape_of(x)), positions)))
     run.set_fields(call.outputs[0], fields)
 
 
