@@ -254,7 +254,6 @@ def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: P
 
 BAD: Mapping[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"trails": 3}, "unknown key 'trails'; did you mean 'trials'?"),
-    "a bad value": ({"trials": 0}, "trials"),
     "a space that is not there": (
         {"space": "no_such_package.x:y"},
         "'no_such_package.x:y' cannot be imported: ModuleNotFoundError",

@@ -185,14 +185,6 @@ def test_lines_are_said_as_they_are() -> None:
     assert stream.getvalue() == line + "\n"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(1814073344, "1.81G"), (76320, "76.3k"), (2.5e6, "2.5M"), (412, "412")]
-)
-def test_counts_are_shortened(value: float, text: str) -> None:
-    """With the field's suffixes."""
-    assert short(value) == text
-
-
 STAND = Progress(
     done=3, running=2, total=10, best_accuracy=91.25, front_size=2, elapsed=75.0, remaining=3700.0
 )

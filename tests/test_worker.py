@@ -21,8 +21,10 @@ from widthsearch.training.trainer import Trainer
 RECIPE = Recipe(epochs=4, batch_size=32)
 
 
-def worker(folder: Path, space: SearchSpace | None = None, **changes: Any) -> Worker:
-    """A worker for the tiny space."""
+def started(
+    folder: Path, *vector: int, seed: int = 5, space: SearchSpace | None = None, **changes: Any
+) -> Worker:
+    """A worker that is to train trial 3, by default in the tiny space."""
     shared: dict[str, Any] = {
         "task": tiny.task(),
         "spaces": {"tiny": cloudpickle.dumps(space or tiny.space())},
@@ -31,7 +33,9 @@ def worker(folder: Path, space: SearchSpace | None = None, **changes: Any) -> Wo
         "threads": 1,
         "checkpoints": folder,
     }
-    return Worker(**{**shared, **changes})
+    made = Worker(**{**shared, **changes})
+    made.start_trial(3, "tiny", vector or (4, 6), seed)
+    return made
 
 
 def reason(report: WorkerReport) -> str:
@@ -49,17 +53,14 @@ def same(curve: tuple[EpochResult, ...], other: tuple[EpochResult, ...]) -> bool
 
 def test_a_restart_reports_the_last_epoch_and_continues(tmp_path: Path) -> None:
     """The curve is that of a worker that was never killed."""
-    whole = worker(tmp_path / "whole")
-    whole.start_trial(3, "tiny", [4, 6], seed=5)
+    whole = started(tmp_path / "whole")
     reports = [whole.step() for _ in range(4)]
     assert [len(report.curve) for report in reports] == [1, 2, 3, 4]
 
-    first = worker(tmp_path)
-    first.start_trial(3, "tiny", [4, 6], seed=5)
+    first = started(tmp_path)
     first.step()
     last = first.step()
-    again = worker(tmp_path)
-    again.start_trial(3, "tiny", [4, 6], seed=5)
+    again = started(tmp_path)
     assert again.step() == last
     assert same(again.step().curve, reports[2].curve)
     assert same(again.step().curve, reports[3].curve)
@@ -67,11 +68,9 @@ def test_a_restart_reports_the_last_epoch_and_continues(tmp_path: Path) -> None:
 
 def test_one_worker_trains_one_trial_after_the_other(tmp_path: Path) -> None:
     """An earlier trial does not change the next one's curve."""
-    reused, fresh = worker(tmp_path / "reused"), worker(tmp_path / "fresh")
-    reused.start_trial(1, "tiny", [8, 8], seed=1)
+    reused, fresh = started(tmp_path / "reused", 8, 8, seed=1), started(tmp_path / "fresh")
     reused.step()
-    for each in (reused, fresh):
-        each.start_trial(2, "tiny", [4, 6], seed=5)
+    reused.start_trial(2, "tiny", [4, 6], seed=5)
     assert same(reused.step().curve, fresh.step().curve)
 
 
@@ -83,8 +82,7 @@ def test_a_lost_or_damaged_checkpoint_restarts_the_trial(
     (tmp_path / "3").mkdir()
     if content is not None:
         (tmp_path / "3" / "training.ckpt").write_bytes(content)
-    one = worker(tmp_path)
-    one.start_trial(3, "tiny", [4, 6], seed=5)
+    one = started(tmp_path)
     report = one.step()
     assert len(report.curve) == 1
     assert report.note.startswith("trial 3 restarts from its first epoch: a checkpoint must be")
@@ -108,8 +106,7 @@ class Picky(nn.Module):
 
 def test_an_exception_of_the_network_is_reported(tmp_path: Path) -> None:
     """In one line, beside its traceback; the worker can train the next trial."""
-    one = worker(tmp_path, SearchSpace.from_model(Picky, (1, 4, 4), step=2))
-    one.start_trial(0, "tiny", [2], seed=0)
+    one = started(tmp_path, 2, space=SearchSpace.from_model(Picky, (1, 4, 4), step=2))
     report = one.step()
     assert reason(report) == "RuntimeError: two are"
     assert report.failure is not None
@@ -120,8 +117,7 @@ def test_an_exception_of_the_network_is_reported(tmp_path: Path) -> None:
 
 def test_a_space_that_cannot_be_unpickled_is_reported(tmp_path: Path) -> None:
     """As the failure of the first trial that needs it."""
-    one = worker(tmp_path, spaces={"tiny": b"cnowhere\nthing\n."})
-    one.start_trial(0, "tiny", [4, 4], seed=0)
+    one = started(tmp_path, spaces={"tiny": b"cnowhere\nthing\n."})
     assert reason(one.step()) == "ModuleNotFoundError: No module named 'nowhere'"
 
 
@@ -136,22 +132,17 @@ def test_a_full_disk_is_a_fault_of_the_machine(
     def denied(self: Trainer, folder: Path) -> None:
         raise OSError(errno.EACCES, "Permission denied")
 
-    one = worker(tmp_path)
-    one.start_trial(0, "tiny", [4, 4], seed=0)
+    one = started(tmp_path)
     monkeypatch.setattr(Trainer, "save", full)
     assert str(one.step().machine_error).startswith("No space left on device for the checkpoint '")
     monkeypatch.setattr(Trainer, "save", denied)
     assert reason(one.step()) == "PermissionError: [Errno 13] Permission denied"
-    nowhere = worker(tmp_path, device="cuda:77")
-    nowhere.start_trial(0, "tiny", [4, 4], seed=0)
-    assert "cuda:77" in str(nowhere.step().machine_error)
+    assert "cuda:77" in str(started(tmp_path, device="cuda:77").step().machine_error)
 
 
 def test_reports_travel_between_processes(tmp_path: Path) -> None:
     """A report is equal to its unpickled copy."""
-    one = worker(tmp_path)
-    one.start_trial(0, "tiny", [4, 4], seed=0)
-    report = one.step()
+    report = started(tmp_path).step()
     assert pickle.loads(pickle.dumps(report)) == report
 
 
@@ -167,11 +158,7 @@ class Greedy(tiny.Net):
 
 def test_a_lack_of_memory_is_marked_in_the_report(tmp_path: Path) -> None:
     """So that the search can train the trial again while no other one runs."""
-    greedy = worker(
-        tmp_path, SearchSpace.from_model(Greedy, (1, 4, 4), name="tiny", min_width=0.25, step=2)
-    )
-    greedy.start_trial(1, "tiny", [4, 4], seed=0)
-    report = greedy.step()
+    report = started(tmp_path, space=SearchSpace.from_model(Greedy, (1, 4, 4), step=2)).step()
     assert report.out_of_memory
     assert reason(report) == "OutOfMemoryError: tried to allocate everything"
 
@@ -220,9 +207,7 @@ def test_a_process_that_lost_its_gpu_is_marked_unusable(
     monkeypatch.setattr(Trainer, "run_epoch", broken)
     for synchronize, unusable in ((gone, True), (lambda: None, False)):
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-        one = worker(tmp_path)
-        one.start_trial(0, "tiny", [4, 4], seed=0)
-        report = one.step()
+        report = started(tmp_path).step()
         assert report.failure is not None
         assert report.process_unusable is unusable
 
@@ -230,9 +215,8 @@ def test_a_process_that_lost_its_gpu_is_marked_unusable(
 @pytest.mark.gpu
 def test_a_worker_allocates_at_most_its_share_of_a_gpu(tmp_path: Path) -> None:
     """A trial that runs alone may allocate all of it."""
-    small = worker(tmp_path, device="cuda", gpu_share=0.25)
+    small = started(tmp_path, device="cuda", gpu_share=0.25)
     total = torch.cuda.get_device_properties(0).total_memory
-    small.start_trial(1, "tiny", [4, 4], seed=0)
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(int(0.3 * total), dtype=torch.uint8, device="cuda")
     small.start_trial(1, "tiny", [4, 4], seed=0, alone=True)

@@ -17,8 +17,8 @@ def short(value: float) -> str:
     """A count to three digits, with a unit.
 
     Example:
-        >>> short(1814073344), short(76320), short(412)
-        ('1.81G', '76.3k', '412')
+        >>> short(1814073344), short(2.5e6), short(76320), short(412)
+        ('1.81G', '2.5M', '76.3k', '412')
     """
     for size, unit in _UNITS:
         if abs(value) >= size:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -38,7 +37,6 @@ def draw_front(study: Study, posterior: AccuracyPosterior) -> Figure:
     front = posterior.front()
     costs = [name for name in study.config.objectives if name != "accuracy"] or ["macs"]
     figure = Figure(figsize=(5.6 * len(costs), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
     panels[0].set_ylabel("validation accuracy (%)")
     for axes, cost in zip(panels, costs, strict=True):

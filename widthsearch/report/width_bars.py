@@ -105,13 +105,11 @@ def save_width_bars(space: SearchSpace, widths: Widths, path: Path | str) -> Non
     Raises:
         OSError: The file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     n = len(space.axes)
     size = (7.0, 1.1 + 0.24 * n) if n <= BARS else (max(9.0, 0.9 + 0.13 * n), 5.0)
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     before, after = list(space.base.values()), list(widths.values())
     (_draw_bars if n <= BARS else _draw_steps)(axes, list(space.names), before, after)

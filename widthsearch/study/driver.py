@@ -83,10 +83,8 @@ class Driver:
             StorageError: The storage cannot be opened.
         """
         proposers = [m.make(f"proposers.{i}") for i, m in enumerate(self.config.proposers)]
-        with self._driving() as driver_lock:
+        with self._driving(on_progress) as (driver_lock, config, say):
             store = driver_lock.store
-            say = self._reporter(store, on_progress)
-            config = self._with_concurrency(self._with_precision(store), store, say)
             share = round(config.baselines * config.trials)
             budgets = self._budgets(say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
@@ -120,10 +118,7 @@ class Driver:
             StudyError: As :meth:`search`.
             StorageError: As :meth:`search`.
         """
-        with self._driving() as driver_lock:
-            store = driver_lock.store
-            say = self._reporter(store, on_progress)
-            config = self._with_concurrency(self._with_precision(store), store, say)
+        with self._driving(on_progress) as (driver_lock, config, _):
             yield Confirmation(config, self.spaces, driver_lock, seeds, on_progress)
 
     def resolve_recipe(self) -> Recipe:
@@ -135,8 +130,14 @@ class Driver:
         return self._with_precision(Store.open(self.url, self.config.name)).recipe
 
     @contextmanager
-    def _driving(self) -> Iterator[DriverLock]:
-        """Check everything that can be checked, and claim the storage."""
+    def _driving(
+        self, on_progress: OnProgress | None
+    ) -> Iterator[tuple[DriverLock, StudyConfig, Notify]]:
+        """Check everything that can be checked, and claim the storage.
+
+        Yields:
+            The lock of the storage, the configuration of this run, and a callback for messages.
+        """
         config = self.config
         check_parts(config, self.spaces, self.task)
         try:
@@ -150,7 +151,8 @@ class Driver:
             claim(store, config, self.spaces)
             text = config.to_yaml().encode()
             write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
-            yield driver_lock
+            say = self._reporter(store, on_progress)
+            yield driver_lock, self._with_concurrency(self._with_precision(store), store, say), say
 
     # -- the configuration of this run -------------------------------------------------------
 
