@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,12 +129,8 @@ class Rungs:
 
     def rungs(self, epochs: int) -> tuple[int, ...]:
         """The epochs at which a trial may be stopped, out of ``epochs``."""
-        rungs = []
-        rung = self.first_epoch
-        while rung < epochs:
-            rungs.append(rung)
-            rung *= self.eta
-        return tuple(rungs)
+        every = (self.first_epoch * self.eta**i for i in itertools.count())
+        return tuple(itertools.takewhile(lambda rung: rung < epochs, every))
 
 
 class ProposerConfig(BaseModel):

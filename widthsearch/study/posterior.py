@@ -172,14 +172,9 @@ class AccuracyPosterior:
         Returns:
             Those nearest to 50% first.
         """
-        open_ = [
-            (abs(p - 0.5), member.number, member)
-            for member in self.members
-            if self._is_within(member)
-            and (p := self[member].dominated) is not None
-            and 0.05 <= p <= 0.95
-        ]
-        return [member for *_, member in sorted(open_, key=lambda each: each[:2])]
+        doubts = {t.number: self[t].dominated or 0.0 for t in self.members if self._is_within(t)}
+        open_ = [t for t in self.members if 0.05 <= doubts.get(t.number, 0.0) <= 0.95]
+        return sorted(open_, key=lambda t: (abs(doubts[t.number] - 0.5), t.number))
 
     def points(self, trials: Sequence[Trial]) -> Points:
         """Finished trials as points to minimise, (N, objectives), by estimated accuracy."""
