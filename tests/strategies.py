@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import operator
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -13,8 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Axis
+
+SEARCH_SPACES = Path(__file__).parent.parent / "search_spaces"
 
 
 class Plain(nn.Module):
@@ -117,6 +125,27 @@ MODELS: dict[str, type[nn.Module]] = {
 def space_of(name: str) -> SearchSpace:
     """The space of one of the small models above."""
     return SearchSpace.from_model(MODELS[name], (3, 8, 8))
+
+
+def graph_of(space: SearchSpace) -> DependencyGraph:
+    """The dependency graph of a space's base."""
+    return build_dependency_graph(space.model, space.base)
+
+
+def network_of(name: str, seed: int = 0) -> tuple[SearchSpace, Any, DependencyGraph]:
+    """The space of a small model, its base network, and the dependency graph of the base."""
+    space = space_of(name)
+    return space, space.build(space.base, seed=seed), graph_of(space)
+
+
+@contextmanager
+def refused(kind: type[Exception], message: str, whole: bool = True) -> Iterator[None]:
+    """A context that must raise an error of one line: this message, or one that contains it."""
+    with pytest.raises(kind) as error:
+        yield
+    text = str(error.value)
+    assert "\n" not in text
+    assert text == message if whole else message in text
 
 
 spaces = st.sampled_from(sorted(MODELS)).map(space_of)

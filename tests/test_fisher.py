@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conformance import RECIPE, ProposerConformance, setting, small_task
+from exact_space import Model
 from gating import Tokens, gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import MODELS, space_of, spaces
+from strategies import MODELS, SEARCH_SPACES, graph_of, network_of, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,12 +27,10 @@ from widthsearch.proposers.importance import GreedyRemoval
 from widthsearch.proposers.magnitude import Magnitude
 from widthsearch.proposers.tuning import FineTuner, PruneAndTune, without_groups
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.trainer import Trainer
+from widthsearch.training.trainer import fit
 from widthsearch.utils.references import load_function
 
-resnet: Any = load_function(
-    f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'}:resnet"
-)
+resnet: Any = load_function(f"{SEARCH_SPACES / 'resnet_cifar.py'}:resnet")
 
 
 class TestFisher(ProposerConformance):
@@ -52,10 +50,9 @@ def batch(images: int, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_delta_equals_that_of_explicit_gates(name: str) -> None:
     """Δ over two batches of different sizes, by autograd of one gate per image, to 1e-5."""
-    space = space_of(name)
-    model = space.build(space.base, seed=1).double()
-    graph = build_dependency_graph(space.model, space.base)
-    sums, images = [0.0] * len(space.axes), 0
+    space, model, graph = network_of(name, seed=1)
+    model.double()
+    sums = [0.0] * len(space.axes)
     with FisherInformation(graph, model) as information:
         for count in (12, 20):
             x, y = batch(count, seed=count)
@@ -67,19 +64,16 @@ def test_delta_equals_that_of_explicit_gates(name: str) -> None:
         x, y = batch(count, seed=count)
         F.cross_entropy(explicit(x), y, reduction="sum").backward()
         sums = [s + g.grad.square().sum(0) for s, g in zip(sums, gates, strict=True)]
-        images += count
     for found, expected in zip(information.deltas(), sums, strict=True):
-        assert torch.allclose(found, expected / (2 * images), rtol=1e-5)
+        assert torch.allclose(found, expected / (2 * 32), rtol=1e-5)
         assert bool((found > 0).any())
 
 
 def test_gate_gradients_of_images_add_up() -> None:
     """Their sum, before it is squared, is the gradient of a gate that all images share."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=1).double()
-    graph = build_dependency_graph(space.model, space.base)
+    _, model, graph = network_of("Residual", seed=1)
+    model.double().eval()
     x, y = batch(1, seed=0)
-    model.eval()
     with FisherInformation(graph, model) as information:
         F.cross_entropy(model(x), y).backward()
         information.gather(1)
@@ -90,23 +84,18 @@ def test_gate_gradients_of_images_add_up() -> None:
 
 def test_gathering_does_not_change_the_network() -> None:
     """Gradients are the same with and without it, and evaluation is not gathered."""
-    space = space_of("Depthwise")
-    graph = build_dependency_graph(space.model, space.base)
+    space, model, graph = network_of("Depthwise", seed=1)
+    plain = space.build(space.base, seed=1).double()
     x, y = batch(8, seed=0)
-    gradients = []
-    for watched in (False, True):
-        model = space.build(space.base, seed=1).double()
-        if watched:
-            with FisherInformation(graph, model) as information:
-                F.cross_entropy(model(x), y).backward()
-                before = len(information._gradients)
-                with torch.no_grad():
-                    model(x)
-                assert len(information._gradients) == before
-        else:
-            F.cross_entropy(model(x), y).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    F.cross_entropy(plain(x), y).backward()
+    with FisherInformation(graph, model.double()) as information:
+        F.cross_entropy(model(x), y).backward()
+        before = len(information._gradients)
+        with torch.no_grad():
+            model(x)
+        assert len(information._gradients) == before
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_the_windows_of_an_image_share_its_gate() -> None:
@@ -114,36 +103,30 @@ def test_the_windows_of_an_image_share_its_gate() -> None:
     space = SearchSpace.from_model(Tokens, (3, 8, 8))
     model = space.build(space.base, seed=0).double()
     x, y = batch(6, seed=0)
-    with FisherInformation(build_dependency_graph(space.model, space.base), model) as information:
+    graph, embed = graph_of(space), space.names.index("embed")
+    with FisherInformation(graph, model) as information:
         F.cross_entropy(model(x), y).backward()
         information.gather(6)
-    graph = build_dependency_graph(space.model, space.base)
     expected = torch.zeros(8, dtype=torch.float64)
-    for i in range(6):
-        gates = gate_gradients(
-            graph, model, lambda i=i: F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
-        )
-        expected += gates[space.names.index("embed")].double().square() / 12
-    assert torch.allclose(information.deltas()[space.names.index("embed")], expected, rtol=1e-5)
+    for one in zip(x.split(1), y.split(1), strict=True):
+        gates = gate_gradients(graph, model, lambda of=one: F.cross_entropy(model(of[0]), of[1]))
+        expected += gates[embed].double().square() / 12
+    assert torch.allclose(information.deltas()[embed], expected, rtol=1e-5)
 
 
-class Product(nn.Module):
+def product() -> nn.Module:
     """A network whose last weight is multiplied without a layer."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.weight = nn.Parameter(torch.randn(8, 10))
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.relu(m.conv(F.relu(m.stem(x)))).mean((2, 3)) @ m.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        return F.relu(self.conv(F.relu(self.stem(x)))).mean((2, 3)) @ self.weight
+    stem, conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    return Model(forward, stem=stem, conv=conv, weight=nn.Parameter(torch.randn(8, 10)))
 
 
 def test_axes_with_unknown_consumers_keep_their_width() -> None:
     """Their information is unknown, so that only the others are narrowed."""
-    space = SearchSpace.from_model(Product, (3, 8, 8))
+    space = SearchSpace.from_model(product, (3, 8, 8))
     proposal = Fisher(every=1)(space, small_task(), setting())
     assert {w["weight"] for w in proposal.trajectory} == {8}
     assert proposal.trajectory[-1]["stem"] < 8
@@ -209,9 +192,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
     """The first network that is scored is the one that the recipe trains."""
     space, task = space_of("Residual"), small_task()
     model = space.build(space.base, seed=0)
-    run = Trainer(model, task, RECIPE, seed=0)
-    while not run.finished:
-        result = run.run_epoch()
+    *_, result = fit(model, task, RECIPE, seed=0)
     found = []
 
     def score(tuner: FineTuner) -> list[Tensor]:
@@ -229,22 +210,19 @@ def test_the_cost_that_information_is_divided_by_changes_the_order(per: Any) -> 
     """By hand: with equal information per channel, the costliest step is removed first."""
     space = space_of("Residual")
     removal = GreedyRemoval(space, per=per)
-    steps = {0: (14, 32), 1: (16, 28)}
-    form = space.cost_form(per)
-    saved = {i: int(form(space.base.vector) - form(narrow)) for i, narrow in steps.items()}
+    whole, *narrower = space.cost_form(per)([space.base.vector, (14, 32), (16, 28)])
     per_step = np.array([2.0, 4.0])  # 1 per channel
-    worth = {i: per_step[i] / saved[i] for i in steps}
-    assert removal.weakest(per_step) == min(worth, key=worth.__getitem__)
+    worth = per_step / (whole - narrower)
+    assert removal.weakest(per_step) == worth.argmin()
     # An axis with slightly less information goes first, unless its step saves far less.
-    cheap = min(steps, key=lambda i: saved[i] / per_step[i])
+    cheap = int(worth.argmax())
     per_step[cheap] *= 0.95
-    assert (
-        GreedyRemoval(space, per="channel").weakest(per_step) == cheap != removal.weakest(per_step)
-    )
+    assert GreedyRemoval(space, per="channel").weakest(per_step) == cheap
+    assert removal.weakest(per_step) != cheap
 
     def even(tuner: FineTuner) -> list[Tensor]:
         tuner.tune()
-        slopes = [0.95 if i == cheap else 1.0 for i in steps]
+        slopes = [0.95 if i == cheap else 1.0 for i in range(2)]
         return [s * torch.ones(n) for s, n in zip(slopes, tuner.graph.groups, strict=True)]
 
     proposal = Scripted(scores=even, per=per)(space, small_task(), setting())
@@ -281,17 +259,14 @@ def test_unknown_latency_is_refused_before_training() -> None:
     """No progress is reported before the error."""
     lines: list[str] = []
     with pytest.raises(StudyError, match="needs predicted latency"):
-        Fisher(per="latency")(
-            space_of("Residual"), small_task(), Setting(recipe=RECIPE, report=lines.append)
-        )
+        Fisher(per="latency")(space_of("Residual"), small_task(), Setting(report=lines.append))
     assert not lines
 
 
 def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
     """With zero-padded shortcuts the streams stay wide, and inner channels are removed."""
     space = resnet(8, projection=False)
-    graph = build_dependency_graph(space.model, space.base)
-    kept = {space.names[i] for i in graph.unknown}
+    kept = {space.names[i] for i in graph_of(space).unknown}
     assert kept
     proposal = Magnitude(every=1)(space, small_task(), replace(setting(), lowest=0.95))
     narrowest = proposal.trajectory[-1]
@@ -305,7 +280,7 @@ def test_the_graph_without_groups_is_the_graph_of_the_narrower_network(
     space: SearchSpace, data: st.DataObject
 ) -> None:
     """Removing groups from a dependency graph gives the graph that is built anew."""
-    graph = build_dependency_graph(space.model, space.base)
+    graph = graph_of(space)
     axis = data.draw(st.integers(0, len(space.axes) - 1))
     of_step = space.axes[axis].step // space.trace.axes[axis].divisor
     some = data.draw(st.permutations(range(graph.groups[axis])))[:of_step]

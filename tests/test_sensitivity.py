@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from gating import Tokens, gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import space_of, spaces
+from strategies import SEARCH_SPACES, graph_of, network_of, space_of, spaces
+from torch import Tensor
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.sources import Split
@@ -29,9 +28,7 @@ from widthsearch.proposers.sensitivity import Sensitivity, balanced
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.references import load_function
 
-densenet: Any = load_function(
-    f"{Path(__file__).parent.parent / 'search_spaces' / 'densenet.py'}:densenet"
-)
+densenet: Any = load_function(f"{SEARCH_SPACES / 'densenet.py'}:densenet")
 
 
 class TestSensitivity(ProposerConformance):
@@ -39,6 +36,14 @@ class TestSensitivity(ProposerConformance):
 
     method = "sensitivity"
     proposer = Sensitivity()
+
+
+def drawn(rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch that has every class."""
+    task = small_task()
+    index = balanced(task.train.labels, task.classes, size, rng)
+    batch = Split(task.train.images[index], task.train.labels[index])
+    return DeviceLoader(batch, task, len(batch)).plain()
 
 
 def path_of(space: SearchSpace, scores: list[NDArray[np.float64]], **options: object) -> list[list]:
@@ -60,14 +65,10 @@ def path_of(space: SearchSpace, scores: list[NDArray[np.float64]], **options: ob
 )
 def test_saliency_equals_that_of_explicit_gates(space: SearchSpace) -> None:
     """|∂L/∂c| of gates in residual, dense and token networks, by autograd to 1e-5."""
-    task = small_task()
-    setting = Setting(seed=3)
-    saliency = Sensitivity(batch_size=40).saliency(space, task, setting)
+    saliency = Sensitivity(batch_size=40).saliency(space, small_task(), Setting(seed=3))
     model = space.build(space.base, seed=3).double()
     gates = gated(space, model)
-    index = balanced(task.train.labels, 10, 40, np.random.default_rng(3))
-    batch = Split(task.train.images[index], task.train.labels[index])
-    x, y = DeviceLoader(batch, task, len(batch)).plain()
+    x, y = drawn(np.random.default_rng(3), 40)
     F.cross_entropy(model(x.double()), y).backward()
     for gate, found in zip(gates, saliency, strict=True):
         assert gate.grad is not None
@@ -78,16 +79,12 @@ def test_saliency_equals_that_of_explicit_gates(space: SearchSpace) -> None:
 
 def test_the_gates_of_several_batches_keep_their_signs() -> None:
     """The saliency of two batches is the absolute value of the mean of their signed gradients."""
-    space, task = space_of("Residual"), small_task()
-    found = Sensitivity(batch_size=10, batches=2).saliency(space, task, Setting(seed=0))
+    space, model, graph = network_of("Residual")
+    found = Sensitivity(batch_size=10, batches=2).saliency(space, small_task(), Setting(seed=0))
     rng = np.random.default_rng(0)
-    model = space.build(space.base, seed=0)
     signed = []
     for _ in range(2):
-        index = balanced(task.train.labels, 10, 10, rng)
-        batch = Split(task.train.images[index], task.train.labels[index])
-        x, y = DeviceLoader(batch, task, len(batch)).plain()
-        graph = build_dependency_graph(space.model, space.base)
+        x, y = drawn(rng, 10)
         signed.append(gate_gradients(graph, model, lambda x=x, y=y: F.cross_entropy(model(x), y)))
     for of_axis, first, second in zip(found, *signed, strict=True):
         assert np.allclose(of_axis, ((first + second) / 2).abs(), rtol=1e-4, atol=1e-7)
@@ -98,9 +95,8 @@ def test_channels_are_removed_by_saliency_per_mac() -> None:
     """By hand on two axes: the first step has the least loss per MAC that it saves."""
     space = space_of("Residual")  # stem 16 by 2, conv1 32 by 4
     saliency = [np.full(16, 1.0), np.full(32, 1.0)]
-    macs = space.macs
-    stem = 2.0 / float(macs([16, 32]) - macs([14, 32]))
-    inner = 4.0 / float(macs([16, 32]) - macs([16, 28]))
+    whole, *narrower = space.macs([[16, 32], [14, 32], [16, 28]]).tolist()
+    stem, inner = 2.0 / (whole - narrower[0]), 4.0 / (whole - narrower[1])
     first = [14, 32] if stem < inner else [16, 28]
     path = path_of(space, saliency)
     assert path[:2] == [list(space.base.vector), first]
@@ -111,11 +107,7 @@ def test_channels_are_removed_by_saliency_per_mac() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    space=spaces,
-    per=st.sampled_from(["channel", "macs", "params", "latency"]),
-    seed=st.integers(0, 99),
-)
+@given(spaces, st.sampled_from(["channel", "macs", "params", "latency"]), st.integers(0, 99))
 def test_the_path_is_greedy(space: SearchSpace, per: Per, seed: int) -> None:
     """Each step is the best by brute force, from whole costs and whole sums of scores."""
     rng = np.random.default_rng(seed)
@@ -171,9 +163,8 @@ def test_latency_is_predicted_for_all_steps_at_once() -> None:
 def test_steps_without_a_saving_are_removed_last() -> None:
     """An axis that predicted latency does not depend on is narrowed after the other one."""
     space = space_of("Residual")
-    path = path_of(
-        space, [np.ones(16), np.ones(32)], per="latency", latency=lambda w: 1.0 + w[:, 0]
-    )
+    ones = [np.ones(16), np.ones(32)]
+    path = path_of(space, ones, per="latency", latency=lambda w: 1.0 + w[:, 0])
     assert [w[0] for w in path[:8]] == [16, 14, 12, 10, 8, 6, 4, 2]
     assert path[-1] == [2, 4]
 
@@ -198,9 +189,8 @@ def test_no_axis_goes_below_the_floor(floor: float) -> None:
 def test_channels_that_cannot_be_told_apart_are_scored_as_a_whole() -> None:
     """All channels of such an axis have its mean saliency."""
     space = space_of("Residual")
-    graph = replace(build_dependency_graph(space.model, space.base), unknown=frozenset({0}))
-    scores = [torch.arange(16.0), torch.arange(32.0)]
-    shared, own = channel_scores(space, graph, scores)
+    graph = replace(graph_of(space), unknown=frozenset({0}))
+    shared, own = channel_scores(space, graph, [torch.arange(16.0), torch.arange(32.0)])
     assert shared.tolist() == [7.5] * 16
     assert own.tolist() == list(range(32))
 
@@ -215,15 +205,11 @@ def test_the_batch_has_every_class() -> None:
 
 def test_dead_channels_have_no_saliency() -> None:
     """Channels that all consumers multiply by zero."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
+    _, model, graph = network_of("Residual")
     with torch.no_grad():
         model.conv2.weight[:, :12] = 0
-    x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    graph = build_dependency_graph(space.model, space.base)
-    inner = gate_gradients(graph, model, lambda: F.cross_entropy(model(x), torch.arange(20) % 10))[
-        1
-    ]
+    x, y = drawn(np.random.default_rng(0), 20)
+    _, inner = gate_gradients(graph, model, lambda: F.cross_entropy(model(x), y))
     assert not bool(inner[:12].any())
     assert bool((inner[12:] != 0).all())
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conformance import RECIPE, ProposerConformance, setting, small_task
-from strategies import space_of
+from strategies import network_of, space_of
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
+from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.errors import StudyError
 from widthsearch.proposers import slimming
 from widthsearch.proposers.slimming import Slimming, norm_scales
@@ -24,26 +26,24 @@ class TestSlimming(ProposerConformance):
 
 def test_scales_are_absolute_and_averaged_over_norms() -> None:
     """Channels of the stream pass two norms, inner channels one."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
+    _, model, graph = network_of("Residual")
     with torch.no_grad():
         model.bn.weight.copy_(torch.arange(16.0) - 8)
         model.bn2.weight.fill_(2.0)
         model.bn1.weight.fill_(-0.5)
-    stream, inner = norm_scales(build_dependency_graph(space.model, space.base), model)
+    stream, inner = norm_scales(graph, model)
     assert stream.tolist() == [(abs(i - 8) + 2) / 2 for i in range(16)]
     assert inner.tolist() == [0.5] * 32
 
 
 def test_a_norm_of_a_concatenation_scores_both_parts() -> None:
     """Each part has scales of its own; an axis without norms is ranked by its filters."""
-    space = space_of("Concatenated")
-    model = space.build(space.base, seed=0)
+    _, model, graph = network_of("Concatenated")
     with torch.no_grad():
         model.bn.weight.copy_(torch.arange(12.0))
         model.last.weight.fill_(1.0)
         model.last.weight[3] = -3.0
-    stem, grow, last = norm_scales(build_dependency_graph(space.model, space.base), model)
+    stem, grow, last = norm_scales(graph, model)
     assert stem.tolist() == list(range(8))
     assert grow.tolist() == list(range(8, 12))
     # Mean |γ| is 5.5; fifteen filters of 1 and one of 3 have a mean of 18/16.
@@ -52,19 +52,16 @@ def test_a_norm_of_a_concatenation_scores_both_parts() -> None:
 
 def test_without_norms_channels_are_ranked_by_their_filters() -> None:
     """The mean score of each axis is 1."""
-    space = space_of("Plain")
-    model = space.build(space.base, seed=0)
-    for scores in norm_scales(build_dependency_graph(space.model, space.base), model):
+    _, model, graph = network_of("Plain")
+    for scores in norm_scales(graph, model):
         assert scores.mean().item() == pytest.approx(1)
         assert scores.std().item() > 0
 
 
 def test_groups_of_channels_add_their_scores() -> None:
     """A group of four channels has four times the score of a channel, on average 1."""
-    space = space_of("Grouped")
-    scores = norm_scales(
-        build_dependency_graph(space.model, space.base), space.build(space.base, seed=0)
-    )
+    _, model, graph = network_of("Grouped")
+    scores = norm_scales(graph, model)
     assert [round(float(s.mean()), 5) for s in scores] == [4.0, 4.0, 1.0]
 
 
@@ -91,11 +88,10 @@ def test_it_trains_by_its_own_recipe_and_reports_its_accuracy() -> None:
     space, task = space_of("Residual"), small_task()
     lines: list[str] = []
     own = Slimming(recipe=RECIPE)
-    reporting = type(setting())(recipe=RECIPE, report=lines.append)
-    proposal = own(space, task, reporting)
+    proposal = own(space, task, replace(setting(), report=lines.append))
     assert [line.split(",")[0] for line in lines] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
     assert 0 <= proposal.provenance["accuracy"] <= 100
     assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
-    wild = type(RECIPE)(epochs=2, batch_size=50, lr=1e30)
+    wild = replace(RECIPE, lr=1e30)
     with pytest.raises(StudyError, match=r"lr=1e\+30"), np.errstate(all="ignore"):
         Slimming(recipe=wild)(space, task, setting())

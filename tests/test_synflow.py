@@ -10,10 +10,9 @@ import torch
 from conformance import ProposerConformance, setting, small_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import space_of
+from strategies import graph_of, network_of, space_of
 from torch import nn
 
-from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.data.sources import Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers.synflow import SynFlow, linearised, silence, synaptic_flow
@@ -28,13 +27,9 @@ class TestSynFlow(ProposerConformance):
 
 
 def tiny() -> nn.Module:
-    """Two products: R = 1ᵀ |W2| |W1| 1."""
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), head())
-
-
-def head() -> nn.Linear:
-    """A layer with four input channels of one pixel."""
-    return nn.Linear(4, 2)
+    """Two products: R = 1ᵀ |W2| |W1| 1; the second layer has four input channels of one pixel."""
+    first, last = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+    return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), last)
 
 
 def test_scores_by_hand() -> None:
@@ -46,7 +41,7 @@ def test_scores_by_hand() -> None:
         model[1].running_var.fill_(7.0)
     w1, w2 = (model[i].weight.detach().double().abs() for i in (0, 4))
     expected = w2.sum(0) * w1.sum((1, 2, 3))
-    channels = build_dependency_graph(space.model, space.base)
+    channels = graph_of(space)
     ones = torch.ones(1, 3, 1, 1, dtype=torch.float64)
     (found,) = synaptic_flow(channels, linearised(model), ones)
     assert found == pytest.approx(expected.numpy())
@@ -59,12 +54,9 @@ def test_scores_by_hand() -> None:
 @given(seed=st.integers(0, 999))
 def test_flow_is_conserved(seed: int) -> None:
     """In a chain, the scores of each axis sum to R."""
-    space = space_of("Plain")
-    model = linearised(space.build(space.base, seed=seed))
+    _, model, graph = network_of("Plain", seed)
     ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
-    sums = [
-        s.sum() for s in synaptic_flow(build_dependency_graph(space.model, space.base), model, ones)
-    ]
+    sums = [s.sum() for s in synaptic_flow(graph, linearised(model), ones)]
     assert sums == pytest.approx([model(ones).sum().item()] * 2)
 
 
@@ -85,11 +77,9 @@ def test_data_is_not_read() -> None:
 
 def test_a_product_beyond_float64_is_refused() -> None:
     """The error has one line."""
-    space = space_of("Plain")
-    model = space.build(space.base, seed=0).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1e200)
+    _, model, graph = network_of("Plain")
+    for parameter in model.double().parameters():
+        nn.init.constant_(parameter, 1e200)
     ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(StudyError, match="exceeds float64"):
-        synaptic_flow(build_dependency_graph(space.model, space.base), linearised(model), ones)
+        synaptic_flow(graph, linearised(model), ones)
