@@ -109,7 +109,7 @@ def varying_dims(tensor: Tensor) -> set[int]:
 
 def sync_attributes(module: nn.Module) -> None:
     """Set the attributes of torch's layers that repeat their tensors' sizes."""
-    if not isinstance(module, _SIZED):
+    if not isinstance(module, SIZED):
         return
     weight: Any = weight_of(module)  # torch's types have no symbolic sizes
     if isinstance(module, ConvNd):
@@ -158,10 +158,10 @@ def is_synced(module: nn.Module) -> bool:
     """Whether :func:`sync_attributes` sets all of a module's sizes from its tensors."""
     torchs_own = type(module).__module__.startswith("torch.nn.")
     sized = any(parameter is not None for parameter in parameters_of(module).values())
-    return sized and (torchs_own or isinstance(module, _SIZED))
+    return sized and (torchs_own or isinstance(module, SIZED))
 
 
-_SIZED = (
+SIZED = (
     *(ConvNd, NormBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm),
     *(nn.RMSNorm, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.PReLU),
 )

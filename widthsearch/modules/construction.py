@@ -1,0 +1,323 @@
+"""Runs of a function that makes a model, with every constructor call seen and open to change.
+
+A *call* is the construction of one ``nn.Module``: its outermost ``__init__``. Constructors make
+modules of their own, so the calls of a model form a tree, with the function itself as its root.
+While a :class:`Session` runs, the ``__init__`` of the classes concerned is wrapped: a subclass sees
+each call with its arguments and may make it with others. All else that the user's code does, and
+the order of its random numbers, is as without.
+
+Example:
+    >>> class Block(nn.Module):
+    ...     def __init__(self, width: int) -> None:
+    ...         super().__init__()
+    ...         self.inner, self.outer = nn.Linear(width, 8), nn.Linear(8, width)
+    >>> recorder = Recorder()
+    >>> model = recorder.run(lambda: nn.Sequential(Block(4), nn.ReLU()))
+    >>> [call.names for call in recorder.root.walk()][1:]
+    [['0'], ['0.inner'], ['0.outer'], ['1'], ['']]
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from widthsearch.modules.arguments import Path
+
+_ALONE = threading.RLock()
+_MISSING = object()
+SIZING = frozenset(
+    "zeros ones empty rand randn full eye arange linspace logspace randperm new_zeros new_ones "
+    "new_empty new_full repeat expand tile repeat_interleave view reshape".split()
+)
+"""torch's functions whose integers become sizes of a constructor's own tensors."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A constructor call.
+
+    Attributes:
+        kind: The full name of the module's class, which is the same where a function makes the
+            class itself anew.
+        copied: Whether the module came from ``copy.deepcopy`` of one that had been constructed.
+        children: The calls that its constructor made, in order.
+        names: Where the module stands in the model; empty where the model does not keep it.
+        numbers: The integers among its arguments in the model as given, by argument and path.
+        members: The names of what the module holds in the model as given.
+        flags: The truth values among its attributes there.
+    """
+
+    kind: str
+    copied: bool = False
+    children: list[Call] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    numbers: dict[tuple[str, Path], int] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
+    flags: dict[str, bool] = field(default_factory=dict)
+
+    def walk(self) -> Iterator[Call]:
+        """This call and all within it, outer ones first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def again(self) -> Call:
+        """The calls that a copy of the module would have taken."""
+        return Call(self.kind, True, [child.again() for child in self.children])
+
+
+def kind_of(cls: type) -> str:
+    """A class's full name."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class DivergedError(Exception):
+    """A constructor made other modules than when it was recorded."""
+
+
+@dataclass(eq=False)
+class Frame:
+    """A constructor that is running.
+
+    Attributes:
+        call: The call.
+        module: The module that it makes; None for the function that makes the model.
+        position: How many calls it has made.
+        sizings: How often it has called one of :data:`SIZING`.
+    """
+
+    call: Call
+    module: nn.Module | None = None
+    position: int = 0
+    sizings: int = 0
+
+
+class Session(TorchFunctionMode):
+    """A run of the function that makes a model.
+
+    Args:
+        root: The call that stands for the function, with the calls to expect within it.
+        classes: The classes whose constructors are wrapped.
+
+    Attributes:
+        frames: The constructors that are running, the innermost last.
+    """
+
+    def __init__(self, root: Call, classes: Iterable[type]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.root, self.classes = root, tuple(classes)
+        self.frames = [Frame(root)]
+        self._made: dict[int, tuple[nn.Module, Call]] = {}
+        self._how: dict[int, tuple[Any, Any, Any, Tensor]] = {}
+        self._constructing: set[int] = set()
+        self._thread = 0
+        self._copying = False
+
+    def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:
+        """Call the function.
+
+        Raises:
+            DivergedError: It made other modules than are expected.
+        """
+        with _ALONE, ExitStack() as stack:
+            self._thread = threading.get_ident()
+            for cls in self.classes:
+                self._wrap(cls, stack)
+            self._replace(nn.Module, "__init_subclass__", self._on_new_class(stack), stack)
+            self._replace(nn.Module, "__deepcopy__", self._on_copy(), stack)
+            stack.callback(self._forget)
+            with self:
+                model = make_model()
+            self.leave(self.frames[0])
+            self.finish(model)
+        return model
+
+    # -- what subclasses say ----------------------------------------------------------------------
+
+    def expect(self, cls: type, copied: bool) -> Call:
+        """The call that the innermost frame makes now."""
+        frame = self.frames[-1]
+        if frame.position < len(frame.call.children):
+            call = frame.call.children[frame.position]
+            if call.kind == kind_of(cls) and call.copied == copied:
+                frame.position += 1
+                return call
+        raise DivergedError(f"{frame.call.kind} makes a {cls.__name__} that the base has not")
+
+    def leave(self, frame: Frame) -> None:
+        """A constructor has returned."""
+        if frame.position != len(frame.call.children):
+            left = frame.call.children[frame.position].kind
+            raise DivergedError(f"{frame.call.kind} makes no {left}, but does in the base")
+
+    def construct(self, frame: Frame, original: Callable[..., None], args: Any, kwargs: Any) -> None:
+        """Make a call; ``args`` begin with the module."""
+        original(*args, **kwargs)
+        self.leave(frame)
+
+    def sized(self, frame: Frame, number: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of the frame's call of one of :data:`SIZING`, counted from 0."""
+        return args, kwargs
+
+    def fits(self, call: Call, source: nn.Module) -> bool:
+        """Whether a module may be copied as it is for a call."""
+        return True
+
+    def finish(self, model: nn.Module) -> None:
+        """The function has returned."""
+
+    # -- how --------------------------------------------------------------------------------------
+
+    def call_of(self, module: nn.Module) -> Call | None:
+        """The call that made a module."""
+        made = self._made.get(id(module))
+        return made[1] if made else None
+
+    def _forget(self) -> None:
+        self._thread = 0  # wrappers of classes that a function made live on
+        self._made.clear()
+        self._how.clear()
+
+    @staticmethod
+    def _replace(cls: type, name: str, value: Any, stack: ExitStack) -> None:
+        before = cls.__dict__.get(name, _MISSING)
+        setattr(cls, name, value)
+        if before is _MISSING:
+            stack.callback(delattr, cls, name)
+        else:
+            stack.callback(setattr, cls, name, before)
+
+    def _wrap(self, cls: type, stack: ExitStack) -> None:
+        original: Any = vars(cls).get("__init__", cls.__init__)  # type: ignore[misc]
+        if not isinstance(original, FunctionType):
+            return
+
+        def __init__(module: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            if (
+                type(module) is not cls  # a subclass's constructor calls its base's
+                or threading.get_ident() != self._thread
+                or id(module) in self._constructing
+            ):
+                original(module, *args, **kwargs)
+            else:
+                call = self.expect(cls, copied=False)
+                self._construct(call, original, (module, *args), kwargs)
+
+        __init__.__wrapped__ = original  # type: ignore[attr-defined]  # for inspect.signature
+        self._replace(cls, "__init__", __init__, stack)
+
+    def _construct(self, call: Call, original: Any, args: Any, kwargs: Any) -> None:
+        module = args[0]
+        frame = Frame(call, module)
+        self.frames.append(frame)
+        self._constructing.add(id(module))
+        self._made[id(module)] = module, call
+        self._how[id(module)] = original, args[1:], kwargs, torch.get_rng_state()
+        try:
+            self.construct(frame, original, args, kwargs)
+        finally:
+            self._constructing.discard(id(module))
+            self.frames.pop()
+
+    def _on_new_class(self, stack: ExitStack) -> Any:
+        def __init_subclass__(cls: type, **kwargs: Any) -> None:  # noqa: N807
+            super(nn.Module, cls).__init_subclass__(**kwargs)
+            if threading.get_ident() == self._thread:
+                self._wrap(cls, stack)
+
+        return classmethod(__init_subclass__)
+
+    def _on_copy(self) -> Any:
+        def copied(module: nn.Module, memo: Any) -> Any:
+            return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]
+
+        def __deepcopy__(module: nn.Module, memo: Any) -> Any:  # noqa: N807
+            mine = threading.get_ident() == self._thread and id(module) in self._made
+            if not mine or self._copying:
+                return copied(module, memo)
+            call = self.expect(type(module), copied=True)
+            if self.fits(call, module):
+                self._copying = True
+                try:
+                    result = copied(module, memo)
+                finally:
+                    self._copying = False
+                self._pair(module, result, call)
+                return result
+            # Of another size, it is made as its original was, from the same random numbers.
+            original, args, kwargs, state = self._how[id(module)]
+            with torch.random.fork_rng(devices=()):
+                torch.set_rng_state(state)
+                result = type(module).__new__(type(module))
+                self._construct(call, original, (result, *args), kwargs)
+            return result
+
+        return __deepcopy__
+
+    def _pair(self, source: nn.Module, result: nn.Module, call: Call) -> None:
+        """Which call of a copy each of its modules stands for."""
+        first = self._made[id(source)][1]
+        twin = {id(a): b for a, b in zip(first.walk(), call.walk(), strict=True)}
+        for a, b in zip(source.modules(), result.modules(), strict=True):
+            of = self.call_of(a)
+            if of is not None and id(of) in twin:
+                self._made[id(b)] = b, twin[id(of)]
+                self._how[id(b)] = self._how[id(a)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in SIZING and threading.get_ident() == self._thread:
+            frame = self.frames[-1]
+            args, kwargs = self.sized(frame, frame.sizings, args, kwargs)
+            frame.sizings += 1
+        return func(*args, **kwargs)
+
+
+def every_class(cls: type = nn.Module) -> Iterator[type]:
+    """A class and all that are derived from it."""
+    seen = {cls: None}
+    rest = [cls]
+    while rest:
+        for sub in rest.pop().__subclasses__():
+            if sub not in seen and not sub.__module__.startswith("torch.jit"):
+                seen[sub] = None
+                rest.append(sub)
+    return iter(seen)
+
+
+class Recorder(Session):
+    """Runs the function for the first time, and notes its calls in :attr:`root`."""
+
+    def __init__(self) -> None:
+        super().__init__(Call(""), every_class())
+        self._used: dict[type, None] = {}
+
+    def expect(self, cls: type, copied: bool) -> Call:  # noqa: D102
+        self._used[cls] = None
+        call = Call(kind_of(cls), copied)
+        self.frames[-1].call.children.append(call)
+        return call
+
+    def leave(self, frame: Frame) -> None:  # noqa: D102
+        pass
+
+    def _pair(self, source: nn.Module, result: nn.Module, call: Call) -> None:
+        call.children = self._made[id(source)][1].again().children
+        super()._pair(source, result, call)
+
+    def finish(self, model: nn.Module) -> None:  # noqa: D102
+        self.classes = tuple(self._used)
+        if isinstance(model, nn.Module):
+            for name, module in model.named_modules(remove_duplicate=False):
+                if (call := self.call_of(module)) is not None:
+                    call.names.append(name)

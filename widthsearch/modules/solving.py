@@ -1,0 +1,311 @@
+"""Which integers a model's constructors are to be given, so that its tensors get other sizes.
+
+Notation: the *base* is the model as given. A *size* is one dim of a tensor, or an attribute that
+repeats one; ``samples`` holds each size at the base and at a few random widths, which tells sizes
+apart that are equal at the base alone. An argument with the value ``v`` at the base is *probed*: its
+constructor runs once more with ``v'`` for it. A size that was ``u`` and is ``u'`` then has the slope
+``s = (u' - u) / (v' - v)``, and where the trace demands the size ``n``, the argument must be
+``(n - (u - s·v)) / s``.
+
+Worked example: ``Attention(dim=32)`` makes ``nn.Linear(dim, 3 * dim)``. With 64 for 32, the weight's
+dims (96, 32) become (192, 64). So its first dim has the slope 3, its second the slope 1; a trace that
+demands (3·q, a) there asks for ``dim = q`` by the first and ``dim = a`` by the second. The inputs'
+side goes first, so ``dim`` follows ``a``, and the layer's own argument is exchanged where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widthsearch.modules.arguments import Path, alike, bound, integers, with_integers
+from widthsearch.modules.construction import Call, Frame, Session
+from widthsearch.modules.tree import SIZED, join, sizes_in, tensors_of
+from widthsearch.torch_internals import buffers_of, children_of, parameters_of
+
+Where = tuple[str, int | str]
+"""A tensor's name and a dim, or a layer's name and an attribute."""
+Leaf = tuple[str, Path]
+"""An argument's name and a path within it; or ``"#n"`` and a path within (args, kwargs) of the n-th
+call of a function that takes sizes."""
+
+
+@dataclass(frozen=True)
+class Follows:
+    """A number that follows a size: ``(size - offset) / slope``; without a size, ``offset``."""
+
+    where: Where | None
+    slope: Fraction
+    offset: Fraction
+
+    def value(self, sizes: Mapping[Where, int]) -> int:
+        """The number at these sizes."""
+        if self.where is None:
+            return int(self.offset)
+        return round((sizes[self.where] - self.offset) / self.slope)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a model, by its name."""
+    return {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(model)}
+
+
+def sizes_of(model: nn.Module) -> dict[Where, int]:
+    """Every size in a model: attributes first, then tensors', the inputs' dim before the outputs'."""
+    found: dict[Where, int] = {}
+    for layer, module in model.named_modules():
+        found.update({(layer, name): value for name, value in sizes_in(module)})
+    for key, shape in shapes_of(model).items():
+        found.update({(key, dim): shape[dim] for dim in reversed(range(len(shape)))})
+    return found
+
+
+def members_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module holds: its children, parameters and buffers."""
+    held = (children_of(module), parameters_of(module), buffers_of(module))
+    return tuple(name for group in held for name, value in group.items() if value is not None)
+
+
+def flags_of(module: nn.Module) -> dict[str, bool]:
+    """The truth values among a module's attributes."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
+
+
+_FILLS = frozenset("fill_ zero_ normal_ uniform_ erfinv_ add_ sub_ mul_ div_ clamp_".split())
+
+
+class Sketch(Session):
+    """A session that makes memory without values as meta tensors, to save time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        elif func.__name__ in _FILLS or getattr(func, "__module__", "") == "torch.nn.init":
+            first, *rest = *args, *kwargs.values()
+            if _on_meta(first) and not any(isinstance(value, Tensor) for value in rest):
+                return first
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _on_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"
+
+
+class Solver(Sketch):
+    """Runs the function at the base's widths and finds what each number in a call follows.
+
+    Args:
+        root: The recorded calls.
+        classes: The classes that were constructed.
+        samples: Each size at the base and at some random widths.
+        repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
+        sizing: Calls in which the sizes of torch's own functions are sought too.
+
+    Attributes:
+        follows: What was found.
+        torn: Numbers that several widths ask for, each with the sizes that it does not follow.
+    """
+
+    def __init__(
+        self,
+        root: Call,
+        classes: Iterable[type],
+        samples: Mapping[Where, tuple[int, ...]],
+        repeated: Mapping[Where, tuple[int, ...]],
+        sizing: Iterable[Call] = (),
+    ) -> None:
+        super().__init__(root, classes)
+        self.samples, self.repeated = samples, repeated
+        self.follows: dict[Call, dict[Leaf, Follows]] = {}
+        self.torn: dict[tuple[Call, str], list[Where]] = {}
+        self._sizing = frozenset(sizing)
+        self._sizings: dict[Call, list[tuple[int, Any]]] = {}
+        self._seen: dict[Any, dict[Where, tuple[int, Fraction]] | None] = {}
+        self._finished: dict[Call, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._probed: Frame | None = None
+        self._changes: Mapping[Leaf, int] = {}
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def construct(self, frame: Frame, original: Any, args: Any, kwargs: Any) -> None:  # noqa: D102
+        arguments = bound(original, args, kwargs)
+        if self._probed is not None:
+            if not self._reused(frame, arguments.arguments):
+                original(*args, **kwargs)
+                self.leave(frame)
+            return
+        original(*args, **kwargs)
+        self.leave(frame)
+        given = dict(list(arguments.arguments.items())[1:])
+        frame.call.numbers = {
+            (name, path): v for name, value in given.items() for path, v in integers(value)
+        }
+        frame.call.members, frame.call.flags = members_of(args[0]), flags_of(args[0])
+        if frame.call.names:
+            self.follows[frame.call] = dict(self._solved(frame, original, arguments))
+        kept = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(args[0]).items()}
+        self._finished[frame.call] = given, kept
+
+    def sized(self, frame: Frame, number: int, args: Any, kwargs: Any) -> Any:  # noqa: D102
+        if self._probed is None:
+            if frame.call in self._sizing:
+                self._sizings.setdefault(frame.call, []).append((number, (args, kwargs)))
+        elif frame is self._probed:
+            numbers = {path: v for (name, path), v in self._changes.items() if name == f"#{number}"}
+            args, kwargs = with_integers((args, kwargs), numbers)
+        return args, kwargs
+
+    def _reused(self, frame: Frame, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call within a probe is as it was in the base's run; if so, so is its module."""
+        known = self._finished.get(frame.call)
+        if known is None:
+            return False
+        given, kept = known
+        if not all(alike(value, arguments[name]) for name, value in given.items()):
+            return False
+        vars(frame.module).update(
+            {k: dict(v) if isinstance(v, dict) else v for k, v in kept.items()}
+        )
+        return True
+
+    # -- a call -----------------------------------------------------------------------------------
+
+    def _solved(self, frame: Frame, original: Any, arguments: Any) -> Iterator[tuple[Leaf, Follows]]:
+        """What the numbers of a call follow."""
+        layer = frame.call.names[0]
+        prefix = f"{layer}." if layer else ""
+        within = [v for (name, _), v in self.samples.items() if f"{name}.".startswith(prefix)]
+        free = {values[0] for values in within if len(set(values)) > 1}
+        leaves = dict(frame.call.numbers)
+        if not free:
+            for leaf, v in leaves.items() if within else ():
+                yield leaf, Follows(None, Fraction(1), Fraction(v))
+            return
+        for number, value in self._sizings.get(frame.call, ()):
+            leaves.update({(f"#{number}", path): v for path, v in integers(value)})
+        left: dict[int, list[Leaf]] = {}
+        wide = frame.call in self._sizing
+        for leaf, v in leaves.items():
+            repeated = self._repeated(frame.module, layer, leaf, v)
+            if repeated is not None:
+                yield leaf, repeated
+            elif v > 1 and (wide or any(_related(v, size) for size in free)):
+                found = self._answer(frame, original, arguments, [leaf], v, layer)
+                if found is not None:
+                    yield leaf, found
+                else:
+                    left.setdefault(v, []).append(leaf)
+        for v, equal in left.items():  # numbers that only change together: channels and groups
+            if len(equal) > 1:
+                found = self._answer(frame, original, arguments, equal, v, layer)
+                if found is not None:
+                    yield from ((leaf, found) for leaf in equal)
+
+    def _repeated(self, module: Any, layer: str, leaf: Leaf, v: int) -> Follows | None:
+        """What an argument follows that one of torch's layers keeps as an attribute."""
+        if not isinstance(module, SIZED):
+            return None
+        name, path = leaf
+        if isinstance(module, nn.RNNBase) and name in ("args", "kwargs"):
+            ((_, key),) = path
+            name, path = ("input_size", "hidden_size")[key] if name == "args" and key < 2 else key, ()
+        for attribute in (f"{name}[{path[0][1]}]" if path else name, f"{name}[0]"):
+            values = self.repeated.get((layer, attribute))
+            if values is not None and values[0] == v:
+                return self._proportional(layer, values)
+        return None
+
+    def _proportional(self, layer: str, values: tuple[int, ...]) -> Follows | None:
+        """The size of a layer that values are a multiple of."""
+        if len(set(values)) == 1:
+            return Follows(None, Fraction(1), Fraction(values[0]))
+        found = None
+        for where, sizes in self.samples.items():
+            if where[0] == layer or where[0].rpartition(".")[0] == layer:
+                slope = Fraction(sizes[0], values[0])
+                if all(size == slope * value for size, value in zip(sizes, values, strict=True)):
+                    found = Follows(where, slope, Fraction(0))
+                    if slope == 1:
+                        break
+        return found
+
+    def _answer(
+        self, frame: Frame, original: Any, arguments: Any, leaves: list[Leaf], v: int, layer: str
+    ) -> Follows | None:
+        """What numbers of a call that are all ``v`` follow, by probing them."""
+        responses = self._responses(frame, original, arguments, leaves, v)
+        answers: dict[tuple[Fraction, ...], Follows] = {}
+        for (name, dim), (u, slope) in (responses or {}).items():
+            where = join(layer, name) if name else layer, dim
+            sizes = self.samples.get(where)
+            if sizes is None or sizes[0] != u:
+                continue
+            offset = u - slope * v
+            wanted = tuple((size - offset) / slope for size in sizes)
+            if all(x.denominator == 1 and x > 0 for x in wanted):
+                if len(set(wanted)) > 1:
+                    answers.setdefault(wanted, Follows(where, slope, offset))
+                elif isinstance(dim, int):
+                    answers.setdefault(wanted, Follows(None, Fraction(1), Fraction(v)))
+        ordered = sorted(answers.values(), key=lambda a: a.where is None)
+        others = [a.where for a in ordered[1:] if a.where is not None]
+        if others and not leaves[0][0].startswith("#"):
+            self.torn[frame.call, leaves[0][0]] = others
+        return ordered[0] if ordered else None
+
+    def _responses(
+        self, frame: Frame, original: Any, arguments: Any, leaves: list[Leaf], v: int
+    ) -> dict[Where, tuple[int, Fraction]] | None:
+        """The sizes that change with a number: each one's value at the base, and its slope."""
+        assert frame.module is not None
+        key = frame.call.kind, tuple(leaves), v, tuple(shapes_of(frame.module).items())
+        if key not in self._seen:
+            self._seen[key] = None
+            before = sizes_of(frame.module)
+            for new in (2 * v, 3 * v, v + 1):
+                after = self._probe(frame, original, arguments, dict.fromkeys(leaves, new))
+                if after is not None and after.keys() == before.keys():
+                    self._seen[key] = {
+                        where: (u, Fraction(after[where] - u, new - v))
+                        for where, u in before.items()
+                        if after[where] != u
+                    }
+                    break
+        return self._seen[key]
+
+    def _probe(
+        self, frame: Frame, original: Any, arguments: Any, changes: Mapping[Leaf, int]
+    ) -> dict[Where, int] | None:
+        """The sizes in a module that is made with other numbers; None where it cannot be."""
+        kind = type(frame.module)
+        fresh = kind.__new__(kind)
+        given = dict(arguments.arguments)
+        given[next(iter(given))] = fresh
+        for name in given:
+            numbers = {path: v for (of, path), v in changes.items() if of == name}
+            given[name] = with_integers(given[name], numbers)
+        call = type(arguments)(arguments.signature, given)
+        self._probed, self._changes = Frame(frame.call, fresh), changes
+        self.frames.append(self._probed)
+        self._constructing.add(id(fresh))
+        try:
+            original(*call.args, **call.kwargs)
+            self.leave(self._probed)
+        except Exception:  # noqa: BLE001  a constructor may refuse a number in any way
+            return None
+        finally:
+            self._constructing.discard(id(fresh))
+            self.frames.pop()
+            self._probed = None
+        return sizes_of(fresh)
+
+
+def _related(a: int, b: int) -> bool:
+    """Whether one number is a small multiple of the other."""
+    return max(a, b) % min(a, b) == 0 and max(a, b) <= 16 * min(a, b)
