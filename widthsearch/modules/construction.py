@@ -20,6 +20,8 @@ Example:
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -34,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 from widthsearch.modules.arguments import Path
 
 _ALONE = threading.RLock()
-_MISSING = object()
+_COPIERS: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+"""How ``copy.deepcopy`` copies instances of a class; asked before ``__deepcopy__``."""
 SIZING = frozenset(
     "zeros ones empty rand randn full eye arange linspace logspace randperm new_zeros new_ones "
     "new_empty new_full repeat expand tile repeat_interleave view reshape".split()
@@ -72,8 +75,8 @@ class Call:
             yield from child.walk()
 
     def again(self) -> Call:
-        """The calls that a copy of the module would have taken."""
-        return Call(self.kind, True, [child.again() for child in self.children])
+        """The same calls, without names."""
+        return Call(self.kind, self.copied, [child.again() for child in self.children])
 
 
 def kind_of(cls: type) -> str:
@@ -131,11 +134,11 @@ class Session(TorchFunctionMode):
         """
         with _ALONE, ExitStack() as stack:
             self._thread = threading.get_ident()
+            stack.callback(self._forget)
             for cls in self.classes:
                 self._wrap(cls, stack)
-            self._replace(nn.Module, "__init_subclass__", self._on_new_class(stack), stack)
-            self._replace(nn.Module, "__deepcopy__", self._on_copy(), stack)
-            stack.callback(self._forget)
+            nn.Module.__init_subclass__ = self._on_new_class(stack)  # type: ignore[method-assign]
+            stack.callback(delattr, nn.Module, "__init_subclass__")
             with self:
                 model = make_model()
             self.leave(self.frames[0])
@@ -188,20 +191,14 @@ class Session(TorchFunctionMode):
         self._made.clear()
         self._how.clear()
 
-    @staticmethod
-    def _replace(cls: type, name: str, value: Any, stack: ExitStack) -> None:
-        before = cls.__dict__.get(name, _MISSING)
-        setattr(cls, name, value)
-        if before is _MISSING:
-            stack.callback(delattr, cls, name)
-        else:
-            stack.callback(setattr, cls, name, before)
-
     def _wrap(self, cls: type, stack: ExitStack) -> None:
-        original: Any = vars(cls).get("__init__", cls.__init__)  # type: ignore[misc]
+        """Wrap the constructor of a class and its copying until the session ends."""
+        own = vars(cls).get("__init__")
+        original: Any = own or cls.__init__  # type: ignore[misc]
         if not isinstance(original, FunctionType):
             return
 
+        @functools.wraps(original)
         def __init__(module: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
             if (
                 type(module) is not cls  # a subclass's constructor calls its base's
@@ -213,8 +210,17 @@ class Session(TorchFunctionMode):
                 call = self.expect(cls, copied=False)
                 self._construct(call, original, (module, *args), kwargs)
 
-        __init__.__wrapped__ = original  # type: ignore[attr-defined]  # for inspect.signature
-        self._replace(cls, "__init__", __init__, stack)
+        def restore() -> None:
+            _COPIERS.pop(cls, None)
+            if vars(cls).get("__init__") is __init__:  # no decorator has replaced it since
+                if own is None:
+                    del cls.__init__  # type: ignore[misc]
+                else:
+                    cls.__init__ = own  # type: ignore[misc]
+
+        cls.__init__ = __init__  # type: ignore[misc]
+        _COPIERS[cls] = self._copy
+        stack.callback(restore)
 
     def _construct(self, call: Call, original: Any, args: Any, kwargs: Any) -> None:
         module = args[0]
@@ -237,32 +243,27 @@ class Session(TorchFunctionMode):
 
         return classmethod(__init_subclass__)
 
-    def _on_copy(self) -> Any:
-        def copied(module: nn.Module, memo: Any) -> Any:
-            return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]
-
-        def __deepcopy__(module: nn.Module, memo: Any) -> Any:  # noqa: N807
-            mine = threading.get_ident() == self._thread and id(module) in self._made
-            if not mine or self._copying:
-                return copied(module, memo)
-            call = self.expect(type(module), copied=True)
-            if self.fits(call, module):
-                self._copying = True
-                try:
-                    result = copied(module, memo)
-                finally:
-                    self._copying = False
-                self._pair(module, result, call)
-                return result
-            # Of another size, it is made as its original was, from the same random numbers.
-            original, args, kwargs, state = self._how[id(module)]
-            with torch.random.fork_rng(devices=()):
-                torch.set_rng_state(state)
-                result = type(module).__new__(type(module))
-                self._construct(call, original, (result, *args), kwargs)
+    def _copy(self, module: nn.Module, memo: Any) -> Any:
+        """What ``copy.deepcopy`` does with a module, as a call of its own."""
+        mine = threading.get_ident() == self._thread and id(module) in self._made
+        if not mine or self._copying:
+            return _deep_copy(module, memo)
+        call = self.expect(type(module), copied=True)
+        if self.fits(call, module):
+            self._copying = True
+            try:
+                result = _deep_copy(module, memo)
+            finally:
+                self._copying = False
+            self._pair(module, result, call)
             return result
-
-        return __deepcopy__
+        # Of another size, it is constructed as its original was, from the same random numbers.
+        original, args, kwargs, state = self._how[id(module)]
+        with torch.random.fork_rng(devices=()):
+            torch.set_rng_state(state)
+            result = type(module).__new__(type(module))
+            self._construct(call, original, (result, *args), kwargs)
+        return result
 
     def _pair(self, source: nn.Module, result: nn.Module, call: Call) -> None:
         """Which call of a copy each of its modules stands for."""
@@ -281,6 +282,13 @@ class Session(TorchFunctionMode):
             args, kwargs = self.sized(frame, frame.sizings, args, kwargs)
             frame.sizings += 1
         return func(*args, **kwargs)
+
+
+def _deep_copy(module: nn.Module, memo: Any) -> Any:
+    own = getattr(module, "__deepcopy__", None)
+    if own is not None:
+        return own(memo)
+    return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]
 
 
 def every_class(cls: type = nn.Module) -> Iterator[type]:
@@ -321,3 +329,13 @@ class Recorder(Session):
             for name, module in model.named_modules(remove_duplicate=False):
                 if (call := self.call_of(module)) is not None:
                     call.names.append(name)
+
+
+def record(make_model: Callable[[], nn.Module]) -> tuple[nn.Module, Recorder]:
+    """A model, and the recorder of the calls that made it."""
+    while True:
+        loaded = len(sys.modules)
+        recorder = Recorder()
+        model = recorder.run(make_model)
+        if len(sys.modules) == loaded:  # an import may construct modules of its own, once
+            return model, recorder

@@ -79,13 +79,13 @@ class Builder(Session):
         numbers = {
             (name, path): v for name, value in given.items() for path, v in integers(value)
         }
-        for leaf, follows in self.follows.get(call, {}).items():
-            if leaf in numbers:
-                numbers[leaf] = follows.value(self.sizes)
+        follows = self.follows.get(call, {})
+        numbers.update({leaf: follows[leaf].value(self.sizes) for leaf in follows if leaf in numbers})
         moved = [leaf for leaf, v in numbers.items() if call.numbers.get(leaf, v) != v]
+        single = [leaf for leaf in moved if leaf in follows or not leaf[1]]
         state = torch.get_rng_state() if moved else None
         failure: Exception | None = None
-        for kept in ([], *([leaf] for leaf in moved), moved):
+        for kept in ([], *([leaf] for leaf in reversed(single)), moved):
             if failure is not None:
                 if state is None:
                     break

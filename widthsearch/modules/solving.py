@@ -152,6 +152,9 @@ class Solver(Sketch):
         kept = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(args[0]).items()}
         self._finished[frame.call] = given, kept
 
+    def fits(self, call: Call, source: nn.Module) -> bool:  # noqa: D102
+        return False  # so that calls within copies are seen too
+
     def sized(self, frame: Frame, number: int, args: Any, kwargs: Any) -> Any:  # noqa: D102
         if self._probed is None:
             if frame.call in self._sizing:
@@ -189,23 +192,26 @@ class Solver(Sketch):
             return
         for number, value in self._sizings.get(frame.call, ()):
             leaves.update({(f"#{number}", path): v for path, v in integers(value)})
-        left: dict[int, list[Leaf]] = {}
         wide = frame.call in self._sizing
+        equal: dict[int, dict[Leaf, Follows | None]] = {}
         for leaf, v in leaves.items():
             repeated = self._repeated(frame.module, layer, leaf, v)
             if repeated is not None:
                 yield leaf, repeated
             elif v > 1 and (wide or any(_related(v, size) for size in free)):
-                found = self._answer(frame, original, arguments, [leaf], v, layer)
-                if found is not None:
-                    yield leaf, found
-                else:
-                    left.setdefault(v, []).append(leaf)
-        for v, equal in left.items():  # numbers that only change together: channels and groups
-            if len(equal) > 1:
-                found = self._answer(frame, original, arguments, equal, v, layer)
-                if found is not None:
-                    yield from ((leaf, found) for leaf in equal)
+                responses = self._responses(frame, original, arguments, (leaf,), v)
+                if responses != {}:
+                    found = self._answer(frame.call, leaf[0], responses, v)
+                    equal.setdefault(v, {})[leaf] = found
+        for v, group in equal.items():
+            if len(group) > 1 and None in group.values():  # channels and groups change together
+                responses = self._responses(frame, original, arguments, tuple(group), v)
+                common = self._answer(frame.call, "", responses, v)
+                group = {
+                    leaf: common if found is None or found.where is None else found
+                    for leaf, found in group.items()
+                }
+            yield from ((leaf, found) for leaf, found in group.items() if found is not None)
 
     def _repeated(self, module: Any, layer: str, leaf: Leaf, v: int) -> Follows | None:
         """What an argument follows that one of torch's layers keeps as an attribute."""
@@ -236,13 +242,13 @@ class Solver(Sketch):
         return found
 
     def _answer(
-        self, frame: Frame, original: Any, arguments: Any, leaves: list[Leaf], v: int, layer: str
+        self, call: Call, name: str, responses: Mapping[Where, tuple[int, Fraction]] | None, v: int
     ) -> Follows | None:
-        """What numbers of a call that are all ``v`` follow, by probing them."""
-        responses = self._responses(frame, original, arguments, leaves, v)
+        """What a number follows that is ``v`` at the base, by the sizes that changed with it."""
+        layer = call.names[0]
         answers: dict[tuple[Fraction, ...], Follows] = {}
-        for (name, dim), (u, slope) in (responses or {}).items():
-            where = join(layer, name) if name else layer, dim
+        for (within, dim), (u, slope) in (responses or {}).items():
+            where = join(layer, within) if within else layer, dim
             sizes = self.samples.get(where)
             if sizes is None or sizes[0] != u:
                 continue
@@ -254,17 +260,19 @@ class Solver(Sketch):
                 elif isinstance(dim, int):
                     answers.setdefault(wanted, Follows(None, Fraction(1), Fraction(v)))
         ordered = sorted(answers.values(), key=lambda a: a.where is None)
-        others = [a.where for a in ordered[1:] if a.where is not None]
-        if others and not leaves[0][0].startswith("#"):
-            self.torn[frame.call, leaves[0][0]] = others
+        if others := [a.where for a in ordered[1:] if a.where is not None]:
+            self.torn[call, name] = others
         return ordered[0] if ordered else None
 
     def _responses(
-        self, frame: Frame, original: Any, arguments: Any, leaves: list[Leaf], v: int
+        self, frame: Frame, original: Any, arguments: Any, leaves: tuple[Leaf, ...], v: int
     ) -> dict[Where, tuple[int, Fraction]] | None:
-        """The sizes that change with a number: each one's value at the base, and its slope."""
+        """The sizes that change with numbers: each one's value at the base, and its slope.
+
+        None where the constructor refuses other numbers, or makes other modules of them.
+        """
         assert frame.module is not None
-        key = frame.call.kind, tuple(leaves), v, tuple(shapes_of(frame.module).items())
+        key = frame.call.kind, leaves, v, tuple(shapes_of(frame.module).items())
         if key not in self._seen:
             self._seen[key] = None
             before = sizes_of(frame.module)
