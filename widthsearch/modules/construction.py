@@ -24,7 +24,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from widthsearch.modules.arguments import Path
+from widthsearch.modules.origins import Origins
 
 _ALONE = threading.RLock()
 _COPIERS: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
@@ -82,6 +83,17 @@ class Call:
 def kind_of(cls: type) -> str:
     """A class's full name."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Restore torch's generators afterwards: the CPU's, and the current device's if CUDA is in use.
+
+    CUDA is not initialised by it, and other devices are not affected.
+    """
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=gpus):
+        yield
 
 
 class DivergedError(Exception):
@@ -163,7 +175,9 @@ class Session(TorchFunctionMode):
             left = frame.call.children[frame.position].kind
             raise DivergedError(f"{frame.call.kind} makes no {left}, but does in the base")
 
-    def construct(self, frame: Frame, original: Callable[..., None], args: Any, kwargs: Any) -> None:
+    def construct(
+        self, frame: Frame, original: Callable[..., None], args: Any, kwargs: Any
+    ) -> None:
         """Make a call; ``args`` begin with the module."""
         original(*args, **kwargs)
         self.leave(frame)
@@ -304,11 +318,20 @@ def every_class(cls: type = nn.Module) -> Iterator[type]:
 
 
 class Recorder(Session):
-    """Runs the function for the first time, and notes its calls in :attr:`root`."""
+    """Runs the function for the first time, and notes its calls in :attr:`root`.
+
+    Attributes:
+        origins: Where the content of each tensor comes from; writers are calls.
+    """
 
     def __init__(self) -> None:
         super().__init__(Call(""), every_class())
+        self.origins = Origins(lambda: self.frames[-1].call)
         self._used: dict[type, None] = {}
+
+    def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
+        with self.origins:
+            return super().run(make_model)
 
     def expect(self, cls: type, copied: bool) -> Call:  # noqa: D102
         self._used[cls] = None
@@ -332,10 +355,11 @@ class Recorder(Session):
 
 
 def record(make_model: Callable[[], nn.Module]) -> tuple[nn.Module, Recorder]:
-    """A model, and the recorder of the calls that made it."""
+    """A model, and the recorder of the calls that made it; the random state stays as it was."""
     while True:
         loaded = len(sys.modules)
         recorder = Recorder()
-        model = recorder.run(make_model)
+        with kept_generators():
+            model = recorder.run(make_model)
         if len(sys.modules) == loaded:  # an import may construct modules of its own, once
             return model, recorder

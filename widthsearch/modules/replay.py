@@ -10,26 +10,33 @@ Example:
     ...         super().__init__()
     ...         self.scale = width**-0.5
     ...         self.layer = nn.Linear(3, width)
-    >>> recorder = Recorder()
-    >>> base = recorder.run(Scaled)
+    >>> from widthsearch.modules.construction import record
+    >>> base, recorder = record(Scaled)
     >>> samples = {("layer.weight", 0): (16, 5, 9), ("layer.bias", 0): (16, 5, 9)}
-    >>> replay = Replay(Scaled, recorder)
-    >>> replay.solve(samples, {})
+    >>> replay = Replay(Scaled, recorder, samples, {})
     >>> replay.build({where: 4 for where in samples}).scale
     0.5
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from widthsearch.errors import first_line
 from widthsearch.modules.arguments import bound, integers, with_integers
-from widthsearch.modules.construction import Call, DivergedError, Frame, Recorder, Session
-from widthsearch.modules.initialisation import kept_generators
+from widthsearch.modules.construction import (
+    Call,
+    DivergedError,
+    Frame,
+    Recorder,
+    Session,
+    kept_generators,
+)
 from widthsearch.modules.solving import (
     Follows,
     Leaf,
@@ -40,7 +47,7 @@ from widthsearch.modules.solving import (
     members_of,
     shapes_of,
 )
-from widthsearch.modules.tree import join
+from widthsearch.modules.tree import join, tensors_of
 
 
 class ConstructionError(Exception):
@@ -59,6 +66,7 @@ class Builder(Session):
         classes: The classes that were constructed.
         follows: What each number follows.
         sizes: The sizes that are wanted.
+        free: The tensors with a free width: what would be loaded into them is not.
     """
 
     def __init__(
@@ -67,20 +75,45 @@ class Builder(Session):
         classes: Iterable[type],
         follows: Mapping[Call, Mapping[Leaf, Follows]],
         sizes: Mapping[Where, int],
+        free: Set[str],
     ) -> None:
         super().__init__(root, classes)
-        self.follows, self.sizes = follows, sizes
-        self.kept: list[tuple[Call, list[Leaf]]] = []
-        self.skipped: list[str] = []
+        self.follows, self.sizes, self.free = follows, sizes, free
+        self._skipped: list[Tensor] = []
+
+    def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
+        original = nn.Module.load_state_dict
+
+        def load_state_dict(module: nn.Module, content: Any, *args: Any, **kwargs: Any) -> Any:
+            call = self.call_of(module)
+            layers = {name for within in (call.walk() if call else ()) for name in within.names}
+            if any(name.rpartition(".")[0] in layers for name in self.free):
+                return original(module, module.state_dict())  # a new network starts anew
+            return original(module, content, *args, **kwargs)
+
+        nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+        try:
+            return super().run(make_model)
+        finally:
+            nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+    def unwritten(self, model: nn.Module) -> set[str]:
+        """The tensors of a model that a constructor could not write to, for their sizes."""
+        skipped = {tensor.untyped_storage()._cdata for tensor in self._skipped}
+        return {
+            join(layer, name)
+            for _, layer, name, tensor in tensors_of(model)
+            if tensor.untyped_storage()._cdata in skipped
+        }
 
     def construct(self, frame: Frame, original: Any, args: Any, kwargs: Any) -> None:  # noqa: D102
         call, arguments = frame.call, bound(original, args, kwargs)
         given = dict(list(arguments.arguments.items())[1:])
-        numbers = {
-            (name, path): v for name, value in given.items() for path, v in integers(value)
-        }
+        numbers = {(name, path): v for name, value in given.items() for path, v in integers(value)}
         follows = self.follows.get(call, {})
-        numbers.update({leaf: follows[leaf].value(self.sizes) for leaf in follows if leaf in numbers})
+        numbers.update(
+            {leaf: follows[leaf].value(self.sizes) for leaf in follows if leaf in numbers}
+        )
         moved = [leaf for leaf, v in numbers.items() if call.numbers.get(leaf, v) != v]
         single = [leaf for leaf in moved if leaf in follows or not leaf[1]]
         state = torch.get_rng_state() if moved else None
@@ -106,8 +139,6 @@ class Builder(Session):
             except Exception as error:  # noqa: BLE001  a constructor may refuse in any way
                 failure = failure or error
             else:
-                if kept:
-                    self.kept.append((call, kept))
                 return
         raise ConstructionError(f"{call.kind}: {type(failure).__name__}: {failure}") from failure
 
@@ -138,10 +169,10 @@ class Builder(Session):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return super().__torch_function__(func, types, args, kwargs)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError):
             if getattr(func, "__name__", "") not in ("copy_", "__setitem__"):
                 raise
-            self.skipped.append(str(error))
+            self._skipped.append(args[0])
             return args[0]
 
 
@@ -154,78 +185,38 @@ class Replay:
 
     Args:
         make_model: The function that makes it.
-        recorder: What recorded its calls.
+        recorder: The recorder of its constructor calls.
+        samples: Each size at the base, at multiples of the base's widths, and at random widths.
+        repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
+
+    Attributes:
+        torn: Arguments that several widths ask for, each with the sizes that it does not follow.
+        unexplained: Tensors to which no argument gives the sizes that are wanted.
+        partial: Whether a constructor refuses the numbers that some sizes ask for.
+
+    Raises:
+        ConstructionError: The function does not make the same model twice, or a constructor refuses
+            the numbers that other sizes ask for.
     """
 
-    def __init__(self, make_model: Callable[[], nn.Module], recorder: Recorder) -> None:
-        self.make_model = make_model
-        self.root, self.classes = recorder.root, recorder.classes
-        self.follows: dict[Call, dict[Leaf, Follows]] = {}
-        self.torn: dict[tuple[Call, str], list[Where]] = {}
-        self.unexplained: frozenset[str] = frozenset()
-
-    def solve(
+    def __init__(
         self,
+        make_model: Callable[[], nn.Module],
+        recorder: Recorder,
         samples: Mapping[Where, tuple[int, ...]],
         repeated: Mapping[Where, tuple[int, ...]],
     ) -> None:
-        """Find what the numbers in the calls follow.
-
-        Args:
-            samples: Each size at the base, and at some random widths.
-            repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
-
-        Raises:
-            ConstructionError: The function does not make the same model twice, or its constructors
-                cannot be called at such sizes.
-        """
+        self.make_model = make_model
+        self.root, self.classes = recorder.root, recorder.classes
+        self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
+        self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
+        self.partial = False
         self._solve(samples, repeated, ())
-        wrong = self._wrong(samples)
-        if wrong:
-            layers = {name.rpartition(".")[0] for name in wrong}
-            self._solve(samples, repeated, self._around(layers))
-            wrong = self._wrong(samples)
-        self.unexplained = frozenset(wrong)
-
-    def _solve(self, samples: Any, repeated: Any, sizing: Iterable[Call]) -> None:
-        solver = Solver(self.root, self.classes, samples, repeated, sizing)
-        with kept_generators():
-            try:
-                solver.run(self.make_model)
-            except Exception as error:
-                raise ConstructionError(f"{type(error).__name__}: {error}") from error
-        self.follows, self.torn = solver.follows, solver.torn
-
-    def _wrong(self, samples: Mapping[Where, tuple[int, ...]]) -> set[str]:
-        """The tensors that do not get the size that is wanted."""
-        wrong: set[str] = set()
-        for number in (1, 2):
-            sizes = {where: values[number] for where, values in samples.items()}
-            trial = _Trial(self.root, self.classes, self.follows, sizes)
-            with kept_generators():
-                try:
-                    model = trial.run(self.make_model)
-                except Exception as error:
-                    raise ConstructionError(f"{type(error).__name__}: {error}") from error
-            self.trial = trial
-            for name, shape in shapes_of(model).items():
-                if any(sizes.get((name, dim), n) != n for dim, n in enumerate(shape)):
-                    wrong.add(name)
-        return wrong
-
-    def _around(self, layers: set[str]) -> list[Call]:
-        """The calls that made some layers, and those that these were made by."""
-        found = []
-
-        def visit(call: Call) -> bool:
-            within = [visit(child) for child in call.children]
-            if any(within) or not layers.isdisjoint(call.names):
-                found.append(call)
-                return True
-            return False
-
-        visit(self.root)
-        return found
+        self.unexplained = self._mismatched(self.follows)
+        if self.unexplained:
+            layers = {name.rpartition(".")[0] for name in self.unexplained}
+            self._solve(samples, repeated, _around(self.root, layers))
+            self.unexplained = self._mismatched(self.follows)
 
     def build(self, sizes: Mapping[Where, int]) -> nn.Module:
         """A new model of these sizes, drawn from the global random state.
@@ -233,8 +224,78 @@ class Replay:
         Raises:
             ConstructionError: A constructor refuses the numbers that they ask for.
         """
-        builder = Builder(self.root, self.classes, self.follows, sizes)
-        try:
-            return builder.run(self.make_model)
-        except DivergedError as error:
-            raise ConstructionError(str(error)) from error
+        return self._run(Builder(self.root, self.classes, self.follows, sizes, self._free))
+
+    def astray(self, contents: Mapping[str, tuple[Call | None, str]]) -> dict[str, str]:
+        """The tensors whose fixed content does not follow their sizes.
+
+        Args:
+            contents: Per tensor with a content that depends on the position along a free width: the
+                call that wrote to a part of it, if one did, and the line that wrote it.
+
+        Returns:
+            Per tensor whose size comes otherwise than by the arguments of what wrote it, the reason.
+        """
+        found: dict[str, str] = {}
+        for writer in {call for call, _ in contents.values()}:
+            own = {name for name, (call, _) in contents.items() if call is writer}
+            within = set(writer.walk()) - {writer} if writer else set()
+            follows = {
+                call: {leaf: f for leaf, f in leaves.items() if not leaf[0].startswith("#")}
+                for call, leaves in self.follows.items()
+                if call not in within
+            }
+            for name in own & self._mismatched(follows):
+                found[name] = f"content that is written for the base's width at {contents[name][1]}"
+        for name in self._unwritten & contents.keys():
+            found[name] = f"content that fits the base's width alone at {contents[name][1]}"
+        return found
+
+    def _solve(self, samples: Any, repeated: Any, sizing: Iterable[Call]) -> None:
+        solver = Solver(self.root, self.classes, samples, repeated, sizing)
+        self._run(solver)
+        self.follows, self.torn = solver.follows, solver.torn
+
+    def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> frozenset[str]:
+        """The tensors that do not get the sizes that are wanted."""
+        found: set[str] = set()
+        self._unwritten: set[str] = set()
+        for sizes in self._sizes:
+            trial = _Trial(self.root, self.classes, follows, sizes, self._free)
+            try:
+                model = self._run(trial)
+            except ConstructionError:
+                if sizes is self._sizes[0]:
+                    raise
+                self.partial = True
+                break
+            found.update(
+                name
+                for name, shape in shapes_of(model).items()
+                if any(sizes.get((name, dim), n) != n for dim, n in enumerate(shape))
+            )
+            self._unwritten |= trial.unwritten(model)
+        return frozenset(found)
+
+    def _run(self, session: Session) -> nn.Module:
+        with kept_generators() if isinstance(session, Sketch) else nullcontext():
+            try:
+                return session.run(self.make_model)
+            except ConstructionError:
+                raise
+            except Exception as error:
+                raise ConstructionError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _around(root: Call, layers: Set[str]) -> list[Call]:
+    """The calls that made some layers, and the calls that those were made by."""
+    found: list[Call] = []
+
+    def visit(call: Call) -> bool:
+        within = [visit(child) for child in call.children]
+        if any(within) or not layers.isdisjoint(call.names):
+            found.append(call)
+        return call in found[-1:]
+
+    visit(root)
+    return found

@@ -179,7 +179,9 @@ class Solver(Sketch):
 
     # -- a call -----------------------------------------------------------------------------------
 
-    def _solved(self, frame: Frame, original: Any, arguments: Any) -> Iterator[tuple[Leaf, Follows]]:
+    def _solved(
+        self, frame: Frame, original: Any, arguments: Any
+    ) -> Iterator[tuple[Leaf, Follows]]:
         """What the numbers of a call follow."""
         layer = frame.call.names[0]
         prefix = f"{layer}." if layer else ""
@@ -220,7 +222,10 @@ class Solver(Sketch):
         name, path = leaf
         if isinstance(module, nn.RNNBase) and name in ("args", "kwargs"):
             ((_, key),) = path
-            name, path = ("input_size", "hidden_size")[key] if name == "args" and key < 2 else key, ()
+            name, path = (
+                ("input_size", "hidden_size")[key] if name == "args" and key < 2 else key,
+                (),
+            )
         for attribute in (f"{name}[{path[0][1]}]" if path else name, f"{name}[0]"):
             values = self.repeated.get((layer, attribute))
             if values is not None and values[0] == v:

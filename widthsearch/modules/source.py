@@ -1,14 +1,56 @@
-"""A digest of the source code of a model's classes."""
+"""The source code of a model: a digest of its classes, and the line that is running."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import hashlib
+import importlib.util
 import inspect
+import linecache
+import os
+import sys
 import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
 
 from torch import nn
+
+FOREIGN = tuple(
+    f"{Path(spec.origin).parent}{os.sep}"
+    for name in ("torch", "widthsearch")
+    if (spec := importlib.util.find_spec(name)) and spec.origin
+)
+"""Folders whose lines are no part of a model's code."""
+
+
+def is_foreign(frame: FrameType) -> bool:
+    """Whether a frame runs torch's code, this package's, or code without a file."""
+    return frame.f_code.co_filename.startswith(("<", *FOREIGN))
+
+
+def running(within: CodeType | None = None) -> Iterator[FrameType]:
+    """The frames that are running, the innermost first, up to that of some code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not within:
+        yield frame
+        frame = frame.f_back
+
+
+def line_of(frame: FrameType | None) -> str:
+    """``file:line`` and the text of the line that a frame runs."""
+    if frame is None:
+        return "torch's own code"
+    filename = frame.f_code.co_filename
+    text = linecache.getline(filename, frame.f_lineno).strip()
+    short = "/".join(filename.replace("\\", "/").split("/")[-2:])
+    return f"{short}:{frame.f_lineno} `{text}`"
+
+
+def model_line(within: CodeType | None = None) -> str:
+    """:func:`line_of` the innermost frame of the model's code, up to that of some code."""
+    return line_of(next((frame for frame in running(within) if not is_foreign(frame)), None))
 
 
 def source_digest(model: nn.Module) -> str | None:
