@@ -83,7 +83,7 @@ def extract(
     graph = graph or build_dependency_graph(model, widths_of(model, network))
     kept = kept_groups(model, graph, keep)
     counts = [int(k.sum()) * a.divisor for k, a in zip(kept, model.trace.axes, strict=True)]
-    narrow = model.build(counts, initialise=False)
+    narrow = model.resized(network, counts)
     old = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(network)}
     with torch.no_grad():
         for _, layer, name, new in tensors_of(narrow):

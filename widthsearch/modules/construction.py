@@ -40,8 +40,29 @@ _ALONE = threading.RLock()
 _COPIERS: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
 """How ``copy.deepcopy`` copies instances of a class; asked before ``__deepcopy__``."""
 SIZING = frozenset(
-    "zeros ones empty rand randn full eye arange linspace logspace randperm new_zeros new_ones "
-    "new_empty new_full repeat expand tile repeat_interleave view reshape".split()
+    [
+        "zeros",
+        "ones",
+        "empty",
+        "rand",
+        "randn",
+        "full",
+        "eye",
+        "arange",
+        "linspace",
+        "logspace",
+        "randperm",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "repeat",
+        "expand",
+        "tile",
+        "repeat_interleave",
+        "view",
+        "reshape",
+    ]
 )
 """torch's functions whose integers become sizes of a constructor's own tensors."""
 
@@ -321,15 +342,21 @@ class Recorder(Session):
     """Runs the function for the first time, and notes its calls in :attr:`root`.
 
     Attributes:
+        make_model: The function.
         origins: Where the content of each tensor comes from; writers are calls.
+        complete: Whether it constructed every module of the model.
     """
+
+    make_model: Callable[[], nn.Module]
 
     def __init__(self) -> None:
         super().__init__(Call(""), every_class())
         self.origins = Origins(lambda: self.frames[-1].call)
+        self.complete = True
         self._used: dict[type, None] = {}
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
+        self.make_model = make_model
         with self.origins:
             return super().run(make_model)
 
@@ -350,7 +377,9 @@ class Recorder(Session):
         self.classes = tuple(self._used)
         if isinstance(model, nn.Module):
             for name, module in model.named_modules(remove_duplicate=False):
-                if (call := self.call_of(module)) is not None:
+                call = self.call_of(module)
+                self.complete &= call is not None
+                if call is not None:
                     call.names.append(name)
 
 

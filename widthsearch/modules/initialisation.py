@@ -60,9 +60,13 @@ class Scheme:
                 rules[key] = UNIT
             elif directed and not is_uniform(content, range(content.dim())):
                 rules[key] = LENGTH
-            elif tensor.device.type == "meta" or tensor.numel() == 0:
-                rules[key] = RESET
-            elif not directed and resettable and (origin is None or owner in origin.writer.names):
+            elif (
+                tensor.device.type == "meta"
+                or tensor.numel() == 0
+                or (
+                    not directed and resettable and (origin is None or owner in origin.writer.names)
+                )
+            ):
                 rules[key] = RESET
             elif is_fixed(module, name, tensor, recorder):
                 values[key] = content.clone()

@@ -13,7 +13,7 @@ Example:
     >>> from widthsearch.modules.construction import record
     >>> base, recorder = record(Scaled)
     >>> samples = {("layer.weight", 0): (16, 5, 9), ("layer.bias", 0): (16, 5, 9)}
-    >>> replay = Replay(Scaled, recorder, samples, {})
+    >>> replay = Replay(recorder, samples, {})
     >>> replay.build({where: 4 for where in samples}).scale
     0.5
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Builder(Session):
         follows: What each number follows.
         sizes: The sizes that are wanted.
         free: The tensors with a free width: what would be loaded into them is not.
+        arguments: Per layer, integer arguments that it is given instead.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Builder(Session):
         follows: Mapping[Call, Mapping[Leaf, Follows]],
         sizes: Mapping[Where, int],
         free: Set[str],
+        arguments: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
         super().__init__(root, classes)
-        self.follows, self.sizes, self.free = follows, sizes, free
+        self.follows, self.sizes, self.free, self.arguments = follows, sizes, free, arguments
         self._skipped: list[Tensor] = []
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
@@ -114,6 +117,8 @@ class Builder(Session):
         numbers.update(
             {leaf: follows[leaf].value(self.sizes) for leaf in follows if leaf in numbers}
         )
+        for name in call.names:
+            numbers.update({(arg, ()): v for arg, v in self.arguments.get(name, {}).items()})
         moved = [leaf for leaf, v in numbers.items() if call.numbers.get(leaf, v) != v]
         single = [leaf for leaf in moved if leaf in follows or not leaf[1]]
         state = torch.get_rng_state() if moved else None
@@ -184,7 +189,6 @@ class Replay:
     """Makes a model at other sizes.
 
     Args:
-        make_model: The function that makes it.
         recorder: The recorder of its constructor calls.
         samples: Each size at the base, at multiples of the base's widths, and at random widths.
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
@@ -201,13 +205,14 @@ class Replay:
 
     def __init__(
         self,
-        make_model: Callable[[], nn.Module],
         recorder: Recorder,
         samples: Mapping[Where, tuple[int, ...]],
         repeated: Mapping[Where, tuple[int, ...]],
     ) -> None:
-        self.make_model = make_model
+        self.make_model = recorder.make_model
         self.root, self.classes = recorder.root, recorder.classes
+        if not recorder.complete:
+            raise ConstructionError("a module of the model was made before the function was called")
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
         self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
         self.partial = False
@@ -218,13 +223,23 @@ class Replay:
             self._solve(samples, repeated, _around(self.root, layers))
             self.unexplained = self._mismatched(self.follows)
 
-    def build(self, sizes: Mapping[Where, int]) -> nn.Module:
+    def build(
+        self,
+        sizes: Mapping[Where, int],
+        arguments: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    ) -> nn.Module:
         """A new model of these sizes, drawn from the global random state.
+
+        Args:
+            sizes: Every size in ``samples``.
+            arguments: Per layer, integer arguments that it is given instead of what they ask for.
 
         Raises:
             ConstructionError: A constructor refuses the numbers that they ask for.
         """
-        return self._run(Builder(self.root, self.classes, self.follows, sizes, self._free))
+        return self._run(
+            Builder(self.root, self.classes, self.follows, sizes, self._free, arguments)
+        )
 
     def astray(self, contents: Mapping[str, tuple[Call | None, str]]) -> dict[str, str]:
         """The tensors whose fixed content does not follow their sizes.

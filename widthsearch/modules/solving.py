@@ -76,7 +76,9 @@ def flags_of(module: nn.Module) -> dict[str, bool]:
     return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
 
 
-_FILLS = frozenset("fill_ zero_ normal_ uniform_ erfinv_ add_ sub_ mul_ div_ clamp_".split())
+_FILLS = frozenset(
+    ["fill_", "zero_", "normal_", "uniform_", "erfinv_", "add_", "sub_", "mul_", "div_", "clamp_"]
+)
 
 
 class Sketch(Session):

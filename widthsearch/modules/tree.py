@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from widthsearch.modules.closures import Closures
 from widthsearch.torch_internals import (
     ConvNd,
     NormBase,
@@ -49,19 +50,36 @@ def owner_of(layer: str) -> str:
 
 
 def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A copy of ``model`` in which each tensor ``t`` is replaced by ``tensors[id(t)]``."""
-    memo: dict[int, Any] = dict(tensors)
+    """A copy of ``model`` in which each tensor ``t`` is replaced by ``tensors[id(t)]``.
+
+    Raises:
+        TraceError: An attribute holds a module in a way that a copy cannot hold its own.
+    """
+    closures = Closures(model)
+    memo: dict[int, Any] = {**tensors, **closures.memo}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
                 memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, memo)
+    closures.fill(memo)
     for module in copied.modules():
         for name, suffix in _hooked(module):
             # The hook recomputes this attribute in each forward. It becomes an alias of the
             # parameter, because `reset_parameters` writes to the attribute.
             setattr(module, name, getattr(module, name + suffix).detach())
     return copied
+
+
+def exchange(model: nn.Module, tensors: Mapping[int, Tensor]) -> None:
+    """Replace each tensor ``t`` of a model, wherever it stands, by ``tensors[id(t)]``."""
+    for module in model.modules():
+        held = {**parameters_of(module), **buffers_of(module)}
+        new = {name: tensors[id(t)] for name, t in held.items() if id(t) in tensors}
+        for name, tensor in new.items():
+            setattr(module, name, tensor)
+        if new:
+            sync_attributes(module)
 
 
 def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -168,18 +186,24 @@ SIZED = (
 """Torch's layers that repeat their tensors' sizes in attributes."""
 
 
-def sizes_in(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Every integer among a module's plain attributes: ``name``, or ``name[i]`` in a sequence."""
-    return _integers_in(vars(module))
+def sizes_in(module: nn.Module, *others: type) -> Iterator[tuple[str, Any]]:
+    """Every integer among a module's plain attributes: ``name``, or ``name[i]`` in a sequence.
+
+    Args:
+        module: The module.
+        others: Further types of integers (symbolic ones).
+    """
+    return _integers_in(vars(module), *others)
 
 
-def _integers_in(attributes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _integers_in(attributes: Mapping[str, Any], *others: type) -> Iterator[tuple[str, Any]]:
+    kinds = (int, *others)
     for name, value in attributes.items():
-        if type(value) is int:
+        if type(value) in kinds:
             yield name, value
         elif type(value) in (tuple, list, torch.Size):
             for i, item in enumerate(value):
-                if type(item) is int:
+                if type(item) in kinds:
                     yield f"{name}[{i}]", item
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from widthsearch.channels import extraction, masking
 from widthsearch.errors import SpaceError
-from widthsearch.modules.initialisation import Recorder
+from widthsearch.modules.construction import Recorder, record
 from widthsearch.space.constraints import Constraints, default_axis
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.space_file import SpaceState, read_space, write_space
@@ -346,8 +346,8 @@ def _constructed(model: Model) -> tuple[nn.Module, Recorder | None, str]:
             "a space is made from a torch.nn.Module, or a function without arguments that returns "
             f"one, but was given {model!r}"
         )
-    recorder = Recorder()
-    made: Any = recorder.construct(model)
+    made: Any
+    made, recorder = record(model)
     if not isinstance(made, nn.Module):
         raise SpaceError(f"{model!r} must return a torch.nn.Module, but returned {made!r}")
     name = getattr(model, "__name__", "<lambda>")

@@ -9,16 +9,24 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from widthsearch.modules.construction import Call, Recorder
-from widthsearch.modules.initialisation import is_uniform
+from widthsearch.modules.construction import Recorder
 from widthsearch.modules.replay import ConstructionError, Replay
 from widthsearch.modules.solving import Where
-from widthsearch.modules.tree import SIZED, clone, join, set_size, sizes_in, sync_attributes, tensors_of
+from widthsearch.modules.tree import (
+    SIZED,
+    clone,
+    join,
+    set_size,
+    sizes_in,
+    sync_attributes,
+    tensors_of,
+)
 from widthsearch.tracing.polynomials import Poly, System, as_constant, evaluate
 from widthsearch.tracing.symbolic_ints import poly_of, size
 from widthsearch.tracing.trace import Trace
@@ -60,13 +68,11 @@ class Constructor:
     """Constructs networks of a traced model.
 
     Args:
-        make_model: The function that makes the model.
-        recorder: The recorder of its constructor calls.
+        recorder: The recorder of the model's constructor calls.
         trace: The model's trace.
         template: The model on the meta device.
     """
 
-    make_model: Callable[[], nn.Module]
     recorder: Recorder
     trace: Trace
     template: nn.Module
@@ -77,7 +83,7 @@ class Constructor:
         """How the function makes the model at other sizes; None if it cannot."""
         if self._replay is None:
             try:
-                self._replay = Replay(self.make_model, self.recorder, *self._samples())
+                self._replay = Replay(self.recorder, *self._samples())
             except ConstructionError as error:
                 self._replay = error
         return None if isinstance(self._replay, ConstructionError) else self._replay
@@ -87,14 +93,25 @@ class Constructor:
         """Why it cannot."""
         return None if self.replay is not None else str(self._replay)
 
-    def build(self, shapes: Mapping[str, Sequence[int]], attributes: Any) -> nn.Module | None:
-        """A network with these sizes, or None where the constructors do not give it."""
+    def build(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        attributes: Mapping[tuple[str, str], int],
+        arguments: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    ) -> nn.Module | None:
+        """A network with these sizes; ``arguments`` as for :meth:`Replay.build`.
+
+        Returns:
+            None where the constructors refuse such sizes.
+        """
         if self.replay is None:
             return None
-        sizes: dict[Where, int] = {(key, d): n for key, s in shapes.items() for d, n in enumerate(s)}
+        sizes: dict[Where, int] = {
+            (key, d): n for key, s in shapes.items() for d, n in enumerate(s)
+        }
         sizes.update(attributes)
         try:
-            return self.replay.build(sizes)
+            return self.replay.build(sizes, arguments)
         except ConstructionError:
             return None
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.modules.initialisation import Recorder, Scheme, kept_generators
-from widthsearch.modules.tree import clone, join, set_size, sync_attributes, tensors_of
-from widthsearch.tracing.polynomials import Poly, evaluate
+from widthsearch.modules.construction import Call, Recorder, kept_generators
+from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
+from widthsearch.modules.tree import clone, exchange, join, set_size, tensors_of
+from widthsearch.tracing.constructor import Constructor, free_attributes, resized
+from widthsearch.tracing.polynomials import Poly, as_constant, evaluate
 from widthsearch.tracing.trace import Trace
 from widthsearch.tracing.tracer import trace
 
@@ -26,8 +28,9 @@ class TracedModel:
         input_shape: The shape of one sample, e.g. ``(3, 32, 32)``, or a tree of several inputs.
         trace: The result of the symbolic run.
         template: The model as given, on the meta device (sizes without values).
-        scheme: How the model's constructor initialises it.
-        init: Called on each network after the recorded scheme.
+        scheme: How tensors are filled that the model's constructors do not fill.
+        constructor: The model's own constructors; None where a module was given.
+        init: Called on each network after that.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -42,6 +45,7 @@ class TracedModel:
     trace: Trace
     template: nn.Module
     scheme: Scheme
+    constructor: Constructor | None = None
     init: Callable[[nn.Module], Any] | None = None
 
     @classmethod
@@ -60,16 +64,45 @@ class TracedModel:
             model: The model; it is left unchanged.
             inputs: One sample's shape, as :func:`~widthsearch.tracing.inputs.as_inputs` returns it.
             name: The model's name in messages.
-            recorder: The recorder of its constructor; None where a module was given.
-            init: Called on each network after the recorded scheme.
+            recorder: The recorder of its constructors; None where a module was given.
+            init: Called on each network after its constructor.
             known: The model's trace, if it was traced before; then it is not run again.
 
         Raises:
             TraceError: The model cannot be traced.
         """
-        traced = known or trace(model, inputs)
         template = clone(model, {id(t): _meta(t) for *_, t in tensors_of(model)})
-        return cls(name, inputs, traced, template, Scheme.of(model, recorder), init)
+        scheme = Scheme.of(model, recorder)
+        astray: dict[str, str] = {}
+        while True:
+            traced = known or trace(model, inputs, None if recorder is None else astray)
+            constructor = recorder and Constructor(recorder, traced, template)
+            traced_model = cls(name, inputs, traced, template, scheme, constructor, init)
+            found = {} if known else traced_model._astray(model, recorder)
+            if not found:
+                return traced_model
+            astray = {**astray, **found}
+
+    def _astray(self, model: nn.Module, recorder: Recorder | None) -> dict[str, str]:
+        """Tensors with a free width whose content does not follow it, each with the reason."""
+        suspects: dict[str, tuple[Call | None, str]] = {}
+        for module, layer, name, tensor in tensors_of(model):
+            key = join(layer, name)
+            free = [d for d, n in enumerate(self.trace.shapes[key]) if as_constant(n) is None]
+            if key not in self.scheme.rules and not is_uniform(tensor, free):
+                origin = recorder.origins.of(tensor) if recorder else None
+                patched = origin and origin.patched_by
+                if patched or is_fixed(module, name, tensor, recorder):
+                    suspects[key] = patched, origin.line if origin else ""
+        if not suspects:
+            return {}
+        if self.constructor is None:
+            why = "content of a module that was given as an object, without its constructor"
+            return dict.fromkeys(suspects, why)
+        if self.constructor.replay is None:
+            why = f"content of a model that cannot be constructed anew: {self.constructor.failure}"
+            return dict.fromkeys(suspects, why)
+        return self.constructor.replay.astray(suspects)
 
     def build(
         self,
@@ -85,40 +118,74 @@ class TracedModel:
             vector: One width per axis of the trace, in channels: a multiple of its divisor.
             seed: Seeds the initialisation and leaves the global generators as they were; None
                 draws from them.
-            device: Where the tensors are created.
+            device: Where the tensors are placed. Random numbers are the CPU's on every device.
             initialise: False leaves values undefined, for weights that are loaded next.
         """
         x = self.trace.variables(vector)
+        shapes = {
+            key: tuple(evaluate(n, x) for n in shape) for key, shape in self.trace.shapes.items()
+        }
+        if torch.device(device).type == "meta":
+            return self._copied(x, device)
+        with kept_generators() if seed is not None or not initialise else nullcontext():
+            if seed is not None:
+                torch.manual_seed(seed)
+            network = self._constructed(shapes, x)
+            if network is None:
+                network = self._copied(x, "cpu")
+                if initialise:
+                    self.scheme.apply(network)
+            if initialise and self.init is not None:
+                self.init(network)
+        return network.to(device).train()
+
+    def _constructed(self, shapes: Mapping[str, tuple[int, ...]], x: Sequence[int]) -> Any:
+        """A network that the model's own constructors make, if they do."""
+        if self.constructor is None:
+            return None
+        attributes = {where: evaluate(p, x) for where, p in free_attributes(self.trace)}
+        network = self.constructor.build(shapes, attributes)
+        if network is None:
+            return None
+        others: dict[int, Tensor] = {}
+        for _, layer, name, tensor in tensors_of(network):
+            shape = shapes[join(layer, name)]
+            if tensor.shape != shape:
+                new = torch.empty(shape, dtype=tensor.dtype)
+                self.scheme.fill(join(layer, name), new)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                others[id(tensor)] = new
+        if others:
+            exchange(network, others)
+        for (layer, attribute), value in attributes.items():
+            set_size(network, layer, attribute, value)
+        return network
+
+    def _copied(self, x: Sequence[int], device: Any, of: nn.Module | None = None) -> nn.Module:
+        """A copy of the template, or of a network, at these sizes and without values."""
+        of = of or self.template
         tensors: dict[int, Tensor] = {}
-        for _, layer, name, old in tensors_of(self.template):
-            shape = [evaluate(poly, x) for poly in self.trace.shapes[join(layer, name)]]
+        for _, layer, name, old in tensors_of(of):
+            shape = [evaluate(n, x) for n in self.trace.shapes[join(layer, name)]]
             new = torch.empty(shape, dtype=old.dtype, device=device)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             tensors[id(old)] = new
-        network = self.substituted(tensors, lambda poly: evaluate(poly, x))
-        if initialise and torch.device(device).type != "meta":
-            with nullcontext() if seed is None else kept_generators():
-                if seed is not None:
-                    torch.manual_seed(seed)
-                self.scheme.apply(network)
-                if self.init is not None:
-                    self.init(network)
-        return network.train()
+        return resized(of, self.trace, tensors, lambda poly: evaluate(poly, x)).train()
+
+    def resized(self, network: nn.Module, vector: Sequence[int]) -> nn.Module:
+        """A copy of a network of this model at other widths, without values.
+
+        Unlike :meth:`build`, it keeps the numbers that the network's constructors computed from
+        its widths: it computes the same function of fewer channels.
+        """
+        device = next(network.parameters()).device
+        return self._copied(self.trace.variables(vector), device, network)
 
     def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
-        """The template with other tensors, and its attributes set to fit them.
-
-        Args:
-            tensors: The replacement of each tensor of the template, by the tensor's id.
-            value: Evaluates the polynomial of an attribute.
-        """
-        network = clone(self.template, tensors)
-        for (layer, attribute), poly in self.trace.attributes.items():
-            set_size(network, layer, attribute, value(poly))
-        for module in network.modules():
-            sync_attributes(module)
-        return network
+        """The template with other tensors; see :func:`~widthsearch.tracing.constructor.resized`."""
+        return resized(self.template, self.trace, tensors, value)
 
 
 def _meta(tensor: Tensor) -> Tensor:

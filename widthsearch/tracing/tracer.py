@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 
 from widthsearch.errors import TraceError, first_line
+from widthsearch.modules.initialisation import is_uniform
 from widthsearch.modules.tree import (
     clone,
     is_estimate,
@@ -37,7 +39,6 @@ from widthsearch.modules.tree import (
     sizes_in,
     sync_attributes,
     tensors_of,
-    varying_dims,
 )
 from widthsearch.torch_internals import ConvNd, buffers_of, forward_pre_hooks_of, parameters_of
 from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
@@ -71,7 +72,7 @@ def numel(tensor: Tensor) -> Poly:
     return functools.reduce(multiply, map(poly_of, tensor.shape), constant(1))
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, astray: Mapping[str, str] | None = None) -> Trace:
     """Run ``model`` on symbolic widths.
 
     Modules store sizes in attributes (``self.hidden_dim``) and use them in forward, which fixes a
@@ -82,6 +83,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     Args:
         model: Any module; neither it nor its tensors are changed.
         inputs: One sample's shape, e.g. ``(3, 224, 224)``; see :data:`Inputs` for several inputs.
+        astray: Tensors whose content does not follow their sizes, each with the reason; None if
+            that of no buffer does.
 
     Raises:
         TraceError: The model cannot run on meta tensors (the message names the module and the
@@ -92,7 +95,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     fixed: dict[str, str] = {}
     while True:
         try:
-            return _sound(model, inputs, fixed)
+            return _sound(model, inputs, fixed, astray)
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := _failure(model, inputs)) is not None:
@@ -105,35 +108,42 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             fixed = {**fixed, stop.layer: stop.reason}
 
 
-def _sound(model: nn.Module, inputs: Any, fixed: Mapping[str, str]) -> Trace:
+def _sound(
+    model: nn.Module, inputs: Any, fixed: Mapping[str, str], astray: Mapping[str, str] | None
+) -> Trace:
     """The trace of the freest attempt in which no plain number taken from a width is a size.
 
     Whether a number that code took with ``float()`` or ``int()`` only scales values is found by
     runs at other widths. If it does not, the lines that take numbers pin their widths: one of
     them if that is enough, else all.
     """
-    freest = _freest(model, inputs, fixed)
+    freest = _freest(model, inputs, fixed, astray)
     taken = tuple(freest.system.taken)
     found = freest.collect()
     if not taken or freest.holds(found):
         return found
     for strict in dict.fromkeys([*((line,) for line in taken), taken]):
-        attempt = _freest(model, inputs, fixed, frozenset(strict))
+        attempt = _freest(model, inputs, fixed, astray, frozenset(strict))
         if attempt.holds(trace := attempt.collect()):
             return trace
     return found
 
 
 def _freest(
-    model: nn.Module, inputs: Any, fixed: Mapping[str, str], strict: frozenset[str] = frozenset()
+    model: nn.Module,
+    inputs: Any,
+    fixed: Mapping[str, str],
+    astray: Mapping[str, str] | None,
+    strict: frozenset[str] = frozenset(),
 ) -> _Attempt:
     """The attempt with the most free sizes, over choices of attributes to make symbolic."""
-    best = latest = _Attempt(model, inputs, frozenset(), fixed, strict)
+    begin = partial(_Attempt, model, inputs, fixed=fixed, astray=astray, strict=strict)
+    best = latest = begin(frozenset())
     tried: frozenset[tuple[str, str]] = frozenset()
     while repeated := latest.repeated_sizes(tried):
         tried |= repeated
         try:
-            latest = _Attempt(model, inputs, latest.attributes | repeated, fixed, strict)
+            latest = begin(latest.attributes | repeated)
         except TraceInterrupted:  # the code needs an integer there
             continue
         if latest.freedom < best.freedom:
@@ -141,7 +151,7 @@ def _freest(
         if latest.freedom == best.freedom:  # one attribute may pin what another one frees
             for part in _by_name(repeated):
                 with suppress(TraceInterrupted):
-                    attempt = _Attempt(model, inputs, best.attributes | part, fixed, strict)
+                    attempt = begin(best.attributes | part)
                     if attempt.freedom > best.freedom:
                         best = latest = attempt
                         break
@@ -149,7 +159,7 @@ def _freest(
             best = latest
     for group in best.sizes_elsewhere(tried):
         with suppress(TraceInterrupted):
-            attempt = _Attempt(model, inputs, best.attributes | group, fixed, strict)
+            attempt = begin(best.attributes | group)
             if attempt.freedom > best.freedom:
                 best = attempt
     return best
@@ -226,9 +236,11 @@ class _Attempt:
         inputs: Any,
         attributes: frozenset[tuple[str, str]],
         fixed: Mapping[str, str],
+        astray: Mapping[str, str] | None,
         strict: frozenset[str],
     ) -> None:
         self.model, self.inputs, self.attributes, self.fixed = model, inputs, attributes, fixed
+        self.astray = astray
         self.system = System(strict=strict)
         self.symbols: dict[int, _Symbol] = {}
         self.sized: dict[str, Tensor] = {}
@@ -292,9 +304,11 @@ class _Attempt:
     def _symbolic(self) -> nn.Module:
         """A copy of the model on meta tensors with symbolic sizes."""
         copies: dict[int, Tensor] = {}
+        learned = {n for p in self.model.parameters() for n in p.shape if n >= 4}
+        followed = frozenset() if self.astray is None else learned
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
-            fixed = fixed_dims(module, name, tensor) if name in buffers_of(module) else set()
+            numbers = fixed_dims(module, name, tensor, followed)
             why = reason_within(owner, self.fixed)
             layer_of = self.model.get_submodule(owner) if owner != layer else module
             convolution = isinstance(layer_of, ConvNd) and tensor.dim() > 2
@@ -302,14 +316,17 @@ class _Attempt:
             key = join(layer, name)
             shape: list[torch.SymInt | int] = []
             for dim, n in enumerate(tensor.shape):
-                if n == 1 or dim in fixed or (convolution and dim > 1):
+                if n == 1 or dim in numbers or (convolution and dim > 1):
                     shape.append(n)
                     continue
                 symbol = self.system.fresh(n)
                 makes = dim == output and tensor.dim() > 1 and isinstance(tensor, nn.Parameter)
                 self.symbols[symbol] = _Symbol(owner, key, dim, makes)
+                content = (self.astray or {}).get(key)
                 if why is not None:
                     self.system.pin([symbol], why)
+                elif content is not None and not is_uniform(tensor, [dim]):
+                    self.system.pin([symbol], content)
                 shape.append(size(self.system, self.system.value(symbol)))
             meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
             if isinstance(tensor, nn.Parameter):
@@ -395,14 +412,25 @@ class _Attempt:
         return _collect(self.system, self.symbols, self.sized, self.values, self.run)
 
 
-def fixed_dims(module: nn.Module, name: str, buffer: Tensor) -> set[int]:
-    """The dims along which a buffer's content differs, so that it cannot be made for other sizes.
+def fixed_dims(module: nn.Module, name: str, tensor: Tensor, followed: Set[int]) -> frozenset[int]:
+    """The dims of a buffer along which its content differs, so that it has no other sizes.
 
-    Along the others it is repeated, e.g. one blur filter for every channel.
+    Args:
+        module: The module that holds the tensor.
+        name: Its name there.
+        tensor: A buffer or a parameter; parameters have no such dims.
+        followed: Sizes of which the constructor may give the content too.
     """
-    if is_estimate(module, name) or (buffer.is_floating_point() and buffer.device.type == "meta"):
-        return set()
-    return varying_dims(buffer) if buffer.is_floating_point() else set(range(buffer.dim()))
+    if name not in buffers_of(module) or is_estimate(module, name):
+        return frozenset()
+    dims = range(tensor.dim())
+    if not tensor.is_floating_point():
+        return frozenset(dims)
+    if tensor.device.type == "meta":
+        return frozenset()
+    return frozenset(
+        d for d in dims if tensor.shape[d] not in followed and not is_uniform(tensor, [d])
+    )
 
 
 def _collect(

@@ -17,18 +17,20 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from widthsearch.modules.initialisation import Scheme
-from widthsearch.modules.tree import clone, join, tensors_of
+from widthsearch.modules.tree import clone, join, sizes_in, tensors_of
 from widthsearch.proposers.filter_groups.architecture import BranchedArchitecture, is_depthwise
 from widthsearch.proposers.filter_groups.branched_layers import BranchedConv2d, replace_module
 from widthsearch.space.constraints import default_axis, substituted
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.torch_internals import ConvNd
+from widthsearch.tracing.constructor import Constructor, free_attributes
 from widthsearch.tracing.polynomials import (
     Poly,
     add,
@@ -39,6 +41,7 @@ from widthsearch.tracing.polynomials import (
     total,
 )
 from widthsearch.tracing.trace import Trace, TracedAxis
+from widthsearch.tracing.traced_model import TracedModel
 
 
 def branched(space: SearchSpace, architecture: BranchedArchitecture) -> SearchSpace:
@@ -81,8 +84,10 @@ def branched(space: SearchSpace, architecture: BranchedArchitecture) -> SearchSp
         replace_module(template, conv, BranchedConv2d(conv, inputs, outputs, branches, "meta"))
     digest = hashlib.sha256(json.dumps(architecture.to_json()).encode()).hexdigest()[:8]
     name = f"{plain.name}-branched-{digest}"
-    scheme = _scheme(plain.model.scheme, architecture)
-    model = replace(plain.model, name=name, trace=trace, template=template, scheme=scheme)
+    scheme = _BranchedScheme.around(plain.model, architecture)
+    model = replace(
+        plain.model, name=name, trace=trace, template=template, scheme=scheme, constructor=None
+    )
     return SearchSpace(name, tuple(axes), model)
 
 
@@ -180,17 +185,64 @@ def _sole_makers(space: SearchSpace, architecture: BranchedArchitecture) -> dict
     }
 
 
-def _scheme(scheme: Scheme, architecture: BranchedArchitecture) -> Scheme:
-    """The initialisation scheme in which each branch has the entries of its layer."""
+@dataclass(frozen=True)
+class _BranchedScheme(Scheme):
+    """Fills each branch as the model's constructors fill its layer at the branch's sizes."""
 
-    names = {
-        join(layer, "weight"): [f"{name}.weight" for name in _names(layer, len(branches))]
-        for layer, branches in architecture.layers.items()
-    }
+    layers: Mapping[str, int]  # the number of branches
+    constructor: Constructor | None
 
-    def of(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: v for key, v in entries.items() for name in names.get(key, [key])}
+    @classmethod
+    def around(cls, plain: TracedModel, architecture: BranchedArchitecture) -> _BranchedScheme:
+        """The scheme of a model with branches."""
 
-    return Scheme(
-        of(scheme.steps), of(scheme.shapes), of(scheme.constants), of(scheme.moments), scheme.kept
-    )
+        def of(entries: Mapping[str, Any]) -> dict[str, Any]:
+            out = dict(entries)
+            for layer, branches in architecture.layers.items():
+                if (key := join(layer, "weight")) in out:
+                    value = out.pop(key)
+                    out.update({f"{name}.weight": value for name in _names(layer, len(branches))})
+            return out
+
+        scheme = plain.scheme
+        counts = {layer: len(branches) for layer, branches in architecture.layers.items()}
+        return cls(
+            of(scheme.rules), of(scheme.values), of(scheme.moments), counts, plain.constructor
+        )
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Fill the model from a plain one, and its branches from one each with their sizes."""
+        if self.constructor is None:
+            super().apply(model)
+            return
+        own = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(model)}
+        shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+        attributes = {
+            (layer, name): dict(sizes_in(model.get_submodule(layer)))[name]
+            for (layer, name), _ in free_attributes(self.constructor.trace)
+        }
+        for layer in self.layers:
+            conv: Any = model.get_submodule(layer)
+            kernel = conv.branches[0].kernel_size
+            shapes[join(layer, "weight")] = conv.out_channels, conv.in_channels, *kernel
+        for number in range(-1, max(self.layers.values(), default=0)):
+            names = {
+                join(layer, "weight"): f"{_names(layer, count)[number]}.weight"
+                for layer, count in self.layers.items()
+                if 0 <= number < count
+            }
+            arguments = {
+                layer.removesuffix(".weight"): {"out_channels": outputs, "in_channels": inputs}
+                for layer, name in names.items()
+                for outputs, inputs, *_ in [shapes[name]]
+            }
+            donor = self.constructor.build(shapes, attributes, arguments)
+            if donor is None:
+                super().apply(model)
+                return
+            for _, layer, name, tensor in tensors_of(donor):
+                key = join(layer, name)
+                place = key if number < 0 else names.get(key)
+                if place in own and own[place].shape == tensor.shape:
+                    own[place].copy_(tensor)
