@@ -241,6 +241,11 @@ class Replay:
             Builder(self.root, self.classes, self.follows, sizes, self._free, arguments)
         )
 
+    def example(self) -> nn.Module:
+        """A model with other widths throughout, without the values of layers."""
+        sizes = self._sizes[0]
+        return self._run(_Trial(self.root, self.classes, self.follows, sizes, self._free))
+
     def astray(self, contents: Mapping[str, tuple[Call | None, str]]) -> dict[str, str]:
         """The tensors whose fixed content does not follow their sizes.
 

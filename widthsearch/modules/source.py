@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import linecache
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -51,6 +52,37 @@ def line_of(frame: FrameType | None) -> str:
 def model_line(within: CodeType | None = None) -> str:
     """:func:`line_of` the innermost frame of the model's code, up to that of some code."""
     return line_of(next((frame for frame in running(within) if not is_foreign(frame)), None))
+
+
+def assignment_of(cls: type, name: str) -> str:
+    """``file:line`` of the first assignment to an attribute in a class or its bases."""
+    for base in cls.__mro__:
+        if not _is_own(base):
+            continue
+        try:
+            lines, start = inspect.getsourcelines(base)
+        except (OSError, TypeError):  # made in a shell, by exec, or without a file
+            continue
+        for number, line in enumerate(lines, start):
+            if re.search(rf"\bself\.{re.escape(name)}\b.*[^=]=[^=]", line):
+                return f"{Path(inspect.getfile(base)).name}:{number}"
+    return cls.__module__
+
+
+@functools.cache
+def names_in_forward(cls: type) -> frozenset[str]:
+    """Every name that a class's ``forward``, or a method that it names, looks up."""
+    names: set[str] = set()
+    rest = ["forward"]
+    while rest:
+        code = getattr(inspect.getattr_static(cls, rest.pop(), None), "__code__", None)
+        codes = [code] if code else []
+        while codes:
+            code = codes.pop()
+            rest += [name for name in code.co_names if name not in names]
+            names.update(code.co_names)
+            codes += [value for value in code.co_consts if isinstance(value, CodeType)]
+    return frozenset(names)
 
 
 def source_digest(model: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from widthsearch.modules.construction import Call, Recorder, kept_generators
 from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
 from widthsearch.modules.tree import clone, exchange, join, set_size, tensors_of
 from widthsearch.tracing.constructor import Constructor, free_attributes, resized
+from widthsearch.tracing.leftovers import Leftover, leftovers
 from widthsearch.tracing.polynomials import Poly, as_constant, evaluate
 from widthsearch.tracing.trace import Trace
 from widthsearch.tracing.tracer import trace
@@ -103,6 +105,11 @@ class TracedModel:
             why = f"content of a model that cannot be constructed anew: {self.constructor.failure}"
             return dict.fromkeys(suspects, why)
         return self.constructor.replay.astray(suspects)
+
+    @cached_property
+    def leftovers(self) -> tuple[Leftover, ...]:
+        """Numbers and contents that networks of other widths keep from the base."""
+        return leftovers(self.template, self.trace, self.scheme, self.constructor)
 
     def build(
         self,

@@ -1,0 +1,134 @@
+"""What networks of other widths keep from the base: numbers and contents that no constructor gives.
+
+A constructor that is called with the wanted widths computes everything anew. What is left: numbers
+in a module that was given as an object, numbers that a constructor writes out as literals, and
+arguments that several widths ask for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from widthsearch.modules.initialisation import Scheme
+from widthsearch.modules.source import assignment_of, names_in_forward
+from widthsearch.modules.tree import join, tensors_of
+from widthsearch.tracing.constructor import Constructor
+from widthsearch.tracing.polynomials import as_constant
+from widthsearch.tracing.trace import Trace
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A number or a content that does not follow the widths.
+
+    Attributes:
+        layer: The first module that holds it; empty for the model itself.
+        kind: The module's class.
+        name: The attribute or the tensor.
+        reason: What networks of other widths have instead.
+        place: The line that sets it.
+        count: How many modules of the class have it.
+    """
+
+    layer: str
+    kind: type
+    name: str
+    reason: str
+    place: str
+    count: int = 1
+
+    def __str__(self) -> str:
+        where = f"{join(self.layer, self.name)!r} of {self.kind.__name__} ({self.place})"
+        others = f", and in {self.count - 1} more" if self.count > 1 else ""
+        return f"{where} {self.reason}{others}"
+
+
+def leftovers(
+    template: nn.Module, trace: Trace, scheme: Scheme, constructor: Constructor | None
+) -> tuple[Leftover, ...]:
+    """What networks of other widths keep from the base, once per class and name.
+
+    Args:
+        template: The model on the meta device.
+        trace: Its trace.
+        scheme: How tensors are filled that no constructor fills.
+        constructor: The model's own constructors; None where it was given as a module.
+    """
+    replay = constructor.replay if constructor else None
+    found = [*_contents(template, trace, scheme, None if replay is None else replay.unexplained)]
+    other = None if replay is None else replay.example()
+    found += _stale(template, trace, other)
+    if replay is not None and other is not None:
+        for (call, argument), others in replay.torn.items():
+            module, made = template.get_submodule(call.names[0]), other.get_submodule(call.names[0])
+            for name, value in vars(module).items():
+                if isinstance(value, float) and vars(made).get(name) != value:
+                    reason = (
+                        f"follows one of the widths that its argument {argument!r} gives, and not "
+                        f"that of {others[0][0]!r}"
+                    )
+                    found.append(_leftover(call.names[0], module, name, reason))
+    grouped: dict[tuple[type, str], Leftover] = {}
+    for each in found:
+        first = grouped.setdefault((each.kind, each.name), replace(each, count=0))
+        grouped[each.kind, each.name] = replace(first, count=first.count + 1)
+    return tuple(grouped.values())
+
+
+def _leftover(layer: str, module: nn.Module, name: str, reason: str) -> Leftover:
+    return Leftover(layer, type(module), name, reason, assignment_of(type(module), name))
+
+
+def _contents(
+    template: nn.Module, trace: Trace, scheme: Scheme, unexplained: Set[str] | None
+) -> Iterator[Leftover]:
+    """Random tensors with a free width that no constructor fills."""
+    for module, layer, name, _ in tensors_of(template):
+        key = join(layer, name)
+        free = any(as_constant(n) is None for n in trace.shapes[key])
+        if free and key in scheme.moments and (unexplained is None or key in unexplained):
+            mean, std = scheme.moments[key]
+            yield _leftover(
+                layer, module, name, f"starts with the base's mean {mean:.3g} and std {std:.3g}"
+            )
+
+
+def _stale(template: nn.Module, trace: Trace, other: nn.Module | None) -> Iterator[Leftover]:
+    """Attributes that a free width may have given, and that are the same at other widths."""
+    free: dict[str, set[int]] = {}
+    for _, layer, name, tensor in tensors_of(template):
+        for n, poly in zip(tensor.shape, trace.shapes[join(layer, name)], strict=True):
+            if as_constant(poly) is None:  # and in units: each of two chunks, a head
+                free.setdefault(layer, set()).update({n, n // math.gcd(*poly.values())})
+    for layer, module in template.named_modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        near = [layer, *(join(layer, name) for name, _ in module.named_children())]
+        sizes = set().union(*(free.get(name, ()) for name in near))
+        for name, value in vars(module).items():
+            number = _number(value)
+            if number is None or name not in names_in_forward(type(module)):
+                continue
+            if (layer, name) in trace.attributes or not _given_by(number, sizes):
+                continue
+            if other is None or _number(vars(other.get_submodule(layer)).get(name)) == number:
+                yield _leftover(layer, module, name, f"stays at the base's {number:.6g}")
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        return float(value)
+    return value if type(value) in (int, float) else None
+
+
+def _given_by(number: float, sizes: Set[int]) -> bool:
+    """Whether a number is a size from 8 on, its root, or the inverse of one of both."""
+    powers = (1, 2, -1, -2) if number > 0 and type(number) is not int else (1,)
+    return any(
+        math.isclose(number**power, n, rel_tol=1e-5) for power in powers for n in sizes if n >= 8
+    )
