@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 from composed import LENGTH, Composed, composed, streams
 from hypothesis import assume, given, settings

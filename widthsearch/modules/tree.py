@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -243,6 +243,25 @@ def set_size(model: nn.Module, layer: str, attribute: str, value: Any) -> None:
         setattr(owner, name, value)
     else:
         attributes[name] = value  # not setattr: the object may be frozen
+
+
+def own_configurations(model: nn.Module, places: Iterable[tuple[str, str]]) -> None:
+    """Give a model copies of the objects that hold its sizes, for the user may hold them too.
+
+    Args:
+        model: The model; its modules that share an object share the copy.
+        places: Layers and the names of their attributes, e.g. ``config.hidden_size``.
+    """
+    held = {
+        id(holder): copy.copy(holder)
+        for layer, name in places
+        if "." in name
+        for holder in [getattr(model.get_submodule(layer), name.rpartition(".")[0])]
+    }
+    for module in model.modules() if held else ():
+        for name, value in list(vars(module).items()):
+            if id(value) in held:
+                setattr(module, name, held[id(value)])
 
 
 @torch.no_grad()

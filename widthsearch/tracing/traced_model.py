@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from widthsearch.modules.construction import Call, Recorder, kept_generators
 from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
-from widthsearch.modules.tree import clone, exchange, join, set_size, tensors_of
+from widthsearch.modules.tree import (
+    clone,
+    exchange,
+    join,
+    own_configurations,
+    set_size,
+    sync_attributes,
+    tensors_of,
+)
 from widthsearch.tracing.constructor import Constructor, free_attributes, resized
 from widthsearch.tracing.leftovers import Leftover, leftovers
 from widthsearch.tracing.polynomials import Poly, as_constant, evaluate
@@ -165,8 +173,11 @@ class TracedModel:
                 others[id(tensor)] = new
         if others:
             exchange(network, others)
+        own_configurations(network, attributes)
         for (layer, attribute), value in attributes.items():
             set_size(network, layer, attribute, value)
+        for module in network.modules():  # tied weights, and shadows of computed ones
+            sync_attributes(module)
         return network
 
     def _copied(self, x: Sequence[int], device: Any, of: nn.Module | None = None) -> nn.Module:
