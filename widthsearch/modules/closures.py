@@ -100,7 +100,8 @@ class Closures:
             return False
         if id(value) not in self._known:
             self._known[id(value)] = False
-            self._known[id(value)] = found = any([self._reaches(part) for part in _parts(value)])
+            held = [self._reaches(part) for part in _parts(value)]  # each, to find all functions
+            self._known[id(value)] = found = any(held)
             if isinstance(value, FunctionType):
                 self._refuse(value, self._globals(value), "a global name")
                 if found:

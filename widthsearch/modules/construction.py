@@ -39,31 +39,11 @@ from widthsearch.modules.origins import Origins
 _ALONE = threading.RLock()
 _COPIERS: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
 """How ``copy.deepcopy`` copies instances of a class; asked before ``__deepcopy__``."""
-SIZING = frozenset(
-    [
-        "zeros",
-        "ones",
-        "empty",
-        "rand",
-        "randn",
-        "full",
-        "eye",
-        "arange",
-        "linspace",
-        "logspace",
-        "randperm",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "repeat",
-        "expand",
-        "tile",
-        "repeat_interleave",
-        "view",
-        "reshape",
-    ]
-)
+SIZING = {
+    *("zeros", "ones", "empty", "rand", "randn", "full", "eye", "arange", "linspace", "logspace"),
+    *("randperm", "new_zeros", "new_ones", "new_empty", "new_full", "repeat", "expand", "tile"),
+    *("repeat_interleave", "view", "reshape"),
+}
 """torch's functions whose integers become sizes of a constructor's own tensors."""
 
 
@@ -99,6 +79,21 @@ class Call:
     def again(self) -> Call:
         """The same calls, without names."""
         return Call(self.kind, self.copied, [child.again() for child in self.children])
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A function that makes a model, and the calls that it made when it was called first.
+
+    Attributes:
+        make_model: The function.
+        root: A call that stands for the function; the constructor calls are within it.
+        classes: The classes that were constructed.
+    """
+
+    make_model: Callable[[], nn.Module]
+    root: Call
+    classes: tuple[type, ...]
 
 
 def kind_of(cls: type) -> str:
@@ -150,7 +145,7 @@ class Session(TorchFunctionMode):
     """
 
     def __init__(self, root: Call, classes: Iterable[type]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.root, self.classes = root, tuple(classes)
         self.frames = [Frame(root)]
         self._made: dict[int, tuple[nn.Module, Call]] = {}
@@ -272,11 +267,11 @@ class Session(TorchFunctionMode):
 
     def _on_new_class(self, stack: ExitStack) -> Any:
         def __init_subclass__(cls: type, **kwargs: Any) -> None:  # noqa: N807
-            super(nn.Module, cls).__init_subclass__(**kwargs)
+            super(nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc]
             if threading.get_ident() == self._thread:
                 self._wrap(cls, stack)
 
-        return classmethod(__init_subclass__)
+        return classmethod(__init_subclass__)  # type: ignore[arg-type]
 
     def _copy(self, module: nn.Module, memo: Any) -> Any:
         """What ``copy.deepcopy`` does with a module, as a call of its own."""
@@ -328,10 +323,11 @@ def _deep_copy(module: nn.Module, memo: Any) -> Any:
 
 def every_class(cls: type = nn.Module) -> Iterator[type]:
     """A class and all that are derived from it."""
-    seen = {cls: None}
+    seen: dict[type, None] = {cls: None}
     rest = [cls]
     while rest:
-        for sub in rest.pop().__subclasses__():
+        subs: list[type] = rest.pop().__subclasses__()
+        for sub in subs:
             if sub not in seen and not sub.__module__.startswith("torch.jit"):
                 seen[sub] = None
                 rest.append(sub)
@@ -342,12 +338,12 @@ class Recorder(Session):
     """Runs the function for the first time, and notes its calls in :attr:`root`.
 
     Attributes:
-        make_model: The function.
+        recording: The function, its calls and their classes.
         origins: Where the content of each tensor comes from; writers are calls.
         complete: Whether it constructed every module of the model.
     """
 
-    make_model: Callable[[], nn.Module]
+    recording: Recording
 
     def __init__(self) -> None:
         super().__init__(Call(""), every_class())
@@ -356,9 +352,10 @@ class Recorder(Session):
         self._used: dict[type, None] = {}
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
-        self.make_model = make_model
         with self.origins:
-            return super().run(make_model)
+            model = super().run(make_model)
+        self.recording = Recording(make_model, self.root, tuple(self._used))
+        return model
 
     def expect(self, cls: type, copied: bool) -> Call:  # noqa: D102
         self._used[cls] = None
@@ -374,7 +371,6 @@ class Recorder(Session):
         super()._pair(source, result, call)
 
     def finish(self, model: nn.Module) -> None:  # noqa: D102
-        self.classes = tuple(self._used)
         if isinstance(model, nn.Module):
             for name, module in model.named_modules(remove_duplicate=False):
                 call = self.call_of(module)

@@ -54,18 +54,16 @@ class Scheme:
             key, owner = join(layer, name), owner_of(layer)
             content = tensor.detach()
             origin = recorder.origins.of(tensor) if recorder else None
-            resettable = callable(getattr(model.get_submodule(owner), "reset_parameters", None))
+            last = origin is None or owner in origin.writer.names
+            layer_of = model.get_submodule(owner)
+            resettable = last and callable(getattr(layer_of, "reset_parameters", None))
             directed = direction_of(module, name) is not None
             if is_estimate(module, name):
                 rules[key] = UNIT
             elif directed and not is_uniform(content, range(content.dim())):
                 rules[key] = LENGTH
             elif (
-                tensor.device.type == "meta"
-                or tensor.numel() == 0
-                or (
-                    not directed and resettable and (origin is None or owner in origin.writer.names)
-                )
+                tensor.numel() == 0 or tensor.device.type == "meta" or (resettable and not directed)
             ):
                 rules[key] = RESET
             elif is_fixed(module, name, tensor, recorder):

@@ -13,7 +13,7 @@ Example:
     >>> from widthsearch.modules.construction import record
     >>> base, recorder = record(Scaled)
     >>> samples = {("layer.weight", 0): (16, 5, 9), ("layer.bias", 0): (16, 5, 9)}
-    >>> replay = Replay(recorder, samples, {})
+    >>> replay = Replay(recorder.recording, samples, {})
     >>> replay.build({where: 4 for where in samples}).scale
     0.5
 """
@@ -34,7 +34,7 @@ from widthsearch.modules.construction import (
     Call,
     DivergedError,
     Frame,
-    Recorder,
+    Recording,
     Session,
     kept_generators,
 )
@@ -63,8 +63,7 @@ class Builder(Session):
     base's modules.
 
     Args:
-        root: The recorded calls, as the solver left them.
-        classes: The classes that were constructed.
+        recording: The recorded calls, as the solver left them.
         follows: What each number follows.
         sizes: The sizes that are wanted.
         free: The tensors with a free width: what would be loaded into them is not.
@@ -73,14 +72,13 @@ class Builder(Session):
 
     def __init__(
         self,
-        root: Call,
-        classes: Iterable[type],
+        recording: Recording,
         follows: Mapping[Call, Mapping[Leaf, Follows]],
         sizes: Mapping[Where, int],
         free: Set[str],
         arguments: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
-        super().__init__(root, classes)
+        super().__init__(recording.root, recording.classes)
         self.follows, self.sizes, self.free, self.arguments = follows, sizes, free, arguments
         self._skipped: list[Tensor] = []
 
@@ -94,7 +92,7 @@ class Builder(Session):
                 return original(module, module.state_dict())  # a new network starts anew
             return original(module, content, *args, **kwargs)
 
-        nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+        nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
         try:
             return super().run(make_model)
         finally:
@@ -189,7 +187,7 @@ class Replay:
     """Makes a model at other sizes.
 
     Args:
-        recorder: The recorder of its constructor calls.
+        recording: Its constructor calls.
         samples: Each size at the base, at multiples of the base's widths, and at random widths.
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
 
@@ -205,14 +203,11 @@ class Replay:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recording: Recording,
         samples: Mapping[Where, tuple[int, ...]],
         repeated: Mapping[Where, tuple[int, ...]],
     ) -> None:
-        self.make_model = recorder.make_model
-        self.root, self.classes = recorder.root, recorder.classes
-        if not recorder.complete:
-            raise ConstructionError("a module of the model was made before the function was called")
+        self.recording = recording
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
         self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
         self.partial = False
@@ -220,7 +215,7 @@ class Replay:
         self.unexplained = self._mismatched(self.follows)
         if self.unexplained:
             layers = {name.rpartition(".")[0] for name in self.unexplained}
-            self._solve(samples, repeated, _around(self.root, layers))
+            self._solve(samples, repeated, _around(self.recording.root, layers))
             self.unexplained = self._mismatched(self.follows)
 
     def build(
@@ -237,14 +232,12 @@ class Replay:
         Raises:
             ConstructionError: A constructor refuses the numbers that they ask for.
         """
-        return self._run(
-            Builder(self.root, self.classes, self.follows, sizes, self._free, arguments)
-        )
+        return self._run(Builder(self.recording, self.follows, sizes, self._free, arguments))
 
     def example(self) -> nn.Module:
         """A model with other widths throughout, without the values of layers."""
         sizes = self._sizes[0]
-        return self._run(_Trial(self.root, self.classes, self.follows, sizes, self._free))
+        return self._run(_Trial(self.recording, self.follows, sizes, self._free))
 
     def astray(self, contents: Mapping[str, tuple[Call | None, str]]) -> dict[str, str]:
         """The tensors whose fixed content does not follow their sizes.
@@ -254,7 +247,7 @@ class Replay:
                 call that wrote to a part of it, if one did, and the line that wrote it.
 
         Returns:
-            Per tensor whose size comes otherwise than by the arguments of what wrote it, the reason.
+            Per tensor whose size comes otherwise than by the arguments of its writer, the reason.
         """
         found: dict[str, str] = {}
         for writer in {call for call, _ in contents.values()}:
@@ -272,7 +265,7 @@ class Replay:
         return found
 
     def _solve(self, samples: Any, repeated: Any, sizing: Iterable[Call]) -> None:
-        solver = Solver(self.root, self.classes, samples, repeated, sizing)
+        solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
         self.follows, self.torn = solver.follows, solver.torn
 
@@ -281,7 +274,7 @@ class Replay:
         found: set[str] = set()
         self._unwritten: set[str] = set()
         for sizes in self._sizes:
-            trial = _Trial(self.root, self.classes, follows, sizes, self._free)
+            trial = _Trial(self.recording, follows, sizes, self._free)
             try:
                 model = self._run(trial)
             except ConstructionError:
@@ -300,7 +293,7 @@ class Replay:
     def _run(self, session: Session) -> nn.Module:
         with kept_generators() if isinstance(session, Sketch) else nullcontext():
             try:
-                return session.run(self.make_model)
+                return session.run(self.recording.make_model)
             except ConstructionError:
                 raise
             except Exception as error:

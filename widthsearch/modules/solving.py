@@ -1,16 +1,16 @@
-"""Which integers a model's constructors are to be given, so that its tensors get other sizes.
+"""The integers that a model's constructors are to be given, so that its tensors get other sizes.
 
 Notation: the *base* is the model as given. A *size* is one dim of a tensor, or an attribute that
-repeats one; ``samples`` holds each size at the base and at a few random widths, which tells sizes
-apart that are equal at the base alone. An argument with the value ``v`` at the base is *probed*: its
-constructor runs once more with ``v'`` for it. A size that was ``u`` and is ``u'`` then has the slope
-``s = (u' - u) / (v' - v)``, and where the trace demands the size ``n``, the argument must be
+repeats one. ``samples`` holds each size at the base and at some other widths, which tells apart the
+sizes that are equal at the base alone. An argument with the value ``v`` at the base is *probed*:
+its constructor runs once more with ``v'`` for it. A size that was ``u`` and becomes ``u'`` has the
+slope ``s = (u' - u) / (v' - v)``; where the trace demands the size ``n``, the argument must be
 ``(n - (u - s·v)) / s``.
 
-Worked example: ``Attention(dim=32)`` makes ``nn.Linear(dim, 3 * dim)``. With 64 for 32, the weight's
-dims (96, 32) become (192, 64). So its first dim has the slope 3, its second the slope 1; a trace that
-demands (3·q, a) there asks for ``dim = q`` by the first and ``dim = a`` by the second. The inputs'
-side goes first, so ``dim`` follows ``a``, and the layer's own argument is exchanged where it is made.
+Worked example: ``Attention(dim=32)`` makes ``nn.Linear(dim, 3 * dim)``. With 64 for 32, the dims
+(96, 32) of the weight become (192, 64): the slopes are 3 and 1. A trace that demands (3·q, a) there
+asks for ``dim = q`` by the first and for ``dim = a`` by the second. The inputs' side goes first, so
+``dim`` follows ``a``, and the layer's own argument is exchanged where the layer is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.modules.arguments import Path, alike, bound, integers, with_integers
-from widthsearch.modules.construction import Call, Frame, Session
+from widthsearch.modules.construction import Call, Frame, Recording, Session
 from widthsearch.modules.tree import SIZED, join, sizes_in, tensors_of
 from widthsearch.torch_internals import buffers_of, children_of, parameters_of
 
@@ -56,7 +56,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def sizes_of(model: nn.Module) -> dict[Where, int]:
-    """Every size in a model: attributes first, then tensors', the inputs' dim before the outputs'."""
+    """Every size in a model: attributes first, then tensors', inputs' dims before outputs'."""
     found: dict[Where, int] = {}
     for layer, module in model.named_modules():
         found.update({(layer, name): value for name, value in sizes_in(module)})
@@ -76,9 +76,10 @@ def flags_of(module: nn.Module) -> dict[str, bool]:
     return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
 
 
-_FILLS = frozenset(
-    ["fill_", "zero_", "normal_", "uniform_", "erfinv_", "add_", "sub_", "mul_", "div_", "clamp_"]
-)
+_FILLS = {
+    *("fill_", "zero_", "normal_", "uniform_", "erfinv_"),
+    *("add_", "sub_", "mul_", "div_", "clamp_"),
+}
 
 
 class Sketch(Session):
@@ -89,9 +90,9 @@ class Sketch(Session):
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         elif func.__name__ in _FILLS or getattr(func, "__module__", "") == "torch.nn.init":
-            first, *rest = *args, *kwargs.values()
-            if _on_meta(first) and not any(isinstance(value, Tensor) for value in rest):
-                return first
+            given = [*args, *kwargs.values()]
+            if _on_meta(given[0]) and not any(isinstance(value, Tensor) for value in given[1:]):
+                return given[0]
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -103,8 +104,7 @@ class Solver(Sketch):
     """Runs the function at the base's widths and finds what each number in a call follows.
 
     Args:
-        root: The recorded calls.
-        classes: The classes that were constructed.
+        recording: The recorded calls.
         samples: Each size at the base and at some random widths.
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
         sizing: Calls in which the sizes of torch's own functions are sought too.
@@ -116,13 +116,12 @@ class Solver(Sketch):
 
     def __init__(
         self,
-        root: Call,
-        classes: Iterable[type],
+        recording: Recording,
         samples: Mapping[Where, tuple[int, ...]],
         repeated: Mapping[Where, tuple[int, ...]],
         sizing: Iterable[Call] = (),
     ) -> None:
-        super().__init__(root, classes)
+        super().__init__(recording.root, recording.classes)
         self.samples, self.repeated = samples, repeated
         self.follows: dict[Call, dict[Leaf, Follows]] = {}
         self.torn: dict[tuple[Call, str], list[Where]] = {}
@@ -235,18 +234,17 @@ class Solver(Sketch):
         return None
 
     def _proportional(self, layer: str, values: tuple[int, ...]) -> Follows | None:
-        """The size of a layer that values are a multiple of."""
+        """The size that values are a multiple of, of the layer itself if possible."""
         if len(set(values)) == 1:
             return Follows(None, Fraction(1), Fraction(values[0]))
-        found = None
+        own = f"{layer}." if layer else ""
+        found: dict[tuple[bool, bool], Follows] = {}
         for where, sizes in self.samples.items():
-            if where[0] == layer or where[0].rpartition(".")[0] == layer:
-                slope = Fraction(sizes[0], values[0])
-                if all(size == slope * value for size, value in zip(sizes, values, strict=True)):
-                    found = Follows(where, slope, Fraction(0))
-                    if slope == 1:
-                        break
-        return found
+            slope = Fraction(sizes[0], values[0])
+            if all(size == slope * value for size, value in zip(sizes, values, strict=True)):
+                rank = f"{where[0]}.".startswith(own), slope == 1
+                found.setdefault(rank, Follows(where, slope, Fraction(0)))
+        return found[max(found)] if found else None
 
     def _answer(
         self, call: Call, name: str, responses: Mapping[Where, tuple[int, Fraction]] | None, v: int
@@ -298,8 +296,8 @@ class Solver(Sketch):
         self, frame: Frame, original: Any, arguments: Any, changes: Mapping[Leaf, int]
     ) -> dict[Where, int] | None:
         """The sizes in a module that is made with other numbers; None where it cannot be."""
-        kind = type(frame.module)
-        fresh = kind.__new__(kind)
+        kind: Any = type(frame.module)
+        fresh: Any = kind.__new__(kind)
         given = dict(arguments.arguments)
         given[next(iter(given))] = fresh
         for name in given:

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 from torch import nn
 
@@ -69,9 +70,13 @@ def assignment_of(cls: type, name: str) -> str:
     return cls.__module__
 
 
+def names_in_forward(module: nn.Module) -> frozenset[str]:
+    """Every name that a module's ``forward``, or a method that it names, looks up."""
+    return _names_in_forward(type(module))  # type: ignore[arg-type]
+
+
 @functools.cache
-def names_in_forward(cls: type) -> frozenset[str]:
-    """Every name that a class's ``forward``, or a method that it names, looks up."""
+def _names_in_forward(cls: Any) -> frozenset[str]:
     names: set[str] = set()
     rest = ["forward"]
     while rest:

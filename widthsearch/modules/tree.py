@@ -39,6 +39,16 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]
                     yield module, module_name, name, tensor
 
 
+def aliases_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Every further name of a tensor that several modules share, with its first name."""
+    first: dict[int, str] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in {**parameters_of(module), **buffers_of(module)}.items():
+            key = join(module_name, name)
+            if tensor is not None and first.setdefault(id(tensor), key) != key:
+                yield key, first[id(tensor)]
+
+
 def join(module_name: str, name: str) -> str:
     """The name of a module's tensor in the state dict."""
     return f"{module_name}.{name}" if module_name else name

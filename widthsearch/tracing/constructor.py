@@ -9,25 +9,32 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from widthsearch.modules.construction import Recorder
+from widthsearch.errors import TraceError
+from widthsearch.modules.construction import Recording
 from widthsearch.modules.replay import ConstructionError, Replay
-from widthsearch.modules.solving import Where
+from widthsearch.modules.solving import Where, shapes_of
+from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import (
     SIZED,
+    aliases_of,
     clone,
+    is_synced,
     join,
+    own_configurations,
     set_size,
     sizes_in,
     sync_attributes,
     tensors_of,
 )
-from widthsearch.tracing.polynomials import Poly, System, as_constant, evaluate
+from widthsearch.tracing.interpreter import TraceInterrupted, execute
+from widthsearch.tracing.polynomials import Poly, System, as_constant, evaluate, total
 from widthsearch.tracing.symbolic_ints import poly_of, size
 from widthsearch.tracing.trace import Trace
 
@@ -68,22 +75,27 @@ class Constructor:
     """Constructs networks of a traced model.
 
     Args:
-        recorder: The recorder of the model's constructor calls.
+        recording: The model's constructor calls.
         trace: The model's trace.
         template: The model on the meta device.
+        inputs: One sample's shape, as the trace takes it.
     """
 
-    recorder: Recorder
+    recording: Recording
     trace: Trace
     template: nn.Module
+    inputs: Any
     _replay: Replay | ConstructionError | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "example"}
 
     @property
     def replay(self) -> Replay | None:
         """How the function makes the model at other sizes; None if it cannot."""
         if self._replay is None:
             try:
-                self._replay = Replay(self.recorder, *self._samples())
+                self._replay = Replay(self.recording, *self._samples())
             except ConstructionError as error:
                 self._replay = error
         return None if isinstance(self._replay, ConstructionError) else self._replay
@@ -106,14 +118,81 @@ class Constructor:
         """
         if self.replay is None:
             return None
-        sizes: dict[Where, int] = {
-            (key, d): n for key, s in shapes.items() for d, n in enumerate(s)
-        }
-        sizes.update(attributes)
+        shared = dict(aliases_of(self.template))
+        every = {**shapes, **{alias: shapes[key] for alias, key in shared.items()}}
+        sizes: dict[Where, int] = {(key, d): n for key, s in every.items() for d, n in enumerate(s)}
+        sizes.update(attributes)  # type: ignore[arg-type]
         try:
-            return self.replay.build(sizes, arguments)
+            network = self.replay.build(sizes, arguments)
         except ConstructionError:
             return None
+        if shapes_of(network).keys() != shapes.keys():
+            return None
+        own_configurations(network, attributes)
+        for (layer, name), value in {**self.kept, **attributes}.items():
+            set_size(network, layer, name, value)
+        return network
+
+    @cached_property
+    def example(self) -> nn.Module | None:
+        """A network with other widths throughout, on the meta device."""
+        if self.replay is None:
+            return None
+        try:
+            made = self.replay.example()
+            return clone(made, {id(t): to_meta(t) for *_, t in tensors_of(made)})
+        except (ConstructionError, TraceError):
+            return None
+
+    @cached_property
+    def changed(self) -> dict[tuple[str, str], int]:
+        """Integers that forward may read, that change with widths, and that the trace fixes.
+
+        Returns:
+            Per layer and attribute, the value in the base.
+        """
+        free = dict(free_attributes(self.trace))
+        numbers = {
+            (layer, name): value
+            for layer, module in self.template.named_modules()
+            if not is_synced(module) and not type(module).__module__.startswith("torch.")
+            for name, value in sizes_in(module)
+            if value > 1
+            and (layer, name) not in free
+            and name.partition("[")[0] in names_in_forward(module)
+        }
+        if not numbers or self.example is None:
+            return {}
+        made = {
+            (layer, name): value
+            for layer, module in self.example.named_modules()
+            for name, value in sizes_in(module)
+        }
+        return {where: v for where, v in numbers.items() if made.get(where, v) != v}
+
+    @cached_property
+    def kept(self) -> dict[tuple[str, str], int]:
+        """Those of :attr:`changed` that keep the base's value, or costs would be others."""
+        if not self.changed or self._costs_agree():
+            return {}
+        return self.changed
+
+    def _costs_agree(self) -> bool:
+        """Whether the example costs what the trace predicts."""
+        assert self.example is not None
+        try:
+            run = execute(self.example, System(), self.inputs, {}, train=False)
+        except TraceInterrupted:
+            return False
+        x = self._points()[1]
+        counted = as_constant(total(run.flops.values())), as_constant(run.activations)
+        return counted == (2 * evaluate(self.trace.macs, x), evaluate(self.trace.activations, x))
+
+    def _points(self) -> list[list[int]]:
+        rng = random.Random(0)
+        base = self.trace.variables(self.trace.base)
+        points = [base, [x * rng.choice((2, 3)) for x in base]]
+        return points + [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(3)]
 
     def _samples(self) -> tuple[dict[Where, tuple[int, ...]], dict[Where, tuple[int, ...]]]:
         """The sizes at the base, at a multiple of each width, and at random widths.
@@ -121,28 +200,34 @@ class Constructor:
         Returns:
             Those of tensors and attributes that the trace knows, and those that layers repeat.
         """
-        rng = random.Random(0)
-        base = self.trace.variables(self.trace.base)
-        points = [base, [x * rng.choice((2, 3)) for x in base]]
-        points += [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(3)]
+        points = self._points()
 
         def at(poly: Poly) -> tuple[int, ...]:
             return tuple(evaluate(poly, x) for x in points)
 
+        names = {key: key for key in self.trace.shapes} | dict(aliases_of(self.template))
         samples: dict[Where, tuple[int, ...]] = {
-            (key, dim): at(poly)
-            for key, shape in self.trace.shapes.items()
-            for dim, poly in enumerate(shape)
+            (name, dim): at(poly)
+            for name, key in names.items()
+            for dim, poly in enumerate(self.trace.shapes[key])
         }
         samples.update({where: at(poly) for where, poly in free_attributes(self.trace)})
-        symbolic = with_symbols(self.template, self.trace, System(hints=list(base)))
-        repeated = {
+        symbolic = with_symbols(self.template, self.trace, System(hints=points[0]))
+        repeated: dict[Where, tuple[int, ...]] = {
             (layer, name): at(poly_of(value))
             for layer, module in symbolic.named_modules()
             if isinstance(module, SIZED)
             for name, value in sizes_in(module, torch.SymInt)
         }
         return samples, repeated
+
+
+def to_meta(tensor: Tensor) -> Tensor:
+    """A tensor's like without values."""
+    meta = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(meta, requires_grad=tensor.requires_grad)
+    return meta
 
 
 def free_attributes(trace: Trace) -> Iterator[tuple[tuple[str, str], Poly]]:

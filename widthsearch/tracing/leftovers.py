@@ -60,9 +60,13 @@ def leftovers(
         constructor: The model's own constructors; None where it was given as a module.
     """
     replay = constructor.replay if constructor else None
+    other = constructor.example if constructor else None
     found = [*_contents(template, trace, scheme, None if replay is None else replay.unexplained)]
-    other = None if replay is None else replay.example()
     found += _stale(template, trace, other)
+    if constructor is not None:
+        for (layer, name), value in constructor.kept.items():
+            reason = f"stays at the base's {value}, or costs would be others"
+            found.append(_leftover(layer, template.get_submodule(layer), name, reason))
     if replay is not None and other is not None:
         for (call, argument), others in replay.torn.items():
             module, made = template.get_submodule(call.names[0]), other.get_submodule(call.names[0])
@@ -112,7 +116,7 @@ def _stale(template: nn.Module, trace: Trace, other: nn.Module | None) -> Iterat
         sizes = set().union(*(free.get(name, ()) for name in near))
         for name, value in vars(module).items():
             number = _number(value)
-            if number is None or name not in names_in_forward(type(module)):
+            if number is None or name not in names_in_forward(module):
                 continue
             if (layer, name) in trace.attributes or not _given_by(number, sizes):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,16 +13,8 @@ from torch import Tensor, nn
 
 from widthsearch.modules.construction import Call, Recorder, kept_generators
 from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
-from widthsearch.modules.tree import (
-    clone,
-    exchange,
-    join,
-    own_configurations,
-    set_size,
-    sync_attributes,
-    tensors_of,
-)
-from widthsearch.tracing.constructor import Constructor, free_attributes, resized
+from widthsearch.modules.tree import clone, exchange, join, tensors_of
+from widthsearch.tracing.constructor import Constructor, free_attributes, resized, to_meta
 from widthsearch.tracing.leftovers import Leftover, leftovers
 from widthsearch.tracing.polynomials import Poly, as_constant, evaluate
 from widthsearch.tracing.trace import Trace
@@ -81,17 +73,24 @@ class TracedModel:
         Raises:
             TraceError: The model cannot be traced.
         """
-        template = clone(model, {id(t): _meta(t) for *_, t in tensors_of(model)})
+        if recorder is not None and not recorder.complete:
+            recorder = None  # a module was made before, and is no other's at other widths
+        template = clone(model, {id(t): to_meta(t) for *_, t in tensors_of(model)})
         scheme = Scheme.of(model, recorder)
-        astray: dict[str, str] = {}
-        while True:
-            traced = known or trace(model, inputs, None if recorder is None else astray)
-            constructor = recorder and Constructor(recorder, traced, template)
-            traced_model = cls(name, inputs, traced, template, scheme, constructor, init)
-            found = {} if known else traced_model._astray(model, recorder)
-            if not found:
-                return traced_model
-            astray = {**astray, **found}
+
+        def traced_with(astray: Mapping[str, str], derived: Set[tuple[str, str]]) -> TracedModel:
+            traced = known or trace(model, inputs, None if recorder is None else astray, derived)
+            made = Constructor(recorder.recording, traced, template, inputs) if recorder else None
+            return cls(name, inputs, traced, template, scheme, made, init)
+
+        found = traced_with({}, frozenset())
+        if known is None and (astray := found._astray(model, recorder)):
+            found = traced_with(astray, frozenset())
+        if known is None and found.constructor and (derived := found.constructor.changed):
+            other = traced_with(astray, derived.keys())
+            if len(other.trace.axes) >= len(found.trace.axes):
+                return other
+        return found
 
     def _astray(self, model: nn.Module, recorder: Recorder | None) -> dict[str, str]:
         """Tensors with a free width whose content does not follow it, each with the reason."""
@@ -101,7 +100,7 @@ class TracedModel:
             free = [d for d, n in enumerate(self.trace.shapes[key]) if as_constant(n) is None]
             if key not in self.scheme.rules and not is_uniform(tensor, free):
                 origin = recorder.origins.of(tensor) if recorder else None
-                patched = origin and origin.patched_by
+                patched = origin.patched_by if origin else None
                 if patched or is_fixed(module, name, tensor, recorder):
                     suspects[key] = patched, origin.line if origin else ""
         if not suspects:
@@ -152,7 +151,8 @@ class TracedModel:
                     self.scheme.apply(network)
             if initialise and self.init is not None:
                 self.init(network)
-        return network.to(device).train()
+        built: nn.Module = network.to(device).train()
+        return built
 
     def _constructed(self, shapes: Mapping[str, tuple[int, ...]], x: Sequence[int]) -> Any:
         """A network that the model's own constructors make, if they do."""
@@ -173,11 +173,6 @@ class TracedModel:
                 others[id(tensor)] = new
         if others:
             exchange(network, others)
-        own_configurations(network, attributes)
-        for (layer, attribute), value in attributes.items():
-            set_size(network, layer, attribute, value)
-        for module in network.modules():  # tied weights, and shadows of computed ones
-            sync_attributes(module)
         return network
 
     def _copied(self, x: Sequence[int], device: Any, of: nn.Module | None = None) -> nn.Module:
@@ -204,10 +199,3 @@ class TracedModel:
     def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
         """The template with other tensors; see :func:`~widthsearch.tracing.constructor.resized`."""
         return resized(self.template, self.trace, tensors, value)
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    meta = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(meta, requires_grad=tensor.requires_grad)
-    return meta

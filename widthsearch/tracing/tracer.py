@@ -72,7 +72,12 @@ def numel(tensor: Tensor) -> Poly:
     return functools.reduce(multiply, map(poly_of, tensor.shape), constant(1))
 
 
-def trace(model: nn.Module, inputs: Inputs, astray: Mapping[str, str] | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    inputs: Inputs,
+    astray: Mapping[str, str] | None = None,
+    derived: Set[tuple[str, str]] = frozenset(),
+) -> Trace:
     """Run ``model`` on symbolic widths.
 
     Modules store sizes in attributes (``self.hidden_dim``) and use them in forward, which fixes a
@@ -85,6 +90,7 @@ def trace(model: nn.Module, inputs: Inputs, astray: Mapping[str, str] | None = N
         inputs: One sample's shape, e.g. ``(3, 224, 224)``; see :data:`Inputs` for several inputs.
         astray: Tensors whose content does not follow their sizes, each with the reason; None if
             that of no buffer does.
+        derived: Attributes that the constructors compute from widths, by layer and name.
 
     Raises:
         TraceError: The model cannot run on meta tensors (the message names the module and the
@@ -95,7 +101,7 @@ def trace(model: nn.Module, inputs: Inputs, astray: Mapping[str, str] | None = N
     fixed: dict[str, str] = {}
     while True:
         try:
-            return _sound(model, inputs, fixed, astray)
+            return _sound(model, inputs, fixed, astray, derived)
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := _failure(model, inputs)) is not None:
@@ -109,7 +115,11 @@ def trace(model: nn.Module, inputs: Inputs, astray: Mapping[str, str] | None = N
 
 
 def _sound(
-    model: nn.Module, inputs: Any, fixed: Mapping[str, str], astray: Mapping[str, str] | None
+    model: nn.Module,
+    inputs: Any,
+    fixed: Mapping[str, str],
+    astray: Mapping[str, str] | None,
+    derived: Set[tuple[str, str]],
 ) -> Trace:
     """The trace of the freest attempt in which no plain number taken from a width is a size.
 
@@ -117,13 +127,13 @@ def _sound(
     runs at other widths. If it does not, the lines that take numbers pin their widths: one of
     them if that is enough, else all.
     """
-    freest = _freest(model, inputs, fixed, astray)
+    freest = _freest(model, inputs, fixed, astray, derived)
     taken = tuple(freest.system.taken)
     found = freest.collect()
     if not taken or freest.holds(found):
         return found
     for strict in dict.fromkeys([*((line,) for line in taken), taken]):
-        attempt = _freest(model, inputs, fixed, astray, frozenset(strict))
+        attempt = _freest(model, inputs, fixed, astray, derived, frozenset(strict))
         if attempt.holds(trace := attempt.collect()):
             return trace
     return found
@@ -134,11 +144,12 @@ def _freest(
     inputs: Any,
     fixed: Mapping[str, str],
     astray: Mapping[str, str] | None,
+    derived: Set[tuple[str, str]],
     strict: frozenset[str] = frozenset(),
 ) -> _Attempt:
     """The attempt with the most free sizes, over choices of attributes to make symbolic."""
     begin = partial(_Attempt, model, inputs, fixed=fixed, astray=astray, strict=strict)
-    best = latest = begin(frozenset())
+    best = latest = begin(frozenset(derived))
     tried: frozenset[tuple[str, str]] = frozenset()
     while repeated := latest.repeated_sizes(tried):
         tried |= repeated
@@ -245,8 +256,11 @@ class _Attempt:
         self.symbols: dict[int, _Symbol] = {}
         self.sized: dict[str, Tensor] = {}
         self.values: dict[tuple[str, str], Poly] = {}
+        self.contents: dict[int, str] = {}
         self.symbolic = self._symbolic()
         self.run = execute(self.symbolic, self.system, inputs, fixed, train=False)
+        for symbol, content in self.contents.items():  # after the run, which names what they tie
+            self.system.pin_value({(symbol,): 1}, content)
 
     @property
     def freedom(self) -> int:
@@ -326,7 +340,7 @@ class _Attempt:
                 if why is not None:
                     self.system.pin([symbol], why)
                 elif content is not None and not is_uniform(tensor, [dim]):
-                    self.system.pin([symbol], content)
+                    self.contents[symbol] = content
                 shape.append(size(self.system, self.system.value(symbol)))
             meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
             if isinstance(tensor, nn.Parameter):

@@ -217,7 +217,8 @@ class _BranchedScheme(Scheme):
             super().apply(model)
             return
         own = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(model)}
-        shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+        plain = self.constructor.trace.shapes
+        shapes = {key: tuple(tensor.shape) for key, tensor in own.items() if key in plain}
         attributes = {
             (layer, name): dict(sizes_in(model.get_submodule(layer)))[name]
             for (layer, name), _ in free_attributes(self.constructor.trace)
@@ -235,7 +236,7 @@ class _BranchedScheme(Scheme):
             arguments = {
                 layer.removesuffix(".weight"): {"out_channels": outputs, "in_channels": inputs}
                 for layer, name in names.items()
-                for outputs, inputs, *_ in [shapes[name]]
+                for outputs, inputs, *_ in [own[name].shape]
             }
             donor = self.constructor.build(shapes, attributes, arguments)
             if donor is None:
