@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conformance import RECIPE, ProposerConformance, setting, small_task
+from exact_space import Model
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import counted_flops, space_of, spaces
+from strategies import counted_flops, graph_of, space_of, spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import StudyError
 from widthsearch.proposers import activation_density
 from widthsearch.proposers.activation_density import (
@@ -161,15 +161,13 @@ def test_every_phase_trains_the_smaller_network(spy: type[Spy]) -> None:
     trained = [counted_flops(run.model, (3, 8, 8)) // 2 for run in spy.runs]
     assert trained == [phase["macs"] for phase in phases]
     assert trained == sorted(set(trained), reverse=True)
-    assert [phase["widths"] for phase in phases] == [
-        list(w.vector) for w in proposal.trajectory[: len(phases)]
-    ]
+    path = [list(widths.vector) for widths in proposal.trajectory]
+    assert [phase["widths"] for phase in phases] == path[: len(phases)]
     assert len({run.kwargs["seed"] for run in spy.runs}) == len(phases)
     spent = sum(p["epochs"] * p["macs"] for p in phases) / (RECIPE.epochs * trained[0])
+    final = spent + trained[-1] / trained[0]
     assert proposal.provenance["training_complexity"] == pytest.approx(spent)
-    assert proposal.provenance["training_complexity_with_final"] == pytest.approx(
-        spent + trained[-1] / trained[0]
-    )
+    assert proposal.provenance["training_complexity_with_final"] == pytest.approx(final)
     for phase, following in itertools.pairwise(phases):
         asked = narrowed(space, space.widths(phase["widths"]), phase["densities"])
         assert following["widths"] == list(asked.vector)
@@ -198,7 +196,7 @@ def narrow(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple
     """The base network, and the narrower network with its densest channels."""
     run = activation_density._PhaseTrainer(QUICK, space, small_task(), setting(), {}, "phase")
     run.model = space.build(space.base, seed=0)
-    run.graph = build_dependency_graph(space.unconstrained.model, space.unconstrained.base)
+    run.graph = graph_of(space.unconstrained)
     run.counts = counts
     return run.model, run.narrow(space.widths(widths))
 
@@ -222,27 +220,23 @@ def test_tied_axes_keep_the_densest_of_each() -> None:
     assert torch.equal(narrowest.conv1.weight, model.conv1.weight[30:, 15:])
 
 
-class ZeroPadded(nn.Module):
+def zero_padded() -> nn.Module:
     """A shortcut that pads channels, so that channels of both axes cannot be told apart."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv1 = nn.Conv2d(8, 16, 3, padding=1)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        x = F.relu(self.stem(x))
-        y = self.conv1(x)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.stem(x))
+        y = m.conv1(x)
         more = y.shape[1] - x.shape[1]
-        return self.fc(F.relu(y + F.pad(x, (0, 0, 0, 0, 0, more))).mean((2, 3)))
+        return m.fc(F.relu(y + F.pad(x, (0, 0, 0, 0, 0, more))).mean((2, 3)))
+
+    stem, conv1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+    return Model(forward, stem=stem, conv1=conv1, fc=nn.Linear(16, 10))
 
 
 def test_channels_that_cannot_be_told_apart_start_from_new_weights(spy: type[Spy]) -> None:
     """Such an axis is narrowed without inheriting, and the phase records that."""
-    space = SearchSpace.from_model(ZeroPadded, (3, 8, 8))
-    assert build_dependency_graph(space.model, space.base).unknown
+    space = SearchSpace.from_model(zero_padded, (3, 8, 8))
+    assert graph_of(space).unknown
     method = replace(QUICK, weights="inherit", drop=100.0)
     phases = method(space, small_task(), setting()).provenance["phases"]
     assert len(phases) >= 2
@@ -254,11 +248,8 @@ def test_tied_axes_have_one_density() -> None:
     """Over all of their consumers, also with inherited weights."""
     free = space_of("Grouped")
     tied = free.constrained(tie=[["stem", "last"]])
-    counts = [
-        Counts(np.full(4, 3.0), np.full(4, 4.0)),
-        Counts(np.full(24, 1.0), np.full(24, 1.0)),
-        Counts(np.full(8, 0.0), np.full(8, 2.0)),
-    ]
+    some = {4: (3.0, 4.0), 24: (1.0, 1.0), 8: (0.0, 2.0)}  # active and total of each group
+    counts = [Counts(np.full(n, active), np.full(n, total)) for n, (active, total) in some.items()]
     assert density_of_axes(tied, counts) == (12 / 32, 1.0)
     method = replace(QUICK, weights="inherit", drop=100.0)
     phases = method(tied, small_task(), setting()).provenance["phases"]
@@ -276,21 +267,20 @@ def stopped(method: ActivationDensity, **changes: Any) -> tuple[str, int]:
 def test_the_reasons_to_stop(spy: type[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
     """A drop of accuracy, densities near 1, the lowest cost, or a coarse grid."""
     spy.accuracies = (90.0, 88.0, 86.9)
-    why, phases = stopped(replace(QUICK, drop=3.0), lowest=0.0)
-    assert (why, phases) == ("accuracy is more than 3 points below the first phase's", 3)
+    why = "accuracy is more than 3 points below the first phase's"
+    assert stopped(replace(QUICK, drop=3.0), lowest=0.0) == (why, 3)
     spy.accuracies = ()
-    why, phases = stopped(replace(QUICK, until=0.01))
-    assert (why, phases) == ("every density is 0.01 or more, or its axis at its smallest width", 1)
-    why, phases = stopped(QUICK, lowest=0.9)
-    assert (why, phases) == ("the next widths are below the lowest of interest", 1)
+    why = "every density is 0.01 or more, or its axis at its smallest width"
+    assert stopped(replace(QUICK, until=0.01)) == (why, 1)
+    why = "the next widths are below the lowest of interest"
+    assert stopped(QUICK, lowest=0.9) == (why, 1)
     monkeypatch.setattr(activation_density, "density_of_axes", lambda *_: (0.94, 0.94))
-    why, phases = stopped(QUICK)  # 16 by 2 and 32 by 4 stay
-    assert (why, phases) == ("no density moves its axis by a step", 1)
+    assert stopped(QUICK) == ("no density moves its axis by a step", 1)  # 16 by 2, 32 by 4
 
 
 def test_a_space_without_narrower_networks_has_one_member() -> None:
     """The base is the only network of the grid."""
-    space = SearchSpace.from_model(ZeroPadded, (3, 8, 8), step={"stem": 8, "conv1": 16})
+    space = SearchSpace.from_model(zero_padded, (3, 8, 8), step={"stem": 8, "conv1": 16})
     assert QUICK(space, small_task(), setting()).trajectory == (space.base,)
 
 
@@ -301,11 +291,8 @@ def test_divergence_ends_the_method(spy: type[Spy]) -> None:
     assert proposal.provenance["stopped"] == "training diverged"
     assert proposal.provenance["phases"][-1]["accuracy"] is None
     with pytest.raises(StudyError, match=r"diverged in epoch 1; lower lr \(1e\+30\)"):
-        ActivationDensity()(
-            space_of("Plain"),
-            small_task(),
-            replace(setting(), recipe=replace(RECIPE, lr=1e30, warmup_epochs=0)),
-        )
+        wild = replace(RECIPE, lr=1e30, warmup_epochs=0)
+        ActivationDensity()(space_of("Plain"), small_task(), replace(setting(), recipe=wild))
 
 
 def test_one_epoch_per_phase_halves_all_widths() -> None:
@@ -320,7 +307,6 @@ def test_progress_is_reported() -> None:
     """One line per epoch."""
     lines: list[str] = []
     QUICK(space_of("Residual"), small_task(), replace(setting(), report=lines.append))
-    assert lines[0].startswith(
-        "phase 1 at 1.00 of the base's MACs, epoch 1 of at most 2: accuracy "
-    )
+    first = "phase 1 at 1.00 of the base's MACs, epoch 1 of at most 2: accuracy "
+    assert lines[0].startswith(first)
     assert any(line.startswith("phase 2 at 0.") for line in lines)

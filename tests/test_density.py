@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conformance import small_task
-from strategies import space_of
+from conformance import RECIPE, small_task
+from exact_space import Model
+from strategies import graph_of, network_of, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,39 +17,22 @@ from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.proposers.activation_density import density_of_axes
 from widthsearch.proposers.density import Counts, DensityMeter
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer
 
 
-class Pooled(nn.Module):
+def pooled(way: str, activation: Any = F.relu) -> nn.Module:
     """Four channels behind an activation, then pooling, dropout or flattening, then a consumer."""
-
-    def __init__(self, way: str = "conv", activation: Any = F.relu) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 1)
-        self.head: nn.Module = nn.Linear(4, 10)
-        if way == "conv":
-            self.head = nn.Conv2d(4, 10, 1)
-        elif way == "grid":
-            self.head = nn.Linear(16, 10)
-        self.way, self.activation = way, activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        x = self.activation(self.stem(x))
-        if self.way == "conv":
-            return self.head(F.max_pool2d(x, 2)).mean((2, 3))
-        if self.way == "pool":
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        elif self.way == "grid":
-            x = nn.AdaptiveAvgPool2d(2)(x).flatten(1)
-        elif self.way == "mean":
-            x = x.mean(dim=[2, 3])
-        elif self.way == "dropout":
-            x = F.dropout(torch.flatten(F.avg_pool2d(x, 8), 1), 0.5)
-        else:
-            x = F.dropout(x[:, :, 0, 0], 0.5, training=True, inplace=True)
-        return self.head(x)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "conv": lambda x: F.max_pool2d(x, 2),
+        "pool": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+        "grid": lambda x: nn.AdaptiveAvgPool2d(2)(x).flatten(1),
+        "mean": lambda x: x.mean(dim=[2, 3]),
+        "dropout": lambda x: F.dropout(torch.flatten(F.avg_pool2d(x, 8), 1), 0.5),
+        "in place": lambda x: F.dropout(x[:, :, 0, 0], 0.5, training=True, inplace=True),
+    }
+    heads = {"conv": nn.Conv2d(4, 10, 1), "grid": nn.Linear(16, 10)}
+    stem, head = nn.Conv2d(3, 4, 1), heads.get(way, nn.Linear(4, 10))
+    return Model(lambda m, x: m.head(ways[way](activation(m.stem(x)))), stem=stem, head=head)
 
 
 def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) -> list[Counts]:
@@ -62,7 +47,7 @@ def measured(space: SearchSpace, model: nn.Module, x: Tensor, **options: Any) ->
 @pytest.mark.parametrize("way", ["conv", "pool", "grid", "mean", "dropout", "in place"])
 def test_densities_by_hand(way: str) -> None:
     """Two of four channels are active, and in a third one half of the images."""
-    space = SearchSpace.from_model(lambda: Pooled(way), (3, 8, 8), step=1)
+    space = SearchSpace.from_model(lambda: pooled(way), (3, 8, 8), step=1)
     model = space.build(space.base, seed=0)
     with torch.no_grad():
         model.stem.weight.zero_()
@@ -99,23 +84,20 @@ def images(count: int = 6) -> Tensor:
 
 def test_a_stream_is_counted_over_all_of_its_consumers() -> None:
     """The stream has two consumers: the block, and the classifier behind an average."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Residual")
     seen = read_by(model, ["conv1", "conv2"], images())
-    last: list[Tensor] = []
     with torch.no_grad():
         block = model.bn2(model.conv2(F.relu(model.bn1(model.conv1(seen["conv1"])))))
-        last.append(F.relu(seen["conv1"] + block))
+        last = F.relu(seen["conv1"] + block)
     stem, inner = measured(space, model, images())
-    assert stem.active.sum() == int((seen["conv1"] != 0).sum() + (last[0] != 0).sum())
+    assert stem.active.sum() == int((seen["conv1"] != 0).sum() + (last != 0).sum())
     assert stem.total.sum() == 2 * seen["conv1"].numel()
     assert inner.active.tolist() == (seen["conv2"] != 0).sum((0, 2, 3)).tolist()
 
 
 def test_the_parts_of_a_concatenation_count_for_their_axes() -> None:
     """The first eight input channels of `last` are the stem's, the other four the growth's."""
-    space = space_of("Concatenated")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Concatenated")
     seen = read_by(model, ["grow", "last"], images())
     stem, grow, last = measured(space, model, images())
     both = (seen["last"] != 0).sum((0, 2, 3))
@@ -127,8 +109,7 @@ def test_the_parts_of_a_concatenation_count_for_their_axes() -> None:
 
 def test_flattened_positions_count_for_their_channel() -> None:
     """Each channel has 16 inputs of the classifier."""
-    space = space_of("Plain")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Plain")
     seen = read_by(model, ["fc"], images())["fc"]
     _, second = measured(space, model, images())
     assert second.active.tolist() == (seen != 0).view(6, 16, 16).sum((0, 2)).tolist()
@@ -136,8 +117,7 @@ def test_flattened_positions_count_for_their_channel() -> None:
 
 def test_grouped_and_depthwise_convolutions_count_their_own_channels() -> None:
     """A channel group of the stem has one channel of each convolution group."""
-    space = space_of("Grouped")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Grouped")
     seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum((0, 2, 3))
     stem = measured(space, model, images())[0]
     assert stem.active.tolist() == seen.view(4, 4).sum(0).tolist()
@@ -145,8 +125,7 @@ def test_grouped_and_depthwise_convolutions_count_their_own_channels() -> None:
     model = space.build(narrow, seed=0)
     seen = (read_by(model, ["grouped"], images())["grouped"] != 0).sum()
     assert measured(space, model, images(), widths=narrow)[0].active.tolist() == [int(seen)]
-    space = space_of("Depthwise")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Depthwise")
     inputs = read_by(model, ["depthwise", "project"], images())
     expand = measured(space, model, images())[space.names.index("expand")]
     both = sum((x != 0).sum((0, 2, 3)) for x in inputs.values())
@@ -155,7 +134,7 @@ def test_grouped_and_depthwise_convolutions_count_their_own_channels() -> None:
 
 def test_smooth_activations_have_a_relative_threshold() -> None:
     """GELU has no zeros: |x| > 0.05 rms, or the given share; ReLU counts nonzero values."""
-    space = SearchSpace.from_model(lambda: Pooled("conv", F.gelu), (3, 8, 8), step=1)
+    space = SearchSpace.from_model(lambda: pooled("conv", F.gelu), (3, 8, 8), step=1)
     model = space.build(space.base, seed=0)
     with torch.no_grad():
         x = F.gelu(model.stem(images()))
@@ -167,14 +146,15 @@ def test_smooth_activations_have_a_relative_threshold() -> None:
         assert counts.active.tolist() == (x.abs() > share * rms).sum((0, 2, 3)).tolist()
         assert counts.active.sum() < x.numel()
     assert (measured(space, model, images(), threshold=0.0)[0].density() == 1).all()
+    space, model, _ = network_of("Plain")
     rules = {}
-    measured(space_of("Plain"), space_of("Plain").build(1.0, seed=0), images(), rules=rules)
+    measured(space, model, images(), rules=rules)
     assert rules == {"conv2.weight": 0.0, "fc.weight": 0.0}
 
 
 def test_normally_distributed_activations_count_as_dense() -> None:
     """They are 96% dense, so that bottlenecks without activation keep their width."""
-    space = SearchSpace.from_model(lambda: Pooled("conv", lambda x: x), (3, 8, 8), step=1)
+    space = SearchSpace.from_model(lambda: pooled("conv", lambda x: x), (3, 8, 8), step=1)
     model = space.build(space.base, seed=0)
     nn.init.zeros_(model.stem.bias)
     (counts,) = measured(space, model, images(64))
@@ -184,13 +164,10 @@ def test_normally_distributed_activations_count_as_dense() -> None:
 def test_only_training_is_counted_and_it_is_not_changed() -> None:
     """Every image counts once per epoch, weights are the same, and no hook remains."""
     space, task = space_of("Residual"), small_task()
-    recipe = Recipe(epochs=1, batch_size=50, lr=0.05)
     models = [space.build(space.base, seed=0) for _ in range(2)]
-    with DensityMeter(
-        build_dependency_graph(space.model, space.base), models[0], None, {}
-    ) as meter:
-        Trainer(models[0], task, recipe, seed=0).run_epoch()
-    Trainer(models[1], task, recipe, seed=0).run_epoch()
+    with DensityMeter(graph_of(space), models[0], None, {}) as meter:
+        Trainer(models[0], task, RECIPE, seed=0).run_epoch()
+    Trainer(models[1], task, RECIPE, seed=0).run_epoch()
     assert meter.counts()[1].total.tolist() == [100 * 64] * 32
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -200,11 +177,7 @@ def test_only_training_is_counted_and_it_is_not_changed() -> None:
 
 def test_a_failing_forward_pass_leaves_no_function_mode() -> None:
     """The meter overrides torch's functions during the pass only."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
-    with (
-        DensityMeter(build_dependency_graph(space.model, space.base), model, None, {}),
-        pytest.raises(RuntimeError),
-    ):
+    _, model, graph = network_of("Residual")
+    with DensityMeter(graph, model, None, {}), pytest.raises(RuntimeError):
         model(torch.zeros(2, 5, 8, 8))
     assert not torch.overrides._get_current_function_mode_stack()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from conformance import RECIPE, setting, small_task
-from strategies import space_of
+from strategies import SEARCH_SPACES, network_of, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from widthsearch.proposers.filter_groups.learning import (
 from widthsearch.space.loading import load_space
 from widthsearch.training.sgd import sgd_step
 
-RESNET20 = f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'}:resnet20"
+RESNET20 = f"{SEARCH_SPACES / 'resnet_cifar.py'}:resnet20"
 
 
 # -- which layers ------------------------------------------------------------------------------
@@ -67,10 +67,8 @@ def literal_r(p: Tensor, weight: Tensor) -> Tensor:
     """R of one layer, as in the paper: p (G, F), weight (F, C, k, k)."""
     total = weight.new_zeros(())
     for p_g in p:
-        lasso = weight.new_zeros(())
-        for c in range(weight.shape[1]):
-            lasso = lasso + ((p_g[:, None, None] * weight[:, c]) ** 2).sum().sqrt()
-        total = total + p_g.sqrt().sum() ** 2 * lasso
+        norms = [((p_g[:, None, None] * w_c) ** 2).sum().sqrt() for w_c in weight.unbind(1)]
+        total = total + p_g.sqrt().sum() ** 2 * sum(norms)
     return total
 
 
@@ -136,13 +134,26 @@ def test_the_mixed_derivative_equals_difference_quotients() -> None:
 # -- learning ----------------------------------------------------------------------------------
 
 
+def batch() -> tuple[Tensor, Tensor]:
+    """Images and labels of ten classes."""
+    x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return x, torch.arange(20) % 10
+
+
+def backward_of(model: nn.Module) -> Callable[[], Tensor]:
+    """The backward pass of the batch, for a step hook."""
+    x, y = batch()
+
+    def backward() -> Tensor:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    return backward
+
+
 def two_steps_literally(
-    model: nn.Module,
-    layers: tuple[GroupedLayer, ...],
-    x: Tensor,
-    y: Tensor,
-    groups: int,
-    penalty: float,
+    model: nn.Module, layers: tuple[GroupedLayer, ...], groups: int, penalty: float
 ) -> tuple[dict[str, Tensor], nn.Module]:
     """Group learning by the formulas, layer by layer, with copies and autograd."""
     tau, steps, lr = 0.5, 2, 0.1
@@ -160,6 +171,7 @@ def two_steps_literally(
             with torch.no_grad():
                 w -= factor * scale[n] * gradient
 
+    x, y = batch()
     for step in range(steps):
         p = {}
         for n, alpha in alphas.items():
@@ -203,27 +215,17 @@ def two_steps_literally(
 
 def test_learning_equals_the_literal_algorithm() -> None:
     """Two steps give the logits and weights of the formulas."""
-    space = space_of("Residual")
+    space, model, _ = network_of("Residual", seed=3)
     layers = find_layers(space)
-    model = space.build(space.base, seed=3)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20, 3, 8, 8, generator=generator)
-    y = torch.arange(20) % 10
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        alphas, wanted = two_steps_literally(copy.deepcopy(model), layers, x, y, 2, 0.5)
+        alphas, wanted = two_steps_literally(copy.deepcopy(model), layers, 2, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     penalties = [0.5 * 0.1 * ramp for ramp in (0.5, 1.0)]
     learning = GroupLearning(model, layers, groups=2, lr=1e-3, temperature=0.5, penalties=penalties)
-
-    def backward() -> Tensor:
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss.detach()
-
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        losses = [learning.step(optimizer, backward).item() for _ in range(2)]
+        losses = [learning.step(optimizer, backward_of(model)).item() for _ in range(2)]
     assert losses[1] != losses[0]
     found = {
         layer.name: logits
@@ -241,27 +243,14 @@ def test_learning_equals_the_literal_algorithm() -> None:
 def test_without_a_penalty_learning_is_training() -> None:
     """The look-ahead is undone: weights, momentum and statistics are those of plain steps."""
     space = space_of("Concatenated")
-    x, y = torch.randn(20, 3, 8, 8), torch.arange(20) % 10
+    layers, options = find_layers(space), {"groups": 4, "lr": 1e-3, "temperature": 0.5}
     results = []
     for plain in (True, False):
         model = space.build(space.base, seed=0)
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        learning = GroupLearning(
-            model,
-            find_layers(space),
-            groups=4,
-            lr=1e-3,
-            temperature=0.5,
-            penalties=[0.0] * 3,
-        )
-
-        def backward(model: nn.Module = model) -> Tensor:
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss.detach()
-
+        learning = GroupLearning(model, layers, **options, penalties=[0.0] * 3)
         for _ in range(3):
-            (sgd_step if plain else learning.step)(optimizer, backward)
+            (sgd_step if plain else learning.step)(optimizer, backward_of(model))
         results.append((model.state_dict(), optimizer.state_dict()["state"]))
     (a, momenta_a), (b, momenta_b) = results
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
@@ -274,18 +263,9 @@ def test_a_strong_penalty_empties_channels_of_groups() -> None:
     space, task = space_of("Residual"), small_task()
 
     def least_share(penalty: float) -> float:
-        model = space.build(space.base, seed=0)
-        groups = learn_groups(
-            model,
-            find_layers(space),
-            task,
-            RECIPE,
-            setting(),
-            groups=2,
-            penalty=penalty,
-            lr=1e-2,
-            temperature=0.5,
-        )
+        model, layers = space.build(space.base, seed=0), find_layers(space)
+        options = {"groups": 2, "penalty": penalty, "lr": 1e-2, "temperature": 0.5}
+        groups = learn_groups(model, layers, task, RECIPE, setting(), **options)
         energy = model.conv1.weight.detach().square().sum((2, 3))
         of = torch.stack([energy[groups["conv1"] == g].sum(0) for g in range(2)])
         shares = (of / of.sum(1, keepdim=True)).sort(1).values

@@ -4,58 +4,48 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from strategies import MODELS, space_of
+from exact_space import Model
+from strategies import MODELS, SEARCH_SPACES, network_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.proposers.filter_groups.branched_layers import with_branches
 from widthsearch.proposers.filter_groups.branched_space import branched
-from widthsearch.proposers.filter_groups.learning import (
-    find_layers,
-)
+from widthsearch.proposers.filter_groups.learning import find_layers
 from widthsearch.proposers.filter_groups.pruning import GroupPruning, Pruned, cumulative_shares
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 
-RESNET20 = f"{Path(__file__).parent.parent / 'search_spaces' / 'resnet_cifar.py'}:resnet20"
+RESNET20 = f"{SEARCH_SPACES / 'resnet_cifar.py'}:resnet20"
 
 
 def test_shares_by_hand() -> None:
     """The smallest entries are pruned while their sum stays below β; the largest never is."""
     shares = cumulative_shares(np.array([[1.0, 4.0, 3.0, 2.0]]))
     assert shares.tolist() == [[0.1, np.inf, 0.6, 0.3]]
-    assert (shares >= 0.1).all()  # a β that is not above the smallest energy drops nothing
-    assert ((shares >= 0.11) == [[False, True, True, True]]).all()
-    assert ((shares >= 0.3) == [[False, True, True, True]]).all()
-    assert ((shares >= 0.31) == [[False, True, True, False]]).all()
-    assert ((shares >= 1.0) == [[False, True, False, False]]).all()
     assert cumulative_shares(np.zeros((1, 2))).tolist() == [[0.0, np.inf]]
 
 
-class Chain(nn.Module):
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1×1 convolution."""
+    return nn.Conv2d(inputs, outputs, 1, bias=False)
+
+
+def chain() -> nn.Module:
     """Three 1×1 convolutions in a row, of 2, 3 and 2 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 2, 1, bias=False)
-        self.a = nn.Conv2d(2, 3, 1, bias=False)
-        self.b = nn.Conv2d(3, 2, 1, bias=False)
-        self.fc = nn.Linear(2, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        return self.fc(F.relu(self.b(F.relu(self.a(self.stem(x))))).mean((2, 3)))
+    layers = {"stem": conv(3, 2), "a": conv(2, 3), "b": conv(3, 2), "fc": nn.Linear(2, 10)}
+    return Model(lambda m, x: m.fc(F.relu(m.b(F.relu(m.a(m.stem(x))))).mean((2, 3))), **layers)
 
 
 @cache
 def chain_space() -> SearchSpace:
     """The space of the chain."""
-    return SearchSpace.from_model(Chain, (3, 8, 8))
+    return SearchSpace.from_model(chain, (3, 8, 8))
 
 
 def pruning_of(
@@ -70,6 +60,12 @@ def pruning_of(
             weight[:, :, 0, 0] = torch.tensor(values)
     chosen = {layer: torch.tensor(of) for layer, of in groups.items()}
     return GroupPruning(space, model, chosen, 1 + max(max(of) for of in groups.values()))
+
+
+def striped(space: SearchSpace, model: nn.Module, count: int) -> dict[str, Tensor]:
+    """Groups of the filters of each layer, by turns."""
+    layers = [layer.name for layer in find_layers(space)]
+    return {n: torch.arange(len(model.get_submodule(n).weight)) % count for n in layers}
 
 
 def read(pruning: GroupPruning, pruned: Pruned) -> dict[str, list[tuple[list[int], list[int]]]]:
@@ -119,8 +115,7 @@ def test_whole_filters_are_pruned_if_they_would_never_die() -> None:
 
 def test_a_stream_keeps_the_channels_that_other_layers_make() -> None:
     """Filters of the last convolution of a block are pruned; the stem makes their channels."""
-    space = space_of("Residual")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Residual")
     with torch.no_grad():
         model.conv2.weight[:4] *= 1e-3  # whole filters
         model.conv1.weight[8:16] *= 1e-3  # not pruned: conv2 reads their channels
@@ -135,27 +130,21 @@ def test_a_stream_keeps_the_channels_that_other_layers_make() -> None:
     assert conv2[0][1] == list(range(20))
 
 
-class Forked(nn.Module):
+def forked() -> nn.Module:
     """Two 1×1 convolutions whose outputs are summed, and one that reads the sum."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 2, 1, bias=False)
-        self.a = nn.Conv2d(2, 2, 1, bias=False)
-        self.b = nn.Conv2d(2, 2, 1, bias=False)
-        self.c = nn.Conv2d(2, 2, 1, bias=False)
-        self.fc = nn.Linear(2, 10)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.fc(m.c(F.relu(m.a(x) + m.b(x))).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        x = self.stem(x)
-        return self.fc(self.c(F.relu(self.a(x) + self.b(x))).mean((2, 3)))
+    inner = {name: conv(2, 2) for name in "abc"}
+    return Model(forward, stem=conv(3, 2), **inner, fc=nn.Linear(2, 10))
 
 
 @pytest.mark.parametrize("both", [True, False])
 def test_a_channel_without_filters_is_removed(both: bool) -> None:
     """Only if the filters of both layers were pruned; its consumer then has one input."""
-    space = SearchSpace.from_model(Forked, (3, 8, 8))
+    space = SearchSpace.from_model(forked, (3, 8, 8))
     weak = [[3.0, 3.0], [0.1, 0.1]]
     strong = [[3.0, 3.0], [3.0, 3.0]]
     pruning = pruning_of(
@@ -179,19 +168,15 @@ def test_a_channel_without_filters_is_removed(both: bool) -> None:
 
 def test_dead_structure_is_followed_through_a_concatenation() -> None:
     """`last` reads 8 channels of the stem and 4 of `grow`; pruned inputs kill filters there."""
-    space = space_of("Concatenated")
-    model = space.build(space.base, seed=0)
+    space, model, _ = network_of("Concatenated")
     with torch.no_grad():
         model.last.weight[:, [0, 9]] = 0  # the first of the stem, and the second of `grow`
         model.grow.weight[:, 0] = 0
     groups = {"grow": torch.zeros(4, dtype=torch.long), "last": torch.arange(16) // 8}
     pruning = GroupPruning(space, model, groups, 2)
     pruned = pruning.pruned(1e-6)
-    assert pruning.keep(pruned) == {
-        "stem": list(range(1, 8)),
-        "grow": [0, 2, 3],
-        "last": list(range(16)),
-    }
+    left = {"stem": list(range(1, 8)), "grow": [0, 2, 3], "last": list(range(16))}
+    assert pruning.keep(pruned) == left
     branches = pruning.architecture(pruned).layers
     assert [b.inputs for b in branches["last"]] == [tuple(range(10))] * 2
     assert [b.filters for b in branches["grow"]] == [(0, 1, 2)]
@@ -228,11 +213,7 @@ def test_block_macs_of_resnet20_equal_the_papers() -> None:
     """40,108,032 MACs in blocks, without shortcuts; last layers of blocks prune whole filters."""
     space = load_space(RESNET20)
     model = space.build(space.base, seed=0)
-    groups = {
-        layer.name: torch.arange(len(model.get_submodule(layer.name).weight)) % 4
-        for layer in find_layers(space)
-    }
-    pruning = GroupPruning(space, model, groups, 4)
+    pruning = GroupPruning(space, model, striped(space, model, 4), 4)
     whole = pruning.pruned(0.0)
     assert pruning.grouped_macs(whole) == 40_108_032
     assert pruning.macs(whole) == space.cost(space.base).macs
@@ -243,13 +224,8 @@ def test_block_macs_of_resnet20_equal_the_papers() -> None:
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_budgets_are_met_from_below(model: str) -> None:
     """By the smallest β that meets the exact cost of the branched network, nested in β."""
-    space = space_of(model)
-    net = space.build(space.base, seed=1)
-    groups = {
-        layer.name: torch.arange(len(net.get_submodule(layer.name).weight)) % 3
-        for layer in find_layers(space)
-    }
-    pruning = GroupPruning(space, net, groups, 3)
+    space, net, _ = network_of(model, seed=1)
+    pruning = GroupPruning(space, net, striped(space, net, 3), 3)
     base = space.cost(space.base).macs
     before = None
     for share in (0.95, 0.8, 0.7):
@@ -264,9 +240,8 @@ def test_budgets_are_met_from_below(model: str) -> None:
         assert narrow.cost(narrow.base).macs == pruning.macs(pruned)
         if before is not None:
             assert not (pruned.channels & ~before.channels).any()
-            assert not any(
-                (a & ~b).any() for a, b in zip(pruned.inputs, before.inputs, strict=True)
-            )
+            for now, earlier in zip(pruned.inputs, before.inputs, strict=True):
+                assert not (now & ~earlier).any()
         before = pruned
     assert pruning.solve(1.0) is None  # one MAC
 
@@ -274,27 +249,20 @@ def test_budgets_are_met_from_below(model: str) -> None:
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_the_branched_network_computes_the_function_of_the_masked_one(model: str) -> None:
     """With extracted weights in eval mode to 1e-5; the masked network has zeros instead."""
-    space = space_of(model)
-    net = space.build(space.base, seed=2)
+    space, net, _ = network_of(model, seed=2)
     with torch.no_grad():  # statistics of batch norm that matter
         for _ in range(3):
             net(torch.randn(32, 3, 8, 8))
     net.eval()
-    layers = find_layers(space)
-    groups = {
-        layer.name: torch.arange(len(net.get_submodule(layer.name).weight)) % 3 for layer in layers
-    }
+    groups = striped(space, net, 3)
     pruning = GroupPruning(space, net, groups, 3)
     pruned = pruning.pruned(0.4)
-    fine = space.constrained(
-        min_width={a.name: t.divisor for a, t in zip(space.axes, space.trace.axes, strict=True)},
-        step=1,
-    )
+    fine = space.constrained(min_width={a.name: a.divisor for a in space.trace.axes}, step=1)
     reference = copy.deepcopy(net)
     with torch.no_grad():
-        for layer, alive, reads in zip(layers, pruned.filters, pruned.inputs, strict=True):
-            kept = torch.from_numpy(reads)[groups[layer.name]] & torch.from_numpy(alive)[:, None]
-            reference.get_submodule(layer.name).weight.mul_(kept[:, :, None, None])
+        for layer, alive, reads in zip(groups, pruned.filters, pruned.inputs, strict=True):
+            kept = torch.from_numpy(reads)[groups[layer]] & torch.from_numpy(alive)[:, None]
+            reference.get_submodule(layer).weight.mul_(kept[:, :, None, None])
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad(), fine.masked(reference, pruning.keep(pruned)):
         wanted = reference(x)
