@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from exact_space import Model
+from strategies import graph_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.space.search_space import SearchSpace
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """A linear layer on 16 tokens of each image, whose rows are split into windows."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 8, 2, 2)
-        self.grow = nn.Linear(8, 16)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 8, 8) to (N, 10)."""
-        x = self.embed(x).flatten(2).transpose(1, 2)  # (N, 16, 8)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x).flatten(2).transpose(1, 2)  # (N, 16, 8)
         windows = x.reshape(len(x) * 4, 4, -1)
-        return self.fc(F.gelu(self.grow(windows)).mean(1).view(len(x), 4, -1).mean(1))
+        return m.fc(F.gelu(m.grow(windows)).mean(1).view(len(x), 4, -1).mean(1))
+
+    embed = nn.Conv2d(3, 8, 2, 2)
+    return Model(forward, embed=embed, grow=nn.Linear(8, 16), fc=nn.Linear(16, 10))
 
 
 def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> list[Tensor]:
@@ -39,7 +37,7 @@ def gated(space: SearchSpace, model: nn.Module, images: int | None = None) -> li
     Returns:
         Per axis, ones of shape (groups,) or (images, groups), float64, that require gradients.
     """
-    graph = build_dependency_graph(space.model, space.base)
+    graph = graph_of(space)
     lead = () if images is None else (images,)
     gates = [torch.ones(*lead, n, dtype=torch.float64, requires_grad=True) for n in graph.groups]
 

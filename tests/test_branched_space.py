@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conformance import small_task
+from conformance import RECIPE, small_task
+from exact_space import Model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import MODELS, counted_flops, space_of, widths_of
+from strategies import MODELS, counted_flops, graph_of, refused, space_of, widths_of
 from torch import Tensor, nn
 
-from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import WidthsError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.families import LinearFamily
@@ -33,9 +34,9 @@ from widthsearch.proposers.filter_groups.branched_layers import (
 from widthsearch.proposers.filter_groups.branched_space import branched
 from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.proposers.uniform import Uniform
+from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
-from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import fit
 
 
@@ -62,22 +63,17 @@ def architectures(draw: st.DrawFn, space: SearchSpace) -> BranchedArchitecture:
 names = st.sampled_from(sorted(MODELS))
 
 
+def some(*of: int) -> tuple[int, ...]:
+    """The channels of a range."""
+    return tuple(range(*of))
+
+
 def residual() -> tuple[SearchSpace, BranchedArchitecture]:
     """Two branches in each convolution of the block; no branch makes channel 3 of the stream."""
     space = space_of("Residual")
-    return space, BranchedArchitecture(
-        space.widths([16, 32]),
-        {
-            "conv1": (
-                Branch(tuple(range(0, 32, 2)), (0, 1, 5)),
-                Branch(tuple(range(1, 32, 2)), tuple(range(16))),
-            ),
-            "conv2": (
-                Branch((0, 1, 2), tuple(range(32))),
-                Branch(tuple(range(4, 16)), (7, 30)),
-            ),
-        },
-    )
+    even, odd = Branch(some(0, 32, 2), (0, 1, 5)), Branch(some(1, 32, 2), some(16))
+    first, last = Branch((0, 1, 2), some(32)), Branch(some(4, 16), (7, 30))
+    return space, BranchedArchitecture(space.base, {"conv1": (even, odd), "conv2": (first, last)})
 
 
 # -- cost --------------------------------------------------------------------------------------
@@ -85,8 +81,7 @@ def residual() -> tuple[SearchSpace, BranchedArchitecture]:
 
 def test_cost_by_hand() -> None:
     """Kernel elements × positions × Σ filters · inputs."""
-    space, architecture = residual()
-    narrow = branched(space, architecture)
+    narrow = branched(*residual())
     conv1, conv2 = 16 * 3 + 16 * 16, 3 * 32 + 12 * 2
     stem, fc = 3 * 16, 16 * 10
     cost = narrow.cost(narrow.base)
@@ -140,8 +135,6 @@ def test_without_branches_it_is_the_plain_space() -> None:
 
 def test_torchvision_models_have_branched_spaces() -> None:
     """ResNet-18 with every second input in every 3×3 convolution of its blocks."""
-    from widthsearch.space.loading import load_space
-
     space = load_space("torchvision:resnet18", (3, 64, 64))
     plain = BranchedArchitecture(space.base, {})
     layers = {}
@@ -149,10 +142,8 @@ def test_torchvision_models_have_branched_spaces() -> None:
         if branchable(space, name) and module.kernel_size == (3, 3):
             outputs, inputs = plain.sizes(space, name)
             half = outputs // 2
-            layers[name] = (
-                Branch(tuple(range(half)), tuple(range(0, inputs, 2))),
-                Branch(tuple(range(half, outputs)), tuple(range(inputs))),
-            )
+            thin = Branch(some(half), some(0, inputs, 2))
+            layers[name] = thin, Branch(some(half, outputs), some(inputs))
     narrow = branched(space, BranchedArchitecture(space.base, layers))
     narrow.check(device="meta", vectors=2)
     assert narrow.cost(narrow.base).macs < space.cost(space.base).macs
@@ -174,9 +165,8 @@ def convolved(net: BranchedConv2d, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_gathers_convolves_and_places(bias: bool) -> None:
     """The output equals that of single filters; no branch makes channel 1."""
-    conv = nn.Conv2d(5, 4, 3, padding=1, bias=bias)
     given = (Branch((3,), (0, 2, 4)), Branch((0, 2), (4,)))
-    layer = BranchedConv2d(conv, 5, 4, given)
+    layer = BranchedConv2d(nn.Conv2d(5, 4, 3, padding=1, bias=bias), 5, 4, given)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 5, 6, 6)
@@ -192,12 +182,9 @@ def test_at_other_widths_the_channels_follow_from_the_sizes() -> None:
     assert narrow.build(narrow.base).conv1.current() == architecture.layers["conv1"]
     layer = narrow.build({"conv2.branches.0.out": 2, "conv2.branches.1.out": 6}).conv2
     assert [b.filters for b in layer.current()] == [(0, 2), (4, 6, 8, 10, 12, 14)]
-    assert [b.inputs for b in layer.current()] == [tuple(range(32)), (16, 17)]
+    assert [b.inputs for b in layer.current()] == [some(32), (16, 17)]
     wrapped = narrow.build({"conv1.branches.1.in": 16, "stem": 12}).conv1
-    assert [b.inputs for b in wrapped.current()] == [
-        (0, 1, 2),
-        (6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
-    ]
+    assert [b.inputs for b in wrapped.current()] == [(0, 1, 2), (*some(6, 12), *some(10))]
     cut = narrow.build({"stem": 2}).conv2
     assert [len([c for c in b.filters if c >= 0]) for b in cut.current()] == [1, 1]
 
@@ -219,28 +206,16 @@ def test_plain_networks_compute_the_same(data: st.DataObject, model: str) -> Non
         torch.testing.assert_close(plain(x), out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(deploy(net)(x), out, rtol=1e-5, atol=1e-5)
         if widths == narrow.base.vector:
-            again = with_branches(plain, architecture)
-            assert all(
-                torch.equal(tensor, again.state_dict()[name])
-                for name, tensor in net.state_dict().items()
-            )
+            again = with_branches(plain, architecture).state_dict()
+            assert all(torch.equal(tensor, again[key]) for key, tensor in net.state_dict().items())
 
 
 def test_deploy_merges_branches_that_read_the_same() -> None:
     """One convolution per set of inputs; a single branch of all channels is plain."""
     space = space_of("Residual")
-    everything = tuple(range(16))
-    architecture = BranchedArchitecture(
-        space.base,
-        {
-            "conv1": tuple(Branch(tuple(range(i, 32, 3)), everything) for i in range(3)),
-            "conv2": (
-                Branch((1, 5), (0, 1)),
-                Branch((0, 2), (3,)),
-                Branch((3, 4), (0, 1)),
-            ),
-        },
-    )
+    thirds = tuple(Branch(some(i, 32, 3), some(16)) for i in range(3))
+    alike = Branch((1, 5), (0, 1)), Branch((0, 2), (3,)), Branch((3, 4), (0, 1))
+    architecture = BranchedArchitecture(space.base, {"conv1": thirds, "conv2": alike})
     net = branched(space, architecture).build(1.0, seed=0).eval()
     merged = deploy(net)
     assert type(merged.conv1) is nn.Conv2d
@@ -254,22 +229,18 @@ def test_deploy_merges_branches_that_read_the_same() -> None:
 def test_branches_are_initialised_like_their_layer() -> None:
     """By the model's own scheme at the sizes of the branch: He's fan-in, and torch's default."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Conv2d(3, 64, 3, padding=1)
-            self.conv = nn.Conv2d(64, 64, 3, padding=1)
-            self.last = nn.Conv2d(64, 64, 3, padding=1)
-            self.fc = nn.Linear(64, 10)
-            nn.init.kaiming_normal_(self.conv.weight)
-            nn.init.constant_(self.conv.bias, 0.5)
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.conv(torch.relu(m.stem(x))))
+        return m.fc(torch.relu(m.last(x)).mean((2, 3)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.conv(torch.relu(self.stem(x))))
-            return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+    def make() -> nn.Module:
+        stem, conv, last = (nn.Conv2d(n, 64, 3, padding=1) for n in (3, 64, 64))
+        nn.init.kaiming_normal_(conv.weight)
+        nn.init.constant_(conv.bias, 0.5)
+        return Model(forward, stem=stem, conv=conv, last=last, fc=nn.Linear(64, 10))
 
-    space = SearchSpace.from_model(Net, (3, 8, 8))
-    both = (Branch(tuple(range(32)), tuple(range(16))), Branch(tuple(range(32, 64)), (1, 2, 3, 4)))
+    space = SearchSpace.from_model(make, (3, 8, 8))
+    both = (Branch(some(32), some(16)), Branch(some(32, 64), (1, 2, 3, 4)))
     narrow = branched(space, BranchedArchitecture(space.base, {"conv": both, "last": both}))
     net = narrow.build(narrow.base, seed=0)
     for branch, inputs in zip(net.conv.branches, (16, 4), strict=True):
@@ -288,7 +259,7 @@ def test_a_branched_network_trains_and_comes_back_from_json(tmp_path: Path) -> N
     space, architecture = residual()
     narrow = branched(space, architecture)
     net = narrow.build(narrow.base, seed=0)
-    curve = fit(net, small_task(), Recipe(epochs=3, batch_size=50, lr=0.05), seed=0)
+    curve = fit(net, small_task(), replace(RECIPE, epochs=3), seed=0)
     assert curve[-1].loss < curve[0].loss
     torch.save(net.state_dict(), tmp_path / "weights.pt")
     read = BranchedArchitecture.from_json(json.loads(json.dumps(architecture.to_json())), space)
@@ -304,16 +275,14 @@ def test_a_branched_network_trains_and_comes_back_from_json(tmp_path: Path) -> N
 @pytest.mark.gpu
 def test_a_branched_network_computes_the_same_on_cuda() -> None:
     """And trains there."""
-    space, architecture = residual()
-    narrow = branched(space, architecture)
+    narrow = branched(*residual())
     x = torch.randn(3, 3, 8, 8)
     net = narrow.build(narrow.base, seed=0).eval()
     on_cuda = narrow.build(narrow.base, seed=0).eval().cuda()
     torch.testing.assert_close(on_cuda(x.cuda()).cpu(), net(x), rtol=1e-3, atol=1e-3)
     merged = deploy(on_cuda)
     torch.testing.assert_close(merged(x.cuda()), on_cuda(x.cuda()), rtol=1e-3, atol=1e-3)
-    curve = fit(net, small_task(), Recipe(epochs=2, batch_size=50), seed=0, device="cuda")
-    assert len(curve) == 2
+    assert len(fit(net, small_task(), RECIPE, seed=0, device="cuda")) == 2
 
 
 def test_a_branched_space_is_a_space_like_any_other() -> None:
@@ -331,28 +300,25 @@ def test_a_branched_space_is_a_space_like_any_other() -> None:
         proposal = proposer(narrow, small_task(), Setting())
         assert all(narrow.widths(w) == w for w in proposal.trajectory)
     # The dependency graph does not follow channels through branches.
-    assert build_dependency_graph(narrow.model, narrow.base).unknown
-    swapped = dict(architecture.layers)
-    swapped["conv1"] = swapped["conv1"][::-1]
+    assert graph_of(narrow).unknown
+    swapped = {**architecture.layers, "conv1": architecture.layers["conv1"][::-1]}
     other = branched(space, BranchedArchitecture(architecture.widths, swapped))
     assert other.fingerprint != narrow.fingerprint
     copied = copy.deepcopy(narrow.build(0.5, seed=0))
-    x = torch.randn(2, 3, 8, 8)
-    assert copied(x).shape == (2, 10)
+    assert copied(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
 def test_ties_and_pins_apply_to_the_plain_space_only() -> None:
     """An architecture names all axes, and the branched space has neither ties nor pins."""
-    space = space_of("Residual")
+    space, architecture = residual()
     constrained = space.constrained(pin="stem")
-    _, architecture = residual()
     assert branched(constrained, architecture).names == branched(space, architecture).names
 
 
 # -- JSON --------------------------------------------------------------------------------------
 
 
-def changed(path: list[Any], value: Any) -> Any:
+def changed(value: Any, *path: str | int) -> Any:
     """The residual architecture's JSON with one value changed."""
     content = json.loads(json.dumps(residual()[1].to_json()))
     at = content
@@ -362,55 +328,52 @@ def changed(path: list[Any], value: Any) -> Any:
     return content
 
 
+def of_branch(value: list[Any], end: str) -> Any:
+    """The same with the channels of a branch changed."""
+    return changed(value, "layers", "conv1", 1, end)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "architecture must be a mapping of keys to values"),
-        (changed(["layers"], [1]), "architecture.layers must be a mapping of keys to values"),
-        (changed(["widths", "conv3"], 4), "`widths` must name the 2 axes .* but 'conv3' is in one"),
-        (changed(["widths", "stem"], 1.5), "widths.stem must be a whole number, but was 1.5"),
-        (changed(["widths", "stem"], 0), "widths.stem must be greater than .* 1, but was 0"),
-        (changed(["layers", "conv1"], []), "layers.conv1 must have at least 1 item"),
+        (changed([1], "layers"), "architecture.layers must be a mapping of keys to values"),
         (
-            changed(["layers", "conv1", 1, "inputs"], ["a"]),
-            "layers.conv1.1.inputs.0 must be a whole number, but was 'a'",
+            changed(4, "widths", "conv3"),
+            "`widths` must name the 2 axes of space 'Residual', but 'conv3' is in one",
         ),
+        (changed(1.5, "widths", "stem"), "widths.stem must be a whole number, but was 1.5"),
+        (changed(0, "widths", "stem"), "widths.stem must be greater than or equal to 1, but was 0"),
+        (changed([], "layers", "conv1"), "layers.conv1 must have at least 1 item"),
+        (of_branch(["a"], "inputs"), "layers.conv1.1.inputs.0 must be a whole number, but was 'a'"),
+        (of_branch([2, 1], "inputs"), "`inputs` of branch 1 of layer 'conv1' must ascend"),
         (
-            changed(["layers", "conv1", 1, "inputs"], [2, 1]),
-            "`inputs` of branch 1 of layer 'conv1' must ascend",
-        ),
-        (
-            changed(["layers", "conv1", 1, "inputs"], [15, 16]),
+            of_branch([15, 16], "inputs"),
             "`inputs` of branch 1 of layer 'conv1' must lie in 0 to 15, but one is 16",
         ),
         (
-            changed(["layers", "conv1", 1, "filters"], [-1, 3]),
+            of_branch([-1, 3], "filters"),
             "`filters` of branch 1 of layer 'conv1' must lie in 0 to 31, but one is -1",
         ),
+        (of_branch([], "filters"), "`filters` of branch 1 of layer 'conv1' must not be empty"),
         (
-            changed(["layers", "conv1", 1, "filters"], []),
-            "`filters` of branch 1 of layer 'conv1' must not be empty",
-        ),
-        (
-            changed(["layers", "conv1", 1, "filters"], [1, 2]),
+            of_branch([1, 2], "filters"),
             "one branch makes a channel, but two of layer 'conv1' make 2",
         ),
         (
-            changed(["layers", "fc"], [{"filters": [0], "inputs": [0]}]),
+            changed([{"filters": [0], "inputs": [0]}], "layers", "fc"),
             "must be an ungrouped Conv2d that runs, but 'fc' is Linear",
         ),
         (
-            changed(["layers", "conv9"], [{"filters": [0], "inputs": [0]}]),
+            changed([{"filters": [0], "inputs": [0]}], "layers", "conv9"),
             "must be an ungrouped Conv2d that runs, but 'conv9' is no layer of space 'Residual'",
         ),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(content: Any, message: str) -> None:
     """The error is one line that names the culprit."""
-    space, _ = residual()
-    with pytest.raises(WidthsError, match=message) as caught:
-        BranchedArchitecture.from_json(content, space)
-    assert "\n" not in str(caught.value)
+    with refused(WidthsError, message, whole=False):
+        BranchedArchitecture.from_json(content, space_of("Residual"))
 
 
 def test_widths_are_multiples_of_their_groups() -> None:
@@ -419,5 +382,5 @@ def test_widths_are_multiples_of_their_groups() -> None:
     content = BranchedArchitecture(space.base, {}).to_json()
     assert BranchedArchitecture.from_json(content, space).widths == space.base
     content["widths"]["stem"] = 14
-    with pytest.raises(WidthsError, match="axis 'stem' takes multiples of 4, but `widths` has 14"):
+    with refused(WidthsError, "axis 'stem' takes multiples of 4, but `widths` has 14"):
         BranchedArchitecture.from_json(content, space)

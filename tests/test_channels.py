@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from gating import Tokens
+from gating import tokens
 from strategies import MODELS, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -225,7 +225,7 @@ def test_queries_and_keys_are_masked_in_their_makers() -> None:
 
 def test_a_linear_layer_on_windows_of_tokens_is_a_reader() -> None:
     """Rows that are split into windows and back do not hide which weights multiply them."""
-    space = SearchSpace.from_model(Tokens, (3, 8, 8))
+    space = SearchSpace.from_model(tokens, (3, 8, 8))
     consumers = build_dependency_graph(space.model, space.base).consumers
     assert consumers == {"grow.weight": 1, "fc.weight": 1}
     check_inheritance(space)

@@ -26,7 +26,7 @@ class TestFilterGroups(ProposerConformance):
 def test_the_provenance_holds_the_branched_architectures() -> None:
     """Each is within its budget and has exact MACs; the trajectory has its projection."""
     space = space_of("Residual")
-    proposal = FilterGroups(groups=2, penalty=1.0, members=3)(space, small_task(), setting())
+    proposal = TestFilterGroups.proposer(space, small_task(), setting())
     assert proposal.provenance["branched"]
     plain = [widths.vector for widths in proposal.trajectory]
     base = space.cost(space.base).macs
@@ -40,11 +40,8 @@ def test_the_provenance_holds_the_branched_architectures() -> None:
 
 def test_a_space_without_such_layers_is_refused() -> None:
     """The error names the space and another method."""
-    space = SearchSpace.from_model(
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10)),
-        (3, 8, 8),
-        name="mlp",
-    )
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
+    space = SearchSpace.from_model(mlp, (3, 8, 8), name="mlp")
     with pytest.raises(SpaceError, match=r"space 'mlp' has none; use another method"):
         FilterGroups()(space, small_task(), Setting())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conformance import RECIPE, ProposerConformance, setting, small_task
 from exact_space import Model
-from gating import Tokens, gated
+from gating import gated, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import MODELS, SEARCH_SPACES, graph_of, network_of, space_of, spaces
@@ -100,7 +100,7 @@ def test_gathering_does_not_change_the_network() -> None:
 
 def test_the_windows_of_an_image_share_its_gate() -> None:
     """A consumer with four rows per image: the gate of the image has the sum of all four."""
-    space = SearchSpace.from_model(Tokens, (3, 8, 8))
+    space = SearchSpace.from_model(tokens, (3, 8, 8))
     model = space.build(space.base, seed=0).double()
     x, y = batch(6, seed=0)
     graph, embed = graph_of(space), space.names.index("embed")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import ProposerConformance, small_task
-from gating import Tokens, gated
+from gating import gated, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ def path_of(space: SearchSpace, scores: list[NDArray[np.float64]], **options: ob
         space_of("Residual"),
         densenet(10, 4, bottleneck=True),
         densenet(7, 4, bottleneck=False),
-        SearchSpace.from_model(Tokens, (3, 8, 8)),
+        SearchSpace.from_model(tokens, (3, 8, 8)),
     ],
     ids=["residual", "densenet_bc", "densenet", "tokens"],
 )
