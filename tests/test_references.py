@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from strategies import refused
 
 from widthsearch.errors import SpaceError
 from widthsearch.space.loading import load_space
@@ -37,10 +38,8 @@ def test_spaces_are_found_by_reference(tmp_path: Path) -> None:
         "resnet18": "path/to/file.py:function`; did you mean 'torchvision:resnet18'?",
         "resnet19": "'resnet19' must be `package.module:function` or `path/to/file.py:function`",
     }.items():
-        with pytest.raises(SpaceError) as error:
+        with refused(SpaceError, message, whole=False):
             load_space(reference)
-        assert message in str(error.value)
-        assert "\n" not in str(error.value)
 
 
 def test_an_input_shape_goes_with_torchvision_alone() -> None:
@@ -62,10 +61,8 @@ def test_code_that_exits_is_an_error_like_any_other(where: str, tmp_path: Path) 
     """It must not end the process that asked for the space."""
     file = tmp_path / "exits.py"
     file.write_text(EXITS[where])
-    with pytest.raises(SpaceError) as error:
+    with refused(SpaceError, "SystemExit: ", whole=False):
         load_space(f"{file}:space")
-    assert "SystemExit: " in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_module_that_exits_is_an_error_like_any_other(

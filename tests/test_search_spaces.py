@@ -5,20 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from strategies import counted_flops, random_widths
+from strategies import SEARCH_SPACES, counted_flops, random_widths, refused
 from torch import nn
 
 from widthsearch.errors import SpaceError
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.references import load_function
-
-FOLDER = Path(__file__).parent.parent / "search_spaces"
 
 
 class Counts(NamedTuple):
@@ -124,7 +121,7 @@ SPACES = {
 
 def space_of(reference: str) -> SearchSpace:
     """The space, traced once."""
-    return load_space(f"{FOLDER / reference}")
+    return load_space(f"{SEARCH_SPACES / reference}")
 
 
 @pytest.mark.parametrize("reference", SPACES)
@@ -150,7 +147,7 @@ def test_networks_cost_what_the_space_says(reference: str) -> None:
 def test_every_public_space_is_counted() -> None:
     """A new function that returns a space needs its counts above; names differ."""
     found = []
-    for file in sorted(FOLDER.glob("*.py")):
+    for file in sorted(SEARCH_SPACES.glob("*.py")):
         known = next(r for r in SPACES if r.startswith(file.name)).partition(":")[2]
         module = sys.modules[load_function(f"{file}:{known}").__module__]
         for name, function in inspect.getmembers(module, inspect.isfunction):
@@ -185,7 +182,7 @@ def test_initialisation_is_the_published_one(reference: str) -> None:
 
 def test_zero_padding_follows_the_widths() -> None:
     """Missing channels are zeros; where the next stage is narrower, the last are left out."""
-    zero_padded = load_function(f"{FOLDER / 'resnet_cifar.py'}:zero_padded")
+    zero_padded = load_function(f"{SEARCH_SPACES / 'resnet_cifar.py'}:zero_padded")
     x = torch.randn(2, 4, 6, 6)
     wider = zero_padded(x, torch.empty(2, 7, 3, 3))
     assert torch.equal(wider[:, :4], x[:, :, ::2, ::2])
@@ -217,14 +214,13 @@ def test_depths_that_do_not_exist_are_refused(
     reference: str, wrong: tuple[int, ...], rule: str
 ) -> None:
     """With the rule and the value."""
-    with pytest.raises(ValueError) as error:
-        load_function(f"{FOLDER / reference}")(*wrong)
-    assert str(error.value) == f"`depth = {rule}` must hold for n >= 1, but depth={wrong[0]}"
+    with refused(ValueError, f"`depth = {rule}` must hold for n >= 1, but depth={wrong[0]}"):
+        load_function(f"{SEARCH_SPACES / reference}")(*wrong)
 
 
 def test_any_classifier_with_other_classes() -> None:
     """The bridge is ``torchvision:NAME`` but for the logits."""
-    classifier = load_function(f"{FOLDER / 'torchvision_models.py'}:classifier")
+    classifier = load_function(f"{SEARCH_SPACES / 'torchvision_models.py'}:classifier")
     assert classifier("resnet18").cost(0.5) == load_space("torchvision:resnet18").cost(0.5)
     half = classifier("mobilenet_v2", (3, 64, 64), 7, width_mult=0.5)
     assert half.build(1.0, device="meta").classifier[1].out_features == 7
@@ -233,4 +229,4 @@ def test_any_classifier_with_other_classes() -> None:
 def test_generic_functions_say_that_they_need_arguments() -> None:
     """Depth and width have no default: the command line takes the named ones."""
     with pytest.raises(SpaceError, match="must need no arguments, but needs depth, k"):
-        load_space(f"{FOLDER / 'wide_resnet.py'}:wrn")
+        load_space(f"{SEARCH_SPACES / 'wide_resnet.py'}:wrn")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import MODELS, Residual, space_of, spaces, widths_of
+from strategies import MODELS, Residual, refused, space_of, spaces, widths_of
 from torch import nn
 
 from widthsearch.errors import SpaceError, WidthsError
@@ -52,12 +52,12 @@ def test_widths_of_another_space_are_refused(tmp_path: Path) -> None:
         wide: "the base of axis 'conv1' is 32 in the file and 48 in it",
         named: "their names differ, though their axes are alike",
     }.items():
-        with pytest.raises(WidthsError) as error:
-            space.load_widths(path)
-        assert str(error.value) == (
+        message = (
             f"widths must be loaded into their own space, but {str(path)!r} is of 'Residual' (2 "
             f"axes) and the space given is {space.name!r} ({len(space.axes)} axes): {difference}"
         )
+        with refused(WidthsError, message):
+            space.load_widths(path)
     own.constrained(pin="conv1").save_widths(path, 0.5)
     with pytest.raises(WidthsError, match="the file has no axis 'conv1'"):
         own.load_widths(path)
@@ -174,9 +174,8 @@ def test_a_space_of_another_model_is_refused(tmp_path: Path) -> None:
         MODELS["Plain"]: "its tensor 'stem.weight' has shape (16, 3, 3, 3) in the trace and no "
         "tensor in the model",
     }.items():
-        with pytest.raises(SpaceError) as error:
+        with refused(SpaceError, f"{str(path)!r} is a space of another model: {difference}"):
             SearchSpace.load(path, make)
-        assert str(error.value) == f"{str(path)!r} is a space of another model: {difference}"
 
 
 def test_a_space_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
@@ -193,9 +192,7 @@ def test_a_space_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         f"{str(path)!r} has 2: save the space again with this version of widthsearch",
     }.items():
         path.write_text(content)
-        with pytest.raises(SpaceError) as error:
+        with refused(SpaceError, message, whole=False):
             SearchSpace.load(path, MODELS["Plain"])
-        assert message in str(error.value)
-        assert "\n" not in str(error.value)
     with pytest.raises(SpaceError, match="cannot be read: No such file or directory"):
         SearchSpace.load(tmp_path / "none.json", MODELS["Plain"])
