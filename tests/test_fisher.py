@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
-from widthsearch.errors import SpaceError, StudyError
+from widthsearch.errors import SpaceError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.fisher import Fisher, FisherInformation
 from widthsearch.proposers.importance import GreedyRemoval
@@ -238,29 +238,11 @@ def test_the_lowest_score_per_channel_goes_first() -> None:
     assert removal.weakest(np.array([np.inf, np.inf])) is None
 
 
-def test_divergence_is_an_error() -> None:
-    """One line names the learning rate to lower."""
-    space, task = space_of("Plain"), small_task()
-    with pytest.raises(StudyError, match=r"fine-tuning .* lr=1e\+30"):
-        Fisher(every=5, lr=1e30)(space, task, setting())
-    wild = replace(RECIPE, lr=1e30)
-    with pytest.raises(StudyError, match=r"base network .* lr=1e\+30"):
-        Magnitude(every=5, pretrain=wild)(space, task, setting())
-
-
 def test_a_space_without_narrower_networks_is_refused() -> None:
     """All axes have their smallest width."""
     space = space_of("Residual").constrained(min_width=1.0)
     with pytest.raises(SpaceError, match="must be above its smallest width"):
         Magnitude(every=1)(space, small_task(), setting())
-
-
-def test_unknown_latency_is_refused_before_training() -> None:
-    """No progress is reported before the error."""
-    lines: list[str] = []
-    with pytest.raises(StudyError, match="needs predicted latency"):
-        Fisher(per="latency")(space_of("Residual"), small_task(), Setting(report=lines.append))
-    assert not lines
 
 
 def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:

@@ -6,17 +6,22 @@ import dataclasses
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
-from conformance import ProposerConformance, small_task
+from conformance import RECIPE, ProposerConformance, setting, small_task
 from strategies import space_of
 
 from widthsearch.errors import StudyError
 from widthsearch.proposers import PROPOSERS, Proposal, Setting, proposer_class
 from widthsearch.proposers.random import Random
 from widthsearch.proposers.uniform import Uniform
+
+WILD = replace(RECIPE, lr=1e30)
 
 
 class TestUniform(ProposerConformance):
@@ -94,6 +99,31 @@ def test_bad_hyperparameters_are_refused(method: str, field: str, value: object)
     """The error has the field, the rule and the value."""
     with pytest.raises(StudyError, match=rf"^{method}\.{field} must .*, but was {value!r}"):
         proposer_class(method)(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "hyperparameters", "message"),
+    [
+        ("fisher", {"every": 5, "lr": 1e30}, r"fine-tuning .* lr=1e\+30"),
+        ("magnitude", {"every": 5, "pretrain": WILD}, r"base network .* lr=1e\+30"),
+        ("slimming", {"recipe": WILD}, r"base network .* lr=1e\+30"),
+        ("filter_groups", {"penalty": 1e30}, r"group learning .* penalty=1e\+30"),
+    ],
+)
+def test_divergence_is_an_error(method: str, hyperparameters: Any, message: str) -> None:
+    """The message names the hyperparameter to lower."""
+    with pytest.raises(StudyError, match=message), np.errstate(all="ignore"):
+        proposer_class(method)(**hyperparameters)(space_of("Residual"), small_task(), setting())
+
+
+@pytest.mark.parametrize("method", ["fisher", "magnitude", "sensitivity", "slimming", "synflow"])
+def test_unknown_latency_is_refused_before_training(method: str) -> None:
+    """With the way out; no progress is reported before the error."""
+    lines: list[str] = []
+    reporting = replace(setting(), report=lines.append)
+    with pytest.raises(StudyError, match=r"needs predicted latency.*per: macs"):
+        proposer_class(method)(per="latency")(space_of("Residual"), small_task(), reporting)
+    assert not lines
 
 
 def test_random_depends_on_its_seed() -> None:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.sources import Split
-from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.importance import GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.sensitivity import Sensitivity, balanced
@@ -167,12 +166,6 @@ def test_steps_without_a_saving_are_removed_last() -> None:
     path = path_of(space, ones, per="latency", latency=lambda w: 1.0 + w[:, 0])
     assert [w[0] for w in path[:8]] == [16, 14, 12, 10, 8, 6, 4, 2]
     assert path[-1] == [2, 4]
-
-
-def test_latency_must_be_known() -> None:
-    """The error has one line with the way out."""
-    with pytest.raises(StudyError, match=r"needs predicted latency.*per: macs"):
-        Sensitivity(per="latency")(space_of("Residual"), small_task(), Setting())
 
 
 @given(floor=st.floats(0, 1))

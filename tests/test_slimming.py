@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conformance import RECIPE, ProposerConformance, setting, small_task
@@ -12,7 +11,6 @@ from strategies import network_of, space_of
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph
-from widthsearch.errors import StudyError
 from widthsearch.proposers import slimming
 from widthsearch.proposers.slimming import Slimming, norm_scales
 
@@ -84,7 +82,7 @@ def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_trains_by_its_own_recipe_and_reports_its_accuracy() -> None:
-    """By default it uses the study's recipe; divergence is an error of one line."""
+    """By default it uses the study's recipe."""
     space, task = space_of("Residual"), small_task()
     lines: list[str] = []
     own = Slimming(recipe=RECIPE)
@@ -92,6 +90,3 @@ def test_it_trains_by_its_own_recipe_and_reports_its_accuracy() -> None:
     assert [line.split(",")[0] for line in lines] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
     assert 0 <= proposal.provenance["accuracy"] <= 100
     assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
-    wild = replace(RECIPE, lr=1e30)
-    with pytest.raises(StudyError, match=r"lr=1e\+30"), np.errstate(all="ignore"):
-        Slimming(recipe=wild)(space, task, setting())
