@@ -194,7 +194,7 @@ def test_weights_are_initialised_anew_or_inherited(spy: type[Spy]) -> None:
 
 def narrow(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[Any, Any]:
     """The base network, and the narrower network with its densest channels."""
-    run = activation_density._PhaseTrainer(QUICK, space, small_task(), setting(), {}, "phase")
+    run = activation_density._Phases(QUICK, space, small_task(), setting())
     run.model = space.build(space.base, seed=0)
     run.graph = graph_of(space.unconstrained)
     run.counts = counts

@@ -15,7 +15,7 @@ from torch import nn
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
-from widthsearch.proposers.density import Counts, DensityMeter
+from widthsearch.proposers.density import Counts, DensityMeter, Rules
 from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
@@ -84,45 +84,34 @@ class ActivationDensity:
             StudyError: The training of the base network diverged.
         """
         full = space.cost(space.base).macs
-        phases: list[Phase] = []
-        rules: dict[str, float] = {}
+        run = _Phases(self, space, task, setting)
+        phases = run.done
         widths, model = space.base, None
         untrained: Widths | None = None
         while True:
-            seed = _seed(setting.seed, len(phases))
-            inherited = model is not None
-            if model is None:
-                model = space.build(widths, seed=seed)
-            trainer = _PhaseTrainer(self, space, task, setting, rules, f"phase {len(phases) + 1}")
-            phases.append(trainer.train(widths, model, seed, inherited))
-            last = phases[-1]
-            smaller = narrowed(space, widths, last.densities)
+            smaller = narrowed(space, widths, run.train(widths, model).densities)
             stopped = self._why_stopped(space, phases)
             if stopped is None and space.cost(smaller).macs < setting.lowest * full:
                 stopped, untrained = "the next widths are below the lowest of interest", smaller
             if stopped is not None:
                 break
-            model = trainer.narrow(smaller) if self.weights == "inherit" else None
+            model = run.narrow(smaller) if self.weights == "inherit" else None
             widths = smaller
         if len(phases) == 1 and untrained is None:
             untrained = first_power(space, widths, phases[0].densities)
         trajectory = [phase.widths for phase in phases] + ([untrained] if untrained else [])
-        spent = training_complexity(
-            [(phase.epochs, phase.macs) for phase in phases], setting.recipe.epochs, full
-        )
-        return Proposal(
-            "activation_density",
-            tuple(trajectory),
-            {
-                "seed": setting.seed,
-                **asdict(self),
-                "phases": [phase.to_json() for phase in phases],
-                "stopped": stopped,
-                "training_complexity": spent,
-                "training_complexity_with_final": spent + phases[-1].macs / full,
-                "by_relative_threshold": sorted(key for key, rule in rules.items() if rule),
-            },
-        )
+        costs = [(phase.epochs, phase.macs) for phase in phases]
+        spent = training_complexity(costs, setting.recipe.epochs, full)
+        provenance = {
+            "seed": setting.seed,
+            **asdict(self),
+            "phases": [phase.to_json() for phase in phases],
+            "stopped": stopped,
+            "training_complexity": spent,
+            "training_complexity_with_final": spent + phases[-1].macs / full,
+            "by_relative_threshold": sorted(key for key, rule in run.rules.items() if rule),
+        }
+        return Proposal("activation_density", tuple(trajectory), provenance)
 
     def _why_stopped(self, space: SearchSpace, phases: Sequence[Phase]) -> str | None:
         """The reason to stop after these phases, if there is one."""
@@ -176,8 +165,8 @@ class Phase:
 
 
 @dataclass(eq=False)
-class _PhaseTrainer:
-    """Trains the network of a phase until its densities settle, and narrows it.
+class _Phases:
+    """Trains the network of each phase until its densities settle, and narrows it.
 
     Attributes:
         method: The hyperparameters.
@@ -185,60 +174,55 @@ class _PhaseTrainer:
         task: The data.
         setting: The circumstances of the proposal.
         rules: The rules of consumers, shared by all phases.
-        name: The name of the phase in progress messages.
-        model: The network, once it is trained.
+        done: The phases so far.
+        model: The network of the last phase.
         graph: Its dependency graph.
-        counts: The counts of each axis in the last epoch.
+        counts: The counts of each axis in its last epoch.
     """
 
     method: ActivationDensity
     space: SearchSpace
     task: Task
     setting: Setting
-    rules: dict[str, float]
-    name: str
+    rules: Rules = field(default_factory=dict)
+    done: list[Phase] = field(default_factory=list)
     model: nn.Module = field(init=False)
     graph: DependencyGraph = field(init=False)
     counts: list[Counts] = field(init=False)
 
-    def train(self, widths: Widths, model: nn.Module, seed: int, inherited: bool) -> Phase:
-        """Train a network of these widths until its densities settle."""
+    def train(self, widths: Widths, inherited: nn.Module | None) -> Phase:
+        """Train the inherited network, or a new one, of these widths until its densities settle."""
         method, space, setting = self.method, self.space, self.setting
-        self.model = model
-        self.graph = build_dependency_graph(
-            space.unconstrained.model, space.to_unconstrained(widths)
-        )
+        seed = int(np.random.SeedSequence((setting.seed, len(self.done))).generate_state(1)[0])
+        self.model = space.build(widths, seed=seed) if inherited is None else inherited
+        plain = space.to_unconstrained(widths)
+        self.graph = build_dependency_graph(space.unconstrained.model, plain)
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
         recipe = held(setting.recipe, method.max_epochs or setting.recipe.epochs)
-        trainer = Trainer(model, self.task, recipe, seed=seed, device=setting.device)
+        trainer = Trainer(self.model, self.task, recipe, seed=seed, device=setting.device)
         history: list[tuple[float, ...]] = []
         plateau = False
         while not (trainer.finished or plateau):
-            with DensityMeter(self.graph, model, method.threshold, self.rules) as meter:
+            with DensityMeter(self.graph, self.model, method.threshold, self.rules) as meter:
                 result = trainer.run_epoch()
             self.counts = meter.counts()
             history.append(density_of_axes(space, self.counts))
             plateau = plateaued(history, method.tolerance, method.patience)
             setting.report(
-                f"{self.name} at {share:.2f} of the base's MACs, epoch {result.epoch} of at most "
-                f"{recipe.epochs}: accuracy {result.accuracy:.1f}%"
+                f"phase {len(self.done) + 1} at {share:.2f} of the base's MACs, epoch "
+                f"{result.epoch} of at most {recipe.epochs}: accuracy {result.accuracy:.1f}%"
             )
         if math.isnan(trainer.curve[-1].accuracy) and widths == space.base:
             raise StudyError(
                 f"activation_density needs a recipe that trains, but the base network diverged in "
                 f"epoch {trainer.epoch}; lower lr ({recipe.lr:g}), since a phase holds the peak"
             )
-        accuracies = [result.accuracy for result in trainer.curve[-method.patience :]]
-        return Phase(
-            widths,
-            macs,
-            inherited,
-            trainer.epoch,
-            plateau,
-            history[-1],
-            float(np.mean(accuracies)),
-        )
+        accuracy = float(np.mean([each.accuracy for each in trainer.curve[-method.patience :]]))
+        kept = inherited is not None
+        phase = Phase(widths, macs, kept, trainer.epoch, plateau, history[-1], accuracy)
+        self.done.append(phase)
+        return phase
 
     def narrow(self, widths: Widths) -> nn.Module | None:
         """Extract the network of narrower widths with the densest channels.
@@ -343,7 +327,3 @@ def density_of_axes(space: SearchSpace, counts: Sequence[Counts]) -> tuple[float
         total = sum(float(c.total.sum()) for c in mine)
         out.append(sum(float(c.active.sum()) for c in mine) / total if total else math.nan)
     return tuple(out)
-
-
-def _seed(seed: int, phase: int) -> int:
-    return int(np.random.SeedSequence((seed, phase)).generate_state(1)[0])

@@ -187,13 +187,14 @@ def scale_proposal(
     return LinearFamily(space, proposal.trajectory[nearest]).solve(budget)
 
 
-def mix_widths(space: SearchSpace, first: Widths, second: Widths, budget: float) -> Widths:
-    """Scale the geometric mean of two width vectors to a MACs budget, from below.
+def mix_proposals(space: SearchSpace, pair: tuple[Proposal, Proposal], budget: float) -> Widths:
+    """Scale two proposals to a MACs budget, and their geometric mean as well, from below.
 
     Raises:
         WidthsError: The budget is below the narrowest network of the space.
     """
-    mean = np.sqrt(np.array(first.vector, np.float64) * np.array(second.vector))
+    first, second = (np.array(scale_proposal(space, each, budget).vector) for each in pair)
+    mean = np.sqrt(first.astype(np.float64) * second)
     return LinearFamily(space, space.nearest(mean)).solve(budget)
 
 
@@ -233,25 +234,20 @@ def family_candidates(
         WidthsError: A budget is below the narrowest network of every space.
     """
     out: dict[tuple[str, Widths], Candidate] = {}
-
-    def add(space: SearchSpace, widths: Widths, proposer: str, family: str, budget: float) -> None:
-        origin = {"proposer": proposer, "family": family, "budget": budget}
-        out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
-
     for budget in budgets:
         for space, macs in _spaces_within(spaces, budget):
             own = proposals.get(space.name, ())
             for family in families:
-                if family != "mixture":
-                    for proposal in own:
-                        widths = scale_proposal(space, proposal, macs, family)
-                        add(space, widths, proposal.method, family, budget)
-                    continue
-                for a, b in itertools.combinations(own, 2):
-                    widths = mix_widths(
-                        space, scale_proposal(space, a, macs), scale_proposal(space, b, macs), macs
-                    )
-                    add(space, widths, f"{a.method}+{b.method}", family, budget)
+                if family == "mixture":
+                    pairs = list(itertools.combinations(own, 2))
+                    names = [f"{a.method}+{b.method}" for a, b in pairs]
+                    found = [mix_proposals(space, pair, macs) for pair in pairs]
+                else:
+                    names = [proposal.method for proposal in own]
+                    found = [scale_proposal(space, proposal, macs, family) for proposal in own]
+                for name, widths in zip(names, found, strict=True):
+                    origin = {"proposer": name, "family": family, "budget": budget}
+                    out.setdefault((space.name, widths), Candidate(space.name, widths, origin))
     return list(out.values())
 
 
