@@ -156,7 +156,11 @@ def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
     """All but the base, which is on no front; and some network must fit."""
     sizes = {"limits": {"macs": (0, 4000)}, "budgets": [0.3, 2.0]}
     study = tiny.study(tmp_path, proposers=["sensitivity"], trials=9, **sizes)
-    tiny.run(study)
+    messages = [each.message for each in tiny.run(study)]
+    left = (
+        "2 proposed and 1 baseline candidates are left out, of budgets 2: their costs are outside"
+    )
+    assert f"{left} the limits (macs [0, 4000])" in messages
     base, *others = study.trials()
     assert base.cost.macs > 4000
     assert all(trial.cost.macs <= 4000 for trial in others)

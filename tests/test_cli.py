@@ -170,8 +170,11 @@ def test_pareto_as_json_and_csv(command: CommandLine, runs: Path) -> None:
     points = [[-m["accuracy"], m["macs"]] for m in content["front"]]
     assert pareto.non_dominated(points).all()
     assert content["base"]["origin"] == {"base": True}
-    assert len(content["uniform"]) == 2
-    rows = csv.DictReader(command("pareto", "small", "--csv", "--runs", runs).splitlines())
+    assert [m["origin"] == {"base": True} for m in content["uniform"]] == [False, False, True]
+    lines = command("pareto", "small", "--csv", "--runs", runs).splitlines()
+    assert "sd,interval_low,interval_high,trainings" in lines[0]
+    assert "latency_ms,latency_ratio," in lines[0]
+    rows = csv.DictReader(lines)
     assert [(int(row["id"]), int(row["block3.conv2"])) for row in rows] == [
         (m["id"], m["widths"]["block3.conv2"]) for m in content["front"]
     ]

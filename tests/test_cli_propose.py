@@ -47,7 +47,7 @@ def test_propose_takes_a_studys_space_task_and_recipe(command: CommandLine, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("unifrm", "must name a proposer or be `module:name`, but was 'unifrm'"),
+        ("unifrm", "method must name a proposer or be `module:name`, but was 'unifrm'"),
         ("uniform --set member=3", "unknown key 'uniform.member'; did you"),
         ("sensitivity", "method 'sensitivity' reads data, but no task was given"),
         ("uniform --budget 1e-9", "is below the narrowest network"),
@@ -60,6 +60,7 @@ def test_propose_takes_a_studys_space_task_and_recipe(command: CommandLine, tmp_
         ("synflow --set per=latency", "digits_resnet' has no profile here: run `widthsearch prof"),
         ("uniform --out /dev/null/w.json", "must be writable, but "),
         ("uniform --plot /dev/null/w.png", "must be writable, but "),
+        ("sensitivity --plot /dev/null/w.png", "must be writable, but "),  # before it reads data
     ],
 )
 def test_propose_refuses_in_one_line(

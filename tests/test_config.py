@@ -112,6 +112,7 @@ WRONG = {
         "task must be a mapping of keys to values, but was ['digits']; write `task: digits`, or "
         "`task: {name: image_folder, folder: path}`"
     ),
+    "{task: {name: digits, validation: 1.5}}": "task.validation must be less than 1, but was 1.5",
     "{objectives: [accuracy], early_stopping: front}": (
         "early_stopping needs a cost among the objectives, but they are [accuracy]: add macs, or "
         "leave early_stopping out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,18 +92,33 @@ def test_beyond_the_trained_sizes_a_forecast_is_extrapolated(tmp_path: Path) -> 
         within = [low <= w <= high for w, (low, high) in zip(each.widths.vector, ends, strict=True)]
         inside = all(within) and min(macs) <= each.cost.macs <= max(macs)
         assert each.extrapolated == (not inside)
+        assert each.within_limits == (each.cost.macs <= 4500)
     assert {each.extrapolated for each in found if not each.trained} == {False, True}
     widest = max(found, key=lambda each: each.cost.macs)
     assert widest.extrapolated
     assert widest.gain == max(each.gain for each in found)
-    table, _, note, advice = report.forecast_table(found).renderables
+    table, _, note, limited, advice = report.forecast_table(found).renderables
+    assert str(limited).startswith("†: outside the study's limits")
     assert sum(str(cell).endswith(" *") for cell in table.columns[2].cells) == sum(
         each.extrapolated for each in found
     )
     assert str(note).startswith("*: extrapolated")
     assert str(dict(widest.widths)) not in str(advice)
     advice_less = report.forecast_table([each for each in found if each.extrapolated]).renderables
-    assert len(advice_less) == 3
+    assert len(advice_less) == 4
+
+
+def test_the_advice_is_within_the_limits_and_names_its_space(tmp_path: Path) -> None:
+    """A member above the limits has a mark, and the greatest gain of the others is advised."""
+    done = study(tmp_path, 12)
+    found = [replace(each, extrapolated=False) for each in forecast(done, done.posterior())]
+    open_ = [each for each in found if not each.trained]
+    best, second = sorted(open_, key=lambda each: -each.gain)[:2]
+    limited = [replace(e, within_limits=e is not best) for e in found]
+    limited.append(replace(second, space="other", gain=second.gain + 0.01))
+    table, *lines = report.forecast_table(limited).renderables
+    assert sum("†" in str(cell) for cell in table.columns[3].cells) == 1
+    assert f"linear of other, {dict(second.widths)}, expected gain" in str(lines[-1])
 
 
 def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> None:

@@ -106,9 +106,31 @@ def test_a_gain_is_a_mean_with_its_90_percent_interval() -> None:
     (line,) = report.gain_lines(posterior)
     assert line == (
         f"Gain over uniform widths: {gain:+.2f} ±{half:.2f} points at equal MACs (mean over 2 of "
-        "3)."
+        "3); ± is its 90% interval."
     )
     assert report.gain_lines(posterior_of([*found[2:], *rivals])) == []  # seven trainings
+
+
+def test_networks_outside_the_limits_are_in_no_comparison() -> None:
+    """A base above the limits is no rival, widens no box and is not in the uniform baseline."""
+    found = [trial(i, 10 * i, 80.0 + i + 0.3 * (-1) ** i, 1.0) for i in range(1, 8)]
+    uniform = tiny.finished(10, tiny.widths(2, 4), 78.0, origin=UNIFORM, cost=Cost(40, 10, 5))
+    every = [trial(0, 500, 95.0, 1.0), *found, uniform]
+    records = {"tiny": SpaceRecord.of(tiny.space())}
+    inside = AccuracyPosterior(every, records, ("accuracy", "macs"), {"macs": (0, 100)})
+    free = posterior_of(every)
+    assert [t.number for t in report.baseline(inside)] == [10]
+    assert [t.number for t in report.baseline(free)] == [10, 0]
+    (line,) = report.gain_lines(inside)
+    assert line.startswith("Gain over uniform widths: ")
+    assert "(mean over 1 of 1)" in line
+    (line,) = report.gain_lines(free)
+    assert line.startswith("Gain over uniform widths and the base: ")
+    assert "(mean over 2 of 2)" in line
+    without = AccuracyPosterior(every[1:], records, ("accuracy", "macs"), {"macs": (0, 100)})
+    span = np.ptp(inside.points(inside.members_within_limits), axis=0)
+    assert span[1] == np.ptp(without.points(without.members), axis=0)[1] == 60
+    assert report.front_volume(free.front(), free) != report.front_volume(found, inside)
 
 
 def test_intervals_stay_within_the_range_of_the_accuracy() -> None:
@@ -199,6 +221,16 @@ def test_a_terminal_shows_one_live_table() -> None:
     shown = stream.getvalue()
     for text in ("mine", "3/10", "91.25", "1:15", "1:01:40", "measuring"):
         assert text in shown
+
+
+def test_an_estimate_is_named_as_one() -> None:
+    """The best accuracy may fall when the surrogate's estimate replaces a mean of trainings."""
+    for terminal, text in ((True, "estimated best %"), (False, "estimated best 91.25%")):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=terminal, width=120)
+        with LiveView("mine", console) as view:
+            view(replace(STAND, estimated=True))
+        assert text in stream.getvalue()
 
 
 def test_a_log_shows_one_line_per_finished_trial() -> None:

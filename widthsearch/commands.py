@@ -99,6 +99,9 @@ def propose(options: argparse.Namespace) -> int:
     amount, is_share = options.budget
     budget = amount * (space.cost(space.base).macs if is_share else 1)
     console = open_console(stderr=options.json)
+    for path in (options.out, options.plot):
+        if path is not None:
+            _check_writable(Path(path))
     with console.status(options.method) as status:
         setting = Setting(
             config.seed if options.seed is None else options.seed,
@@ -237,6 +240,15 @@ def _print_front(study: Study, console: Console) -> AccuracyPosterior:
     print_tables(console, tables.front_tables(study, posterior))
     print_line(console, tables.write_front(study, posterior))
     return posterior
+
+
+def _check_writable(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it is to hold."""
+    existed = path.exists()
+    with writing(path.parent):
+        path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def _write(path: str | Path, write: Callable[[Path], object], console: Console) -> None:

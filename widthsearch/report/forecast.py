@@ -19,6 +19,7 @@ from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting, families
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.cost import Cost
+from widthsearch.study.front import is_within_limits
 from widthsearch.study.posterior import ENOUGH, AccuracyEstimate, AccuracyPosterior
 from widthsearch.study.proposals import stored_proposals
 from widthsearch.study.storage import Store
@@ -38,13 +39,15 @@ class Forecast:
         origin: The proposer, the family, and the budget as a share of the base's MACs.
         cost: Its exact cost.
         estimate: The posterior of its accuracy, with the number of its finished trainings.
-        beats_front: The probability that it is more accurate than every trained network with no
-            more MACs (or, where there is none, than the least accurate network).
+        beats_front: The probability that it is more accurate than every trained network
+            within the limits with no more MACs (or, where there is none, than the least accurate
+            network).
         gain: The expected lead over them in points, a negative lead counting as 0 (expected
             improvement: Jones, Schonlau and Welch, 1998, equation 15); at most up to 100%.
         extrapolated: Whether it lies outside the trained sizes: its MACs outside the range of its
             space's finished trials, or a width more than one step outside of its axis's range
             there. The surrogate's trend is not to be trusted there.
+        within_limits: Whether its exact costs are within the study's limits.
     """
 
     space: str
@@ -55,6 +58,7 @@ class Forecast:
     beats_front: float
     gain: float
     extrapolated: bool
+    within_limits: bool
 
     @property
     def trained(self) -> bool:
@@ -73,6 +77,7 @@ class Forecast:
             "beats_front": self.beats_front,
             "gain": self.gain,
             "extrapolated": self.extrapolated,
+            "within_limits": self.within_limits,
         }
 
 
@@ -81,8 +86,8 @@ def forecast(
 ) -> list[Forecast]:
     """The members of the families of the study's proposals and uniform widths at each budget.
 
-    The best next training is the one of the greatest :attr:`Forecast.gain` among those that are
-    neither trained nor extrapolated.
+    The best next training is the one of the greatest :attr:`Forecast.gain` among those within the
+    limits that are neither trained nor extrapolated.
 
     Args:
         study: A study that was run; its spaces' code is needed.
@@ -106,8 +111,8 @@ def forecast(
         uniform = Uniform()(space, None, Setting())
         if not any(proposal.method == uniform.method for proposal in found[name]):
             found[name].append(uniform)
-    known = [(member.cost.macs, posterior.accuracy(member)) for member in posterior.members]
-    least = min(accuracy for _, accuracy in known)
+    known = [(t.cost.macs, posterior.accuracy(t)) for t in posterior.members_within_limits]
+    least = min(map(posterior.accuracy, posterior.members))
     out = []
     base = study.space.cost(study.space.base).macs
     narrowest = min(s.cost([axis.min_width for axis in s.axes]).macs for s in spaces.values())
@@ -141,6 +146,7 @@ def forecast(
                 float(ndtr(ahead)),
                 min(float(sd * (density + ahead * ndtr(ahead))), 100.0 - best),
                 bool(outside.any()) or not min(macs) <= cost.macs <= max(macs),
+                is_within_limits(cost, config.limits),
             )
         )
     return out

@@ -44,8 +44,8 @@ def draw_front(study: Study, posterior: AccuracyPosterior) -> Figure:
         x = [value(t) for t in finished]
         axes.plot(x, [t.accuracy for t in finished], ".", color="0.7", label="one training")
         for label, members, marker, colour in (
-            ("random", baseline(posterior.members, "random"), "^", "tab:green"),
-            ("uniform", baseline(posterior.members), "s", "tab:blue"),
+            ("random", baseline(posterior, "random"), "^", "tab:green"),
+            ("uniform", baseline(posterior), "s", "tab:blue"),
             ("front", front, "o", "tab:red"),
         ):
             if members:

@@ -56,7 +56,7 @@ def progress_line(progress: Progress) -> str:
     """The progress of a study in one line, with its message if it is a status."""
     parts = [f"{progress.done}/{progress.total} trials"]
     if progress.best_accuracy is not None:
-        parts.append(f"best {progress.best_accuracy:.2f}%")
+        parts.append(f"{'estimated ' * progress.estimated}best {progress.best_accuracy:.2f}%")
         parts.append(f"front {progress.front_size}")
     parts.append(f"{_clock(progress.elapsed)} elapsed")
     if progress.remaining is not None:
@@ -69,7 +69,8 @@ def progress_line(progress: Progress) -> str:
 def progress_table(name: str, progress: Progress) -> Table:
     """The progress of a study as a table, with its message if it is a status."""
     table = Table(title=name)
-    for column in ("trials", "running", "best %", "front", "elapsed", "left", "done"):
+    best_column = f"{'estimated ' * progress.estimated}best %"
+    for column in ("trials", "running", best_column, "front", "elapsed", "left", "done"):
         table.add_column(column, justify="right")
     best, left = progress.best_accuracy, progress.remaining
     table.add_row(

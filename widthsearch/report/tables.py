@@ -66,11 +66,11 @@ def estimate_text(estimate: AccuracyEstimate) -> str:
     return f"{text} ±{above:.2f}"
 
 
-def baseline(members: Sequence[Trial], method: str = "uniform") -> list[Trial]:
-    """The trials of a baseline among finished ones, fewest MACs first.
+def baseline(posterior: AccuracyPosterior, method: str = "uniform") -> list[Trial]:
+    """The members of a baseline that are within the limits, fewest MACs first.
 
     Args:
-        members: Finished trials.
+        posterior: The posterior of a study.
         method: ``uniform``, which includes the bases, or ``random``.
     """
 
@@ -79,22 +79,31 @@ def baseline(members: Sequence[Trial], method: str = "uniform") -> list[Trial]:
             return method == "uniform"
         return origin.get("proposer") == method and origin.get("family") == "linear"
 
+    members = posterior.members_within_limits
     return sorted((t for t in members if belongs(t.origin)), key=lambda t: t.cost.macs)
+
+
+def _contents(rivals: Sequence[Trial], method: str = "uniform") -> str:
+    """The networks of a baseline in words."""
+    bases = sum(bool(t.origin.get("base")) for t in rivals)
+    parts = [f"{method} widths"] if len(rivals) > bases else []
+    return " and ".join(parts + ([f"the base{'s' * (bases > 1)}"] if bases else []))
 
 
 def gain_lines(posterior: AccuracyPosterior) -> list[str]:
     """The mean gain of the other networks over each baseline at equal cost; a line a baseline.
 
     Each baseline network is paired with the most accurate of the other networks that costs no more,
-    by estimated accuracy. The 90% interval is that of the mean of the paired differences under the
-    joint posterior. There is no line without a surrogate.
+    by estimated accuracy; networks outside the limits take no part. The 90% interval is that of the
+    mean of the paired differences under the joint posterior. There is no line without a surrogate.
     """
     if posterior.surrogate is None:
         return []
-    found = [t for t in posterior.members if t.origin.keys().isdisjoint(("base", "baseline"))]
+    inside = posterior.members_within_limits
+    found = [t for t in inside if t.origin.keys().isdisjoint(("base", "baseline"))]
     lines = []
     for method in ("uniform", "random"):
-        rivals, gains = baseline(posterior.members, method), []
+        rivals, gains = baseline(posterior, method), []
         for cost in (cost for cost in _COSTS if cost in posterior.objectives):
             pairs = equal_cost_pairs(found, rivals, cost, posterior.accuracy)
             if pairs:
@@ -104,19 +113,21 @@ def gain_lines(posterior: AccuracyPosterior) -> list[str]:
                     f"{len(pairs)} of {len(rivals)})"
                 )
         if gains:
-            lines.append(f"Gain over {method} widths: {', '.join(gains)}.")
+            lines.append(
+                f"Gain over {_contents(rivals, method)}: {', '.join(gains)}; ± is its 90% interval."
+            )
     return lines
 
 
 def front_json(study: Study, posterior: AccuracyPosterior) -> dict[str, Any]:
-    """The front, the base model and the uniform baseline as JSON values."""
-    uniform, base = baseline(posterior.members), posterior.base
+    """The front, the base model and the uniform baseline with the bases as JSON values."""
+    base = posterior.base
     return {
         "study": study.config.name,
         "objectives": list(study.config.objectives),
         "front": [_trial_json(t, posterior) for t in posterior.front()],
         "base": None if base is None else _trial_json(base, posterior),
-        "uniform": [_trial_json(t, posterior) for t in uniform if not t.origin.get("base")],
+        "uniform": [_trial_json(t, posterior) for t in baseline(posterior)],
     }
 
 
@@ -132,14 +143,17 @@ def front_csv(posterior: AccuracyPosterior) -> str:
     front = posterior.front()
     out = io.StringIO()
     names = list(dict.fromkeys(name for t in front for name in t.widths))
-    columns = ["id", "space", "accuracy", "estimated", "sd", "trainings", "dominated"]
-    columns += ["macs", "params", "latency_ms", "origin", *names]
+    columns = ["id", "space", "accuracy", "estimated", "sd", "interval_low", "interval_high"]
+    columns += ["trainings", "dominated", "macs", "params", "latency_ms", "latency_ratio"]
+    columns += ["origin", *names]
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for t in front:
         estimate = posterior[t]
         row = {key: value for key, value in t.to_json().items() if key in columns}
         row |= {key: getattr(estimate, key) for key in ("sd", "trainings", "dominated")}
+        row |= zip(("interval_low", "interval_high"), estimate.interval or (), strict=False)
+        row |= {} if t.latency is None else {"latency_ratio": t.latency.ratio}
         row |= {"estimated": estimate.accuracy, "origin": origin_text(t.origin), **t.widths}
         writer.writerow(row)
     return out.getvalue()
@@ -155,18 +169,21 @@ def front_tables(study: Study, posterior: AccuracyPosterior) -> Group:
         return Group(
             Text(f"No trial of {study.config.name} has finished yet, so there is no front. {total}")
         )
-    uniform = baseline(posterior.members)
+    uniform = baseline(posterior)
     parts: list[RenderableType] = [
         trial_table(f"front of {study.config.name}", front, base, posterior),
         _width_lines(front),
     ]
     if uniform:
-        parts.append(trial_table("uniform baseline", uniform, base, posterior))
+        title = f"uniform baseline: {_contents(uniform)}"
+        parts.append(trial_table(title, uniform, base, posterior))
     if len(front) >= FEW:
+        inside = " within the limits" if study.config.limits else ""
+        contents = f" ({_contents(uniform)})" if uniform else ""
         total += (
-            f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that all "
-            f"finished trials span: front {front_volume(front, posterior):.3f}, uniform baseline "
-            f"{front_volume(uniform, posterior):.3f}."
+            f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that "
+            f"all finished trials{inside} span: front {front_volume(front, posterior):.3f}, uniform "
+            f"baseline {front_volume(uniform, posterior):.3f}{contents}."
         )
     lines = [total, *gain_lines(posterior), *footnotes([*front, *uniform], posterior)]
     return Group(*parts, *map(Text, (*lines, *latency_remarks(front, base))))
@@ -228,25 +245,29 @@ def forecast_table(forecasts: Sequence[Forecast]) -> Group:
             *([each.space] if several else []),
             f"{origin_text(each.origin)} {each.origin['family']}",
             short(each.cost.macs),
-            estimate_text(each.estimate) + " *" * each.extrapolated,
+            estimate_text(each.estimate)
+            + " †" * (not each.within_limits)
+            + " *" * each.extrapolated,
             "trained" if each.trained else f"{each.beats_front:.0%}",
         )
     lines = [
-        "P(beats front): the probability that it is more accurate than every trained network with "
-        "no more MACs."
+        "P(beats front): the probability that it is more accurate than every trained network "
+        "within the limits with no more MACs."
     ]
     if any(each.extrapolated for each in forecasts):
         lines.append(
             "*: extrapolated: its MACs are outside the range of the finished trials, or a width is "
             "more than one step outside."
         )
-    open_ = [each for each in forecasts if not (each.trained or each.extrapolated)]
+    if not all(each.within_limits for each in forecasts):
+        lines.append("†: outside the study's limits, so never advised.")
+    open_ = [e for e in forecasts if e.within_limits and not (e.trained or e.extrapolated)]
     if open_:
         best = max(open_, key=lambda each: each.gain)
         lines.append(
-            f"Train next: {origin_text(best.origin)} {best.origin['family']}, "
-            f"{dict(best.widths)}, expected gain {best.gain:.2f} points over the trained networks "
-            "within its MACs."
+            f"Train next: {origin_text(best.origin)} {best.origin['family']}"
+            f"{f' of {best.space}' * several}, {dict(best.widths)}, expected gain "
+            f"{best.gain:.2f} points over the trained networks within its MACs."
         )
     return Group(uncut(table), *map(Text, lines))
 
@@ -254,12 +275,12 @@ def forecast_table(forecasts: Sequence[Forecast]) -> Group:
 def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> float:
     """The hypervolume of some trials, as a share of the box that all finished ones span.
 
-    By estimated accuracy.
+    By estimated accuracy. Networks outside the limits do not widen the box.
     """
-    if not members or not posterior.members:
+    if not members:
         return 0.0
 
-    every = posterior.points(posterior.members)
+    every = posterior.points(posterior.members_within_limits)
     low, high = every.min(0), every.max(0)
     span = np.where(high > low, high - low, 1.0)
     return pareto.hypervolume((posterior.points(members) - low) / span, np.ones_like(low))

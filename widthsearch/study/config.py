@@ -174,7 +174,7 @@ class ProposerConfig(BaseModel):
         try:
             return cls(method=method, **fields)
         except ValidationError as error:
-            raise StudyError(explain(error, _SECTIONS)) from None
+            raise StudyError(explain(error, _SECTIONS, "method")) from None
 
     def make(self, place: str = "") -> Proposer:
         """The proposer with its fields; imports it.
@@ -446,7 +446,10 @@ _FORMS = {
 
 
 def _form(message: str) -> str:
-    """The end of a message about one of those sections; empty for others."""
-    place = re.match(r"(?:key ')?(\w+)", message)
-    form = _FORMS.get(place[1]) if place else None
-    return f"; write {form}" if form and "`" not in message else ""
+    """The end of a message about the form of one of those sections; empty for others."""
+    place = re.match(
+        r"(?:key ')?(task(?=\.name|'| )|limits|input)[\w.]*'? "
+        r"(?:must(?! be (?:greater|less))|is missing)",
+        message,
+    )
+    return f"; write {_FORMS[place[1]]}" if place and "`" not in message else ""

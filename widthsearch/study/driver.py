@@ -28,6 +28,7 @@ from widthsearch.study.checks import check_parts, claim
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
+from widthsearch.study.front import is_within_limits
 from widthsearch.study.loop import Search
 from widthsearch.study.posterior import AccuracyPosterior
 from widthsearch.study.progress import Level, Notify, Pace, Progress
@@ -38,7 +39,6 @@ from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import cores
 from widthsearch.utils.files import write_atomically
-from widthsearch.widths import Widths
 
 OnProgress = Callable[[Progress], None]
 
@@ -94,7 +94,7 @@ class Driver:
                 task = self.task.for_search()
                 found, self.failures = collect_proposals(store, asked, task, engine, say)
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
-            queue += [c for c in proposed if self._is_within_limits(c.space, c.widths)]
+            queue += self._within_limits(proposed, say)
             yield Search(
                 config,
                 self.spaces,
@@ -224,14 +224,24 @@ class Driver:
         )
         return met
 
-    def _is_within_limits(self, space: str, widths: Widths) -> bool:
-        """Whether exact costs are within the study's limits."""
-        cost = self.spaces[space].cost(widths)
-        return all(
-            low <= getattr(cost, name) <= high
-            for name, (low, high) in self.config.limits.items()
-            if name != "latency_ms"
-        )
+    def _within_limits(self, proposed: Sequence[Candidate], say: Notify) -> list[Candidate]:
+        """The candidates whose exact costs are within the limits; a message counts the others."""
+        limits = self.config.limits
+        costs = [self.spaces[c.space].cost(c.widths) for c in proposed]
+        inside = [is_within_limits(cost, limits) for cost in costs]
+        left = [c.origin for c, within in zip(proposed, inside, strict=True) if not within]
+        if left:
+            baselines = sum("baseline" in origin for origin in left)
+            budgets = ", ".join(sorted({f"{origin['budget']:g}" for origin in left}, key=float))
+            bounds = ", ".join(
+                f"{name} [{low:g}, {high:g}]" for name, (low, high) in limits.items()
+            )
+            say(
+                f"{len(left) - baselines} proposed and {baselines} baseline candidates are left "
+                f"out, of budgets {budgets}: their costs are outside the limits ({bounds})",
+                "event",
+            )
+        return [c for c, within in zip(proposed, inside, strict=True) if within]
 
     @cached_property
     def _profiles(self) -> dict[str, LatencyPredictor]:

@@ -6,14 +6,15 @@ The front itself is :meth:`~widthsearch.study.posterior.AccuracyPosterior.front`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points, knee
 from widthsearch.errors import StudyError
+from widthsearch.space.cost import Cost
 from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ def objective_value(trial: Trial, objective: str) -> float:
     """A trial's value of an objective, in the objective's own unit; NaN where it has none."""
     value = getattr(trial.cost if objective in ("macs", "params") else trial, objective)
     return math.nan if value is None else float(value)
+
+
+def is_within_limits(cost: Cost, limits: Mapping[Any, tuple[float, float]]) -> bool:
+    """Whether exact costs are within a study's limits; a limit of latency is not checked."""
+    return all(
+        low <= getattr(cost, name) <= high
+        for name, (low, high) in limits.items()
+        if name != "latency_ms"
+    )
 
 
 def objective_points(trials: Sequence[Trial], objectives: Sequence[str]) -> Points:

@@ -155,9 +155,14 @@ class AccuracyPosterior:
 
     @cached_property
     def _front(self) -> list[Trial]:
-        inside = np.flatnonzero([self._is_within(member) for member in self.members])
-        kept = inside[pareto.non_dominated(self.points(self.members)[inside])]
-        return sorted((self.members[i] for i in kept), key=lambda t: (t.cost.macs, t.number))
+        inside = self.members_within_limits
+        kept = np.flatnonzero(pareto.non_dominated(self.points(inside)))
+        return sorted((inside[i] for i in kept), key=lambda t: (t.cost.macs, t.number))
+
+    @cached_property
+    def members_within_limits(self) -> list[Trial]:
+        """The members that may be on the front, in the members' order."""
+        return [member for member in self.members if self._is_within(member)]
 
     def _is_within(self, member: Trial) -> bool:
         return all(
@@ -172,7 +177,7 @@ class AccuracyPosterior:
         Returns:
             Those nearest to 50% first.
         """
-        doubts = {t.number: self[t].dominated or 0.0 for t in self.members if self._is_within(t)}
+        doubts = {t.number: self[t].dominated or 0.0 for t in self.members_within_limits}
         open_ = [t for t in self.members if 0.05 <= doubts.get(t.number, 0.0) <= 0.95]
         return sorted(open_, key=lambda t: (abs(doubts[t.number] - 0.5), t.number))
 

@@ -29,6 +29,8 @@ class Progress:
             has ended in it.
         message: What just happened; may be empty.
         level: The importance of the message.
+        estimated: Whether the best accuracy is the surrogate's estimate; else it is a mean of
+            trainings.
     """
 
     done: int
@@ -40,6 +42,7 @@ class Progress:
     remaining: float | None
     message: str = ""
     level: Level = "status"
+    estimated: bool = False
 
 
 class Notify(Protocol):
@@ -83,4 +86,13 @@ class Pace:
         if done != self.done and self.first_epoch is not None:
             remaining = (now - self.first_epoch) / (done - self.done) * (total - done)
         best, size = posterior.best_accuracy, len(posterior.front())
-        return Progress(done, running, total, best, size, now - self.started, remaining)
+        return Progress(
+            done,
+            running,
+            total,
+            best,
+            size,
+            now - self.started,
+            remaining,
+            estimated=posterior.surrogate is not None,
+        )

@@ -251,13 +251,23 @@ def check_input_shape(space: SearchSpace, task: Task) -> None:
     Raises:
         DataError: It was traced at another shape, at several inputs, or at integers.
     """
-    if image_shape(space.input_shape) == task.input_shape:
+    traced = image_shape(space.input_shape)
+    if traced == task.input_shape:
         return
     shape = ", ".join(map(str, task.input_shape))
+    if traced is None:
+        way = "a study takes one image-like input: make the space with one input of that shape"
+    elif len(traced) == len(task.input_shape) and traced[0] != task.input_shape[0]:
+        way = (
+            f"the model takes {traced[0]} channels and the task's images have "
+            f"{task.input_shape[0]}: use another task, or a model of as many channels as the images"
+        )
+    else:
+        way = f"set `input: [{shape}]` for a torchvision model, or make the space with that shape"
     raise DataError(
         f"a space must be traced at the shape of the task's images, but {space.name!r} was traced "
-        f"at {inputs_to_json(space.input_shape)} and the images of {task.name!r} are ({shape}): "
-        f"set `input: [{shape}]` for a torchvision model, or make the space with that shape"
+        f"at {inputs_to_json(space.input_shape)} and the images of {task.name!r} are ({shape}); "
+        f"{way}"
     )
 
 
