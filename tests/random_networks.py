@@ -186,6 +186,11 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "depthwise": lambda c, conv: Block(
         lambda m, x: m.b(m.a(x)), a=nn.Conv2d(c, c, 3, padding=1, groups=c), b=conv(c, c, 1)
     ),
+    "blurred": _plain(
+        lambda _, x: F.conv2d(
+            x, torch.ones(3, 3).expand(x.shape[1], 1, 3, 3) / 9, padding=1, groups=x.shape[1]
+        )
+    ),
     "squeezed": lambda c, _conv: Block(
         lambda m, x: x * m.b(F.relu(m.a(x.mean((2, 3))))).sigmoid()[..., None, None],
         a=nn.Linear(c, c // 4),

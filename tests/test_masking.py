@@ -87,6 +87,7 @@ LOST: dict[str, Callable[[Tensor], Tensor]] = {
     "aten.fft_fft": lambda x: torch.fft.fft(x, dim=1).abs(),
     "aten.argmax": lambda x: x * x.argmax(1, keepdim=True),
     "aten.arange": lambda x: x * torch.arange(x.shape[1])[:, None, None],
+    "aten.nansum": lambda x: x - x.nanmean(1, keepdim=True),
     "change sides of a cut": _first_is_zero,
 }
 """Functions that no mask can follow, by a part of the reason."""

@@ -34,7 +34,7 @@ def pointwise(run: Propagation, call: Call) -> None:
     first = call.outputs[0]
     shape = shape_of(first)
     fields: list[Field] = []
-    for x in _tensors((call.args, call.kwargs)):
+    for x in tensors_in((call.args, call.kwargs)):
         for f in run.fields_of(x):
             f = f.reshape(*[1] * (len(shape) - f.dim()), *f.shape)
             if f.dim() > len(shape) or any(
@@ -51,7 +51,8 @@ def pointwise(run: Propagation, call: Call) -> None:
         run.write_through(first, call)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in a tree of arguments."""
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
@@ -226,7 +227,7 @@ def along_dim(run: Propagation, call: Call) -> None:
     (dim,) = from_front(call.named["dim"], call.args[0])
     shape = shape_of(call.outputs[0])
     fields = []
-    for x in _tensors(call.args):
+    for x in tensors_in(call.args):
         for f in run.fields_of(x):
             kept = f.dim() == len(shape) and dim not in varies(f)
             if kept and all(n in (1, m) for n, m in zip(f.shape, shape, strict=True)):

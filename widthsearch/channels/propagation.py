@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from widthsearch.channels.call_sites import CallSites, Site
 from widthsearch.channels.elements import Elements, Field, compressed, hinted, shape_of, varies
 from widthsearch.channels.local_rules import moved, view
-from widthsearch.channels.rules import rule_of
+from widthsearch.channels.rules import keeps_zeros, rule_of
 from widthsearch.channels.seams import Seam
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
 from widthsearch.tracing.interpreter import BATCH_NORMS, _line
@@ -84,6 +84,7 @@ class SiteRecord:
         name: The function.
         reads: Fields that are combined along some dims.
         consumed: The fields of weights among them.
+        filled: By id, tensors whose masked entries are filled: operands and what keeps the value.
         operands: The fields of the call's operands by place, if it reads or consumes any.
     """
 
@@ -91,6 +92,11 @@ class SiteRecord:
     reads: list[tuple[Field, set[int]]] = field(default_factory=list)
     consumed: list[Field] = field(default_factory=list)
     operands: dict[int, list[Field]] = field(default_factory=dict)
+    filled: dict[int, Tensor] = field(default_factory=dict)
+
+    def fills(self, tensor: Tensor) -> bool:
+        """Whether the masked entries of a tensor have the value that fills the operands."""
+        return id(tensor) in self.filled
 
 
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -177,6 +183,8 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(o) not in known:
                 self._fields.pop(id(o), None)
                 self.views.pop(id(o), None)
+        if self.site is not None and keeps_zeros(call, self.site.fills):
+            self.site.filled.update((id(o), o) for o in call.outputs)
         rule = rule_of(func)
         if rule is None:
             self._lose_all(call, inputs)
@@ -188,7 +196,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether a tensor depends on parameters and constants alone."""
         return id(tensor) not in self._activations
 
-    def read(self, f: Field, dims: Iterable[int], fill: Any, call: Call) -> None:
+    def read(self, f: Field, dims: Iterable[int], fill: Any, call: Call, *factors: Tensor) -> None:
         """Record that a call combines a field's entries along some dims.
 
         Args:
@@ -196,14 +204,16 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dims: The dims.
             fill: The value that takes entries out of the operator, as in :data:`FILLS`.
             call: The call.
+            factors: The tensors of which one must have that value; default: the first operand.
         """
         along = varies(f) & set(dims)
         if not along:
             return
-        if self.site is None or FILLS.get(self.site.name, 0) != fill:
+        site, factors = self.site, factors or call.args[:1]
+        if site is None or FILLS.get(site.name, 0) != fill or not any(map(site.fills, factors)):
             self.lose(f, call)
         else:
-            self.site.reads.append((f, along))
+            site.reads.append((f, along))
 
     def consume(self, weight: Tensor, f: Field | None, x: Tensor, dim: int | None = None) -> None:
         """Record a weight's field as multiplied with the channels of ``x``.
@@ -310,7 +320,8 @@ class Sites(CallSites):
 
     def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a call, and keep its record if it reads elements."""
-        record = self.run.site = SiteRecord(site[1])
+        operands = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        record = self.run.site = SiteRecord(site[1], filled=operands)
         try:
             out = func(*args, **kwargs)
         finally:
@@ -319,5 +330,6 @@ class Sites(CallSites):
             for index, operand in enumerate(tree_leaves((args, kwargs))):
                 if fields := self.run.fields_of(operand):
                     record.operands[index] = fields
+            record.filled.clear()
             self.run.sites[site] = record
         return out

@@ -51,13 +51,17 @@ def convolution(run: Propagation, call: Call) -> None:
         if channels is not None and filters is not None:
             run.elements.unite(channels.view(-1, 1), filters.view(inputs, -1))
         run.consume(weight, filters, x, 1)
+        if channels is not None and filters is None:  # the same constants for all, as in a blur
+            filters = channels.repeat_interleave(outputs // inputs)
     else:
         run.consume(weight, read, x)
         for end in (channels, read):
             if end is not None:
-                run.read(end, (0,), 0, call)
+                run.read(end, (0,), 0, call, x, weight)
         if read is not None:
             run.follow(read, x, channels, 1, call)
+        if channels is not None:
+            run.follow(channels, weight, read, 0 if transposed else 1, call)
     if filters is None:
         return
     if transposed and groups > 1:
@@ -100,13 +104,13 @@ def _multiply(run: Propagation, call: Call, a: Tensor, b: Tensor) -> None:
             if contracted and k in varies(g):
                 run.elements.unite(f if vector else f.transpose(-1, -2), g)
         if contracted:
-            run.read(f, (f.dim() - 1,), 0, call)
+            run.read(f, (f.dim() - 1,), 0, call, a, b)
             run.consume(a, f, b)
             run.follow(f, b, found[1], k, call)
         rows += run.elements.collapsed(f, {f.dim() - 1})
     for g in run.fields_of(b):
         if k in varies(g):
-            run.read(g, (k,), 0, call)
+            run.read(g, (k,), 0, call, a, b)
             run.consume(b, g, a)
             run.follow(g, a, found[0], a.dim() - 1, call)
         columns += run.elements.collapsed(g, {k})
@@ -122,7 +126,7 @@ def attention(run: Propagation, call: Call) -> None:
     tokens = last - 1
     free = query.dim() == 4 and as_constant(poly_of(query.shape[1])) is None
     for f in run.fields_of(query):
-        run.read(f, (last,), 0, call)
+        run.read(f, (last,), 0, call, query, key)
         for g in run.fields_of(key):
             if varies(f) == varies(g):
                 run.elements.unite(f, g)
@@ -130,7 +134,7 @@ def attention(run: Propagation, call: Call) -> None:
             if free and 1 in varies(f) and 1 in varies(g):
                 run.elements.unite(f.narrow(-1, 0, 1), g)
     for f in run.fields_of(key):
-        run.read(f, (last,), 0, call)
+        run.read(f, (last,), 0, call, query, key)
     for f in (*run.fields_of(query), *run.fields_of(key), *run.fields_of(value)):
         if tokens in varies(f):
             run.lose(f, call)
@@ -225,6 +229,29 @@ def weight_norm(run: Propagation, call: Call) -> None:
     run.set_fields(call.outputs[0], run.elements.merged([*run.fields_of(v), *run.fields_of(g)]))
 
 
+def keeps_zeros(call: Call, zero: Callable[[Any], bool]) -> bool:
+    """Whether entries of the output are zero where those of operands are.
+
+    Args:
+        call: The call.
+        zero: Whether an operand's masked entries are zero.
+    """
+    packet = call.func._overloadpacket
+    tensors = [zero(t) for t in local.tensors_in((call.args, call.kwargs))]
+    if packet in _ANY_ZERO:
+        return any(tensors)
+    if packet in _ALL_ZERO:  # not with a number added
+        return all(tensors) and (packet not in _SUMS or len(tensors) == 2)
+    first = bool(call.args) and zero(call.args[0])
+    return first and (packet in _FIRST_ZERO or rule_of(call.func) is local.view)
+
+
+_ANY_ZERO = operators("mul mul_ _weight_norm_interface")
+_SUMS = operators("add add_ sub sub_")
+_ALL_ZERO = _SUMS | operators("mm bmm addmm baddbmm convolution cat stack")
+_FIRST_ZERO = operators(
+    "div div_ abs neg sqrt square sign sgn relu relu_ tanh gelu silu _to_copy native_dropout"
+)
 UNIFORM = operators(
     """
     empty full zeros ones new_empty new_full new_zeros new_ones empty_like full_like zeros_like
