@@ -31,6 +31,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.training.autotune import ConcurrencyProbe, PrecisionProbe
+from widthsearch.training.trainer import check_input_shape
 
 
 def test_trials_and_front_are_read_without_space_or_task(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_limits_bind_what_is_trained_and_the_front(tmp_path: Path) -> None:
     study = tiny.study(tmp_path, proposers=["sensitivity"], trials=9, **sizes)
     messages = [each.message for each in tiny.run(study)]
     left = (
-        "2 proposed and 1 baseline candidates are left out, of budgets 2: their costs are outside"
+        "1 proposed and 1 baseline candidates are left out, of budgets 2: their costs are outside"
     )
     assert f"{left} the limits (macs [0, 4000])" in messages
     base, *others = study.trials()
@@ -203,7 +204,25 @@ def test_a_space_traced_at_a_sample_tensor_is_driven(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"was traced at \[\[1, 4, 4\], \[1, 4, 4\]\]") as caught:
         tiny.run(tiny.study(tmp_path / "pair", pair))
     assert "\n" not in str(caught.value)
+    assert "a study takes one image-like input" in str(caught.value)
+    assert "set `input:" not in str(caught.value)
     assert not (tmp_path / "pair").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "way"),
+    [
+        ((3, 4, 4), r"the model takes 3 channels and the task's images have 1: use another task"),
+        ((1, 8, 8), r"set `input: \[1, 4, 4\]` for a torchvision model"),
+    ],
+)
+def test_another_size_can_be_set_but_other_channels_cannot(
+    shape: tuple[int, ...], way: str
+) -> None:
+    """A model's first layer has its channels; only the size of the images is free."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(shape[0], 8, 3), torch.nn.Conv2d(8, 4, 1))
+    with pytest.raises(DataError, match=way):
+        check_input_shape(SearchSpace.from_model(net, shape), tiny.task())
 
 
 def test_a_proposers_fields_are_checked_before_anything_begins(tmp_path: Path) -> None:

@@ -181,8 +181,8 @@ def front_tables(study: Study, posterior: AccuracyPosterior) -> Group:
         inside = " within the limits" if study.config.limits else ""
         contents = f" ({_contents(uniform)})" if uniform else ""
         total += (
-            f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that "
-            f"all finished trials{inside} span: front {front_volume(front, posterior):.3f}, uniform "
+            f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that all "
+            f"finished trials{inside} span: front {front_volume(front, posterior):.3f}, uniform "
             f"baseline {front_volume(uniform, posterior):.3f}{contents}."
         )
     lines = [total, *gain_lines(posterior), *footnotes([*front, *uniform], posterior)]
