@@ -15,6 +15,7 @@ asks for ``dim = q`` by the first and for ``dim = a`` by the second. The inputs'
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -123,6 +124,9 @@ class Solver(Sketch):
     ) -> None:
         super().__init__(recording.root, recording.classes)
         self.samples, self.repeated = samples, repeated
+        self._alike: dict[tuple[Fraction, ...], list[Where]] = defaultdict(list)
+        for where, sizes in samples.items():
+            self._alike[_relative(sizes)].append(where)
         self.follows: dict[Call, dict[Leaf, Follows]] = {}
         self.torn: dict[tuple[Call, str], list[Where]] = {}
         self._sizing = frozenset(sizing)
@@ -203,8 +207,8 @@ class Solver(Sketch):
                 yield leaf, repeated
             elif v > 1 and (wide or any(_related(v, size) for size in free)):
                 responses = self._responses(frame, original, arguments, (leaf,), v)
-                if responses != {}:
-                    found = self._answer(frame.call, leaf[0], responses, v)
+                found = self._answer(frame.call, leaf[0], responses, v)
+                if responses is None or found is not None:
                     equal.setdefault(v, {})[leaf] = found
         for v, group in equal.items():
             if len(group) > 1 and None in group.values():  # channels and groups change together
@@ -239,11 +243,10 @@ class Solver(Sketch):
             return Follows(None, Fraction(1), Fraction(values[0]))
         own = f"{layer}." if layer else ""
         found: dict[tuple[bool, bool], Follows] = {}
-        for where, sizes in self.samples.items():
-            slope = Fraction(sizes[0], values[0])
-            if all(size == slope * value for size, value in zip(sizes, values, strict=True)):
-                rank = f"{where[0]}.".startswith(own), slope == 1
-                found.setdefault(rank, Follows(where, slope, Fraction(0)))
+        for where in self._alike[_relative(values)]:
+            slope = Fraction(self.samples[where][0], values[0])
+            rank = f"{where[0]}.".startswith(own), slope == 1
+            found.setdefault(rank, Follows(where, slope, Fraction(0)))
         return found[max(found)] if found else None
 
     def _answer(
@@ -317,6 +320,11 @@ class Solver(Sketch):
             self.frames.pop()
             self._probed = None
         return sizes_of(fresh)
+
+
+def _relative(sizes: tuple[int, ...]) -> tuple[Fraction, ...]:
+    """Sizes as multiples of the base's."""
+    return tuple(Fraction(size, max(1, sizes[0])) for size in sizes)
 
 
 def _related(a: int, b: int) -> bool:
