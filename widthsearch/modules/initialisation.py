@@ -16,12 +16,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from widthsearch.errors import SpaceError
 from widthsearch.modules.construction import Recorder
 from widthsearch.modules.tree import direction_of, is_estimate, join, owner_of, reset, tensors_of
 
@@ -73,31 +74,50 @@ class Scheme:
         return cls(rules, values, moments)
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """Fill every tensor of ``model``, drawing from the global random state.
+    def apply(self, model: nn.Module, only: Collection[str] | None = None) -> None:
+        """Fill tensors of ``model``, drawing from the global random state.
 
         Layers are reset first, because a reset overwrites all of a layer's tensors; the lengths of
         weight norms come last, because they follow from other tensors.
+
+        Args:
+            model: A model with the same tensors, at any sizes.
+            only: The tensors to fill; all by default.
+
+        Raises:
+            SpaceError: A content has no like at the new shape.
         """
-        owners = (
-            owner_of(layer)
-            for _, layer, name, _ in tensors_of(model)
-            if self.rules.get(join(layer, name)) == RESET
-        )
+        chosen = [
+            (module, layer, join(layer, name), name, tensor)
+            for module, layer, name, tensor in tensors_of(model)
+            if only is None or join(layer, name) in only
+        ]
+        owners = (owner_of(layer) for _, layer, key, *_ in chosen if self.rules.get(key) == RESET)
         for owner in dict.fromkeys(owners):
             reset(model, owner)
-        for _, layer, name, tensor in tensors_of(model):
-            self.fill(join(layer, name), tensor)
-        for module, layer, name, tensor in tensors_of(model):
-            if self.rules.get(join(layer, name)) == LENGTH:
+        for _, _, key, _, tensor in chosen:
+            self._fill(key, tensor)
+        for module, _, key, name, tensor in chosen:
+            if self.rules.get(key) == LENGTH:
                 direction = direction_of(module, name)
                 assert direction is not None
                 tensor.copy_(torch.norm_except_dim(direction[0], 2, direction[1]))
 
-    def fill(self, key: str, tensor: Tensor) -> None:
+    def _fill(self, key: str, tensor: Tensor) -> None:
         """Fill one tensor, if it needs neither its layer nor other tensors for that."""
         if key in self.values:
-            tensor.copy_(expanded(self.values[key], tensor.shape))
+            content = self.values[key]
+            sizes = zip(content.shape, tensor.shape, strict=True)
+            others = [dim for dim, (n, m) in enumerate(sizes) if n != m]
+            if not is_uniform(content, others):
+                raise SpaceError(
+                    f"a content that differs along a width follows it by the model's constructors, "
+                    f"but they do not give {key!r} the shape {tuple(tensor.shape)}: choose widths "
+                    "that they take (by `step`), or pin the axis"
+                )
+            for dim in others:
+                content = content.narrow(dim, 0, 1)
+            tensor.copy_(content.expand(tensor.shape))
         elif key in self.moments:
             tensor.normal_(*self.moments[key])
         elif self.rules.get(key) == UNIT:
@@ -120,11 +140,3 @@ def is_uniform(content: Tensor, dims: Iterable[int]) -> bool:
     for dim in dims:
         first = first.narrow(dim, 0, 1)
     return bool((content == first).all())
-
-
-def expanded(content: Tensor, shape: torch.Size) -> Tensor:
-    """A content at another shape; it is uniform along the dims that differ."""
-    for dim, (n, m) in enumerate(zip(content.shape, shape, strict=True)):
-        if n != m:
-            content = content.narrow(dim, 0, 1)
-    return content.expand(shape)

@@ -86,8 +86,8 @@ class Builder(Session):
         original = nn.Module.load_state_dict
 
         def load_state_dict(module: nn.Module, content: Any, *args: Any, **kwargs: Any) -> Any:
-            call = self.call_of(module)
-            layers = {name for within in (call.walk() if call else ()) for name in within.names}
+            calls = [call for m in module.modules() if (call := self.call_of(m)) is not None]
+            layers = {name for call in calls for name in call.names}
             if any(name.rpartition(".")[0] in layers for name in self.free):
                 return original(module, module.state_dict())  # a new network starts anew
             return original(module, content, *args, **kwargs)

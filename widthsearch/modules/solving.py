@@ -268,7 +268,8 @@ class Solver(Sketch):
                 elif isinstance(dim, int):
                     answers.setdefault(wanted, Follows(None, Fraction(1), Fraction(v)))
         ordered = sorted(answers.values(), key=lambda a: a.where is None)
-        if others := [a.where for a in ordered[1:] if a.where is not None]:
+        others = [a.where for a in ordered[1:] if a.where is not None]
+        if others and not _by_attribute(ordered[0]):
             self.torn[call, name] = others
         return ordered[0] if ordered else None
 
@@ -320,6 +321,11 @@ class Solver(Sketch):
             self.frames.pop()
             self._probed = None
         return sizes_of(fresh)
+
+
+def _by_attribute(follows: Follows) -> bool:
+    """Whether a number follows an attribute, which forward computes with."""
+    return follows.where is not None and isinstance(follows.where[1], str)
 
 
 def _relative(sizes: tuple[int, ...]) -> tuple[Fraction, ...]:

@@ -57,6 +57,7 @@ def space_tables(space: SearchSpace) -> Group:
     parts: list[RenderableType] = [uncut(axes)]
     if space.pinned:
         parts.append(uncut(pinned))
+    parts += [Text(f"kept from the base: {leftover}") for leftover in space.leftovers]
     return Group(*parts, total)
 
 
@@ -74,6 +75,7 @@ def space_json(space: SearchSpace) -> dict[str, Any]:
         **asdict(space.cost(space.base)),
         "axes": _with_shares(map(asdict, space.axes), shares),
         "pinned": _with_shares(pinned, space.trace.pinned_shares()),
+        "leftovers": [str(leftover) for leftover in space.leftovers],
     }
 
 

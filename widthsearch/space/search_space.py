@@ -24,6 +24,7 @@ from widthsearch.space.ties import tied_scores, unconstrained_widths
 from widthsearch.space.verification import CheckReport, check_space
 from widthsearch.space.width_specs import WidthBatch, WidthSpec, as_vectors, parse_widths
 from widthsearch.tracing.inputs import Inputs, as_inputs, sample
+from widthsearch.tracing.leftovers import Leftover
 from widthsearch.tracing.trace import Pinned, Trace
 from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Axis, Widths, fingerprint, read_widths, write_widths
@@ -79,9 +80,9 @@ class SearchSpace:
         """The space of all widths of a model.
 
         Args:
-            model: A module, or better a function without arguments that constructs one: then its
-                constructor's initialisation is recorded and applied at every width, while a given
-                module's layers fall back on their own ``reset_parameters``.
+            model: A module, or better a function without arguments that constructs one: networks
+                are then constructed by the same code at their widths, while a given module's layers
+                fall back on their own ``reset_parameters`` (see :attr:`leftovers`).
             input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``; for other
                 inputs see :data:`~widthsearch.tracing.inputs.Inputs`.
             name: The space's name; by default that of the function or the model's class.
@@ -92,7 +93,7 @@ class SearchSpace:
             align: ``cuda``, ``cpu`` or a number: steps in whole blocks of a device's kernels.
             pin: Axes that are fixed at their base, by name or glob (``layer3.*``).
             tie: Lists of axes that keep their bases' ratio; each becomes one axis.
-            init: Called on each network that is built, after the recorded initialisation.
+            init: Called on each network that is built, after its constructor.
 
         Raises:
             TraceError: The model cannot be traced; the message names the module and the operation.
@@ -219,6 +220,11 @@ class SearchSpace:
     def pinned(self) -> tuple[Pinned, ...]:
         """The widths that are not free, each with its reason."""
         return self.trace.pinned
+
+    @property
+    def leftovers(self) -> tuple[Leftover, ...]:
+        """Numbers and contents that networks of other widths keep from the base."""
+        return self.model.leftovers
 
     def widths(self, spec: WidthSpec) -> Widths:
         """A width vector of this space.

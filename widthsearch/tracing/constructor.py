@@ -6,6 +6,7 @@ user's class has at these widths. The analysis that this takes runs once, when i
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.errors import TraceError
+from widthsearch.errors import SpaceError, TraceError
 from widthsearch.modules.construction import Recording
 from widthsearch.modules.replay import ConstructionError, Replay
 from widthsearch.modules.solving import Where, shapes_of
@@ -114,7 +115,10 @@ class Constructor:
         """A network with these sizes; ``arguments`` as for :meth:`Replay.build`.
 
         Returns:
-            None where the constructors refuse such sizes.
+            None if :attr:`replay` is None.
+
+        Raises:
+            SpaceError: The constructors refuse such sizes.
         """
         if self.replay is None:
             return None
@@ -124,10 +128,13 @@ class Constructor:
         sizes.update(attributes)  # type: ignore[arg-type]
         try:
             network = self.replay.build(sizes, arguments)
-        except ConstructionError:
-            return None
-        if shapes_of(network).keys() != shapes.keys():
-            return None
+            if shapes_of(network).keys() != shapes.keys():
+                raise ConstructionError(f"{type(network).__name__} would have other tensors")
+        except ConstructionError as error:
+            raise SpaceError(
+                f"networks are made by the model's own constructors, but they refuse these widths: "
+                f"{error}; choose widths that they take (by `step`), or pin the axis"
+            ) from error
         own_configurations(network, attributes)
         for (layer, name), value in {**self.kept, **attributes}.items():
             set_size(network, layer, name, value)
@@ -189,10 +196,17 @@ class Constructor:
         return counted == (2 * evaluate(self.trace.macs, x), evaluate(self.trace.activations, x))
 
     def _points(self) -> list[list[int]]:
+        """The base, and other values of the polynomials' variables: multiples, then any.
+
+        Constructors may ask for even widths, or for whole blocks. So the first two are multiples
+        of the base, and of the largest power of two up to 8 in it.
+        """
         rng = random.Random(0)
         base = self.trace.variables(self.trace.base)
-        points = [base, [x * rng.choice((2, 3)) for x in base]]
-        return points + [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(3)]
+        units = [math.gcd(x, 8) for x in base]
+        blocks = [u * rng.randint(1, 2 + 2 * x // u) for x, u in zip(base, units, strict=True)]
+        points = [base, [x * rng.choice((2, 3)) for x in base], blocks]
+        return points + [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(2)]
 
     def _samples(self) -> tuple[dict[Where, tuple[int, ...]], dict[Where, tuple[int, ...]]]:
         """The sizes at the base, at a multiple of each width, and at random widths.

@@ -162,17 +162,15 @@ class TracedModel:
         network = self.constructor.build(shapes, attributes)
         if network is None:
             return None
-        others: dict[int, Tensor] = {}
+        others: dict[str, Tensor] = {}
+        replaced: dict[int, Tensor] = {}
         for _, layer, name, tensor in tensors_of(network):
-            shape = shapes[join(layer, name)]
-            if tensor.shape != shape:
-                new = torch.empty(shape, dtype=tensor.dtype)
-                self.scheme.fill(join(layer, name), new)
-                if isinstance(tensor, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                others[id(tensor)] = new
+            key = join(layer, name)
+            if tensor.shape != shapes[key]:
+                others[key] = replaced[id(tensor)] = _empty(tensor, shapes[key], "cpu")
         if others:
-            exchange(network, others)
+            exchange(network, replaced)
+            self.scheme.apply(network, others)
         return network
 
     def _copied(self, x: Sequence[int], device: Any, of: nn.Module | None = None) -> nn.Module:
@@ -181,10 +179,7 @@ class TracedModel:
         tensors: dict[int, Tensor] = {}
         for _, layer, name, old in tensors_of(of):
             shape = [evaluate(n, x) for n in self.trace.shapes[join(layer, name)]]
-            new = torch.empty(shape, dtype=old.dtype, device=device)
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-            tensors[id(old)] = new
+            tensors[id(old)] = _empty(old, shape, device)
         return resized(of, self.trace, tensors, lambda poly: evaluate(poly, x)).train()
 
     def resized(self, network: nn.Module, vector: Sequence[int]) -> nn.Module:
@@ -199,3 +194,10 @@ class TracedModel:
     def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
         """The template with other tensors; see :func:`~widthsearch.tracing.constructor.resized`."""
         return resized(self.template, self.trace, tensors, value)
+
+
+def _empty(like: Tensor, shape: Sequence[int], device: Any) -> Tensor:
+    new = torch.empty(shape, dtype=like.dtype, device=device)
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(new, requires_grad=like.requires_grad)
+    return new

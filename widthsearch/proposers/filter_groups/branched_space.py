@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -211,10 +211,10 @@ class _BranchedScheme(Scheme):
         )
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, only: Collection[str] | None = None) -> None:
         """Fill the model from a plain one, and its branches from one each with their sizes."""
         if self.constructor is None:
-            super().apply(model)
+            super().apply(model, only)
             return
         own = {join(layer, name): tensor for _, layer, name, tensor in tensors_of(model)}
         plain = self.constructor.trace.shapes
@@ -240,7 +240,7 @@ class _BranchedScheme(Scheme):
             }
             donor = self.constructor.build(shapes, attributes, arguments)
             if donor is None:
-                super().apply(model)
+                super().apply(model, only)
                 return
             for _, layer, name, tensor in tensors_of(donor):
                 key = join(layer, name)

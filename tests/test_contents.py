@@ -1,0 +1,256 @@
+"""What constructors write into tensors: followed, kept, or the width is pinned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.space.search_space import SearchSpace
+
+
+class Sequence(nn.Module):
+    """A stem, something in between, and a head on (T, 6)."""
+
+    def __init__(self, d: int, middle: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(6, d), middle(d), nn.Linear(d, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, 6) to (B, 5)."""
+        return self.head(torch.tanh(self.middle(self.stem(x))).mean(1))
+
+
+class Added(nn.Module):
+    """A parameter or a buffer with a fixed content is added."""
+
+    def __init__(self, content: Tensor, frozen: bool) -> None:
+        super().__init__()
+        if frozen:
+            self.fixed = nn.Parameter(content, requires_grad=False)
+        else:
+            self.register_buffer("fixed", content)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add it."""
+        return x + self.fixed
+
+
+def sinusoids(d: int) -> Tensor:
+    """Positions, as in "Attention is all you need"."""
+    angle = torch.arange(7).float()[:, None] * torch.exp(
+        torch.arange(0, d, 2).float() * (-math.log(1e4) / d)
+    )
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def by_numpy(d: int) -> Tensor:
+    """The same kind, computed outside torch."""
+    return torch.from_numpy(np.sin(np.outer(np.arange(7), np.arange(d)) / d)).float()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("content", [sinusoids, by_numpy, lambda d: torch.linspace(0, 1, d)])
+def test_fixed_contents_follow_the_width(content: Callable[[int], Tensor], frozen: bool) -> None:
+    """Frozen parameters and buffers hold what the constructor writes at that width."""
+    make = partial(Sequence, 16, lambda d: Added(content(d), frozen))
+    space = SearchSpace.from_model(make, (7, 6))
+    for width in (16, 4, 24):
+        built = space.build({"stem": width}, seed=0)
+        assert torch.equal(built.middle.fixed, content(width))
+        assert built.middle.fixed.requires_grad is False
+    assert space.leftovers == ()
+
+
+def bilinear(c: int) -> nn.Module:
+    """A frozen depthwise upsampling with the same kernel in every channel."""
+    layer = nn.ConvTranspose1d(c, c, 4, 2, 1, groups=c, bias=False)
+    layer.weight.data.copy_(torch.tensor([0.25, 0.75, 0.75, 0.25]).expand(c, 1, 4))
+    return layer.requires_grad_(False)
+
+
+def forgetful(h: int) -> nn.LSTM:
+    """Biases are zero, those of the forget gates one."""
+    layer = nn.LSTM(6, h, batch_first=True)
+    for name, parameter in layer.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+            parameter.data[h : 2 * h].fill_(1.0)
+    return layer
+
+
+class Applied(nn.Module):
+    """A layer between two others."""
+
+    def __init__(
+        self, c: int, layer: Callable[[int], nn.Module], inputs: int, outputs: int
+    ) -> None:
+        super().__init__()
+        self.a, self.layer, self.o = nn.Conv1d(inputs, c, 1), layer(c), nn.Conv1d(c, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three in a row."""
+        return self.o(self.layer(torch.relu(self.a(x))))
+
+
+def test_a_kernel_that_all_channels_share() -> None:
+    """Bilinear upsampling stays bilinear and frozen."""
+    space = SearchSpace.from_model(partial(Applied, 16, bilinear, 3, 4), (3, 8))
+    layer: Any = space.build(0.5, seed=0).layer
+    assert torch.equal(layer.weight, bilinear(8).weight)
+    assert not layer.weight.requires_grad
+
+
+class Blur(nn.Module):
+    """A buffer per channel, with a content along the kernel alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv1d(3, 16, 3, padding=1), nn.Conv1d(16, 4, 1)
+        self.register_buffer("kernel", (torch.tensor([1.0, 2.0, 1.0]) / 4).repeat(16, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Depthwise in a function."""
+        return self.o(F.conv1d(torch.relu(self.a(x)), self.kernel, groups=self.kernel.shape[0]))
+
+
+@pytest.mark.parametrize("make", [Blur, Blur()])
+def test_a_content_that_all_channels_share_is_free(make: Any) -> None:
+    """Also where the size is a literal, and in a module that is given as an object."""
+    space = SearchSpace.from_model(make, (3, 8))
+    assert [axis.name for axis in space.axes] == ["a"]
+    kernel = space.build({"a": 24}, seed=0).kernel
+    assert torch.equal(kernel, torch.tensor([1.0, 2.0, 1.0]).expand(24, 1, 3) / 4)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer with biases of its own."""
+
+    def __init__(self, layer: Callable[[], nn.LSTM]) -> None:
+        super().__init__()
+        self.r = layer()
+        self.o = nn.Linear(self.r.hidden_size, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last position."""
+        return self.o(self.r(x)[0][:, -1])
+
+
+class OwnGates(Recurrent):
+    """Gates are set by the number that the layer is made with."""
+
+    def __init__(self, h: int = 16) -> None:
+        super().__init__(lambda: forgetful(h))
+
+
+class LiteralGates(Recurrent):
+    """Gates are set by literals."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.LSTM(6, 16, batch_first=True))
+        for name in ("bias_ih_l0", "bias_hh_l0"):
+            getattr(self.r, name).data[16:32] = 1.0
+
+
+def test_a_part_that_the_width_chooses() -> None:
+    """The forget gates are those of the new width."""
+    r: Any = SearchSpace.from_model(OwnGates, (7, 6)).build({"r": 4 * 8}, seed=0).r
+    expected = torch.zeros(32)
+    expected[8:16] = 1
+    assert torch.equal(r.bias_ih_l0, expected)
+    assert torch.equal(r.bias_hh_l0, expected)
+
+
+def test_a_part_that_literals_choose_pins_the_width() -> None:
+    """At another width, other gates would be at these places; the reason names the line."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates, self.o = LiteralGates(), nn.Linear(5, 8)
+            self.p = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.p(torch.relu(self.o(self.gates(x))))
+
+    space = SearchSpace.from_model(Net, (7, 6))
+    reasons = {pin.reason for pin in space.pinned if "gates.r" in pin.layers}
+    assert any("written for the base's width at" in r and "[16:32] = 1.0" in r for r in reasons)
+    built, expected = space.build(space.base, seed=0).state_dict(), LiteralGates().state_dict()
+    assert torch.equal(built["gates.r.bias_ih_l0"][16:32], expected["r.bias_ih_l0"][16:32])
+
+
+def test_a_content_of_one_size_pins_it() -> None:
+    """A Sobel filter has two channels, and ``eye(16)`` as many as it has."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edge, self.a = nn.Conv1d(1, 2, 3, bias=False), nn.Conv1d(2, 16, 1)
+            kernel = torch.tensor([[1.0, 0, -1], [1, -2, 1]])[:, None]
+            self.edge.weight = nn.Parameter(kernel, requires_grad=False)
+            self.same, self.o = nn.Conv1d(16, 16, 1), nn.Conv1d(16, 5, 1)
+            self.same.weight.data.copy_(torch.eye(16)[..., None])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.same(torch.relu(self.a(torch.relu(self.edge(x)))))
+            return self.o(torch.relu(x))
+
+    with pytest.raises(Exception, match="content that fits the base's width alone at") as error:
+        SearchSpace.from_model(Net, (1, 8))
+    assert "kernel" in str(error.value) or "edge" in str(error.value)
+
+
+class Started(nn.Module):
+    """Random contents in several ways."""
+
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, d), nn.Linear(d, d), nn.Linear(d, 5)
+        self.token = nn.Parameter(torch.randn(1, d) * d**-0.5)
+        nn.init.normal_(self.a.weight, std=0.25)  # 0.25² · 16 = 1: not a scale of the fan
+        nn.init.normal_(self.b.weight, std=math.sqrt(2 / d))
+        nn.init.dirac_(self.c.weight[..., None].data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In a row."""
+        return self.c(torch.relu(self.b(torch.relu(self.a(x) + self.token))))
+
+
+def test_scales_are_the_constructors_not_guessed() -> None:
+    """A number stays where it is a number, and follows where it is computed."""
+    space = SearchSpace.from_model(Started, (16,), max_width=16.0)
+    for width in (16, 64, 256):
+        net: Any = space.build({"a": width, "b": width}, seed=0)
+        assert net.a.weight.std().item() == pytest.approx(0.25, rel=0.15)
+        assert net.b.weight.std().item() == pytest.approx(math.sqrt(2 / width), rel=0.15)
+        assert torch.equal(net.c.weight, torch.eye(5, width))
+    net = space.build({"a": 256}, seed=0)
+    assert net.token.std().item() == pytest.approx(256**-0.5, rel=0.15)
+
+
+def test_a_function_that_loads_weights_makes_new_networks() -> None:
+    """What is loaded for the base's widths is no start at others, nor at the base's."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+        model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()})
+        return model
+
+    space = SearchSpace.from_model(make, (6,))
+    for width in (16, 8):
+        assert 0 < space.build({"0": width}, seed=0)[0].weight.std().item() < 0.5
+
+
+def test_a_module_made_before_is_not_shared() -> None:
+    """A function that returns what it made once: networks have layers of their own."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+    space = SearchSpace.from_model(lambda: model, (6,))
+    assert space.build(space.base, seed=0)[0] is not model[0]
