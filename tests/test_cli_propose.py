@@ -25,6 +25,12 @@ def test_propose_meets_a_share_or_a_number_of_macs(command: CommandLine) -> None
     assert share["base"]["macs"] < wider["cost"]["macs"] <= 2 * share["base"]["macs"]
 
 
+def test_propose_needs_no_task_for_a_method_without_data(command: CommandLine) -> None:
+    """The input's shape is the space's: a task changes nothing."""
+    asked = ("propose", SPACE, "--method", "synflow", "--set", "rounds=5", "--budget", 0.5)
+    assert command.json(*asked) == command.json(*asked, "--task", "digits")
+
+
 def test_propose_passes_task_fields_and_seed(command: CommandLine) -> None:
     """The data, a field and the seed arrive in the method."""
     asked = ("propose", SPACE, "--method", "sensitivity", "--budget", 0.4, "--task", "digits")

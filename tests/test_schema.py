@@ -83,7 +83,7 @@ def test_a_study_of_schema_2_opens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        (None, "'tiny' is of widthsearch 0.1.0: read it with that version"),
+        (None, "'tiny' is of widthsearch 0.1.0: give the study another name and train"),
         (SCHEMA + 1, f"'tiny' has schema {SCHEMA + 1}: upgrade widthsearch"),
     ],
 )

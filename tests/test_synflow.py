@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from strategies import graph_of, network_of, space_of
 from torch import nn
 
-from widthsearch.data.sources import Split
 from widthsearch.errors import StudyError
 from widthsearch.proposers.synflow import SynFlow, linearised, silence, synaptic_flow
 from widthsearch.space.search_space import SearchSpace
@@ -68,11 +65,18 @@ def test_rounds_are_not_one_shot() -> None:
 
 
 def test_data_is_not_read() -> None:
-    """Other images and labels give the same proposal."""
+    """No task gives the same proposal as a task."""
     space, task = space_of("Residual"), small_task()
-    blind = replace(task, train=Split(task.train.images[:1] * 0, task.train.labels[:1]))
-    paths = [SynFlow(rounds=5)(space, t, setting()).trajectory for t in (task, blind)]
+    paths = [SynFlow(rounds=5)(space, t, setting()).trajectory for t in (task, None)]
     assert paths[0] == paths[1]
+
+
+def test_a_model_of_integers_is_refused() -> None:
+    """An input of ones is no synaptic flow there; the error has the way out."""
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4), nn.Linear(4, 2))
+    space = SearchSpace.from_model(net, torch.zeros(6, dtype=torch.long))
+    with pytest.raises(StudyError, match=r"one floating-point input, .*; use `uniform` or"):
+        SynFlow()(space, None, setting())
 
 
 def test_a_product_beyond_float64_is_refused() -> None:

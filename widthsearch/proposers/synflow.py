@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
-from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.proposers.importance import NORMS, GreedyRemoval, Per
 from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.tracing.inputs import image_shape, inputs_to_json
 from widthsearch.utils.devices import check_device, deterministic_cudnn
 from widthsearch.utils.validation import validated_dataclass
+
+if TYPE_CHECKING:
+    from widthsearch.data.tasks import Task
 
 
 @validated_dataclass("synflow")
@@ -42,12 +46,11 @@ class SynFlow:
         members: Members of the trajectory, evenly spaced in log MACs; default 32.
 
     Example:
-        >>> from widthsearch.data.tasks import load_task
         >>> net = nn.Sequential(
         ...     nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)
         ... )
         >>> space = SearchSpace.from_model(net, (1, 8, 8))
-        >>> proposal = SynFlow(rounds=10, floor=0.5)(space, load_task("digits"), Setting(seed=0))
+        >>> proposal = SynFlow(rounds=10, floor=0.5)(space, None, Setting(seed=0))
         >>> proposal.trajectory[0].vector, proposal.trajectory[-1].vector
         ((8, 8), (4, 4))
     """
@@ -56,18 +59,27 @@ class SynFlow:
     per: Per = "channel"
     floor: Share = 0.0
     members: Count = 32
+    reads_data: ClassVar[bool] = False
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: Task | None, setting: Setting) -> Proposal:
         """Score and remove channels in rounds; the result depends on the seed's weights alone.
 
         Raises:
-            StudyError: The predicted latency is unknown, or R exceeds float64.
+            StudyError: The predicted latency is unknown, the model takes several inputs or
+                integers, or R exceeds float64.
         """
+        shape = image_shape(space.input_shape)
+        if shape is None:
+            raise StudyError(
+                "synflow needs a model of one floating-point input, but the input of "
+                f"{space.name!r} is {inputs_to_json(space.input_shape)}; use `uniform` or "
+                "`random`, which run no network"
+            )
         removal = GreedyRemoval(space, per=self.per, floor=self.floor, latency=setting.latency)
         graph = build_dependency_graph(space.model, space.base)
         device = check_device(setting.device)
         model = linearised(space.build(space.base, seed=setting.seed)).to(device)
-        ones = torch.ones(1, *task.input_shape, dtype=torch.float64, device=device)
+        ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
         sizes = [axis.divisor for axis in space.trace.axes]  # channels per group
         left = [np.arange(n) for n in graph.groups]
         base, narrowest = space.macs([space.base.vector, removal.min_width])

@@ -245,7 +245,8 @@ class Store:
         if version is None and self.attribute("config") is not None:
             raise SchemaError(
                 f"a study must be of this version's schema ({SCHEMA}), but {self.name!r} is of "
-                "widthsearch 0.1.0: read it with that version, or give the study another name"
+                "widthsearch 0.1.0: give the study another name and train it again, or check out "
+                "commit 08b2ed8 of the repository to read it"
             )
         if version is not None and version > SCHEMA:
             raise SchemaError(
