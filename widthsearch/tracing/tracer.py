@@ -13,7 +13,6 @@ output pins ``s2 = 3``. One axis is left: ``s0``, with a base of 8 channels, nam
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Set
 from contextlib import suppress
@@ -23,8 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
 
 from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.initialisation import is_uniform
@@ -40,8 +37,8 @@ from widthsearch.modules.tree import (
     sync_attributes,
     tensors_of,
 )
-from widthsearch.torch_internals import ConvNd, buffers_of, forward_pre_hooks_of, parameters_of
-from widthsearch.tracing.inputs import Inputs, as_inputs, call, sample
+from widthsearch.torch_internals import ConvNd, buffers_of
+from widthsearch.tracing.inputs import Inputs, as_inputs
 from widthsearch.tracing.interpreter import SymbolicInterpreter, TraceInterrupted, execute
 from widthsearch.tracing.polynomials import (
     Poly,
@@ -53,6 +50,7 @@ from widthsearch.tracing.polynomials import (
     symbols_of,
     total,
 )
+from widthsearch.tracing.refusals import forward_error, refuse_model
 from widthsearch.tracing.symbolic_ints import poly_of, size
 from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
 
@@ -97,14 +95,14 @@ def trace(
             operation), or not on such an input.
     """
     inputs = as_inputs(inputs)
-    _refuse(model)
+    refuse_model(model)
     fixed: dict[str, str] = {}
     while True:
         try:
             return _sound(model, inputs, fixed, astray, derived)
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
-                if (failure := _failure(model, inputs)) is not None:
+                if (failure := forward_error(model, inputs)) is not None:
                     raise TraceError(
                         f"the model fails on its input {inputs!r}: {first_line(failure)}; give one "
                         "sample as the model takes it: a shape without the batch, or a tensor "
@@ -190,52 +188,6 @@ def reason_within(layer: str, fixed: Mapping[str, str]) -> str | None:
         if layer == name or layer.startswith(f"{name}."):
             return reason
     return None
-
-
-def _failure(model: nn.Module, inputs: Any) -> Exception | None:
-    """The error of the model's own forward pass on zeros, if it has one and is on the CPU."""
-    tensors = {id(tensor): tensor for *_, tensor in tensors_of(model)}
-    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        return None
-    for *_, tensor in tensors_of(model):
-        if not isinstance(tensor, nn.Parameter):  # a run may write to it
-            tensors[id(tensor)] = tensor.detach().clone()
-    with torch.no_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            call(clone(model, tensors).eval(), sample(inputs, 1, "cpu"))
-        except Exception as error:  # noqa: BLE001  forward may raise any error
-            return error
-    return None
-
-
-def _refuse(model: nn.Module) -> None:
-    """Refuse modules whose copies would not be what a user's class makes at other widths."""
-    for layer, module in model.named_modules():
-        name = f"module {layer or '(the model itself)'!r} ({type(module).__name__})"
-        if any(p is not None and is_lazy(p) for p in parameters_of(module).values()):
-            raise TraceError(
-                f"a model's tensors must have sizes, but {name} has none before its first run: run "
-                "the model once on a sample where it is made"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(
-                f"a model's modules must be Python code, but {name} is compiled by torch.jit: give "
-                "the module that it was compiled from"
-            )
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise TraceError(
-                f"a model must not be spread over devices yet, but {name} is: give its `.module`, "
-                "and wrap the network that is built"
-            )
-        for hook in forward_pre_hooks_of(module):
-            if isinstance(hook, BasePruningMethod):
-                tensor = getattr(hook, "_tensor_name", "weight")
-                raise TraceError(
-                    f"a model must be without the masks of torch.nn.utils.prune, whose sizes are "
-                    f"fixed, but {name} has one on {tensor!r}: call torch.nn.utils.prune.remove("
-                    f"module, {tensor!r}) where the model is made"
-                )
 
 
 class _Attempt:
