@@ -80,9 +80,8 @@ class SearchSpace:
         """The space of all widths of a model.
 
         Args:
-            model: A module, or better a function without arguments that constructs one: networks
-                are then constructed by the same code at their widths, while a given module's layers
-                fall back on their own ``reset_parameters`` (see :attr:`leftovers`).
+            model: A function without arguments that constructs the model, at any widths then; or
+                a module, whose layers use their own ``reset_parameters`` (see :attr:`leftovers`).
             input_shape: One sample's shape, without the batch, e.g. ``(3, 32, 32)``; for other
                 inputs see :data:`~widthsearch.tracing.inputs.Inputs`.
             name: The space's name; by default that of the function or the model's class.
@@ -330,10 +329,7 @@ class SearchSpace:
     def masked(
         self, model: nn.Module, keep: Mapping[str, Iterable[int]]
     ) -> AbstractContextManager[nn.Module]:
-        """A context in which ``model`` computes as if it only had the channels that are kept.
-
-        See :func:`widthsearch.channels.masking.masked`.
-        """
+        """A context in which ``model`` has the kept channels only: see ``channels/masking.py``."""
         return masking.masked(self.model, model, keep)
 
     def check(
