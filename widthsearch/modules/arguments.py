@@ -75,6 +75,15 @@ def with_integers(value: Any, numbers: Mapping[Path, int]) -> Any:
     return changed
 
 
+def untouched(value: Any) -> Any:
+    """A copy of a value's lists and dictionaries, since a constructor may change those it gets."""
+    if type(value) in (list, tuple):
+        return type(value)(map(untouched, value))
+    if type(value) is dict:
+        return {key: untouched(item) for key, item in value.items()}
+    return value
+
+
 @functools.lru_cache(maxsize=4096)
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.errors import first_line
-from widthsearch.modules.arguments import bound, integers, with_integers
+from widthsearch.modules.arguments import bound, integers, untouched, with_integers
 from widthsearch.modules.construction import (
     Call,
     DivergedError,
@@ -120,6 +120,7 @@ class Builder(Session):
         moved = [leaf for leaf, v in numbers.items() if call.numbers.get(leaf, v) != v]
         single = [leaf for leaf in moved if leaf in follows or not leaf[1]]
         state = torch.get_rng_state() if moved else None
+        pristine = untouched(given) if moved else given
         failure: Exception | None = None
         for kept in ([], *([leaf] for leaf in reversed(single)), moved):
             if failure is not None:
@@ -131,6 +132,8 @@ class Builder(Session):
             exchanged = {**numbers, **{leaf: call.numbers[leaf] for leaf in kept}}
             for name, value in given.items():
                 wanted = {path: v for (of, path), v in exchanged.items() if of == name}
+                if failure is not None:
+                    value = untouched(pristine[name])
                 unlike = {path: wanted[path] for path, v in integers(value) if wanted[path] != v}
                 arguments.arguments[name] = with_integers(value, unlike)
             try:
@@ -192,7 +195,7 @@ class Replay:
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
 
     Attributes:
-        torn: Arguments that several widths ask for, each with the sizes that it does not follow.
+        torn: Arguments that several widths ask for, each with the tensors that ask otherwise.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
 

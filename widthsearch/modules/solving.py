@@ -15,7 +15,7 @@ asks for ``dim = q`` by the first and for ``dim = a`` by the second. The inputs'
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.modules.arguments import Path, alike, bound, integers, with_integers
+from widthsearch.modules.arguments import Path, alike, bound, integers, untouched, with_integers
 from widthsearch.modules.construction import Call, Frame, Recording, Session
 from widthsearch.modules.tree import SIZED, join, sizes_in, tensors_of
 from widthsearch.torch_internals import buffers_of, children_of, parameters_of
@@ -112,7 +112,7 @@ class Solver(Sketch):
 
     Attributes:
         follows: What was found.
-        torn: Numbers that several widths ask for, each with the sizes that it does not follow.
+        torn: Numbers that several widths ask for, each with the tensors that ask otherwise.
     """
 
     def __init__(
@@ -124,11 +124,12 @@ class Solver(Sketch):
     ) -> None:
         super().__init__(recording.root, recording.classes)
         self.samples, self.repeated = samples, repeated
+        self._count = len(next(iter(samples.values()), ()))
         self._alike: dict[tuple[Fraction, ...], list[Where]] = defaultdict(list)
         for where, sizes in samples.items():
             self._alike[_relative(sizes)].append(where)
         self.follows: dict[Call, dict[Leaf, Follows]] = {}
-        self.torn: dict[tuple[Call, str], list[Where]] = {}
+        self.torn: dict[tuple[Call, str], list[str]] = {}
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
         self._seen: dict[Any, dict[Where, tuple[int, Fraction]] | None] = {}
@@ -145,17 +146,18 @@ class Solver(Sketch):
                 original(*args, **kwargs)
                 self.leave(frame)
             return
+        given = {name: untouched(value) for name, value in arguments.arguments.items()}
         original(*args, **kwargs)
         self.leave(frame)
-        given = dict(list(arguments.arguments.items())[1:])
+        arguments.arguments.update(given)
+        del given[next(iter(given))]  # the module
         frame.call.numbers = {
             (name, path): v for name, value in given.items() for path, v in integers(value)
         }
         frame.call.members, frame.call.flags = members_of(args[0]), flags_of(args[0])
         if frame.call.names:
             self.follows[frame.call] = dict(self._solved(frame, original, arguments))
-        kept = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(args[0]).items()}
-        self._finished[frame.call] = given, kept
+        self._finished[frame.call] = given, untouched(vars(args[0]))
 
     def fits(self, call: Call, source: nn.Module) -> bool:  # noqa: D102
         return False  # so that calls within copies are seen too
@@ -177,9 +179,7 @@ class Solver(Sketch):
         given, kept = known
         if not all(alike(value, arguments[name]) for name, value in given.items()):
             return False
-        vars(frame.module).update(
-            {k: dict(v) if isinstance(v, dict) else v for k, v in kept.items()}
-        )
+        vars(frame.module).update(untouched(kept))
         return True
 
     # -- a call -----------------------------------------------------------------------------------
@@ -211,13 +211,14 @@ class Solver(Sketch):
                 if responses is None or found is not None:
                     equal.setdefault(v, {})[leaf] = found
         for v, group in equal.items():
-            if len(group) > 1 and None in group.values():  # channels and groups change together
-                responses = self._responses(frame, original, arguments, tuple(group), v)
-                common = self._answer(frame.call, "", responses, v)
-                group = {
-                    leaf: common if found is None or found.where is None else found
-                    for leaf, found in group.items()
-                }
+            for joint in _joints(group):
+                # Some numbers only change together: channels and groups, widths that are compared.
+                changed = [leaf for leaf in joint if not _is_free(group[leaf])]
+                if None in map(group.get, joint):
+                    responses = self._responses(frame, original, arguments, joint, v)
+                    common = self._answer(frame.call, "", responses, v)
+                    if _is_free(common):
+                        group.update(dict.fromkeys(changed, common))
             yield from ((leaf, found) for leaf, found in group.items() if found is not None)
 
     def _repeated(self, module: Any, layer: str, leaf: Leaf, v: int) -> Follows | None:
@@ -255,6 +256,7 @@ class Solver(Sketch):
         """What a number follows that is ``v`` at the base, by the sizes that changed with it."""
         layer = call.names[0]
         answers: dict[tuple[Fraction, ...], Follows] = {}
+        votes: Counter[tuple[Fraction, ...]] = Counter()
         for (within, dim), (u, slope) in (responses or {}).items():
             where = join(layer, within) if within else layer, dim
             sizes = self.samples.get(where)
@@ -263,15 +265,21 @@ class Solver(Sketch):
             offset = u - slope * v
             wanted = tuple((size - offset) / slope for size in sizes)
             if all(x.denominator == 1 and x > 0 for x in wanted):
-                if len(set(wanted)) > 1:
-                    answers.setdefault(wanted, Follows(where, slope, offset))
-                elif isinstance(dim, int):
-                    answers.setdefault(wanted, Follows(None, Fraction(1), Fraction(v)))
-        ordered = sorted(answers.values(), key=lambda a: a.where is None)
-        others = [a.where for a in ordered[1:] if a.where is not None]
-        if others and not _by_attribute(ordered[0]):
-            self.torn[call, name] = others
-        return ordered[0] if ordered else None
+                answers.setdefault(wanted, Follows(where, slope, offset))
+                votes[wanted] += 1
+        fixed = (Fraction(v),) * self._count
+        free = [wanted for wanted in answers if wanted != fixed]
+        if not free:
+            return Follows(None, Fraction(1), Fraction(v)) if fixed in answers else None
+        first = answers[free[0]]
+        if not _by_attribute(first):
+            if votes[fixed] > votes[free[0]]:
+                return Follows(None, Fraction(1), Fraction(v))
+            if len(free) > 1:
+                self.torn[call, name] = [
+                    str(where[0]) for wanted in free[1:] if (where := answers[wanted].where)
+                ]
+        return first
 
     def _responses(
         self, frame: Frame, original: Any, arguments: Any, leaves: tuple[Leaf, ...], v: int
@@ -306,7 +314,7 @@ class Solver(Sketch):
         given[next(iter(given))] = fresh
         for name in given:
             numbers = {path: v for (of, path), v in changes.items() if of == name}
-            given[name] = with_integers(given[name], numbers)
+            given[name] = with_integers(untouched(given[name]), numbers)
         call = type(arguments)(arguments.signature, given)
         self._probed, self._changes = Frame(frame.call, fresh), changes
         self.frames.append(self._probed)
@@ -321,6 +329,27 @@ class Solver(Sketch):
             self.frames.pop()
             self._probed = None
         return sizes_of(fresh)
+
+
+def _is_free(follows: Follows | None) -> bool:
+    return follows is not None and follows.where is not None
+
+
+def _joints(group: Mapping[Leaf, Follows | None]) -> Iterator[tuple[Leaf, ...]]:
+    """Sets of equal numbers that may only change together, the likeliest first.
+
+    Args:
+        group: What each follows by itself; None where its constructor refuses another number.
+    """
+    failed = [leaf for leaf, found in group.items() if found is None]
+    named: dict[str, list[Leaf]] = defaultdict(list)
+    for name, path in failed:
+        named[next((key for _, key in reversed(path) if isinstance(key, str)), name)].append(
+            (name, path)
+        )
+    fixed = [leaf for leaf, found in group.items() if found is not None and not _is_free(found)]
+    sets = dict.fromkeys(map(tuple, (*named.values(), failed, failed + fixed, group)))
+    return (joint for joint in sets if len(joint) > 1)
 
 
 def _by_attribute(follows: Follows) -> bool:

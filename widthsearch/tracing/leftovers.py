@@ -74,7 +74,7 @@ def leftovers(
                 if isinstance(value, float) and vars(made).get(name) != value:
                     reason = (
                         f"follows one of the widths that its argument {argument!r} gives, and not "
-                        f"that of {others[0][0]!r}"
+                        f"that of {others[0]!r}"
                     )
                     found.append(_leftover(call.names[0], module, name, reason))
     grouped: dict[tuple[type, str], Leftover] = {}
