@@ -276,9 +276,8 @@ class Solver(Sketch):
             if votes[fixed] > votes[free[0]]:
                 return Follows(None, Fraction(1), Fraction(v))
             if len(free) > 1:
-                self.torn[call, name] = [
-                    str(where[0]) for wanted in free[1:] if (where := answers[wanted].where)
-                ]
+                others = (answers[wanted].where for wanted in free[1:])
+                self.torn[call, name] = [str(where[0]) for where in others if where]
         return first
 
     def _responses(
