@@ -44,6 +44,7 @@ from widthsearch.modules.solving import (
     Sketch,
     Solver,
     Where,
+    fixed,
     flags_of,
     members_of,
     shapes_of,
@@ -241,6 +242,22 @@ class Replay:
         """A model with other widths throughout, without the values of layers."""
         sizes = self._sizes[0]
         return self._run(_Trial(self.recording, self.follows, sizes, self._free))
+
+    def hold(self, layers: Set[str]) -> bool:
+        """Give the constructors of some layers the base's numbers, where their tensors allow it."""
+        held = {
+            call: {
+                leaf: fixed(call.numbers[leaf]) if leaf in call.numbers else follows
+                for leaf, follows in leaves.items()
+            }
+            for call, leaves in self.follows.items()
+            if not layers.isdisjoint(call.names)
+        }
+        follows = {**self.follows, **held}
+        if not self._mismatched(follows) <= self.unexplained:
+            return False
+        self.follows = follows
+        return True
 
     def astray(self, contents: Mapping[str, tuple[Call | None, str]]) -> dict[str, str]:
         """The tensors whose fixed content does not follow their sizes.

@@ -51,6 +51,11 @@ class Follows:
         return round((sizes[self.where] - self.offset) / self.slope)
 
 
+def fixed(number: int) -> Follows:
+    """What a number follows that is the same at all sizes."""
+    return Follows(None, Fraction(1), Fraction(number))
+
+
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a model, by its name."""
     return {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(model)}
@@ -195,7 +200,7 @@ class Solver(Sketch):
         leaves = dict(frame.call.numbers)
         if not free:
             for leaf, v in leaves.items() if within else ():
-                yield leaf, Follows(None, Fraction(1), Fraction(v))
+                yield leaf, fixed(v)
             return
         for number, value in self._sizings.get(frame.call, ()):
             leaves.update({(f"#{number}", path): v for path, v in integers(value)})
@@ -241,7 +246,7 @@ class Solver(Sketch):
     def _proportional(self, layer: str, values: tuple[int, ...]) -> Follows | None:
         """The size that values are a multiple of, of the layer itself if possible."""
         if len(set(values)) == 1:
-            return Follows(None, Fraction(1), Fraction(values[0]))
+            return fixed(values[0])
         own = f"{layer}." if layer else ""
         found: dict[tuple[bool, bool], Follows] = {}
         for where in self._alike[_relative(values)]:
@@ -267,14 +272,14 @@ class Solver(Sketch):
             if all(x.denominator == 1 and x > 0 for x in wanted):
                 answers.setdefault(wanted, Follows(where, slope, offset))
                 votes[wanted] += 1
-        fixed = (Fraction(v),) * self._count
-        free = [wanted for wanted in answers if wanted != fixed]
+        base = (Fraction(v),) * self._count
+        free = [wanted for wanted in answers if wanted != base]
         if not free:
-            return Follows(None, Fraction(1), Fraction(v)) if fixed in answers else None
+            return fixed(v) if base in answers else None
         first = answers[free[0]]
         if not _by_attribute(first):
-            if votes[fixed] > votes[free[0]]:
-                return Follows(None, Fraction(1), Fraction(v))
+            if votes[base] > votes[free[0]]:
+                return fixed(v)
             if len(free) > 1:
                 others = (answers[wanted].where for wanted in free[1:])
                 self.torn[call, name] = [str(where[0]) for where in others if where]
@@ -346,8 +351,8 @@ def _joints(group: Mapping[Leaf, Follows | None]) -> Iterator[tuple[Leaf, ...]]:
         named[next((key for _, key in reversed(path) if isinstance(key, str)), name)].append(
             (name, path)
         )
-    fixed = [leaf for leaf, found in group.items() if found is not None and not _is_free(found)]
-    sets = dict.fromkeys(map(tuple, (*named.values(), failed, failed + fixed, group)))
+    still = [leaf for leaf, found in group.items() if not _is_free(found)]
+    sets = dict.fromkeys(map(tuple, (*named.values(), failed, still, group)))
     return (joint for joint in sets if len(joint) > 1)
 
 

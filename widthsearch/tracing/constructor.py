@@ -180,9 +180,12 @@ class Constructor:
     @cached_property
     def kept(self) -> dict[tuple[str, str], int]:
         """Those of :attr:`changed` that keep the base's value, or costs would be others."""
-        if not self.changed or self._costs_agree():
+        kept = self.changed
+        if not kept or self._costs_agree() or self.replay is None:
             return {}
-        return self.changed
+        if self.replay.hold({layer for layer, _ in kept}):
+            del self.example  # it was made before that
+        return kept
 
     def _costs_agree(self) -> bool:
         """Whether the example costs what the trace predicts."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from widthsearch.modules.initialisation import Scheme
+from widthsearch.modules.replay import Replay
 from widthsearch.modules.source import assignment_of, names_in_forward
 from widthsearch.modules.tree import join, tensors_of
 from widthsearch.tracing.constructor import Constructor
@@ -62,7 +63,7 @@ def leftovers(
     replay = constructor.replay if constructor else None
     other = constructor.example if constructor else None
     found = [*_contents(template, trace, scheme, None if replay is None else replay.unexplained)]
-    found += _stale(template, trace, other)
+    found += _stale(template, trace, other, replay)
     if constructor is not None:
         for (layer, name), value in constructor.kept.items():
             reason = f"stays at the base's {value}, or costs would be others"
@@ -102,15 +103,26 @@ def _contents(
             )
 
 
-def _stale(template: nn.Module, trace: Trace, other: nn.Module | None) -> Iterator[Leftover]:
-    """Attributes that a free width may have given, and that are the same at other widths."""
+def _stale(
+    template: nn.Module, trace: Trace, other: nn.Module | None, replay: Replay | None
+) -> Iterator[Leftover]:
+    """Attributes that a free width may have given, and that are the same at other widths.
+
+    A module whose constructor is given its widths has computed them from these.
+    """
+    given = {
+        name
+        for call, leaves in (replay.follows if replay else {}).items()
+        if any(follows.where is not None for follows in leaves.values())
+        for name in call.names
+    }
     free: dict[str, set[int]] = {}
     for _, layer, name, tensor in tensors_of(template):
         for n, poly in zip(tensor.shape, trace.shapes[join(layer, name)], strict=True):
             if as_constant(poly) is None:  # and in units: each of two chunks, a head
                 free.setdefault(layer, set()).update({n, n // math.gcd(*poly.values())})
     for layer, module in template.named_modules():
-        if type(module).__module__.startswith("torch."):
+        if layer in given or type(module).__module__.startswith("torch."):
             continue
         near = [layer, *(join(layer, name) for name, _ in module.named_children())]
         sizes = set().union(*(free.get(name, ()) for name in near))

@@ -78,16 +78,21 @@ class TracedModel:
         template = clone(model, {id(t): to_meta(t) for *_, t in tensors_of(model)})
         scheme = Scheme.of(model, recorder)
 
-        def traced_with(astray: Mapping[str, str], derived: Set[tuple[str, str]]) -> TracedModel:
-            traced = known or trace(model, inputs, None if recorder is None else astray, derived)
-            made = Constructor(recorder.recording, traced, template, inputs) if recorder else None
-            return cls(name, inputs, traced, template, scheme, made, init)
+        astray: dict[str, str] = {}  # grows until the contents of all free widths follow them
 
-        found = traced_with({}, frozenset())
-        if known is None and (astray := found._astray(model, recorder)):
-            found = traced_with(astray, frozenset())
+        def traced_with(derived: Set[tuple[str, str]]) -> TracedModel:
+            while True:
+                traced = known or trace(model, inputs, astray if recorder else None, derived)
+                calls = recorder and Constructor(recorder.recording, traced, template, inputs)
+                found = cls(name, inputs, traced, template, scheme, calls or None, init)
+                more = {} if known else found._astray(model, recorder)
+                if not more:
+                    return found
+                astray.update(more)
+
+        found = traced_with(frozenset())
         if known is None and found.constructor and (derived := found.constructor.changed):
-            other = traced_with(astray, derived.keys())
+            other = traced_with(derived.keys())
             if len(other.trace.axes) >= len(found.trace.axes):
                 return other
         return found
