@@ -215,6 +215,7 @@ class Replay:
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
         self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
         self.partial = False
+        self.follows: Mapping[Call, Mapping[Leaf, Follows]] = {}
         self._solve(samples, repeated, ())
         self.unexplained = self._mismatched(self.follows)
         if self.unexplained:
