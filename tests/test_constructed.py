@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 from composed import LENGTH, Composed, composed, streams
 from hypothesis import assume, given, settings
@@ -34,6 +35,16 @@ def compare(plan: tuple[str, ...], base: tuple, other: tuple, own_init: bool) ->
         assert_same(
             space.model.build(widths_of(space.model, constructed).vector, seed=3), constructed, x
         )
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(composed())
+def test_many_built_networks_are_constructed_ones(drawn: tuple) -> None:
+    """The same, more often."""
+    plan, base, other, own_init = drawn
+    assume(streams(plan, base) == streams(plan, other))
+    compare(plan, base, other, own_init)
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,299 @@
+"""Constructor calls: recorded, solved for the sizes that they are to give, and made again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch.channels.extraction import widths_of
+from widthsearch.errors import SpaceError
+from widthsearch.modules.arguments import alike, integers, with_integers
+from widthsearch.modules.construction import record
+from widthsearch.space.search_space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Options:
+    """A frozen configuration."""
+
+    widths: tuple[int, ...]
+    bias: bool = True
+
+
+def test_integers_are_found_and_exchanged_in_copies() -> None:
+    """In sequences, mappings, dataclasses and namespaces; what holds none is shared."""
+    value = {
+        "a": [1, (2, "x")],
+        "b": Options((3, 4)),
+        "c": SimpleNamespace(d=5, e=True),
+        "f": F.relu,
+    }
+    found = dict(integers(value))
+    assert sorted(found.values()) == [1, 2, 3, 4, 5]
+    other = with_integers(value, {path: n + 10 for path, n in found.items() if n > 2})
+    assert sorted(n for _, n in integers(other)) == [1, 2, 13, 14, 15]
+    assert dict(integers(value)) == found
+    assert other["a"] is value["a"]
+    assert other["b"] == Options((13, 14))
+
+
+def test_only_arguments_that_are_surely_equal_are_alike() -> None:
+    """Modules and tensors may have been changed since."""
+    layer = nn.Identity()
+    assert alike(
+        [1, {"a": None}, partial(F.relu, inplace=True)],
+        [1, {"a": None}, partial(F.relu, inplace=True)],
+    )
+    assert not alike([1], [2])
+    assert not alike(1, 1.0)
+    assert not alike((layer,), (layer,))
+
+
+class Layers(nn.Module):
+    """Copies of one layer."""
+
+    def __init__(self, layer: nn.Module, count: int) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
+
+
+def test_calls_form_a_tree_with_the_names_of_their_modules() -> None:
+    """Copies are calls too, and what a model drops has no name; the random state is kept."""
+    state = torch.get_rng_state()
+    model, recorder = record(lambda: Layers(nn.Sequential(nn.Linear(3, 4)), 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert recorder.complete
+    assert isinstance(model, Layers)
+    kinds = [(call.kind.split(".")[-1], call.copied, call.names) for call in recorder.root.walk()]
+    assert (
+        kinds
+        == [
+            ("", False, []),
+            ("Linear", False, []),
+            ("Sequential", False, []),
+            ("Layers", False, [""]),
+            ("Sequential", True, ["all.0"]),
+            ("Sequential", True, ["all.1"]),
+            ("ModuleList", False, ["all"]),
+        ]
+        or [k for k, *_ in kinds].count("Sequential") == 3
+    )
+
+
+def test_classes_are_as_they_were_afterwards() -> None:
+    """Neither constructors nor copying stay wrapped, also where the function fails."""
+    before = nn.Linear.__init__, vars(nn.Module).get("__init_subclass__")
+
+    def fails() -> nn.Module:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        record(fails)
+    record(lambda: nn.Linear(2, 3))
+    assert (nn.Linear.__init__, vars(nn.Module).get("__init_subclass__")) == before
+    assert nn.Linear not in copy._deepcopy_dispatch  # type: ignore[attr-defined]
+
+
+class Compared(nn.Module):
+    """A shortcut where its widths differ, a flag, and a list that it changes."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        c, w = widths
+        self.same = c == w
+        self.short = nn.Identity() if self.same else nn.Linear(c, w, bias=False)
+        self.layer = nn.Linear(c, w)
+        widths[0] = w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) to (B, W)."""
+        return self.short(x) + self.layer(x) * (1 if self.same else 2)
+
+
+class Row(nn.Module):
+    """Two of them."""
+
+    def __init__(self, a: int = 8, b: int = 12) -> None:
+        super().__init__()
+        state = [a, b]
+        self.stem, self.one = nn.Linear(5, a), Compared(state)
+        self.two, self.head = Compared([state[0], b]), nn.Linear(b, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 5) to (B, 3)."""
+        return self.head(torch.relu(self.two(torch.relu(self.one(torch.relu(self.stem(x)))))))
+
+
+def test_decisions_stay_the_bases_where_widths_become_equal() -> None:
+    """The trace holds for a shortcut; a network of two equal widths has it too."""
+    space = SearchSpace.from_model(Row, (5,))
+    a, b = (axis.name for axis in space.axes)
+    net: Any = space.build({a: 8, b: 8}, seed=0)
+    assert isinstance(net.one.short, nn.Linear)
+    assert isinstance(net.two.short, nn.Identity)
+    assert (net.one.same, net.two.same) == (False, True)
+    torch.manual_seed(0)
+    expected = Row(6, 10).state_dict()
+    built = space.build({a: 6, b: 10}, seed=0).state_dict()
+    assert all(torch.equal(built[key], value) for key, value in expected.items())
+
+
+class Heads(nn.Module):
+    """As many heads as fit."""
+
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.heads = d // 8
+        self.stem, self.qkv, self.head = nn.Linear(6, d), nn.Linear(d, 3 * d), nn.Linear(d, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, 6) to (B, 5)."""
+        x = self.stem(x)
+        b, n, c = x.shape
+        parts = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = parts
+        x = ((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).reshape(b, n, c)
+        return self.head(x.mean(1))
+
+
+def test_integers_that_constructors_derive_are_followed() -> None:
+    """The number of heads is a multiple of the width in costs and networks alike."""
+    space = SearchSpace.from_model(Heads, (7, 6))
+    assert [(axis.base, axis.divisor) for axis in space.trace.axes] == [(32, 8)]
+    net: Any = space.build([48], seed=0)
+    assert net.heads == 6
+    space.check()
+
+
+class Tied(nn.Module):
+    """Layers that share a weight, made by a class that is local to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.f, self.o = (
+            nn.Embedding(9, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 9, bias=False),
+        )
+        self.o.weight = self.e.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) to (B, T, 9)."""
+        return self.o(torch.relu(self.f(self.e(tokens))))
+
+
+def test_shared_weights_stay_shared() -> None:
+    """And the layer whose own weight was replaced knows its sizes."""
+    space = SearchSpace.from_model(Tied, torch.zeros(4, dtype=torch.long))
+    net: Any = space.build(0.5, seed=0)
+    assert net.o.weight is net.e.weight
+    assert net.o.in_features == net.e.embedding_dim == 8
+
+
+def test_a_class_that_the_function_defines() -> None:
+    """Each call of the function makes the class anew."""
+
+    def make() -> nn.Module:
+        class Local(nn.Module):
+            def __init__(self, d: int = 16) -> None:
+                super().__init__()
+                self.scale, self.a, self.b = d**-0.5, nn.Linear(4, d), nn.Linear(d, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.b(self.a(x) * self.scale)
+
+        return Local()
+
+    net: Any = SearchSpace.from_model(make, (4,)).build({"a": 4}, seed=0)
+    assert net.scale == 0.5
+    assert (net.a.out_features, net.b.in_features) == (4, 4)
+
+
+class Copied(nn.Module):
+    """torch's encoder copies one layer; the copies' widths are free one by one."""
+
+    def __init__(self, d: int = 16, h: int = 24) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(d, 2, h, batch_first=True)
+        self.stem, self.head = nn.Linear(6, d), nn.Linear(d, 5)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, 6) to (B, 5)."""
+        return self.head(self.encoder(self.stem(x)).mean(1))
+
+
+def test_copies_of_a_layer_start_alike() -> None:
+    """As ``copy.deepcopy`` has it, and like the class where their widths are those of one layer."""
+    space = SearchSpace.from_model(Copied, (7, 6))
+    torch.manual_seed(0)
+    expected = Copied(24, 40)
+    built = space.model.build(widths_of(space.model, expected).vector, seed=0)
+    own, state = built.state_dict(), expected.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in state.items())
+    other: Any = space.build({"encoder.layers.0.linear1": 16}, seed=0)
+    one, two = other.encoder.layers
+    assert torch.equal(one.self_attn.in_proj_weight, two.self_attn.in_proj_weight)
+    assert (one.linear1.out_features, two.linear1.out_features) == (16, 24)
+
+
+class Even(nn.Module):
+    """Refuses odd widths."""
+
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        if d % 2:
+            raise ValueError(f"d must be even, but is {d}")
+        self.a, self.b = nn.Linear(4, d), nn.Linear(d, 3)
+        self.register_buffer("phase", torch.linspace(0, 1, d // 2).repeat(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 4) to (B, 3)."""
+        return self.b(self.a(x) + self.phase)
+
+
+def test_widths_that_a_constructor_refuses_are_named() -> None:
+    """One line: the rule, the class, its own message and the way out."""
+    space = SearchSpace.from_model(Even, (4,), step=1)
+    assert space.build([6], seed=0).phase.shape == (6,)
+    with pytest.raises(
+        SpaceError, match=r"refuse these widths: .*Even: .* or pin the axis"
+    ) as error:
+        space.build([7], seed=0)
+    assert "\n" not in str(error.value)
+
+
+class Literal(nn.Module):
+    """Numbers that no argument gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 32**-0.5
+        self.stem, self.qk, self.head = nn.Linear(6, 16), nn.Linear(16, 64), nn.Linear(16, 5)
+        self.start = nn.Parameter(torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, 6) to (B, 5)."""
+        x = self.stem(x) + self.start
+        q, k = self.qk(x).chunk(2, -1)
+        return self.head(((q @ k.transpose(1, 2) * self.scale).softmax(-1) @ x).mean(1))
+
+
+def test_what_stays_at_the_bases_value_is_listed() -> None:
+    """A literal scale; of a module given as an object, a random content too."""
+    line = Literal.__init__.__code__.co_firstlineno
+    scale = f"'scale' of Literal (test_construction.py:{line + 2}) stays at the base's 0.176777"
+    assert [str(each) for each in SearchSpace.from_model(Literal, (7, 6)).leftovers] == [scale]
+    given = [str(each) for each in SearchSpace.from_model(Literal(), (7, 6)).leftovers]
+    assert given[-1] == scale
+    assert given[0].startswith(f"'start' of Literal (test_construction.py:{line + 4}) starts with")
+    net: Any = SearchSpace.from_model(Literal, (7, 6)).build({"stem": 8}, seed=0)
+    assert 0 <= net.start.min() and net.start.max() <= 1  # uniform, as the constructor has it
