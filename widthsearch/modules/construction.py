@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from widthsearch.modules.arguments import Path
 from widthsearch.modules.origins import Origins
+from widthsearch.torch_internals import children_of
 
 _ALONE = threading.RLock()
 _COPIERS: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
@@ -56,6 +57,7 @@ class Call:
             class itself anew.
         copied: Whether the module came from ``copy.deepcopy`` of one that had been constructed.
         children: The calls that its constructor made, in order.
+        parts: In a copy, the calls of modules within it that its constructor did not make, by name.
         names: Where the module stands in the model; empty where the model does not keep it.
         numbers: The integers among its arguments in the model as given, by argument and path.
         members: The names of what the module holds in the model as given.
@@ -65,6 +67,7 @@ class Call:
     kind: str
     copied: bool = False
     children: list[Call] = field(default_factory=list)
+    parts: dict[str, Call] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     numbers: dict[tuple[str, Path], int] = field(default_factory=dict)
     members: tuple[str, ...] = ()
@@ -73,12 +76,18 @@ class Call:
     def walk(self) -> Iterator[Call]:
         """This call and all within it, outer ones first."""
         yield self
-        for child in self.children:
+        for child in (*self.children, *self.parts.values()):
             yield from child.walk()
 
     def again(self) -> Call:
-        """The same calls, without names."""
+        """The same calls, without names and parts."""
         return Call(self.kind, self.copied, [child.again() for child in self.children])
+
+    def pairs(self, other: Call) -> Iterator[tuple[Call, Call]]:
+        """Each of these calls with that of another tree of the same shape, without parts."""
+        yield self, other
+        for child, twin in zip(self.children, other.children, strict=True):
+            yield from child.pairs(twin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,31 +288,50 @@ class Session(TorchFunctionMode):
         if not mine or self._copying:
             return _deep_copy(module, memo)
         call = self.expect(type(module), copied=True)
-        if self.fits(call, module):
-            self._copying = True
-            try:
-                result = _deep_copy(module, memo)
-            finally:
-                self._copying = False
-            self._pair(module, result, call)
+        self._copying = True
+        try:
+            result = _deep_copy(module, memo)
+        finally:
+            self._copying = False
+        self._pair(module, result, call)
+        return self._fitted(call, module, result)
+
+    def _fitted(self, call: Call, source: nn.Module, result: nn.Module) -> nn.Module:
+        """A copy at the sizes that are wanted of it.
+
+        Of others, it is constructed as its original was, from the same random numbers.
+        """
+        if self.fits(call, result):
             return result
-        # Of another size, it is constructed as its original was, from the same random numbers.
-        original, args, kwargs, state = self._how[id(module)]
+        for name, part in call.parts.items():
+            parent, _, own = name.rpartition(".")
+            new = self._fitted(part, source.get_submodule(name), result.get_submodule(name))
+            children_of(result.get_submodule(parent))[own] = new
+        if call.parts:
+            return result
+        original, args, kwargs, state = self._how[id(source)]
         with torch.random.fork_rng(devices=()):
             torch.set_rng_state(state)
-            result = type(module).__new__(type(module))
-            self._construct(call, original, (result, *args), kwargs)
-        return result
+            new = type(source).__new__(type(source))
+            self._construct(call, original, (new, *args), kwargs)
+        return new
+
+    def part(self, call: Call, name: str, of: Call) -> Call:
+        """The call of a module within a copy that the copied module's constructor did not make."""
+        return call.parts[name]
 
     def _pair(self, source: nn.Module, result: nn.Module, call: Call) -> None:
-        """Which call of a copy each of its modules stands for."""
-        first = self._made[id(source)][1]
-        twin = {id(a): b for a, b in zip(first.walk(), call.walk(), strict=True)}
-        for a, b in zip(source.modules(), result.modules(), strict=True):
-            of = self.call_of(a)
-            if of is not None and id(of) in twin:
-                self._made[id(b)] = b, twin[id(of)]
-                self._how[id(b)] = self._how[id(a)]
+        """Note the call of each module of a copy."""
+        twins = {id(a): b for a, b in self._made[id(source)][1].pairs(call)}
+        part = None
+        for (name, old), new in zip(source.named_modules(), result.modules(), strict=True):
+            of = self.call_of(old)
+            if of is not None and id(of) in twins:
+                self._made[id(new)] = new, twins[id(of)]
+                self._how[id(new)] = self._how[id(old)]
+            elif of is not None and (part is None or not name.startswith(f"{part}.")):
+                part = name
+                self._pair(old, new, self.part(call, name, of))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -365,6 +393,10 @@ class Recorder(Session):
 
     def leave(self, frame: Frame) -> None:  # noqa: D102
         pass
+
+    def part(self, call: Call, name: str, of: Call) -> Call:  # noqa: D102
+        call.parts[name] = Call(of.kind, True)
+        return call.parts[name]
 
     def _pair(self, source: nn.Module, result: nn.Module, call: Call) -> None:
         call.children = self._made[id(source)][1].again().children

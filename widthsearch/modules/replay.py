@@ -68,6 +68,7 @@ class Builder(Session):
         follows: What each number follows.
         sizes: The sizes that are wanted.
         free: The tensors with a free width: what would be loaded into them is not.
+        uncertain: The calls with numbers that several widths ask for, or that nothing explains.
         arguments: Per layer, integer arguments that it is given instead.
     """
 
@@ -77,10 +78,12 @@ class Builder(Session):
         follows: Mapping[Call, Mapping[Leaf, Follows]],
         sizes: Mapping[Where, int],
         free: Set[str],
+        uncertain: Set[Call],
         arguments: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
         super().__init__(recording.root, recording.classes)
         self.follows, self.sizes, self.free, self.arguments = follows, sizes, free, arguments
+        self.uncertain = uncertain
         self._skipped: list[Tensor] = []
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
@@ -145,6 +148,8 @@ class Builder(Session):
                 raise
             except Exception as error:  # noqa: BLE001  a constructor may refuse in any way
                 failure = failure or error
+                if not isinstance(error, DivergedError) and call not in self.uncertain:
+                    break  # these are the numbers of such a network: the user's class refuses it
             else:
                 return
         raise ConstructionError(f"{call.kind}: {type(failure).__name__}: {failure}") from failure
@@ -237,12 +242,14 @@ class Replay:
         Raises:
             ConstructionError: A constructor refuses the numbers that they ask for.
         """
-        return self._run(Builder(self.recording, self.follows, sizes, self._free, arguments))
+        return self._run(
+            Builder(self.recording, self.follows, sizes, self._free, self._uncertain, arguments)
+        )
 
     def example(self) -> nn.Module:
         """A model with other widths throughout, without the values of layers."""
         sizes = self._sizes[0]
-        return self._run(_Trial(self.recording, self.follows, sizes, self._free))
+        return self._run(_Trial(self.recording, self.follows, sizes, self._free, self._uncertain))
 
     def hold(self, layers: Set[str]) -> bool:
         """Give the constructors of some layers the base's numbers, where their tensors allow it."""
@@ -289,13 +296,14 @@ class Replay:
         solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
         self.follows, self.torn = solver.follows, solver.torn
+        self._uncertain = solver.uncertain | {call for call, _ in solver.torn}
 
     def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> frozenset[str]:
         """The tensors that do not get the sizes that are wanted."""
         found: set[str] = set()
         self._unwritten: set[str] = set()
         for sizes in self._sizes:
-            trial = _Trial(self.recording, follows, sizes, self._free)
+            trial = _Trial(self.recording, follows, sizes, self._free, self._uncertain)
             try:
                 model = self._run(trial)
             except ConstructionError:
@@ -326,7 +334,7 @@ def _around(root: Call, layers: Set[str]) -> list[Call]:
     found: list[Call] = []
 
     def visit(call: Call) -> bool:
-        within = [visit(child) for child in call.children]
+        within = [visit(child) for child in (*call.children, *call.parts.values())]
         if any(within) or not layers.isdisjoint(call.names):
             found.append(call)
         return call in found[-1:]

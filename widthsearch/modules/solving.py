@@ -117,6 +117,7 @@ class Solver(Sketch):
 
     Attributes:
         follows: What was found.
+        uncertain: Calls with a number that cannot change and that nothing explains.
         torn: Numbers that several widths ask for, each with the tensors that ask otherwise.
     """
 
@@ -135,6 +136,7 @@ class Solver(Sketch):
             self._alike[_relative(sizes)].append(where)
         self.follows: dict[Call, dict[Leaf, Follows]] = {}
         self.torn: dict[tuple[Call, str], list[str]] = {}
+        self.uncertain: set[Call] = set()
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
         self._seen: dict[Any, dict[Where, tuple[int, Fraction]] | None] = {}
@@ -224,6 +226,8 @@ class Solver(Sketch):
                     common = self._answer(frame.call, "", responses, v)
                     if _is_free(common):
                         group.update(dict.fromkeys(changed, common))
+            if None in group.values():
+                self.uncertain.add(frame.call)
             yield from ((leaf, found) for leaf, found in group.items() if found is not None)
 
     def _repeated(self, module: Any, layer: str, leaf: Leaf, v: int) -> Follows | None:

@@ -113,7 +113,7 @@ def _stale(
     given = {
         name
         for call, leaves in (replay.follows if replay else {}).items()
-        if any(follows.where is not None for follows in leaves.values())
+        if any(f.where is not None for (name, _), f in leaves.items() if not name.startswith("#"))
         for name in call.names
     }
     free: dict[str, set[int]] = {}
