@@ -247,6 +247,9 @@ def test_a_function_that_loads_weights_makes_new_networks() -> None:
     space = SearchSpace.from_model(make, (6,))
     for width in (16, 8):
         assert 0 < space.build({"0": width}, seed=0)[0].weight.std().item() < 0.5
+    (leftover,) = space.leftovers
+    assert "model.load_state_dict(" in leftover.place
+    assert "networks of all widths start anew" in str(leftover)
 
 
 def test_a_module_made_before_is_not_shared() -> None:

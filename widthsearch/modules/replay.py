@@ -49,6 +49,7 @@ from widthsearch.modules.solving import (
     members_of,
     shapes_of,
 )
+from widthsearch.modules.source import model_line
 from widthsearch.modules.tree import join, tensors_of
 
 
@@ -85,6 +86,7 @@ class Builder(Session):
         self.follows, self.sizes, self.free, self.arguments = follows, sizes, free, arguments
         self.uncertain = uncertain
         self._skipped: list[Tensor] = []
+        self.unloaded: set[str] = set()
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
         original = nn.Module.load_state_dict
@@ -93,6 +95,7 @@ class Builder(Session):
             calls = [call for m in module.modules() if (call := self.call_of(m)) is not None]
             layers = {name for call in calls for name in call.names}
             if any(name.rpartition(".")[0] in layers for name in self.free):
+                self.unloaded.add(model_line())
                 return original(module, module.state_dict())  # a new network starts anew
             return original(module, content, *args, **kwargs)
 
@@ -203,6 +206,7 @@ class Replay:
     Attributes:
         torn: Arguments that several widths ask for, each with the tensors that ask otherwise.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
+        unloaded: Lines that load weights for the base's widths, which networks do not take.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
 
     Raises:
@@ -220,6 +224,7 @@ class Replay:
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
         self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
         self.partial = False
+        self.unloaded: set[str] = set()
         self.follows: Mapping[Call, Mapping[Leaf, Follows]] = {}
         self._solve(samples, repeated, ())
         self.unexplained = self._mismatched(self.follows)
@@ -317,6 +322,7 @@ class Replay:
                 if any(sizes.get((name, dim), n) != n for dim, n in enumerate(shape))
             )
             self._unwritten |= trial.unwritten(model)
+            self.unloaded |= trial.unloaded
         return frozenset(found)
 
     def _run(self, session: Session) -> nn.Module:

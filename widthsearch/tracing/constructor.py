@@ -199,7 +199,7 @@ class Constructor:
         return counted == (2 * evaluate(self.trace.macs, x), evaluate(self.trace.activations, x))
 
     def _points(self) -> list[list[int]]:
-        """The base, and other values of the polynomials' variables: multiples, then any.
+        """The base, and other values of the polynomials' variables: multiples, any, and odd ones.
 
         Constructors may ask for even widths, or for whole blocks. So the first two are multiples
         of the base, and of the largest power of two up to 8 in it.
@@ -209,7 +209,8 @@ class Constructor:
         units = [math.gcd(x, 8) for x in base]
         blocks = [u * rng.randint(1, 2 + 2 * x // u) for x, u in zip(base, units, strict=True)]
         points = [base, [x * rng.choice((2, 3)) for x in base], blocks]
-        return points + [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(2)]
+        anywhere = [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(4)]
+        return [*points, *anywhere, [x | 1 for x in anywhere[0]]]
 
     def _samples(self) -> tuple[dict[Where, tuple[int, ...]], dict[Where, tuple[int, ...]]]:
         """The sizes at the base, at a multiple of each width, and at random widths.

@@ -68,6 +68,9 @@ def leftovers(
         for (layer, name), value in constructor.kept.items():
             reason = f"stays at the base's {value}, or costs would be others"
             found.append(_leftover(layer, template.get_submodule(layer), name, reason))
+    for line in sorted(replay.unloaded) if replay else ():
+        reason = "is not called: networks of all widths start anew"
+        found.append(Leftover("", type(template), "load_state_dict", reason, line))
     if replay is not None and other is not None:
         for (call, argument), others in replay.torn.items():
             module, made = template.get_submodule(call.names[0]), other.get_submodule(call.names[0])
