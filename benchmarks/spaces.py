@@ -38,19 +38,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.space_models import SOURCES
-from widthsearch.channels.dependency_graph import build_dependency_graph
+from widthsearch.space.computation import TOLERANCE, masks_off_cuts, random_channels
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
-from widthsearch.torch_internals import tree_leaves, tree_map_only
-from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import evaluate
 from widthsearch.tracing.tracer import trace
-
-TOLERANCE = 1e-5
-
 
 # -- one function a question -------------------------------------------------------------------
 
@@ -77,46 +71,10 @@ def exact(space: SearchSpace) -> str:
 
 def mask_equals_cut(space: SearchSpace) -> str:
     """``yes``, or the largest difference of outputs; then the axes of unknown channels."""
-    graph = build_dependency_graph(space.model, space.base)
-    rng = random.Random(0)
-    keep: dict[str, list[int]] = {}
-    for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
-        narrower = [w for w in axis.grid if w < axis.base]
-        if i in graph.unknown or not narrower:
-            continue
-        groups = set(rng.sample(range(graph.groups[i]), rng.choice(narrower) // traced.divisor))
-        channels = enumerate(graph.group[traced.maker].tolist())
-        keep[axis.name] = [c for c, group in channels if group in groups]
-    base = space.build(space.base, seed=0).eval()
-    generator = torch.Generator().manual_seed(0)
-    _perturb(base, generator)
-    x = tree_map_only(
-        Tensor,
-        lambda t: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t,
-        sample(space.input_shape, 1, "cpu"),
-    )
-    with torch.no_grad():
-        with space.masked(base, keep):
-            masked = _floats(call(base, x))
-        cut = _floats(call(space.extract(base, keep).eval(), x))
-    pairs = zip(masked, cut, strict=True)
-    differences = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs]
-    worst = max(differences, default=0.0)
+    keep, unknown = random_channels(space, 0)
+    worst = masks_off_cuts(space, keep, 0)
     answer = "yes" if worst <= TOLERANCE else f"no: {worst:.1g}"
-    return f"{answer} ({len(graph.unknown)} unknown)" if graph.unknown else answer
-
-
-@torch.no_grad()
-def _perturb(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Make vectors random: norms and biases that start at 1 and 0 hide differences."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and tensor.dim() == 1:
-            tensor.uniform_(0.5, 1.5, generator=generator)
-
-
-def _floats(outputs: Any) -> list[Tensor]:
-    leaves = tree_leaves(outputs)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    return f"{answer} ({unknown} unknown)" if unknown else answer
 
 
 def searchable_share(space: SearchSpace) -> float:

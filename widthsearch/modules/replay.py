@@ -251,6 +251,27 @@ class Replay:
             Builder(self.recording, self.follows, sizes, self._free, self._uncertain, arguments)
         )
 
+    def plain(self, sizes: Mapping[Where, int]) -> nn.Module | None:
+        """A model whose outermost constructors alone are given other numbers.
+
+        It shares no correction with :meth:`build`: the user's code made it by its own arguments.
+
+        Returns:
+            None where such arguments do not give these sizes.
+        """
+        follows = {
+            call: {leaf: f for leaf, f in self.follows[call].items() if not leaf[0].startswith("#")}
+            for call in self.recording.root.children
+            if call in self.follows
+        }
+        try:
+            model = self._run(Builder(self.recording, follows, sizes, frozenset(), frozenset()))
+        except ConstructionError:
+            return None
+        shapes = shapes_of(model).items()
+        same = all(sizes.get((name, dim)) == n for name, s in shapes for dim, n in enumerate(s))
+        return model if same else None
+
     def example(self) -> nn.Module:
         """A model with other widths throughout, without the values of layers."""
         sizes = self._sizes[0]

@@ -335,7 +335,7 @@ class SearchSpace:
     def check(
         self, *, seed: int = 0, vectors: int = 3, device: str | torch.device = "cpu"
     ) -> CheckReport:
-        """Verify the costs: :func:`~widthsearch.space.verification.check_space` on this space."""
+        """Verify this space: see :func:`~widthsearch.space.verification.check_space`."""
         return check_space(self, seed=seed, vectors=vectors, device=device)
 
 

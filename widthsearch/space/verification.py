@@ -15,6 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from widthsearch.errors import SpaceError, first_line
+from widthsearch.space.computation import (
+    compare_masks_with_cuts,
+    compare_with_class,
+    random_inputs,
+    untrained,
+)
 from widthsearch.space.cost import Cost
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
 from widthsearch.tracing.inputs import call, sample
@@ -28,21 +34,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The networks that :func:`check_space` built and ran; all of them cost what was predicted.
+    """What :func:`check_space` found; a fault raises instead.
 
     Attributes:
-        networks: The widths of each, by a description.
+        networks: The widths of each network that ran, by a description.
         device: The device that they ran on.
+        constructed: The networks among them, and the base, that the model's class can be
+            constructed as by its own arguments: they start and compute alike.
+        masked: The number of axes on which masks give what cutting gives.
+        unknown: The number of axes whose channels are unknown.
+        idle: Trainable parameters that two training steps of the base do not move.
     """
 
     networks: Mapping[str, Widths]
     device: str
+    constructed: tuple[str, ...] = ()
+    masked: int = 0
+    unknown: int = 0
+    idle: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        found = [
             f"checked: {len(self.networks)} networks ({', '.join(self.networks)}) run forward and "
             f"backward on {self.device}; MACs, parameters and activations are as predicted"
-        )
+        ]
+        if self.device != "meta":
+            alike = ", ".join(self.constructed) or "no network: its class takes no such arguments"
+            moved = "every trainable parameter"
+            if self.idle:
+                more = ", …" if len(self.idle) > 3 else ""
+                moved += (
+                    f" but {len(self.idle)}, as in the model ({', '.join(self.idle[:3])}{more})"
+                )
+            found += [
+                f"start and outputs equal those of the model's class at: {alike}",
+                f"masks equal cuts on {self.masked} axes ({self.unknown} of unknown channels)",
+                f"two training steps move {moved}",
+            ]
+        return "; ".join(found)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -141,11 +170,18 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
 def check_space(
     space: SearchSpace, *, seed: int = 0, vectors: int = 3, device: str | torch.device = "cpu"
 ) -> CheckReport:
-    """Build networks, run them, and compare torch's counts with the predicted costs.
+    """Build networks, run them, and compare what they cost and compute with what is expected.
 
     The narrowest, the widest and random networks are built, run forward in eval mode, and forward
     and backward in training mode. MACs are compared with ``FlopCounterMode``, integer for integer,
-    without attention's fused kernels, which hide products from it.
+    without attention's fused kernels, which hide products from it. On another device than ``meta``
+    the following is compared too, on the CPU:
+
+    - the base, and those of the networks that the model's class can be constructed as by its own
+      arguments, with these: each tensor at start and the output, where the space has no
+      ``leftovers``;
+    - masked random channels of the base with a network without them, to 1e-5 of the output;
+    - the parameters that two training steps move, with those that they move in the base.
 
     Args:
         space: The space.
@@ -155,8 +191,8 @@ def check_space(
             takes no memory and little time.
 
     Raises:
-        SpaceError: A network does not cost what was predicted, or does not run; the message names
-            its widths and the quantity, or the module and the operation.
+        SpaceError: A network does not cost what was predicted, does not run, or computes something
+            else; the message names its widths and the quantity, or the module and the operation.
     """
     rng = random.Random(seed)
     networks = {
@@ -166,15 +202,44 @@ def check_space(
     for i in range(vectors):
         networks[f"random {i + 1}"] = space.widths([rng.choice(axis.grid) for axis in space.axes])
     for description, widths in networks.items():
-        try:
+        with _at(space, description, widths):
             _check_network(space, widths, seed, device)
-        except SpaceError as error:
-            vector = ", ".join(map(str, widths.vector))
-            raise SpaceError(
-                f"space {space.name!r} does not hold at its {description} widths [{vector}]: "
-                f"{error}"
-            ) from error
-    return CheckReport(networks, str(device))
+    if torch.device(device).type == "meta":
+        return CheckReport(networks, str(device))
+    constructed = []
+    for description, widths in {"base": space.base, **networks}.items():
+        if widths == space.base or not space.leftovers:
+            with _at(space, description, widths):
+                if compare_with_class(space, widths.vector, seed):
+                    constructed.append(description)
+    with _at(space, "base", space.base):
+        masked, unknown = compare_masks_with_cuts(space, seed)
+    x = random_inputs(space, 2, seed)
+    idle = untrained(space.model.reference(space.base.vector, seed) or space.build(space.base), x)
+    for description, widths in {"base": space.base, **networks}.items():
+        with _at(space, description, widths):
+            # A unit may be dead at a small width, so values may stay; gradients may not be lost.
+            lost = untrained(space.build(widths, seed=seed), x, gradients=True) - idle
+            if lost:
+                raise SpaceError(
+                    f"training does not reach its {min(lost)!r}, but reaches that of the model"
+                )
+    return CheckReport(
+        networks, str(device), tuple(constructed), masked, unknown, tuple(sorted(idle))
+    )
+
+
+@contextmanager
+def _at(space: SearchSpace, description: str, widths: Widths) -> Iterator[None]:
+    """Name the widths in an error, of the space or of the model's own code."""
+    try:
+        yield
+    except Exception as error:
+        vector = ", ".join(map(str, widths.vector))
+        reason = error if isinstance(error, SpaceError) else first_line(error)
+        raise SpaceError(
+            f"space {space.name!r} does not hold at its {description} widths [{vector}]: {reason}"
+        ) from error
 
 
 def _check_network(

@@ -122,12 +122,8 @@ class Constructor:
         """
         if self.replay is None:
             return None
-        shared = dict(aliases_of(self.template))
-        every = {**shapes, **{alias: shapes[key] for alias, key in shared.items()}}
-        sizes: dict[Where, int] = {(key, d): n for key, s in every.items() for d, n in enumerate(s)}
-        sizes.update(attributes)  # type: ignore[arg-type]
         try:
-            network = self.replay.build(sizes, arguments)
+            network = self.replay.build(self._sizes(shapes, attributes), arguments)
             if shapes_of(network).keys() != shapes.keys():
                 raise ConstructionError(f"{type(network).__name__} would have other tensors")
         except ConstructionError as error:
@@ -139,6 +135,23 @@ class Constructor:
         for (layer, name), value in {**self.kept, **attributes}.items():
             set_size(network, layer, name, value)
         return network
+
+    def plain(
+        self, shapes: Mapping[str, Sequence[int]], attributes: Mapping[tuple[str, str], int]
+    ) -> nn.Module | None:
+        """The model by its outermost constructors' arguments alone: see :meth:`Replay.plain`."""
+        if self.replay is None:
+            return None
+        return self.replay.plain(self._sizes(shapes, attributes))
+
+    def _sizes(
+        self, shapes: Mapping[str, Sequence[int]], attributes: Mapping[tuple[str, str], int]
+    ) -> dict[Where, int]:
+        shared = dict(aliases_of(self.template))
+        every = {**shapes, **{alias: shapes[key] for alias, key in shared.items()}}
+        sizes: dict[Where, int] = {(key, d): n for key, s in every.items() for d, n in enumerate(s)}
+        sizes.update(attributes)  # type: ignore[arg-type]
+        return sizes
 
     @cached_property
     def example(self) -> nn.Module | None:

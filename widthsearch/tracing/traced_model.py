@@ -141,9 +141,7 @@ class TracedModel:
             initialise: False leaves values undefined, for weights that are loaded next.
         """
         x = self.trace.variables(vector)
-        shapes = {
-            key: tuple(evaluate(n, x) for n in shape) for key, shape in self.trace.shapes.items()
-        }
+        shapes = self._shapes(x)
         if torch.device(device).type == "meta":
             return self._copied(x, device)
         with kept_generators() if seed is not None or not initialise else nullcontext():
@@ -158,6 +156,32 @@ class TracedModel:
                 self.init(network)
         built: nn.Module = network.to(device).train()
         return built
+
+    def reference(self, vector: Sequence[int], seed: int) -> nn.Module | None:
+        """The network that the model's function makes with other arguments of its own.
+
+        Where :meth:`build` also corrects constructor calls within, this exchanges the arguments of
+        the outermost ones alone; at the base it is the function's own network.
+
+        Returns:
+            None if a module was given, or if no such arguments give these widths.
+        """
+        if self.constructor is None:
+            return None
+        x = self.trace.variables(vector)
+        with kept_generators():
+            torch.manual_seed(seed)
+            if list(x) == list(self.trace.variables(self.trace.base)):
+                network: nn.Module | None = self.constructor.recording.make_model()
+            else:
+                attributes = {where: evaluate(p, x) for where, p in free_attributes(self.trace)}
+                network = self.constructor.plain(self._shapes(x), attributes)
+            if network is not None and self.init is not None:
+                self.init(network)
+        return network and network.train()
+
+    def _shapes(self, x: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(evaluate(n, x) for n in s) for key, s in self.trace.shapes.items()}
 
     def _constructed(self, shapes: Mapping[str, tuple[int, ...]], x: Sequence[int]) -> Any:
         """A network that the model's own constructors make, if they do."""

@@ -88,7 +88,10 @@ class BranchedConv2d(nn.Module):
         """(N, in_channels, H, W) to (N, out_channels, H', W')."""
         size: tuple[Any, ...] = x.shape
         if isinstance(size[1], torch.SymInt):  # tracing: which channels meet is not known
-            parts = [b(x.new_empty((size[0], b.in_channels, *size[2:]))) for b in self._convs()]
+            # The dependency graph does not know which channel of a sorted tensor is where either.
+            x = x.sort(1).values
+            reads = [x.new_empty((size[0], b.in_channels, *size[2:])) for b in self._convs()]
+            parts = [b(x).sort(1).values for b, x in zip(self._convs(), reads, strict=True)]
             y = x.new_empty((size[0], self.out_channels, *parts[0].shape[2:]))
         else:
             gathers, source = self._indices(x.device)
