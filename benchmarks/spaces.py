@@ -62,7 +62,8 @@ def exact(space: SearchSpace) -> str:
     vectors = random_widths(space, seed=len(space.name))
     for i, vector in enumerate(vectors):
         predicted = space.cost(vector)
-        counted = run_and_count(space.build(vector, device="meta"), space.input_shape, "meta")
+        network = space.build(vector, seed=0).to("meta")  # as the model's constructors make it
+        counted = run_and_count(network, space.input_shape, "meta")
         if counted != predicted:
             return f"no: network {i + 1} counts {counted}, not {predicted}"
     run_and_count(space.build(vectors[0], seed=0), space.input_shape, "cpu")

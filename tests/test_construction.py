@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -169,6 +169,81 @@ def test_integers_that_constructors_derive_are_followed() -> None:
     net: Any = space.build([48], seed=0)
     assert net.heads == 6
     space.check()
+
+
+class Factors(nn.Module):
+    """Attention whose width is a product of two arguments, of which forward reads one."""
+
+    def __init__(self, heads: int = 4, head_dim: int = 8, read: str = "heads") -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.read = heads, head_dim, read
+        self.scale = head_dim**-0.5
+        self.qkv = nn.Linear(6, 3 * heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, 6)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(N, L, C) to (N, heads, L, C / heads)."""
+        if self.read == "heads":
+            return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, 6) to the same."""
+        q, k, v = map(self.split, self.qkv(x).chunk(3, -1))
+        weights = (q @ k.mT * self.scale).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("read", ["heads", "head_dim"])
+def test_of_two_factors_of_a_width_the_one_follows_it_that_forward_does_not_read(read: str) -> None:
+    """The other stays at the base's value, as the trace has it."""
+    space = SearchSpace.from_model(partial(Factors, read=read), (5, 6))
+    width = 48  # of queries, keys and values together
+    given = {"heads": 2} if read == "head_dim" else {"head_dim": 4}
+    built = space.build([width], seed=1)
+    torch.manual_seed(1)
+    constructed = Factors(**given, read=read)
+    assert (built.heads, built.head_dim, built.scale) == (
+        constructed.heads,
+        constructed.head_dim,
+        constructed.scale,
+    )
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(built(x), constructed(x)) and not space.leftovers
+
+
+def passing(forward: Any) -> Any:
+    """A decorator."""
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+class Decorated(nn.Module):
+    """A decorated forward, which reads a number that follows the stream and not the heads."""
+
+    def __init__(self, stream: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.head_dim = stream // heads
+        self.inner, self.first = nn.Linear(stream, heads * self.head_dim), nn.Linear(6, stream)
+        self.last = nn.Linear(heads * self.head_dim, 3)
+
+    @passing
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 3)."""
+        x = self.inner(torch.tanh(self.first(x))).unflatten(1, (-1, self.head_dim))
+        return self.last(x.softmax(1).flatten(1))
+
+
+def test_numbers_that_a_decorated_forward_reads_are_known() -> None:
+    """The head's width is the trace's, at any width of the stream."""
+    space = SearchSpace.from_model(Decorated, (6,))
+    space.check(vectors=2)
+    built = space.build([axis.min_width for axis in space.axes])
+    assert built.inner.out_features % built.head_dim == 0
 
 
 class Tied(nn.Module):

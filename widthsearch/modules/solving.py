@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from widthsearch.modules.arguments import Path, alike, bound, integers, untouched, with_integers
 from widthsearch.modules.construction import Call, Frame, Recording, Session
+from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import SIZED, join, sizes_in, tensors_of
 from widthsearch.torch_internals import buffers_of, children_of, parameters_of
 
@@ -34,6 +35,9 @@ Where = tuple[str, int | str]
 Leaf = tuple[str, Path]
 """An argument's name and a path within it; or ``"#n"`` and a path within (args, kwargs) of the n-th
 call of a function that takes sizes."""
+
+Responses = Mapping[Where, tuple[int, Fraction]]
+"""The sizes that change with a number: each one's value at the base, and its slope."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ class Solver(Sketch):
         self.uncertain: set[Call] = set()
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
-        self._seen: dict[Any, dict[Where, tuple[int, Fraction]] | None] = {}
+        self._seen: dict[Any, Responses | None] = {}
+        self._doubled: dict[Any, dict[Where, int]] = {}
         self._finished: dict[Call, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._probed: Frame | None = None
         self._changes: Mapping[Leaf, int] = {}
@@ -208,6 +213,7 @@ class Solver(Sketch):
             leaves.update({(f"#{number}", path): v for path, v in integers(value)})
         wide = frame.call in self._sizing
         equal: dict[int, dict[Leaf, Follows | None]] = {}
+        alone: dict[Leaf, Responses] = {}
         for leaf, v in leaves.items():
             repeated = self._repeated(frame.module, layer, leaf, v)
             if repeated is not None:
@@ -217,6 +223,8 @@ class Solver(Sketch):
                 found = self._answer(frame.call, leaf[0], responses, v)
                 if responses is None or found is not None:
                     equal.setdefault(v, {})[leaf] = found
+                    alone[leaf] = responses or {}
+        solved: dict[Leaf, Follows] = {}
         for v, group in equal.items():
             for joint in _joints(group):
                 # Some numbers only change together: channels and groups, widths that are compared.
@@ -226,9 +234,77 @@ class Solver(Sketch):
                     common = self._answer(frame.call, "", responses, v)
                     if _is_free(common):
                         group.update(dict.fromkeys(changed, common))
+                        alone.update({leaf: {} for leaf in changed})
             if None in group.values():
                 self.uncertain.add(frame.call)
-            yield from ((leaf, found) for leaf, found in group.items() if found is not None)
+            solved.update({leaf: found for leaf, found in group.items() if found is not None})
+        self._hold_factors(frame, original, arguments, solved, alone)
+        yield from solved.items()
+
+    def _hold_factors(
+        self,
+        frame: Frame,
+        original: Any,
+        arguments: Any,
+        solved: dict[Leaf, Follows],
+        alone: Mapping[Leaf, Responses],
+    ) -> None:
+        """Let one factor of a size follow it, where several numbers would: heads or their width.
+
+        The factor that stays is one that forward reads and the trace fixes, if there is one.
+        """
+        numbers = {**frame.call.numbers}
+        alike: dict[tuple[Fraction, ...], list[Leaf]] = defaultdict(list)
+        for leaf, follows in solved.items():
+            if follows.where is not None and leaf in numbers and alone[leaf]:
+                alike[_relative(self.samples[follows.where])].append(leaf)
+        for leaves in alike.values():
+            while len(leaves) > 1:
+                after = self._together(frame, original, arguments, {v: numbers[v] for v in leaves})
+                wrong = [
+                    where
+                    for where, n in after.items()
+                    if sum(where in alone[leaf] for leaf in leaves) > 1
+                    and n != 2 * next(alone[v][where][0] for v in leaves if where in alone[v])
+                ]
+                if not wrong:
+                    break
+                factors = [leaf for leaf in leaves if any(where in alone[leaf] for where in wrong)]
+                held = max(
+                    reversed(factors),
+                    key=lambda leaf: (
+                        any(self._is_read(frame, where) for where in alone[leaf]),
+                        sum(where in alone[leaf] for where in wrong),
+                    ),
+                )
+                solved[held] = fixed(numbers[held])
+                leaves.remove(held)
+
+    def _together(
+        self, frame: Frame, original: Any, arguments: Any, numbers: Mapping[Leaf, int]
+    ) -> dict[Where, int]:
+        """The sizes in tensors when numbers are twice as large; none where that is refused."""
+        assert frame.module is not None
+        key = frame.call.kind, tuple(numbers.items()), 0, tuple(shapes_of(frame.module).items())
+        if key not in self._doubled:
+            changes = {leaf: 2 * v for leaf, v in numbers.items()}
+            after = self._probe(frame, original, arguments, changes) or {}
+            self._doubled[key] = {w: n for w, n in after.items() if isinstance(w[1], int)}
+        return self._doubled[key]
+
+    def _is_read(self, frame: Frame, where: Where) -> bool:
+        """Whether forward reads an attribute, which the trace fixes."""
+        within, name = where
+        if isinstance(name, int):
+            return False
+        assert frame.module is not None
+        module = frame.module.get_submodule(within)
+        place = join(frame.call.names[0], within) if within else frame.call.names[0]
+        return (
+            (place, name) not in self.samples
+            and not isinstance(module, SIZED)
+            and name.partition("[")[0] in names_in_forward(module)
+        )
 
     def _repeated(self, module: Any, layer: str, leaf: Leaf, v: int) -> Follows | None:
         """What an argument follows that one of torch's layers keeps as an attribute."""
@@ -259,9 +335,7 @@ class Solver(Sketch):
             found.setdefault(rank, Follows(where, slope, Fraction(0)))
         return found[max(found)] if found else None
 
-    def _answer(
-        self, call: Call, name: str, responses: Mapping[Where, tuple[int, Fraction]] | None, v: int
-    ) -> Follows | None:
+    def _answer(self, call: Call, name: str, responses: Responses | None, v: int) -> Follows | None:
         """What a number follows that is ``v`` at the base, by the sizes that changed with it."""
         layer = call.names[0]
         answers: dict[tuple[Fraction, ...], Follows] = {}
@@ -291,7 +365,7 @@ class Solver(Sketch):
 
     def _responses(
         self, frame: Frame, original: Any, arguments: Any, leaves: tuple[Leaf, ...], v: int
-    ) -> dict[Where, tuple[int, Fraction]] | None:
+    ) -> Responses | None:
         """The sizes that change with numbers: each one's value at the base, and its slope.
 
         None where the constructor refuses other numbers, or makes other modules of them.

@@ -13,8 +13,9 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -80,14 +81,28 @@ def _names_in_forward(cls: Any) -> frozenset[str]:
     names: set[str] = set()
     rest = ["forward"]
     while rest:
-        code = getattr(inspect.getattr_static(cls, rest.pop(), None), "__code__", None)
-        codes = [code] if code else []
+        held = inspect.getattr_static(cls, rest.pop(), None)
+        codes = [function.__code__ for function in _functions(held)]
         while codes:
             code = codes.pop()
             rest += [name for name in code.co_names if name not in names]
             names.update(code.co_names)
             codes += [value for value in code.co_consts if isinstance(value, CodeType)]
     return frozenset(names)
+
+
+def _functions(held: Any) -> Iterator[FunctionType]:
+    """A function, and those that its decorators hold in closures."""
+    rest, seen = [held], set[int]()
+    while rest:
+        value = rest.pop()
+        value = getattr(value, "__func__", value)  # of a static or a class method
+        if isinstance(value, FunctionType) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            for cell in value.__closure__ or ():
+                with suppress(ValueError):  # it is empty
+                    rest.append(cell.cell_contents)
 
 
 def source_digest(model: nn.Module) -> str | None:
