@@ -19,12 +19,13 @@ from torchvision.transforms.functional import normalize
 from widthsearch import export
 from widthsearch.api import Study
 from widthsearch.data.loaders import DeviceLoader
-from widthsearch.errors import StudyError, WidthsearchError
+from widthsearch.errors import StudyError, WidthsearchError, WidthsError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import EpochResult
 from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
+from widthsearch.widths import Widths
 
 
 class Silu(tiny.Net):
@@ -206,6 +207,19 @@ def test_training_goes_on_with_the_same_code_alone(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             trained(study_of(tmp_path, spaces[0]), out, epochs=2, on_epoch=interrupt)
         assert trained(study_of(out, space), out, epochs=2) == epochs
+
+
+def test_a_network_outside_of_bounds_that_were_narrowed_later_is_trained(tmp_path: Path) -> None:
+    """And loads: bounds limit a search, and change no network."""
+    tiny.run(tiny.study(tmp_path / "study"), trials=6)
+    narrowed = tiny.space(min_width=0.875)
+    study = tiny.study(tmp_path / "study", narrowed)
+    outside = next(t for t in study.trials() if min(t.widths.vector) < narrowed.axes[0].min_width)
+    export.train(study, outside, seeds=1, epochs=1, folder=tmp_path / "out")
+    loaded = export.load(tmp_path / "out", narrowed)
+    assert loaded.first.out_channels == outside.widths["first"]
+    with pytest.raises(WidthsError, match=r"axis 'first' takes 1 to .* channels, but was given 0"):
+        narrowed.build(Widths(narrowed.names, (0, 8)))
 
 
 def test_a_complete_folder_keeps_no_checkpoints(tmp_path: Path) -> None:

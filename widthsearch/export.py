@@ -197,13 +197,13 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
 
     Raises:
         StudyError: The folder is incomplete or damaged.
-        WidthsError: The space has changed, or the widths are not on its grid.
+        WidthsError: The space has changed.
     """
     folder = Path(folder)
     about = _read_json(folder / CARD).get("space")
     if space is None:
         space = _space_of(about, folder)
-    model = space.build(space.load_widths(folder / WIDTHS), initialise=False)
+    model = space.build(space.load_widths(folder / WIDTHS, on_grid=False), initialise=False)
     try:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         model.load_state_dict(state)

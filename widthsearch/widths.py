@@ -216,7 +216,7 @@ def read_widths(path: Path, name: str, axes: Sequence[Axis], space_fingerprint: 
     Args:
         path: The file.
         name: The name of the space that the widths are for.
-        axes: That space's axes.
+        axes: That space's axes, with the grid that the widths must be on.
         space_fingerprint: That space's :func:`fingerprint`.
 
     Raises:

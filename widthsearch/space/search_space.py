@@ -22,7 +22,13 @@ from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.space_file import SpaceState, read_space, write_space
 from widthsearch.space.ties import tied_scores, unconstrained_widths
 from widthsearch.space.verification import CheckReport, check_space
-from widthsearch.space.width_specs import WidthBatch, WidthSpec, as_vectors, parse_widths
+from widthsearch.space.width_specs import (
+    WidthBatch,
+    WidthSpec,
+    as_vectors,
+    parse_widths,
+    whole_groups,
+)
 from widthsearch.tracing.inputs import Inputs, as_inputs, sample
 from widthsearch.tracing.leftovers import Leftover
 from widthsearch.tracing.trace import Pinned, Trace
@@ -150,15 +156,11 @@ class SearchSpace:
         step: Step | None = None,
         align: int | str | None = None,
     ) -> SearchSpace:
-        """This space with further constraints; the arguments are those of :meth:`from_model`.
-
-        Raises:
-            SpaceError: A name matches no axis, a bound excludes the base, or no axis is left.
-        """
+        """This space with further constraints: arguments and errors as in :meth:`from_model`."""
         return self.with_constraints(Constraints(pin, tie, min_width, max_width, step, align))
 
     def with_constraints(self, constraints: Constraints, block: int | None = None) -> SearchSpace:
-        """The same for constraints as a value; ``block`` bounds the default steps, in channels."""
+        """The same by a value; ``block`` bounds the default steps, in channels."""
         stepped = self._stepped | constraints.stepped(self.trace, self.axes)
         trace, axes = constraints.apply(self.trace, self.axes, block, stepped)
         free = self._unconstrained if trace is self.trace else self.unconstrained
@@ -169,7 +171,7 @@ class SearchSpace:
     def unconstrained(self) -> SearchSpace:
         """The space before any axis was pinned or tied by a user: every axis has its own channels.
 
-        Saliencies, masks and dependency graphs are about channels and refer to this space.
+        Saliencies, masks and dependency graphs refer to it.
         """
         return self if self._unconstrained is None else self._unconstrained
 
@@ -230,13 +232,15 @@ class SearchSpace:
 
         Args:
             spec: A multiplier of every base width, snapped to the grid; or widths by axis name
-                (axes that are left out keep their base width); or one integer per axis. Integers
-                must be on the grid.
+                (axes left out keep the base's); or one integer per axis. Integers must be on the
+                grid, those of a :class:`Widths` whole groups: they may be older than its bounds.
 
         Raises:
             WidthsError: The message names the axis, the value, and the nearest allowed value.
         """
-        return parse_widths(self.name, self.axes, spec)
+        own = isinstance(spec, Widths) and spec.names == self.names
+        every = whole_groups(self.axes, self.trace.axes) if own else self.axes
+        return parse_widths(self.name, every, spec)
 
     def nearest(self, vector: Sequence[float] | NDArray[Any]) -> Widths:
         """The width vector on the grid nearest to one real number per axis."""
@@ -247,13 +251,14 @@ class SearchSpace:
         """Write :meth:`widths` of anything as JSON, with this space's name and fingerprint."""
         write_widths(Path(path), self.name, self.axes, self.fingerprint, self.widths(widths))
 
-    def load_widths(self, path: Path | str) -> Widths:
+    def load_widths(self, path: Path | str, *, on_grid: bool = True) -> Widths:
         """The width vector in a file of :meth:`save_widths`, which may be edited by hand.
 
         Raises:
-            WidthsError: The file cannot be read, is of another space, or has widths off the grid.
+            WidthsError: It cannot be read, is of another space, or off the grid (``on_grid``).
         """
-        return read_widths(Path(path), self.name, self.axes, self.fingerprint)
+        axes = self.axes if on_grid else whole_groups(self.axes, self.trace.axes)
+        return read_widths(Path(path), self.name, axes, self.fingerprint)
 
     def cost_form(self, quantity: str) -> QuadraticForm:
         """The quadratic form of ``macs``, ``params`` or ``activations``."""
@@ -309,7 +314,7 @@ class SearchSpace:
             initialise: False leaves the values undefined, for weights that are loaded next.
 
         Returns:
-            A module in training mode; its weights are not those of the base model.
+            A module in training mode.
 
         Raises:
             WidthsError: The widths do not fit the space.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from widthsearch.errors import WidthsError, did_you_mean
+from widthsearch.tracing.trace import TracedAxis
 from widthsearch.widths import Axis, Widths
 
 WidthSpec = float | Mapping[str, int] | Sequence[int]
@@ -50,6 +52,12 @@ def parse_widths(space: str, axes: Sequence[Axis], spec: WidthSpec) -> Widths:
             )
     whole = [int(v) if isinstance(v, np.integer) else v for v in values]
     return Widths(names, tuple(axis.check(v) for axis, v in zip(axes, whole, strict=True)))
+
+
+def whole_groups(axes: Sequence[Axis], traced: Sequence[TracedAxis]) -> list[Axis]:
+    """The axes with every width that is a whole number of groups, whatever their bounds."""
+    pairs = zip(axes, traced, strict=True)
+    return [axis.on_grid(of_trace.divisor, 1, sys.maxsize) for axis, of_trace in pairs]
 
 
 def as_vectors(space: str, names: tuple[str, ...], widths: WidthBatch) -> NDArray[np.int64]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
+
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.latency.config import LatencyConfig
+from widthsearch.modules.source import source_digest
+from widthsearch.space.computation import outputs, random_inputs
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.storage import SpaceRecord, Store
@@ -102,6 +107,20 @@ def _check_spaces(name: str, stored: list[Any], now: list[Any]) -> None:
                 f"{new['name']!r} ({len(new['axes'])} axes, {new['macs']:,} MACs): put the space "
                 "back, or give the study another name"
             )
+        if changed := _changed_code(old, new):
+            raise StudyError(
+                f"a study keeps its model, but {changed} since {name!r} was begun: put the code of "
+                f"{old['name']!r} back, or give the study another name"
+            )
+
+
+def _changed_code(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """What has changed in a model's code; a study of an older version has no digests."""
+    if "output" in old and not np.allclose(old["output"], new["output"], 1e-3, equal_nan=True):
+        return "its output on a fixed input has changed"
+    if old.get("code") and new["code"] and old["code"] != new["code"]:
+        return "the source of its classes has changed"
+    return None
 
 
 def _described(space: SearchSpace) -> dict[str, Any]:
@@ -110,7 +129,20 @@ def _described(space: SearchSpace) -> dict[str, Any]:
         **SpaceRecord.of(space).to_json(),
         "fingerprint": space.fingerprint,
         "macs": space.cost(space.base).macs,
+        "code": source_digest(space.model.template),
+        "output": _fixed_output(space),
     }
+
+
+def _fixed_output(space: SearchSpace) -> list[float]:
+    """A few figures of the base's output at seed 0; rounding differs between machines."""
+    found: list[float] = []
+    for out in outputs(space.build(space.base, seed=0).eval(), random_inputs(space, 2, seed=0)):
+        values = out.double().flatten()
+        weights = torch.linspace(1, 2, len(values), dtype=torch.float64)
+        found += [float(f"{x:.6g}") for x in (values.abs().mean(), (values * weights).abs().mean())]
+        found += [float(f"{x:.6g}") for x in values[:4]]
+    return found
 
 
 def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

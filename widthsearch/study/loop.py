@@ -184,6 +184,8 @@ class Search:
         Raises:
             StudyError: ``FAILURES_IN_A_ROW`` trials failed in a row.
         """
+        widths = ", ".join(map(str, self.trials[number].widths.vector))
+        reason = f"{reason}; the widths are [{widths}]"  # what it takes to see it again
         self._store.fail(number, reason)
         self._close(replace(self.trials[number], state=TrialState.FAILED, error=reason))
         if self._failures >= FAILURES_IN_A_ROW:
