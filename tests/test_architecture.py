@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -82,3 +83,29 @@ def test_pages_name_files_that_exist(page: str) -> None:
     roots = (ROOT, ROOT / "widthsearch", ROOT / "benchmarks" / "results")
     missing = [path for path in paths if not any((root / path).exists() for root in roots)]
     assert missing == []
+
+
+WITHOUT_EXAMPLE = {
+    "interpreter.TraceInterrupted": "an exception",
+    "kernel.CostedSpace": "a protocol; `Coordinates.of` takes any search space",
+    "progress.Notify": "a protocol of one call",
+    "protocol.Proposer": "a protocol; README.md has an implementation",
+    "ray_tune.Session": "starts Ray, so its example does not run",
+    "trial.TrialState": "an enumeration",
+}
+"""Classes without an example that runs, each with the reason; errors need none either."""
+
+
+def test_every_public_class_has_an_example() -> None:
+    """In its docstring or its module's, as a doctest, which the suite runs."""
+    missing = set()
+    for path in (ROOT / "widthsearch").rglob("*.py"):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        shown = re.findall(r"^ *(?:>>>|\.\.\.) .*", ast.get_docstring(module) or "", re.MULTILINE)
+        for node in module.body:
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            used = any(re.search(rf"\b{node.name}\b", line) for line in shown)
+            if not used and ">>> " not in (ast.get_docstring(node) or ""):
+                missing.add(f"{path.stem}.{node.name}")
+    assert {name for name in missing if not name.endswith("Error")} == WITHOUT_EXAMPLE.keys()

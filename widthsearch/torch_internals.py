@@ -112,6 +112,11 @@ class SymbolicNode:
 
     Attributes:
         kind: ``int``, ``float`` or ``bool``: the type that the node stands for.
+
+    Example:
+        >>> node = SymbolicNode()
+        >>> node.is_symbolic(), node.is_constant(), node.clone() is node
+        (True, False, True)
     """
 
     kind = ""

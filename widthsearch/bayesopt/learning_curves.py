@@ -74,6 +74,11 @@ class FinalAccuracy:
         location: Its centre, in logits.
         scale: Its scale, in logits.
         dof: Its degrees of freedom, above 2.
+
+    Example:
+        >>> final = FinalAccuracy(location=float(logit(90.0)), scale=0.2, dof=10.0)
+        >>> [round(final.probability_above(accuracy), 2) for accuracy in (85.0, 90.0, 95.0)]
+        [0.98, 0.5, 0.0]
     """
 
     location: float

@@ -64,6 +64,10 @@ class Suggestion:
         widths: Its widths.
         improvement: The expected improvement of the hypervolume, in percent of accuracy times the
             log of each cost; infinite for the first trials, which need no surrogate.
+
+    Example:
+        >>> Suggestion(Widths(("conv1",), (24,)), improvement=0.5).widths["conv1"]
+        24
     """
 
     widths: Widths

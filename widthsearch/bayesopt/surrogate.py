@@ -67,6 +67,11 @@ class Posterior:
     Attributes:
         mean: Expected accuracy over seeds, (N,), in percent.
         sd: Its standard deviation, (N,), in percent; without the noise of a training.
+
+    Example:
+        >>> posterior = Posterior(mean=np.array([90.0, 92.0]), sd=np.array([0.5, 2.0]))
+        >>> (posterior.mean - 1.645 * posterior.sd).round(1).tolist()  # where 90% intervals begin
+        [89.2, 88.7]
     """
 
     mean: Array

@@ -37,6 +37,11 @@ class Operand:
         index: Its place among the arguments of the call.
         axis: The axis of each position, broadcastable to the operand; -1 for none.
         group: The same for the group within the axis.
+
+    Example:
+        >>> bias = Operand(2, axis=np.array([0, 0, -1]), group=np.array([1, 0, 0]))
+        >>> bias.select([torch.tensor([0.1, 0.2])], otherwise=torch.tensor([1.0])).tolist()
+        [0.20000000298023224, 0.10000000149011612, 1.0]
     """
 
     index: int
@@ -60,6 +65,17 @@ class CallSites(TorchFunctionMode):
 
     Args:
         model: The model.
+
+    Example:
+        >>> class Printed(CallSites):
+        ...     def call(self, site, func, args, kwargs):
+        ...         print(site)
+        ...         return func(*args, **kwargs)
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> with Printed(model):
+        ...     out = model(torch.zeros(1, 4))
+        ('0', 'linear', 0)
+        ('1', 'linear', 0)
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -55,7 +55,14 @@ FILLS: dict[str, Any] = {
 
 @dataclass
 class Call:
-    """A call of an operator, with its outputs."""
+    """A call of an operator, with its outputs.
+
+    Example:
+        >>> x = torch.zeros(2, 3)
+        >>> call = Call(torch.ops.aten.sum.dim_IntList, (x, [1]), {}, x.sum(1))
+        >>> call.named["dim"], call.named["keepdim"], [tuple(o.shape) for o in call.outputs]
+        ([1], False, [(2,)])
+    """
 
     func: Any
     args: tuple[Any, ...]
@@ -86,6 +93,12 @@ class SiteRecord:
         consumed: The fields of weights among them.
         filled: By id, tensors whose masked entries are filled: operands and what keeps the value.
         operands: The fields of the call's operands by place, if it reads or consumes any.
+
+    Example:
+        >>> x, other = torch.zeros(2), torch.zeros(2)
+        >>> record = SiteRecord("sum", filled={id(x): x})
+        >>> record.fills(x), record.fills(other)
+        (True, False)
     """
 
     name: str
@@ -113,6 +126,15 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         lost: Elements that an operator without a rule combines, each with the reason.
         lost_axes: Axes of sizes that such an operator makes, each with the reason.
         views: By id, the tensor that a view is a view of, and the operator that makes it.
+
+    Example:
+        >>> elements, x = Elements(), torch.zeros(1, 2, device="meta")
+        >>> run = Propagation(elements, [x])
+        >>> run.set_fields(x, [torch.from_numpy(elements.new(2)).reshape(1, 2)])
+        >>> with run:
+        ...     y = torch.relu(x)  # local: the output depends on the same elements
+        >>> run.field_along(y, 1).tolist()
+        [0, 1]
     """
 
     def __init__(self, elements: Elements, activations: Iterable[Any]) -> None:
@@ -312,6 +334,16 @@ class Sites(CallSites):
     Args:
         model: The model that runs.
         run: The propagation.
+
+    Example:
+        >>> layer, x = nn.Linear(2, 3, device="meta"), torch.zeros(1, 2, device="meta")
+        >>> elements = Elements()
+        >>> run = Propagation(elements, [x])
+        >>> run.set_fields(x, [torch.from_numpy(elements.new(2)).reshape(1, 2)])
+        >>> with Sites(layer, run), run, torch.no_grad():
+        ...     out = layer(x)
+        >>> list(run.sites)  # the call reads the channels of x
+        [('', 'linear', 0)]
     """
 
     def __init__(self, model: nn.Module, run: Propagation) -> None:

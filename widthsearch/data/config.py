@@ -26,6 +26,14 @@ class Augmentation:
 
     Raises:
         DataError: A value is negative.
+
+    Example:
+        >>> Augmentation(crop_padding=4, flip=True).cutout
+        0
+        >>> Augmentation(cutout=-1)
+        Traceback (most recent call last):
+        widthsearch.errors.DataError: augmentation.cutout must be greater than or equal to 0, but \
+was -1
     """
 
     crop_padding: int = Field(default=0, ge=0)

@@ -38,6 +38,11 @@ class Split:
     Attributes:
         images: uint8 (N, C, H, W), 0 to 255.
         labels: int64 (N,), 0 to classes - 1.
+
+    Example:
+        >>> split = Split(np.zeros((3, 1, 2, 2), np.uint8), np.array([0, 1, 1]))
+        >>> len(split), split.subset(split.labels == 1).images.shape
+        (3, (2, 1, 2, 2))
     """
 
     images: NDArray[np.uint8]

@@ -73,6 +73,11 @@ class PredictionErrors:
         coverage: The share of measurements inside their 90% intervals.
         median_macs: The median relative error of ``a + b · MACs``, fitted to the same folds.
         tau_macs: Kendall's τ between MACs and measurements.
+
+    Example:
+        >>> errors = PredictionErrors(40, 0.02, 0.9, coverage=0.9, median_macs=0.1, tau_macs=0.7)
+        >>> errors.median < errors.median_macs  # better than a line in MACs
+        True
     """
 
     networks: int
@@ -95,6 +100,11 @@ class Stair:
         more_ms: The latency one grid step above; None at the maximum width.
         flat_from: The smallest width with the same latency, down from the axis's width.
         flat_to: The largest width with the same latency, up from the axis's width.
+
+    Example:
+        >>> stair = Stair("conv1", 24, 1.0, less_ms=0.8, more_ms=1.0, flat_from=17, flat_to=32)
+        >>> stair.flat_to - stair.width  # channels that cost no latency
+        8
     """
 
     name: str

@@ -62,6 +62,12 @@ class Call:
         numbers: The integers among its arguments in the model as given, by argument and path.
         members: The names of what the module holds in the model as given.
         flags: The truth values among its attributes there.
+
+    Example:
+        >>> block = Call("my.Block", children=[Call("my.Layer")])
+        >>> root = Call("", children=[block, Call("my.Head")])
+        >>> [call.kind for call in root.walk()]
+        ['', 'my.Block', 'my.Layer', 'my.Head']
     """
 
     kind: str
@@ -98,6 +104,12 @@ class Recording:
         make_model: The function.
         root: A call that stands for the function; the constructor calls are within it.
         classes: The classes that were constructed.
+
+    Example:
+        >>> _, recorder = record(lambda: nn.Linear(3, 4))
+        >>> recording = recorder.recording
+        >>> [call.kind for call in recording.root.children], recording.classes
+        (['torch.nn.modules.linear.Linear'], (<class 'torch.nn.modules.linear.Linear'>,))
     """
 
     make_model: Callable[[], nn.Module]
@@ -134,6 +146,11 @@ class Frame:
         module: The module that it makes; None for the function that makes the model.
         position: How many calls it has made.
         sizings: How often it has called one of :data:`SIZING`.
+
+    Example:
+        >>> frame = Frame(Call("my.Block", children=[Call("my.Layer")]))
+        >>> frame.call.children[frame.position].kind  # the constructor call to expect next
+        'my.Layer'
     """
 
     call: Call
@@ -151,6 +168,16 @@ class Session(TorchFunctionMode):
 
     Attributes:
         frames: The constructors that are running, the innermost last.
+
+    Example:
+        >>> class Wider(Session):
+        ...     def construct(self, frame, original, args, kwargs):
+        ...         layer, inputs, outputs = args
+        ...         super().construct(frame, original, (layer, inputs, 2 * outputs), kwargs)
+        >>> _, recorder = record(lambda: nn.Linear(3, 4))
+        >>> recording = recorder.recording
+        >>> Wider(recording.root, recording.classes).run(recording.make_model)
+        Linear(in_features=3, out_features=8, bias=True)
     """
 
     def __init__(self, root: Call, classes: Iterable[type]) -> None:

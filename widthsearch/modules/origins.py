@@ -39,6 +39,11 @@ class Origin:
         writer: The call that wrote it last, as :class:`Origins` was told.
         line: The line that did.
         patched_by: The call that wrote a fixed value to a part of it; None if none did.
+
+    Example:
+        >>> origin = Origin(random=True, writer="Linear", line="net.py:3 `nn.Linear(3, 4)`")
+        >>> origin.patched_by is None
+        True
     """
 
     random: bool = False

@@ -71,6 +71,16 @@ class Builder(Session):
         free: The tensors with a free width: what would be loaded into them is not.
         uncertain: The calls with numbers that several widths ask for, or that nothing explains.
         arguments: Per layer, integer arguments that it is given instead.
+
+    Example:
+        >>> from widthsearch.modules.construction import record
+        >>> _, recorder = record(lambda: nn.Sequential(nn.Linear(3, 4)))
+        >>> recording = recorder.recording
+        >>> solver = Solver(recording, {("0.weight", 0): (4, 7, 9)}, {})
+        >>> base, follows = solver.run(recording.make_model), solver.follows
+        >>> builder = Builder(recording, follows, {("0.weight", 0): 6}, set(), set())
+        >>> builder.run(recording.make_model)[0]
+        Linear(in_features=3, out_features=6, bias=True)
     """
 
     def __init__(

@@ -42,7 +42,15 @@ Responses = Mapping[Where, tuple[int, Fraction]]
 
 @dataclass(frozen=True)
 class Follows:
-    """A number that follows a size: ``(size - offset) / slope``; without a size, ``offset``."""
+    """A number that follows a size: ``(size - offset) / slope``; without a size, ``offset``.
+
+    Example:
+        >>> thirds = Follows(("qkv.weight", 0), slope=Fraction(3), offset=Fraction(0))
+        >>> thirds.value({("qkv.weight", 0): 96})
+        32
+        >>> Follows(None, Fraction(1), offset=Fraction(5)).value({})
+        5
+    """
 
     where: Where | None
     slope: Fraction
@@ -93,7 +101,15 @@ _FILLS = {
 
 
 class Sketch(Session):
-    """A session that makes memory without values as meta tensors, to save time."""
+    """A session that makes memory without values as meta tensors, to save time.
+
+    Example:
+        >>> from widthsearch.modules.construction import record
+        >>> _, recorder = record(lambda: nn.Linear(3, 4))
+        >>> recording = recorder.recording
+        >>> Sketch(recording.root, recording.classes).run(recording.make_model).weight.device
+        device(type='meta')
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -123,6 +139,15 @@ class Solver(Sketch):
         follows: What was found.
         uncertain: Calls with a number that cannot change and that nothing explains.
         torn: Numbers that several widths ask for, each with the tensors that ask otherwise.
+
+    Example:
+        >>> from widthsearch.modules.construction import record
+        >>> model, recorder = record(lambda: nn.Sequential(nn.Linear(3, 4)))
+        >>> recording = recorder.recording
+        >>> solver = Solver(recording, {("0.weight", 0): (4, 7, 9)}, {})
+        >>> model = solver.run(recording.make_model)
+        >>> [leaf for leaves in solver.follows.values() for leaf, f in leaves.items() if f.where]
+        [('out_features', ())]
     """
 
     def __init__(

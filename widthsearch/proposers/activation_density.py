@@ -144,6 +144,11 @@ class Phase:
         plateau: Whether the densities had settled by then.
         densities: The density of each axis in the last epoch; NaN without measured consumers.
         accuracy: The mean validation accuracy in percent over the last epochs.
+
+    Example:
+        >>> phase = Phase(Widths(("fc",), (8,)), 900, False, 3, True, (math.nan,), accuracy=91.0)
+        >>> phase.to_json()["densities"]
+        [None]
     """
 
     widths: Widths

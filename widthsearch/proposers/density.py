@@ -50,6 +50,10 @@ class Counts:
     Attributes:
         active: The number of active values of each channel group, shape (groups,).
         total: The number of values of each group.
+
+    Example:
+        >>> Counts(active=np.array([3.0, 0.0]), total=np.array([4.0, 0.0])).density().tolist()
+        [0.75, 0.0]
     """
 
     active: NDArray[np.float64]

@@ -50,6 +50,17 @@ class Family(ABC):
 
     Attributes:
         space: The space.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from widthsearch.widths import Axis
+        >>> class Diagonal(Family):
+        ...     def tau_at(self, axis, width):
+        ...         return width
+        >>> family = Diagonal()
+        >>> family.space = SimpleNamespace(axes=[Axis("a", 4, 2, 4, 2), Axis("b", 8, 4, 8, 2)])
+        >>> family.members.tolist()
+        [[2, 4], [4, 4], [4, 6], [4, 8]]
     """
 
     space: SearchSpace
@@ -206,6 +217,10 @@ class Candidate:
         space: The name of the space.
         widths: The architecture.
         origin: The method that produced the widths and its settings, as plain JSON values.
+
+    Example:
+        >>> Candidate("net", Widths(("conv1",), (8,)), {"proposer": "uniform", "budget": 0.5}).space
+        'net'
     """
 
     space: str

@@ -49,6 +49,11 @@ class Setting:
             may stop there.
         latency: Predicted latency of this space; None if unknown.
         report: Called with one line of progress at a time.
+
+    Example:
+        >>> setting = Setting(seed=3, lowest=0.25, report=print)
+        >>> setting.report(f"down to {setting.lowest} of the base on {setting.device}")
+        down to 0.25 of the base on cpu
     """
 
     seed: int = 0

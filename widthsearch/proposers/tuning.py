@@ -43,6 +43,19 @@ class FineTuner:
         model: The present network.
         graph: The dependency graph of the present network.
         batch_size: Images per step.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> from widthsearch.proposers.magnitude import Magnitude
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> space = SearchSpace.from_model(net, (1, 8, 8))
+        >>> model, graph = space.build(space.base), build_dependency_graph(space.model, space.base)
+        >>> method, recipe = Magnitude(every=2), Recipe(batch_size=32)
+        >>> tuner = FineTuner(method, space, model, graph, load_task("digits"), recipe, Setting())
+        >>> tuner.tune()
+        >>> tuner.remove(0, np.array([1, 5]))
+        >>> tuner.model[1]
+        Linear(in_features=64, out_features=6, bias=True)
     """
 
     def __init__(
@@ -167,6 +180,20 @@ class PruneAndTune(ABC):
         pretrain: The recipe of the base network; default the study's recipe. Fine-tuning uses its
             batches and regularisation.
         name: The name of the method in studies.
+
+    Example:
+        >>> class LastFirst(PruneAndTune):  # removes channels from the last one on
+        ...     name = "last_first"
+        ...     def score(self, tuner):
+        ...         tuner.tune()
+        ...         return [-torch.arange(w) for w in tuner.graph.widths.vector]
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10))
+        >>> space = SearchSpace.from_model(net, (1, 8, 8), step=2)
+        >>> setting = Setting(recipe=Recipe(epochs=1))
+        >>> proposal = LastFirst(every=2)(space, load_task("digits"), setting)
+        >>> [widths.vector for widths in proposal.trajectory]
+        [(4,), (2,)]
     """
 
     every: Count = 100

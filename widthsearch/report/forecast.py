@@ -48,6 +48,22 @@ class Forecast:
             space's finished trials, or a width more than one step outside of its axis's range
             there. The surrogate's trend is not to be trusted there.
         within_limits: Whether its exact costs are within the study's limits.
+
+    Example:
+        >>> from widthsearch.space.cost import Cost
+        >>> forecast = Forecast(
+        ...     "net",
+        ...     Widths(("conv1",), (8,)),
+        ...     {"proposer": "uniform", "family": "linear", "budget": 0.5},
+        ...     Cost(macs=900, params=80, activations=64),
+        ...     AccuracyEstimate(91.0, sd=0.5, trainings=0),
+        ...     beats_front=0.25,
+        ...     gain=0.1,
+        ...     extrapolated=False,
+        ...     within_limits=True,
+        ... )
+        >>> forecast.trained, forecast.to_json()["estimated"]["interval"]
+        (False, (90.1775, 91.8225))
     """
 
     space: str

@@ -34,6 +34,11 @@ class WorkerReport:
         out_of_memory: Whether the device's memory did not suffice.
         machine_error: A fault of the machine, such as a full disk, that no candidate has caused.
         process_unusable: Whether this process can use its device no more, and must end.
+
+    Example:
+        >>> report = WorkerReport(curve=(EpochResult(1, 0.5, 91.0, 2.0),))
+        >>> report.curve[-1].accuracy, report.failure
+        (91.0, None)
     """
 
     curve: tuple[EpochResult, ...] = ()

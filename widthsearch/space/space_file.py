@@ -35,6 +35,14 @@ class SpaceState:
         trace: The trace.
         axes: One axis per axis of the trace.
         stepped: The names of axes whose steps were given by a user.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.tracing.tracer import trace
+        >>> traced = trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), (5,))
+        >>> state = SpaceState(traced, (Axis("0", 8, 1, 16, 1),), stepped=frozenset({"0"}))
+        >>> len(state.trace.axes) == len(state.axes)
+        True
     """
 
     trace: Trace

@@ -44,6 +44,14 @@ class CheckReport:
         masked: The number of axes on which masks give what cutting gives.
         unknown: The number of axes whose channels are unknown.
         idle: Trainable parameters that two training steps of the base do not move.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> space = SearchSpace.from_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (4,))
+        >>> report = check_space(space, device="meta")
+        >>> "widest" in report.networks, report.device
+        (True, 'meta')
     """
 
     networks: Mapping[str, Widths]

@@ -43,6 +43,25 @@ class Confirmation(Search):
         driver_lock: The lock of its storage, which this process holds.
         seeds: The mean number of trainings that the members of the front are to have.
         on_progress: Called with the progress of the study.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from widthsearch.study.storage import Store
+        >>> from widthsearch.training.recipe import EpochResult
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> spaces = {"net": SearchSpace.from_model(net, (3, 8, 8), name="net")}
+        >>> config = StudyConfig(name="mine", trials=2, recipe={"epochs": 1})
+        >>> url = f"sqlite:///{tempfile.mkdtemp()}/study.db"
+        >>> store = Store.create(url, "mine", config.objectives)
+        >>> with DriverLock(store) as driver_lock:
+        ...     search = Search(config, spaces, driver_lock)
+        ...     while (trial := search.ask()) is not None:
+        ...         result = EpochResult(1, 0.1, 90.0 + trial.number, 1.0)
+        ...         more = search.report(trial.number, [result])
+        ...     confirmation = Confirmation(config, spaces, driver_lock, seeds=2)
+        ...     confirmation.ask().origin
+        {'confirms': 0}
     """
 
     def __init__(

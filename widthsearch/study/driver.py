@@ -56,6 +56,21 @@ class Driver:
         pickled: Pickles a space, given its name in messages, for a process that measures beside
             this one.
         failures: The reason why a proposer has no proposal, by its label, after :meth:`search`.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from widthsearch.data.tasks import load_task
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+        >>> space = SearchSpace.from_model(net, (1, 8, 8), name="net")
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> config = StudyConfig(name="mine", trials=4, recipe={"precision": "fp32"})
+        >>> url = f"sqlite:///{folder}/study.db"
+        >>> spaces, task = {"net": space}, load_task("digits")
+        >>> driver = Driver(config, spaces, task, folder, url, lambda *_: b"")
+        >>> with driver.search(None, lambda *_: [], retry=False) as search:
+        ...     search.ask().origin
+        {'base': True}
     """
 
     config: StudyConfig

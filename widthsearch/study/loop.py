@@ -70,6 +70,22 @@ class Search:
         config: The study's configuration.
         spaces: The spaces by name.
         trials: Every trial, running ones too, by number.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from widthsearch.study.storage import Store
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> spaces = {"net": SearchSpace.from_model(net, (3, 8, 8), name="net")}
+        >>> config = StudyConfig(name="mine", trials=2, recipe={"epochs": 1})
+        >>> url = f"sqlite:///{tempfile.mkdtemp()}/study.db"
+        >>> store = Store.create(url, "mine", config.objectives)
+        >>> with DriverLock(store) as driver_lock:
+        ...     search = Search(config, spaces, driver_lock)
+        ...     while (trial := search.ask()) is not None:
+        ...         more = search.report(trial.number, [EpochResult(1, 0.1, 90.0, 1.0)])
+        >>> [trial.widths.vector for trial in search.trials.values()]
+        [(1,), (16,)]
     """
 
     def __init__(

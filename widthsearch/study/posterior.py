@@ -45,6 +45,10 @@ class AccuracyEstimate:
         trainings: The number of its finished trainings.
         dominated: The probability that another trained network within the limits dominates it: one
             with no more of any cost and a higher accuracy; None where there is no surrogate.
+
+    Example:
+        >>> AccuracyEstimate(99.5, sd=1.0, trainings=2).interval
+        (97.855, 100.0)
     """
 
     accuracy: float
@@ -80,6 +84,23 @@ class AccuracyPosterior:
     Attributes:
         trials: The trials.
         objectives: The objectives.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.space.cost import Cost
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> from widthsearch.training.recipe import EpochResult
+        >>> from widthsearch.widths import Widths
+        >>> space = SearchSpace.from_model(nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2)), (4,))
+        >>> def trial(number, width, accuracy):
+        ...     curve = (EpochResult(1, 0.1, accuracy, 1.0),)
+        ...     cost, widths = Cost(100 * width, width, width), Widths(("0",), (width,))
+        ...     finished = TrialState.FINISHED
+        ...     return Trial(number, "net", widths, {}, 0, cost, curve=curve, state=finished)
+        >>> trials = [trial(0, 8, 90.0), trial(1, 16, 92.0), trial(2, 16, 94.0), trial(3, 32, 91.0)]
+        >>> posterior = AccuracyPosterior(trials, {"net": space}, ("accuracy", "macs"))
+        >>> [(t.number, posterior[t].accuracy, posterior[t].trainings) for t in posterior.front()]
+        [(0, 90.0, 1), (1, 93.0, 2)]
     """
 
     def __init__(

@@ -31,6 +31,11 @@ class Progress:
         level: The importance of the message.
         estimated: Whether the best accuracy is the surrogate's estimate; else it is a mean of
             trainings.
+
+    Example:
+        >>> progress = Progress(4, 2, 32, 97.5, front_size=3, elapsed=60.0, remaining=420.0)
+        >>> f"{progress.done} of {progress.total}, best {progress.best_accuracy}%"
+        '4 of 32, best 97.5%'
     """
 
     done: int
@@ -61,6 +66,15 @@ class Pace:
         done: Trials that had ended before the run.
         started: The time at which it began.
         first_epoch: The time of its first epoch; None until then.
+
+    Example:
+        >>> posterior = AccuracyPosterior([], {}, ("accuracy", "macs"))
+        >>> pace = Pace(done=4)
+        >>> pace.progress(posterior, 4, 2, 8).remaining is None  # no trial has ended in this run
+        True
+        >>> pace.record_epoch()
+        >>> pace.progress(posterior, 6, 2, 8).remaining >= 0
+        True
     """
 
     done: int

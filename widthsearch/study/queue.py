@@ -21,6 +21,13 @@ class CandidateQueue:
         proposed: All candidates, also those that have begun before.
         seen: The networks that have begun, each with its space's name.
         superseded: The numbers of failed trials that have a repetition, or will have one.
+
+    Example:
+        >>> from widthsearch.widths import Widths
+        >>> wide, narrow = (Candidate("net", Widths(("conv1",), (w,)), {}) for w in (16, 8))
+        >>> queue = CandidateQueue([], [wide, narrow, wide], retry=False)
+        >>> len(queue), queue.pop() is wide, queue.pop() is narrow, queue.pop()
+        (2, True, True, None)
     """
 
     def __init__(

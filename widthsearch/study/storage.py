@@ -71,6 +71,14 @@ class SpaceRecord:
         axes: Its axes, without their layers.
         macs: Its MACs.
         params: Its parameters.
+
+    Example:
+        >>> from torch import nn
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> space = SearchSpace.from_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (4,))
+        >>> record = SpaceRecord.from_json(SpaceRecord.of(space).to_json())
+        >>> record.macs([[8], [4]]).tolist()
+        [48, 24]
     """
 
     name: str

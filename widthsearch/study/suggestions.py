@@ -31,6 +31,15 @@ class LatencyEstimates:
         spaces: The spaces by name.
         profiles: The stored profiles of some of them.
         trials: Every trial by number; read anew at each call.
+
+    Example:
+        >>> from torch import nn
+        >>> space = SearchSpace.from_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (4,))
+        >>> profile = LatencyPredictor.fit(space, [[2], [8], [16]], [0.5, 0.6, 1.0])
+        >>> estimates = LatencyEstimates({"net": space}, {"net": profile}, trials={})
+        >>> ms, sd_ms = estimates("net", np.array([[2], [16]]))
+        >>> ms.round(1).tolist()
+        [0.5, 1.0]
     """
 
     spaces: Mapping[str, SearchSpace]
@@ -93,6 +102,14 @@ class Suggestions:
         config: The study's configuration.
         latency: Predicts latency; has the spaces, and the trials, read anew for each suggestion.
         proposed: Networks whose multiples are among the candidates.
+
+    Example:
+        >>> from torch import nn
+        >>> space = SearchSpace.from_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (4,))
+        >>> estimates = LatencyEstimates({"net": space}, {}, trials={})
+        >>> suggestions = Suggestions(StudyConfig(name="mine", trials=4), estimates, proposed=[])
+        >>> suggestions.next(seen=[]).widths  # the narrowest network comes first
+        Widths({'0': 1})
     """
 
     def __init__(

@@ -80,6 +80,19 @@ class Constructor:
         trace: The model's trace.
         template: The model on the meta device.
         inputs: One sample's shape, as the trace takes it.
+
+    Example:
+        >>> from widthsearch.modules.construction import record
+        >>> from widthsearch.tracing.traced_model import TracedModel
+        >>> class Scaled(nn.Sequential):
+        ...     def __init__(self, width=16):
+        ...         super().__init__(nn.Linear(3, width), nn.Linear(width, 2))
+        ...         self.scale = width**-0.5
+        >>> model, recorder = record(Scaled)
+        >>> constructor = TracedModel.of(model, (3,), "net", recorder, None).constructor
+        >>> shapes = {"0.weight": (4, 3), "0.bias": (4,), "1.weight": (2, 4), "1.bias": (2,)}
+        >>> constructor.build(shapes, {}).scale
+        0.5
     """
 
     recording: Recording

@@ -135,6 +135,16 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fixed_in: Layers in which an equation took a symbol's freedom.
         lines: The lines that did.
         outputs: The shapes of the model's outputs.
+
+    Example:
+        >>> from widthsearch.tracing.symbolic_ints import size
+        >>> system = System()
+        >>> shape = [size(system, {(system.fresh(n),): 1}) for n in (8, 5)]  # s0 × s1
+        >>> layer = nn.Linear(5, 8, bias=False)
+        >>> layer.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+        >>> run = execute(layer, system, (5,), {}, train=False)
+        >>> system.value(1), run.flops[""], run.outputs  # the input gives s1, the output pins s0
+        ({(): 5}, {(0,): 10}, [(1, 8)])
     """
 
     def __init__(self, system: System, inputs: tuple[Tensor, ...]) -> None:

@@ -34,6 +34,10 @@ class Leftover:
         reason: What networks of other widths have instead.
         place: The line that sets it.
         count: How many modules of the class have it.
+
+    Example:
+        >>> print(Leftover("0", nn.Linear, "scale", "stays at 0.25", "net.py:7", count=3))
+        '0.scale' of Linear (net.py:7) stays at 0.25, and in 2 more
     """
 
     layer: str

@@ -138,6 +138,13 @@ class Pin:
     Attributes:
         symbol: The symbol.
         reason: The line of code that needed its value, or the rule that fixed it.
+
+    Example:
+        >>> system = System()
+        >>> width = system.fresh(8)
+        >>> system.pin([width], "net.py:3 `if width == 8`")
+        >>> system.pins
+        [Pin(symbol=0, reason='net.py:3 `if width == 8`')]
     """
 
     symbol: int

@@ -64,6 +64,13 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         random: Whether random numbers are known too: in training mode, code may skip a layer at
             random. The context keeps the CPU's generator.
+
+    Example:
+        >>> weight = torch.empty(3, device="meta")
+        >>> with SampleValues(), torch.device("meta"):
+        ...     mask = torch.tensor([True, True]).all()  # a meta tensor whose value is known
+        ...     bool(mask)
+        True
     """
 
     def __init__(self, random: bool = False) -> None:

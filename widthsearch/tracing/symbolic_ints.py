@@ -63,7 +63,14 @@ class _Node(SymbolicNode):
 
 
 class SizeNode(_Node):
-    """A size: a polynomial in the symbols of a system."""
+    """A size: a polynomial in the symbols of a system.
+
+    Example:
+        >>> system = System()
+        >>> width = torch.SymInt(SizeNode(system, {(system.fresh(8),): 1}))
+        >>> poly_of(2 * width + 3)
+        {(0,): 2, (): 3}
+    """
 
     kind = "int"
 
@@ -250,6 +257,12 @@ class RatioNode(_Node):
 
     A float reaches a shape only by rounding. A plain quotient of sizes is rounded exactly; any
     other float is rounded to a plain number (:meth:`System.take`).
+
+    Example:
+        >>> system = System()
+        >>> width = size(system, {(system.fresh(8),): 4})
+        >>> poly_of(math.floor(width / 2))  # a quotient of sizes is rounded exactly
+        {(0,): 2}
     """
 
     kind = "float"
@@ -344,6 +357,13 @@ class TruthNode(_Node):
 
     ``content`` is a bool, ``(relation, polynomial)``, which means ``polynomial relation 0``, or
     ``("not" | "and" | "or", *nodes)``. A branch on it takes the branch of the model as given.
+
+    Example:
+        >>> system = System()
+        >>> a, b = (size(system, {(system.fresh(8),): 1}) for _ in range(2))
+        >>> if a == b:  # the branch of the model as given
+        ...     print(system.value(1))
+        {(0,): 1}
     """
 
     kind = "bool"

@@ -29,6 +29,11 @@ class TracedAxis:
             of the axis is a multiple of it.
         layers: Every layer with a tensor whose shape depends on the axis.
         maker: The tensor and the dim that the axis is named after.
+
+    Example:
+        >>> axis = TracedAxis("conv1", 64, 4, layers=("conv1", "conv2"), maker=("conv1.weight", 0))
+        >>> axis.base // axis.divisor  # groups
+        16
     """
 
     name: str
@@ -48,6 +53,11 @@ class Pinned:
         reason: The line of code, or the rule, that fixes it.
         layers: Every layer whose shape depends on it.
         places: The tensors and dims with this width, or a multiple of it.
+
+    Example:
+        >>> stem = Pinned("conv1", 3, "input of the model", ("conv1",), (("conv1.weight", 1),))
+        >>> f"{stem.name} has {stem.size} channels: {stem.reason}"
+        'conv1 has 3 channels: input of the model'
     """
 
     name: str

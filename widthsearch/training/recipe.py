@@ -113,6 +113,10 @@ class EpochResult:
         accuracy: Top-1 accuracy on the validation split in percent; NaN if training diverged.
         seconds: Wall time of training, without evaluation.
         mode: Precision and execution of the steps, see :attr:`Trainer.mode`; empty if unknown.
+
+    Example:
+        >>> EpochResult(1, loss=0.4, accuracy=91.5, seconds=2.0).accuracy
+        91.5
     """
 
     epoch: int

@@ -26,6 +26,11 @@ class Branch:
     Attributes:
         filters: Output channels of the layer, ascending.
         inputs: Input channels of the layer, ascending.
+
+    Example:
+        >>> half = Branch(filters=(0, 1), inputs=(0, 2, 3))
+        >>> len(half.filters) * len(half.inputs)  # kernels
+        6
     """
 
     filters: tuple[int, ...]

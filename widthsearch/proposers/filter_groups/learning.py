@@ -64,6 +64,12 @@ class GroupedLayer:
         name: The layer.
         scale: ``sqrt(C·H·W / 16384) · k / F^1.5`` for an input of shape (C, H, W) and a k×k kernel;
             the layer's scale of the penalty is this value times ``G^1.5``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+        >>> space = SearchSpace.from_model(net, (3, 16, 16))
+        >>> find_layers(space)  # √(4 · 16 · 16 / 16384) · 1 / 4^1.5
+        (GroupedLayer(name='1', scale=0.03125),)
     """
 
     name: str
@@ -227,6 +233,18 @@ class GroupLearning:
         lr: The learning rate of the logits (Adam, ε = 1e-12).
         temperature: τ.
         penalties: For each step, λ times the learning rate of the weights times a ramp.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+        >>> options = {"groups": 2, "lr": 0.01, "temperature": 1.0, "penalties": [0.1]}
+        >>> learning = GroupLearning(model, [GroupedLayer("1", 0.03)], **options)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> def backward():
+        ...     loss = model(torch.ones(2, 3, 4, 4)).square().mean()
+        ...     loss.backward()
+        ...     return loss.detach()
+        >>> bool(learning.step(sgd, backward) > 0)
+        True
     """
 
     def __init__(

@@ -74,6 +74,15 @@ class Pruned:
         channels: The channels that are left.
         filters: Per layer, the filters that are left, (F,).
         inputs: Per layer, the inputs that each group reads, (G, C).
+
+    Example:
+        >>> one_of_two = Pruned(
+        ...     channels=np.array([True, False]),
+        ...     filters=(np.array([True, False]),),
+        ...     inputs=(np.array([[True, True], [False, True]]),),
+        ... )
+        >>> int(one_of_two.channels.sum())
+        1
     """
 
     channels: Bools
