@@ -67,6 +67,26 @@ def test_space_as_json(command: CommandLine) -> None:
     assert content["pinned"][0]["reason"] == "output of the model"
 
 
+def test_space_shows_what_stays_at_the_base(command: CommandLine, tmp_path: Path) -> None:
+    """A module given as an object keeps a number that its own constructor computes anew."""
+    file = tmp_path / "scaled.py"
+    file.write_text(
+        "from torch import nn\nfrom widthsearch import SearchSpace\n\n\n"
+        "class Scaled(nn.Sequential):\n"
+        "    def __init__(self, width=16):\n"
+        "        super().__init__(nn.Linear(8, width), nn.Linear(width, 4))\n"
+        "        self.scale = width**-0.5\n\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * self.scale\n\n\n"
+        "def given():\n    return SearchSpace.from_model(Scaled(), (8,))\n\n\n"
+        "def constructed():\n    return SearchSpace.from_model(Scaled, (8,))\n"
+    )
+    line = "'scale' of Scaled (scaled.py:8) stays at the base's 0.25"
+    assert f"kept from the base: {line}" in command("space", f"{file}:given")
+    assert command.json("space", f"{file}:given")["leftovers"] == [line]
+    assert command.json("space", f"{file}:constructed")["leftovers"] == []
+
+
 def test_space_is_proved_on_demand(command: CommandLine) -> None:
     """Networks are built and run, and their counts compared."""
     out = command("space", SPACE, "--check", "--device", "meta")

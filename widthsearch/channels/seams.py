@@ -38,9 +38,9 @@ class Seam:
 
     Example:
         >>> # Two channels a group, cut in the middle: kept if one of each group is before.
-        >>> seam = Seam(torch.arange(4).reshape(1, 4), 1, {(0,): 1}, {(0,): 2}, "net.py:3 `x[:, :2]`")
+        >>> seam = Seam(torch.arange(4).reshape(1, 4), 1, {(0,): 1}, {(0,): 2}, "x[:, :2]")
         >>> axis, group = np.zeros(4, np.int64), np.array([0, 0, 1, 1])
-        >>> seam.broken(axis, group, [2])  # both of group 0 do
+        >>> seam.broken(axis, group, [2])  # both of group 0
         {0}
         >>> seam.broken(axis, np.array([0, 1, 0, 1]), [2])
         set()
