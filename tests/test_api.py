@@ -291,7 +291,7 @@ def test_no_proposers_and_no_baselines_leave_the_sampler(tmp_path: Path) -> None
     """The base, and then suggestions."""
     study = tiny.study(tmp_path, proposers=[], baselines=0.0)
     tiny.run(study)
-    assert [trial.origin for trial in study.trials()[1:]] == 5 * [{"sampler": "width"}]
+    assert [trial.origin for trial in study.trials()[1:]] == 5 * [{"sampler": "search"}]
 
 
 def test_the_extent_of_a_search_may_change(tmp_path: Path) -> None:

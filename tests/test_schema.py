@@ -15,6 +15,7 @@ import yaml
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
+from widthsearch.report.tables import origin_text
 from widthsearch.study.storage import SCHEMA, Store
 from widthsearch.study.trial import Trial, TrialState
 
@@ -74,6 +75,7 @@ def test_a_study_of_schema_2_opens(tmp_path: Path) -> None:
     assert (first.origin, first.widths) == ({"base": True}, tiny.widths(8, 8))
     assert (first.accuracy, first.latency_ms, first.cost.macs) == (36.0, 1.04, 10400)
     assert [result.accuracy for result in first.curve] == [33.0, 34.0, 35.0, 36.0]
+    assert {origin_text(trial.origin) for trial in trials[3:]} == {"search"}
     assert (stopped.state, stopped.accuracy, len(stopped.curve)) == ("stopped", None, 1)
     assert (failed.state, failed.error) == ("failed", "RuntimeError: no")
     assert [trial.number for trial in study.front()] == [1, 2, 0, 3]

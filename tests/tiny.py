@@ -162,7 +162,7 @@ def wide_is_good(trial: Trial, epoch: int) -> float:
 
 def finished(number: int, widths: Widths, accuracy: float, **changes: Any) -> Trial:
     """A trial of the tiny space that was trained to its end, with one epoch."""
-    trial = Trial(number, "tiny", widths, {"sampler": "width"}, number, COST)
+    trial = Trial(number, "tiny", widths, {"sampler": "search"}, number, COST)
     changes = {"curve": curve(accuracy), "state": TrialState.FINISHED, **changes}
     return replace(trial, **changes)
 

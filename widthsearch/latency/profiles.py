@@ -159,13 +159,17 @@ def profile_table(model: LatencyPredictor) -> Table:
     mean, sd = model(np.array(base.vector))
     blocks = ", ".join(f"{block} ({p:.0%})" for block, p in model.blocks.items())
     title = f"predicted latency {mean:.3g} ± {sd:.1g} ms; blocks of {blocks} channels"
-    caption = None
+    caption = (
+        "Blocks: the device computes each width rounded up to a whole number of them, so that "
+        "channels up to the next block cost no latency; in brackets the probability of each size."
+    )
     if model.networks >= 3:
         e = model.errors
         caption = (
             f"{e.networks} networks, each predicted from the others: median error {e.median:.1%} "
             f"(MACs alone {e.median_macs:.1%}), Kendall τ {e.tau:.2f} (MACs {e.tau_macs:.2f}), "
-            f"{e.coverage:.0%} inside the 90% intervals"
+            f"{e.coverage:.0%} inside the 90% intervals. {caption} Kendall τ: 1 where predictions "
+            "order the networks as measurements do, 0 where the order is as by chance."
         )
     table = Table("axis", title=title, caption=caption)
     for column in ("width", "one step less", "one step more", "same latency from", "to"):

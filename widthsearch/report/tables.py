@@ -36,7 +36,7 @@ def origin_text(origin: Mapping[str, Any]) -> str:
     Example:
         >>> origin_text({"proposer": "synflow", "family": "linear", "budget": 0.25})
         'synflow ×0.25'
-        >>> origin_text({"base": True}), origin_text({"sampler": "width"})
+        >>> origin_text({"base": True}), origin_text({"sampler": "search"})
         ('base', 'search')
     """
     if origin.get("base"):

@@ -162,7 +162,7 @@ class Suggestions:
                 surrogate=surrogate,
             )
             if suggestion is not None:
-                candidate = Candidate(name, suggestion.widths, {"sampler": "width"})
+                candidate = Candidate(name, suggestion.widths, {"sampler": "search"})
                 found.append((suggestion.improvement, -len(observed[name]), candidate))
         return max(found, key=lambda each: each[:2])[2] if found else None
 

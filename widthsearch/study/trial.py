@@ -42,7 +42,7 @@ class Trial:
         space: The name of the space that the widths belong to.
         widths: The architecture.
         origin: Where the widths came from, e.g. ``{"proposer": "sensitivity", "family": "linear",
-            "budget": 0.5}``, ``{"sampler": "width"}`` or ``{"base": True}``.
+            "budget": 0.5}``, ``{"sampler": "search"}`` or ``{"base": True}``.
         seed: The seed of its initialisation, order of images and augmentation.
         cost: Its MACs, parameters and activation elements; exact.
         latency: Its measured inference latency; None where it is not measured.
