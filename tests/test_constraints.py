@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusals
 from strategies import Residual, constrained, counted_flops, refused, space_of, spaces, widths_of
 from torch import nn
 
@@ -197,68 +198,11 @@ def test_devices_have_their_alignment() -> None:
     assert [a.step for a in space.constrained(align=4, step={"stem": 1}).axes] == [1, 4]
 
 
-@pytest.mark.parametrize(
-    ("constraints", "message"),
-    [
-        ({"pin": "stemm"}, "no axis matches 'stemm'; did you mean 'stem'?"),
-        ({"pin": ["cnov*"]}, "no axis matches 'cnov*'; did you mean 'conv*'?"),
-        ({"pin": "st"}, "no axis matches 'st'; did you mean 'stem'?"),
-        ({"pin": "ste?m"}, "no axis matches 'ste?m'; did you mean 'stem'?"),
-        ({"min_width": {"zzz": 0.5}}, "no axis matches 'zzz'; the axes are stem, conv1"),
-        (
-            {"tie": [["stem", "fc"]]},
-            "no axis matches 'fc': the width of 'fc' is pinned (output of the model)",
-        ),
-        ({"pin": [3]}, "an axis is given by its name or a glob, but was 3"),
-        ({"pin": "*"}, "an axis must be left to search, but all 2 are pinned"),
-        (
-            {"tie": ["stem", "conv1"]},
-            "a tie takes two axes or more, but 'stem' is 'stem' alone; axes that keep their ratio "
-            "go into one list: tie=[['a', 'b']]",
-        ),
-        (
-            {"tie": "*", "pin": "stem"},
-            "an axis is tied once or pinned, but 'stem' is pinned too",
-        ),
-        (
-            {"tie": ["*", "*"]},
-            "an axis is tied once or pinned, but 'stem' is in another tie too",
-        ),
-        (
-            {"min_width": 1.5},
-            "`0 < min <= 1` must hold (multiples of an axis's base width), but min is 1.5",
-        ),
-        (
-            {"max_width": {"stem": 0.5}},
-            "`max >= 1` must hold (multiples of an axis's base width, or whole channels), but "
-            "max of 'stem' is 0.5",
-        ),
-        (
-            {"max_width": {"s*": 2}},
-            "`max >= base` must hold, but axis 'stem' has base=16 and was given max=2 channels; "
-            "a multiple of the base is written 2.0",
-        ),
-        ({"step": 0}, "`step >= 1` must hold, in whole channels, but step=0"),
-        ({"step": {"stem": 1.5}}, "`step >= 1` must hold, in whole channels, but step=1.5"),
-        (
-            {"step": {"*": 7, "conv1": 7}},
-            "a step must divide its axis's base, but axis 'conv1' has base=32 and was given "
-            "step=7; it can be 1, 2, 4, 8, 16, 32",
-        ),
-        ({"align": "gpu"}, "`align` must be cuda, cpu, none or a number of channels, but is 'gpu'"),
-        (
-            {"align": 8, "step": 4},
-            "one step for every axis leaves nothing to align, but step=4 and align=8: leave one "
-            "out",
-        ),
-    ],
-)
-def test_constraints_that_cannot_be_met_are_refused(
-    constraints: dict[str, object], message: str
-) -> None:
+@refusals("constraints")
+def test_constraints_that_cannot_be_met_are_refused(values: dict[str, Any], message: str) -> None:
     """Each refusal names the culprit and the rule or the close match."""
     with refused(SpaceError, message):
-        space_of("Residual").constrained(**constraints)
+        space_of("Residual").constrained(**values)
 
 
 def test_a_tie_without_a_common_ratio_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from exact_space import Model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusals
 from strategies import MODELS, Residual, counted_flops, refused, space_of, spaces, widths_of
 from torch import Tensor, nn
 
@@ -133,29 +134,11 @@ def test_widths_from_a_multiplier_a_mapping_or_integers() -> None:
     assert space.widths(space.base) == space.base
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"conv2": 8}, "space 'Residual' has no axis 'conv2'; did you mean 'conv1'?"),
-        ({"zzz": 8}, "space 'Residual' has no axis 'zzz'; its axes are stem, conv1"),
-        ([16], "space 'Residual' has 2 axes, but was given 1 widths; its axes are stem, conv1"),
-        (
-            [16, 30],
-            "axis 'conv1' takes multiples of 4, but was given 30; the nearest it takes is 32",
-        ),
-        (
-            {"stem": 640},
-            "axis 'stem' takes 2 to 32 channels, but was given 640; the nearest it takes is 32",
-        ),
-        (0.0, "a width multiplier must be above 0, but is 0.0"),
-        (float("nan"), "a width multiplier must be above 0, but is nan"),
-        ({"stem": "16"}, "a width must be an integer, but axis 'stem' was given '16'"),
-    ],
-)
-def test_widths_that_do_not_fit_are_refused(spec: object, message: str) -> None:
+@refusals("widths")
+def test_widths_that_do_not_fit_are_refused(values: Any, message: str) -> None:
     """Each refusal names the culprit and the remedy."""
     with refused(WidthsError, message):
-        space_of("Residual").widths(spec)
+        space_of("Residual").widths(values)
 
 
 def test_costs_take_any_whole_numbers() -> None:
