@@ -57,14 +57,12 @@ def test_the_same_seed_samples_the_same() -> None:
 
 
 def test_every_width_vector_is_sampled_once_and_then_none_is_left() -> None:
-    """64 networks, then an error; with repeats it goes on."""
+    """64 networks, then an error."""
     study = tiny_study()
     study.optimize(score, n_trials=64)
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 64
     with pytest.raises(ValueError, match="no widths are left"):
         study.ask(study.sampler.distributions)  # type: ignore[attr-defined]
-    study.sampler = WidthSampler.of(SPACE, repeats=True)
-    study.optimize(score, n_trials=1)
 
 
 def test_running_trials_are_not_sampled_again() -> None:
@@ -77,32 +75,6 @@ def test_running_trials_are_not_sampled_again() -> None:
     study.tell(open_trials[0], state=TrialState.FAIL)
     study.tell(open_trials[1], state=TrialState.PRUNED)
     study.ask(ranges)
-
-
-def test_the_front_is_of_finished_trials_by_posterior_mean() -> None:
-    """A lucky training in the middle of a straight trend has a lower posterior mean."""
-    study = tiny_study()
-    rng = np.random.default_rng(0)
-    for width in range(2, 17, 2):
-        for other in (2, 8, 16):
-            luck = 6.0 if (width, other) == (4, 8) else 0.0
-            study.add_trial(
-                optuna.create_trial(
-                    params={"first": width, "second": other},
-                    distributions=study.sampler.distributions,  # type: ignore[attr-defined]
-                    values=[
-                        60 + width + other / 2 + luck + rng.normal(0, 0.3),
-                        float(SPACE.macs((width, other))),
-                    ],
-                )
-            )
-    lucky = next(t for t in study.trials if t.params == {"first": 4, "second": 8})
-    chosen = study.sampler.front(study)  # type: ignore[attr-defined]
-    costs = [trial.values[1] for trial in chosen]
-    assert costs == sorted(costs)
-    assert all(trial.state == TrialState.COMPLETE for trial in chosen)
-    estimated = study.sampler.surrogate(study).posterior([[4, 8], [2, 2]])  # type: ignore[attr-defined]
-    assert estimated.mean[0] < lucky.values[0] - 1.5
 
 
 def test_parameters_and_directions_must_be_those_of_the_sampler() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -45,46 +47,61 @@ def sizes(system: System, *hints: int) -> list[torch.SymInt]:
     return [n for n in made if isinstance(n, torch.SymInt)]
 
 
-def test_an_equality_that_holds_ties_the_younger_to_the_older() -> None:
-    """The oldest symbol stays free: it names the axis."""
+def solved(system: System, count: int) -> dict[int, Poly]:
+    """The values of those of the first symbols that are no longer free."""
+    values = {symbol: system.value(symbol) for symbol in range(count)}
+    return {symbol: value for symbol, value in values.items() if value != {(symbol,): 1}}
+
+
+RELATIONS: dict[str, tuple[tuple[int, ...], Callable[..., Any], dict[int, Poly]]] = {
+    # The oldest symbol stays free: it names the axis.
+    "an equality": ((8, 8), lambda a, b: a == b, {1: {(0,): 1}}),
+    "an inequality": ((8, 16), lambda a, b: a != b, {}),
+    "a concatenation": ((8, 4, 12), lambda a, b, c: a + b == c, {2: {(0,): 1, (1,): 1}}),
+    # s0 = 4 · s1, though s0 is older: only so are both whole.
+    "a multiple": ((32, 8), lambda a, b: a == 4 * b, {0: {(1,): 4}}),
+    # 2 · s0 = 3 · s1 has the whole solutions s0 = 3t, s1 = 2t alone.
+    "coprime factors": ((6, 4), lambda a, b: 2 * a == 3 * b, {0: {(2,): 3}, 1: {(2,): 2}}),
+    # That 8 is not a multiple of 3 says nothing about other widths.
+    "a remainder": ((8,), lambda a: a % 3 != 0, {}),
+    # Padding to a multiple cannot be followed, so the width is pinned rather than wrong.
+    "a remainder that is a size": ((8, 2), lambda a, b: a % 3 == b, {0: {(): 8}, 1: {(): 2}}),
+    # It says nothing about t: tokens, some of them parameters.
+    "a common factor": ((4, 16, 8), lambda t, a, b: (5 + t) * a == (5 + t) * b * 2, {1: {(2,): 2}}),
+}
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_a_relation_that_holds_is_imposed(name: str) -> None:
+    """It is solved for its youngest symbol, or for one that all whole solutions allow."""
+    hints, relation, expected = RELATIONS[name]
     system = System()
-    a, b = sizes(system, 8, 8)
-    assert a == b
-    assert system.solution == {1: {(0,): 1}}
+    assert relation(*sizes(system, *hints))
+    assert solved(system, len(hints)) == expected
 
 
-def test_an_equality_that_does_not_hold_ties_nothing() -> None:
-    """A branch not taken imposes nothing."""
+QUOTIENTS: dict[str, tuple[tuple[int, ...], Callable[..., Any], Poly, dict[int, Poly]]] = {
+    # A half of a width is whole at every width.
+    "half": ((8,), lambda a: a // 2, {(1,): 1}, {0: {(1,): 2}}),
+    "the rest of a half": ((8,), lambda a: (a // 2, a % 2)[1], {}, {0: {(1,): 2}}),
+    "half as a float": ((8,), lambda a: torch.sym_int(a / 2) * 2, {(1,): 2}, {0: {(1,): 2}}),
+    # (2t + 1) // 2 is t, and (3t - 1) // t is 2, whatever t is.
+    "half of an odd number": ((8,), lambda t: (2 * t + 1) // 2, {(0,): 1}, {}),
+    "nearly three times": ((8,), lambda t: (3 * t - 1) // t, {(): 2}, {}),
+    # The number of splits of 112 channels by 14: another width has as many, of another size.
+    "rounded up": ((112, 14), lambda a, b: (a + b - 1) // b, {(): 8}, {0: {(1,): 8}}),
+    # Of 100 channels by 14, two are left; at other widths one cannot know.
+    "with a rest": ((100, 14), lambda a, b: a // b, {(): 7}, {0: {(): 100}, 1: {(): 14}}),
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_a_quotient_is_exact_and_imposes_what_it_needs(name: str) -> None:
+    """Divisibility where there is a factor, fixed sizes where something is left over."""
+    hints, quotient, expected, imposed = QUOTIENTS[name]
     system = System()
-    a, b = sizes(system, 8, 16)
-    assert not bool(a == b)
-    assert system.solution == {}
-
-
-def test_a_concatenation_is_solved_for_the_sum() -> None:
-    """s2 = s0 + s1."""
-    system = System()
-    a, b, c = sizes(system, 8, 4, 12)
-    assert a + b == c
-    assert system.value(2) == {(0,): 1, (1,): 1}
-
-
-def test_groups_keep_their_factor() -> None:
-    """s0 = 4 · s1, though s0 is older: only so are both whole."""
-    system = System()
-    a, b = sizes(system, 32, 8)
-    assert a == 4 * b
-    assert system.value(0) == {(1,): 4}
-
-
-def test_coprime_factors_share_a_new_symbol() -> None:
-    """2 · s0 = 3 · s1 has the whole solutions s0 = 3t, s1 = 2t alone."""
-    system = System()
-    a, b = sizes(system, 6, 4)
-    assert 2 * a == 3 * b
-    assert system.value(0) == {(2,): 3}
-    assert system.value(1) == {(2,): 2}
-    assert system.hints[2] == 2
+    assert poly_of(quotient(*sizes(system, *hints))) == expected
+    assert solved(system, len(hints)) == imposed
 
 
 def test_a_needed_value_is_pinned_with_its_reason() -> None:
@@ -93,41 +110,6 @@ def test_a_needed_value_is_pinned_with_its_reason() -> None:
     (a,) = sizes(system, 8)
     assert int(a) == 8
     assert [(pin.symbol, pin.reason) for pin in system.pins] == [(0, "somewhere")]
-
-
-def test_halving_imposes_divisibility() -> None:
-    """A half of a width is whole at every width."""
-    system = System()
-    (a,) = sizes(system, 8)
-    half = a // 2
-    assert poly_of(half) == {(1,): 1}
-    assert system.value(0) == {(1,): 2}
-    assert poly_of(a % 2) == {}
-
-
-def test_a_comparison_with_a_remainder_imposes_nothing() -> None:
-    """That 8 is not a multiple of 3 says nothing about other widths."""
-    system = System()
-    (a,) = sizes(system, 8)
-    assert bool(a % 3 != 0)
-    assert system.solution == {}
-
-
-def test_a_remainder_in_a_shape_pins_what_it_came_from() -> None:
-    """Padding to a multiple cannot be followed, so the width is pinned rather than wrong."""
-    system = System(reason=lambda _: "padding")
-    a, b = sizes(system, 8, 2)
-    assert a % 3 == b
-    assert system.value(0) == {(): 8}
-    assert system.value(1) == {(): 2}
-
-
-def test_floor_of_a_true_division_is_exact() -> None:
-    """int(width / 2) is followed like width // 2."""
-    system = System()
-    (a,) = sizes(system, 8)
-    half = torch.sym_int(a / 2)
-    assert poly_of(half * 2) == poly_of(a)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -167,41 +149,6 @@ def test_torch_runs_on_symbolic_sizes(name: str) -> None:
         }[name]()
     assert poly_of(out.shape[1]) == {(0,): 16 if name == "flatten" else 1}
     assert system.solution == {}
-
-
-def test_a_quotient_that_needs_no_equation_imposes_none() -> None:
-    """(2t + 1) // 2 is t, and (3t - 1) // t is 2, whatever t is."""
-    system = System()
-    (t,) = sizes(system, 8)
-    assert poly_of((2 * t + 1) // 2) == {(0,): 1}
-    assert poly_of((3 * t - 1) // t) == {(): 2}
-    assert system.solution == {}
-
-
-def test_rounding_up_imposes_divisibility() -> None:
-    """The number of splits of 112 channels by 14: another width has as many, of another size."""
-    system = System()
-    a, b = sizes(system, 112, 14)
-    assert poly_of((a + b - 1) // b) == {(): 8}
-    assert system.value(0) == {(1,): 8}
-
-
-def test_what_a_division_leaves_over_is_fixed() -> None:
-    """Of 100 channels by 14, two are left; at other widths one cannot know."""
-    system = System()
-    a, b = sizes(system, 100, 14)
-    assert poly_of(a // b) == {(): 7}
-    assert system.value(0) == {(): 100}
-    assert system.value(1) == {(): 14}
-
-
-def test_a_common_factor_is_taken_out() -> None:
-    """(5 + t)·a = (5 + t)·2·b says nothing about t: tokens, some of them parameters."""
-    system = System()
-    t, a, b = sizes(system, 4, 16, 8)
-    assert (5 + t) * a == (5 + t) * b * 2
-    assert system.value(1) == {(2,): 2}
-    assert 0 not in system.solution
 
 
 def test_of_a_product_the_larger_number_that_code_keeps_is_fixed() -> None:

@@ -95,21 +95,8 @@ def widths(first: int, second: int) -> Widths:
 
 def latency(median_ms: float) -> Latency:
     """A measurement, as if."""
-    return Latency(
-        median_ms=median_ms,
-        spread_ms=0.01,
-        base_ms=1.0,
-        ratio=median_ms,
-        ratio_spread=0.01,
-        device="cpu",
-        hardware="none",
-        backend="eager",
-        batch_size=1,
-        dtype="float32",
-        memory_format="contiguous",
-        threads=1,
-        pairs=4,
-    )
+    conditions = ("cpu", "none", "eager", 1, "float32", "contiguous", 1, 4)
+    return Latency(median_ms, 0.01, median_ms, 0.01, 1.0, *conditions)
 
 
 def curve(*accuracies: float) -> tuple[EpochResult, ...]:

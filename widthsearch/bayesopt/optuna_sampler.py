@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from widthsearch.bayesopt.kernel import Coordinates, CostedSpace
 from widthsearch.bayesopt.observation import Observation
-from widthsearch.bayesopt.pareto import non_dominated
 from widthsearch.bayesopt.search import BayesianSearch
 from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.widths import Axis
@@ -131,21 +130,6 @@ class WidthSampler(BaseSampler):
             ValueError: No trial is finished.
         """
         return Surrogate.fit_observations((self.search.coordinates, self._observations(study)))
-
-    def front(self, study: Study) -> list[FrozenTrial]:
-        """The finished trials that no other dominates by posterior mean, fewest of the costs first.
-
-        Only trained networks are on it: a prediction is not a result.
-        """
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if not trials:
-            return []
-        observed = [self._observation(trial) for trial in trials]
-        mean = self.surrogate(study).posterior([o.widths for o in observed]).mean
-        kept = np.flatnonzero(non_dominated(np.column_stack([-mean, [o.costs for o in observed]])))
-        return [
-            trials[i] for i in sorted(kept, key=lambda i: (observed[i].costs, trials[i].number))
-        ]
 
     def _observations(self, study: Study, exclude: int = -1) -> list[Observation]:
         return [

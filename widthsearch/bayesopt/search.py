@@ -88,7 +88,6 @@ class BayesianSearch:
         latency: Predicts latency; None to learn it from the observations.
         profiles: Widths whose multiples are among the candidates, beside the base's: proposals.
         allowed: The only width vectors that may be suggested, (N, axes); None for the whole grid.
-        repeats: Whether widths may be suggested again.
 
     Example:
         >>> from widthsearch.widths import Axis
@@ -108,7 +107,6 @@ class BayesianSearch:
     latency: LatencyPredictor | None = None
     profiles: Sequence[Widths] = ()
     allowed: ArrayLike | None = None
-    repeats: bool = False
 
     def __post_init__(self) -> None:
         known = ("accuracy", "latency_ms", *self.coordinates.costs)
@@ -140,9 +138,7 @@ class BayesianSearch:
             surrogate: A surrogate of all spaces that are searched together; None to fit one to the
                 observations.
         """
-        excluded = {widths.vector for widths in seen}
-        if not self.repeats:
-            excluded |= {o.widths for o in observations}
+        excluded = {widths.vector for widths in seen} | {o.widths for o in observations}
         shared = surrogate is not None and surrogate.size >= INITIAL_TRIALS
         enough = len(observations) >= (2 if shared else INITIAL_TRIALS)
         rng = np.random.default_rng((self.seed, len(observations)))

@@ -125,16 +125,6 @@ def is_estimate(module: nn.Module, name: str) -> bool:
     )
 
 
-def varying_dims(tensor: Tensor) -> set[int]:
-    """The dims along which a tensor's values differ.
-
-    Example:
-        >>> varying_dims(torch.arange(3.0).expand(2, 3))
-        {1}
-    """
-    return {d for d in range(tensor.dim()) if bool((tensor != tensor.narrow(d, 0, 1)).any())}
-
-
 def sync_attributes(module: nn.Module) -> None:
     """Set the attributes of torch's layers that repeat their tensors' sizes."""
     if not isinstance(module, SIZED):
