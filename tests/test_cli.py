@@ -378,13 +378,6 @@ def test_public_names_are_there() -> None:
         _ = widthsearch.nonsense
 
 
-def test_images_have_the_strides_that_torch_expects() -> None:
-    """With one channel odd strides are legal, and would be taken for channels_last."""
-    for split in (digits().train, digits().validation, digits().test):
-        assert split is not None
-        assert split.images.strides == (64, 64, 8, 1)
-
-
 def test_networks_that_cost_something_else_are_another_space(
     command: CommandLine, tmp_path: Path
 ) -> None:
@@ -412,13 +405,6 @@ def test_a_function_that_raises_is_one_line(command: CommandLine, tmp_path: Path
     for asked in (("space", boom), ("run", file, "--runs", tmp_path / "runs")):
         error = command.refusal(*asked)
         assert "boom:boom" in error or "failed: FileNotFoundError: no data" in error
-
-
-def test_early_stopping_is_never_by_accuracy_alone(tmp_path: Path) -> None:
-    """A study of one objective refuses it."""
-    rungs = {"kind": "rungs", "first_epoch": 2, "eta": 2}
-    with pytest.raises(widthsearch.WidthsearchError, match="needs a cost among the objectives"):
-        small(tmp_path, objectives=["accuracy"], recipe={"epochs": 4}, early_stopping=rungs)
 
 
 @pytest.mark.ray

@@ -132,9 +132,3 @@ def test_a_file_that_is_no_study_is_an_error(text: str, message: str, tmp_path: 
     with pytest.raises(StudyError, match=message) as caught:
         StudyConfig.from_yaml(path)
     assert "\n" not in str(caught.value)
-
-
-def test_rungs_are_a_power_apart() -> None:
-    """None is at the last epoch, where nothing is left to stop."""
-    assert Rungs(first_epoch=3, eta=3).rungs(epochs=28) == (3, 9, 27)
-    assert Rungs(first_epoch=3, eta=3).rungs(epochs=27) == (3, 9)

@@ -34,6 +34,8 @@ def test_digits_are_stratified() -> None:
     for split in splits:
         counts = np.bincount(split.labels, minlength=10)
         assert counts.max() - counts.min() <= 0.06 * counts.max() + 1
+        # With one channel odd strides are legal, and would be taken for channels_last.
+        assert split.images.strides == (64, 64, 8, 1)
     assert task.input_shape == (1, 8, 8)
     assert task.classes == 10
     assert task.names == tuple("0123456789")
