@@ -217,7 +217,10 @@ def test_train_writes_a_folder_that_loads(command: CommandLine, runs: Path, tmp_
     assert sum(p.numel() for p in net.parameters()) == card["params"]
     assert card["recipe"]["epochs"] == 1
     assert len(card["test_accuracy"]["by_seed"]) == 2
-    accuracy = evaluate(net, digits(), "test")
+    again = command(*asked, "--runs", runs, "--out", tmp_path)
+    assert f"complete: nothing is left to train; remove {tmp_path} to" in again
+    assert out.splitlines()[-1] == again.splitlines()[-1]
+    accuracy = evaluate(net, digits(), "test", precision=card["recipe"]["precision"])
     assert accuracy == pytest.approx(card["test_accuracy"]["of_weights"])
 
 

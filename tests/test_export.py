@@ -222,6 +222,20 @@ def test_a_network_outside_of_bounds_that_were_narrowed_later_is_trained(tmp_pat
         narrowed.build(Widths(narrowed.names, (0, 8)))
 
 
+def test_a_complete_folder_is_trained_again_for_another_call_alone(tmp_path: Path) -> None:
+    """Other epochs, another model of these tensors, or a missing file."""
+    study, card = study_of(tmp_path), tmp_path / "card.json"
+    assert trained(study, tmp_path) == [1]
+    before = card.read_text()
+    assert trained(study, tmp_path) == []
+    assert card.read_text() == before
+    (tmp_path / "weights.pt").unlink()
+    assert trained(study, tmp_path) == [1]
+    assert trained(study, tmp_path, epochs=2) == [1, 2]
+    silu = SearchSpace.from_model(Silu, (1, 4, 4), name="tiny", min_width=0.25, step=2)
+    assert trained(study_of(tmp_path / "silu", silu), tmp_path, epochs=2) == [1, 2]
+
+
 def test_a_complete_folder_keeps_no_checkpoints(tmp_path: Path) -> None:
     """It holds the widths, the weights and the card."""
     study = study_of(tmp_path)

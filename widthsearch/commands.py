@@ -196,7 +196,11 @@ def train(options: argparse.Namespace) -> int:
     console = open_console()
     print_tables(console, tables.pick_table(study, trial))
 
+    epochs = 0
+
     def on_epoch(number: int, result: EpochResult) -> None:
+        nonlocal epochs
+        epochs += 1
         print_line(
             console,
             f"network {number + 1}/{options.seeds}, epoch {result.epoch}: loss {result.loss:.4f}, "
@@ -212,6 +216,8 @@ def train(options: argparse.Namespace) -> int:
         folder=folder,
         on_epoch=on_epoch,
     )
+    if not epochs:
+        print_line(console, f"complete: nothing is left to train; remove {folder} to train it anew")
     test = card["test_accuracy"]
     of = "one seed"
     if options.seeds > 1:

@@ -6,6 +6,7 @@ written last, so a folder with a card is complete.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -34,7 +35,7 @@ from widthsearch.space.constraints import Constraints
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.trial import Trial
-from widthsearch.training.recipe import EpochResult
+from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate
 from widthsearch.utils.files import write_atomically
 
@@ -60,8 +61,8 @@ def train(
 
     Networks are trained on the training and validation splits together; the test split is read once
     a network, after its last epoch. The same call resumes an interrupted one from its last
-    checkpoint; a complete folder keeps no checkpoints. A network that was in the folder stays
-    loadable until the new ones are trained.
+    checkpoint; a complete folder keeps no checkpoints, and the same call returns its card. A
+    network of another call that was in the folder stays loadable until the new ones are trained.
 
     Args:
         study: The study.
@@ -88,6 +89,9 @@ def train(
     recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(trial.number))
+    request = _digest(study, trial, seeds, recipe, device)
+    if (complete := _complete(folder, request)) is not None:
+        return complete
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     everything = replace(task, train=_joined(task.train, task.validation))
@@ -146,6 +150,7 @@ def train(
             "of_weights": next(iter(tested.values())),
         },
         "versions": versions(),
+        "request": request,
     }
     with writing(folder):
         _remove(folder / CARD)
@@ -155,6 +160,26 @@ def train(
         write_atomically(folder / CARD, lambda file: file.write(text.encode()))
         shutil.rmtree(folder / "checkpoints")
     return card
+
+
+def _digest(study: Study, trial: Trial, seeds: int, recipe: Recipe, device: str) -> str:
+    """A digest of everything that decides the result of a training."""
+    task, space = study.task, study.spaces[trial.space]
+    data = task.name, len(task.train), len(task.validation), task.names, task.input_shape
+    network = study.reference(space.name), space.fingerprint, trial.widths.vector
+    code = source_digest(space.model.template)
+    asked = study.config.seed, seeds, asdict(recipe), device
+    return hashlib.sha256(repr((data, network, code, asked)).encode()).hexdigest()[:16]
+
+
+def _complete(folder: Path, request: str) -> dict[str, Any] | None:
+    """The card of a folder where a training with this digest is complete, if it is."""
+    if not all((folder / name).exists() for name in (CARD, WIDTHS, WEIGHTS)):
+        return None
+    with suppress(StudyError):
+        card = _read_json(folder / CARD)
+        return card if card.get("request") == request else None
+    return None
 
 
 def _train_to_the_end(run: Trainer, folder: Path, number: int, on_epoch: OnEpoch | None) -> None:
