@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import tiny
 import torch
 from commands import ROOT, SPACE, CommandLine, small, study_file
 from digits import digits
+from refusals import refusals
 
 import widthsearch
 from widthsearch import cli
@@ -278,49 +278,22 @@ def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: P
         widthsearch.load(tmp_path)
 
 
-BAD: Mapping[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"trails": 3}, "unknown key 'trails'; did you mean 'trials'?"),
-    "a space that is not there": (
-        {"space": "no_such_package.x:y"},
-        "'no_such_package.x:y' cannot be imported: ModuleNotFoundError",
-    ),
-    "a missing data folder": (
-        {"task": {"name": "image_folder", "folder": "no/such/folder"}},
-        "no/such/folder",
-    ),
-    "a device that is not there": ({"device": "cuda:99", "resources": {"gpu": 1}}, "'cuda:99'"),
-    "a storage that cannot be opened": ({"storage": "sqlite:////no/such/folder/x.db"}, "/no/such"),
-    "a budget below the space": ({"budgets": [1e-9]}, "is below the narrowest network"),
-}
-
-
-@pytest.mark.parametrize("case", sorted(BAD))
+@refusals("run")
 def test_bad_input_is_one_line_and_exit_code_2(
-    case: str, command: CommandLine, tmp_path: Path
+    values: dict[str, Any], message: str, command: CommandLine, tmp_path: Path
 ) -> None:
     """The culprit by name, no traceback."""
-    changes, message = BAD[case]
-    file = study_file(tmp_path, **changes)
+    file = study_file(tmp_path, **values)
     assert message in command.refusal("run", file, "--runs", tmp_path / "runs")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["pareto", "nothing"], "there is no 'nothing'"),
-        (["space", "torchvision:resnet19"], "did you mean 'resnet18'?"),
-        (["train", "small", "--pick", "99"], "99 is none"),
-        (["train", "small", "--pick", "bets"], "'bets'"),
-        (["train", "small", "--pick", "macs<=1"], "leaves none"),
-        (["train", "small", "--seeds", "0"], "`seeds >= 1` must hold"),
-    ],
-)
+@refusals("command")
 def test_bad_arguments_are_one_line_too(
-    arguments: list[str], message: str, command: CommandLine, runs: Path
+    values: str, message: str, command: CommandLine, runs: Path
 ) -> None:
     """Every command refuses alike."""
-    where = [] if arguments[0] == "space" else ["--runs", runs]
-    assert message in command.refusal(*arguments, *where)
+    where = [] if values.startswith("space") else ["--runs", runs]
+    assert message in command.refusal(*values.split(), *where)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import SPACE, CommandLine, small, study_file
+from refusals import refusals
 
 from widthsearch.latency.profiles import load_profile
 from widthsearch.space.loading import load_space
@@ -50,35 +51,13 @@ def test_propose_takes_a_studys_space_task_and_recipe(command: CommandLine, tmp_
     assert content["proposal"]["provenance"]["seed"] == 5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("unifrm", "method must name a proposer or be `module:name`, but was 'unifrm'"),
-        ("uniform --set member=3", "unknown key 'uniform.member'; did you"),
-        ("sensitivity", "method 'sensitivity' reads data, but no task was given"),
-        ("uniform --budget 1e-9", "is below the narrowest network"),
-        ("uniform --task digitz", "digitz"),
-        (
-            "uniform --set members=0",
-            "uniform.members must be greater than or equal to 1, but was 0",
-        ),
-        ("random --set lowest=-1", "random.lowest must be greater than 0, but was -1"),
-        ("synflow --set per=latency", "digits_resnet' has no profile here: run `widthsearch prof"),
-        ("uniform --out /dev/null/w.json", "must be writable, but "),
-        ("uniform --plot /dev/null/w.png", "must be writable, but "),
-        ("sensitivity --plot /dev/null/w.png", "must be writable, but "),  # before it reads data
-    ],
-)
+@refusals("propose")
 def test_propose_refuses_in_one_line(
-    command: CommandLine,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    arguments: str,
-    message: str,
+    values: str, message: str, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Bad input is one line and exit code 2."""
+    """Bad input is one line and exit code 2; a method that reads data has not read it then."""
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path))
-    asked = ("propose", SPACE, "--budget", 0.5, "--method", *arguments.split())
+    asked = ("propose", SPACE, "--budget", 0.5, "--method", *values.split())
     assert message in command.refusal(*asked)
 
 

@@ -160,38 +160,20 @@ def test_costs_take_any_whole_numbers() -> None:
     assert grouped.macs([19, 24, 8]) == grouped.macs([16, 24, 8])
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([8.5, 16], "widths must be whole numbers, but one is 8.5"),
-        ([[8, float("nan")]], "widths must be whole numbers, but one is nan"),
-        ([[8, float("inf")]], "widths must be whole numbers, but one is inf"),
-        (["8", "16"], "widths must be whole numbers, but are of type <U2"),
-        ([True, False], "widths must be whole numbers, but are of type bool"),
-        ([8, -16], "widths must not be negative, but one is -16"),
-        (
-            [8, 16, 4],
-            "the widths of space 'Residual' have shape (2,) or (N, 2), but were given with shape "
-            "(3,)",
-        ),
-        (
-            0.5,
-            "the widths of space 'Residual' have shape (2,) or (N, 2), but were given with "
-            "shape ()",
-        ),
-        ([[8, 16], [8]], "width vectors must have one length, but have several"),
-        (
-            Widths(("a", "b"), (8, 16)),
-            "widths must be of the axes stem, conv1 of space 'Residual', but are of a, b",
-        ),
-    ],
-)
-def test_costs_refuse_what_is_not_whole_or_not_of_the_space(given: Any, message: str) -> None:
+@refusals("costs")
+def test_costs_refuse_what_is_not_whole_or_not_of_the_space(values: Any, message: str) -> None:
     """One line, of each quantity."""
     space = space_of("Residual")
     for cost in (space.macs, space.params, space.activations):
         with refused(WidthsError, message):
-            cost(given)
+            cost(values)
+
+
+def test_costs_refuse_widths_of_other_axes() -> None:
+    """With the names of both."""
+    message = "widths must be of the axes stem, conv1 of space 'Residual', but are of a, b"
+    with refused(WidthsError, message):
+        space_of("Residual").macs(Widths(("a", "b"), (8, 16)))
 
 
 def test_a_space_is_named_after_its_function_or_class() -> None:
