@@ -1,17 +1,24 @@
 """Traces many models, and asks of each space what a user relies on: one row a model.
 
     python -m benchmarks.spaces [--source torchvision|timm|transformers|monai|smp]
-        [--limit N] [--names A,B] [--seconds S]
+        [--limit N] [--names A,B] [--seconds S] [--rows FILE]
 
 ``torchvision`` is its classification and segmentation models and its detection backbones; ``timm``
-is every k-th of its models that has at most 100 million parameters; ``transformers`` and ``monai``
+is every k-th of its models that has at most 50 million parameters; ``transformers`` and ``monai``
 are small configurations; ``smp`` is segmentation_models_pytorch. Nothing is downloaded, and no
-source but torchvision is a dependency: ``pip install`` it first. The columns:
+source but torchvision is a dependency: ``pip install`` it first. ``--rows`` keeps the rows in a
+file; models that have one there are not measured again. The columns:
 
-- *axes*, *trace s*: the free widths, and the seconds of the symbolic run.
-- *exact*: at five random width vectors (one narrower, one wider, three mixed) the network runs
+- *axes*, *space s*: the free widths, and the seconds that making the space takes.
+- *exact*: at three random width vectors (one narrower, one wider, one mixed) the network runs
   forward and backward on the meta device and costs what the space predicts (MACs, parameters and
   activations as torch counts them), and the narrowest also runs on real tensors.
+- *start and output*: for the same seed the network that is built equals, tensor by tensor and in
+  its outputs, what the model's own function makes. ``base``: at the base's widths. ``yes``: at
+  other widths too, with the constructor's arguments that were changed
+  (:mod:`benchmarks.reconstruction`). Else the first difference.
+- *by replay*: of the modules with a free width, how many the model's own constructors make at other
+  widths. The others are copies that are filled by rules.
 - *mask = cut*: at random channels of every axis whose channels are known, the masked base computes
   what the network with these channels alone computes, to 1e-5 of the largest output. The number
   of axes with unknown channels follows.
@@ -35,16 +42,33 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.reconstruction import alternatives
 from benchmarks.space_models import SOURCES
-from widthsearch.space.computation import TOLERANCE, masks_off_cuts, random_channels
+from widthsearch.channels.extraction import widths_of
+from widthsearch.modules.source import names_in_forward
+from widthsearch.modules.tree import join, sizes_in, tensors_of
+from widthsearch.space.computation import (
+    TOLERANCE,
+    largest_difference,
+    masks_off_cuts,
+    outputs,
+    random_channels,
+    random_inputs,
+)
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
-from widthsearch.tracing.polynomials import evaluate
-from widthsearch.tracing.tracer import trace
+from widthsearch.tracing.polynomials import as_constant, evaluate
+
+SEED = 3
+ALTERNATIVES_SECONDS = 30
+
 
 # -- one function a question -------------------------------------------------------------------
 
@@ -53,7 +77,7 @@ def random_widths(space: SearchSpace, seed: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [
         [rng.choice([w for w in axis.grid if within(w, axis.base)]) for axis in space.axes]
-        for within in (operator.le, operator.ge, *[lambda _w, _b: True] * 3)
+        for within in (operator.le, operator.ge, lambda _w, _b: True)
     ]
 
 
@@ -68,6 +92,105 @@ def exact(space: SearchSpace) -> str:
             return f"no: network {i + 1} counts {counted}, not {predicted}"
     run_and_count(space.build(vectors[0], seed=0), space.input_shape, "cpu")
     return "yes"
+
+
+def start_and_output(space: SearchSpace) -> str:
+    """``yes`` or ``base``, or the first difference from what the model's function makes."""
+    calls = space.model.constructor
+    if calls is None:
+        return "no: the function makes modules of which it makes no others"
+    make = calls.recording.make_model
+    if difference := _difference(space, space.build(space.base, seed=SEED), make):
+        return f"no: {difference}"
+    started = time.perf_counter()
+    for arguments, make_other in alternatives(make, space.model.template):
+        if time.perf_counter() - started > ALTERNATIVES_SECONDS:
+            break
+        constructed = _sketched(make_other)
+        if constructed is None:  # the constructor does not take these arguments
+            continue
+        vector, heads = _vector_of(space, constructed), _heads(constructed)
+        del constructed
+        if vector is not None and vector != space.base.vector:
+            built = space.model.build(vector, seed=SEED)
+            if _heads(built) != heads:
+                continue  # a number of heads that the space holds is another
+            difference = _difference(space, built, make_other)
+            return f"no: {difference} ({arguments})" if difference else f"yes ({arguments})"
+    return "base"
+
+
+def _sketched(make: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+    """A function's model, on the meta device if it needs no values."""
+    for device in ("meta", "cpu"):
+        with suppress(Exception), torch.random.fork_rng(), torch.device(device):
+            return make()
+    return None
+
+
+def _heads(network: torch.nn.Module) -> list[tuple[str, int]]:
+    """The integers that forward reads and that number or size heads."""
+    return [
+        (name, number)
+        for module in network.modules()
+        for name, number in sizes_in(module)
+        if "head" in name and name in names_in_forward(module)
+    ]
+
+
+def _vector_of(space: SearchSpace, constructed: torch.nn.Module) -> tuple[int, ...] | None:
+    """The widths of a network; None if it is not in the space."""
+    shapes = {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(constructed)}
+    if shapes.keys() != space.trace.shapes.keys():
+        return None
+    vector = widths_of(space.model, constructed).vector
+    x = space.trace.variables(vector)
+    predicted = {
+        key: tuple(evaluate(n, x) for n in shape) for key, shape in space.trace.shapes.items()
+    }
+    return vector if predicted == shapes else None
+
+
+def _difference(
+    space: SearchSpace, built: torch.nn.Module, make: Callable[[], torch.nn.Module]
+) -> str:
+    """The first difference between a network that is built and one that is constructed."""
+
+    def constructed() -> torch.nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return make()
+
+    expected = constructed()
+    found = {join(layer, name): t for _, layer, name, t in tensors_of(built)}
+    wanted = {join(layer, name): t for _, layer, name, t in tensors_of(expected)}
+    if found.keys() != wanted.keys():
+        return f"{min(found.keys() ^ wanted.keys())} is in one network only"
+    unlike = [key for key, t in wanted.items() if not _equal(found[key], t)]
+    if unlike:  # memory that no constructor writes to differs between two runs of the function
+        again = {join(layer, name): t for _, layer, name, t in tensors_of(constructed())}
+        written = [key for key in unlike if _equal(wanted[key], again[key])]
+        if written:
+            return f"{written[0]}, {len(written)} of {len(wanted)} tensors"
+        built.load_state_dict(expected.state_dict())
+    x = random_inputs(space, 1, SEED)
+    worst = largest_difference(outputs(built.eval(), x), outputs(expected.eval(), x))
+    return f"outputs by {worst:.1g}" if worst > TOLERANCE else ""
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def by_replay(space: SearchSpace) -> str:
+    """Modules with a free width that constructors make, and all of them."""
+    shapes = space.trace.shapes
+    free = [key for key, s in shapes.items() if any(as_constant(n) is None for n in s)]
+    modules = {key.rpartition(".")[0] for key in free}
+    replay = space.model.constructor.replay if space.model.constructor else None
+    if replay is None:
+        return f"0/{len(modules)}"
+    return f"{len(modules - {key.rpartition('.')[0] for key in replay.unexplained})}/{len(modules)}"
 
 
 def mask_equals_cut(space: SearchSpace) -> str:
@@ -96,6 +219,7 @@ def pinned_reasons(space: SearchSpace) -> str:
 
 QUESTIONS: dict[str, Callable[[SearchSpace], str]] = {
     "exact": exact,
+    "start and output": start_and_output,
     "mask = cut": mask_equals_cut,
 }
 """The columns that are answered by ``yes`` or ``no``; each is asked on its own."""
@@ -108,17 +232,14 @@ def measure(source: str, name: str) -> dict[str, Any]:
     """The figures and answers of one model."""
     make, inputs = SOURCES[source][0](name)
     row: dict[str, Any] = {"name": name}
-    torch.manual_seed(0)
-    model = make()
-    row["params"] = sum(p.numel() for p in model.parameters())
     started = time.perf_counter()
-    trace(model, inputs)
-    row["trace_s"] = time.perf_counter() - started
-    del model
     space = SearchSpace.from_model(make, inputs, name=name)
+    row["space_s"] = time.perf_counter() - started
+    row["params"] = space.cost(space.base).params
     row["axes"] = len(space.axes)
     row["searchable"] = searchable_share(space)
     row["pinned"] = pinned_reasons(space)
+    row["by replay"] = by_replay(space)
     for question, answer in QUESTIONS.items():
         try:
             row[question] = answer(space)
@@ -186,6 +307,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--names", help="model names, separated by commas")
     parser.add_argument("--seconds", type=float, default=300, help="the most for one model")
+    parser.add_argument("--rows", type=Path, help="a file that keeps the rows, one JSON a line")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -195,14 +317,32 @@ def main() -> None:
         groups = [[name] for name in options.names.split(",")]
     else:
         groups = list(SOURCES[options.source][1](options.limit))
-    columns = ["model", "Mparams", "axes", "trace s", *QUESTIONS, "searchable", "pinned"]
+    columns = [
+        "model",
+        "Mparams",
+        "axes",
+        "space s",
+        *QUESTIONS,
+        "by replay",
+        "searchable",
+        "pinned",
+    ]
     print("|", " | ".join(columns), "|")
-    print("| --- |", "--: | " * 3, "--- | " * len(QUESTIONS), "--: | --- |", sep="", flush=True)
+    print(
+        "| --- |", "--: | " * 3, "--- | " * len(QUESTIONS), "--: | --: | --- |", sep="", flush=True
+    )
+    kept: dict[str, dict[str, Any]] = {}
+    if options.rows and options.rows.exists():
+        lines = options.rows.read_text().splitlines()
+        kept = {row["name"]: row for row in map(json.loads, lines)}
     worker = Worker()
     rows: list[dict[str, Any]] = []
     for group in groups:
         for name in group:
-            row = worker.ask(options.source, name, options.seconds)
+            row = kept.get(name) or worker.ask(options.source, name, options.seconds)
+            if options.rows and name not in kept:
+                with options.rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
             if row.get("reason") != "ValueError: too large":
                 rows.append(row)
                 print("|", " | ".join(_cells(row)), "|", flush=True)
@@ -211,20 +351,26 @@ def main() -> None:
     traced = [row for row in rows if "reason" not in row]
     print(f"\n{len(traced)} of {len(rows)} traced", end="")
     for question in QUESTIONS:
-        print(f", {question}: {sum(row[question].startswith('yes') for row in traced)}", end="")
+        answers = Counter(re.split(r"[ :]", row[question])[0] for row in traced)
+        print(f"; {question}: " + ", ".join(f"{n} {a}" for a, n in answers.most_common()), end="")
+    made = [
+        sum(map(int, n)) for n in zip(*(r["by replay"].split("/") for r in traced), strict=True)
+    ]
+    print(f"; modules by replay: {' of '.join(map(str, made))}", end="")
     share = sum(row["searchable"] for row in traced) / max(len(traced), 1)
     print(f"; searchable MACs {share:.2%} on average")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "reason" in row:
-        return [row["name"], "", "", "", *["" for _ in QUESTIONS], "", f"no: {row['reason']}"]
+        return [row["name"], "", "", "", *["" for _ in QUESTIONS], "", "", f"no: {row['reason']}"]
     return [
         row["name"],
         f"{row['params'] / 1e6:.2f}",
         str(row["axes"]),
-        f"{row['trace_s']:.2f}",
+        f"{row['space_s']:.2f}",
         *(row[question] for question in QUESTIONS),
+        row["by replay"],
         f"{row['searchable']:.1%}",
         row["pinned"],
     ]

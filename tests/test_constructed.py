@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +57,77 @@ def test_built_networks_are_constructed_ones(drawn: tuple) -> None:
     plan, base, other, own_init = drawn
     assume(streams(plan, base) == streams(plan, other))
     compare(plan, base, other, own_init)
+
+
+class Normed(nn.Module):
+    """A group norm whose number of groups is given in several ways."""
+
+    def __init__(self, width: int, groups: str) -> None:
+        super().__init__()
+        number = {"a channel each": width, "a quarter": width // 4, "a literal": 16}[groups]
+        self.a, self.b = nn.Conv2d(3, width, 3), nn.Conv2d(width, 5, 3)
+        self.norm = nn.GroupNorm(number, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Two layers and a mean."""
+        return self.b(self.norm(self.a(x)).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("groups", "unit"), [("a channel each", 1), ("a quarter", 4), ("a literal", 16)]
+)
+def test_groups_of_a_norm_are_those_of_the_code(groups: str, unit: int) -> None:
+    """A width with as many groups as channels is free, and its network has the code's groups."""
+    space = SearchSpace.from_model(partial(Normed, 16, groups), (3, 8, 8))
+    assert space.trace.axes[0].divisor == unit
+    x = torch.randn(2, 3, 8, 8)
+    for width in (16, 32):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            constructed = Normed(width, groups)
+        assert_same(space.build([width], seed=3), constructed, x)
+    space.check(device="meta")
+
+
+def logged(forward: Callable) -> Callable:
+    """A decorator, as libraries have them."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return call
+
+
+class Attention(nn.Module):
+    """Attention whose heads have a size that the constructor computes from the width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.scale = self.size**-0.5
+        self.qkv = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    @logged
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The size of a head is read; the number of heads follows."""
+        q, k, v = (f(x).view(*x.shape[:2], -1, self.size).transpose(1, 2) for f in self.qkv)
+        attended = (q * self.scale @ k.transpose(2, 3)).softmax(-1) @ v
+        return self.out(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+def test_the_size_of_a_head_is_found_behind_a_decorator() -> None:
+    """The size and the scale follow the width, as the constructor has it; the number stays."""
+
+    def make(width: int, heads: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), Attention(width, heads), nn.Linear(width, 5))
+
+    space = SearchSpace.from_model(partial(make, 32, 4), (7, 6))
+    space.check(device="meta")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        constructed = make(64, 4)
+    built = space.model.build(widths_of(space.model, constructed).vector, seed=3)
+    assert_same(built, constructed, torch.randn(2, 7, 6))
+    assert not space.leftovers

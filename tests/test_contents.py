@@ -187,6 +187,21 @@ def test_a_part_that_literals_choose_pins_the_width() -> None:
     assert torch.equal(built["gates.r.bias_ih_l0"][16:32], expected["r.bias_ih_l0"][16:32])
 
 
+def test_the_zeros_of_a_padding_row_pin_no_width() -> None:
+    """A part that is all of a width, and a number, does not depend on the width."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+        with torch.no_grad():
+            model[2].weight[1].zero_()
+        return model
+
+    space = SearchSpace.from_model(make, (6,))
+    weight = space.build({"0": 8}, seed=0)[2].weight
+    assert weight[1].count_nonzero() == 0
+    assert weight[0].count_nonzero() == 8
+
+
 def test_a_content_of_one_size_pins_it() -> None:
     """A Sobel filter has two channels, and ``eye(16)`` as many as it has."""
 
@@ -237,7 +252,7 @@ def test_scales_are_the_constructors_not_guessed() -> None:
 
 
 def test_a_function_that_loads_weights_makes_new_networks() -> None:
-    """What is loaded for the base's widths is no start at others, nor at the base's."""
+    """What is loaded for the base's widths is no start at others."""
 
     def make() -> nn.Module:
         model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
@@ -245,11 +260,11 @@ def test_a_function_that_loads_weights_makes_new_networks() -> None:
         return model
 
     space = SearchSpace.from_model(make, (6,))
-    for width in (16, 8):
-        assert 0 < space.build({"0": width}, seed=0)[0].weight.std().item() < 0.5
+    assert torch.equal(space.build({"0": 16}, seed=0)[0].weight, torch.ones(16, 6))
+    assert 0 < space.build({"0": 8}, seed=0)[0].weight.std().item() < 0.5
     (leftover,) = space.leftovers
     assert "model.load_state_dict(" in leftover.place
-    assert "networks of all widths start anew" in str(leftover)
+    assert "networks of other widths start anew" in str(leftover)
 
 
 def test_a_module_made_before_is_not_shared() -> None:

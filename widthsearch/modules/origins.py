@@ -2,7 +2,8 @@
 
 A content is *random* if a random operation of torch's took part in it; any other is the same for
 every seed. A content is *patched* if a fixed value was written to a part of the tensor, chosen by
-index: which part it is may depend on a width.
+index: which part it is may depend on a width. A number that is written to all of a dim, such as the
+zeros of an embedding's padding row, does not depend on that dim's width.
 
 Example:
     >>> def make() -> nn.Linear:
@@ -19,8 +20,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Origin:
         writer: The call that wrote it last, as :class:`Origins` was told.
         line: The line that did.
         patched_by: The call that wrote a fixed value to a part of it; None if none did.
+        patches: The dims of each part, by size and stride; empty for a value that is no number.
 
     Example:
         >>> origin = Origin(random=True, writer="Linear", line="net.py:3 `nn.Linear(3, 4)`")
@@ -50,6 +52,12 @@ class Origin:
     writer: Any = None
     line: str = ""
     patched_by: Any = None
+    patches: set[tuple[tuple[int, int], ...]] = field(default_factory=set)
+
+    def patched_along(self, tensor: Tensor, dims: Iterable[int]) -> Any:
+        """The call that wrote a fixed value to a part of one of some dims; None if none did."""
+        whole = {(tensor.shape[d], tensor.stride(d)) for d in dims}
+        return None if all(whole <= set(part) for part in self.patches) else self.patched_by
 
 
 class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -92,9 +100,13 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         overwritten = func._overloadpacket.__name__ in ("copy_", "fill_", "zero_")
         if whole and overwritten:
             origin.random, origin.patched_by = random, None
+            origin.patches.clear()
         else:
             if not whole and not random and not _by_shape():
                 origin.patched_by = origin.writer
+                number = func._overloadpacket.__name__ in ("fill_", "zero_")
+                part = zip(tensor.shape, tensor.stride(), strict=True) if number else ()
+                origin.patches.add(tuple(part))
             origin.random = origin.random or random
 
 

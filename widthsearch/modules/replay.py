@@ -216,7 +216,7 @@ class Replay:
     Attributes:
         torn: Arguments that several widths ask for, each with the tensors that ask otherwise.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
-        unloaded: Lines that load weights for the base's widths, which networks do not take.
+        unloaded: Lines that load weights, which networks of other widths do not take.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
 
     Raises:
@@ -231,6 +231,7 @@ class Replay:
         repeated: Mapping[Where, tuple[int, ...]],
     ) -> None:
         self.recording = recording
+        self._base = {where: values[0] for where, values in samples.items()}
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
         self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
         self.partial = False
@@ -257,8 +258,10 @@ class Replay:
         Raises:
             ConstructionError: A constructor refuses the numbers that they ask for.
         """
+        other = any(sizes[where] != n for where, n in self._base.items())
+        free = self._free if other else frozenset()
         return self._run(
-            Builder(self.recording, self.follows, sizes, self._free, self._uncertain, arguments)
+            Builder(self.recording, self.follows, sizes, free, self._uncertain, arguments)
         )
 
     def plain(self, sizes: Mapping[Where, int]) -> nn.Module | None:
@@ -282,9 +285,9 @@ class Replay:
         same = all(sizes.get((name, dim)) == n for name, s in shapes for dim, n in enumerate(s))
         return model if same else None
 
-    def example(self) -> nn.Module:
-        """A model with other widths throughout, without the values of layers."""
-        sizes = self._sizes[0]
+    def example(self, number: int = 0) -> nn.Module:
+        """A model of one of the first two samples of other sizes, without the values of layers."""
+        sizes = self._sizes[number]
         return self._run(_Trial(self.recording, self.follows, sizes, self._free, self._uncertain))
 
     def hold(self, layers: Set[str]) -> bool:
@@ -298,7 +301,10 @@ class Replay:
             if not layers.isdisjoint(call.names)
         }
         follows = {**self.follows, **held}
-        if not self._mismatched(follows) <= self.unexplained:
+        try:
+            if not self._mismatched(follows) <= self.unexplained:
+                return False
+        except ConstructionError:
             return False
         self.follows = follows
         return True

@@ -241,7 +241,11 @@ class Solver(Sketch):
         alone: dict[Leaf, Responses] = {}
         for leaf, v in leaves.items():
             repeated = self._repeated(frame.module, layer, leaf, v)
-            if repeated is not None:
+            if isinstance(frame.module, nn.GroupNorm) and leaf[0] == "num_groups":
+                if repeated is not None and repeated.where is not None:
+                    yield leaf, repeated
+                # else the user's code gives it: its tensors have the same sizes for any number
+            elif repeated is not None:
                 yield leaf, repeated
             elif v > 1 and (wide or any(_related(v, size) for size in free)):
                 responses = self._responses(frame, original, arguments, (leaf,), v)

@@ -6,9 +6,11 @@ user's class has at these widths. The analysis that this takes runs once, when i
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -102,7 +104,7 @@ class Constructor:
     _replay: Replay | ConstructionError | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "example"}
+        return {name: value for name, value in vars(self).items() if name != "examples"}
 
     @property
     def replay(self) -> Replay | None:
@@ -166,16 +168,22 @@ class Constructor:
         sizes.update(attributes)  # type: ignore[arg-type]
         return sizes
 
-    @cached_property
+    @property
     def example(self) -> nn.Module | None:
         """A network with other widths throughout, on the meta device."""
-        if self.replay is None:
-            return None
-        try:
-            made = self.replay.example()
-            return clone(made, {id(t): to_meta(t) for *_, t in tensors_of(made)})
-        except (ConstructionError, TraceError):
-            return None
+        return next((network for network, _ in self.examples), None)
+
+    @cached_property
+    def examples(self) -> list[tuple[nn.Module, list[int]]]:
+        """Such networks, each with its widths: a number may be the base's at some by chance."""
+        found: list[tuple[nn.Module, list[int]]] = []
+        if (replay := self.replay) is None:
+            return found
+        for number, x in enumerate(self._points()[1:3]):
+            with suppress(ConstructionError, TraceError):
+                made = replay.example(number)
+                found.append((clone(made, {id(t): to_meta(t) for *_, t in tensors_of(made)}), x))
+        return found
 
     @cached_property
     def changed(self) -> dict[tuple[str, str], int]:
@@ -188,39 +196,34 @@ class Constructor:
         numbers = {
             (layer, name): value
             for layer, module in self.template.named_modules()
-            if not is_synced(module) and not type(module).__module__.startswith("torch.")
             for name, value in sizes_in(module)
-            if value > 1
-            and (layer, name) not in free
-            and name.partition("[")[0] in names_in_forward(module)
+            if value > 1 and (layer, name) not in free and _is_read(module, name.partition("[")[0])
         }
-        if not numbers or self.example is None:
-            return {}
-        made = {
-            (layer, name): value
-            for layer, module in self.example.named_modules()
+        changed = {
+            (layer, name)
+            for network, _ in (self.examples if numbers else ())
+            for layer, module in network.named_modules()
             for name, value in sizes_in(module)
+            if numbers.get((layer, name), value) != value
         }
-        return {where: v for where, v in numbers.items() if made.get(where, v) != v}
+        return {where: value for where, value in numbers.items() if where in changed}
 
     @cached_property
     def kept(self) -> dict[tuple[str, str], int]:
         """Those of :attr:`changed` that keep the base's value, or costs would be others."""
         kept = self.changed
-        if not kept or self._costs_agree() or self.replay is None:
+        if not kept or all(itertools.starmap(self._costs_agree, self.examples)):
             return {}
-        if self.replay.hold({layer for layer, _ in kept}):
-            del self.example  # it was made before that
+        if self.replay is not None and self.replay.hold({layer for layer, _ in kept}):
+            del self.examples  # they were made before that
         return kept
 
-    def _costs_agree(self) -> bool:
-        """Whether the example costs what the trace predicts."""
-        assert self.example is not None
+    def _costs_agree(self, network: nn.Module, x: Sequence[int]) -> bool:
+        """Whether a network costs what the trace predicts at its widths."""
         try:
-            run = execute(self.example, System(), self.inputs, {}, train=False)
+            run = execute(network, System(), self.inputs, {}, train=False)
         except TraceInterrupted:
             return False
-        x = self._points()[1]
         counted = as_constant(total(run.flops.values())), as_constant(run.activations)
         return counted == (2 * evaluate(self.trace.macs, x), evaluate(self.trace.activations, x))
 
@@ -264,6 +267,14 @@ class Constructor:
             for name, value in sizes_in(module, torch.SymInt)
         }
         return samples, repeated
+
+
+def _is_read(module: nn.Module, name: str) -> bool:
+    """Whether forward may read an integer that its tensors do not give."""
+    if isinstance(module, nn.GroupNorm):
+        return name == "num_groups"
+    synced = is_synced(module) or type(module).__module__.startswith("torch.")
+    return not synced and name in names_in_forward(module)
 
 
 def to_meta(tensor: Tensor) -> Tensor:

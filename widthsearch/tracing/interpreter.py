@@ -193,11 +193,12 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func(*args, **kwargs)  # plain tensor attributes keep their values
             args = tree_map_only(Tensor, lambda a: a.to("meta"), args)
         if packet in BATCH_NORMS:
-            return self._batch_norm(len(func._schema.returns), *args)
+            return self._norm(len(func._schema.returns), *args)
+        if packet is aten.native_group_norm:  # torch's own compares a group's channels with 1
+            self.system.quotient(poly_of(args[0].shape[1]), poly_of(args[6]))
+            return self._norm(3, *args[:3])
         if packet is aten.convolution:
             self._convolution(*args)
-        elif packet is aten.native_group_norm and args[1] is not None:
-            torch._check(args[1].shape[0] == args[0].shape[1])
         elif func.namespace not in ("aten", "prims", "prim"):
             why = f"{func} may check no sizes: {self.reason()}"
             args, kwargs = with_integers((args, kwargs), self.system, why) or (args, kwargs)
@@ -334,8 +335,8 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs = weight.shape[1] * groups if transposed else weight.shape[0]
             torch._check(bias.shape[0] == outputs)
 
-    def _batch_norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        """Replace batch norm: the output has x's shape, its vectors x's channels."""
+    def _norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """Replace batch or group norm: the output has x's shape, its vectors x's channels."""
         for vector in rest:
             if isinstance(vector, Tensor) and vector.dim() == 1:
                 self.used.add(id(vector))

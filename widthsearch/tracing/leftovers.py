@@ -73,7 +73,7 @@ def leftovers(
             reason = f"stays at the base's {value}, or costs would be others"
             found.append(_leftover(layer, template.get_submodule(layer), name, reason))
     for line in sorted(replay.unloaded) if replay else ():
-        reason = "is not called: networks of all widths start anew"
+        reason = "is called at the base's widths alone: networks of other widths start anew"
         found.append(Leftover("", type(template), "load_state_dict", reason, line))
     if replay is not None and other is not None:
         for (call, argument), others in replay.torn.items():

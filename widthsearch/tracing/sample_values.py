@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -177,6 +178,12 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _READERS and (value := self._values.value(args[0])) is not None:
             return func(value, *args[1:], **kwargs)
+        if (
+            func is F.group_norm
+            and isinstance(args[1], torch.SymInt)
+            and args[0].shape[1] == args[1]
+        ):
+            return _by_channel(*args, **kwargs)  # torch takes no symbolic number of groups
         if func in _INDEXING:
             args = (args[0], self._index(args[1]), *args[2:])
         data = args[_CONSTANTS[func]] if func in _CONSTANTS else None
@@ -195,6 +202,13 @@ class _Constants(TorchFunctionMode):
             return tuple(map(self._index, index))
         numbers = isinstance(index, list) and all(isinstance(i, int) for i in index)
         return self.__torch_function__(torch.tensor, (), (index,)) if numbers else index
+
+
+def _by_channel(
+    x: Any, _groups: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """A group norm with a group for each channel."""
+    return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
 
 
 def _on_meta(value: Any) -> Any:

@@ -105,7 +105,7 @@ class TracedModel:
             free = [d for d, n in enumerate(self.trace.shapes[key]) if as_constant(n) is None]
             if key not in self.scheme.rules and not is_uniform(tensor, free):
                 origin = recorder.origins.of(tensor) if recorder else None
-                patched = origin.patched_by if origin else None
+                patched = origin.patched_along(tensor, free) if origin else None
                 if patched or is_fixed(module, name, tensor, recorder):
                     suspects[key] = patched, origin.line if origin else ""
         if not suspects:
