@@ -53,7 +53,7 @@ from benchmarks.reconstruction import alternatives
 from benchmarks.space_models import SOURCES
 from widthsearch.channels.extraction import widths_of
 from widthsearch.modules.source import names_in_forward
-from widthsearch.modules.tree import join, sizes_in, tensors_of
+from widthsearch.modules.tree import clone, join, sizes_in, tensors_of
 from widthsearch.space.computation import (
     TOLERANCE,
     largest_difference,
@@ -64,6 +64,7 @@ from widthsearch.space.computation import (
 )
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.space.verification import run_and_count
+from widthsearch.tracing.constructor import to_meta
 from widthsearch.tracing.polynomials import as_constant, evaluate
 
 SEED = 3
@@ -86,8 +87,9 @@ def exact(space: SearchSpace) -> str:
     vectors = random_widths(space, seed=len(space.name))
     for i, vector in enumerate(vectors):
         predicted = space.cost(vector)
-        network = space.build(vector, seed=0).to("meta")  # as the model's constructors make it
-        counted = run_and_count(network, space.input_shape, "meta")
+        network = space.build(vector, seed=0)  # as the model's constructors make it
+        meta = clone(network, {id(t): to_meta(t) for *_, t in tensors_of(network)})
+        counted = run_and_count(meta, space.input_shape, "meta")
         if counted != predicted:
             return f"no: network {i + 1} counts {counted}, not {predicted}"
     run_and_count(space.build(vectors[0], seed=0), space.input_shape, "cpu")
