@@ -212,6 +212,7 @@ class Replay:
         recording: Its constructor calls.
         samples: Each size at the base, at multiples of the base's widths, and at random widths.
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
+        values: Whether the analysis makes values: some constructors read them.
 
     Attributes:
         torn: Arguments that several widths ask for, each with the tensors that ask otherwise.
@@ -229,9 +230,11 @@ class Replay:
         recording: Recording,
         samples: Mapping[Where, tuple[int, ...]],
         repeated: Mapping[Where, tuple[int, ...]],
+        *,
+        values: bool = False,
     ) -> None:
-        self.recording = recording
-        self._base = {where: values[0] for where, values in samples.items()}
+        self.recording, self._values = recording, values
+        self._base = {where: sizes[0] for where, sizes in samples.items()}
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
         self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
         self.partial = False
@@ -364,6 +367,8 @@ class Replay:
 
     def _run(self, session: Session) -> nn.Module:
         with kept_generators() if isinstance(session, Sketch) else nullcontext():
+            if isinstance(session, Sketch):
+                session.values = self._values
             try:
                 return session.run(self.recording.make_model)
             except ConstructionError:

@@ -103,6 +103,9 @@ _FILLS = {
 class Sketch(Session):
     """A session that makes memory without values as meta tensors, to save time.
 
+    Attributes:
+        values: Whether memory has values nevertheless: some constructors read them.
+
     Example:
         >>> from widthsearch.modules.construction import record
         >>> _, recorder = record(lambda: nn.Linear(3, 4))
@@ -111,9 +114,13 @@ class Sketch(Session):
         device(type='meta')
     """
 
+    values = False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None:
+        if self.values:
+            pass
+        elif func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         elif func.__name__ in _FILLS or getattr(func, "__module__", "") == "torch.nn.init":
             given = [*args, *kwargs.values()]

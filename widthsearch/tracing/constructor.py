@@ -110,10 +110,12 @@ class Constructor:
     def replay(self) -> Replay | None:
         """How the function makes the model at other sizes; None if it cannot."""
         if self._replay is None:
-            try:
-                self._replay = Replay(self.recording, *self._samples())
-            except ConstructionError as error:
-                self._replay = error
+            for values in (False, True):  # some constructors read values, which takes longer
+                try:
+                    self._replay = Replay(self.recording, *self._samples(), values=values)
+                    break
+                except ConstructionError as error:
+                    self._replay = error
         return None if isinstance(self._replay, ConstructionError) else self._replay
 
     @property
