@@ -390,3 +390,91 @@ def test_what_stays_at_the_bases_value_is_listed() -> None:
     assert given[0].startswith(f"'start' of Literal (test_construction.py:{line + 4}) starts with")
     net: Any = SearchSpace.from_model(Literal, (7, 6)).build({"stem": 8}, seed=0)
     assert (net.start >= 0).all() and (net.start <= 1).all()  # as the constructor has it
+
+
+class Literals(nn.Module):
+    """Numbers in a mapping, which the constructor makes itself."""
+
+    def __init__(self, options: dict[str, int] | None = None) -> None:
+        super().__init__()
+        self.options = options or {"width": 16}
+        self.a, self.b = nn.Linear(6, self.options["width"]), nn.Linear(self.options["width"], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 3)."""
+        return self.b(self.a(x) / self.options["width"])
+
+
+class Read(nn.Module):
+    """A constructor that reads values, and may refuse widths."""
+
+    def __init__(self, width: int = 16, most: int = 1000) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(width, 3)
+        nn.init.orthogonal_(self.a.weight)
+        self.gain = self.a.weight.norm(dim=0).mean().item() * width**-0.5
+        if width > most:
+            raise ValueError("too wide")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 3)."""
+        return self.b(self.a(x)) * self.gain
+
+
+def test_numbers_in_a_mapping_that_no_argument_gives_are_listed() -> None:
+    """And follow the widths where an argument gives them."""
+    (left,) = SearchSpace.from_model(Literals, (6,)).leftovers
+    assert str(left).startswith("'options.width' of Literals (test_construction.py:")
+    assert str(left).endswith("stays at the base's 16")
+    space = SearchSpace.from_model(lambda: Literals({"width": 16}), (6,))
+    assert not space.leftovers
+    built: Any = space.build([8])
+    assert built.options == {"width": 8}
+
+
+def test_constructors_that_read_values_are_called_at_other_widths() -> None:
+    """A number stays where the class refuses every other width."""
+    space = SearchSpace.from_model(Read, (6,))
+    built: Any = space.build([8], seed=2)
+    torch.manual_seed(2)
+    constructed = Read(8)
+    assert built.gain == constructed.gain and torch.equal(built.a.weight, constructed.a.weight)
+    assert not space.leftovers
+    (left,) = SearchSpace.from_model(partial(Read, most=16), (6,)).leftovers
+    assert str(left).startswith("'gain' of Read") and str(left).endswith("stays at the base's 0.25")
+
+
+def test_a_function_that_cannot_be_called_again_is_listed() -> None:
+    """Its networks are copies."""
+    calls: list[int] = []
+
+    def once() -> nn.Module:
+        calls.append(1)
+        more = [nn.ReLU()] if len(calls) > 1 else []
+        return nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3), *more)
+
+    (left,) = SearchSpace.from_model(once, (6,)).leftovers
+    assert "'__init__' of Sequential" in str(left)
+    assert "is not called for other widths, which get copies: " in str(left)
+
+
+class Normed(nn.Module):
+    """One argument gives two widths, and the number of groups of a norm."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3)
+        self.norm, self.last = nn.GroupNorm(width, width), nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) to (N, 2, 4, 4)."""
+        return self.last(self.norm(self.b(torch.relu(self.a(x)))))
+
+
+def test_a_group_for_each_channel_stays_one_for_each() -> None:
+    """Also where the other width is another one."""
+    space = SearchSpace.from_model(Normed, (3, 8, 8))
+    assert [axis.divisor for axis in space.trace.axes] == [1, 1]
+    net: Any = space.build([24, 6])
+    assert (net.norm.num_groups, net.norm.num_channels) == (6, 6)
+    space.check(vectors=1)

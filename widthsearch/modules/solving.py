@@ -251,7 +251,8 @@ class Solver(Sketch):
             if isinstance(frame.module, nn.GroupNorm) and leaf[0] == "num_groups":
                 if repeated is not None and repeated.where is not None:
                     yield leaf, repeated
-                # else the user's code gives it: its tensors have the same sizes for any number
+                else:  # the user's code gives it, if it fits: no size depends on it
+                    self.uncertain.add(frame.call)
             elif repeated is not None:
                 yield leaf, repeated
             elif v > 1 and (wide or any(_related(v, size) for size in free)):

@@ -8,7 +8,7 @@ arguments that several widths ask for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,9 @@ def leftovers(
     other = constructor.example if constructor else None
     found = [*_contents(template, trace, scheme, None if replay is None else replay.unexplained)]
     found += _stale(template, trace, other, replay)
+    if constructor is not None and constructor.failure is not None:
+        reason = f"is not called for other widths, which get copies: {constructor.failure}"
+        found.append(_leftover("", template, "__init__", reason))
     if constructor is not None:
         for (layer, name), value in constructor.kept.items():
             reason = f"stays at the base's {value}, or costs would be others"
@@ -93,7 +96,8 @@ def leftovers(
 
 
 def _leftover(layer: str, module: nn.Module, name: str, reason: str) -> Leftover:
-    return Leftover(layer, type(module), name, reason, assignment_of(type(module), name))
+    attribute = name.replace("[", ".").partition(".")[0]
+    return Leftover(layer, type(module), name, reason, assignment_of(type(module), attribute))
 
 
 def _contents(
@@ -133,14 +137,30 @@ def _stale(
             continue
         near = [layer, *(join(layer, name) for name, _ in module.named_children())]
         sizes = set().union(*(free.get(name, ()) for name in near))
-        for name, value in vars(module).items():
-            number = _number(value)
-            if number is None or name not in names_in_forward(module):
-                continue
+        made = dict(_numbers(other.get_submodule(layer))) if other is not None else {}
+        for name, number in _numbers(module):
             if (layer, name) in trace.attributes or not _given_by(number, sizes):
                 continue
-            if other is None or _number(vars(other.get_submodule(layer)).get(name)) == number:
+            if made.get(name, number) == number:
                 yield _leftover(layer, module, name, f"stays at the base's {number:.6g}")
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """The numbers that forward may read, also in sequences, mappings and objects."""
+    names = names_in_forward(module)
+    for name, value in vars(module).items():
+        if isinstance(value, Mapping):
+            within = {f"{name}.{key}": item for key, item in value.items()}
+        elif isinstance(value, list | tuple):
+            within = {f"{name}[{i}]": item for i, item in enumerate(value)}
+        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type):
+            within = {f"{name}.{key}": item for key, item in vars(value).items() if key in names}
+        else:
+            within = {name: value}
+        for place, item in within.items() if name in names else ():
+            number = _number(item)
+            if number is not None:
+                yield place, number
 
 
 def _number(value: Any) -> float | None:
