@@ -448,12 +448,11 @@ def test_a_function_that_cannot_be_called_again_is_listed() -> None:
     """Its networks are copies."""
     calls: list[int] = []
 
-    def once() -> nn.Module:
+    def longer() -> nn.Module:
         calls.append(1)
-        more = [nn.ReLU()] if len(calls) > 1 else []
-        return nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3), *more)
+        return nn.Sequential(nn.Linear(6, 16), *[nn.ReLU() for _ in calls], nn.Linear(16, 3))
 
-    (left,) = SearchSpace.from_model(once, (6,)).leftovers
+    (left,) = SearchSpace.from_model(longer, (6,)).leftovers
     assert "'__init__' of Sequential" in str(left)
     assert "is not called for other widths, which get copies: " in str(left)
 
