@@ -52,6 +52,7 @@ from torch import Tensor
 from benchmarks.reconstruction import alternatives
 from benchmarks.space_models import SOURCES
 from widthsearch.channels.extraction import widths_of
+from widthsearch.modules.solving import flags_of
 from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import clone, join, sizes_in, tensors_of
 from widthsearch.space.computation import (
@@ -111,12 +112,12 @@ def start_and_output(space: SearchSpace) -> str:
         constructed = _sketched(make_other)
         if constructed is None:  # the constructor does not take these arguments
             continue
-        vector, heads = _vector_of(space, constructed), _heads(constructed)
+        vector, decisions = _vector_of(space, constructed), _decisions(constructed)
         del constructed
         if vector is not None and vector != space.base.vector:
             built = space.model.build(vector, seed=SEED)
-            if _heads(built) != heads:
-                continue  # a number of heads that the space holds is another
+            if _decisions(built) != decisions:
+                continue  # such as other numbers of heads, or a shortcut where widths are equal
             difference = _difference(space, built, make_other)
             return f"no: {difference} ({arguments})" if difference else f"yes ({arguments})"
     return "base"
@@ -130,13 +131,14 @@ def _sketched(make: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
     return None
 
 
-def _heads(network: torch.nn.Module) -> list[tuple[str, int]]:
-    """The integers that forward reads and that number or size heads."""
+def _decisions(network: torch.nn.Module) -> list[tuple[str, int]]:
+    """What forward reads of the numbers and sizes of heads, and of a constructor's decisions."""
     return [
-        (name, number)
+        (name, value)
         for module in network.modules()
-        for name, number in sizes_in(module)
-        if "head" in name and name in names_in_forward(module)
+        for name, value in (*sizes_in(module), *flags_of(module).items())
+        if name != "training" and name in names_in_forward(module)
+        if isinstance(value, bool) or "head" in name
     ]
 
 

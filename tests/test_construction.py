@@ -144,6 +144,45 @@ def test_decisions_stay_the_bases_where_widths_become_equal() -> None:
     assert all(torch.equal(built[key], value) for key, value in expected.items())
 
 
+class Part(nn.Sequential):
+    """A layer, perhaps with an activation."""
+
+    def __init__(self, a: int, b: int, active: bool) -> None:
+        super().__init__(nn.Linear(a, b), *([nn.ReLU()] if active else []))
+
+
+class Inverted(nn.Sequential):
+    """An inverted residual block, which expands nothing where its widths are equal."""
+
+    def __init__(self, c: int, e: int) -> None:
+        first = [Part(c, e, True)] if c != e else []
+        super().__init__(*first, Part(e, e, True), Part(e, c, False))
+
+
+def test_a_decision_that_shows_within_another_call_stays_the_bases() -> None:
+    """Without the first part the last one stands where a part with an activation is expected."""
+    space = SearchSpace.from_model(
+        lambda: nn.Sequential(nn.Linear(5, 8), Inverted(8, 12), nn.Linear(8, 3)), (5,)
+    )
+    net: Any = space.build([8] * len(space.axes), seed=0)
+    assert [len(part) for part in net[1]] == [2, 2, 1]
+    assert net[1][0][0].weight.shape == (8, 8)
+
+
+class Rounded(nn.Sequential):
+    """A width that is rounded to a multiple of a number, which is no width."""
+
+    def __init__(self, width: int = 24, to: int = 8) -> None:
+        width = (width + to // 2) // to * to
+        super().__init__(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def test_a_number_that_widths_are_rounded_to_follows_none() -> None:
+    """Another number changes the width as an offset would, but not twice by the same slope."""
+    space = SearchSpace.from_model(Rounded, (5,))
+    assert [space.build([w], seed=0)[0].out_features for w in (4, 12, 16, 48)] == [4, 12, 16, 48]
+
+
 class Heads(nn.Module):
     """As many heads as fit."""
 

@@ -165,6 +165,8 @@ class Builder(Session):
                     break  # these are the numbers of such a network: the user's class refuses it
             else:
                 return
+        if isinstance(failure, DivergedError):
+            raise failure  # by a decision of its caller, which takes the base's numbers then
         raise ConstructionError(f"{call.kind}: {type(failure).__name__}: {failure}") from failure
 
     def _compare(self, frame: Frame) -> None:

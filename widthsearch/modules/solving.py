@@ -413,15 +413,39 @@ class Solver(Sketch):
             self._seen[key] = None
             before = sizes_of(frame.module)
             for new in (2 * v, 3 * v, v + 1):
-                after = self._probe(frame, original, arguments, dict.fromkeys(leaves, new))
-                if after is not None and after.keys() == before.keys():
-                    self._seen[key] = {
-                        where: (u, Fraction(after[where] - u, new - v))
-                        for where, u in before.items()
-                        if after[where] != u
-                    }
+                slopes = self._slopes(frame, original, arguments, leaves, v, new, before)
+                if slopes is not None:
+                    if any(u != slope * v for u, slope in slopes.values()):
+                        # Of a number that sizes are rounded to, another value gives other slopes.
+                        again = self._slopes(frame, original, arguments, leaves, v, new + v, before)
+                        slopes = {
+                            where: found
+                            for where, found in slopes.items()
+                            if again is None or again.get(where) == found
+                        }
+                    self._seen[key] = slopes
                     break
         return self._seen[key]
+
+    def _slopes(
+        self,
+        frame: Frame,
+        original: Any,
+        arguments: Any,
+        leaves: tuple[Leaf, ...],
+        v: int,
+        new: int,
+        before: Mapping[Where, int],
+    ) -> dict[Where, tuple[int, Fraction]] | None:
+        """The sizes that change when numbers become ``new``, each with its slope."""
+        after = self._probe(frame, original, arguments, dict.fromkeys(leaves, new))
+        if after is None or after.keys() != before.keys():
+            return None
+        return {
+            where: (u, Fraction(after[where] - u, new - v))
+            for where, u in before.items()
+            if after[where] != u
+        }
 
     def _probe(
         self, frame: Frame, original: Any, arguments: Any, changes: Mapping[Leaf, int]
