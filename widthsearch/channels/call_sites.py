@@ -99,9 +99,12 @@ class CallSites(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self._layers or name == "__get__":  # attributes of tensors, such as their shape
             return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if not args:  # operands have the same places whether they are named or not
+            args = tuple(kwargs.pop(name) for name in ("input", "query") if name in kwargs)
         where = self._layers[-1], name
         self._counts[where] += 1
-        return self.call((*where, self._counts[where] - 1), func, args, kwargs or {})
+        return self.call((*where, self._counts[where] - 1), func, args, kwargs)
 
     def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
         """Make one call."""

@@ -9,8 +9,9 @@ groups or attention has heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import System, as_constant, symbols_of
 from widthsearch.tracing.symbolic_ints import size
+from widthsearch.tracing.trace import TracedAxis
 from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Widths
 
@@ -108,11 +110,17 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
     unknown = dict(run.lost_axes)
     for seam, axes in broken:
         for i in axes:
-            unknown.setdefault(i, f"its channels change sides of a cut: {seam.reason}")
+            unknown.setdefault(i, f"its channels change sides of a cut by {seam.reason}")
+    dims = list(own)
     for lost, reason in run.lost:
-        for i in np.unique(numbers.axis[lost[lost >= 0]]).tolist():
+        lost = lost[lost >= 0]
+        axes = set(numbers.axis[lost].tolist())
+        for n in np.unique(np.searchsorted(run.starts, lost[numbers.axis[lost] < 0], "right")):
+            key, dim = dims[n - 1]  # it has no numbers, so all that it may belong to are lost
+            axes |= symbols_of(model.trace.shapes[key][dim])
+        for i in axes:
             unknown.setdefault(i, reason)
-    unknown |= {i: why for i, why in numbers.unknown.items() if i not in unknown}
+    unknown |= {i: why() for i, why in numbers.unknown.items() if i not in unknown}
     unknown = {i: unknown[i] for i in sorted(unknown) if 0 <= i < len(x)}
     return DependencyGraph(
         widths,
@@ -139,14 +147,14 @@ class _Numbers:
         group: Its group.
         axes: Per dim, the axis of each position.
         groups: The same for the group.
-        unknown: Axes whose positions are not all known, with the reason.
+        unknown: Axes whose positions are not all known, each with a function of the reason.
     """
 
     axis: NDArray[np.int64]
     group: NDArray[np.int64]
     axes: dict[tuple[str, int], NDArray[np.int64]]
     groups: dict[tuple[str, int], NDArray[np.int64]]
-    unknown: dict[int, str]
+    unknown: dict[int, Callable[[], str]]
 
     @classmethod
     def of(
@@ -165,7 +173,7 @@ class _Numbers:
             own: The elements of each dim.
         """
         shapes = model.trace.shapes
-        unknown: dict[int, str] = {}
+        unknown: dict[int, Callable[[], str]] = {}
         root = elements.find(np.arange(len(elements.parent)))
         # A class can have a group in several axes, which then cannot be pruned independently.
         group = [np.full(len(root), -1) for _ in x]
@@ -186,8 +194,8 @@ class _Numbers:
         for i, of_axis in enumerate(group):
             mine = of_axis >= 0
             for other in np.unique(axis_of[mine & (axis_of >= 0)]).tolist():
-                first, second = (model.trace.axes[n].name for n in (other, i))
-                why = f"axes {first!r} and {second!r} have channels in common"
+                pair = [model.trace.axes[n] for n in (other, i)]
+                why = partial(_why_in_common, pair, elements, own)
                 unknown |= {i: why, other: why}
             axis_of[mine], group_of[mine] = i, of_axis[mine]
         axes, groups = {}, {}
@@ -200,9 +208,31 @@ class _Numbers:
                 counts = np.bincount(found[1, found[0] == i], minlength=x[i])
                 # A dim of `c·x` positions has c of each group, or some were not found.
                 if (counts != length.get((i,), 0)).any():
-                    unknown.setdefault(i, f"the run does not tell its channels in {where[0]!r}")
+                    dims = (these, own[model.trace.axes[i].maker])
+                    unknown.setdefault(i, partial(_why_not_told, where[0], elements, dims))
             axes[where], groups[where] = found
         return cls(axis_of[root], group_of[root], axes, groups, unknown)
+
+
+def _why_in_common(
+    pair: Sequence[TracedAxis], elements: Elements, own: Mapping[tuple[str, int], NDArray[np.int64]]
+) -> str:
+    """The reason for two axes with common channels, with the operator that united some of both."""
+
+    def met(classes: Elements) -> bool:
+        return len(np.intersect1d(*(classes.find(own[axis.maker]) for axis in pair))) > 0
+
+    first, second = (repr(axis.name) for axis in pair)
+    return f"axes {first} and {second} have channels in common by {elements.cause(met)}"
+
+
+def _why_not_told(key: str, elements: Elements, dims: Iterable[NDArray[np.int64]]) -> str:
+    """The reason for positions that are in one class, with the operator that united them last."""
+    for these in dims:
+        found = len(np.unique(elements.find(these)))
+        if cause := elements.cause(lambda now: len(np.unique(now.find(these))) == found):  # noqa: B023
+            return f"its channels in {key!r} are tied to each other by {cause}"
+    return f"the run does not tell its channels in {key!r}"
 
 
 def _operands(

@@ -13,7 +13,7 @@ Example: the output of a convolution with four filters, elements 10 to 13, has t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,11 @@ Field = Tensor
 class Elements:
     """A union-find forest: ``parent[i]`` is a smaller element of the same class, or ``i`` itself.
 
+    Attributes:
+        parent: The forest.
+        log: The unions so far, each with the reason.
+        reason: Gives the reason of a union that is made now.
+
     Example:
         >>> elements = Elements()
         >>> first, second = elements.new(3), elements.new(3)
@@ -38,6 +43,8 @@ class Elements:
 
     def __init__(self) -> None:
         self.parent = np.empty(0, np.int64)
+        self.log: list[tuple[NDArray[np.int64], NDArray[np.int64], str]] = []
+        self.reason: Callable[[], str] = str
 
     def new(self, count: int) -> NDArray[np.int64]:
         """Make new elements, each a class of its own."""
@@ -61,12 +68,29 @@ class Elements:
         x, y = a.reshape(-1).numpy(), b.reshape(-1).numpy()
         both = (x >= 0) & (y >= 0)
         x, y = self.find(x[both]), self.find(y[both])
+        if (x != y).any():
+            self.log.append((x, y, self.reason()))
+            self._join(x, y)
+
+    def _join(self, x: NDArray[np.int64], y: NDArray[np.int64]) -> None:
         # One representative may be in several pairs, and gets the smallest of its partners as its
         # parent; the other pairs are still apart and go another round.
         while (apart := x != y).any():
             x, y = x[apart], y[apart]
             np.minimum.at(self.parent, np.maximum(x, y), np.minimum(x, y))
             x, y = self.find(x), self.find(y)
+
+    def cause(self, holds: Callable[[Elements], bool]) -> str:
+        """The reason of the first union after which something holds; empty if it holds before."""
+        replay = Elements()
+        replay.parent = np.arange(len(self.parent))
+        found = ""
+        for x, y, reason in self.log:
+            if holds(replay):
+                break
+            replay._join(replay.find(x), replay.find(y))
+            found = reason
+        return found
 
     def merged(self, fields: Iterable[Field]) -> list[Field]:
         """The fields of a tensor from those of its operands, united at equal positions."""

@@ -5,6 +5,7 @@ See ``rules.py`` for the others, and for the table of operators.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def pointwise(run: Propagation, call: Call) -> None:
             if f.dim() > len(shape) or any(
                 n not in (1, m) for n, m in zip(f.shape, shape, strict=True)
             ):
-                run.lose(f, call)
+                run.lose(f)
             else:
                 fields.append(f)
     run.set_fields(first, run.elements.merged(fields))
@@ -48,7 +49,7 @@ def pointwise(run: Propagation, call: Call) -> None:
         if shape_of(other) == shape:
             run.set_fields(other, run.fields_of(first))
     if any(first is x for x in (*call.args, *call.kwargs.values())):
-        run.write_through(first, call)
+        run.write_through(first)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -102,7 +103,7 @@ def _cut(run: Propagation, call: Call, field: Field) -> None:
             length = poly_of(x.shape[dim])
             run.cut(field, dim % x.dim(), add(length, poly_of(shift), -1), length)
         if not named["dims"]:
-            run.lose(field, call)
+            run.lose(field)
         return
     if name in (aten.channel_shuffle, aten.native_channel_shuffle) and 1 in varies(field):
         blocks = in_blocks(field, 1, hinted(named["groups"]))
@@ -118,7 +119,7 @@ def _cut(run: Propagation, call: Call, field: Field) -> None:
         positions = [_position(n, length) for n in bounds if step == 1 or hinted(n) >= step]
         if step != 1 and dim in varies(field):
             if hinted(x.shape[dim]) % step:
-                run.lose(field, call)
+                run.lose(field)
             else:  # of each block of `step` channels one is taken
                 blocks = in_blocks(field, dim, field.shape[dim] // step)
                 run.elements.unite(blocks, blocks.narrow(dim + 1, 0, 1))
@@ -147,14 +148,16 @@ def _check_reshaped_sum(run: Propagation, call: Call, field: Field) -> None:
         whole = poly_of(call.args[0].shape[dim])
         shape = call.outputs[0].shape
         if len(whole) > 1 and all(divide(poly_of(n), whole) is None for n in shape):
-            run.lose(field, call)
+            run.lose(field)
 
 
 def _unite_fixed_dims(run: Propagation, field: Field, tensor: Tensor) -> Field:
     """Unite all elements along each dim of a fixed size: none of them can go alone."""
     for dim in sorted(varies(field)):
         if as_constant(poly_of(tensor.shape[dim])) is not None:
-            run.elements.unite(field, field.narrow(dim, 0, 1))
+            first = field.narrow(dim, 0, 1)
+            run.elements.unite(field, first)
+            field = first if bool((field >= 0).all()) else field
     return field
 
 
@@ -175,15 +178,16 @@ def gated_halves(run: Propagation, call: Call) -> None:
 
 
 def spatial(run: Propagation, call: Call) -> None:
-    """Pooling and resizing: the last dims of the operand are no channels."""
+    """Pooling, resizing and sampling: the last dims of the operands are no channels."""
     digit = re.search(r"(\d)d", call.func._schema.name)
     dims = int(digit[1]) if digit else 2
     fields = []
-    for f in run.fields_of(call.args[0]):
+    for f in (f for x in tensors_in(call.args) for f in run.fields_of(x)):
         if max(varies(f)) < f.dim() - dims:
             fields.append(f)
         else:
-            run.lose(f, call)
+            run.lose(f)
+    fields = run.elements.merged(fields)
     for o in call.outputs:
         run.set_fields(o, fields)
 
@@ -223,29 +227,34 @@ def concatenate(run: Propagation, call: Call) -> None:
 
 
 def along_dim(run: Propagation, call: Call) -> None:
-    """Sorting and the like: entries along one dim are mixed, and the others are kept apart."""
-    (dim,) = from_front(call.named["dim"], call.args[0])
+    """Sorting, FFT and the like: entries along some dims are mixed, the others are kept apart."""
+    dims = from_front(call.named["dim"], call.args[0])
     shape = shape_of(call.outputs[0])
     fields = []
     for x in tensors_in(call.args):
         for f in run.fields_of(x):
-            kept = f.dim() == len(shape) and dim not in varies(f)
+            kept = f.dim() == len(shape) and dims.isdisjoint(varies(f))
             if kept and all(n in (1, m) for n, m in zip(f.shape, shape, strict=True)):
                 fields.append(f)
             else:
-                run.lose(f, call)
+                run.lose(f)
     fields = run.elements.merged(fields)
     for o in call.outputs:
         run.set_fields(o, fields)
     if any(call.outputs[0] is x for x in call.args):
-        run.write_through(call.outputs[0], call)
+        run.write_through(call.outputs[0])
 
 
 def indexed(run: Propagation, call: Call) -> None:
-    """Look-ups by a tensor of positions, or by a mask: the indexed dims must have no elements."""
-    x = call.args[0]
+    """Look-ups and writes by positions, or by a mask: the indexed dims must have no elements.
+
+    Written values have the elements of the entries that they replace.
+    """
+    x, indices, *values = call.args[:3]
     positions: list[Tensor | None] = []
-    for i in call.args[1]:
+    for i in indices:
+        for f in run.fields_of(i):
+            run.lose(f)
         if i is None:
             positions.append(None)
         elif i.dtype == torch.bool:  # a mask stands for its dims, and selects along one
@@ -256,10 +265,35 @@ def indexed(run: Propagation, call: Call) -> None:
     fields = []
     for f in run.fields_of(x):
         if varies(f) & gone:
-            run.lose(f, call)
+            run.lose(f)
         else:
             fields.append(compressed(aten.index(f.expand(shape_of(x)), positions)))
-    run.set_fields(call.outputs[0], fields)
+    if not values:
+        run.set_fields(call.outputs[0], fields)
+        return
+    for f in run.fields_of(values[0]):
+        f = f.view(*[1] * (max(g.dim() for g in [f, *fields]) - f.dim()), *f.shape)
+        if not any(varies(g) == varies(f) for g in fields):
+            run.lose(f)
+        run.elements.merged([*fields, f])
+    run.set_fields(call.outputs[0], run.fields_of(x))
+
+
+def windows(run: Propagation, call: Call) -> None:
+    """``F.unfold`` and ``F.fold``: each channel has one position for each entry of a window."""
+    x, out = call.args[0], call.outputs[0]
+    count = math.prod(hinted(call.named["kernel_size"]))
+    fields = []
+    for f in run.fields_of(x):
+        if varies(f) != {1} or out.dim() + x.dim() != 7:  # a batch
+            run.lose(f)
+        elif x.dim() == 4:
+            fields.append(f.reshape(1, -1, 1).repeat_interleave(count, 1))
+        else:
+            blocks = f.reshape(-1, count)
+            run.elements.unite(blocks, blocks[:, :1])
+            fields.append(blocks[:, 0].view(1, -1, 1, 1))
+    run.set_fields(out, fields)
 
 
 def embedding(run: Propagation, call: Call) -> None:
@@ -269,4 +303,4 @@ def embedding(run: Propagation, call: Call) -> None:
         if varies(f) == {1}:
             run.set_fields(out, [f.view([1] * (out.dim() - 1) + [-1])])
         else:
-            run.lose(f, call)
+            run.lose(f)

@@ -8,7 +8,9 @@ softmax, and left out of the statistics of norms. Numbers that are computed from
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -51,7 +53,8 @@ def masked(model: TracedModel, network: nn.Module, keep: Keep) -> Iterator[nn.Mo
             if not mask.all():
                 masks.setdefault(site, {}).setdefault(operand.index, []).append(mask)
     narrow = extract(model, network, keep, graph).cpu().eval()
-    dtype = next(narrow.parameters()).dtype
+    floats = (p.dtype for p in narrow.parameters() if p.is_floating_point())
+    dtype = next(floats, torch.get_default_dtype())
     inputs = tree_map_only(
         Tensor,
         lambda x: x.to(dtype) if x.is_floating_point() else x,
@@ -67,8 +70,8 @@ class _Numbers(CallSites):
     """Records the numbers among the arguments of each call.
 
     Attributes:
-        found: Per call, its floats by place, and integers of arithmetic; the width of an attention
-            head is at -1.
+        found: Per call, its floats by place, and integers that are no sizes; the width of an
+            attention head is at -1.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,9 +84,12 @@ class _Numbers(CallSites):
 
 
 def _numbers(site: Site, args: Any, kwargs: Any) -> dict[int, float]:
-    kinds = (float, int) if site[1].strip("_").lstrip("ir") in _ARITHMETIC else float
     leaves = enumerate(tree_leaves((args, kwargs)))
-    found = {i: x for i, x in leaves if isinstance(x, kinds) and not isinstance(x, bool)}
+    found = {i: x for i, x in leaves if isinstance(x, float | int) and not isinstance(x, bool)}
+    if site[1] in ("full", "new_full"):
+        found = {i: found[i] for i in sorted(found)[-1:]}  # others are the shape
+    elif not _takes_values(site[1]):
+        found = {i: x for i, x in found.items() if isinstance(x, float)}
     if site[1] == "scaled_dot_product_attention":
         found[-1] = args[0].shape[-1]
     elif site[1] == "multi_head_attention_forward":
@@ -91,7 +97,19 @@ def _numbers(site: Site, args: Any, kwargs: Any) -> dict[int, float]:
     return found
 
 
-_ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "true_divide", "multiply", "divide", "pow"}
+@functools.cache
+def _takes_values(name: str) -> bool:
+    """Whether integers among a function's arguments are values, not sizes or positions."""
+    name = re.sub(r"^__[ir]?(?=\w+__$)|_+$", "", name)
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, each) for each in packet.overloads()] if packet else ()
+    return name in _VALUES or any(torch.Tag.pointwise in each.tags for each in overloads)
+
+
+_VALUES = {
+    *("truediv", "floordiv", "floor_divide", "mod", "masked_fill", "where"),
+    *("tensor", "as_tensor", "scalar_tensor", "full_like", "fill"),
+}
 
 
 class _Masked(CallSites):
@@ -138,6 +156,9 @@ def _filled(masks: list[Tensor], fill: float, x: Tensor) -> Tensor:
                 f"a mask of shape {tuple(mask.shape)} fits no operand of shape {tuple(x.shape)}: "
                 "the model merges channels with its batch; use `extract`"
             )
+        if not x.is_floating_point() and not x.is_complex():
+            whole = torch.iinfo(x.dtype) if x.dtype != torch.bool else None
+            fill = bool(fill) if whole is None else int(max(whole.min, min(fill, whole.max)))
         x = torch.where(mask.to(x.device), x, fill)
     return x
 
@@ -216,9 +237,28 @@ def _group_norm(
     grouped = x.reshape(len(x), groups, -1)
     count, mean, squares = _moments(inside.reshape(grouped.shape), grouped, [2])
     out = ((grouped - mean) / (squares / count + eps).sqrt()).view_as(x)
+    return _affine(out, weight, bias)
+
+
+def _batch_norm(
+    inside: Tensor,
+    x: Tensor,
+    running_mean: None,
+    running_var: None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    count, mean, squares = _moments(inside, x, [0, *range(2, x.dim())])
+    return _affine((x - mean) / (squares / count + eps).sqrt(), weight, bias)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    out = out if weight is None else out * weight.view(shape)
-    return out if bias is None else out + bias.view(shape)
+    x = x if weight is None else x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
 
 
 def _rms_norm(
@@ -240,4 +280,5 @@ _STATISTICS: dict[str, Any] = {
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
     "rms_norm": _rms_norm,
+    "batch_norm": _batch_norm,
 }

@@ -21,9 +21,9 @@ elements ``[2, 3, 4]`` along dim 0 and ``[5, 6]`` along dim 1. The rule unites 0
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,12 @@ from widthsearch.tracing.polynomials import Poly, as_constant, symbols_of
 from widthsearch.tracing.symbolic_ints import poly_of
 
 FILLS: dict[str, Any] = {
-    **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "amax"), -torch.inf),
-    "amin": torch.inf,
-    "prod": 1,
+    **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "logcumsumexp"), -torch.inf),
+    **dict.fromkeys(("amax", "max", "cummax"), -torch.inf),
+    **dict.fromkeys(("amin", "min", "cummin"), torch.inf),
+    **dict.fromkeys(("prod", "cumprod", "all"), 1),
     **dict.fromkeys(("mean", "var", "std", "var_mean", "std_mean"), "statistics"),
-    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm"), "statistics"),
+    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm", "batch_norm"), "statistics"),
 }
 """By name of a torch function, the value that takes masked entries out of it; 0 for other reads.
 
@@ -125,6 +126,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seams: Where dims are cut.
         lost: Elements that an operator without a rule combines, each with the reason.
         lost_axes: Axes of sizes that such an operator makes, each with the reason.
+        on_use: By id of a tensor that was not read yet, what happens once it is.
         views: By id, the tensor that a view is a view of, and the operator that makes it.
 
     Example:
@@ -140,12 +142,14 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, elements: Elements, activations: Iterable[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.elements = elements
+        elements.reason = self._reason
         self.starts: list[int] = []
         self.places: list[tuple[str | None, int]] = []
         self.consumers: dict[str, int] = {}
         self.parameters: dict[int, str] = {}
         self.sites: dict[Site, SiteRecord] = {}
-        self.seams: list[Seam] = []
+        self.seams: dict[Seam, None] = {}  # in order
+        self.on_use: dict[int, list[Callable[[], Any]]] = {}
         self.lost: list[tuple[NDArray[np.int64], str]] = []
         self.lost_axes: dict[int, str] = {}
         self.views: dict[int, tuple[Tensor, Call, int]] = {}
@@ -192,9 +196,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = func(*args, **kwargs)
             except (NotImplementedError, RuntimeError, TypeError, ValueError):
                 out = _on_zeros(func, args, kwargs)
-        call = Call(func, args, kwargs, out)
+        call = self.call = Call(func, args, kwargs, out)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = {id(t) for t in inputs}
+        for action in (a for i in known for a in self.on_use.pop(i, ())):
+            action()
         active = not self._activations.isdisjoint(known)
         for o in call.outputs:
             if active:
@@ -205,11 +211,12 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(o) not in known:
                 self._fields.pop(id(o), None)
                 self.views.pop(id(o), None)
+                self.on_use.pop(id(o), None)
         if self.site is not None and keeps_zeros(call, self.site.fills):
             self.site.filled.update((id(o), o) for o in call.outputs)
         rule = rule_of(func)
         if rule is None:
-            self._lose_all(call, inputs)
+            self._lose_all(inputs)
         elif rule is view or (call.outputs and any(id(t) in self._fields for t in inputs)):
             rule(self, call)
         return out
@@ -218,22 +225,21 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether a tensor depends on parameters and constants alone."""
         return id(tensor) not in self._activations
 
-    def read(self, f: Field, dims: Iterable[int], fill: Any, call: Call, *factors: Tensor) -> None:
-        """Record that a call combines a field's entries along some dims.
+    def read(self, f: Field, dims: Iterable[int], fill: Any, *factors: Tensor) -> None:
+        """Record that the call combines a field's entries along some dims.
 
         Args:
             f: The field of an operand.
             dims: The dims.
             fill: The value that takes entries out of the operator, as in :data:`FILLS`.
-            call: The call.
             factors: The tensors of which one must have that value; default: the first operand.
         """
         along = varies(f) & set(dims)
         if not along:
             return
-        site, factors = self.site, factors or call.args[:1]
+        site, factors = self.site, factors or self.call.args[:1]
         if site is None or FILLS.get(site.name, 0) != fill or not any(map(site.fills, factors)):
-            self.lose(f, call)
+            self.lose(f)
         else:
             site.reads.append((f, along))
 
@@ -260,28 +266,42 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key is not None:
                 self.consumers[key] = own if dim is None else dim
 
-    def follow(self, f: Field, other: Tensor, found: Field | None, dim: int, call: Call) -> None:
+    def follow(self, f: Field, other: Tensor, found: Field | None, dim: int) -> None:
         """Give up on a field that is contracted with activations whose channels are not known."""
         followed = found is not None or self.is_weight(other)
         if not followed and as_constant(poly_of(other.shape[dim])) is None:
-            self.lose(f, call)
+            self.lose(f)
 
-    def lose(self, f: Field, call: Call) -> None:
+    def _reason(self) -> str:
+        return f"{self.call.func}: {_line()}"
+
+    def lose(self, f: Field) -> None:
         """Give up on the axes of a field's elements."""
-        reason = f"{call.func} mixes its channels: {_line()}"
+        reason = f"{self.call.func} mixes its channels: {_line()}"
         self.lost.append((np.unique(f.reshape(-1).numpy()), reason))
 
-    def _lose_all(self, call: Call, inputs: Iterable[Tensor]) -> None:
+    def _lose_all(self, inputs: Iterable[Tensor]) -> None:
         """Give up on the axes of an operator without a rule, and of the sizes that it makes."""
         for f in (f for t in inputs for f in self.fields_of(t)):
-            self.lose(f, call)
-        for s in {s for t in call.outputs for n in t.shape for s in symbols_of(poly_of(n))}:
-            self.lost_axes.setdefault(s, f"{call.func} has no rule for its channels: {_line()}")
+            self.lose(f)
+        reason = f"{self.call.func} has no rule for its channels: {_line()}"
+        for s in {s for t in self.call.outputs for n in t.shape for s in symbols_of(poly_of(n))}:
+            self.lost_axes.setdefault(s, reason)
 
     def cut(self, f: Field, dim: int, position: Poly, length: Poly) -> None:
-        """Record a seam in a field; a dim of a fixed size is cut at the same place ever."""
+        """Record a seam in a field once a part is used: ``x[0].numel()`` uses none.
+
+        A dim of a fixed size is always cut at the same place.
+        """
         if dim in varies(f) and as_constant(length) is None:
-            self.seams.append(Seam(f, dim, position, length, _line()))
+            seam = Seam(f, dim, position, length, self._reason())
+            for part in self.call.outputs:
+                self.when_used(part, partial(self.seams.setdefault, seam))
+
+    def when_used(self, tensor: Tensor, action: Callable[[], Any]) -> None:
+        """Do something as soon as an operator reads the output of this call."""
+        self.on_use.setdefault(id(tensor), []).append(action)
+        self._alive.append(tensor)
 
     def unite_vectors(self, x: Tensor, vectors: Iterable[Any], dim: int) -> None:
         """Unite the elements of vectors (biases, norms' weights) with those of x along a dim."""
@@ -291,7 +311,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if of_x is not None and of_vector is not None:
                 self.elements.unite(of_x, of_vector)
 
-    def write_through(self, tensor: Tensor, call: Call) -> None:
+    def write_through(self, tensor: Tensor) -> None:
         """After a write into a view, give its fields to the tensor that it is a view of."""
         if id(tensor) not in self.views:
             return
@@ -311,9 +331,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     fields = self.elements.merged([*fields, own.view(at)])
                     placed = True
             if not placed:
-                self.lose(f, call)
+                self.lose(f)
         self.set_fields(base, map(compressed, fields))
-        self.write_through(base, call)
+        self.write_through(base)
 
 
 def _on_zeros(func: Any, args: Any, kwargs: Any) -> Any:

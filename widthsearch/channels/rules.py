@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,43 +34,44 @@ def convolution(run: Propagation, call: Call) -> None:
     x, weight, bias, _, _, _, transposed, _, count = call.args
     out, groups = call.outputs[0], hinted(count)
     own, other = run.field_along(weight, 0), run.field_along(weight, 1)
-    for tensor in (x, weight):
-        for f in run.fields_of(tensor):
-            if len(varies(f)) > 1 or max(varies(f)) > 1:
-                run.lose(f, call)
+    for f in (f for tensor in (x, weight) for f in run.fields_of(tensor)):
+        if varies(f) not in ({0}, {1}):
+            run.lose(f)
+    rows = [f for f in run.fields_of(x) if varies(f) == {0}]  # channels merged with the batch
     channels = run.field_along(x, 1)
-    inputs, outputs = shape_of(x)[1], shape_of(out)[1]
+    outputs = shape_of(out)[1]
     read, filters = (own, other) if transposed else (other, own)
     if channels is not None and read is not None:
         if transposed:
-            run.elements.unite(channels, read)
+            run.elements.unite(channels, own)
         else:
             run.elements.unite(channels.view(groups, -1), read.view(1, -1))
-    follows = not isinstance(count, int)  # else the number of groups is fixed
-    depthwise = inputs == groups > 1 and follows
-    if depthwise:  # each filter has its own channel
-        if channels is not None and filters is not None:
-            run.elements.unite(channels.view(-1, 1), filters.view(inputs, -1))
-        run.consume(weight, filters, x, 1)
-        if channels is not None and filters is None:  # the same constants for all, as in a blur
-            filters = channels.repeat_interleave(outputs // inputs)
+    fixed = isinstance(count, int)
+    if groups > 1 and not fixed and other is None:  # whole groups go, with their filters
+        run.consume(weight, own, x)
+        if channels is not None:
+            grouped = channels.view(groups, -1)
+            run.elements.unite(grouped, grouped[:, :1])
+            if own is not None and not transposed:
+                run.elements.unite(own.view(groups, -1), grouped[:, :1])
+            if filters is None:  # the same constants for all, as in a blur
+                filters = grouped[:, 0].repeat_interleave(outputs // groups)
     else:
         run.consume(weight, read, x)
         for end in (channels, read):
             if end is not None:
-                run.read(end, (0,), 0, call, x, weight)
+                run.read(end, (0,), 0, x, weight)
         if read is not None:
-            run.follow(read, x, channels, 1, call)
+            run.follow(read, x, channels, 1)
         if channels is not None:
-            run.follow(channels, weight, read, 0 if transposed else 1, call)
-    if filters is None:
-        return
-    if transposed and groups > 1:
-        filters = filters.repeat(groups)
-    elif groups > 1 and not follows:
-        grouped = filters.view(groups, -1)  # a filter goes from all groups at once
-        run.elements.unite(grouped, grouped[:1])
-    run.set_fields(out, [filters.view(1, outputs, *[1] * (out.dim() - 2))])
+            run.follow(channels, weight, read, 0 if transposed else 1)
+        if filters is not None and transposed:
+            filters = filters.repeat(groups)
+        ends = channels if transposed else filters
+        if ends is not None and groups > 1 and fixed:  # one goes from all groups at once
+            run.elements.unite(ends.view(groups, -1), ends.view(groups, -1)[:1])
+    fields = [] if filters is None else [filters.view(1, outputs, *[1] * (out.dim() - 2))]
+    run.set_fields(out, [*fields, *rows])
     run.unite_vectors(out, [bias], 1)
 
 
@@ -104,15 +106,15 @@ def _multiply(run: Propagation, call: Call, a: Tensor, b: Tensor) -> None:
             if contracted and k in varies(g):
                 run.elements.unite(f if vector else f.transpose(-1, -2), g)
         if contracted:
-            run.read(f, (f.dim() - 1,), 0, call, a, b)
+            run.read(f, (f.dim() - 1,), 0, a, b)
             run.consume(a, f, b)
-            run.follow(f, b, found[1], k, call)
+            run.follow(f, b, found[1], k)
         rows += run.elements.collapsed(f, {f.dim() - 1})
     for g in run.fields_of(b):
         if k in varies(g):
-            run.read(g, (k,), 0, call, a, b)
+            run.read(g, (k,), 0, a, b)
             run.consume(b, g, a)
-            run.follow(g, a, found[0], a.dim() - 1, call)
+            run.follow(g, a, found[0], a.dim() - 1)
         columns += run.elements.collapsed(g, {k})
     if vector:
         rows, columns = [f.squeeze(-1) for f in rows], []
@@ -126,7 +128,7 @@ def attention(run: Propagation, call: Call) -> None:
     tokens = last - 1
     free = query.dim() == 4 and as_constant(poly_of(query.shape[1])) is None
     for f in run.fields_of(query):
-        run.read(f, (last,), 0, call, query, key)
+        run.read(f, (last,), 0, query, key)
         for g in run.fields_of(key):
             if varies(f) == varies(g):
                 run.elements.unite(f, g)
@@ -134,15 +136,18 @@ def attention(run: Propagation, call: Call) -> None:
             if free and 1 in varies(f) and 1 in varies(g):
                 run.elements.unite(f.narrow(-1, 0, 1), g)
     for f in run.fields_of(key):
-        run.read(f, (last,), 0, call, query, key)
+        run.read(f, (last,), 0, query, key)
     for f in (*run.fields_of(query), *run.fields_of(key), *run.fields_of(value)):
         if tokens in varies(f):
-            run.lose(f, call)
+            run.lose(f)
     run.set_fields(call.outputs[0], run.fields_of(value))
 
 
 def reduction(fill: Any) -> Callable[[Propagation, Call], None]:
-    """The rule of a reduction; ``fill`` takes masked entries out, and None if nothing does."""
+    """The rule of a reduction; ``fill`` takes masked entries out, and None if nothing does.
+
+    Positions beside a largest or smallest entry are not followed: they must not be used.
+    """
 
     def rule(run: Propagation, call: Call) -> None:
         x, named = call.args[0], call.named
@@ -152,9 +157,12 @@ def reduction(fill: Any) -> Callable[[Propagation, Call], None]:
         fields = []
         for f in run.fields_of(x):
             if varies(f) & gone and not usable:
-                run.lose(f, call)
+                run.lose(f)
             else:
-                run.read(f, gone, fill, call)
+                run.read(f, gone, fill)
+                for o in call.outputs[1:] if varies(f) & gone else ():
+                    if o.dtype == torch.int64:
+                        run.when_used(o, partial(run.lose, f))
             keep = call.outputs[0].dim() == x.dim()
             for g in run.elements.collapsed(f, gone):
                 shape = [n for d, n in enumerate(g.shape) if keep or d not in gone]
@@ -169,20 +177,24 @@ def scan(fill: Any) -> Callable[[Propagation, Call], None]:
     """The rule of a softmax or running sum, whose output has the shape of its operand."""
 
     def rule(run: Propagation, call: Call) -> None:
+        dims = from_front(call.named["dim"], call.args[0])
         for f in run.fields_of(call.args[0]):
-            run.read(f, from_front(call.named["dim"], call.args[0]), fill, call)
-        run.set_fields(call.outputs[0], run.fields_of(call.args[0]))
+            run.read(f, dims, fill)
+            for positions in call.outputs[1:] if varies(f) & dims else ():
+                run.when_used(positions, partial(run.lose, f))
+        for o in call.outputs:
+            run.set_fields(o, run.fields_of(call.args[0]))
 
     return rule
 
 
 def batch_norm(run: Propagation, call: Call) -> None:
-    """Each channel has its own statistics."""
+    """Each channel has its own statistics: stored ones, or those of the batch in training."""
     x = call.args[0]
     run.unite_vectors(x, call.args[1:], 1)
-    for f in run.fields_of(x):
-        if max(varies(f)) > 1:
-            run.lose(f, call)
+    if call.named.get("training", False):
+        for f in run.fields_of(x):
+            run.read(f, set(range(x.dim())) - {1}, "statistics")
     run.set_fields(call.outputs[0], run.fields_of(x))
 
 
@@ -198,7 +210,7 @@ def group_norm(run: Propagation, call: Call) -> None:
     run.unite_vectors(x, (weight, bias), 1)
     channels = run.field_along(x, 1)
     for f in run.fields_of(x):
-        run.read(f, range(1, x.dim()), "statistics", call)
+        run.read(f, range(1, x.dim()), "statistics")
     if channels is not None:
         grouped = channels.view(hinted(count), -1)
         fixed = isinstance(count, int)
@@ -216,8 +228,31 @@ def layer_norm(run: Propagation, call: Call) -> None:
             f = f.view(*[1] * (x.dim() - f.dim()), *f.shape)
             fields = run.elements.merged([*fields, f])
     for f in fields:
-        run.read(f, gone, "statistics", call)
+        run.read(f, gone, "statistics")
     run.set_fields(call.outputs[0], fields)
+
+
+def trilinear(run: Propagation, call: Call) -> None:
+    """``nn.Bilinear``: a product of two inputs and a weight between them, summed along dims."""
+    tensors, summed = call.args[:3], call.args[6]
+    fields: list[list[Field]] = []
+    for x, new in zip(tensors, call.args[3:6], strict=True):
+        of_x = list(run.fields_of(x))
+        for dim in sorted(new):
+            of_x = [f.unsqueeze(dim) for f in of_x]
+        fields.append(of_x)
+    for x, new, own in zip(tensors, call.args[3:6], fields, strict=True):
+        for dim in set(summed) - set(new):
+            found = next((f for f in own if dim in varies(f)), None)
+            for f in (f for of_x in fields for f in of_x if dim in varies(f)):
+                run.follow(f, x, found, dim - sum(d < dim for d in new))
+        for f in own:
+            run.read(f, summed, 0, *tensors)
+            if varies(f) & set(summed):
+                run.consume(x, f, tensors[0])
+    merged = run.elements.merged([f for of_x in fields for f in of_x])
+    left = [g for f in merged for g in run.elements.collapsed(f, set(summed))]
+    run.set_fields(call.outputs[0], [g.squeeze(summed) for g in left])
 
 
 def weight_norm(run: Propagation, call: Call) -> None:
@@ -225,7 +260,7 @@ def weight_norm(run: Propagation, call: Call) -> None:
     v, g = call.args[:2]
     dim = call.named["dim"] % v.dim()
     for f in run.fields_of(v):
-        run.read(f, set(range(v.dim())) - {dim}, 0, call)
+        run.read(f, set(range(v.dim())) - {dim}, 0)
     run.set_fields(call.outputs[0], run.elements.merged([*run.fields_of(v), *run.fields_of(g)]))
 
 
@@ -265,7 +300,8 @@ RULES: dict[Any, _Rule] = dict.fromkeys(BATCH_NORMS, batch_norm)
 _BY_NAMES: dict[_Rule, str] = {
     local.pointwise: """
         hardswish hardswish_ dropout native_dropout copy_ _to_copy fill_ zero_ _prelu_kernel
-        masked_fill_ log_sigmoid_forward real imag _conj polar complex as_strided_
+        masked_fill_ log_sigmoid_forward real imag _conj polar complex as_strided_ where
+        floor_divide floor_divide_
     """,
     local.view: """
         view _unsafe_view reshape permute transpose t expand unsqueeze squeeze slice select split
@@ -277,11 +313,14 @@ _BY_NAMES: dict[_Rule, str] = {
     local.concatenate: "cat stack",
     local.along_dim: """
         sort topk gather index_select scatter scatter_ scatter_add scatter_add_ index_add
-        index_add_ index_fill index_fill_ index_copy index_copy_ cummax cummin cumprod
-        logcumsumexp kthvalue slice_scatter select_scatter
+        index_add_ index_fill index_fill_ index_copy index_copy_ kthvalue slice_scatter
+        select_scatter fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2
+        fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
+        _fft_c2c _fft_r2c _fft_c2r
     """,
     local.gated_halves: "glu",
-    local.indexed: "index _unsafe_index",
+    local.indexed: "index _unsafe_index index_put index_put_ _unsafe_index_put",
+    local.windows: "im2col col2im",
     local.embedding: "embedding",
     convolution: "convolution",
     product: "mm bmm mv dot vdot",
@@ -294,15 +333,18 @@ _BY_NAMES: dict[_Rule, str] = {
     prelu: "prelu",
     group_norm: "native_group_norm",
     layer_norm: "native_layer_norm _fused_rms_norm rms_norm",
+    trilinear: "_trilinear",
     weight_norm: "_weight_norm_interface _weight_norm",
-    reduction(0): "sum nansum linalg_vector_norm norm count_nonzero",
-    reduction(1): "prod",
+    reduction(0): "sum nansum linalg_vector_norm norm count_nonzero any",
+    reduction(1): "prod all",
     reduction("statistics"): "mean var std var_mean std_mean",
-    reduction(-torch.inf): "amax logsumexp",
-    reduction(torch.inf): "amin",
-    reduction(None): "max min argmax argmin any all median mode nanmedian aminmax",
+    reduction(-torch.inf): "amax max logsumexp",
+    reduction(torch.inf): "amin min",
+    reduction(None): "argmax argmin median mode nanmedian aminmax",
     scan(0): "cumsum",
-    scan(-torch.inf): "_softmax _log_softmax _safe_softmax",
+    scan(1): "cumprod",
+    scan(-torch.inf): "_softmax _log_softmax _safe_softmax cummax logcumsumexp",
+    scan(torch.inf): "cummin",
 }
 for _rule, _names in _BY_NAMES.items():
     RULES.update(dict.fromkeys(operators(_names), _rule))
@@ -320,4 +362,4 @@ def rule_of(func: Any) -> _Rule | None:
     return local.spatial if _SPATIAL.search(func._schema.name) else None
 
 
-_SPATIAL = re.compile(r"pool\dd|upsample_|(reflection|replication)_pad\dd")
+_SPATIAL = re.compile(r"pool\dd|upsample_|(reflection|replication)_pad\dd|grid_sampler_\dd")
