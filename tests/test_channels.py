@@ -287,7 +287,7 @@ def test_channels_that_two_axes_share_cannot_be_cut() -> None:
     """Widths are free of each other, but channel i of one is channel i of the other."""
     space = SearchSpace.from_model(Padded, (3, 8, 8))
     assert build_dependency_graph(space.model, space.base).unknown.keys() == {0, 1}
-    with pytest.raises(SpaceError, match="have channels in common by aten.add.Tensor: "):
+    with pytest.raises(SpaceError, match="have channels in common by aten"):
         space.extract(space.build(1.0), {"narrow": [0, 1, 2, 3]})
 
 

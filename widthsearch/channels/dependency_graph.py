@@ -41,7 +41,8 @@ class DependencyGraph:
         groups: Per axis, its number of groups: its width divided by its channels per group.
         axis: Per tensor and dim that depends on axes, the axis of each position; -1 if unknown.
         group: The same for the group within the axis.
-        consumers: Per weight that multiplies channels of its input, the dim along which it does.
+        consumers: Per weight that multiplies channels of its input, the dim along which it does:
+            that of the filters, if each one multiplies the channels of its own group.
         unknown: Axes whose channels cannot be pruned one by one, each with the reason.
         masks: Per call of a torch function that combines channels, the operands whose removed
             channels a mask takes out.
@@ -95,7 +96,6 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
                 fields.append(torch.from_numpy(own[key, dim]).view(along_dim))
         if parameter:
             meta = nn.Parameter(meta, requires_grad=False)
-            run.parameters[id(meta)] = key
         run.set_fields(meta, fields)
         copies[id(tensor)] = meta
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
@@ -220,7 +220,8 @@ def _why_in_common(
     """The reason for two axes with common channels, with the operator that united some of both."""
 
     def met(classes: Elements) -> bool:
-        return len(np.intersect1d(*(classes.find(own[axis.maker]) for axis in pair))) > 0
+        a, b = (classes.find(own[axis.maker]) for axis in pair)
+        return bool(np.isin(a, b).any())
 
     first, second = (repr(axis.name) for axis in pair)
     return f"axes {first} and {second} have channels in common by {elements.cause(met)}"

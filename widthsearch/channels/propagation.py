@@ -120,7 +120,6 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elements: The elements of the model's parameters and buffers.
         starts: The first element of each dim that has elements.
         places: The parameter and the dim of each of them; None for a buffer.
-        parameters: The name of each parameter, by the id of its meta tensor.
         consumers: Per parameter that multiplies channels, the dim along which it does.
         sites: The calls that read elements.
         seams: Where dims are cut.
@@ -146,7 +145,6 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.starts: list[int] = []
         self.places: list[tuple[str | None, int]] = []
         self.consumers: dict[str, int] = {}
-        self.parameters: dict[int, str] = {}
         self.sites: dict[Site, SiteRecord] = {}
         self.seams: dict[Seam, None] = {}  # in order
         self.on_use: dict[int, list[Callable[[], Any]]] = {}
@@ -240,23 +238,15 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         site, factors = self.site, factors or self.call.args[:1]
         if site is None or FILLS.get(site.name, 0) != fill or not any(map(site.fills, factors)):
             self.lose(f)
-        else:
-            site.reads.append((f, along))
-
-    def consume(self, weight: Tensor, f: Field | None, x: Tensor, dim: int | None = None) -> None:
-        """Record a weight's field as multiplied with the channels of ``x``.
-
-        Args:
-            weight: The tensor that is multiplied.
-            f: Its field along the channels of ``x``.
-            x: The other factor.
-            dim: The dim to record, if it is not the field's own.
-        """
-        if not self.is_weight(weight) or self.is_weight(x):
             return
-        if f is None:  # a single channel has no field
-            if id(weight) in self.parameters and self.fields_of(x):
-                self.consumers[self.parameters[id(weight)]] = 1
+        site.reads.append((f, along))
+        for o in self.call.outputs[1:]:
+            if o.dtype == torch.int64:  # positions of the largest entries differ after a cut
+                self.when_used(o, partial(self.lose, f))
+
+    def consume(self, weight: Tensor, f: Field | None, x: Tensor) -> None:
+        """Record a weight's field as multiplied with the channels of ``x``."""
+        if f is None or not self.is_weight(weight) or self.is_weight(x):
             return
         if self.site is not None:
             self.site.consumed.append(f)
@@ -264,12 +254,25 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for place in np.unique(np.searchsorted(self.starts, elements[elements >= 0], "right")):
             key, own = self.places[place - 1]
             if key is not None:
-                self.consumers[key] = own if dim is None else dim
+                self.consumers[key] = own
 
-    def follow(self, f: Field, other: Tensor, found: Field | None, dim: int) -> None:
-        """Give up on a field that is contracted with activations whose channels are not known."""
-        followed = found is not None or self.is_weight(other)
-        if not followed and as_constant(poly_of(other.shape[dim])) is None:
+    def contract(
+        self, f: Field, dim: int, x: Tensor, other: Tensor, of_other: int, followed: bool
+    ) -> None:
+        """Record that a call sums products of the entries of two tensors along a dim.
+
+        Args:
+            f: A field of ``x`` along the dim.
+            dim: The dim.
+            x: One tensor.
+            other: The other one. If it is an activation, its channels must be known.
+            of_other: The dim in ``other``.
+            followed: Whether it has a field along the dim.
+        """
+        self.read(f, (dim,), 0, x, other)
+        self.consume(x, f, other)
+        known = followed or self.is_weight(other)
+        if not known and as_constant(poly_of(other.shape[of_other])) is None:
             self.lose(f)
 
     def _reason(self) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,13 +41,12 @@ def convolution(run: Propagation, call: Call) -> None:
     outputs = shape_of(out)[1]
     read, filters = (own, other) if transposed else (other, own)
     if channels is not None and read is not None:
-        if transposed:
-            run.elements.unite(channels, own)
-        else:
-            run.elements.unite(channels.view(groups, -1), read.view(1, -1))
+        count_read = 1 if transposed else groups  # groups share the positions that they read
+        run.elements.unite(channels.view(count_read, -1), read.view(1, -1))
     fixed = isinstance(count, int)
     if groups > 1 and not fixed and other is None:  # whole groups go, with their filters
-        run.consume(weight, own, x)
+        if shape_of(weight)[0] >= shape_of(x)[1]:
+            run.consume(weight, own, x)
         if channels is not None:
             grouped = channels.view(groups, -1)
             run.elements.unite(grouped, grouped[:, :1])
@@ -57,14 +55,10 @@ def convolution(run: Propagation, call: Call) -> None:
             if filters is None:  # the same constants for all, as in a blur
                 filters = grouped[:, 0].repeat_interleave(outputs // groups)
     else:
-        run.consume(weight, read, x)
-        for end in (channels, read):
-            if end is not None:
-                run.read(end, (0,), 0, x, weight)
         if read is not None:
-            run.follow(read, x, channels, 1)
+            run.contract(read, 0, weight, x, 1, channels is not None)
         if channels is not None:
-            run.follow(channels, weight, read, 0 if transposed else 1)
+            run.contract(channels, 0, x, weight, 0 if transposed else 1, read is not None)
         if filters is not None and transposed:
             filters = filters.repeat(groups)
         ends = channels if transposed else filters
@@ -77,48 +71,58 @@ def convolution(run: Propagation, call: Call) -> None:
 
 def product(run: Propagation, call: Call) -> None:
     """``mm``, ``bmm``, ``mv`` and ``dot``."""
-    _multiply(run, call, call.args[0], call.args[1])
+    run.set_fields(call.outputs[0], _multiply(run, call.args[0], call.args[1]))
 
 
 def product_with_bias(run: Propagation, call: Call) -> None:
     """``addmm``, ``baddbmm`` and ``addmv``: the bias is added to the product."""
     bias, a, b = call.args[:3]
-    _multiply(run, call, a, b)
     out = call.outputs[0]
+    fields = _multiply(run, a, b)
     for f in run.fields_of(bias):
-        f = f.view(*[1] * (out.dim() - f.dim()), *f.shape)
-        run.set_fields(out, run.elements.merged([*run.fields_of(out), f]))
+        fields.append(f.view(*[1] * (out.dim() - f.dim()), *f.shape))
+    run.set_fields(out, run.elements.merged(fields))
 
 
-def _multiply(run: Propagation, call: Call, a: Tensor, b: Tensor) -> None:
-    """(…, m, k) × (…, k, n): unite the elements along k, and keep those along m and n."""
-    out, vector = call.outputs[0], b.dim() == 1
-    k = 0 if vector else b.dim() - 2
-    found = [
-        next((f for f in run.fields_of(x) if dim in varies(f)), None)
-        for x, dim in ((a, a.dim() - 1), (b, k))
-    ]
-    rows: list[Field] = []
-    columns: list[Field] = []
-    for f in run.fields_of(a):
-        contracted = f.dim() - 1 in varies(f)
-        for g in run.fields_of(b):
-            if contracted and k in varies(g):
-                run.elements.unite(f if vector else f.transpose(-1, -2), g)
-        if contracted:
-            run.read(f, (f.dim() - 1,), 0, a, b)
-            run.consume(a, f, b)
-            run.follow(f, b, found[1], k)
-        rows += run.elements.collapsed(f, {f.dim() - 1})
-    for g in run.fields_of(b):
-        if k in varies(g):
-            run.read(g, (k,), 0, a, b)
-            run.consume(b, g, a)
-            run.follow(g, a, found[0], a.dim() - 1)
-        columns += run.elements.collapsed(g, {k})
-    if vector:
-        rows, columns = [f.squeeze(-1) for f in rows], []
-    run.set_fields(out, run.elements.merged([*columns, *rows]))  # in dim 0 lie heads of both
+def _multiply(run: Propagation, a: Tensor, b: Tensor) -> list[Field]:
+    """(…, m, k) × (…, k, n) as (…, m, k, 1) × (…, 1, k, n)."""
+    rank = a.dim()
+    new_a, new_b = [rank] if b.dim() > 1 else [], [rank - 2] if rank > 1 else []
+    return _contracted(run, (b, a), (new_b, new_a), [rank - 1])  # in dim 0 lie heads of both
+
+
+def trilinear(run: Propagation, call: Call) -> None:
+    """``nn.Bilinear``: a weight between two inputs, contracted with both."""
+    fields = _contracted(run, call.args[:3], call.args[3:6], call.args[6])
+    run.set_fields(call.outputs[0], fields)
+
+
+def _contracted(
+    run: Propagation, tensors: Sequence[Tensor], new: Sequence[list[int]], dims: list[int]
+) -> list[Field]:
+    """The fields of a product of tensors that is summed along some dims, two factors along each.
+
+    Args:
+        run: The propagation.
+        tensors: The factors.
+        new: Per factor, the dims of the product that it does not have.
+        dims: The dims of the product that are summed.
+    """
+    fields = [list(run.fields_of(x)) for x in tensors]
+    for of_x, places in zip(fields, new, strict=True):
+        for dim in sorted(places):
+            of_x[:] = [f.unsqueeze(dim) for f in of_x]
+    for dim in dims:
+        a, b = (i for i, places in enumerate(new) if dim not in places)
+        for i, j in ((a, b), (b, a)):
+            other = [g for g in fields[j] if dim in varies(g)]
+            for f in (f for f in fields[i] if dim in varies(f)):
+                for g in other:
+                    run.elements.unite(f, g)
+                own = dim - sum(d < dim for d in new[j])
+                run.contract(f, dim, tensors[i], tensors[j], own, bool(other))
+    found = [g for of_x in fields for f in of_x for g in run.elements.collapsed(f, set(dims))]
+    return run.elements.merged(f.squeeze(dims) for f in found)
 
 
 def attention(run: Propagation, call: Call) -> None:
@@ -144,10 +148,7 @@ def attention(run: Propagation, call: Call) -> None:
 
 
 def reduction(fill: Any) -> Callable[[Propagation, Call], None]:
-    """The rule of a reduction; ``fill`` takes masked entries out, and None if nothing does.
-
-    Positions beside a largest or smallest entry are not followed: they must not be used.
-    """
+    """The rule of a reduction; ``fill`` takes masked entries out, and None if nothing does."""
 
     def rule(run: Propagation, call: Call) -> None:
         x, named = call.args[0], call.named
@@ -160,9 +161,6 @@ def reduction(fill: Any) -> Callable[[Propagation, Call], None]:
                 run.lose(f)
             else:
                 run.read(f, gone, fill)
-                for o in call.outputs[1:] if varies(f) & gone else ():
-                    if o.dtype == torch.int64:
-                        run.when_used(o, partial(run.lose, f))
             keep = call.outputs[0].dim() == x.dim()
             for g in run.elements.collapsed(f, gone):
                 shape = [n for d, n in enumerate(g.shape) if keep or d not in gone]
@@ -180,8 +178,6 @@ def scan(fill: Any) -> Callable[[Propagation, Call], None]:
         dims = from_front(call.named["dim"], call.args[0])
         for f in run.fields_of(call.args[0]):
             run.read(f, dims, fill)
-            for positions in call.outputs[1:] if varies(f) & dims else ():
-                run.when_used(positions, partial(run.lose, f))
         for o in call.outputs:
             run.set_fields(o, run.fields_of(call.args[0]))
 
@@ -230,29 +226,6 @@ def layer_norm(run: Propagation, call: Call) -> None:
     for f in fields:
         run.read(f, gone, "statistics")
     run.set_fields(call.outputs[0], fields)
-
-
-def trilinear(run: Propagation, call: Call) -> None:
-    """``nn.Bilinear``: a product of two inputs and a weight between them, summed along dims."""
-    tensors, summed = call.args[:3], call.args[6]
-    fields: list[list[Field]] = []
-    for x, new in zip(tensors, call.args[3:6], strict=True):
-        of_x = list(run.fields_of(x))
-        for dim in sorted(new):
-            of_x = [f.unsqueeze(dim) for f in of_x]
-        fields.append(of_x)
-    for x, new, own in zip(tensors, call.args[3:6], fields, strict=True):
-        for dim in set(summed) - set(new):
-            found = next((f for f in own if dim in varies(f)), None)
-            for f in (f for of_x in fields for f in of_x if dim in varies(f)):
-                run.follow(f, x, found, dim - sum(d < dim for d in new))
-        for f in own:
-            run.read(f, summed, 0, *tensors)
-            if varies(f) & set(summed):
-                run.consume(x, f, tensors[0])
-    merged = run.elements.merged([f for of_x in fields for f in of_x])
-    left = [g for f in merged for g in run.elements.collapsed(f, set(summed))]
-    run.set_fields(call.outputs[0], [g.squeeze(summed) for g in left])
 
 
 def weight_norm(run: Propagation, call: Call) -> None:
@@ -314,9 +287,7 @@ _BY_NAMES: dict[_Rule, str] = {
     local.along_dim: """
         sort topk gather index_select scatter scatter_ scatter_add scatter_add_ index_add
         index_add_ index_fill index_fill_ index_copy index_copy_ kthvalue slice_scatter
-        select_scatter fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2
-        fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
-        _fft_c2c _fft_r2c _fft_c2r
+        select_scatter
     """,
     local.gated_halves: "glu",
     local.indexed: "index _unsafe_index index_put index_put_ _unsafe_index_put",
@@ -346,6 +317,10 @@ _BY_NAMES: dict[_Rule, str] = {
     scan(-torch.inf): "_softmax _log_softmax _safe_softmax cummax logcumsumexp",
     scan(torch.inf): "cummin",
 }
+_BY_PATTERNS = {
+    r"pool\dd|upsample_|(reflection|replication)_pad\dd|grid_sampler_\dd": local.spatial,
+    r"::_?fft_": local.along_dim,
+}
 for _rule, _names in _BY_NAMES.items():
     RULES.update(dict.fromkeys(operators(_names), _rule))
 
@@ -359,7 +334,7 @@ def rule_of(func: Any) -> _Rule | None:
         return local.uniform
     if torch.Tag.pointwise in func.tags:
         return local.pointwise
-    return local.spatial if _SPATIAL.search(func._schema.name) else None
-
-
-_SPATIAL = re.compile(r"pool\dd|upsample_|(reflection|replication)_pad\dd|grid_sampler_\dd")
+    for pattern, rule in _BY_PATTERNS.items():
+        if re.search(pattern, func._schema.name):
+            return rule
+    return None

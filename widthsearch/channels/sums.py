@@ -97,20 +97,8 @@ class _Gated(CallSites):
         return func(*args, **kwargs)
 
 
-def consuming_dims(graph: DependencyGraph, model: nn.Module) -> list[tuple[str, int]]:
-    """The weight of each consumer, and the dim along which it has the channels of its input."""
-    parameters = dict(model.named_parameters())
-    out = []
-    for key, dim in graph.consumers.items():
-        if (key, dim) in graph.axis:
-            out.append((key, dim))
-        elif dim == 1 and parameters[key].shape[1] == 1 and (key, 0) in graph.axis:
-            out.append((key, 0))  # depthwise: filter i multiplies channel i
-    return out
-
-
 def of_input_channels(values: NDArray[np.int64], channels: int) -> NDArray[np.int64]:
-    """Convert values of the positions of :func:`consuming_dims` to values of the input's channels.
+    """Convert values of the positions of a consumer's dim to values of its input's channels.
 
     An input channel has several positions in a row after flattening and in depthwise convolutions;
     a position stands for one channel of each group in grouped convolutions.

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from widthsearch.channels.dependency_graph import DependencyGraph
-from widthsearch.channels.sums import consuming_dims, of_input_channels
+from widthsearch.channels.sums import of_input_channels
 from widthsearch.modules.tree import owner_of
 from widthsearch.torch_internals import ConvNd
 
@@ -125,7 +125,7 @@ class DensityMeter:
 
     def __enter__(self) -> DensityMeter:
         model, graph = self._model, self._graph
-        for key, dim in consuming_dims(graph, model):
+        for key, dim in graph.consumers.items():
             layer = model.get_submodule(owner_of(key.rpartition(".")[0]))
             if isinstance(layer, ConvNd | nn.Linear):
                 of_input, where = (-1 if isinstance(layer, nn.Linear) else 1), (key, dim)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from widthsearch.channels.call_sites import CallSites, Site
 from widthsearch.channels.dependency_graph import DependencyGraph
-from widthsearch.channels.sums import consuming_dims, of_input_channels
+from widthsearch.channels.sums import of_input_channels
 from widthsearch.proposers.tuning import FineTuner, PruneAndTune
 from widthsearch.training.sgd import after_backward
 from widthsearch.utils.validation import validated_dataclass
@@ -64,15 +63,15 @@ class Fisher(PruneAndTune):
         return information.deltas()
 
 
-_CONSUMERS: dict[Callable[..., Any], int] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), 1),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1),
-    F.linear: -1,
+_CONSUMERS = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), 1),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), 1),
+    "linear": -1,
 }
 """Functions that consume channels with a weight, their second argument, by the dim of channels."""
 
 
-class FisherInformation(TorchFunctionMode):
+class FisherInformation(CallSites):
     """Gathers the Fisher information of gates on channel groups, while it is active.
 
     Notation::
@@ -111,33 +110,33 @@ class FisherInformation(TorchFunctionMode):
     """
 
     def __init__(self, graph: DependencyGraph, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(model)
         self._groups = graph.groups
-        # By id of the weight: its name, and the axis and group of each channel that it reads.
-        self._consumers: dict[int, tuple[str, NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._unseen: list[set[str]] = [set() for _ in graph.groups]
-        for key, dim in consuming_dims(graph, model):
-            consumer = key, graph.axis[key, dim], graph.group[key, dim]
-            self._consumers[id(model.get_parameter(key))] = consumer
-            for axis in set(graph.axis[key, dim].tolist()) - {-1}:
-                self._unseen[axis].add(key)
-        self._consumed = {i for i, keys in enumerate(self._unseen) if keys}
+        # By call: the axis and group of each channel that its weight reads.
+        self._consumers: dict[Site, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._unseen: list[set[Site]] = [set() for _ in graph.groups]
+        for site, operands in graph.gates.items():
+            for operand in operands:
+                if operand.index == 1 and max(operand.axis.shape) == operand.axis.size:
+                    self._consumers[site] = operand.axis.reshape(-1), operand.group.reshape(-1)
+                for axis in set(operand.axis.reshape(-1).tolist()) - {-1}:
+                    self._unseen[axis].add(site)
+        self._consumed = {i for i, sites in enumerate(self._unseen) if sites}
         device = next(model.parameters()).device
         self._gradients: dict[int, list[Tensor]] = {}  # per axis, of this batch: (rows, groups)
         self._sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in self._groups]
         self._images = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CONSUMERS and torch.is_grad_enabled() and id(args[1]) in self._consumers:
-            x = args[0].movedim(_CONSUMERS[func], 1)
-            probed = _GateProbe.apply(x, self._collector(id(args[1]), x.shape[1]))
-            args = (probed.movedim(1, _CONSUMERS[func]), *args[1:])
-        return func(*args, **(kwargs or {}))
+    def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
+        if (dim := _CONSUMERS.get(site[1])) and site in self._consumers and torch.is_grad_enabled():
+            x = args[0].movedim(dim, 1)
+            probed = _GateProbe.apply(x, self._collector(site, x.shape[1]))
+            args = (probed.movedim(1, dim), *args[1:])
+        return func(*args, **kwargs)
 
-    def _collector(self, consumer: int, inputs: int) -> Callable[[Tensor], None]:
+    def _collector(self, site: Site, inputs: int) -> Callable[[Tensor], None]:
         """A function that stores the gate gradients of a consumer's inputs, (rows, inputs)."""
-        key, axes, groups = self._consumers[consumer]
-        axes, groups = (of_input_channels(of, inputs) for of in (axes, groups))
+        axes, groups = (of_input_channels(of, inputs) for of in self._consumers[site])
 
         def collect(gradients: Tensor) -> None:
             for axis in set(axes.tolist()) - {-1}:
@@ -146,7 +145,7 @@ class FisherInformation(TorchFunctionMode):
                 of_groups = gradients.new_zeros(len(gradients), self._groups[axis])
                 of_groups.index_add_(1, index, gradients[:, mine])
                 self._gradients.setdefault(axis, []).append(of_groups)
-                self._unseen[axis].discard(key)
+                self._unseen[axis].discard(site)
 
         return collect
 
