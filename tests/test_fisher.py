@@ -12,20 +12,18 @@ import torch
 from conformance import RECIPE, ProposerConformance, setting, small_task
 from exact_space import Model
 from gating import gated, tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from strategies import MODELS, SEARCH_SPACES, graph_of, network_of, space_of, spaces
+from random_networks import CONVOLUTIONS, Network
+from strategies import MODELS, SEARCH_SPACES, graph_of, network_of, space_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.errors import SpaceError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.fisher import Fisher, FisherInformation
 from widthsearch.proposers.importance import GreedyRemoval
 from widthsearch.proposers.magnitude import Magnitude
-from widthsearch.proposers.tuning import FineTuner, PruneAndTune, without_groups
+from widthsearch.proposers.tuning import FineTuner, PruneAndTune
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import fit
 from widthsearch.utils.references import load_function
@@ -112,6 +110,20 @@ def test_the_windows_of_an_image_share_its_gate() -> None:
         gates = gate_gradients(graph, model, lambda of=one: F.cross_entropy(model(of[0]), of[1]))
         expected += gates[embed].double().square() / 12
     assert torch.allclose(information.deltas()[embed], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("convolution", sorted(CONVOLUTIONS))
+def test_consumers_with_computed_weights_are_seen(convolution: str) -> None:
+    """Δ of one image is half the squared gradient of its gate, also through a weight norm."""
+    space = SearchSpace.from_model(lambda: Network(convolution, ["convolution"]), (3, 6, 6))
+    model, graph = space.build(space.base, seed=0).double().eval(), graph_of(space)
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    with FisherInformation(graph, model) as information:
+        model(x).square().sum().backward()
+        information.gather(1)
+    gates = gate_gradients(graph, model, lambda: model(x).square().sum())
+    for delta, gate in zip(information.deltas(), gates, strict=True):
+        assert bool((delta > 0).any()) and torch.allclose(delta, gate.square() / 2, rtol=1e-5)
 
 
 def product() -> nn.Module:
@@ -254,27 +266,6 @@ def test_axes_whose_channels_cannot_be_told_apart_keep_their_width() -> None:
     narrowest = proposal.trajectory[-1]
     assert {n for n in space.names if narrowest[n] < space.base[n]} <= set(space.names) - kept
     assert len(proposal.trajectory) > 1
-
-
-@settings(max_examples=20, deadline=None)
-@given(space=spaces, data=st.data())
-def test_the_graph_without_groups_is_the_graph_of_the_narrower_network(
-    space: SearchSpace, data: st.DataObject
-) -> None:
-    """Removing groups from a dependency graph gives the graph that is built anew."""
-    graph = graph_of(space)
-    axis = data.draw(st.integers(0, len(space.axes) - 1))
-    of_step = space.axes[axis].step // space.trace.axes[axis].divisor
-    some = data.draw(st.permutations(range(graph.groups[axis])))[:of_step]
-    if space.axes[axis].base - space.axes[axis].step < space.axes[axis].min_width:
-        return
-    left = without_groups(graph, axis, np.array(some))
-    anew = build_dependency_graph(space.model, left.widths)
-    assert left.groups == anew.groups
-    assert left.axis.keys() == anew.axis.keys()
-    for where, axes in anew.axis.items():
-        assert left.axis[where].tolist() == axes.tolist()
-        assert left.group[where].tolist() == anew.group[where].tolist()
 
 
 def test_progress_is_reported() -> None:

@@ -96,6 +96,7 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
                 fields.append(torch.from_numpy(own[key, dim]).view(along_dim))
         if parameter:
             meta = nn.Parameter(meta, requires_grad=False)
+            run.parameters[id(meta)] = key
         run.set_fields(meta, fields)
         copies[id(tensor)] = meta
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
@@ -127,7 +128,7 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
         tuple(x),
         numbers.axes,
         numbers.groups,
-        run.consumers,
+        {key: dim for key, dim in run.consumers.items() if (key, dim) in own},
         unknown,
         *_operands(run, numbers),
     )

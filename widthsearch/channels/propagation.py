@@ -120,6 +120,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elements: The elements of the model's parameters and buffers.
         starts: The first element of each dim that has elements.
         places: The parameter and the dim of each of them; None for a buffer.
+        parameters: The name of each parameter, by the id of its meta tensor.
         consumers: Per parameter that multiplies channels, the dim along which it does.
         sites: The calls that read elements.
         seams: Where dims are cut.
@@ -145,6 +146,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.starts: list[int] = []
         self.places: list[tuple[str | None, int]] = []
         self.consumers: dict[str, int] = {}
+        self.parameters: dict[int, str] = {}
         self.sites: dict[Site, SiteRecord] = {}
         self.seams: dict[Seam, None] = {}  # in order
         self.on_use: dict[int, list[Callable[[], Any]]] = {}
@@ -246,7 +248,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def consume(self, weight: Tensor, f: Field | None, x: Tensor) -> None:
         """Record a weight's field as multiplied with the channels of ``x``."""
-        if f is None or not self.is_weight(weight) or self.is_weight(x):
+        if not self.is_weight(weight) or self.is_weight(x):
+            return
+        if f is None:  # a single channel has no field
+            if id(weight) in self.parameters and self.fields_of(x):
+                self.consumers[self.parameters[id(weight)]] = 1
             return
         if self.site is not None:
             self.site.consumed.append(f)

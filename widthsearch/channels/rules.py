@@ -55,7 +55,9 @@ def convolution(run: Propagation, call: Call) -> None:
             if filters is None:  # the same constants for all, as in a blur
                 filters = grouped[:, 0].repeat_interleave(outputs // groups)
     else:
-        if read is not None:
+        if read is None:
+            run.consume(weight, read, x)
+        else:
             run.contract(read, 0, weight, x, 1, channels is not None)
         if channels is not None:
             run.contract(channels, 0, x, weight, 0 if transposed else 1, read is not None)

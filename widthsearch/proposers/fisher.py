@@ -128,6 +128,7 @@ class FisherInformation(CallSites):
         self._images = 0
 
     def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make one call, with a probe of its input if it is a consumer."""
         if (dim := _CONSUMERS.get(site[1])) and site in self._consumers and torch.is_grad_enabled():
             x = args[0].movedim(dim, 1)
             probed = _GateProbe.apply(x, self._collector(site, x.shape[1]))

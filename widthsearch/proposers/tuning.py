@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
-from widthsearch.channels.extraction import extract
+from widthsearch.channels.extraction import extract, widths_of
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.tasks import Task
 from widthsearch.errors import SpaceError, StudyError
@@ -113,27 +113,8 @@ class FineTuner:
         keep = np.flatnonzero(~np.isin(of_channel, groups)).tolist()
         narrow = extract(self._space.model, self.model, {self._space.names[axis]: keep}, self.graph)
         self.model = narrow.to(memory_format=self._layout)
-        self.graph = without_groups(self.graph, axis, groups)
-
-
-def without_groups(graph: DependencyGraph, axis: int, groups: NDArray[np.intp]) -> DependencyGraph:
-    """The dependency graph of a network from which some groups of an axis were removed."""
-    left = np.ones(graph.groups[axis], bool)
-    left[groups] = False
-    number = np.cumsum(left) - 1
-    axes, renumbered = {}, {}
-    for where, of_position in graph.axis.items():
-        mine, of_axis = of_position == axis, graph.group[where].copy()
-        stays = ~mine
-        stays[mine] = left[of_axis[mine]]
-        of_axis[mine] = number[of_axis[mine]]
-        axes[where], renumbered[where] = of_position[stays], of_axis[stays]
-    counts, vector = list(graph.groups), list(graph.widths.vector)
-    size = vector[axis] // counts[axis]  # channels per group
-    counts[axis] = int(left.sum())
-    vector[axis] = size * counts[axis]
-    widths = Widths(graph.widths.names, tuple(vector))
-    return replace(graph, widths=widths, groups=tuple(counts), axis=axes, group=renumbered)
+        widths = widths_of(self._space.model, self.model)
+        self.graph = build_dependency_graph(self._space.model, widths)
 
 
 def train_base(
