@@ -13,6 +13,7 @@ from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.study.loop import FAILURES_IN_A_ROW
 from widthsearch.study.progress import Progress
+from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, unresolved_failures
 
 OBJECTIVES = ["accuracy", "macs", "latency_ms"]
@@ -380,12 +381,12 @@ def test_a_driver_that_lost_its_lock_stops(tmp_path: Path) -> None:
     """It neither begins a trial nor records an epoch."""
     with tiny.searching(tmp_path, tiny.config()) as search:
         trial = tiny.ask(search)
-        search._store.set_attribute("driver", {"token": "other"})
-        search._driver_lock.renew()
-        with pytest.raises(StudyError, match="another one took over"):
-            search.ask()
-        with pytest.raises(StudyError, match="another one took over"):
-            search.report(trial.number, tiny.curve(1))
+        fence = Store.open(search._store.url, "tiny").fence
+        assert fence.take(fence.read(), 0, {"host": "elsewhere", "pid": 7})
+        for step in (search.ask, lambda: search.report(trial.number, tiny.curve(1))):
+            with pytest.raises(StudyError, match="process 7 on elsewhere took over 'tiny'"):
+                step()
+    assert Store.open(search._store.url, "tiny").trials({"tiny": tiny.space()}) == [trial]
 
 
 def test_front_aware_stopping(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.runner import ray_tune
 from widthsearch.runner.pickling import pickle_by_value
+from widthsearch.study.driver_lock import VARIABLE
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState
@@ -206,10 +207,15 @@ import sys
 
 import test_runner
 
+from widthsearch.errors import WidthsearchError
+
 try:
     test_runner.long_study(sys.argv[1]).run()
 except KeyboardInterrupt:
     sys.exit(130)
+except WidthsearchError as error:
+    print(f"error: {error}")
+    sys.exit(2)
 """
 
 EPOCHS = 40
@@ -322,6 +328,57 @@ def test_a_killed_study_continues(ray_here: Path, tmp_path: Path) -> None:
     long_study(tmp_path).run()
     assert trained_epochs(ray_here) == epochs
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """The files of a study's folder but the logs, which each driver writes, and its storage."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts]
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as connection:
+        rows = list(connection.iterdump())
+    return {str(f): f.read_bytes() for f in files if ".db" not in f.name} | {"study.db": rows}
+
+
+def session_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes of the session that a process leads, but those that have ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(session) == process.pid and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_frozen_driver_that_wakes_up_changes_nothing(
+    ray_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped for longer than its time-out, and another one ends its study meanwhile.
+
+    It then ends with one line and code 2. No row and no file has changed, it has trained no further
+    step, and no process is left.
+    """
+    monkeypatch.setenv(VARIABLE, "1")
+    frozen = Driver(tmp_path, tmp_path / "steps")
+    frozen.wait_for(2)
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    assert len(session_of(frozen.process)) > 1  # Ray and its workers are not stopped
+    study = long_study(tmp_path)
+    refusals = set()
+    while len(study.trials()) < 8:
+        try:
+            study.run()
+        except StudyError as error:
+            refusals.add(str(error))
+    assert all(f"being run by process {frozen.process.pid} on" in each for each in refusals)
+
+    before = contents(tmp_path)
+    os.kill(frozen.process.pid, signal.SIGCONT)
+    code, output = frozen.end()
+    assert output.startswith("error: a study has one driver at a time, but another one took over")
+    assert (code, output.count("\n")) == (2, 1)
+    assert contents(tmp_path) == before
+    assert session_of(frozen.process) == []
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -136,9 +136,10 @@ class Session:
         checkpoints = (self._folder / "checkpoints").resolve()
         checkpoints.mkdir(exist_ok=True)
         # A driver that was killed between a trial's end and the removal of its checkpoint left it.
-        for checkpoint in checkpoints.iterdir():
-            if checkpoint.name not in map(str, search.running):
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        with search.driver_lock.store.fence.held():  # no other driver's trial has one
+            for checkpoint in checkpoints.iterdir():
+                if checkpoint.name not in map(str, search.running):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
         logs = self._logs
         try:
             # With latency, this measures a whole generation: before Ray starts, on a quiet machine.
@@ -290,8 +291,7 @@ class _TuneAdapter(tune.Callback):
                 self.search.fail(number, report.failure.reason)
             else:
                 continues = self.search.report(number, report.curve)
-        if number not in self.search.running:
-            self._remove_checkpoint(number)
+        self._remove_checkpoint(number)
         return continues
 
     def on_trial_error(
@@ -310,7 +310,12 @@ class _TuneAdapter(tune.Callback):
         self._remove_checkpoint(number)
 
     def _remove_checkpoint(self, number: int) -> None:
-        shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
+        """Remove the checkpoint of a trial that has ended.
+
+        A trial runs on if its end could not be stored: it may be another driver's by now.
+        """
+        if number not in self.search.running:
+            shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
 
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any

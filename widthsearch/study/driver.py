@@ -165,7 +165,8 @@ class Driver:
         with DriverLock(store) as driver_lock:
             claim(store, config, self.spaces)
             text = config.to_yaml().encode()
-            write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
+            with store.fence.held():
+                write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
             say = self._reporter(store, on_progress)
             yield driver_lock, self._with_concurrency(self._with_precision(store), store, say), say
 

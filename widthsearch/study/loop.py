@@ -69,6 +69,7 @@ class Search:
     Attributes:
         config: The study's configuration.
         spaces: The spaces by name.
+        driver_lock: The lock of the study's storage.
         trials: Every trial, running ones too, by number.
 
     Example:
@@ -103,7 +104,7 @@ class Search:
         self.config = config
         self.spaces = spaces
         self._store = driver_lock.store
-        self._driver_lock = driver_lock
+        self.driver_lock = driver_lock
         self._measure = measure
         self._on_progress = on_progress
         self._store.fail_partial(spaces)
@@ -145,7 +146,7 @@ class Search:
         Raises:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
-        self._driver_lock.check()
+        self.driver_lock.check()
         if self._need_alone or any(self.is_alone(number) for number in self.running):
             return self._next_alone()
         if self._interrupted:
@@ -170,7 +171,7 @@ class Search:
         Raises:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
-        self._driver_lock.check()
+        self.driver_lock.check()
         self._pace.record_epoch()
         trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)

@@ -1,38 +1,39 @@
 """A study's storage: the one source of truth, in any Optuna database.
 
 The study's user attributes are its configuration, its spaces' records, the proposals, the results
-of probes, the driver's lock and the version of this schema. A trial's parameters are its widths by
+of probes and the version of this schema. A trial's parameters are its widths by
 axis name (``space/axis`` in a study of several spaces); its user attributes are its space, origin,
 seed, cost, latency, per-epoch curve and error. It is inserted *with* all its widths in one
 transaction, so a kill at any moment leaves whole trials: finished ones, and running ones that the
 next driver continues under their own numbers. Curves are no intermediate values, because Optuna's
 samplers raise on those under several objectives.
 
-Only the driver writes, and it holds the lock of ``driver_lock.py``.
+Only the driver writes. It holds the lock of ``driver_lock.py``, and each of its writes checks that
+it still does (``database.py``).
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import sqlalchemy
-from optuna.storages import BaseStorage
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from widthsearch.bayesopt.kernel import CostedSpace
 from widthsearch.bayesopt.optuna_sampler import directions, distributions
-from widthsearch.errors import StorageError, StudyError
+from widthsearch.errors import StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.study import attributes
+from widthsearch.study.database import Fence, database_errors, open_database
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
@@ -50,8 +51,6 @@ _STATES = {
     OptunaState.PRUNED: TrialState.STOPPED,
     OptunaState.FAIL: TrialState.FAILED,
 }
-
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class SchemaError(StudyError):
@@ -113,78 +112,13 @@ class SpaceRecord:
         )
 
 
-def _database_errors(method: Method) -> Method:
-    """Turn the database's exceptions into errors of one line."""
-
-    @functools.wraps(method)
-    def wrapped(self: Store, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            raise _storage_error(self.url, error) from error
-
-    return cast("Method", wrapped)
-
-
-def _storage_error(url: str, error: Exception) -> StorageError:
-    cause: BaseException = error
-    while (deeper := getattr(cause, "orig", None) or cause.__cause__) is not None:
-        cause = deeper
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    try:
-        shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        shown = url
-    if isinstance(cause, ModuleNotFoundError):
-        return StorageError(
-            f"the storage {shown!r} needs its database's driver, but {reason}: install it with pip "
-            "(for PostgreSQL psycopg2-binary)"
-        )
-    return StorageError(
-        f"the storage {shown!r} cannot be used: {reason}; check its address, its permissions "
-        "and the space left on its disk"
-    )
-
-
-def _set_pragmas(connection: Any, _: object) -> None:
-    """Let readers never block the driver, and commits not wait for the disk.
-
-    With WAL, ``synchronous=NORMAL`` keeps the database whole through any kill of the process; only
-    a power cut may undo the last commits.
-    """
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.execute("PRAGMA busy_timeout=30000")
-    cursor.close()
-
-
-def _open(url: str, *, make_tables: bool) -> BaseStorage:
-    # Optuna reports every new study on stderr, in the middle of the user's table.
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        storage = optuna.storages.RDBStorage(url, skip_table_creation=not make_tables)
-        if storage.engine.dialect.name == "sqlite":
-            sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
-            storage.engine.dispose()  # the connection that made the tables has no pragmas yet
-            with storage.engine.connect():
-                pass
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.OptunaError,
-        ImportError,  # the database's driver is not installed
-        RuntimeError,  # tables of another version of Optuna
-    ) as error:
-        raise _storage_error(url, error) from error
-    return storage
-
-
 class Store:
     """One study in a storage.
 
     Attributes:
         url: The storage, as any Optuna URL.
         name: The study's name in it.
+        fence: The fence of its writes; those of a driver that was replaced raise StudyError.
 
     Example:
         >>> import tempfile
@@ -194,11 +128,12 @@ class Store:
         {'by': 'me'}
     """
 
-    def __init__(self, url: str, name: str, storage: BaseStorage) -> None:
+    def __init__(self, url: str, name: str, storage: RDBStorage) -> None:
         self.url = url
         self.name = name
         self._storage = storage
         self._study = storage.get_study_id_from_name(name)
+        self.fence = Fence(url, storage.engine, self._study, name)
 
     @classmethod
     def create(cls, url: str, name: str, objectives: Sequence[str]) -> Store:
@@ -208,7 +143,7 @@ class Store:
             StorageError: The storage cannot be opened.
             StudyError: It has another program's study of that name, or one of another schema.
         """
-        storage = _open(url, make_tables=True)
+        storage = open_database(url, make_tables=True)
         study = optuna.create_study(
             storage=storage, study_name=name, directions=directions(objectives), load_if_exists=True
         )
@@ -242,7 +177,7 @@ class Store:
             if file and not Path(file).exists():  # opening would make an empty one
                 raise missing
         try:
-            store = cls(url, name, _open(url, make_tables=False))
+            store = cls(url, name, open_database(url, make_tables=False))
         except KeyError:
             raise missing from None
         store._check_schema()
@@ -262,12 +197,12 @@ class Store:
                 f"{self.name!r} has schema {version}: upgrade widthsearch"
             )
 
-    @_database_errors
+    @database_errors
     def attribute(self, key: str) -> Any:
         """A JSON value of the study; None where it was never set."""
         return attributes.read(key, self._storage.get_study_user_attrs(self._study))
 
-    @_database_errors
+    @database_errors
     def set_attribute(self, key: str, value: Any) -> None:
         """Store a JSON value of the study, of any length; a kill leaves the old one or the new."""
         attributes.write(
@@ -277,7 +212,7 @@ class Store:
             partial(self._storage.set_study_user_attr, self._study),
         )
 
-    @_database_errors
+    @database_errors
     def forget(self, *beginnings: str) -> None:
         """Unset the study's values whose keys begin so."""
         for key in self._storage.get_study_user_attrs(self._study):
@@ -289,7 +224,7 @@ class Store:
         """Whether a trial has begun."""
         return bool(self._frozen(*OptunaState))
 
-    @_database_errors
+    @database_errors
     def begin(self, spaces: Mapping[str, SearchSpace], candidate: Candidate, seed: int) -> Trial:
         """Insert a running trial, whole or not at all.
 
@@ -311,35 +246,35 @@ class Store:
         number = self._storage.get_trial_number_from_id(key)
         return Trial(number, space, widths, origin, seed, cost)
 
-    @_database_errors
+    @database_errors
     def record_latency(self, number: int, latency: Latency) -> None:
         """Store a running trial's measured latency."""
         self._set_trial_attribute(self._key(number), "latency", latency.to_json())
 
-    @_database_errors
+    @database_errors
     def record_curve(self, number: int, curve: Sequence[EpochResult]) -> None:
         """Store a running trial's curve so far."""
         rows = [asdict(result) for result in curve]
         self._set_trial_attribute(self._key(number), "curve", rows)
 
-    @_database_errors
+    @database_errors
     def finish(self, number: int, values: Sequence[float]) -> None:
         """Close a trial after its last epoch, with the value of each objective."""
         self._storage.set_trial_state_values(self._key(number), OptunaState.COMPLETE, values)
 
-    @_database_errors
+    @database_errors
     def stop(self, number: int) -> None:
         """Close a trial that a rung stopped; it has no values, so it is never on a front."""
         self._storage.set_trial_state_values(self._key(number), OptunaState.PRUNED)
 
-    @_database_errors
+    @database_errors
     def fail(self, number: int, reason: str) -> None:
         """Close a trial that cannot be trained."""
         key = self._key(number)
         self._set_trial_attribute(key, "error", reason)
         self._storage.set_trial_state_values(key, OptunaState.FAIL)
 
-    @_database_errors
+    @database_errors
     def trials(self, spaces: Spaces) -> list[Trial]:
         """Every trial, by number.
 
@@ -350,7 +285,7 @@ class Store:
             _trial(frozen, spaces) for frozen in self._frozen(*_STATES) if _is_whole(frozen, spaces)
         ]
 
-    @_database_errors
+    @database_errors
     def fail_partial(self, spaces: Spaces) -> None:
         """Close the running trials that :meth:`trials` leaves out, so that none runs for ever."""
         for frozen in self._frozen(OptunaState.RUNNING):
