@@ -159,21 +159,22 @@ def test_a_silent_driver_elsewhere_is_observed_for_its_time_out(
     assert 1030 <= clock.now <= 1031
 
 
+@pytest.mark.parametrize("renewal", [1005.0, 1030.0])
 @pytest.mark.usefixtures("elsewhere")
 def test_a_driver_elsewhere_that_renews_keeps_the_lock(
-    first: DriverLock, second: DriverLock, clock: Clock
+    first: DriverLock, second: DriverLock, clock: Clock, renewal: float
 ) -> None:
-    """The other is refused at the first renewal that it sees."""
+    """The other is refused at the first renewal that it sees, be it at the very end."""
 
     def sleep(seconds: float) -> None:
         clock.sleep(seconds)
-        if clock.now >= 1005:
+        if clock.now >= renewal:
             assert first.renew()
 
     second._sleep = sleep
     with pytest.raises(StudyError, match="is being run by"):
         second.acquire()
-    assert clock.now == 1005.0
+    assert clock.now == renewal
 
 
 @pytest.mark.usefixtures("elsewhere")
