@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import space_of, spaces, widths_of
 
+from widthsearch.errors import SpaceError
 from widthsearch.space.cost import QuadraticForm
 from widthsearch.space.search_space import SearchSpace
 
@@ -90,8 +91,11 @@ def test_large_costs_stay_exact() -> None:
     form = QuadraticForm.from_poly({(0, 1): 1, (): 1}, [1, 1])
     w = 2**31 - 1
     assert int(form([w, w])) == w * w + 1
-    with pytest.raises(OverflowError, match="63 bits"):
+    message = r"costs must be below 2\^63, but those of this space are up to 1\.8e\+19"
+    with pytest.raises(SpaceError, match=message):
         form([2**32, 2**32])
+    with pytest.raises(SpaceError, match=message):
+        QuadraticForm.from_poly({(0,): 2**64}, [1])
 
 
 @given(st.data(), spaces)

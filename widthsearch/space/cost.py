@@ -23,8 +23,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from widthsearch.errors import SpaceError
+
 _BLOCK = 4096
-_EXACT = 2**53  # every integer below is a float64, whose matrix products are faster
+EXACT = 2**53
+"""Every integer up to this is a float64, whose matrix products are faster."""
+
+
+def _too_large(cost: int) -> SpaceError:
+    return SpaceError(
+        f"costs must be below 2^63, but those of this space are up to {cost:.1e}: lower the axes' "
+        "max_width or the input shape"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,9 @@ class QuadraticForm:
     @classmethod
     def from_poly(cls, poly: Mapping[tuple[int, ...], int], units: Sequence[int]) -> QuadraticForm:
         """The form of a polynomial whose monomials are tuples of at most two axis indices."""
-        n = len(units)
+        n, largest = len(units), max(map(abs, poly.values()), default=0)
+        if largest >= 2**63:
+            raise _too_large(largest)
         linear = np.zeros(n, np.int64)
         quadratic = np.zeros((n, n), np.int64)
         for monomial, coefficient in poly.items():
@@ -115,7 +127,7 @@ class QuadraticForm:
             int64, shape (N,) or ().
 
         Raises:
-            OverflowError: A value may not fit in 63 bits.
+            SpaceError: A value may not fit in 63 bits.
         """
         w = np.asarray(widths)
         batch = np.atleast_2d(w)
@@ -124,8 +136,8 @@ class QuadraticForm:
         bound = abs(self.constant) + int(np.abs(self.linear).sum()) * largest
         bound += int(np.abs(self.quadratic).sum()) * largest**2
         if bound >= 2**63:
-            raise OverflowError(f"a cost of up to {bound:.1e} does not fit in 63 bits")
-        exact: type[np.float64] | type[np.int64] = np.float64 if bound < _EXACT else np.int64
+            raise _too_large(bound)
+        exact: type[np.float64] | type[np.int64] = np.float64 if bound < EXACT else np.int64
         a, b = self.quadratic.astype(exact), self.linear.astype(exact)
         grouped = bool((self.units != 1).any())
         for start in range(0, len(batch), _BLOCK):

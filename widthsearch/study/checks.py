@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from widthsearch.errors import StudyError
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.modules.source import source_digest
 from widthsearch.space.computation import outputs, random_inputs
+from widthsearch.space.cost import EXACT
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.storage import SpaceRecord, Store
@@ -31,10 +33,12 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
 
     Raises:
         DataError: A space was traced at another input shape, or its base does not fit the task.
-        StudyError: No network is within the limits, or a batch is larger than the training split.
+        StudyError: No network is within the limits, a batch is larger than the training split, or
+            costs are too large to be compared exactly.
         DeviceError: A device is not there.
     """
     for space in spaces.values():
+        _check_costs(space)
         check_input_shape(space, task)
     _check_limits(config, spaces)
     check_batch_size(config.recipe, task)
@@ -44,6 +48,17 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
             check_model(space.build(space.base, seed=config.seed).to(device), task, device)
         if "latency_ms" in config.objectives:
             check_device((config.latency or LatencyConfig()).device)
+
+
+def _check_costs(space: SearchSpace) -> None:
+    """Check that costs are exact as float64, which points of a front are."""
+    for name, cost in asdict(space.cost([axis.max_width for axis in space.axes])).items():
+        if cost > EXACT:
+            raise StudyError(
+                f"a study's costs must be at most 2^53 = {EXACT:,}, so that they are compared "
+                f"exactly, but the widest network of space {space.name!r} has {cost:,} {name}: "
+                "lower the axes' max_width or the input shape"
+            )
 
 
 def _check_limits(config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> None:
