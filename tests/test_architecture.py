@@ -73,7 +73,14 @@ def test_the_walks_name_what_exists() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/methods.md", "docs/scale.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/design.md",
+        "docs/methods.md",
+        "docs/reliability.md",
+        "docs/scale.md",
+    ],
 )
 def test_pages_name_files_that_exist(page: str) -> None:
     """Paths are relative to the root or to the package; NAME and the like are placeholders."""
@@ -109,3 +116,16 @@ def test_every_public_class_has_an_example() -> None:
             if not used and ">>> " not in (ast.get_docstring(node) or ""):
                 missing.add(f"{path.stem}.{node.name}")
     assert {name for name in missing if not name.endswith("Error")} == WITHOUT_EXAMPLE.keys()
+
+
+def test_each_promise_names_tests_that_exist() -> None:
+    """``docs/reliability.md``: every bullet of a promise has a test, and each test is defined."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 20
+    for file, name in named:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", code, re.MULTILINE), f"{name} in {file}"
+    promises, _ = text.split("## What is not promised")
+    for bullet in re.split(r"^- ", promises, flags=re.MULTILINE)[1:]:
+        assert "::test_" in bullet, bullet

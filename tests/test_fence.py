@@ -168,6 +168,21 @@ def test_nobody_takes_over_between_the_check_and_the_commit(
         raise AssertionError
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_postgresql_ends_the_transaction_of_a_frozen_driver(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it does not keep the study for ever; the other one waits for that."""
+    quick = ("SET idle_in_transaction_session_timeout = '100ms'",)
+    monkeypatch.setitem(database._SETTINGS, "postgresql", quick)
+    store, other = (Store.create(database_url, "frozen", OBJECTIVES) for _ in range(2))
+    assert take(store)
+    with pytest.raises(StorageError, match="cannot be used"), store.fence.held():
+        assert take(other)
+    with pytest.raises(StudyError, match="took over"):
+        store.set_attribute("key", 1)
+
+
 def test_one_of_two_takes_a_free_study(stores: list[Store]) -> None:
     """Both saw the same row: the first one ever, and later ones."""
     for _ in range(2):
