@@ -232,30 +232,6 @@ def test_train_with_one_seed(command: CommandLine, runs: Path, tmp_path: Path) -
     assert out.count(" base ") == 1
 
 
-def test_train_resumes_where_it_was_interrupted(runs: Path, tmp_path: Path) -> None:
-    """After a kill, finished epochs are not trained again and the result is the same."""
-    study = Study.load("small", runs)
-    trained: list[int] = []
-
-    def train(name: str, interrupt_after: int = 0) -> dict[str, Any]:
-        def on_epoch(_number: int, result: Any) -> None:
-            trained.append(result.epoch)
-            if len(trained) == interrupt_after:
-                raise KeyboardInterrupt
-
-        folder = tmp_path / name
-        return widthsearch.train(
-            study, study.front()[0], seeds=1, epochs=3, folder=folder, on_epoch=on_epoch
-        )
-
-    whole = train("a")
-    trained.clear()
-    with pytest.raises(KeyboardInterrupt):
-        train("b", interrupt_after=2)
-    assert train("b")["test_accuracy"] == whole["test_accuracy"]
-    assert trained == [1, 2, 3]
-
-
 def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: Path) -> None:
     """The message says what differs; a weights file that holds code is not run."""
     study = Study.load("small", runs)

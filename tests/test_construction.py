@@ -285,31 +285,6 @@ def test_numbers_that_a_decorated_forward_reads_are_known() -> None:
     assert built.inner.out_features % built.head_dim == 0
 
 
-class Tied(nn.Module):
-    """Layers that share a weight, made by a class that is local to a function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.f, self.o = (
-            nn.Embedding(9, 16),
-            nn.Linear(16, 16),
-            nn.Linear(16, 9, bias=False),
-        )
-        self.o.weight = self.e.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) to (B, T, 9)."""
-        return self.o(torch.relu(self.f(self.e(tokens))))
-
-
-def test_shared_weights_stay_shared() -> None:
-    """And the layer whose own weight was replaced knows its sizes."""
-    space = SearchSpace.from_model(Tied, torch.zeros(4, dtype=torch.long))
-    net: Any = space.build(0.5, seed=0)
-    assert net.o.weight is net.e.weight
-    assert net.o.in_features == net.e.embedding_dim == 8
-
-
 def test_a_class_that_the_function_defines() -> None:
     """Each call of the function makes the class anew."""
 

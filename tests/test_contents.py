@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from widthsearch.space.search_space import SearchSpace
 
@@ -108,28 +107,6 @@ def test_a_kernel_that_all_channels_share() -> None:
     assert not layer.weight.requires_grad
 
 
-class Blur(nn.Module):
-    """A buffer per channel, with a content along the kernel alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.o = nn.Conv1d(3, 16, 3, padding=1), nn.Conv1d(16, 4, 1)
-        self.register_buffer("kernel", (torch.tensor([1.0, 2.0, 1.0]) / 4).repeat(16, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Depthwise in a function."""
-        return self.o(F.conv1d(torch.relu(self.a(x)), self.kernel, groups=self.kernel.shape[0]))
-
-
-@pytest.mark.parametrize("make", [Blur, Blur()])
-def test_a_content_that_all_channels_share_is_free(make: Any) -> None:
-    """Also where the size is a literal, and in a module that is given as an object."""
-    space = SearchSpace.from_model(make, (3, 8))
-    assert [axis.name for axis in space.axes] == ["a"]
-    kernel = space.build({"a": 24}, seed=0).kernel
-    assert torch.equal(kernel, torch.tensor([1.0, 2.0, 1.0]).expand(24, 1, 3) / 4)
-
-
 class Recurrent(nn.Module):
     """A recurrent layer with biases of its own."""
 
@@ -221,34 +198,6 @@ def test_a_content_of_one_size_pins_it() -> None:
     with pytest.raises(Exception, match="content that fits the base's width alone at") as error:
         SearchSpace.from_model(Net, (1, 8))
     assert "kernel" in str(error.value) or "edge" in str(error.value)
-
-
-class Started(nn.Module):
-    """Random contents in several ways."""
-
-    def __init__(self, d: int = 16) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(16, d), nn.Linear(d, d), nn.Linear(d, 5)
-        self.token = nn.Parameter(torch.randn(1, d) * d**-0.5)
-        nn.init.normal_(self.a.weight, std=0.25)  # 0.25² · 16 = 1: not a scale of the fan
-        nn.init.normal_(self.b.weight, std=math.sqrt(2 / d))
-        nn.init.dirac_(self.c.weight[..., None].data)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """In a row."""
-        return self.c(torch.relu(self.b(torch.relu(self.a(x) + self.token))))
-
-
-def test_scales_are_the_constructors_not_guessed() -> None:
-    """A number stays where it is a number, and follows where it is computed."""
-    space = SearchSpace.from_model(Started, (16,), max_width=16.0)
-    for width in (16, 64, 256):
-        net: Any = space.build({"a": width, "b": width}, seed=0)
-        assert net.a.weight.std().item() == pytest.approx(0.25, rel=0.15)
-        assert net.b.weight.std().item() == pytest.approx(math.sqrt(2 / width), rel=0.15)
-        assert torch.equal(net.c.weight, torch.eye(5, width))
-    net = space.build({"a": 256}, seed=0)
-    assert net.token.std().item() == pytest.approx(256**-0.5, rel=0.15)
 
 
 def test_a_function_that_loads_weights_makes_new_networks() -> None:
