@@ -10,6 +10,7 @@ Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbol
 - ``enable_python_dispatcher``: lets symbolic sizes reach composite operators undecomposed.
 - ``_parameters``, ``_buffers``, ``_modules`` and the hooks of a module: the public iterators hide
   None, non-persistent buffers or shared tensors.
+- ``_cdata``: the identity of a storage, which several tensors may share.
 - ``_cuda_endAllocateToPool``, ``_cuda_releasePool``: to clean up after a failed graph capture.
 - the interface of a *symbolic node*: ``SymInt``, ``SymFloat`` and ``SymBool`` are public, but the
   methods that they call on the node inside are not. ``SymbolicNode`` holds the constant answers,
@@ -55,6 +56,7 @@ __all__ = [
     "has_hooks",
     "has_tensor_hooks",
     "parameters_of",
+    "storage_of",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
@@ -97,6 +99,11 @@ def has_global_hooks() -> bool:
 def has_tensor_hooks(tensor: Tensor) -> bool:
     """Whether hooks run on a tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors share if they share their memory."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _Expression:

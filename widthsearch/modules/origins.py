@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.modules.source import is_foreign, model_line, running
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
+from widthsearch.torch_internals import TorchDispatchMode, storage_of, tree_leaves
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def of(self, tensor: Tensor) -> Origin:
         """The origin of a tensor's content."""
-        return self._of.get(_storage(tensor), Origin())
+        return self._of.get(storage_of(tensor), Origin())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -86,15 +86,15 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
             others = [t for t in read if t is not written]
             self._write(func, written, random or any(self.of(t).random for t in others))
             return out
-        known = {_storage(t) for t in read} & self._of.keys()
+        known = {storage_of(t) for t in read} & self._of.keys()
         random = random or any(self.of(t).random for t in read)
         for made in tree_leaves(out):
-            if isinstance(made, Tensor) and _storage(made) not in known:
-                self._of[_storage(made)] = Origin(random, self._writer(), model_line())
+            if isinstance(made, Tensor) and storage_of(made) not in known:
+                self._of[storage_of(made)] = Origin(random, self._writer(), model_line())
         return out
 
     def _write(self, func: Any, tensor: Tensor, random: bool) -> None:
-        origin = self._of.setdefault(_storage(tensor), Origin())
+        origin = self._of.setdefault(storage_of(tensor), Origin())
         origin.writer, origin.line = self._writer(), model_line()
         whole = _is_whole(tensor)
         overwritten = func._overloadpacket.__name__ in ("copy_", "fill_", "zero_")
@@ -108,10 +108,6 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 part = zip(tensor.shape, tensor.stride(), strict=True) if number else ()
                 origin.patches.add(tuple(part))
             origin.random = origin.random or random
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_whole(tensor: Tensor) -> bool:

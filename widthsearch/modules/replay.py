@@ -51,6 +51,7 @@ from widthsearch.modules.solving import (
 )
 from widthsearch.modules.source import model_line
 from widthsearch.modules.tree import join, tensors_of
+from widthsearch.torch_internals import storage_of
 
 
 class ConstructionError(Exception):
@@ -117,11 +118,11 @@ class Builder(Session):
 
     def unwritten(self, model: nn.Module) -> set[str]:
         """The tensors of a model that a constructor could not write to, for their sizes."""
-        skipped = {tensor.untyped_storage()._cdata for tensor in self._skipped}
+        skipped = set(map(storage_of, self._skipped))
         return {
             join(layer, name)
             for _, layer, name, tensor in tensors_of(model)
-            if tensor.untyped_storage()._cdata in skipped
+            if storage_of(tensor) in skipped
         }
 
     def construct(self, frame: Frame, original: Any, args: Any, kwargs: Any) -> None:  # noqa: D102

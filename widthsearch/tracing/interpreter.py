@@ -14,16 +14,12 @@ channels, and torch's FLOP formula adds ``2 · 9 · H · W · s0 · s1`` to the 
 
 from __future__ import annotations
 
-import importlib.util
-import linecache
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from widthsearch.errors import first_line
+from widthsearch.modules.source import FOREIGN, model_line
 from widthsearch.torch_internals import (
     TorchDispatchMode,
     enable_python_dispatcher,
@@ -41,18 +38,11 @@ from widthsearch.torch_internals import (
 )
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
-from widthsearch.tracing.sample_values import SampleValues, unknown
+from widthsearch.tracing.sample_values import SampleValues, tensors_among, unknown
 from widthsearch.tracing.symbolic_ints import plain_numbers, poly_of
 from widthsearch.tracing.writes import SCATTERS, WRITES, taken_dims
 
 aten = torch.ops.aten
-
-# Folders whose lines are no part of a model's code.
-_SKIP = tuple(
-    f"{Path(spec.origin).parent}{os.sep}"
-    for name in ("torch", "widthsearch")
-    if (spec := importlib.util.find_spec(name)) and spec.origin
-)
 
 
 def operators(names: str) -> frozenset[Any]:
@@ -67,14 +57,6 @@ BATCH_NORMS = operators(
     cudnn_batch_norm miopen_batch_norm
     """
 )
-
-
-def _tensors_among(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_among(value)
 
 
 _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
@@ -174,7 +156,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operation = str(func)
-        tensors = list(_tensors_among(args))
+        tensors = list(tensors_among(args))
         self.of_input = [a for a in tensors if id(a) in self.inputs]
         try:
             out = self._run(func, tensors, args, kwargs or {})
@@ -353,15 +335,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _line() -> str:
     """``file:line`` and the text of the innermost line of the model's code that is running."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not run_on_meta.__code__:
-        filename = frame.f_code.co_filename
-        if not filename.startswith(("<", *_SKIP)):
-            text = linecache.getline(filename, frame.f_lineno).strip()
-            short = "/".join(filename.replace("\\", "/").split("/")[-2:])
-            return f"{short}:{frame.f_lineno} `{text}`"
-        frame = frame.f_back
-    return "torch's own code"
+    return model_line(run_on_meta.__code__)
 
 
 class TraceInterrupted(Exception):  # noqa: N818 - the tracer pins the layer's sizes and goes on
@@ -402,7 +376,7 @@ def _line_of(error: BaseException) -> str:
     traceback = error.__traceback__
     while traceback is not None:
         filename = traceback.tb_frame.f_code.co_filename
-        if not filename.startswith(_SKIP):
+        if not filename.startswith(FOREIGN):
             place = f"{Path(filename).name}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place

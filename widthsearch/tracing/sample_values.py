@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map, without_modes
+from widthsearch.torch_internals import (
+    TorchDispatchMode,
+    storage_of,
+    tree_leaves,
+    tree_map,
+    without_modes,
+)
 
 aten = torch.ops.aten
 
@@ -43,12 +49,13 @@ def unknown(tensor: Tensor) -> Tensor:
     return set_value(tensor, None)
 
 
-def _tensors_among(values: Any) -> Iterator[Tensor]:
+def tensors_among(values: Any) -> Iterator[Tensor]:
+    """The tensors among some arguments, also within lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors_among(value)
+            yield from tensors_among(value)
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -101,7 +108,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value is not None and not isinstance(value, Tensor):
             value = value()
             set_value(tensor, value)
-        if value is not None and _storage(value) in self._spoiled:
+        if value is not None and storage_of(value) in self._spoiled:
             return None
         return value
 
@@ -109,7 +116,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func._overloadpacket in _INDEXED:
             args = (args[0], self._positions(args[1]), *args[2:])
-        tensors = list(_tensors_among((*args, *kwargs.values())))
+        tensors = list(tensors_among((*args, *kwargs.values())))
         if tensors and all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
             return func(*args, **kwargs)
         if not self._known(func, tensors, args, kwargs):
@@ -162,9 +169,9 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget the values of tensors that an operation writes unknown content into."""
         for argument, given in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in _tensors_among((given,)):
+                for tensor in tensors_among((given,)):
                     if tensor.device.type == "meta" and (value := self.value(tensor)) is not None:
-                        self._spoiled[_storage(value)] = value
+                        self._spoiled[storage_of(value)] = value
 
 
 class _Constants(TorchFunctionMode):
@@ -213,7 +220,3 @@ def _by_channel(
 
 def _on_meta(value: Any) -> Any:
     return set_value(value.to("meta"), value) if isinstance(value, Tensor) else value
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
