@@ -69,7 +69,7 @@ class ProposerConformance:
         space = space_of(model)
         proposal = self.propose(space)
         assert proposal.method == self.method
-        path = np.array([space.widths(w).vector for w in proposal.trajectory])
+        path = np.array([space.widths(w.vector).vector for w in proposal.trajectory])
         assert (np.diff(path, axis=0) <= 0).all()
         assert (np.diff(space.macs(path)) < 0).all()
         assert (path[0] <= space.base.vector).all()
@@ -96,7 +96,7 @@ class ProposerConformance:
         pinned = space_of("Residual").constrained(pin="stem", step=8)
         for space in (tied, pinned):
             for widths in self.propose(space).trajectory:
-                assert space.widths(widths) == widths
+                assert space.widths(widths.vector) == widths
 
     def test_it_is_deterministic_and_disturbs_nothing(self) -> None:
         """The same seed gives the same proposal, and no global random state changes."""
@@ -128,4 +128,4 @@ class ProposerConformance:
         """Members are on the grid there, too."""
         space = space_of(model)
         for widths in self.propose(space, device="cuda").trajectory:
-            assert space.widths(widths) == widths
+            assert space.widths(widths.vector) == widths

@@ -299,7 +299,7 @@ def test_a_branched_space_is_a_space_like_any_other() -> None:
     pinned.check()
     for proposer in (Uniform(), Sensitivity()):
         proposal = proposer(narrow, small_task(), Setting())
-        assert all(narrow.widths(w) == w for w in proposal.trajectory)
+        assert all(narrow.widths(w.vector) == w for w in proposal.trajectory)
     # The dependency graph does not follow channels through branches.
     assert graph_of(narrow).unknown
     swapped = {**architecture.layers, "conv1": architecture.layers["conv1"][::-1]}

@@ -32,7 +32,7 @@ def test_a_budget_is_solved_exactly(data: st.DataObject, space: SearchSpace) -> 
     costs = space.macs(family.members)
     budget = data.draw(st.floats(float(costs[0]), float(costs[-1]) * 1.1))
     solved = family.solve(budget)
-    assert space.widths(solved) == solved
+    assert space.widths(solved.vector) == solved
     cost = int(space.macs(solved))
     assert cost <= budget
     beyond = costs[costs > cost]

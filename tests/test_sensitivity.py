@@ -218,4 +218,4 @@ def test_tied_axes_add_the_saliency_of_their_channels_by_rank() -> None:
     assert (np.diff(joined[0]) >= 0).all()
     assert (joined[1] == own[1]).all()
     proposal = Sensitivity()(tied, task, Setting(seed=0))
-    assert all(tied.widths(w) == w for w in proposal.trajectory)
+    assert all(tied.widths(w.vector) == w for w in proposal.trajectory)

@@ -126,7 +126,7 @@ def _validated(proposal: object, space: SearchSpace) -> Proposal:
     for widths in proposal.trajectory:
         if widths.names != space.names:
             raise WidthsError(f"a proposal's axes must be the space's, but are {widths.names}")
-        space.widths(widths)
+        space.widths(widths.vector)  # each on the grid
     json.dumps(proposal.to_json())  # raises TypeError for provenance that is no JSON
     return proposal
 
