@@ -2,8 +2,8 @@
 
     python -m benchmarks.size [--trials 1000] [--axes 30] [--epochs 30] [--searched 40]
 
-Trainings are simulated: a saturating curve in the logarithm of the MACs, with noise. All the rest is
-the study's own: the loop, early stopping, the storage with the driver's lock, the surrogate. The
+Trainings are simulated: a saturating curve in the logarithm of the MACs, with noise. All the rest
+is the study's own: the loop, early stopping, the storage with the driver's lock, the surrogate. The
 queue has random networks first; the last `--searched` trials are suggestions of the search, with a
 progress display as in `widthsearch run`. All times are CPU times of one process, so they hardly
 depend on what else the machine does.
@@ -137,9 +137,8 @@ def main() -> None:
         folder = Path(runs, "size")
         queued, searched = run(folder, options)
         last = float(np.mean(searched[-20:]))
-        print(
-            f"driver, a trial of the queue, first / last 50  {np.mean(queued[:50]):.3f} / {np.mean(queued[-50:]):.3f} s"
-        )
+        first, final = np.mean(queued[:50]), np.mean(queued[-50:])
+        print(f"driver, a trial of the queue, first / last 50  {first:.3f} / {final:.3f} s")
         show("driver, a trial of the search at the end", last, BARS["driver"], "s")
         show("pareto", pareto(folder), BARS["pareto"], "s")
         megabytes = sum(f.stat().st_size for f in folder.glob("study.db*")) / 1e6

@@ -36,7 +36,8 @@ class Standardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
         w = self.weight
-        mean, deviation = (f((1, 2, 3), keepdim=True) for f in (w.mean, w.std))
+        variance, mean = torch.var_mean(w, (1, 2, 3), correction=0, keepdim=True)
+        deviation = variance.sqrt()
         return F.conv2d(x, (w - mean) / (deviation + 1e-5), self.bias, padding=self.padding)
 
 

@@ -182,6 +182,10 @@ class FenceRow:
         token: The token of its last driver; 0 if it never had one.
         renewed: Changes with each renewal.
         holder: The driver; None while there is none.
+
+    Example:
+        >>> FenceRow(token=2, renewed=7).holder is None
+        True
     """
 
     token: int = 0
@@ -201,6 +205,11 @@ class Fence:
     Attributes:
         token: The token that every write of this storage object needs; None before a driver's lock
             was taken through it.
+
+    Example:
+        >>> fence = Fence("sqlite://", sqlalchemy.create_engine("sqlite://"), 1, "mine")
+        >>> fence.token is None  # reads and writes are not fenced yet
+        True
     """
 
     def __init__(self, url: str, engine: sqlalchemy.Engine, study: int, name: str) -> None:
