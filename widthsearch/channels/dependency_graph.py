@@ -234,7 +234,7 @@ def _why_not_told(key: str, elements: Elements, dims: Iterable[NDArray[np.int64]
         found = len(np.unique(elements.find(these)))
         if cause := elements.cause(lambda now: len(np.unique(now.find(these))) == found):  # noqa: B023
             return f"its channels in {key!r} are tied to each other by {cause}"
-    return f"the run does not tell its channels in {key!r}"
+    return f"no layer has its channels alone, and nothing tells them from others in {key!r}"
 
 
 def _operands(

@@ -241,16 +241,9 @@ def _group_norm(
 
 
 def _batch_norm(
-    inside: Tensor,
-    x: Tensor,
-    running_mean: None,
-    running_var: None,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    inside: Tensor, x: Tensor, *_: Any, weight: Any = None, bias: Any = None, eps: float, **__: Any
 ) -> Tensor:
+    """By statistics of the batch; torch passes all options by name."""
     count, mean, squares = _moments(inside, x, [0, *range(2, x.dim())])
     return _affine((x - mean) / (squares / count + eps).sqrt(), weight, bias)
 
