@@ -204,45 +204,29 @@ def pad(run: Propagation, call: Call) -> None:
 
 def concatenate(run: Propagation, call: Call) -> None:
     """Elements lie one after the other; along the other dims the parts must agree."""
-    stacked = call.func._overloadpacket is aten.stack
     parts, out = call.args[0], call.outputs[0]
     dim = call.named["dim"] % out.dim()
-    along: list[Field] = []
-    other: list[Field] = []
-    for p in parts:
-        shape = list(shape_of(p))
-        whole = torch.full([1] * p.dim(), -1)
-        for f in run.fields_of(p):
-            if stacked or dim in varies(f):
-                whole = torch.where(whole < 0, f, whole) if bool((whole < 0).all()) else whole
-                if not stacked:
-                    continue
-            other.append(f.unsqueeze(dim) if stacked else f)
-        along.append(whole.expand(shape))
-    fields = run.elements.merged(other)
-    if not stacked:
-        joined = compressed(torch.cat(along, dim))
-        fields = [joined, *(f for f in fields if dim not in varies(f))]
-    run.set_fields(out, fields)
+    fields = [run.fields_of(p) for p in parts]
+    if call.func._overloadpacket is aten.stack:
+        run.set_fields(out, run.elements.merged(f.unsqueeze(dim) for own in fields for f in own))
+        return
+    along = [
+        next((f for f in own if dim in varies(f)), torch.full([1] * p.dim(), -1)).expand(
+            shape_of(p)
+        )
+        for p, own in zip(parts, fields, strict=True)
+    ]
+    other = run.elements.merged(f for own in fields for f in own if dim not in varies(f))
+    run.set_fields(out, [compressed(torch.cat(along, dim)), *other])
 
 
 def along_dim(run: Propagation, call: Call) -> None:
     """Sorting, FFT and the like: entries along some dims are mixed, the others are kept apart."""
     dims = from_front(call.named["dim"], call.args[0])
-    shape = shape_of(call.outputs[0])
-    fields = []
-    for x in tensors_in(call.args):
-        for f in run.fields_of(x):
-            kept = f.dim() == len(shape) and dims.isdisjoint(varies(f))
-            if kept and all(n in (1, m) for n, m in zip(f.shape, shape, strict=True)):
-                fields.append(f)
-            else:
-                run.lose(f)
-    fields = run.elements.merged(fields)
-    for o in call.outputs:
-        run.set_fields(o, fields)
-    if any(call.outputs[0] is x for x in call.args):
-        run.write_through(call.outputs[0])
+    for f in (f for x in tensors_in(call.args) for f in run.fields_of(x)):
+        if varies(f) & dims or f.dim() != call.outputs[0].dim():
+            run.lose(f)
+    pointwise(run, call)
 
 
 def indexed(run: Propagation, call: Call) -> None:

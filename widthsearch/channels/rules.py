@@ -2,7 +2,8 @@
 
 A rule takes the propagation and a call. It sets the fields of the outputs, unites elements, and
 records reads, consumers and seams. Operators with torch's ``pointwise`` tag need no entry in
-:data:`RULES`; all others without one lose the axes that they touch.
+:data:`RULES`, families of names stand in :data:`_BY_PATTERNS`; all other operators lose the axes
+that they touch.
 """
 
 from __future__ import annotations
