@@ -468,7 +468,7 @@ def test_a_function_that_cannot_be_called_again_is_listed() -> None:
 
     (left,) = SearchSpace.from_model(longer, (6,)).leftovers
     assert "'__init__' of Sequential" in str(left)
-    assert "is not called for other widths, which get copies: " in str(left)
+    assert "is not called: networks are copies, since " in str(left)
 
 
 class Normed(nn.Module):

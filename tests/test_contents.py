@@ -221,3 +221,22 @@ def test_a_module_made_before_is_not_shared() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
     space = SearchSpace.from_model(lambda: model, (6,))
     assert space.build(space.base, seed=0)[0] is not model[0]
+    (leftover,) = space.leftovers
+    assert "networks are copies, since it returns modules that it did not make" in str(leftover)
+
+
+def test_a_function_that_works_once_is_named_with_its_line() -> None:
+    """Networks are copies then, and the space says so."""
+    made: list[int] = []
+
+    def make() -> nn.Module:
+        made.append(1)
+        if len(made) > 1:
+            raise RuntimeError("a file that is gone")
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    space = SearchSpace.from_model(make, (6,))
+    assert space.build([8], seed=0)[0].out_features == 8
+    (leftover,) = space.leftovers
+    assert "a file that is gone" in leftover.reason
+    assert leftover.place.startswith("test_contents.py:")

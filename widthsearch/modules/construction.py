@@ -104,6 +104,7 @@ class Recording:
         make_model: The function.
         root: A call that stands for the function; the constructor calls are within it.
         classes: The classes that were constructed.
+        complete: Whether they were all of the model's modules.
 
     Example:
         >>> _, recorder = record(lambda: nn.Linear(3, 4))
@@ -115,6 +116,7 @@ class Recording:
     make_model: Callable[[], nn.Module]
     root: Call
     classes: tuple[type, ...]
+    complete: bool = True
 
 
 def kind_of(cls: type) -> str:
@@ -409,7 +411,7 @@ class Recorder(Session):
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
         with self.origins:
             model = super().run(make_model)
-        self.recording = Recording(make_model, self.root, tuple(self._used))
+        self.recording = Recording(make_model, self.root, tuple(self._used), self.complete)
         return model
 
     def expect(self, cls: type, copied: bool) -> Call:  # noqa: D102

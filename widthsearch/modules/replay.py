@@ -224,8 +224,8 @@ class Replay:
         partial: Whether a constructor refuses the numbers that some sizes ask for.
 
     Raises:
-        ConstructionError: The function does not make the same model twice, or a constructor refuses
-            the numbers that other sizes ask for.
+        ConstructionError: The function does not make the whole model anew each time, or a
+            constructor refuses the numbers that other sizes ask for.
     """
 
     def __init__(
@@ -236,6 +236,8 @@ class Replay:
         *,
         values: bool = False,
     ) -> None:
+        if not recording.complete:
+            raise ConstructionError("it returns modules that it did not make")
         self.recording, self._values = recording, values
         self._base = {where: sizes[0] for where, sizes in samples.items()}
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}

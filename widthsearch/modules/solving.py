@@ -268,6 +268,10 @@ class Solver(Sketch):
                 changed = [leaf for leaf in joint if not _is_free(group[leaf])]
                 if None in map(group.get, joint):
                     responses = self._responses(frame, original, arguments, joint, v)
+                    rest = tuple(leaf for leaf in joint if leaf not in changed)
+                    without = rest and self._responses(frame, original, arguments, rest, v)
+                    if without and _in_tensors(without) == _in_tensors(responses or {}):
+                        continue  # no tensor depends on the others: the groups of a norm
                     common = self._answer(frame.call, "", responses, v)
                     if _is_free(common):
                         group.update(dict.fromkeys(changed, common))
@@ -472,6 +476,10 @@ class Solver(Sketch):
             self.frames.pop()
             self._probed = None
         return sizes_of(fresh)
+
+
+def _in_tensors(responses: Responses) -> Responses:
+    return {where: found for where, found in responses.items() if isinstance(where[1], int)}
 
 
 def _is_free(follows: Follows | None) -> bool:

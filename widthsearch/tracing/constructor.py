@@ -36,7 +36,7 @@ from widthsearch.modules.tree import (
     sync_attributes,
     tensors_of,
 )
-from widthsearch.tracing.interpreter import TraceInterrupted, execute
+from widthsearch.tracing.interpreter import TraceInterrupted, execute, place_of
 from widthsearch.tracing.polynomials import Poly, System, as_constant, evaluate, total
 from widthsearch.tracing.symbolic_ints import poly_of, size
 from widthsearch.tracing.trace import Trace
@@ -83,6 +83,9 @@ class Constructor:
         template: The model on the meta device.
         inputs: One sample's shape, as the trace takes it.
 
+    Attributes:
+        failed_at: The line at which the function fails at other sizes, if it does.
+
     Example:
         >>> from widthsearch.modules.construction import record
         >>> from widthsearch.tracing.traced_model import TracedModel
@@ -101,6 +104,7 @@ class Constructor:
     trace: Trace
     template: nn.Module
     inputs: Any
+    failed_at: str = ""
     _replay: Replay | ConstructionError | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +119,9 @@ class Constructor:
                     self._replay = Replay(self.recording, *self._samples(), values=values)
                     break
                 except ConstructionError as error:
-                    self._replay = error
+                    self.failed_at = place_of(error.__cause__ or error)
+                    self._replay = error.with_traceback(None)
+                    error.__cause__ = error.__context__ = None  # they would keep modules alive
         return None if isinstance(self._replay, ConstructionError) else self._replay
 
     @property

@@ -359,7 +359,7 @@ def _explained(model: nn.Module, run: SymbolicInterpreter) -> Iterator[None]:
     except Exception as error:
         layer = run.layers[-1] if run.layers else ""
         kind = type(model.get_submodule(layer)).__name__
-        place = _line_of(error)
+        place = place_of(error)
         raise TraceInterrupted(
             layer,
             f"needs integers at {place}: {first_line(error)}",
@@ -370,7 +370,7 @@ def _explained(model: nn.Module, run: SymbolicInterpreter) -> Iterator[None]:
         ) from error
 
 
-def _line_of(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """``file:line`` of the innermost frame of ``error`` outside torch and this package."""
     place = "torch's own code"
     traceback = error.__traceback__

@@ -68,10 +68,10 @@ def leftovers(
     other = constructor.example if constructor else None
     found = [*_contents(template, trace, scheme, None if replay is None else replay.unexplained)]
     found += _stale(template, trace, other, replay)
-    if constructor is not None and constructor.failure is not None:
-        reason = f"is not called for other widths, which get copies: {constructor.failure}"
-        found.append(_leftover("", template, "__init__", reason))
     if constructor is not None:
+        if constructor.failure is not None:
+            reason = f"is not called: networks are copies, since {constructor.failure}"
+            found.append(Leftover("", type(template), "__init__", reason, constructor.failed_at))
         for (layer, name), value in constructor.kept.items():
             reason = f"stays at the base's {value}, or costs would be others"
             found.append(_leftover(layer, template.get_submodule(layer), name, reason))

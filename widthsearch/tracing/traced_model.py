@@ -73,7 +73,8 @@ class TracedModel:
         Raises:
             TraceError: The model cannot be traced.
         """
-        if recorder is not None and not recorder.complete:
+        recording = recorder and recorder.recording
+        if recording is not None and not recording.complete:
             recorder = None  # a module was made before, and is no other's at other widths
         template = clone(model, {id(t): to_meta(t) for *_, t in tensors_of(model)})
         scheme = Scheme.of(model, recorder)
@@ -83,8 +84,8 @@ class TracedModel:
         def traced_with(derived: Set[tuple[str, str]]) -> TracedModel:
             while True:
                 traced = known or trace(model, inputs, astray if recorder else None, derived)
-                calls = recorder and Constructor(recorder.recording, traced, template, inputs)
-                found = cls(name, inputs, traced, template, scheme, calls or None, init)
+                calls = Constructor(recording, traced, template, inputs) if recording else None
+                found = cls(name, inputs, traced, template, scheme, calls, init)
                 more = {} if known else found._astray(model, recorder)
                 if not more:
                     return found
@@ -164,9 +165,9 @@ class TracedModel:
         the outermost ones alone; at the base it is the function's own network.
 
         Returns:
-            None if a module was given, or if no such arguments give these widths.
+            None if networks are copies, or if no such arguments give these widths.
         """
-        if self.constructor is None:
+        if self.constructor is None or self.constructor.replay is None:
             return None
         x = self.trace.variables(vector)
         with kept_generators():
