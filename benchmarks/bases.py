@@ -106,7 +106,7 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
     def estimated(fitted: Sequence[Surrogate]) -> list[list[Observation]]:
         """All trainings, with the posterior means of their accuracies."""
         return [
-            [replace(o, accuracy=accuracy) for o, accuracy in zip(own, mean.tolist(), strict=True)]
+            [replace(o, value=accuracy) for o, accuracy in zip(own, mean.tolist(), strict=True)]
             for own, surrogate in zip(observed, fitted, strict=True)
             for mean in [surrogate.posterior([o.widths for o in own]).mean]
         ]
@@ -117,7 +117,9 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
         means = estimated(fitted)
         found = []
         for i, search in enumerate(searches):
-            rivals = [o for j, own in enumerate(means) if j != i for o in own]
+            rivals = [
+                (o.value or 0.0, o.costs) for j, own in enumerate(means) if j != i for o in own
+            ]
             suggestion = search.suggest(observed[i], rivals=rivals, surrogate=fitted[i])
             if suggestion is not None:
                 widths = suggestion.widths.vector
@@ -126,7 +128,7 @@ def searched(world: World, trials: Sequence[int], together: bool, seed: int) -> 
         observed[i].append(world.train(i, widths))
         if sum(map(len, observed)) in trials:
             networks = [(i, o) for i, own in enumerate(estimated(surrogates())) for o in own]
-            kept = pareto.non_dominated([(-(o.accuracy or 0), *o.costs) for _, o in networks])
+            kept = pareto.non_dominated([(-(o.value or 0), *o.costs) for _, o in networks])
             chosen = [(i, o.widths) for (i, o), on in zip(networks, kept, strict=True) if on]
             scores.append(world.share(chosen))
     return scores

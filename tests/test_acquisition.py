@@ -18,7 +18,7 @@ coordinate = st.floats(0, 1, width=16)
 def gained(gain: HypervolumeImprovement, accuracy: float, costs: list[float]) -> float:
     """By how much the hypervolume grows, by the definition."""
     high = gain.window[1]
-    before = np.column_stack([-gain.accuracy, np.maximum(gain.costs, gain.window[0])])
+    before = np.column_stack([-gain.scores, np.maximum(gain.costs, gain.window[0])])
     after = np.vstack([before, [-accuracy, *np.maximum(costs, gain.window[0])]])
     reference = [-gain.floor, *high]
     return pareto.hypervolume(after, reference) - pareto.hypervolume(before, reference)

@@ -149,7 +149,7 @@ def test_a_network_is_picked(tmp_path: Path) -> None:
     study = tiny.study(tmp_path, trials=12)
     tiny.run(study)
     front = study.front()
-    assert study.pick("best") == max(front, key=study.posterior().accuracy)
+    assert study.pick("best") == max(front, key=study.posterior().value)
     assert study.pick() in front
     assert [study.pick(trial.number) for trial in study.trials()] == study.trials()
     with pytest.raises(StudyError, match="99"):

@@ -255,9 +255,9 @@ def test_a_card_has_the_studys_estimates_for_the_pick_and_the_base(tmp_path: Pat
     export.train(study, pick, seeds=1, epochs=1, folder=tmp_path / "out")
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["macs"] == pick.cost.macs
-    assert card["estimated"]["accuracy"] == posterior.accuracy(pick)
+    assert card["estimated"]["accuracy"] == posterior.value(pick)
     assert card["base"]["macs"] == base.cost.macs != pick.cost.macs
-    assert card["base"]["estimated"]["accuracy"] == posterior.accuracy(base)
+    assert card["base"]["estimated"]["accuracy"] == posterior.value(base)
 
 
 def test_source_digest_covers_code_alone(tmp_path: Path) -> None:

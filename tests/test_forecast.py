@@ -43,7 +43,7 @@ def test_every_proposal_has_a_forecast_at_every_budget(tmp_path: Path) -> None:
         truth = 2.0 * sum(each.widths.vector) + 4  # after four epochs
         sd = each.estimate.sd
         assert sd is not None
-        assert abs(each.estimate.accuracy - truth) < 4 * sd + 0.5
+        assert abs(each.estimate.value - truth) < 4 * sd + 0.5
     trained = {trial.widths for trial in done.trials()}
     assert all(each.trained == (each.widths in trained) for each in found)
 
@@ -53,12 +53,10 @@ def test_chances_and_gains_by_hand(tmp_path: Path) -> None:
     done = study(tmp_path, 12, proposers=["sensitivity"])
     posterior = done.posterior()
     for each in forecast(done, done.posterior(), (0.25, 0.5, 1.5)):
-        best = max(
-            posterior.accuracy(o) for o in posterior.members if o.cost.macs <= each.cost.macs
-        )
+        best = max(posterior.value(o) for o in posterior.members if o.cost.macs <= each.cost.macs)
         sd = each.estimate.sd
         assert sd is not None
-        z = (each.estimate.accuracy - best) / sd
+        z = (each.estimate.value - best) / sd
         chance = 0.5 * (1 + math.erf(z / math.sqrt(2)))
         density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
         assert each.beats_front == pytest.approx(chance)
@@ -126,9 +124,9 @@ def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> No
     made = tiny.study(tmp_path, trials=12)
     tiny.run(made, lambda trial, _: min(100.0, 90.0 + sum(trial.widths.vector) / 2))
     found = forecast(made, made.posterior())
-    best = max(found, key=lambda each: each.estimate.accuracy)
+    best = max(found, key=lambda each: each.estimate.value)
     assert best.estimate.sd is not None
-    assert best.estimate.accuracy + 1.645 * best.estimate.sd > 100
+    assert best.estimate.value + 1.645 * best.estimate.sd > 100
     for each in found:
         content = each.to_json()["estimated"]
         low, high = content["interval"]

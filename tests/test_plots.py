@@ -156,7 +156,7 @@ def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_pat
         drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
         assert set(drawn) == {f"{name}, estimated" for name in ("front", "uniform", "random")}
         points = drawn["front, estimated"].get_xydata().tolist()
-        assert points == [[getattr(t.cost, cost), posterior.accuracy(t)] for t in front]
+        assert points == [[getattr(t.cost, cost), posterior.value(t)] for t in front]
         ticks = axes.xaxis.get_ticklabels(which="both")
         low, high = axes.get_xlim()
         shown = [t for t in ticks if t.get_text() and low <= t.get_position()[0] <= high]

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from widthsearch.latency.config import Latency
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Trial, TrialState
 
@@ -39,7 +39,7 @@ def noisy(count: int, noise: float, seed: int = 0) -> list[Trial]:
 
 def accuracies(trials: list[Trial]) -> list[float]:
     """The accuracy that each training came to."""
-    return [trial.accuracy for trial in trials if trial.accuracy is not None]
+    return [trial.value for trial in trials if trial.value is not None]
 
 
 def truth(first: int, second: int) -> float:
@@ -58,9 +58,9 @@ def test_a_record_survives_json() -> None:
 def test_with_few_trainings_means_are_the_estimates() -> None:
     """No interval and no probability; repeated trainings are averaged and are one member."""
     seen = [trial(0, 4, 4, 80.0), trial(1, 8, 8, 90.0), trial(2, 4, 4, 84.0)]
-    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
+    posterior = MetricPosterior(seen, RECORDS, OBJECTIVES)
     estimate = posterior[seen[2]]
-    assert (estimate.accuracy, estimate.sd, estimate.trainings) == (82.0, None, 2)
+    assert (estimate.value, estimate.sd, estimate.trainings) == (82.0, None, 2)
     assert estimate.dominated is None
     assert [member.number for member in posterior.front()] == [0, 1]
     assert posterior.undecided == []
@@ -71,17 +71,17 @@ def test_a_lucky_training_is_shrunk() -> None:
     """The estimate of one far too lucky network is drawn towards its neighbours."""
     seen = noisy(30, 0.5)
     lucky = replace(seen[5], curve=tiny.curve(accuracies(seen)[5] + 4.0))
-    posterior = AccuracyPosterior([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
+    posterior = MetricPosterior([*seen[:5], lucky, *seen[6:]], RECORDS, OBJECTIVES)
     true = truth(*lucky.widths.vector)
-    assert abs(posterior[lucky].accuracy - true) < 0.5 * abs(accuracies([lucky])[0] - true)
+    assert abs(posterior[lucky].value - true) < 0.5 * abs(accuracies([lucky])[0] - true)
     assert posterior[lucky].sd is not None
 
 
 def test_estimates_are_nearer_to_the_truth_than_trainings() -> None:
     """In the mean over the members, at noise as large as the differences."""
     seen = noisy(40, 1.0)
-    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
-    off = [posterior[o].accuracy - truth(*o.widths.vector) for o in seen]
+    posterior = MetricPosterior(seen, RECORDS, OBJECTIVES)
+    off = [posterior[o].value - truth(*o.widths.vector) for o in seen]
     raw = np.array(accuracies(seen)) - [truth(*o.widths.vector) for o in seen]
     assert np.square(off).mean() < 0.5 * np.square(raw).mean()
     assert posterior.surrogate is not None
@@ -92,9 +92,9 @@ def test_estimates_are_nearer_to_the_truth_than_trainings() -> None:
 def test_the_front_follows_the_estimates() -> None:
     """Probabilities agree with it: they are lower on the front, and 0 for the narrowest."""
     seen = noisy(40, 1.0)
-    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
+    posterior = MetricPosterior(seen, RECORDS, OBJECTIVES)
     front = posterior.front()
-    values = [(o.cost.macs, posterior.accuracy(o)) for o in front]
+    values = [(o.cost.macs, posterior.value(o)) for o in front]
     assert values == sorted(values)
     assert [a for _, a in values] == sorted(a for _, a in values)
     assert front[0].cost.macs == min(o.cost.macs for o in seen)
@@ -113,7 +113,7 @@ def test_stopped_trials_count_by_their_curves() -> None:
         for o, final in zip(seen, accuracies(seen), strict=True)
     ]
     stopped = replace(seen[-1], number=99, state=TrialState.STOPPED, curve=seen[-1].curve[:1])
-    posterior = AccuracyPosterior([*seen[:-1], stopped], RECORDS, OBJECTIVES)
+    posterior = MetricPosterior([*seen[:-1], stopped], RECORDS, OBJECTIVES)
     assert posterior.surrogate is not None and posterior.surrogate.size == 20
     assert stopped not in posterior.members
 
@@ -124,14 +124,14 @@ def test_estimates_are_at_most_100_percent() -> None:
         replace(o, curve=tiny.curve(min(100.0, 60 + o.widths.vector[0] * 2.8)))
         for o in noisy(20, 0.3)
     ]
-    posterior = AccuracyPosterior(seen, RECORDS, OBJECTIVES)
-    assert max(posterior.accuracy(o) for o in posterior.members) <= 100.0
+    posterior = MetricPosterior(seen, RECORDS, OBJECTIVES)
+    assert max(posterior.value(o) for o in posterior.members) <= 100.0
 
 
 def test_a_trial_without_an_objective_is_no_member() -> None:
     """Its latency is not measured."""
     latency: Latency = tiny.latency(1.0)
     seen = [trial(0, 4, 4, 80.0, latency=latency), trial(1, 8, 8, 90.0)]
-    posterior = AccuracyPosterior(seen, RECORDS, ("accuracy", "latency_ms"))
+    posterior = MetricPosterior(seen, RECORDS, ("accuracy", "latency_ms"))
     assert [member.number for member in posterior.front()] == [0]
-    assert posterior.accuracy(seen[1]) == pytest.approx(90.0)
+    assert posterior.value(seen[1]) == pytest.approx(90.0)

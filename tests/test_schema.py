@@ -73,10 +73,10 @@ def test_a_study_of_schema_2_opens(tmp_path: Path) -> None:
     assert [states.count(state) for state in TrialState] == [0, 4, 5, 1]
     first, stopped, failed = trials[0], trials[6], trials[9]
     assert (first.origin, first.widths) == ({"base": True}, tiny.widths(8, 8))
-    assert (first.accuracy, first.latency_ms, first.cost.macs) == (36.0, 1.04, 10400)
-    assert [result.accuracy for result in first.curve] == [33.0, 34.0, 35.0, 36.0]
+    assert (first.value, first.latency_ms, first.cost.macs) == (36.0, 1.04, 10400)
+    assert first.values == (33.0, 34.0, 35.0, 36.0)
+    assert (stopped.state, stopped.value, len(stopped.curve)) == ("stopped", None, 1)
     assert {origin_text(trial.origin) for trial in trials[3:]} == {"search"}
-    assert (stopped.state, stopped.accuracy, len(stopped.curve)) == ("stopped", None, 1)
     assert (failed.state, failed.error) == ("failed", "RuntimeError: no")
     assert [trial.number for trial in study.front()] == [1, 2, 0, 3]
     assert Store.open(study.storage, "tiny").attribute("record") == ["two parts"]

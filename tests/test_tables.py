@@ -19,7 +19,7 @@ from widthsearch.report.progress import LiveView
 from widthsearch.report.space_tables import space_tables
 from widthsearch.space.cost import Cost
 from widthsearch.study.front import equal_cost_pairs
-from widthsearch.study.posterior import AccuracyEstimate, AccuracyPosterior
+from widthsearch.study.posterior import Estimate, MetricPosterior
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Trial
@@ -40,9 +40,9 @@ def trial(number: int, macs: int, accuracy: float, milliseconds: float) -> Trial
 UNIFORM = {"proposer": "uniform", "family": "linear", "budget": 0.5, "baseline": True}
 
 
-def posterior_of(trials: Sequence[Trial]) -> AccuracyPosterior:
+def posterior_of(trials: Sequence[Trial]) -> MetricPosterior:
     """The posterior of a study of accuracy and MACs with these trials."""
-    return AccuracyPosterior(trials, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
+    return MetricPosterior(trials, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
 
 
 def test_members_whose_latency_is_not_shown_to_fall_are_named() -> None:
@@ -78,8 +78,8 @@ def test_rivals_are_paired_with_the_most_accurate_network_that_costs_no_more() -
     """By hand: one at 100 MACs, one at 200 MACs, and a rival that none can be compared with."""
     small, large = trial(1, 100, 80.0, 1.0), trial(2, 200, 90.0, 1.0)
     rivals = [trial(3, 150, 78.0, 1.0), trial(4, 200, 92.0, 1.0), trial(5, 50, 70.0, 1.0)]
-    accuracy = posterior_of([small, large]).accuracy
-    assert equal_cost_pairs([small, large], rivals, "macs", accuracy) == [
+    goodness = posterior_of([small, large]).goodness
+    assert equal_cost_pairs([small, large], rivals, "macs", goodness) == [
         (small, rivals[0]),
         (large, rivals[1]),
     ]
@@ -117,7 +117,7 @@ def test_networks_outside_the_limits_are_in_no_comparison() -> None:
     uniform = tiny.finished(10, tiny.widths(2, 4), 78.0, origin=UNIFORM, cost=Cost(40, 10, 5))
     every = [trial(0, 500, 95.0, 1.0), *found, uniform]
     records = {"tiny": SpaceRecord.of(tiny.space())}
-    inside = AccuracyPosterior(every, records, ("accuracy", "macs"), {"macs": (0, 100)})
+    inside = MetricPosterior(every, records, ("accuracy", "macs"), {"macs": (0, 100)})
     free = posterior_of(every)
     assert [t.number for t in report.baseline(inside)] == [10]
     assert [t.number for t in report.baseline(free)] == [10, 0]
@@ -127,7 +127,7 @@ def test_networks_outside_the_limits_are_in_no_comparison() -> None:
     (line,) = report.gain_lines(free)
     assert line.startswith("Gain over uniform widths and the base: ")
     assert "(mean over 2 of 2)" in line
-    without = AccuracyPosterior(every[1:], records, ("accuracy", "macs"), {"macs": (0, 100)})
+    without = MetricPosterior(every[1:], records, ("accuracy", "macs"), {"macs": (0, 100)})
     span = np.ptp(inside.points(inside.members_within_limits), axis=0)
     assert span[1] == np.ptp(without.points(without.members), axis=0)[1] == 60
     assert report.front_volume(free.front(), free) != report.front_volume(found, inside)
@@ -149,7 +149,7 @@ def test_intervals_stay_within_the_range_of_the_accuracy() -> None:
             assert high == 100
             assert content["accuracy"] + float(text.split("+")[1]) <= 100.0101
     assert 0 < cut < 10
-    assert AccuracyEstimate(1.0, 2.0, 1).interval == (0.0, pytest.approx(4.29))
+    assert Estimate(1.0, 2.0, 1).interval == (0.0, pytest.approx(4.29))
 
 
 def test_footnotes_explain_every_mark() -> None:
@@ -189,7 +189,7 @@ def test_a_narrow_terminal_cuts_no_number() -> None:
         lines = shown(table, width)
         assert "…" not in lines
         for o in every:
-            cells = [str(o.number), f"{o.accuracy:.2f}", f"{posterior.accuracy(o):.2f}"]
+            cells = [str(o.number), f"{o.value:.2f}", f"{posterior.value(o):.2f}"]
             row = next(line.split() for line in lines.splitlines() if cells[1] in line.split())
             assert row[0] == cells[0]
             assert cells[2] in row
@@ -208,7 +208,7 @@ def test_lines_are_said_as_they_are() -> None:
 
 
 STAND = Progress(
-    done=3, running=2, total=10, best_accuracy=91.25, front_size=2, elapsed=75.0, remaining=3700.0
+    done=3, running=2, total=10, best_value=91.25, front_size=2, elapsed=75.0, remaining=3700.0
 )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 from widthsearch.study.config import StudyConfig, read_yaml
 from widthsearch.study.front import pick
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -204,16 +204,17 @@ class Study:
         """
         return self._stored()[0]
 
-    def posterior(self) -> AccuracyPosterior:
-        """The estimated accuracy of each trained network.
+    def posterior(self) -> MetricPosterior:
+        """The estimated value of the metric for each trained network.
 
         Raises:
             StudyError: The study was never run.
         """
-        return AccuracyPosterior(*self._stored(), self.config.objectives, self.config.limits)
+        config = self.config
+        return MetricPosterior(*self._stored(), config.objectives, config.limits, config.metric)
 
     def front(self) -> list[Trial]:
-        """The front by estimated accuracy, within the limits, fewest MACs first.
+        """The front by the estimated metric, within the limits, fewest MACs first.
 
         Raises:
             StudyError: The study was never run.
@@ -224,7 +225,8 @@ class Study:
         """One of the trained networks: see :func:`~widthsearch.study.front.pick`.
 
         Args:
-            spec: ``knee`` or ``best`` of the front, a limit such as ``macs<=2e6``, or a trial's ID.
+            spec: ``knee``, ``best`` or ``cheapest`` of the front, limits such as ``macs<=2e6`` or
+                ``miou>=65``, or a trial's ID.
 
         Raises:
             StudyError: The study was never run, the spec is none of these, or nothing fits it.

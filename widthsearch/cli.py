@@ -178,6 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--csv", action="store_true", help="print CSV")
     add("--families", action="store_true", help="forecast each proposal's family at every size")
     add(
+        "--show",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="further columns: costs, or numbers that trainings reported, such as loss",
+    )
+    add(
         "--plot",
         nargs="?",
         const="",
@@ -200,8 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--pick",
         default="knee",
-        help="the ID of a finished trial, or from the front: best, knee, or the most accurate "
-        "within a limit such as 'macs<=2e6' (default: knee)",
+        help="the ID of a finished trial, or from the front: knee, best, cheapest, the best within "
+        "limits such as 'macs<=2e6', or the cheapest that keeps one on the metric such as "
+        "'accuracy>=90' (default: knee)",
     )
     add("--seeds", type=int, default=3, help="networks to train (default: 3)")
     add("--epochs", type=int, help="epochs of training (default: the recipe's)")

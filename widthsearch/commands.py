@@ -22,7 +22,7 @@ from widthsearch.report import space_tables, tables
 from widthsearch.report.console import open_console, print_line, print_tables
 from widthsearch.report.progress import LiveView
 from widthsearch.study.config import ProposerConfig, StudyConfig
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import unresolved_failures
 from widthsearch.training.recipe import EpochResult
 
@@ -163,7 +163,7 @@ def pareto(options: argparse.Namespace) -> int:
     elif options.csv:
         print(tables.front_csv(posterior), end="")
     else:
-        print_tables(console, tables.front_tables(study, posterior))
+        print_tables(console, tables.front_tables(study, posterior, options.show))
         if forecasts is not None:
             print_tables(console, tables.forecast_table(forecasts))
     print_line(console, tables.write_front(study, posterior))
@@ -240,7 +240,7 @@ def _spaces(options: argparse.Namespace) -> tuple[Study | None, list[SearchSpace
     return None, [load_space(options.space, options.input)]
 
 
-def _print_front(study: Study, console: Console) -> AccuracyPosterior:
+def _print_front(study: Study, console: Console) -> MetricPosterior:
     """Print a study's front, and write front.json."""
     posterior = study.posterior()
     print_tables(console, tables.front_tables(study, posterior))

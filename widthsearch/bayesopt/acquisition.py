@@ -4,11 +4,11 @@ Notation::
 
     F, N   networks on the front so far, candidates
     D      cost objectives; c their values, (F, D) or (N, D), in logs
-    a      accuracy of a network on the front, in percent
+    a      score of a network on the front
     Ω      the window of costs that matter, a box in D dimensions
     b(z)   for costs z in Ω: the highest a among networks of the front with c ≤ z in each objective,
            or the floor where there is none
-    X      the accuracy of a candidate, normal with mean m and standard deviation s
+    X      the score of a candidate, normal with mean m and standard deviation s
 
 The front's hypervolume is ∫_Ω b(z) dz, less the floor's. A candidate of costs c raises b(z) to X
 wherever z ≥ c and X > b(z), so the expected improvement of the hypervolume is
@@ -16,7 +16,7 @@ wherever z ≥ c and X > b(z), so the expected improvement of the hypervolume is
     ∫_Ω P(c ≤ z) E[max(X − b(z), 0)] dz
 
 and the expectation inside has a closed form (expected improvement: Jones, Schonlau and Welch, 1998;
-of hypervolume: Emmerich, Deutz and Klinkenberg, 2011; here accuracy is uncertain, and costs are
+of hypervolume: Emmerich, Deutz and Klinkenberg, 2011; here the score is uncertain, and costs are
 exact or predicted). b takes few values, so the integral is a sum over them: the closed form at each
 *level* of b, times the volume in which b has that level and the candidate is affordable.
 
@@ -47,16 +47,16 @@ _NODES = 512
 
 @dataclass(frozen=True, eq=False)
 class HypervolumeImprovement:
-    """The expected improvement of the hypervolume, in percent of accuracy times units of cost.
+    """The expected improvement of the hypervolume, in units of score times units of cost.
 
     Attributes:
-        accuracy: a, (F,); dominated networks may be among them.
+        scores: a, (F,); dominated networks may be among them.
         costs: c, (F, D), each to be minimised, D ≥ 0.
         window: The least and the greatest cost of Ω, (2, D).
-        floor: The accuracy below which nothing counts.
+        floor: The score below which nothing counts.
     """
 
-    accuracy: Array
+    scores: Array
     costs: Array
     window: Array
     floor: float
@@ -88,10 +88,10 @@ class HypervolumeImprovement:
         """b over one cost: the edges of its steps, (L + 1,), and their levels, (L,)."""
         low, high = self.window[:, 0]
         edges, levels = [low], [self.floor]
-        for i in np.lexsort((-self.accuracy, self.costs[:, 0])):
-            if self.accuracy[i] > levels[-1] and self.costs[i, 0] < high:
+        for i in np.lexsort((-self.scores, self.costs[:, 0])):
+            if self.scores[i] > levels[-1] and self.costs[i, 0] < high:
                 edges.append(max(self.costs[i, 0], low))
-                levels.append(self.accuracy[i])
+                levels.append(self.scores[i])
         return np.array([*edges, max(high, edges[-1])]), np.array(levels)
 
     def _nodes_above(self, costs: Array, costs_sd: Array) -> tuple[Array, Array]:
@@ -121,7 +121,7 @@ class HypervolumeImprovement:
             # One fixed sequence: candidates are compared on the same nodes, in every run.
             nodes = low + (high - low) * qmc.Sobol(len(low), scramble=True, rng=0).random(_NODES)
         within = (self.costs[None] <= nodes[:, None]).all(axis=2)
-        best = np.where(within, self.accuracy, self.floor).max(axis=1, initial=self.floor)
+        best = np.where(within, self.scores, self.floor).max(axis=1, initial=self.floor)
         return nodes, best
 
 

@@ -1,18 +1,20 @@
 """Front-aware early stopping: a trial stops once it is unlikely to become Pareto-optimal.
 
-After each epoch the final accuracy of a running trial is predicted from the study's finished curves
+After each epoch the final value of a running trial is predicted from the study's finished curves
 (:mod:`~widthsearch.bayesopt.learning_curves`) and compared with those of the finished trials that
 cost no more. A small network is never compared with a larger one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from widthsearch.bayesopt.learning_curves import MIN_CURVES, CurveRegression
+from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.utils.validation import validated_dataclass
 
@@ -44,33 +46,47 @@ class FrontStopping:
     finished: int = Field(default=8, ge=MIN_CURVES)
     first_epoch: int = Field(default=1, ge=1)
 
-    def __call__(self, trial: Observation, finished: Sequence[Observation]) -> bool:
+    def __call__(
+        self,
+        trial: Observation,
+        finished: Sequence[Observation],
+        metric: Metric = ACCURACY,
+        required: float = -math.inf,
+    ) -> bool:
         """Whether to stop a trial.
 
         Args:
             trial: The running trial, with its costs and at least one epoch.
             finished: The finished trials, with the same cost objectives.
+            metric: The metric that they report.
+            required: A score that the trial must surpass as well: that of a limit of the study.
         """
         if len(finished) < self.finished or len(trial.curve) < self.first_epoch:
             return False
-        return front_probability(trial, finished) < self.chance
+        return front_probability(trial, finished, metric, required) < self.chance
 
 
-def front_probability(trial: Observation, finished: Sequence[Observation]) -> float:
+def front_probability(
+    trial: Observation,
+    finished: Sequence[Observation],
+    metric: Metric = ACCURACY,
+    required: float = -math.inf,
+) -> float:
     """The probability that no finished trial will dominate a running one.
 
-    That is, that its final accuracy is above that of all which cost no more in every objective; 1
-    where there are none. The arguments are those of :class:`FrontStopping`, with three finished
-    trials or more.
+    That is, that its final value is better than that of all which cost no more in every objective,
+    and than the required score's; 1 where there are none. The arguments are those of
+    :class:`FrontStopping`, with three finished trials or more.
     """
-    at_its_cost = [
-        peer.accuracy
+    to_surpass = [float(metric.value(required))] if math.isfinite(required) else []
+    to_surpass += [
+        peer.value
         for peer in finished
-        if peer.accuracy is not None
+        if peer.value is not None
         and all(a <= b for a, b in zip(peer.costs, trial.costs, strict=True))
     ]
-    if not at_its_cost:
+    if not to_surpass:
         return 1.0
-    regression = CurveRegression.fit(finished, len(trial.curve))
+    regression = CurveRegression.fit(finished, len(trial.curve), metric)
     assert regression is not None, len(finished)
-    return regression.predict(trial).probability_above(max(at_its_cost))
+    return regression.predict(trial).probability_above(metric.link(to_surpass).max())

@@ -9,7 +9,7 @@ Notation::
     t         capacity: the mean of u, and log of each cost scaled to [0,1] (N, 1 + C)
     φ_p(w)    features of part p of the covariance                          (N, F_p)
     k_p       covariance of part p at amplitude 1                           (N, M)
-    θ_p       amplitude of part p, in standard deviations of the accuracies
+    θ_p       amplitude of part p, in standard deviations of the scores
     σ₀²       variance of the level that all networks share
 
     k(w, w') = σ₀² + Σ_p θ_p² k_p(w, w')
@@ -17,7 +17,7 @@ Notation::
 Each part has about unit variance on random widths, so amplitudes compare with one another, and one
 that is learned to be 0 removes its part:
 
-- ``capacity``: smooth trends in t. Accuracy depends on size above all.
+- ``capacity``: smooth trends in t. The metric depends on size above all.
 - ``linear``: a slope for each axis; with ``capacity``, a trend that is tilted axis by axis.
 - ``curved``: saturation and bends of each axis (three cosines: a reduced-rank approximation of a
   smooth kernel, Solin and Särkkä, Statistics and Computing 30, 2020).
@@ -48,14 +48,15 @@ Example, one axis of 8 to 32 channels whose MACs are proportional to its width:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from widthsearch.bayesopt.metric import EXACT_COSTS
 from widthsearch.widths import Axis
 
 Array = NDArray[np.float64]
@@ -67,7 +68,7 @@ _LENGTH_SCALE = 0.7
 _DISTANCE_OF_SPACES = 10.0
 """In the same distance: networks of two spaces; exp(−½ (10 / 0.7)²) is 0."""
 _LEVEL_VARIANCE = 25.0
-"""σ₀², in variances of the accuracies: wide, since the level is the accuracies' own."""
+"""σ₀², in variances of the scores: wide, since the level is the scores' own."""
 
 
 class CostedSpace(Protocol):
@@ -90,21 +91,29 @@ class Coordinates:
 
     Attributes:
         axes: The axes.
-        costs: Exact costs by name.
+        costs: Exact costs by name, which are features of a network.
         spaces: The coordinates of all spaces that one surrogate covers, in the same order for each
             of them; empty for a single space.
         place: The index of this space among them.
+        others: Further exact costs by name, which are no features.
     """
 
     axes: Sequence[Axis]
     costs: Mapping[str, CostFunction]
     spaces: Sequence[Coordinates] = ()
     place: int = 0
+    others: Mapping[str, CostFunction] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, space: CostedSpace) -> Coordinates:
-        """The coordinates of a space, with its MACs and parameters."""
-        return cls(space.axes, {"macs": space.macs, "params": space.params})
+    def of(cls, space: CostedSpace, names: Iterable[str] = ()) -> Coordinates:
+        """The coordinates of a space, with its MACs and parameters, and other costs by name."""
+        others = {name: getattr(space, name) for name in names if name in EXACT_COSTS[2:]}
+        return cls(space.axes, {"macs": space.macs, "params": space.params}, others=others)
+
+    @cached_property
+    def exact(self) -> dict[str, CostFunction]:
+        """All exact costs by name."""
+        return {**self.costs, **self.others}
 
     @staticmethod
     def together(spaces: Sequence[Coordinates]) -> list[Coordinates]:
@@ -142,7 +151,7 @@ class Coordinates:
 
     def log_cost(self, name: str, widths: ArrayLike) -> Array:
         """Log of a cost, (N,)."""
-        logs: Array = np.log(self.costs[name](np.asarray(widths, np.int64)))
+        logs: Array = np.log(self.exact[name](np.asarray(widths, np.int64)))
         return logs
 
     def capacity(self, widths: ArrayLike) -> Array:

@@ -13,6 +13,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from widthsearch.bayesopt.kernel import Coordinates, CostedSpace
+from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.search import BayesianSearch
 from widthsearch.bayesopt.surrogate import Surrogate
@@ -26,10 +27,11 @@ def distributions(axes: Sequence[Axis]) -> dict[str, IntDistribution]:
     }
 
 
-def directions(objectives: Sequence[str]) -> list[StudyDirection]:
-    """The direction of each objective: accuracy is maximised, every cost minimised."""
+def directions(objectives: Sequence[str], metric: Metric = ACCURACY) -> list[StudyDirection]:
+    """The direction of each objective: the metric's own, and down for every cost."""
     up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-    return [up if name == "accuracy" else down for name in objectives]
+    maximized = metric.goal == "maximize"
+    return [up if name == metric.name and maximized else down for name in objectives]
 
 
 class WidthSampler(BaseSampler):
@@ -38,7 +40,8 @@ class WidthSampler(BaseSampler):
     For any Optuna study whose parameters are the axes of a space; the method is that of
     :class:`~widthsearch.bayesopt.search.BayesianSearch`. Running trials count as trained with their
     posterior mean, failed ones are forgotten, and pruned ones count by their curve: a list of
-    ``{"accuracy": percent}``, one an epoch, in the trial's user attribute ``curve``.
+    ``{"accuracy": percent}`` (or the metric's name), one an epoch, in the trial's user attribute
+    ``curve``.
 
     Args:
         search: The search, whose objectives are the study's values; :meth:`of` makes one for a
@@ -71,9 +74,10 @@ class WidthSampler(BaseSampler):
                 ``objectives``.
 
         Raises:
-            ValueError: ``accuracy`` is no objective, or an objective or a limit has no cost.
+            ValueError: The metric is no objective, or a limit has no cost.
         """
-        return cls(BayesianSearch(Coordinates.of(space), **options))
+        named = (*options.get("objectives", ()), *options.get("limits", ()))
+        return cls(BayesianSearch(Coordinates.of(space, named), **options))
 
     @property
     def distributions(self) -> dict[str, IntDistribution]:
@@ -94,11 +98,13 @@ class WidthSampler(BaseSampler):
         Raises:
             ValueError: The study's directions are not the objectives', or no widths are left.
         """
-        objectives = self.search.objectives
-        if study.directions != directions(objectives):
+        objectives, metric = self.search.objectives, self.search.metric
+        wanted = directions(objectives, metric)
+        if study.directions != wanted:
+            asked, found = ([d.name.lower() for d in own] for own in (wanted, study.directions))
             raise ValueError(
-                f"a study of {', '.join(objectives)} maximises accuracy and minimises the "
-                f"rest, but its directions are {[d.name.lower() for d in study.directions]}"
+                f"a study of {', '.join(objectives)} must have the directions {asked}, but has "
+                f"{found}"
             )
         suggestion = self.search.suggest(self._observations(study, exclude=trial.number))
         if suggestion is None:
@@ -124,12 +130,15 @@ class WidthSampler(BaseSampler):
         self.search = replace(self.search, seed=seed)
 
     def surrogate(self, study: Study) -> Surrogate:
-        """The surrogate of accuracy, fitted to the study's trials.
+        """The surrogate of the metric's scores, fitted to the study's trials.
 
         Raises:
             ValueError: No trial is finished.
         """
-        return Surrogate.fit_observations((self.search.coordinates, self._observations(study)))
+        observed = self._observations(study)
+        return Surrogate.fit_observations(
+            (self.search.coordinates, observed), metric=self.search.metric
+        )
 
     def _observations(self, study: Study, exclude: int = -1) -> list[Observation]:
         return [
@@ -141,12 +150,12 @@ class WidthSampler(BaseSampler):
         ]
 
     def _observation(self, trial: FrozenTrial) -> Observation:
-        finished = trial.state == TrialState.COMPLETE
+        finished, name = trial.state == TrialState.COMPLETE, self.search.metric.name
         values = dict(zip(self.search.objectives, trial.values, strict=True)) if finished else {}
         return Observation(
             tuple(trial.params[name] for name in self.distributions),
-            accuracy=values.pop("accuracy", None),
+            value=values.pop(name, None),
             costs=tuple(values.values()),
-            curve=tuple(row["accuracy"] for row in trial.user_attrs.get("curve", ())),
+            curve=tuple(row[name] for row in trial.user_attrs.get("curve", ())),
             running=trial.state == TrialState.RUNNING,
         )

@@ -1,8 +1,8 @@
 """The geometry of Pareto fronts: dominance, ranks, hypervolume, knee, rungs.
 
-The geometry works on an array of points (N, M) where **every column is to be minimised** (so
-accuracy goes in negated), without NaN. A point dominates another when it is no worse in every
-column and better in one; equal points do not dominate each other, so duplicates live and die
+The geometry works on an array of points (N, M) where **every column is to be minimised** (so a
+metric to maximize goes in negated), without NaN. A point dominates another when it is no worse in
+every column and better in one; equal points do not dominate each other, so duplicates live and die
 together. All results depend on the set of points only, never on their order.
 
 Example, three networks by error and cost, of which the last is dominated by the second:
@@ -128,7 +128,7 @@ def promoted(points: ArrayLike, index: int, eta: int) -> bool:
     """Whether a rung promotes point ``index``: fewer than ceil(N / eta) points are better.
 
     Better is a lower non-dominated rank, or the same rank and a larger crowding distance; never
-    accuracy alone (MO-ASHA, Schmucker et al., arXiv 2106.12639).
+    the metric alone (MO-ASHA, Schmucker et al., arXiv 2106.12639).
     """
     array = _checked(points)
     rank = ranks(array)

@@ -5,7 +5,7 @@ One step, :meth:`BayesianSearch.suggest`:
 1. The first trials need no model: the narrowest network, the widest, then random ones.
 2. The surrogate is fitted to the trials; the front is drawn by posterior means. Running trials
    count as trained with their posterior mean, so that suggestions one after another differ.
-3. The acquisition function is the expected improvement of the front's hypervolume, over accuracy ×
+3. The acquisition function is the expected improvement of the front's hypervolume, over score ×
    log costs, by one training of a candidate. One noisy training moves a network's posterior mean
    with the standard deviation s² / √(s² + σ²), where s is its posterior standard deviation and σ
    the noise of a training: that takes the place of s (knowledge gradient of the candidate's own
@@ -33,13 +33,17 @@ from threadpoolctl import ThreadpoolController
 from widthsearch.bayesopt.acquisition import HypervolumeImprovement
 from widthsearch.bayesopt.candidates import Batch, Grid
 from widthsearch.bayesopt.kernel import Array, Coordinates, Features
+from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import non_dominated
 from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.widths import Widths
 
-LatencyPredictor = Callable[[Batch], tuple[Array, Array]]
-"""Latency of networks and its standard deviation, (N, axes) to (N,) each, in milliseconds."""
+CostPredictor = Callable[[Batch], tuple[Array, Array]]
+"""A cost of networks and its standard deviation, (N, axes) to (N,) each; latency in ms."""
+
+Rival = tuple[float, tuple[float, ...]]
+"""The posterior mean score of a network of another space, and its costs."""
 
 INITIAL_TRIALS = 8
 """Trials before the surrogate is used, over all spaces; at least two of each space."""
@@ -62,8 +66,8 @@ class Suggestion:
 
     Attributes:
         widths: Its widths.
-        improvement: The expected improvement of the hypervolume, in percent of accuracy times the
-            log of each cost; infinite for the first trials, which need no surrogate.
+        improvement: The expected improvement of the hypervolume, in units of score times the log of
+            each cost; infinite for the first trials, which need no surrogate.
 
     Example:
         >>> Suggestion(Widths(("conv1",), (24,)), improvement=0.5).widths["conv1"]
@@ -81,10 +85,12 @@ class BayesianSearch:
     Attributes:
         coordinates: The space's axes and exact costs; with several spaces in one study, made
             :meth:`~Coordinates.together`.
-        objectives: ``accuracy``, and names of exact costs or ``latency_ms``.
+        objectives: The metric's name, and names of exact costs, ``latency_ms``, or other positive
+            numbers to be minimised, which are learned from the observations.
+        metric: The metric, which maps its values to scores.
         seed: The seed of the first trials and of the candidates.
-        limits: The least and greatest value of costs or ``latency_ms``: no network outside is
-            suggested.
+        limits: The least and greatest value of objectives, exact costs or ``latency_ms``: no
+            network with costs outside is suggested, and a metric outside improves nothing.
         latency: Predicts latency; None to learn it from the observations.
         profiles: Widths whose multiples are among the candidates, beside the base's: proposals.
         allowed: The only width vectors that may be suggested, (N, axes); None for the whole grid.
@@ -96,36 +102,34 @@ class BayesianSearch:
         >>> search = BayesianSearch(space, seed=0)
         >>> search.suggest([]).widths  # the narrowest network comes first
         Widths({'conv1': 8, 'conv2': 8})
-        >>> search.suggest([Observation((8, 8), accuracy=80.0, costs=(64.0,))]).widths
+        >>> search.suggest([Observation((8, 8), value=80.0, costs=(64.0,))]).widths
         Widths({'conv1': 32, 'conv2': 32})
     """
 
     coordinates: Coordinates
     objectives: Sequence[str] = ("accuracy", "macs")
+    metric: Metric = ACCURACY
     seed: int = 0
     limits: Mapping[Any, tuple[float, float]] = field(default_factory=dict)
-    latency: LatencyPredictor | None = None
+    latency: CostPredictor | None = None
     profiles: Sequence[Widths] = ()
     allowed: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        known = ("accuracy", "latency_ms", *self.coordinates.costs)
-        named = [*self.objectives, *self.limits]
-        if "accuracy" not in self.objectives or not set(named) <= set(known):
+        known = [*self.objectives, *self.coordinates.exact, *["latency_ms"] * bool(self.latency)]
+        if self.metric.name not in self.objectives or not self.limits.keys() <= set(known):
             raise ValueError(
-                "objectives must hold accuracy, and each name of objectives and limits must be of "
-                f"{', '.join(known)}, but they are {', '.join(named)}"
+                f"objectives must hold {self.metric.name}, and limits must be of objectives, exact "
+                f"costs, or of latency_ms with a `latency`, but objectives are "
+                f"{', '.join(self.objectives)} and limits are of {', '.join(self.limits) or 'none'}"
             )
-        unknown_latency = "latency_ms" not in self.objectives and self.latency is None
-        if "latency_ms" in self.limits and unknown_latency:
-            raise ValueError("limits of latency_ms need it among the objectives, or a `latency`")
 
     def suggest(
         self,
         observations: Sequence[Observation],
         *,
         seen: Collection[Widths] = (),
-        rivals: Sequence[Observation] = (),
+        rivals: Sequence[Rival] = (),
         surrogate: Surrogate | None = None,
     ) -> Suggestion | None:
         """The next trial; None where no widths within the limits are left.
@@ -133,8 +137,8 @@ class BayesianSearch:
         Args:
             observations: The trials of this space so far, in order of their numbers.
             seen: Further widths that are not to be suggested.
-            rivals: Finished and running trials of other spaces, with their posterior mean accuracy:
-                the volume that they dominate is no improvement.
+            rivals: Finished and running trials of other spaces: the volume that they dominate is no
+                improvement.
             surrogate: A surrogate of all spaces that are searched together; None to fit one to the
                 observations.
         """
@@ -143,7 +147,7 @@ class BayesianSearch:
         enough = len(observations) >= (2 if shared else INITIAL_TRIALS)
         rng = np.random.default_rng((self.seed, len(observations)))
         with _blas().limit(limits=1, user_api="blas"):
-            if enough and any(o.accuracy is not None for o in observations):
+            if enough and any(o.value is not None for o in observations):
                 acquisition = self._acquisition(observations, rivals, surrogate)
                 return self._maximise(rng, acquisition, excluded)
             return self._initial(rng, len(observations), excluded)
@@ -151,42 +155,46 @@ class BayesianSearch:
     def _acquisition(
         self,
         trials: Sequence[Observation],
-        rivals: Sequence[Observation],
+        rivals: Sequence[Rival],
         surrogate: Surrogate | None,
     ) -> _Acquisition:
         """The acquisition function after some trials, of which at least one is finished."""
-        surrogate = surrogate or Surrogate.fit_observations((self.coordinates, trials))
-        names = tuple(name for name in self.objectives if name != "accuracy")
-        finished = [o for o in trials if o.accuracy is not None]
+        surrogate = surrogate or Surrogate.fit_observations(
+            (self.coordinates, trials), metric=self.metric
+        )
+        names = tuple(name for name in self.objectives if name != self.metric.name)
+        finished = [o for o in trials if o.value is not None]
         widths = np.array([o.widths for o in finished])
         values = np.array([o.costs for o in finished])
-        latency = self.latency
-        if latency is None and "latency_ms" in names:
-            ms = values[:, names.index("latency_ms")]
-            latency = fit_latency(self.coordinates, widths, ms)
+        predicted = {} if self.latency is None else {"latency_ms": self.latency}
+        predicted |= {
+            name: fit_cost(self.coordinates, widths, values[:, i])
+            for i, name in enumerate(names)
+            if name not in (*predicted, *self.coordinates.exact)
+        }
         mean, costs = surrogate.posterior(widths).mean, np.log(values)
         window = np.array([self._window(name, costs[:, i]) for i, name in enumerate(names)])
         # The floor is below every network of the front, so that each counts: at most the least
-        # accuracy of all, and of the narrowest network of each space.
+        # score of all, and of the narrowest network of each space. Below a limit nothing counts.
         spaces = Coordinates.together(self.coordinates.spaces) or [self.coordinates]
         narrowest = [
             surrogate.of_space(space).posterior([[axis.min_width for axis in space.axes]]).mean[0]
             for space in spaces
         ]
         improvement = HypervolumeImprovement(
-            accuracy=np.concatenate([mean, [rival.accuracy for rival in rivals]]),
-            costs=np.log([o.costs for o in (*finished, *rivals)]),
+            scores=np.concatenate([mean, [score for score, _ in rivals]]),
+            costs=np.log([o.costs for o in finished] + [costs for _, costs in rivals]),
             window=window.reshape(-1, 2).T,
-            floor=float(min(mean.min(), *narrowest)),
+            floor=max(float(min(mean.min(), *narrowest)), self.metric.required(self.limits)),
         )
         # Trials may be from before a change of the axes' bounds: parents are on today's grid.
         front = self._grid.nearest(widths[non_dominated(np.column_stack([-mean, costs]))])
-        acquisition = _Acquisition(names, self.limits, surrogate, latency, improvement, front)
+        acquisition = _Acquisition(names, self.limits, surrogate, predicted, improvement, front)
         running = [o.widths for o in trials if o.running]
         return acquisition.condition_on(self._candidates(running)) if running else acquisition
 
     def _window(self, name: str, logs: Array) -> tuple[float, float]:
-        """The least and the greatest log of a cost that matter; of latency, those observed."""
+        """The least and the greatest log of a cost that matter; of others, those observed."""
         low, high = self.coordinates.cost_range.get(name, (logs.min(), logs.max()))
         if name in self.limits:
             least, greatest = self.limits[name]
@@ -267,7 +275,7 @@ class BayesianSearch:
         within = np.ones(len(pool.widths), np.bool_)
         for name, (low, high) in self.limits.items():
             if name in pool.log_costs:
-                cost = self.coordinates.costs[name](pool.widths)
+                cost = self.coordinates.exact[name](pool.widths)
                 within &= (cost >= low) & (cost <= high)
         return within
 
@@ -311,7 +319,8 @@ class BayesianSearch:
 
     def _candidates(self, widths: ArrayLike) -> _Candidates:
         batch = np.asarray(widths)
-        logs = {name: self.coordinates.log_cost(name, batch) for name in self.coordinates.costs}
+        named = {*self.objectives, *self.limits} & self.coordinates.exact.keys()
+        logs = {name: self.coordinates.log_cost(name, batch) for name in named}
         return _Candidates(batch, Features.of(self.coordinates, batch), logs)
 
 
@@ -329,10 +338,10 @@ class _Acquisition:
     """The acquisition function after some trials.
 
     Attributes:
-        costs: The objectives' names but accuracy, D of them.
+        costs: The objectives' names but the metric's, D of them.
         limits: Those of the search.
-        surrogate: Of accuracy.
-        latency: Predicts latency, where an objective or a limit needs it.
+        surrogate: Of the metric's scores.
+        predicted: Predicts the costs that are not exact, by name.
         improvement: Of the hypervolume over the front so far.
         front: The front's widths, (F, axes), on the grid.
     """
@@ -340,7 +349,7 @@ class _Acquisition:
     costs: tuple[str, ...]
     limits: Mapping[Any, tuple[float, float]]
     surrogate: Surrogate
-    latency: LatencyPredictor | None
+    predicted: Mapping[str, CostPredictor]
     improvement: HypervolumeImprovement
     front: Batch
 
@@ -349,12 +358,10 @@ class _Acquisition:
         posterior = self.surrogate.posterior(pool.features)
         moved = posterior.sd**2 / np.sqrt(posterior.sd**2 + self.surrogate.noise**2)
         improvement = self.improvement(posterior.mean, moved, *self._log_costs(pool))
-        if "latency_ms" in self.limits and self.latency is not None:
-            # Times the probability that the latency is within its limits.
-            ms, sd = self.latency(pool.widths)
-            low, high = (
-                (limit - ms) / np.maximum(sd, 1e-12) for limit in self.limits["latency_ms"]
-            )
+        for name in self.limits.keys() & self.predicted.keys():
+            # Times the probability that the cost is within its limits.
+            cost, sd = self.predicted[name](pool.widths)
+            low, high = ((limit - cost) / np.maximum(sd, 1e-12) for limit in self.limits[name])
             improvement *= ndtr(high) - ndtr(low)
         return improvement
 
@@ -363,7 +370,7 @@ class _Acquisition:
         mean = self.surrogate.posterior(pool.features).mean
         improvement = replace(
             self.improvement,
-            accuracy=np.concatenate([self.improvement.accuracy, mean]),
+            scores=np.concatenate([self.improvement.scores, mean]),
             costs=np.concatenate([self.improvement.costs, self._log_costs(pool)[0]]),
         )
         surrogate = self.surrogate.condition_on(pool.features)
@@ -377,15 +384,14 @@ class _Acquisition:
             if name in pool.log_costs:
                 logs[:, i] = pool.log_costs[name]
             else:
-                assert self.latency is not None
-                ms, spread = self.latency(pool.widths)
-                logs[:, i], sd[:, i] = np.log(ms), spread / ms
+                cost, spread = self.predicted[name](pool.widths)
+                logs[:, i], sd[:, i] = np.log(cost), spread / cost
         return logs, sd
 
 
-def fit_latency(coordinates: Coordinates, widths: Batch, ms: Array) -> LatencyPredictor:
-    """A predictor from measured networks alone: the surrogate, of log latency."""
-    surrogate = Surrogate.fit(coordinates, widths, np.log(ms))
+def fit_cost(coordinates: Coordinates, widths: Batch, costs: Array) -> CostPredictor:
+    """A predictor from measured networks alone: the surrogate, of log cost."""
+    surrogate = Surrogate.fit(coordinates, widths, np.log(costs))
 
     def predict(at: Batch) -> tuple[Array, Array]:
         posterior = surrogate.posterior(at)

@@ -1,20 +1,20 @@
-"""The surrogate: a Gaussian process over widths that predicts accuracy and its uncertainty.
+"""The surrogate: a Gaussian process over widths that predicts scores and their uncertainty.
 
 Notation, beside that of :mod:`~widthsearch.bayesopt.kernel`::
 
-    a     accuracies that were observed, in percent                           (N,)
+    a     scores that were observed; of accuracy, the percents themselves     (N,)
     y     the same, standardised: (a − their mean) / their standard deviation (N,)
     σ²    variance of one training around its widths' mean, in units of y
     v     further variance of each y: 0 if finished, else of its extrapolation (N,)
     K     k(w, w) + diag(σ² + v) of the observed networks;  K = L Lᵀ          (N, N)
     α     K⁻¹ y                                                               (N,)
-    w*    networks whose accuracy is predicted                                (M, A)
+    w*    networks whose score is predicted                                   (M, A)
 
     posterior mean        k(w*, w) α
     posterior covariance  k(w*, w*) − Hᵀ H   with   H = L⁻¹ k(w, w*)
 
 (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2.) The mean is that
-of the accuracy *expected over seeds*: σ² is part of K, never of the posterior covariance.
+of the score *expected over seeds*: σ² is part of K, never of the posterior covariance.
 
 Amplitudes and σ maximise the marginal likelihood times log-normal priors, by gradient. Everything
 is closed form in numpy and nothing is sampled, so the same trials give the same surrogate.
@@ -47,6 +47,7 @@ from scipy.special import ndtri
 
 from widthsearch.bayesopt.kernel import Array, Coordinates, Features, weighted_sum
 from widthsearch.bayesopt.learning_curves import CurveRegression
+from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 
 _PRIOR_AMPLITUDES = np.log([1.0, 0.5, 0.3, 0.15, 0.3, 0.3])
@@ -62,11 +63,11 @@ _JITTER = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """The posterior of some networks' accuracies, each by itself.
+    """The posterior of some networks' scores, each by itself.
 
     Attributes:
-        mean: Expected accuracy over seeds, (N,), in percent.
-        sd: Its standard deviation, (N,), in percent; without the noise of a training.
+        mean: Expected score over seeds, (N,).
+        sd: Its standard deviation, (N,); without the noise of a training.
 
     Example:
         >>> posterior = Posterior(mean=np.array([90.0, 92.0]), sd=np.array([0.5, 2.0]))
@@ -84,7 +85,7 @@ class Surrogate:
 
     Attributes:
         coordinates: The coordinates that widths are given in.
-        noise: Standard deviation of one training's accuracy around its widths' mean, in percent.
+        noise: Standard deviation of one training's score around its widths' mean.
         amplitudes: θ of each part and σ, in units of y, (parts + 1,).
     """
 
@@ -102,7 +103,7 @@ class Surrogate:
         cls,
         coordinates: Coordinates,
         widths: ArrayLike | Features,
-        accuracy: ArrayLike,
+        scores: ArrayLike,
         variance: ArrayLike | float = 0.0,
     ) -> Surrogate:
         """The surrogate of some trainings.
@@ -110,11 +111,11 @@ class Surrogate:
         Args:
             coordinates: The axes and costs.
             widths: (N, A), in channels, or their features; N ≥ 1, rows may repeat.
-            accuracy: (N,), in any unit, which is then the unit of the posterior.
-            variance: Variance of each accuracy beyond that of a finished training, (N,).
+            scores: (N,), in any unit, which is then the unit of the posterior.
+            variance: Variance of each score beyond that of a finished training, (N,).
         """
         seen = widths if isinstance(widths, Features) else Features.of(coordinates, widths)
-        a = np.asarray(accuracy, np.float64)
+        a = np.asarray(scores, np.float64)
         mean, scale = float(a.mean()), float(a.std()) or 1.0
         y = (a - mean) / scale
         v = np.broadcast_to(np.asarray(variance, np.float64) / scale**2, a.shape)
@@ -126,27 +127,30 @@ class Surrogate:
         return cls(coordinates, noise, amplitudes, mean, scale, seen, y, lower)
 
     @classmethod
-    def fit_observations(cls, *spaces: tuple[Coordinates, Sequence[Observation]]) -> Surrogate:
+    def fit_observations(
+        cls, *spaces: tuple[Coordinates, Sequence[Observation]], metric: Metric = ACCURACY
+    ) -> Surrogate:
         """The surrogate of trials, the unfinished ones by what their curves foretell.
 
         Args:
             spaces: The observations of each space; with several spaces, coordinates made
                 :meth:`~Coordinates.together`. Widths are then given in the first space's
                 coordinates: see :meth:`of_space`.
+            metric: The metric that they report.
 
         Raises:
             ValueError: No trial is finished.
         """
         every = [o for _, own in spaces for o in own]
-        if all(o.accuracy is None for o in every):
+        if all(o.value is None for o in every):
             raise ValueError("a surrogate must have a finished trial to learn from, but has none")
-        epochs = {len(o.curve) for o in every if o.accuracy is None}
-        regressions = {e: CurveRegression.fit(every, e, use_costs=False) for e in epochs}
+        epochs = {len(o.curve) for o in every if o.value is None}
+        regressions = {e: CurveRegression.fit(every, e, metric, use_costs=False) for e in epochs}
 
         def final(o: Observation) -> tuple[float, float] | None:
-            """Accuracy and its variance; None where there are too few curves to extrapolate."""
-            if o.accuracy is not None:
-                return o.accuracy, 0.0
+            """Score and its variance; None where there are too few curves to extrapolate."""
+            if o.value is not None:
+                return float(metric.score(o.value)), 0.0
             regression = regressions[len(o.curve)]
             return None if regression is None else regression.predict(o).moments()
 
@@ -156,8 +160,8 @@ class Surrogate:
             if known:
                 seen.append(Features.of(coordinates, [widths for widths, _ in known]))
                 moments += [moment for _, moment in known]
-        accuracy, variance = np.array(moments).T
-        return cls.fit(spaces[0][0], Features.concatenate(seen), accuracy, variance)
+        scores, variance = np.array(moments).T
+        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance)
 
     def of_space(self, coordinates: Coordinates) -> Surrogate:
         """The same surrogate, with widths given in another of its spaces' coordinates."""
@@ -198,14 +202,14 @@ class Surrogate:
         return Posterior(mean, np.sqrt(np.maximum(variance, 1e-12)) * self._scale)
 
     def joint_posterior(self, widths: ArrayLike | Features) -> tuple[Array, Array]:
-        """Mean and covariance of the expected accuracies of networks, (M,) and (M, M)."""
+        """Mean and covariance of the expected scores of networks, (M,) and (M, M)."""
         at = self._features(widths)
         mean, half = self._project(at)
         prior = weighted_sum(self.amplitudes[:-1], at.covariances(at))
         return mean, (prior - half.T @ half) * self._scale**2
 
     def loo_posterior(self) -> Posterior:
-        """The prediction of each observed accuracy from all others, noise included.
+        """The prediction of each observed score from all others, noise included.
 
         Closed form (Rasmussen and Williams, 2006, equation 5.12), with the amplitudes and noise of
         the fit to all.
@@ -216,7 +220,7 @@ class Surrogate:
         return Posterior(mean, np.sqrt(variance) * self._scale)
 
     def coverage(self, level: float = 0.9) -> float:
-        """The share of observed accuracies within their central interval of :meth:`loo_posterior`.
+        """The share of observed scores within their central interval of :meth:`loo_posterior`.
 
         Calibrated intervals of probability ``level`` give about ``level``.
         """

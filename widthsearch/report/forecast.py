@@ -1,7 +1,7 @@
 """Forecast of each proposal's families at every size, by the surrogate of a study.
 
 A proposal is a shape; its families scale that shape to any budget, narrower and wider than the
-base. Once some networks are trained, the surrogate estimates the accuracy of each member, and so
+base. Once some networks are trained, the surrogate estimates the metric of each member, and so
 which shape deserves the next training, and at which size.
 """
 
@@ -20,7 +20,7 @@ from widthsearch.proposers import Setting, families
 from widthsearch.proposers.uniform import Uniform
 from widthsearch.space.cost import Cost
 from widthsearch.study.front import is_within_limits
-from widthsearch.study.posterior import ENOUGH, AccuracyEstimate, AccuracyPosterior
+from widthsearch.study.posterior import ENOUGH, Estimate, MetricPosterior
 from widthsearch.study.proposals import stored_proposals
 from widthsearch.study.storage import Store
 from widthsearch.widths import Widths
@@ -38,12 +38,12 @@ class Forecast:
         widths: Its architecture.
         origin: The proposer, the family, and the budget as a share of the base's MACs.
         cost: Its exact cost.
-        estimate: The posterior of its accuracy, with the number of its finished trainings.
-        beats_front: The probability that it is more accurate than every trained network
-            within the limits with no more MACs (or, where there is none, than the least accurate
-            network).
-        gain: The expected lead over them in points, a negative lead counting as 0 (expected
-            improvement: Jones, Schonlau and Welch, 1998, equation 15); at most up to 100%.
+        estimate: The posterior of its value, with the number of its finished trainings.
+        beats_front: The probability that its score is above that of every trained network within
+            the limits with no more MACs (or, where there is none, of the worst network).
+        gain: The expected lead over them in the metric's unit, a negative lead counting as 0
+            (expected improvement: Jones, Schonlau and Welch, 1998, equation 15, of the score, times
+            the slope of the value there); at most up to the end of the metric's range.
         extrapolated: Whether it lies outside the trained sizes: its MACs outside the range of its
             space's finished trials, or a width more than one step outside of its axis's range
             there. The surrogate's trend is not to be trusted there.
@@ -70,7 +70,7 @@ class Forecast:
     widths: Widths
     origin: Mapping[str, Any]
     cost: Cost
-    estimate: AccuracyEstimate
+    estimate: Estimate
     beats_front: float
     gain: float
     extrapolated: bool
@@ -98,7 +98,7 @@ class Forecast:
 
 
 def forecast(
-    study: Study, posterior: AccuracyPosterior, budgets: Sequence[float] = BUDGETS
+    study: Study, posterior: MetricPosterior, budgets: Sequence[float] = BUDGETS
 ) -> list[Forecast]:
     """The members of the families of the study's proposals and uniform widths at each budget.
 
@@ -127,8 +127,10 @@ def forecast(
         uniform = Uniform()(space, None, Setting())
         if not any(proposal.method == uniform.method for proposal in found[name]):
             found[name].append(uniform)
-    known = [(t.cost.macs, posterior.accuracy(t)) for t in posterior.members_within_limits]
-    least = min(map(posterior.accuracy, posterior.members))
+    metric = posterior.metric
+    known = [(t.cost.macs, posterior.score(t)) for t in posterior.members_within_limits]
+    least = min(map(posterior.score, posterior.members))
+    utmost = metric.ends[metric.goal == "maximize"]
     out = []
     base = study.space.cost(study.space.base).macs
     narrowest = min(s.cost([axis.min_width for axis in s.axes]).macs for s in spaces.values())
@@ -142,10 +144,13 @@ def forecast(
         estimate = surrogate.of_space(posterior.coordinates[candidate.space]).posterior(
             [candidate.widths.vector]
         )
-        mean, sd = min(max(float(estimate.mean[0]), 0.0), 100.0), float(estimate.sd[0])
-        best = max((accuracy for macs, accuracy in known if macs <= cost.macs), default=least)
+        value, sd = float(metric.value(estimate.mean[0])), float(estimate.sd[0])
+        mean = float(metric.score(value))
+        best = max((score for macs, score in known if macs <= cost.macs), default=least)
         ahead = (mean - best) / sd
         density = np.exp(-(ahead**2) / 2) / np.sqrt(2 * np.pi)
+        gain = sd * (density + ahead * ndtr(ahead)) * metric.slope(best)
+        room = abs(utmost - float(metric.value(best)))
         trained = [posterior[member] for member in own if member.widths == candidate.widths]
         seen = np.array([member.widths.vector for member in own])
         steps = [axis.step for axis in space.axes]
@@ -158,9 +163,9 @@ def forecast(
                 candidate.widths,
                 candidate.origin,
                 cost,
-                AccuracyEstimate(mean, sd, sum(each.trainings for each in trained)),
+                Estimate(value, sd, sum(t.trainings for t in trained), metric=metric),
                 float(ndtr(ahead)),
-                min(float(sd * (density + ahead * ndtr(ahead))), 100.0 - best),
+                min(float(gain), room),
                 bool(outside.any()) or not min(macs) <= cost.macs <= max(macs),
                 is_within_limits(cost, config.limits),
             )

@@ -55,8 +55,11 @@ class LiveView:
 def progress_line(progress: Progress) -> str:
     """The progress of a study in one line, with its message if it is a status."""
     parts = [f"{progress.done}/{progress.total} trials"]
-    if progress.best_accuracy is not None:
-        parts.append(f"{'estimated ' * progress.estimated}best {progress.best_accuracy:.2f}%")
+    metric = progress.metric
+    if progress.best_value is not None:
+        best = f"{metric.text(progress.best_value)}{metric.unit}"
+        name = "" if metric.unit else f"{metric.name} "
+        parts.append(f"{'estimated ' * progress.estimated}best {name}{best}")
         parts.append(f"front {progress.front_size}")
     parts.append(f"{_clock(progress.elapsed)} elapsed")
     if progress.remaining is not None:
@@ -69,14 +72,15 @@ def progress_line(progress: Progress) -> str:
 def progress_table(name: str, progress: Progress) -> Table:
     """The progress of a study as a table, with its message if it is a status."""
     table = Table(title=name)
-    best_column = f"{'estimated ' * progress.estimated}best %"
+    metric, best = progress.metric, progress.best_value
+    best_column = f"{'estimated ' * progress.estimated}best {metric.unit or metric.name}"
     for column in ("trials", "running", best_column, "front", "elapsed", "left", "done"):
         table.add_column(column, justify="right")
-    best, left = progress.best_accuracy, progress.remaining
+    left = progress.remaining
     table.add_row(
         f"{progress.done}/{progress.total}",
         str(progress.running),
-        "" if best is None else f"{best:.2f}",
+        "" if best is None else metric.text(best),
         str(progress.front_size),
         _clock(progress.elapsed),
         "" if left is None else _clock(left),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from widthsearch.bayesopt import pareto
+from widthsearch.bayesopt.metric import ACCURACY, EXACT_COSTS, Metric
+from widthsearch.errors import StudyError
 from widthsearch.report.console import short, uncut
-from widthsearch.study.front import equal_cost_pairs
-from widthsearch.study.posterior import ENOUGH, INTERVAL, AccuracyEstimate, AccuracyPosterior
+from widthsearch.study.front import cost_value, equal_cost_pairs, objective_value
+from widthsearch.study.posterior import ENOUGH, INTERVAL, Estimate, MetricPosterior
 
 if TYPE_CHECKING:
     from widthsearch.api import Study
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 FEW = 3
 """A hypervolume is printed of a front with at least so many members."""
 
-_COSTS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
+COST_NAMES = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
+"""The costs in words; others are called by their own names."""
 
 
 def origin_text(origin: Mapping[str, Any]) -> str:
@@ -48,25 +52,24 @@ def origin_text(origin: Mapping[str, Any]) -> str:
     return "search" if "sampler" in origin else "given"
 
 
-def estimate_text(estimate: AccuracyEstimate) -> str:
-    """An estimated accuracy with its 90% interval, each side given where 0% or 100% cuts one off.
+def estimate_text(estimate: Estimate) -> str:
+    """An estimated value with its 90% interval, each side given where they differ.
 
     Example:
-        >>> estimate_text(AccuracyEstimate(91.5, sd=0.4, trainings=1))
+        >>> estimate_text(Estimate(91.5, sd=0.4, trainings=1))
         '91.50 ±0.66'
-        >>> estimate_text(AccuracyEstimate(99.5, sd=0.4, trainings=1))
+        >>> estimate_text(Estimate(99.5, sd=0.4, trainings=1))
         '99.50 −0.66 +0.50'
     """
-    text, interval = f"{estimate.accuracy:.2f}", estimate.interval
-    if interval is None or estimate.sd is None:
+    value, interval, digits = estimate.value, estimate.interval, estimate.metric.decimals
+    text, places = estimate.metric.text(value), digits(value)
+    if interval is None:
         return text
-    below, above = estimate.accuracy - interval[0], interval[1] - estimate.accuracy
-    if min(below, above) < INTERVAL * estimate.sd - 1e-9:
-        return f"{text} −{below:.2f} +{above:.2f}"
-    return f"{text} ±{above:.2f}"
+    below, above = f"{value - interval[0]:.{places}f}", f"{interval[1] - value:.{places}f}"
+    return f"{text} ±{above}" if below == above else f"{text} −{below} +{above}"
 
 
-def baseline(posterior: AccuracyPosterior, method: str = "uniform") -> list[Trial]:
+def baseline(posterior: MetricPosterior, method: str = "uniform") -> list[Trial]:
     """The members of a baseline that are within the limits, fewest MACs first.
 
     Args:
@@ -90,40 +93,45 @@ def _contents(rivals: Sequence[Trial], method: str = "uniform") -> str:
     return " and ".join(parts + ([f"the base{'s' * (bases > 1)}"] if bases else []))
 
 
-def gain_lines(posterior: AccuracyPosterior) -> list[str]:
+def gain_lines(posterior: MetricPosterior) -> list[str]:
     """The mean gain of the other networks over each baseline at equal cost; a line a baseline.
 
-    Each baseline network is paired with the most accurate of the other networks that costs no more,
-    by estimated accuracy; networks outside the limits take no part. The 90% interval is that of the
+    Each baseline network is paired with the best of the other networks that costs no more, by
+    estimated value; networks with costs outside the limits take no part. A gain is positive where
+    the others are better, also for a metric to minimize. The 90% interval is that of the
     mean of the paired differences under the joint posterior. There is no line without a surrogate.
     """
     if posterior.surrogate is None:
         return []
-    inside = posterior.members_within_limits
+    inside, metric = posterior.members_within_limits, posterior.metric
     found = [t for t in inside if t.origin.keys().isdisjoint(("base", "baseline"))]
     lines = []
     for method in ("uniform", "random"):
         rivals, gains = baseline(posterior, method), []
-        for cost in (cost for cost in _COSTS if cost in posterior.objectives):
-            pairs = equal_cost_pairs(found, rivals, cost, posterior.accuracy)
+        for cost in (name for name in posterior.objectives if name != metric.name):
+            pairs = equal_cost_pairs(found, rivals, cost, posterior.goodness)
             if pairs:
                 mean, sd = posterior.mean_difference(pairs)
+                places = metric.decimals(posterior.value(rivals[0]))
                 gains.append(
-                    f"{mean:+.2f} ±{INTERVAL * sd:.2f} points at equal {_COSTS[cost]} (mean over "
-                    f"{len(pairs)} of {len(rivals)})"
+                    f"{mean:+.{places}f} ±{INTERVAL * sd:.{places}f} {metric.points} at equal "
+                    f"{COST_NAMES.get(cost, cost)} (mean over {len(pairs)} of {len(rivals)})"
                 )
         if gains:
+            lower = "; a gain is a lower value" if metric.goal == "minimize" else ""
             lines.append(
-                f"Gain over {_contents(rivals, method)}: {', '.join(gains)}; ± is its 90% interval."
+                f"Gain over {_contents(rivals, method)}: {', '.join(gains)}{lower}; ± is its 90% "
+                "interval."
             )
     return lines
 
 
-def front_json(study: Study, posterior: AccuracyPosterior) -> dict[str, Any]:
+def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
     """The front, the base model and the uniform baseline with the bases as JSON values."""
     base = posterior.base
     return {
         "study": study.config.name,
+        "metric": study.config.to_json()["metric"],
         "objectives": list(study.config.objectives),
         "front": [_trial_json(t, posterior) for t in posterior.front()],
         "base": None if base is None else _trial_json(base, posterior),
@@ -131,36 +139,53 @@ def front_json(study: Study, posterior: AccuracyPosterior) -> dict[str, Any]:
     }
 
 
-def _trial_json(trial: Trial, posterior: AccuracyPosterior) -> dict[str, Any]:
-    keys = ("id", "space", "widths", "accuracy", "macs", "params", "latency_ms", "latency")
-    content = trial.to_json()
+def _trial_json(trial: Trial, posterior: MetricPosterior) -> dict[str, Any]:
+    name = posterior.metric.name
+    keys = ["id", "space", "widths", name, "macs", "params", "latency_ms", "latency"]
+    keys += [cost for cost in EXACT_COSTS if cost in posterior.objectives and cost not in keys]
+    content = trial.to_json(name)
     chosen = {key: content[key] for key in (*keys, "origin")}
-    return {**chosen, "estimated": posterior[trial].to_json()}
+    return {**chosen, "reported": trial.reported, "estimated": posterior[trial].to_json()}
 
 
-def front_csv(posterior: AccuracyPosterior) -> str:
+def front_csv(posterior: MetricPosterior) -> str:
     """The front as CSV: one row a member, one column an axis."""
     front = posterior.front()
     out = io.StringIO()
     names = list(dict.fromkeys(name for t in front for name in t.widths))
-    columns = ["id", "space", "accuracy", "estimated", "sd", "interval_low", "interval_high"]
+    metric, others = posterior.metric.name, posterior.others
+    columns = ["id", "space", metric, "estimated", "sd", "interval_low", "interval_high"]
     columns += ["trainings", "dominated", "macs", "params", "latency_ms", "latency_ratio"]
-    columns += ["origin", *names]
+    columns += [name for name in posterior.objectives if name in EXACT_COSTS[2:]]
+    columns += [*others, "origin", *names]
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for t in front:
         estimate = posterior[t]
-        row = {key: value for key, value in t.to_json().items() if key in columns}
+        row = {key: value for key, value in t.to_json(metric).items() if key in columns}
+        row |= {key: t.reported.get(key) for key in others}
         row |= {key: getattr(estimate, key) for key in ("sd", "trainings", "dominated")}
         row |= zip(("interval_low", "interval_high"), estimate.interval or (), strict=False)
         row |= {} if t.latency is None else {"latency_ratio": t.latency.ratio}
-        row |= {"estimated": estimate.accuracy, "origin": origin_text(t.origin), **t.widths}
+        row |= {"estimated": estimate.value, "origin": origin_text(t.origin), **t.widths}
         writer.writerow(row)
     return out.getvalue()
 
 
-def front_tables(study: Study, posterior: AccuracyPosterior) -> Group:
-    """The front and the uniform baseline as tables, with footnotes and the gains."""
+def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] = ()) -> Group:
+    """The front and the uniform baseline as tables, with footnotes and the gains.
+
+    Args:
+        study: The study.
+        posterior: Its posterior.
+        show: Names of further columns: costs, or numbers that the trainings reported.
+
+    Raises:
+        StudyError: There is no such number.
+    """
+    for name in set(show) - {*EXACT_COSTS, *posterior.others}:
+        known = ", ".join((*EXACT_COSTS, *posterior.others))
+        raise StudyError(f"a number to show must be one of {known}, but was {name!r}")
     trials, front, base = posterior.trials, posterior.front(), posterior.base
     states = {s: sum(t.state == s for t in trials) for s in ("finished", "stopped", "failed")}
     counted = ", ".join(f"{n} {state}" for state, n in states.items() if n) or "none has ended"
@@ -171,12 +196,12 @@ def front_tables(study: Study, posterior: AccuracyPosterior) -> Group:
         )
     uniform = baseline(posterior)
     parts: list[RenderableType] = [
-        trial_table(f"front of {study.config.name}", front, base, posterior),
+        trial_table(f"front of {study.config.name}", front, base, posterior, show),
         _width_lines(front),
     ]
     if uniform:
         title = f"uniform baseline: {_contents(uniform)}"
-        parts.append(trial_table(title, uniform, base, posterior))
+        parts.append(trial_table(title, uniform, base, posterior, show))
     if len(front) >= FEW:
         inside = " within the limits" if study.config.limits else ""
         contents = f" ({_contents(uniform)})" if uniform else ""
@@ -201,22 +226,24 @@ def pick_table(study: Study, trial: Trial) -> Group:
     )
 
 
-def footnotes(shown: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]:
+def footnotes(shown: Sequence[Trial], posterior: MetricPosterior) -> list[str]:
     """The meaning of the columns and marks in a table of trials; a line each."""
     estimates = {t.number: posterior[t] for t in shown}
-    lines = ["acc %: validation accuracy of one training."]
+    metric = posterior.metric
+    lines = [f"{_column(metric)}: validation {metric.name} of one training."]
     surrogate = posterior.surrogate
     if surrogate is None:
         lines.append(
-            f"estimated %: mean accuracy of the network's trainings; intervals need {ENOUGH} "
-            "finished trainings."
+            f"{_estimated(metric)}: mean {metric.name} of the network's trainings; intervals need "
+            f"{ENOUGH} finished trainings."
         )
     else:
         lines.append(
-            "estimated %: expected accuracy over seeds, estimated from all trainings; ± is its 90% "
-            f"interval. One training varies by {surrogate.noise:.2f} points (standard deviation). "
-            f"Of {surrogate.size} trainings, {surrogate.coverage(0.9):.0%} lie in the 90% interval "
-            "that the others predict."
+            f"{_estimated(metric)}: {'expected' if metric.kind == 'linear' else 'median'} "
+            f"{metric.name} over seeds, estimated from all trainings; ± is its 90% interval. One "
+            f"training varies by {_noise(posterior)} (standard deviation). Of {surrogate.size} "
+            f"trainings, {surrogate.coverage(0.9):.0%} lie in the 90% interval that the others "
+            "predict."
         )
     if any(t.latency is not None for t in shown):
         lines.append(
@@ -228,17 +255,37 @@ def footnotes(shown: Sequence[Trial], posterior: AccuracyPosterior) -> list[str]
     if doubtful:
         lines.append(
             "?: P(dominated) is above one half: the probability that another trained network costs "
-            f"no more and is more accurate ({', '.join(doubtful)}). widthsearch confirm trains "
-            "uncertain members of the front again."
+            f"no more and is better ({', '.join(doubtful)}). widthsearch confirm trains uncertain "
+            "members of the front again."
         )
     return lines
+
+
+def _column(metric: Metric) -> str:
+    """The head of the column of single trainings."""
+    return "acc %" if metric.unit else metric.name
+
+
+def _estimated(metric: Metric) -> str:
+    """The head of the column of estimates."""
+    return f"estimated {metric.unit}".rstrip()
+
+
+def _noise(posterior: MetricPosterior) -> str:
+    """The noise of one training."""
+    metric, noise = posterior.metric, posterior.noise or 0.0
+    places = metric.decimals(posterior.value(posterior.members[0]))
+    at = "" if metric.kind == "linear" else " at the median network"
+    return f"{noise:.{places}f} {metric.points}{at}"
 
 
 def forecast_table(forecasts: Sequence[Forecast]) -> Group:
     """The forecast of families at every size, and the best next training."""
     several = len({each.space for each in forecasts}) > 1
     table = Table(title="forecast of the families", box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = [*(["space"] if several else []), "origin", "MACs", "estimated %", "P(beats front)"]
+    metric = forecasts[0].estimate.metric if forecasts else ACCURACY
+    columns = [*(["space"] if several else []), "origin", "MACs", _estimated(metric)]
+    columns += ["P(beats front)"]
     _add_columns(table, columns)
     for each in sorted(forecasts, key=lambda e: (e.space, origin_text(e.origin), e.cost.macs)):
         table.add_row(
@@ -251,8 +298,8 @@ def forecast_table(forecasts: Sequence[Forecast]) -> Group:
             "trained" if each.trained else f"{each.beats_front:.0%}",
         )
     lines = [
-        "P(beats front): the probability that it is more accurate than every trained network "
-        "within the limits with no more MACs."
+        "P(beats front): the probability that it is better than every trained network within the "
+        "limits with no more MACs."
     ]
     if any(each.extrapolated for each in forecasts):
         lines.append(
@@ -267,15 +314,16 @@ def forecast_table(forecasts: Sequence[Forecast]) -> Group:
         lines.append(
             f"Train next: {origin_text(best.origin)} {best.origin['family']}"
             f"{f' of {best.space}' * several}, {dict(best.widths)}, expected gain "
-            f"{best.gain:.2f} points over the trained networks within its MACs."
+            f"{best.gain:.{metric.decimals(best.estimate.value)}f} {metric.points} over the "
+            "trained networks within its MACs."
         )
     return Group(uncut(table), *map(Text, lines))
 
 
-def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> float:
+def front_volume(members: Sequence[Trial], posterior: MetricPosterior) -> float:
     """The hypervolume of some trials, as a share of the box that all finished ones span.
 
-    By estimated accuracy. Networks outside the limits do not widen the box.
+    By estimated value. Networks outside the limits do not widen the box.
     """
     if not members:
         return 0.0
@@ -287,15 +335,24 @@ def front_volume(members: Sequence[Trial], posterior: AccuracyPosterior) -> floa
 
 
 def trial_table(
-    title: str, trials: Sequence[Trial], base: Trial | None, posterior: AccuracyPosterior
+    title: str,
+    trials: Sequence[Trial],
+    base: Trial | None,
+    posterior: MetricPosterior,
+    show: Sequence[str] = (),
 ) -> Table:
-    """Finished trials with their accuracy, and with their costs beside the base's."""
+    """Finished trials with their value of the metric, and with their costs beside the base's."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     timed = any(t.latency is not None for t in trials)
     several = len({t.space for t in (*trials, *([base] if base else []))}) > 1
-    sized = "params" in posterior.objectives
-    columns = ["id", *(["space"] if several else []), "origin", "acc %"]
-    columns += ["estimated %", "MACs", "MACs/base", *(["params"] if sized else [])]
+    metric = posterior.metric
+    further = [
+        name
+        for name in dict.fromkeys((*posterior.objectives, *show))
+        if name not in (metric.name, "macs", "latency_ms")
+    ]
+    columns = ["id", *(["space"] if several else []), "origin", _column(metric)]
+    columns += [_estimated(metric), "MACs", "MACs/base", *further]
     _add_columns(table, columns + (["ms", "ms/base"] if timed else []))
     for t in trials:
         estimate = posterior[t]
@@ -303,9 +360,9 @@ def trial_table(
         text += f" ({estimate.trainings}×)" if estimate.trainings > 1 else ""
         text += " ?" if (estimate.dominated or 0.0) > 0.5 else ""
         row = [str(t.number), *([t.space] if several else []), origin_text(t.origin)]
-        row += [f"{t.accuracy:.2f}", text, short(t.cost.macs)]
+        row += [metric.text(objective_value(t, metric.name, metric)), text, short(t.cost.macs)]
         row += [f"{t.cost.macs / base.cost.macs:.2f}" if base else ""]
-        row += [short(t.cost.params)] if sized else []
+        row += ["" if math.isnan(v := cost_value(t, name)) else short(v) for name in further]
         if timed and t.latency is not None:
             row += [f"{t.latency.median_ms:.3g}", f"{t.latency.ratio:.2f}"]
         table.add_row(*map(Text, row))
@@ -316,7 +373,7 @@ def _add_columns(table: Table, columns: Sequence[str]) -> None:
     """Columns of networks: spaces and origins may wrap, numbers may not."""
     for column in columns:
         words = column in ("space", "origin")
-        left = words or column == "estimated %"
+        left = words or column.startswith("estimated")
         table.add_column(column, justify="left" if left else "right", no_wrap=not words)
 
 
@@ -351,7 +408,7 @@ def latency_remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
     ]
 
 
-def write_front(study: Study, posterior: AccuracyPosterior) -> str:
+def write_front(study: Study, posterior: MetricPosterior) -> str:
     """Write ``front.json`` into the study's folder; returns a line that says where, or why not."""
     file = study.folder / "front.json"
     try:

@@ -45,6 +45,8 @@ class Cost:
         macs: Multiply-accumulates of one sample's forward pass; FLOPs are twice that.
         params: Parameters.
         activations: Output elements of all convolutions and matrix products, for one sample.
+        weight_bytes: Bytes of all parameters and buffers, by their dtypes; None where unknown, of
+            trials from before it was stored.
 
     Example:
         >>> cost = Cost(macs=12_384, params=352, activations=864)
@@ -55,6 +57,7 @@ class Cost:
     macs: int
     params: int
     activations: int
+    weight_bytes: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,7 @@ class SearchSpace:
         ...     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 10, 6))
         >>> space = SearchSpace.from_model(net, (3, 8, 8))
         >>> space.axes[0].grid, space.cost([8])
-        (range(2, 33, 2), Cost(macs=10656, params=3114, activations=298))
+        (range(2, 33, 2), Cost(macs=10656, params=3114, activations=298, weight_bytes=12456))
         >>> space.build([8], seed=0)[2]
         Conv2d(8, 10, kernel_size=(6, 6), stride=(1, 1))
     """
@@ -261,10 +261,11 @@ class SearchSpace:
         return read_widths(Path(path), self.name, axes, self.fingerprint)
 
     def cost_form(self, quantity: str) -> QuadraticForm:
-        """The quadratic form of ``macs``, ``params`` or ``activations``."""
+        """The quadratic form of ``macs``, ``params``, ``activations`` or ``weight_bytes``."""
         if quantity not in self._forms:
             divisors = [axis.divisor for axis in self.trace.axes]
-            poly = getattr(self.trace, quantity)
+            source = self.model if quantity == "weight_bytes" else self.trace
+            poly = getattr(source, quantity)
             self._forms[quantity] = QuadraticForm.from_poly(poly, divisors)
         return self._forms[quantity]
 
@@ -291,10 +292,15 @@ class SearchSpace:
         """Output elements of all convolutions and matrix products; the rest as in :meth:`macs`."""
         return self.cost_form("activations")(as_vectors(self.name, self.names, widths))
 
+    def weight_bytes(self, widths: WidthBatch) -> NDArray[np.int64]:
+        """Bytes of all parameters and buffers, by their dtypes; the rest as in :meth:`macs`."""
+        return self.cost_form("weight_bytes")(as_vectors(self.name, self.names, widths))
+
     def cost(self, widths: WidthSpec) -> Cost:
         """The exact cost of one architecture."""
         vector = self.widths(widths).vector
-        return Cost(int(self.macs(vector)), int(self.params(vector)), int(self.activations(vector)))
+        names = ("macs", "params", "activations", "weight_bytes")
+        return Cost(*(int(self.cost_form(name)(vector)) for name in names))
 
     def build(
         self,

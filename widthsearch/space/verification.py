@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from widthsearch.errors import SpaceError, first_line
+from widthsearch.modules.tree import tensors_of
 from widthsearch.space.computation import (
     compare_masks_with_cuts,
     compare_with_class,
@@ -172,6 +173,7 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
         macs=flops.get_total_flops() // 2,
         params=sum(p.numel() for p in model.parameters()),
         activations=watch.activations,
+        weight_bytes=sum(t.numel() * t.element_size() for *_, t in tensors_of(model)),
     )
 
 
@@ -261,7 +263,7 @@ def _check_network(
     if counted != predicted and (wider := _without_skipped_products(space, widths)):
         network = space.build(wider, device="meta")
         counted, predicted = run_and_count(network, space.input_shape, "meta"), space.cost(wider)
-    for quantity in ("macs", "params", "activations"):
+    for quantity in ("macs", "params", "activations", "weight_bytes"):
         a, b = getattr(counted, quantity), getattr(predicted, quantity)
         if a != b:
             raise SpaceError(f"its {quantity} are {a:,}, but the space predicts {b:,}")

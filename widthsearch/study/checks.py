@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from widthsearch.bayesopt.metric import EXACT_COSTS
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.latency.config import LatencyConfig
@@ -21,7 +22,7 @@ from widthsearch.study.storage import SpaceRecord, Store
 from widthsearch.training.trainer import check_batch_size, check_input_shape, check_model
 from widthsearch.utils.devices import check_device
 
-_FIXED = ("task", "recipe", "objectives", "latency", "seed")
+_FIXED = ("task", "recipe", "metric", "objectives", "latency", "seed")
 """Sections that make trials comparable: they cannot change once a study has begun."""
 
 _DERIVED = ("proposal:", "precision", "concurrency")
@@ -64,7 +65,7 @@ def _check_costs(space: SearchSpace) -> None:
 def _check_limits(config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> None:
     """Check that exact costs can be within the limits."""
     for name, (low, high) in config.limits.items():
-        if name == "latency_ms":
+        if name not in EXACT_COSTS:
             continue
         ends = [
             getattr(space.cost([getattr(axis, end) for axis in space.axes]), name)
@@ -92,8 +93,9 @@ def claim(store: Store, config: StudyConfig, spaces: Mapping[str, SearchSpace]) 
     stored, before = store.attribute("spaces"), store.attribute("config")
     begun = stored is not None and store.begun
     fixed = _FIXED if begun else ("objectives",)
+    defaults = StudyConfig(name=name, trials=1).to_json()  # of keys that are new since then
     for key in fixed if stored is not None else ():
-        for place, old, new in _differences(key, before.get(key), now[key]):
+        for place, old, new in _differences(key, before.get(key, defaults[key]), now[key]):
             raise StudyError(
                 f"a study keeps its {key}, but {name!r} was begun with {place}={old!r} and "
                 f"now has {new!r}: put it back, or give the study another name"

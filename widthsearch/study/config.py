@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -31,6 +34,7 @@ from pydantic import (
 )
 
 from widthsearch.bayesopt.early_stopping import FrontStopping
+from widthsearch.bayesopt.metric import ACCURACY, COSTS, EXACT_COSTS, Metric
 from widthsearch.data.config import TaskConfig
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency.config import LatencyConfig
@@ -39,8 +43,6 @@ from widthsearch.space.constraints import Constraints
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import load_function
 from widthsearch.utils.validation import explain, hint, validated_dataclass
-
-Objective = Literal["accuracy", "macs", "params", "latency_ms"]
 
 
 def _whole_above_one(amount: float) -> float:
@@ -66,10 +68,15 @@ def _count_or_auto(value: Any) -> Any:
 
 def _interval(value: Any, validate: ValidatorFunctionWrapHandler) -> tuple[float, float]:
     low, high = 1.0, 0.0
-    with contextlib.suppress(ValidationError):
-        low, high = validate(value)
-    if not 0 <= low < high:
-        raise ValueError(f"must be [min, max] with 0 <= min < max, but was {value!r}")
+    with contextlib.suppress(ValidationError, TypeError, ValueError):
+        first, last = value
+        low, high = validate(
+            (-math.inf if first is None else first, math.inf if last is None else last)
+        )
+    if not low < high:
+        raise ValueError(
+            f"must be [min, max] with min < max, and null for no bound, but was {value!r}"
+        )
     return low, high
 
 
@@ -241,7 +248,22 @@ def _named(key: str, default: str | None = None) -> BeforeValidator:
 NamedProposer = Annotated[ProposerConfig, _named("method")]
 Share = Annotated[float, Field(gt=0)]
 Family = Literal["linear", "power", "mixture"]
-Interval = Annotated[tuple[float, float], WrapValidator(_interval)]
+Interval = Annotated[
+    tuple[float, float],
+    WrapValidator(_interval),
+    PlainSerializer(lambda ends: [None if math.isinf(end) else end for end in ends]),
+]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][\w./-]*$")]
+
+
+def _with_accuracy(value: Any) -> Any:
+    """Fill the fields of accuracy in percent, where the metric is named so."""
+    default = dataclasses.asdict(ACCURACY)
+    if value == ACCURACY.name:
+        return default
+    if isinstance(value, Mapping) and value.get("name") == ACCURACY.name and "range" not in value:
+        return {**default, **value}
+    return value
 
 
 class StudyConfig(BaseModel):
@@ -262,9 +284,15 @@ class StudyConfig(BaseModel):
             the ``mixture`` of each two.
         baselines: The share of the trials that are baselines: uniform widths at each budget (in
             every space: depth × width), then random ones.
-        objectives: What the front is of; latency_ms is measured.
-        limits: The interval [min, max] of a cost (``macs``, ``params``, ``latency_ms``): no network
-            outside is trained or on the front, except the base models.
+        metric: What trainings are compared by, one of the numbers that they report; by default
+            top-1 accuracy in percent.
+        objectives: What the front is of: the metric; the costs ``macs``, ``params``,
+            ``activations``, ``weight_bytes`` and ``latency_ms``, which is measured; and other
+            numbers that trainings report, if they are positive and to be minimised. By default the
+            metric and ``macs``.
+        limits: The interval [min, max] of some of these, null for no bound. No network with exact
+            costs outside is trained, except the base models; none outside is on the front, of
+            which the metric is estimated.
         latency: How latency is measured.
         early_stopping: ``front`` stops a trial that is unlikely to reach the front at its own
             costs, ``rungs`` all but the best of each rung; None trains everything to its end.
@@ -302,8 +330,9 @@ class StudyConfig(BaseModel):
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
     families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("linear", "power")
     baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    objectives: tuple[Objective, ...] = ("accuracy", "macs")
-    limits: Mapping[Literal["macs", "params", "latency_ms"], Interval] = {}
+    metric: Annotated[Metric, BeforeValidator(_with_accuracy)] = ACCURACY
+    objectives: tuple[Name, ...] = ()
+    limits: Mapping[Name, Interval] = {}
     latency: LatencyConfig | None = None
     early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
     trials: Annotated[int, Field(ge=1)]
@@ -323,6 +352,15 @@ class StudyConfig(BaseModel):
         except SpaceError as error:
             raise StudyError(f"constraints: {error}") from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_objectives(cls, values: Any) -> Any:
+        """Fill the default objectives, which depend on the metric's name."""
+        metric = values.get("metric", ACCURACY)
+        name = metric.get("name") if isinstance(metric, Mapping) else metric
+        name = name.name if isinstance(name, Metric) else name
+        return {"objectives": (name, "macs"), **values}
+
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
         if self.space is not None and self.spaces:
@@ -330,24 +368,35 @@ class StudyConfig(BaseModel):
                 f"a study has a space or spaces, but was given both ({self.space!r} and "
                 f"{', '.join(self.spaces)})"
             )
-        listed = f"[{', '.join(self.objectives)}]"
-        if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
-            raise ValueError(f"objectives must hold accuracy and no name twice, but are {listed}")
+        metric, names = self.metric.name, self.objectives
+        listed = f"[{', '.join(names)}]"
+        if metric not in names or len(set(names)) < len(names):
+            raise ValueError(f"objectives must hold {metric} and no name twice, but are {listed}")
+        known = (metric, *COSTS)
+        reported = [name for name in names if name not in known]
+        for name in reported:
+            if close := difflib.get_close_matches(name, known, 1):
+                raise ValueError(f"unknown objective {name!r}; did you mean {close[0]!r}?")
         if self.latency is not None and "latency_ms" not in self.objectives:
             raise ValueError(
                 f"latency is measured where it is an objective, but objectives are {listed}: add "
                 "latency_ms, or leave the latency section out"
             )
-        if "latency_ms" in self.limits and "latency_ms" not in self.objectives:
+        for name in self.limits.keys() - {*names, *EXACT_COSTS}:
             raise ValueError(
-                f"a limit of latency_ms needs it among the objectives, but they are {listed}: add "
-                "it, or leave the limit out"
+                f"a limit of {name} needs it among the objectives, but they are {listed}: add it, "
+                "or leave the limit out"
             )
         stopping = self.early_stopping
         if stopping is not None and len(self.objectives) == 1:
             raise ValueError(
-                "early_stopping needs a cost among the objectives, but they are [accuracy]: add "
+                f"early_stopping needs a cost among the objectives, but they are {listed}: add "
                 "macs, or leave early_stopping out"
+            )
+        if stopping is not None and reported:
+            raise ValueError(
+                "early_stopping compares costs that are known before a training ends, but "
+                f"objectives hold {reported[0]}: leave it out, or early_stopping"
             )
         if stopping is not None and stopping.first_epoch >= self.recipe.epochs:
             raise ValueError(
@@ -429,6 +478,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 _SECTIONS: dict[str, Any] = {
     "": StudyConfig,
     "constraints": Constraints,
+    "metric": Metric,
     "task": TaskConfig,
     "recipe": Recipe,
     "latency": LatencyConfig,
@@ -440,6 +490,7 @@ _SECTIONS: dict[str, Any] = {
 _FORMS = {
     "task": "`task: digits`, or `task: {name: image_folder, folder: path}`",
     "limits": "`limits: {macs: [0, 2e6]}`",
+    "metric": "`metric: {name: rmse, goal: minimize}`",
     "input": "`input: [3, 32, 32]` (channels, height, width)",
 }
 """An example of each section whose form is hard to guess."""
@@ -448,7 +499,7 @@ _FORMS = {
 def _form(message: str) -> str:
     """The end of a message about the form of one of those sections; empty for others."""
     place = re.match(
-        r"(?:key ')?(task(?=\.name|'| )|limits|input)[\w.]*'? "
+        r"(?:key ')?(task(?=\.name|'| )|limits|metric(?='| )|input)[\w.]*'? "
         r"(?:must(?! be (?:greater|less))|is missing)",
         message,
     )

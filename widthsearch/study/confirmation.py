@@ -26,7 +26,7 @@ class Confirmation(Search):
 
         max(p (1 − p), 0.05) · v / (1 + k v / n),
 
-    where p is its probability of being dominated, v the posterior variance of its accuracy, n the
+    where p is its probability of being dominated, v the posterior variance of its score, n the
     noise variance of one training, and k the number of its trainings that run now. The last factor
     is the variance that is left once those end: for one normal mean, precisions add,
     1 / (1 / v + k / n). So doubtful and uncertain finalists come first, and none is trained twice

@@ -30,7 +30,7 @@ from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.front import is_within_limits
 from widthsearch.study.loop import Search
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.progress import Level, Notify, Pace, Progress
 from widthsearch.study.proposals import Engine, ProposalRequest, collect_proposals, proposal_key
 from widthsearch.study.storage import Store
@@ -161,7 +161,7 @@ class Driver:
             raise StorageError(
                 f"the study's folder {str(self.folder)!r} cannot be made: {error.strerror}"
             ) from None
-        store = Store.create(self.url, config.name, config.objectives)
+        store = Store.create(self.url, config.name, config.objectives, config.metric)
         with DriverLock(store) as driver_lock:
             claim(store, config, self.spaces)
             text = config.to_yaml().encode()
@@ -305,7 +305,9 @@ class Driver:
         """A callback for messages before there is a search; the trials are those of the storage."""
         config, trials = self.config, store.trials(self.spaces)
         done = sum(trial.state != TrialState.RUNNING for trial in trials)
-        posterior = AccuracyPosterior(trials, self.spaces, config.objectives, config.limits)
+        posterior = MetricPosterior(
+            trials, self.spaces, config.objectives, config.limits, config.metric
+        )
         pace = Pace(done)
 
         def say(message: str, level: Level = "status", /) -> None:

@@ -1,16 +1,19 @@
 """Trials as values of the objectives, comparisons at equal cost, and picks from a front.
 
-The front itself is :meth:`~widthsearch.study.posterior.AccuracyPosterior.front`: there is no other.
+The front itself is :meth:`~widthsearch.study.posterior.MetricPosterior.front`: there is no other.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from widthsearch.bayesopt.metric import ACCURACY, COSTS, EXACT_COSTS, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points, knee
 from widthsearch.errors import StudyError
@@ -18,66 +21,74 @@ from widthsearch.space.cost import Cost
 from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
-    from widthsearch.study.posterior import AccuracyPosterior
+    from widthsearch.study.posterior import MetricPosterior
 
-OBJECTIVES = ("accuracy", "macs", "params", "latency_ms")
+Limits = Mapping[str, tuple[float, float]]
+"""The least and greatest value of the metric or of costs, by name."""
 
 
-def objective_value(trial: Trial, objective: str) -> float:
+def cost_value(trial: Trial, cost: str) -> float:
+    """A trial's cost, or a number that its training reported; NaN where it has none."""
+    known = {**asdict(trial.cost), "latency_ms": trial.latency_ms, **trial.reported}
+    return math.nan if known.get(cost) is None else float(known[cost])
+
+
+def objective_value(trial: Trial, objective: str, metric: Metric) -> float:
     """A trial's value of an objective, in the objective's own unit; NaN where it has none."""
-    value = getattr(trial.cost if objective in ("macs", "params") else trial, objective)
-    return math.nan if value is None else float(value)
+    if objective != metric.name:
+        return cost_value(trial, objective)
+    return math.nan if trial.value is None else trial.value
 
 
-def is_within_limits(cost: Cost, limits: Mapping[Any, tuple[float, float]]) -> bool:
-    """Whether exact costs are within a study's limits; a limit of latency is not checked."""
+def is_within_limits(cost: Cost, limits: Limits) -> bool:
+    """Whether exact costs are within a study's limits; its other limits are not checked."""
     return all(
         low <= getattr(cost, name) <= high
         for name, (low, high) in limits.items()
-        if name != "latency_ms"
+        if name in EXACT_COSTS
     )
 
 
-def objective_points(trials: Sequence[Trial], objectives: Sequence[str]) -> Points:
-    """The trials as points to minimise, (N, objectives): accuracy negated, NaN where missing."""
-    for objective in objectives:
-        if objective not in OBJECTIVES:
-            raise StudyError(
-                f"an objective must be one of {', '.join(OBJECTIVES)}, but was {objective!r}"
-            )
-    sign = [-1.0 if objective == "accuracy" else 1.0 for objective in objectives]
-    values = [[objective_value(trial, objective) for objective in objectives] for trial in trials]
+def objective_points(
+    trials: Sequence[Trial], objectives: Sequence[str], metric: Metric = ACCURACY
+) -> Points:
+    """The trials as points to minimise, (N, objectives): NaN where a value is missing."""
+    sign = [-metric.sign if objective == metric.name else 1.0 for objective in objectives]
+    values = [[objective_value(trial, name, metric) for name in objectives] for trial in trials]
     return np.array(values).reshape(len(trials), len(objectives)) * sign
 
 
 def observation(
-    trial: Trial, objectives: Sequence[str], predicted_ms: float = math.nan
+    trial: Trial,
+    objectives: Sequence[str],
+    metric: Metric = ACCURACY,
+    predicted_ms: float = math.nan,
 ) -> Observation:
     """A trial as the sampler and early stopping see it.
 
     Args:
         trial: The trial.
         objectives: The objectives of the study.
+        metric: Its metric.
         predicted_ms: Stands for a latency that is not measured.
     """
-    costs = {name: objective_value(trial, name) for name in objectives if name != "accuracy"}
+    costs = {name: cost_value(trial, name) for name in objectives if name != metric.name}
     if "latency_ms" in costs and trial.latency is None:
         costs["latency_ms"] = predicted_ms
-    curve = tuple(result.accuracy for result in trial.curve)
     running = trial.state == TrialState.RUNNING
-    return Observation(trial.widths.vector, trial.accuracy, (*costs.values(),), curve, running)
+    return Observation(trial.widths.vector, trial.value, (*costs.values(),), trial.values, running)
 
 
 def equal_cost_pairs(
-    chosen: Sequence[Trial], rivals: Sequence[Trial], cost: str, accuracy: Callable[[Trial], float]
+    chosen: Sequence[Trial], rivals: Sequence[Trial], cost: str, goodness: Callable[[Trial], float]
 ) -> list[tuple[Trial, Trial]]:
-    """The most accurate chosen trial that costs no more than a rival, with the rival.
+    """The best chosen trial that costs no more than a rival, with the rival.
 
     Args:
         chosen: Finished trials.
         rivals: Finished trials, e.g. a baseline.
         cost: ``macs``, ``params`` or ``latency_ms``.
-        accuracy: The estimated accuracy of a trial.
+        goodness: The estimate of a trial, higher for better ones.
 
     Returns:
         One pair for each rival that can be compared: one than which some chosen trial costs no
@@ -85,23 +96,25 @@ def equal_cost_pairs(
     """
     pairs = []
     for rival in rivals:
-        limit = objective_value(rival, cost)
-        within = [trial for trial in chosen if objective_value(trial, cost) <= limit]
+        limit = cost_value(rival, cost)
+        within = [trial for trial in chosen if cost_value(trial, cost) <= limit]
         if within:
-            pairs.append((max(within, key=accuracy), rival))
+            pairs.append((max(within, key=goodness), rival))
     return pairs
 
 
-def pick(posterior: AccuracyPosterior, spec: str | int) -> Trial:
+def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
     """The front's member that ``spec`` names, or any finished trial by its ID.
 
-    ``best`` is the most accurate, ``knee`` the one of greatest bulge over the objectives, a number
-    the trial of that ID, and a limit such as ``macs<=2e6``, ``params<=1e5`` or ``latency_ms<=0.5``
-    the most accurate within it.
+    ``best`` is the best by the metric, ``cheapest`` the one with the least of the first cost among
+    the objectives, ``knee`` the one of greatest bulge over the objectives, and a number the trial
+    of that ID. Limits, such as ``macs<=2e6`` or ``latency_ms<=0.5, params<=1e5``, pick the best
+    within them; with one on the metric, such as ``miou>=65`` or ``rmse<=3, macs<=2e6``, they pick
+    the cheapest.
 
     Args:
         posterior: The posterior of the study, which has the front and the trials.
-        spec: The name, limit or ID.
+        spec: The name, limits or ID.
 
     Raises:
         StudyError: The spec is none of these, or no member fits it.
@@ -110,14 +123,18 @@ def pick(posterior: AccuracyPosterior, spec: str | int) -> Trial:
     if not front:
         raise StudyError(f"a pick needs a front, but {spec!r} picks from none: run the study first")
 
-    def most_accurate(members: Sequence[Trial]) -> Trial:
-        return max(members, key=lambda t: (posterior.accuracy(t), -t.cost.macs, -t.number))
+    def best(members: Sequence[Trial]) -> Trial:
+        return max(members, key=lambda t: (posterior.goodness(t), -t.cost.macs, -t.number))
 
-    spec = str(spec).strip()
+    def cheapest(members: Sequence[Trial]) -> Trial:
+        cost = next((name for name in posterior.objectives if name != metric.name), "macs")
+        return min(members, key=lambda t: (cost_value(t, cost), -posterior.goodness(t), t.number))
+
+    metric, spec = posterior.metric, str(spec).strip()
     if spec == "knee":
         return front[knee(posterior.points(front))]
-    if spec == "best":
-        return most_accurate(front)
+    if spec in ("best", "cheapest"):
+        return (best if spec == "best" else cheapest)(front)
     if spec.isdecimal():
         known = {trial.number: trial for trial in posterior.trials}
         named = known.get(int(spec))
@@ -130,29 +147,43 @@ def pick(posterior: AccuracyPosterior, spec: str | int) -> Trial:
             f"{', '.join(some[:8])}{', …' if len(some) > 8 else ''}, and on the front "
             f"{', '.join(str(member.number) for member in front)}"
         )
-    objective, limit = _limit(spec)
-    values = [objective_value(member, objective) for member in front]
-    within = [member for member, value in zip(front, values, strict=True) if value <= limit]
-    if not within:
-        measured = [value for value in values if not math.isnan(value)]
-        least = f"no member of the front has a {objective}"
-        if measured:
-            least = f"the least {objective} on the front is {min(measured):g}"
-        raise StudyError(
-            f"a pick's limit must leave a member of the front, but {spec!r} leaves none; {least}"
-        )
-    return most_accurate(within)
+    within = front
+    limits = [_limit(part, posterior) for part in spec.split(",")]
+    for name, is_least, limit in limits:
+        values = {
+            t.number: posterior.value(t) if name == metric.name else cost_value(t, name)
+            for t in within
+        }
+        others = [value for value in values.values() if not math.isnan(value)]
+        within = [
+            t
+            for t in within
+            if (values[t.number] >= limit if is_least else values[t.number] <= limit)
+        ]
+        if not within:
+            word, end = ("greatest", max) if is_least else ("least", min)
+            reason = f"no member of the front has a {name}"
+            if others:
+                reason = f"the {word} {name} among the others is {end(others):g}"
+            raise StudyError(
+                f"a pick's limits must leave a member of the front, but {spec!r} leaves none; "
+                f"{reason}"
+            )
+    return (cheapest if any(name == metric.name for name, _, _ in limits) else best)(within)
 
 
-def _limit(spec: str) -> tuple[str, float]:
-    objective, _, number = (part.strip() for part in spec.partition("<="))
+def _limit(spec: str, posterior: MetricPosterior) -> tuple[str, bool, float]:
+    """The name in a limit, whether it is a least value, and the value."""
+    parts = re.fullmatch(r"(.*?)\s*([<>])=\s*(.*)", spec.strip())
+    name, sign, number = parts.groups() if parts else ("", "", "")
+    known = dict.fromkeys([posterior.metric.name, *posterior.objectives, *COSTS, *posterior.others])
     try:
         limit = float(number)
     except ValueError:
         limit = math.nan
-    if objective not in OBJECTIVES[1:] or math.isnan(limit):
+    if name not in known or math.isnan(limit):
         raise StudyError(
-            "a pick must be a trial's ID, best, knee, or a limit on macs, params or latency_ms "
+            f"a pick must be a trial's ID, best, cheapest, knee, or limits on {', '.join(known)} "
             f"such as 'macs<=2e6', but was {spec!r}"
         )
-    return objective, limit
+    return name, sign == ">", limit

@@ -23,6 +23,7 @@ from functools import cached_property
 
 import numpy as np
 
+from widthsearch.bayesopt.metric import COSTS
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency.config import Latency
 from widthsearch.latency.predictor import LatencyPredictor
@@ -31,7 +32,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.front import objective_value
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.progress import Level, Pace, Progress
 from widthsearch.study.queue import CandidateQueue
 from widthsearch.study.stopping import is_stopped
@@ -132,10 +133,10 @@ class Search:
         return tuple(trial.number for trial in self._in_state(TrialState.RUNNING))
 
     @cached_property
-    def posterior(self) -> AccuracyPosterior:
+    def posterior(self) -> MetricPosterior:
         """The posterior of the trials that have ended; computed anew once another one has."""
         trials, config = list(self.trials.values()), self.config
-        return AccuracyPosterior(trials, self.spaces, config.objectives, config.limits)
+        return MetricPosterior(trials, self.spaces, config.objectives, config.limits, config.metric)
 
     def ask(self) -> Trial | None:
         """The next trial to train.
@@ -175,14 +176,19 @@ class Search:
         self._pace.record_epoch()
         trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
-        last = trial.curve[-1]
-        if not math.isfinite(last.accuracy):
-            self.fail(number, f"training diverged in epoch {last.epoch}: its loss is {last.loss}")
+        last, value, metric = trial.curve[-1], trial.values[-1], self.config.metric
+        if not math.isfinite(value):
+            shown = f"{metric.name} is {value}" if last.loss is None else f"loss is {last.loss}"
+            self.fail(number, f"training diverged in epoch {last.epoch}: its {shown}")
+        elif not metric.contains(value):
+            low, high = metric.ends
+            self.fail(
+                number,
+                f"{metric.name} must be in its range [{low:g}, {high:g}], but was {value:g} in "
+                f"epoch {last.epoch}: change metric.range, or the report",
+            )
         elif last.epoch >= self.config.recipe.epochs:
-            trial = replace(trial, state=TrialState.FINISHED)
-            values = [objective_value(trial, name) for name in self.config.objectives]
-            self._store.finish(number, values)
-            self._close(trial)
+            self._finish(replace(trial, state=TrialState.FINISHED))
         elif is_stopped(trial, self.trials.values(), self.config):
             self._store.stop(number)
             self._close(replace(trial, state=TrialState.STOPPED))
@@ -190,6 +196,22 @@ class Search:
             self.notify()
             return True
         return False
+
+    def _finish(self, trial: Trial) -> None:
+        """Close a trial after its last epoch; it fails where it did not report an objective."""
+        names = self.config.objectives
+        values = [objective_value(trial, name, self.config.metric) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if name not in (self.config.metric.name, *COSTS) and not 0 < value < math.inf:
+                known = ", ".join((self.config.metric.name, *trial.reported))
+                self.fail(
+                    trial.number,
+                    f"objective {name!r} must be reported, above 0, but was {value:g} in epoch "
+                    f"{trial.curve[-1].epoch}, which reported {known}",
+                )
+                return
+        self._store.finish(trial.number, values)
+        self._close(trial)
 
     def fail(self, number: int, reason: str) -> None:
         """Record that a trial cannot be trained.

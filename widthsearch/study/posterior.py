@@ -1,8 +1,11 @@
-"""Posterior accuracy of the trained networks, and the Pareto front it implies.
+"""Posterior of the metric for the trained networks, and the Pareto front it implies.
 
-One training's accuracy is noisy: the noise of its seed is as large as the differences that matter,
-so the best single training is overestimated (winner's curse). The surrogate estimates the noise and
-each network's expected accuracy from all trainings; the front is drawn by these estimates.
+One training's value is noisy: the noise of its seed is as large as the differences that matter, so
+the best single training is overestimated (winner's curse). The surrogate estimates the noise and
+each network's expected score from all trainings; the front is drawn by these estimates.
+
+An estimate is the value of the expected score: the mean over seeds for a ``linear`` metric, else
+the median (:mod:`~widthsearch.bayesopt.metric`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,15 +22,16 @@ from numpy.typing import NDArray
 
 from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.kernel import Coordinates, CostedSpace, Features
+from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points
 from widthsearch.bayesopt.surrogate import Surrogate
-from widthsearch.study.front import objective_points, objective_value
+from widthsearch.study.front import Limits, cost_value, objective_points
 from widthsearch.study.trial import Architecture, Trial, TrialState
 
 ENOUGH = 8
 """Finished trainings that the surrogate needs; with fewer, the mean of each network's trainings
-stands for its expected accuracy."""
+stands for its expected score."""
 
 INTERVAL = 1.645
 """Standard deviations to each side that hold 90% of a normal distribution."""
@@ -36,41 +40,49 @@ _DRAWS = 2048
 
 
 @dataclass(frozen=True)
-class AccuracyEstimate:
-    """The posterior of one network's accuracy.
+class Estimate:
+    """The posterior of one network's value of the metric.
 
     Attributes:
-        accuracy: Its mean: expected accuracy over seeds, in percent.
-        sd: Its standard deviation, in percent; None where there is no surrogate.
+        value: The value of its expected score, in the metric's unit.
+        sd: The standard deviation of its expected score, in percent for accuracy; None where there
+            is no surrogate.
         trainings: The number of its finished trainings.
         dominated: The probability that another trained network within the limits dominates it: one
-            with no more of any cost and a higher accuracy; None where there is no surrogate.
+            with no more of any cost and a better value; None where there is no surrogate.
+        metric: The metric.
 
     Example:
-        >>> AccuracyEstimate(99.5, sd=1.0, trainings=2).interval
-        (97.855, 100.0)
+        >>> Estimate(99.5, sd=0.5, trainings=1).interval  # cut at 100%
+        (98.6775, 100.0)
+        >>> low, high = Estimate(2.0, 0.1, 1, metric=Metric("rmse", "minimize")).interval
+        >>> round(low, 2), round(high, 2)
+        (1.7, 2.36)
     """
 
-    accuracy: float
+    value: float
     sd: float | None
     trainings: int
     dominated: float | None = None
+    metric: Metric = ACCURACY
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The central 90% interval, cut at 0% and 100%; None where there is no surrogate."""
+        """The central 90% interval, within the range; None where there is no surrogate."""
         if self.sd is None:
             return None
-        half = INTERVAL * self.sd
-        return max(0.0, self.accuracy - half), min(100.0, self.accuracy + half)
+        score, half = self.metric.score(self.value), INTERVAL * self.sd
+        low, high = sorted(self.metric.value([score - half, score + half]).tolist())
+        return low, high
 
     def to_json(self) -> dict[str, Any]:
-        """The attributes and the interval as JSON values."""
-        return {**asdict(self), "interval": self.interval}
+        """The attributes and the interval as JSON values, the value under the metric's name."""
+        names = ("sd", "trainings", "dominated", "interval")
+        return {self.metric.name: self.value, **{name: getattr(self, name) for name in names}}
 
 
-class AccuracyPosterior:
-    """The posterior of all trained networks' accuracies, and their front.
+class MetricPosterior:
+    """The posterior of the metric for all trained networks, and their front.
 
     Everything is computed when it is first asked for: the front takes one fit of the surrogate, the
     probabilities of being dominated take draws from the joint posterior.
@@ -79,11 +91,14 @@ class AccuracyPosterior:
         trials: All trials of a study.
         spaces: Its spaces, or their records, by name.
         objectives: Its objectives.
-        limits: The least and greatest values of costs: no network outside is on the front.
+        limits: The least and greatest values of costs, and of estimates of the metric: no network
+            outside is on the front.
+        metric: Its metric.
 
     Attributes:
         trials: The trials.
         objectives: The objectives.
+        metric: The metric.
 
     Example:
         >>> from torch import nn
@@ -98,8 +113,8 @@ class AccuracyPosterior:
         ...     finished = TrialState.FINISHED
         ...     return Trial(number, "net", widths, {}, 0, cost, curve=curve, state=finished)
         >>> trials = [trial(0, 8, 90.0), trial(1, 16, 92.0), trial(2, 16, 94.0), trial(3, 32, 91.0)]
-        >>> posterior = AccuracyPosterior(trials, {"net": space}, ("accuracy", "macs"))
-        >>> [(t.number, posterior[t].accuracy, posterior[t].trainings) for t in posterior.front()]
+        >>> posterior = MetricPosterior(trials, {"net": space}, ("accuracy", "macs"))
+        >>> [(t.number, posterior[t].value, posterior[t].trainings) for t in posterior.front()]
         [(0, 90.0, 1), (1, 93.0, 2)]
     """
 
@@ -108,8 +123,10 @@ class AccuracyPosterior:
         trials: Sequence[Trial],
         spaces: Mapping[str, CostedSpace],
         objectives: Sequence[str],
-        limits: Mapping[Any, tuple[float, float]] | None = None,
+        limits: Limits | None = None,
+        metric: Metric = ACCURACY,
     ) -> None:
+        self.metric = metric
         self.objectives = tuple(objectives)
         self._limits = limits or {}
         self.trials = trials
@@ -119,7 +136,7 @@ class AccuracyPosterior:
     def members(self) -> list[Trial]:
         """The first finished training of each architecture that has all objectives."""
         first: dict[Architecture, Trial] = {}
-        points = objective_points(self.trials, self.objectives)
+        points = objective_points(self.trials, self.objectives, self.metric)
         for trial, point in zip(self.trials, points, strict=True):
             if trial.state == TrialState.FINISHED and not np.isnan(point).any():
                 first.setdefault(trial.architecture, trial)
@@ -133,7 +150,7 @@ class AccuracyPosterior:
     @cached_property
     def coordinates(self) -> dict[str, Coordinates]:
         """Those of the spaces with a finished trial, by name."""
-        trained = {trial.space for trial in self.trials if trial.accuracy is not None}
+        trained = {trial.space for trial in self.trials if trial.value is not None}
         names = [name for name in self._spaces if name in trained]
         placed = Coordinates.together([Coordinates.of(self._spaces[name]) for name in names])
         return dict(zip(names, placed, strict=True))
@@ -144,25 +161,45 @@ class AccuracyPosterior:
         trainings = {name: list[Observation]() for name in self.coordinates}
         for t in self.trials:
             if t.state in (TrialState.FINISHED, TrialState.STOPPED) and t.space in trainings:
-                curve = tuple(result.accuracy for result in t.curve)
-                trainings[t.space].append(Observation(t.widths.vector, t.accuracy, curve=curve))
+                trainings[t.space].append(Observation(t.widths.vector, t.value, curve=t.values))
         every = [training for own in trainings.values() for training in own]
-        if sum(training.accuracy is not None for training in every) < ENOUGH:
+        if sum(training.value is not None for training in every) < ENOUGH:
             return None
         return Surrogate.fit_observations(
-            *((self.coordinates[name], own) for name, own in trainings.items())
+            *((self.coordinates[name], own) for name, own in trainings.items()), metric=self.metric
         )
 
-    def __getitem__(self, trial: Trial) -> AccuracyEstimate:
+    def __getitem__(self, trial: Trial) -> Estimate:
         """The estimate of a finished trial's architecture."""
         return self._estimates[trial.architecture]
 
-    def accuracy(self, trial: Trial) -> float:
-        """The estimated accuracy of a finished trial's architecture, in percent."""
+    def value(self, trial: Trial) -> float:
+        """The estimated value of a finished trial's architecture, in the metric's unit."""
         return self._means[trial.architecture]
 
+    def score(self, trial: Trial) -> float:
+        """The score of :meth:`value`."""
+        return float(self.metric.score(self.value(trial)))
+
+    def goodness(self, trial: Trial) -> float:
+        """The estimated value, negated for a metric to minimize: higher is better."""
+        return self.metric.sign * self.value(trial)
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """The names of the further numbers that the trainings reported."""
+        return tuple(dict.fromkeys(name for trial in self.trials for name in trial.reported))
+
+    @property
+    def noise(self) -> float | None:
+        """The standard deviation of one training at the median network, in the metric's unit."""
+        if self.surrogate is None:
+            return None
+        middle = float(np.median([self.score(t) for t in self.members]))
+        return float(self.surrogate.noise * self.metric.slope(middle))
+
     def front(self) -> list[Trial]:
-        """The members within the limits that no other dominates by estimated accuracy.
+        """The members within the limits that no other dominates by estimated value.
 
         Returns:
             The first training of each network of the front, fewest MACs first.
@@ -170,25 +207,28 @@ class AccuracyPosterior:
         return list(self._front)
 
     @property
-    def best_accuracy(self) -> float | None:
-        """The estimated accuracy of the front's most accurate member; None for an empty front."""
-        return max(map(self.accuracy, self._front), default=None)
+    def best_value(self) -> float | None:
+        """The best estimated value on the front; None for an empty front."""
+        return max(map(self.value, self._front), key=lambda v: self.metric.sign * v, default=None)
 
     @cached_property
     def _front(self) -> list[Trial]:
         inside = self.members_within_limits
         kept = np.flatnonzero(pareto.non_dominated(self.points(inside)))
-        return sorted((inside[i] for i in kept), key=lambda t: (t.cost.macs, t.number))
+        low, high = self._limits.get(self.metric.name, (-math.inf, math.inf))
+        front = [inside[i] for i in kept if low <= self.value(inside[i]) <= high]
+        return sorted(front, key=lambda t: (t.cost.macs, t.number))
 
     @cached_property
     def members_within_limits(self) -> list[Trial]:
-        """The members that may be on the front, in the members' order."""
+        """The members whose costs are within the limits, in the members' order."""
         return [member for member in self.members if self._is_within(member)]
 
     def _is_within(self, member: Trial) -> bool:
         return all(
-            low <= objective_value(member, name) <= high
+            low <= cost_value(member, name) <= high
             for name, (low, high) in self._limits.items()
+            if name != self.metric.name
         )
 
     @property
@@ -203,18 +243,19 @@ class AccuracyPosterior:
         return sorted(open_, key=lambda t: (abs(doubts[t.number] - 0.5), t.number))
 
     def points(self, trials: Sequence[Trial]) -> Points:
-        """Finished trials as points to minimise, (N, objectives), by estimated accuracy."""
+        """Finished trials as points to minimise, (N, objectives), by estimated value."""
         points = objective_points(trials, self.objectives)
-        points[:, self.objectives.index("accuracy")] = [-self.accuracy(t) for t in trials]
+        points[:, self.objectives.index(self.metric.name)] = [-self.goodness(t) for t in trials]
         return points
 
     @cached_property
     def _trained(self) -> dict[Architecture, list[float]]:
-        """The accuracy of each finished training."""
+        """The score of each finished training."""
         trained: dict[Architecture, list[float]] = {}
         for trial in self.trials:
-            if trial.accuracy is not None:
-                trained.setdefault(trial.architecture, []).append(trial.accuracy)
+            if trial.value is not None:
+                score = float(self.metric.score(trial.value))
+                trained.setdefault(trial.architecture, []).append(score)
         return trained
 
     @cached_property
@@ -231,43 +272,45 @@ class AccuracyPosterior:
 
     @cached_property
     def _means(self) -> dict[Architecture, float]:
-        """The estimated accuracies."""
+        """The estimated values."""
         means = {key: statistics.fmean(own) for key, own in self._trained.items()}
         if self.surrogate is not None and self.members:
             posterior = self.surrogate.posterior(self._features)
             for member, mean in zip(self.members, posterior.mean, strict=True):
-                means[member.architecture] = min(max(float(mean), 0.0), 100.0)
-        return means
+                means[member.architecture] = float(mean)
+        return {key: float(self.metric.value(mean)) for key, mean in means.items()}
 
     @cached_property
     def _joint(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and covariance of the members' expected accuracies, (N,) and (N, N)."""
+        """Mean and covariance of the members' expected scores, (N,) and (N, N)."""
         assert self.surrogate is not None
         return self.surrogate.joint_posterior(self._features)
 
     def mean_difference(self, pairs: Sequence[tuple[Trial, Trial]]) -> tuple[float, float]:
-        """The mean over pairs of members of the difference of their accuracies, in points.
+        """The mean over pairs of members by how much the first's value is better.
 
         Args:
             pairs: Minuend and subtrahend. A network may be in several pairs.
 
         Returns:
-            The estimate, and its standard deviation: sqrt(wᵀ C w) with C the joint posterior
-            covariance of the members and w the weight of each in the mean. It needs a surrogate.
+            The estimate in the metric's unit, and its standard deviation: sqrt(wᵀ C w) with C the
+            joint posterior covariance of the members' scores and w the weight of each in the mean,
+            times the slope of its value over its score. It needs a surrogate.
         """
         place = {member.architecture: i for i, member in enumerate(self.members)}
         weights = np.zeros(len(self.members))
         for first, second in pairs:
             weights[place[first.architecture]] += 1 / len(pairs)
             weights[place[second.architecture]] -= 1 / len(pairs)
-        mean = sum(self.accuracy(first) - self.accuracy(second) for first, second in pairs)
+        weights *= self.metric.slope([self.score(t) for t in self.members])
+        mean = sum(self.goodness(first) - self.goodness(second) for first, second in pairs)
         variance = float(weights @ self._joint[1] @ weights)
         return mean / len(pairs), math.sqrt(max(0.0, variance))
 
     @cached_property
-    def _estimates(self) -> dict[Architecture, AccuracyEstimate]:
+    def _estimates(self) -> dict[Architecture, Estimate]:
         estimated = {
-            key: AccuracyEstimate(mean, None, len(self._trained[key]))
+            key: Estimate(mean, None, len(self._trained[key]), metric=self.metric)
             for key, mean in self._means.items()
         }
         if self.surrogate is None or not self.members:
@@ -276,8 +319,8 @@ class AccuracyPosterior:
         draws = np.random.default_rng(0).multivariate_normal(
             mean, covariance, _DRAWS, check_valid="ignore", method="eigh"
         )
-        points = objective_points(self.members, self.objectives)
-        costs = np.delete(points, self.objectives.index("accuracy"), axis=1)
+        points = objective_points(self.members, self.objectives, self.metric)
+        costs = np.delete(points, self.objectives.index(self.metric.name), axis=1)
         within = np.array([self._is_within(member) for member in self.members])
         for i, member in enumerate(self.members):
             rivals = within & (costs <= costs[i]).all(axis=1)

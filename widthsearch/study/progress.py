@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from widthsearch.study.posterior import AccuracyPosterior
+from widthsearch.bayesopt.metric import ACCURACY, Metric
+from widthsearch.study.posterior import MetricPosterior
 
 Level = Literal["status", "event", "warning"]
 """The importance of a message: ``status`` is replaced by the next one, ``event`` stays on the
@@ -21,33 +22,34 @@ class Progress:
         done: Trials that have ended, in whatever state.
         running: Trials that have begun and not ended.
         total: Trials that there will be.
-        best_accuracy: The estimated accuracy of the front's most accurate member, in percent; None
-            while the front is empty.
+        best_value: The best estimated value of the metric on the front; None while that is empty.
         front_size: Members of the front.
         elapsed: Seconds since this run began.
         remaining: Seconds to go at the pace since the first epoch of this run; None before a trial
             has ended in it.
         message: What just happened; may be empty.
         level: The importance of the message.
-        estimated: Whether the best accuracy is the surrogate's estimate; else it is a mean of
+        estimated: Whether the best value is the surrogate's estimate; else it is a mean of
             trainings.
+        metric: The metric.
 
     Example:
         >>> progress = Progress(4, 2, 32, 97.5, front_size=3, elapsed=60.0, remaining=420.0)
-        >>> f"{progress.done} of {progress.total}, best {progress.best_accuracy}%"
+        >>> f"{progress.done} of {progress.total}, best {progress.best_value}%"
         '4 of 32, best 97.5%'
     """
 
     done: int
     running: int
     total: int
-    best_accuracy: float | None
+    best_value: float | None
     front_size: int
     elapsed: float
     remaining: float | None
     message: str = ""
     level: Level = "status"
     estimated: bool = False
+    metric: Metric = ACCURACY
 
 
 class Notify(Protocol):
@@ -85,9 +87,7 @@ class Pace:
         """Note that an epoch was trained."""
         self.first_epoch = self.first_epoch or time.monotonic()
 
-    def progress(
-        self, posterior: AccuracyPosterior, done: int, running: int, total: int
-    ) -> Progress:
+    def progress(self, posterior: MetricPosterior, done: int, running: int, total: int) -> Progress:
         """The progress of the run now.
 
         Args:
@@ -99,7 +99,7 @@ class Pace:
         now, remaining = time.monotonic(), None
         if done != self.done and self.first_epoch is not None:
             remaining = (now - self.first_epoch) / (done - self.done) * (total - done)
-        best, size = posterior.best_accuracy, len(posterior.front())
+        best, size = posterior.best_value, len(posterior.front())
         return Progress(
             done,
             running,
@@ -109,4 +109,5 @@ class Pace:
             now - self.started,
             remaining,
             estimated=posterior.surrogate is not None,
+            metric=posterior.metric,
         )

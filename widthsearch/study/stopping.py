@@ -1,4 +1,4 @@
-"""Early stopping of a study's trials: never by accuracy alone."""
+"""Early stopping of a study's trials: never by the metric alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_stopped(trial: Trial, trials: Collection[Trial], config: StudyConfig) -> 
         trials: Every trial of the study, this one too.
         config: The study's configuration.
     """
-    rule, objectives = config.early_stopping, config.objectives
+    rule, objectives, metric = config.early_stopping, config.objectives, config.metric
     if rule is None or not trial.origin.keys().isdisjoint(_NEVER_STOPPED):
         return False
     if isinstance(rule, Rungs):
@@ -30,8 +30,9 @@ def is_stopped(trial: Trial, trials: Collection[Trial], config: StudyConfig) -> 
     finished = [t for t in trials if t.state == TrialState.FINISHED]
     if len(finished) < rule.finished:
         return False
-    peers = [observation(peer, objectives) for peer in finished]
-    return rule(observation(trial, objectives), peers)
+    peers = [observation(peer, objectives, metric) for peer in finished]
+    required = metric.required(config.limits)
+    return rule(observation(trial, objectives, metric), peers, metric, required)
 
 
 def _is_below_rung(
@@ -46,7 +47,8 @@ def _is_below_rung(
     if epoch not in rule.rungs(config.recipe.epochs):
         return False
     rung = [t for t in trials if t.state != TrialState.FAILED and len(t.curve) >= epoch]
-    points = objective_points(rung, config.objectives)
-    points[:, config.objectives.index("accuracy")] = [-t.curve[epoch - 1].accuracy for t in rung]
+    points, metric = objective_points(rung, config.objectives, config.metric), config.metric
+    column = [-metric.sign * t.values[epoch - 1] for t in rung]
+    points[:, config.objectives.index(metric.name)] = column
     place = [peer.number for peer in rung].index(trial.number)
     return not pareto.promoted(points, place, rule.eta)

@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from widthsearch.bayesopt.kernel import CostedSpace
+from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.optuna_sampler import directions, distributions
 from widthsearch.errors import StudyError
 from widthsearch.latency.config import Latency
@@ -136,22 +137,24 @@ class Store:
         self.fence = Fence(url, storage.engine, self._study, name)
 
     @classmethod
-    def create(cls, url: str, name: str, objectives: Sequence[str]) -> Store:
+    def create(
+        cls, url: str, name: str, objectives: Sequence[str], metric: Metric = ACCURACY
+    ) -> Store:
         """Open the study; create it where it does not exist yet.
 
         Raises:
             StorageError: The storage cannot be opened.
             StudyError: It has another program's study of that name, or one of another schema.
         """
-        storage = open_database(url, make_tables=True)
+        storage, ways = open_database(url, make_tables=True), directions(objectives, metric)
         study = optuna.create_study(
-            storage=storage, study_name=name, directions=directions(objectives), load_if_exists=True
+            storage=storage, study_name=name, directions=ways, load_if_exists=True
         )
         store = cls(url, name, storage)
         store._check_schema()
         if store.attribute("spaces") is not None:
             return store
-        if study.directions != directions(objectives):
+        if study.directions != ways:
             raise StudyError(
                 f"the storage already has an Optuna study {name!r} that is not of widthsearch: "
                 "give the study another name"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from widthsearch.bayesopt.kernel import Coordinates
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points
-from widthsearch.bayesopt.search import BayesianSearch
+from widthsearch.bayesopt.search import BayesianSearch, Rival
 from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.proposers.families import Candidate
@@ -115,15 +115,17 @@ class Suggestions:
     def __init__(
         self, config: StudyConfig, latency: LatencyEstimates, proposed: Sequence[Candidate]
     ) -> None:
-        self._objectives = config.objectives
+        self._objectives, self._metric = config.objectives, config.metric
         self._trials = latency.trials
         self._latency = latency
         spaces = latency.spaces
-        placed = Coordinates.together([Coordinates.of(space) for space in spaces.values()])
+        named = (*config.objectives, *config.limits)
+        placed = Coordinates.together([Coordinates.of(space, named) for space in spaces.values()])
         self._searches = {
             name: BayesianSearch(
                 coordinates,
                 config.objectives,
+                config.metric,
                 seed=config.seed,
                 limits=config.limits,
                 latency=partial(latency, name),
@@ -144,7 +146,7 @@ class Suggestions:
         found: list[tuple[float, int, Candidate]] = []
         observed = {
             name: [
-                observation(trial, self._objectives)
+                observation(trial, self._objectives, self._metric)
                 for trial in self._trials.values()
                 if trial.space == name and trial.state != TrialState.FAILED
             ]
@@ -152,7 +154,7 @@ class Suggestions:
         }
         shared = self._shared_surrogate(observed)
         for name, search in self._searches.items():
-            surrogate, rivals = None, list[Observation]()
+            surrogate, rivals = None, list[Rival]()
             if shared is not None:
                 surrogate, rivals = shared.of_space(search.coordinates), self._rivals(name, shared)
             suggestion = search.suggest(
@@ -168,21 +170,22 @@ class Suggestions:
 
     def _shared_surrogate(self, observed: Mapping[str, Sequence[Observation]]) -> Surrogate | None:
         """One surrogate of several spaces; None of a single space, or before a trial finished."""
-        if len(observed) == 1 or all(o.accuracy is None for own in observed.values() for o in own):
+        if len(observed) == 1 or all(o.value is None for own in observed.values() for o in own):
             return None
         return Surrogate.fit_observations(
-            *((self._searches[name].coordinates, own) for name, own in observed.items())
+            *((self._searches[name].coordinates, own) for name, own in observed.items()),
+            metric=self._metric,
         )
 
-    def _rivals(self, space: str, shared: Surrogate) -> list[Observation]:
-        """The other spaces' networks, finished or running, with their posterior mean accuracy."""
+    def _rivals(self, space: str, shared: Surrogate) -> list[Rival]:
+        """The other spaces' networks, finished or running."""
         live = [
             trial
             for trial in self._trials.values()
             if trial.state in (TrialState.FINISHED, TrialState.RUNNING)
         ]
         timed = "latency_ms" in self._objectives
-        rivals: list[Observation] = []
+        rivals: list[Rival] = []
         for name, search in self._searches.items():
             own = [trial for trial in live if trial.space == name]
             if name == space or not own or (timed and all(t.latency is None for t in own)):
@@ -190,7 +193,8 @@ class Suggestions:
             vectors = np.array([trial.widths.vector for trial in own])
             mean = shared.of_space(search.coordinates).posterior(vectors).mean.tolist()
             ms = self._latency(name, vectors)[0].tolist() if timed else [math.nan] * len(own)
-            for trial, accuracy, predicted_ms in zip(own, mean, ms, strict=True):
-                seen = observation(trial, self._objectives, predicted_ms)
-                rivals.append(replace(seen, accuracy=accuracy))
+            for trial, score, predicted_ms in zip(own, mean, ms, strict=True):
+                seen = observation(trial, self._objectives, self._metric, predicted_ms)
+                if not np.isnan(seen.costs).any():  # a running trial has reported nothing yet
+                    rivals.append((score, seen.costs))
         return rivals

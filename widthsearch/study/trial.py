@@ -44,7 +44,7 @@ class Trial:
         origin: Where the widths came from, e.g. ``{"proposer": "sensitivity", "family": "linear",
             "budget": 0.5}``, ``{"sampler": "search"}`` or ``{"base": True}``.
         seed: The seed of its initialisation, order of images and augmentation.
-        cost: Its MACs, parameters and activation elements; exact.
+        cost: Its MACs, parameters, activation elements and weight bytes; exact.
         latency: Its measured inference latency; None where it is not measured.
         curve: One result per epoch trained so far.
         state: Whether it is running, or how it ended.
@@ -56,10 +56,10 @@ class Trial:
         >>> from widthsearch.training.recipe import EpochResult
         >>> from widthsearch.widths import Widths
         >>> trial = Trial(0, "net", Widths(("conv1",), (8,)), {"base": True}, 0, Cost(900, 80, 64))
-        >>> trial.state, trial.accuracy
+        >>> trial.state, trial.value
         (<TrialState.RUNNING: 'running'>, None)
         >>> curve = (EpochResult(epoch=1, loss=0.4, accuracy=91.5, seconds=2.0),)
-        >>> replace(trial, curve=curve, state=TrialState.FINISHED).accuracy
+        >>> replace(trial, curve=curve, state=TrialState.FINISHED).value
         91.5
     """
 
@@ -76,7 +76,7 @@ class Trial:
 
     def __post_init__(self) -> None:
         assert (self.state == TrialState.FAILED) == (self.error is not None), self
-        assert self.accuracy is None or math.isfinite(self.accuracy), self
+        assert self.value is None or math.isfinite(self.value), self
 
     @property
     def architecture(self) -> Architecture:
@@ -84,19 +84,35 @@ class Trial:
         return self.space, self.widths
 
     @property
-    def accuracy(self) -> float | None:
-        """Top-1 on the validation split after the last epoch, in percent; None unless finished."""
+    def value(self) -> float | None:
+        """The study's metric after the last epoch, in its unit; None unless finished."""
         return self.curve[-1].accuracy if self.state == TrialState.FINISHED else None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The study's metric after each epoch so far."""
+        return tuple(result.accuracy for result in self.curve)
+
+    @property
+    def reported(self) -> dict[str, float]:
+        """The other numbers of the last epoch by name, e.g. ``loss``; empty unless finished."""
+        if self.state != TrialState.FINISHED:
+            return {}
+        last = self.curve[-1]
+        return {**({} if last.loss is None else {"loss": last.loss}), **last.metrics}
 
     @property
     def latency_ms(self) -> float | None:
         """The median measured latency in milliseconds; None where it is not measured."""
         return None if self.latency is None else self.latency.median_ms
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, metric: str = "accuracy") -> dict[str, Any]:
         """Everything as JSON values: costs and latency flat, NaN (a diverged epoch) as null.
 
         The number stands under ``id``.
+
+        Args:
+            metric: The name of the study's metric, under which its values stand.
         """
         return {
             "id": self.number,
@@ -105,21 +121,23 @@ class Trial:
             "seed": self.seed,
             "space": self.space,
             "widths": self.widths.to_json(),
-            "accuracy": self.accuracy,
-            "macs": self.cost.macs,
-            "params": self.cost.params,
-            "activations": self.cost.activations,
+            metric: self.value,
+            **asdict(self.cost),
             "latency_ms": self.latency_ms,
             "latency": self.latency and self.latency.to_json(),
-            "curve": [
-                {
-                    k: None if isinstance(v, float) and not math.isfinite(v) else v
-                    for k, v in asdict(result).items()
-                }
-                for result in self.curve
-            ],
+            "curve": [_row(result, metric) for result in self.curve],
             "error": self.error,
         }
+
+
+def _row(result: EpochResult, metric: str) -> dict[str, Any]:
+    """An epoch as JSON values, all reported numbers by their names."""
+    fields = {metric if key == "accuracy" else key: v for key, v in asdict(result).items()}
+    fields |= fields.pop("metrics")
+    return {
+        key: None if isinstance(v, float) and not math.isfinite(v) else v
+        for key, v in fields.items()
+    }
 
 
 def unresolved_failures(trials: Collection[Trial]) -> list[Trial]:

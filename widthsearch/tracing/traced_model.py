@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
 from widthsearch.modules.tree import clone, exchange, join, tensors_of
 from widthsearch.tracing.constructor import Constructor, free_attributes, resized, to_meta
 from widthsearch.tracing.leftovers import Leftover, leftovers
-from widthsearch.tracing.polynomials import Poly, as_constant, evaluate
+from widthsearch.tracing.polynomials import (
+    Poly,
+    as_constant,
+    constant,
+    evaluate,
+    multiply,
+    total,
+)
 from widthsearch.tracing.trace import Trace
 from widthsearch.tracing.tracer import trace
 
@@ -123,6 +131,15 @@ class TracedModel:
     def leftovers(self) -> tuple[Leftover, ...]:
         """Numbers and contents that networks of other widths keep from the base."""
         return leftovers(self.template, self.trace, self.scheme, self.constructor)
+
+    @property
+    def weight_bytes(self) -> Poly:
+        """Bytes of all parameters and buffers, by the element sizes of the model as given."""
+        of = {
+            join(layer, name): t.element_size() for _, layer, name, t in tensors_of(self.template)
+        }
+        shapes = self.trace.shapes.items()
+        return total(functools.reduce(multiply, n, constant(of[key])) for key, n in shapes)
 
     def build(
         self,

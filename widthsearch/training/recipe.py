@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -109,10 +110,12 @@ class EpochResult:
 
     Attributes:
         epoch: The epoch's number, from 1.
-        loss: The mean training loss, with label smoothing.
-        accuracy: Top-1 accuracy on the validation split in percent; NaN if training diverged.
-        seconds: Wall time of training, without evaluation.
+        loss: The mean training loss, with label smoothing; None if a trainer reports none.
+        accuracy: The study's metric: of the built-in trainer top-1 accuracy on the validation split
+            in percent; NaN if training diverged.
+        seconds: Wall time of training, without evaluation where the trainer knows it.
         mode: Precision and execution of the steps, see :attr:`Trainer.mode`; empty if unknown.
+        metrics: The further numbers that the trainer reported, by name.
 
     Example:
         >>> EpochResult(1, loss=0.4, accuracy=91.5, seconds=2.0).accuracy
@@ -120,7 +123,8 @@ class EpochResult:
     """
 
     epoch: int
-    loss: float
+    loss: float | None
     accuracy: float
     seconds: float
     mode: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
