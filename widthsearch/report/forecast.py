@@ -56,7 +56,7 @@ class Forecast:
         ...     Widths(("conv1",), (8,)),
         ...     {"proposer": "uniform", "family": "linear", "budget": 0.5},
         ...     Cost(macs=900, params=80, activations=64),
-        ...     AccuracyEstimate(91.0, sd=0.5, trainings=0),
+        ...     Estimate(91.0, sd=0.5, trainings=0),
         ...     beats_front=0.25,
         ...     gain=0.1,
         ...     extrapolated=False,

@@ -70,7 +70,7 @@ class Pace:
         first_epoch: The time of its first epoch; None until then.
 
     Example:
-        >>> posterior = AccuracyPosterior([], {}, ("accuracy", "macs"))
+        >>> posterior = MetricPosterior([], {}, ("accuracy", "macs"))
         >>> pace = Pace(done=4)
         >>> pace.progress(posterior, 4, 2, 8).remaining is None  # no trial has ended in this run
         True
