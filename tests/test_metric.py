@@ -11,17 +11,21 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from rich.console import Console
 
 from widthsearch.api import Study
 from widthsearch.bayesopt.early_stopping import front_probability
+from widthsearch.bayesopt.kernel import Coordinates
 from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
+from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.errors import StudyError
 from widthsearch.report import forecast, tables
 from widthsearch.report.front_plot import draw_front
 from widthsearch.study.posterior import Estimate
 from widthsearch.study.trial import Trial, TrialState
+from widthsearch.widths import Axis
 
 RMSE = Metric("rmse", "minimize")
 METRICS = [
@@ -76,6 +80,34 @@ def test_a_limit_counts_in_early_stopping() -> None:
         front_probability(trial, done, RMSE, float(RMSE.score(limit))) for limit in (0.95, 0.4)
     )
     assert near > 0.5 > 0.05 > far
+
+
+def test_intervals_of_an_rmse_are_calibrated() -> None:
+    """Real trainings (`benchmarks/metric.py`): coverage at 40 of them, and a log beats no log."""
+    table = np.array(json.loads((Path(__file__).parent / "fixtures" / "rmse.json").read_text()))
+    axes = [Axis(str(i), 24, 4, 48, 1) for i in range(3)]
+
+    def macs(w: NDArray[np.int64]) -> NDArray[np.int64]:
+        return 10 * w[:, 0] + w[:, 0] * w[:, 1] + w[:, 1] * w[:, 2] + w[:, 2]
+
+    coordinates = Coordinates(axes, {"macs": macs, "params": lambda w: macs(w) + w.sum(1) + 1})
+    linear, densities = Metric("rmse", "minimize", transform="linear"), []
+    for metric in (RMSE, linear):
+        left_out, unseen, density = [], [], []
+        for draw in range(8):
+            rows = table[np.random.default_rng(draw).permutation(len(table))]
+            seen = [Observation(tuple(map(int, row[:3])), row[3]) for row in rows[:40]]
+            surrogate = Surrogate.fit_observations((coordinates, seen), metric=metric)
+            left_out.append(surrogate.coverage(0.9))
+            posterior, scores = surrogate.posterior(rows[40:, :3]), metric.score(rows[40:, 3])
+            sd = np.hypot(posterior.sd, surrogate.noise)
+            z = (scores - posterior.mean) / sd
+            unseen.append((np.abs(z) < 1.645).mean())
+            density.append((-0.5 * z**2 - np.log(sd * metric.slope(scores))).mean())
+        densities.append(np.mean(density))
+        assert np.mean(left_out) >= 0.85
+        assert np.mean(unseen) >= 0.8
+    assert densities[0] > densities[1] + 0.3
 
 
 def rmse(trial: Trial, epoch: int) -> float:

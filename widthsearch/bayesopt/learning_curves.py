@@ -73,8 +73,8 @@ class FinalValue:
         dof: Its degrees of freedom, above 2.
 
     Example:
-        >>> final = FinalAccuracy(location=float(logit(90.0)), scale=0.2, dof=10.0)
-        >>> [round(final.probability_above(accuracy), 2) for accuracy in (85.0, 90.0, 95.0)]
+        >>> final = FinalValue(ACCURACY, float(ACCURACY.link(90.0)), scale=0.2, dof=10.0)
+        >>> [round(final.probability_above(link), 2) for link in ACCURACY.link([85.0, 90.0, 95.0])]
         [0.98, 0.5, 0.0]
     """
 
