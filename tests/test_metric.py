@@ -216,11 +216,11 @@ def test_a_report_outside_the_range_is_an_error(tmp_path: Path) -> None:
         search.report(second.number, tiny.curve(float("nan")))
     first, second = (search.trials[t.number] for t in (first, second))
     assert first.state == second.state == TrialState.FAILED
-    assert first.error == (
+    assert str(first.error).startswith(
         "iou must be in its range [0, 1], but was 71.2 in epoch 1: change metric.range, or the "
         "report"
     )
-    assert second.error == "training diverged in epoch 1: its loss is 1.0"
+    assert str(second.error).startswith("training diverged in epoch 1: its loss is 1.0")
 
 
 def test_numbers_that_are_reported_are_objectives(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_numbers_that_are_reported_are_objectives(tmp_path: Path) -> None:
     with study.search() as search:
         trial = tiny.ask(search)
         search.report(trial.number, tiny.curve(1.0, 2.0, 3.0, 4.0))
-    assert search.trials[trial.number].error == (
+    assert str(search.trials[trial.number].error).startswith(
         "objective 'lpips' must be reported, above 0, but was nan in epoch 4, which reported "
         "accuracy, loss"
     )
