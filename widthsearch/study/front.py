@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,8 +28,11 @@ Limits = Mapping[str, tuple[float, float]]
 
 def cost_value(trial: Trial, cost: str) -> float:
     """A trial's cost, or a number that its training reported; NaN where it has none."""
-    known = {**asdict(trial.cost), "latency_ms": trial.latency_ms, **trial.reported}
-    return math.nan if known.get(cost) is None else float(known[cost])
+    if cost in COSTS:
+        value = getattr(trial if cost == "latency_ms" else trial.cost, cost)
+    else:
+        value = trial.reported.get(cost)
+    return math.nan if value is None else float(value)
 
 
 def objective_value(trial: Trial, objective: str, metric: Metric) -> float:
