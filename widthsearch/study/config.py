@@ -68,15 +68,13 @@ def _count_or_auto(value: Any) -> Any:
 
 def _interval(value: Any, validate: ValidatorFunctionWrapHandler) -> tuple[float, float]:
     low, high = 1.0, 0.0
-    with contextlib.suppress(ValidationError, TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError):
         first, last = value
         low, high = validate(
             (-math.inf if first is None else first, math.inf if last is None else last)
         )
     if not low < high:
-        raise ValueError(
-            f"must be [min, max] with min < max, and null for no bound, but was {value!r}"
-        )
+        raise ValueError(f"must be [min, max] with min < max (null: no bound), but was {value!r}")
     return low, high
 
 
@@ -258,11 +256,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][\w./-]*$")]
 
 def _with_accuracy(value: Any) -> Any:
     """Fill the fields of accuracy in percent, where the metric is named so."""
-    default = dataclasses.asdict(ACCURACY)
-    if value == ACCURACY.name:
-        return default
+    value = {"name": value} if value == ACCURACY.name else value
     if isinstance(value, Mapping) and value.get("name") == ACCURACY.name and "range" not in value:
-        return {**default, **value}
+        return {**dataclasses.asdict(ACCURACY), **value}
     return value
 
 
@@ -287,12 +283,10 @@ class StudyConfig(BaseModel):
         metric: What trainings are compared by, one of the numbers that they report; by default
             top-1 accuracy in percent.
         objectives: What the front is of: the metric; the costs ``macs``, ``params``,
-            ``activations``, ``weight_bytes`` and ``latency_ms``, which is measured; and other
-            numbers that trainings report, if they are positive and to be minimised. By default the
-            metric and ``macs``.
+            ``activations``, ``weight_bytes``, ``latency_ms``; and other positive numbers that
+            trainings report, to be minimised. By default the metric and ``macs``.
         limits: The interval [min, max] of some of these, null for no bound. No network with exact
-            costs outside is trained, except the base models; none outside is on the front, of
-            which the metric is estimated.
+            costs outside is trained, except the bases; none is on the front by its estimate.
         latency: How latency is measured.
         early_stopping: ``front`` stops a trial that is unlikely to reach the front at its own
             costs, ``rungs`` all but the best of each rung; None trains everything to its end.
@@ -357,8 +351,8 @@ class StudyConfig(BaseModel):
     def _with_objectives(cls, values: Any) -> Any:
         """Fill the default objectives, which depend on the metric's name."""
         metric = values.get("metric", ACCURACY)
-        name = metric.get("name") if isinstance(metric, Mapping) else metric
-        name = name.name if isinstance(name, Metric) else name
+        named = isinstance(metric, Mapping)
+        name = metric.get("name") if named else getattr(metric, "name", metric)
         return {"objectives": (name, "macs"), **values}
 
     @model_validator(mode="after")
