@@ -23,7 +23,9 @@ from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.errors import StudyError
 from widthsearch.report import forecast, tables
 from widthsearch.report.front_plot import draw_front
+from widthsearch.report.progress import progress_line
 from widthsearch.study.posterior import Estimate
+from widthsearch.study.progress import Progress
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Axis
 
@@ -182,6 +184,8 @@ def test_tables_and_files_name_the_metric(study: Study) -> None:
     assert content["front"][0]["estimated"]["rmse"] == posterior.value(posterior.front()[0])
     assert content["front"][0]["reported"] == {"loss": 1.0}
     assert tables.front_csv(posterior).startswith("id,space,rmse,estimated,")
+    line = progress_line(Progress(20, 0, 20, posterior.best_value, 5, 1.0, None, metric=RMSE))
+    assert line.startswith(f"20/20 trials, best rmse {posterior.best_value:.3f}, front 5")
     figure = draw_front(study, posterior)
     assert figure.axes[0].get_ylabel() == "validation rmse"
     with pytest.raises(StudyError, match=r"to show must be one of macs, .*loss, but was 'lpips'"):
@@ -203,6 +207,9 @@ def test_a_limit_of_the_metric_cuts_the_front(tmp_path: Path, study: Study) -> N
     front = limited.front()
     assert front
     assert all(limited.posterior().value(t) <= 1.9 for t in front)
+    with limited.confirmation(2) as search:
+        again = search.trials[tiny.ask(search).origin["confirms"]]
+        assert limited.posterior()[again].interval[0] <= 1.9
     without = [t for t in study.trials() if (t.value or 9.0) <= 1.9]
     assert sum((t.value or 9.0) <= 1.9 for t in limited.trials()) > len(without)
 
@@ -221,6 +228,13 @@ def test_a_report_outside_the_range_is_an_error(tmp_path: Path) -> None:
         "report"
     )
     assert str(second.error).startswith("training diverged in epoch 1: its loss is 1.0")
+
+
+def test_the_built_in_trainer_reports_accuracy_alone(tmp_path: Path) -> None:
+    """A study of another metric is refused before Ray starts."""
+    study = tiny.study(tmp_path, metric={"name": "rmse", "goal": "minimize"})
+    with pytest.raises(StudyError, match=r"reports accuracy, but metric.name is 'rmse'"):
+        study.run()
 
 
 def test_numbers_that_are_reported_are_objectives(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from widthsearch.bayesopt.metric import ACCURACY
 from widthsearch.data.tasks import Task
-from widthsearch.errors import StorageError, one_line
+from widthsearch.errors import StorageError, StudyError, one_line
 from widthsearch.runner import cluster
 from widthsearch.runner.pickling import pickle_by_value
 from widthsearch.runner.signals import Interrupts
@@ -57,6 +58,9 @@ class Session:
         folder: The study's folder, for checkpoints and logs. On a cluster all nodes must share it,
             so that a trial whose worker died can continue from its last checkpoint.
 
+    Raises:
+        StudyError: The trainer does not report the study's metric.
+
     Example, which starts Ray::
 
         with Session(study.config, study.folder) as session:
@@ -65,6 +69,11 @@ class Session:
     """
 
     def __init__(self, config: StudyConfig, folder: Path) -> None:
+        if config.metric.name != ACCURACY.name:
+            raise StudyError(
+                "the built-in trainer reports accuracy, but metric.name is "
+                f"{config.metric.name!r}: report it from a loop of your own (`Study.search`)"
+            )
         self._config = config
         self._folder = folder
         self._interrupts = Interrupts()

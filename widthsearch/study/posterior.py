@@ -215,9 +215,14 @@ class MetricPosterior:
     def _front(self) -> list[Trial]:
         inside = self.members_within_limits
         kept = np.flatnonzero(pareto.non_dominated(self.points(inside)))
-        low, high = self._limits.get(self.metric.name, (-math.inf, math.inf))
+        low, high = self._range
         front = [inside[i] for i in kept if low <= self.value(inside[i]) <= high]
         return sorted(front, key=lambda t: (t.cost.macs, t.number))
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        """The limits of the metric."""
+        return self._limits.get(self.metric.name, (-math.inf, math.inf))
 
     @cached_property
     def members_within_limits(self) -> list[Trial]:
@@ -235,10 +240,16 @@ class MetricPosterior:
     def undecided(self) -> list[Trial]:
         """Members within the limits that are dominated with a probability from 5% to 95%.
 
+        Of a limit on the metric it is enough that the 90% interval reaches it.
+
         Returns:
             Those nearest to 50% first.
         """
-        doubts = {t.number: self[t].dominated or 0.0 for t in self.members_within_limits}
+        (low, high), doubts = self._range, {}
+        for t in self.members_within_limits:
+            first, last = self[t].interval or (-math.inf, math.inf)
+            if first <= high and last >= low:
+                doubts[t.number] = self[t].dominated or 0.0
         open_ = [t for t in self.members if 0.05 <= doubts.get(t.number, 0.0) <= 0.95]
         return sorted(open_, key=lambda t: (abs(doubts[t.number] - 0.5), t.number))
 
