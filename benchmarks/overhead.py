@@ -1,6 +1,6 @@
 """The overhead of a study beyond training: as a ratio, and in seconds per trial.
 
-    python -m benchmarks.overhead [STUDY] [--trials 12 28]
+    python -m benchmarks.overhead [STUDY] [--trials 12 28] [--own]
 
 Runs the study in a temporary folder in a process of its own, as a user would, and reads the
 training time of every epoch from its trials. The overhead consists of starting Python, torch and
@@ -10,6 +10,9 @@ checkpoints, the storage, and idle workers at the ends of generations.
 With two numbers of ``--trials`` the study runs twice, one trial at a time and without latency. The
 difference of the times, minus the difference of the training times, is the overhead of the
 additional trials: asking the sampler, starting, evaluation, checkpoints, reports.
+
+With ``--own`` the built-in trainer is given as users give their own, with its data
+as a function: the same training, through ``trainer:`` and ``data:``.
 """
 
 from __future__ import annotations
@@ -21,9 +24,29 @@ import tempfile
 import time
 from pathlib import Path
 
-from widthsearch import Study
+from widthsearch import Study, Task, load_task
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.trial import Trial
+
+
+def digits() -> Task:
+    """The data of ``--own``."""
+    return load_task("digits").for_search()
+
+
+def with_own_trainer(config: StudyConfig) -> StudyConfig:
+    """The same study, with the built-in trainer as a user's own."""
+    values = config.to_json()
+    assert values["task"]["name"] == "digits", "--own needs a study of the digits"
+    proposers = [method.method for method in config.proposers if not method.reads_data()]
+    changes = {
+        "task": None,
+        "trainer": "widthsearch.training.trainer:train_classifier",
+        "data": "benchmarks.overhead:digits",
+        "proposers": proposers or ["synflow"],
+        "concurrency": config.concurrency if config.concurrency != "auto" else 1,
+    }
+    return StudyConfig(**values | changes)
 
 
 def timed(config: StudyConfig) -> tuple[float, list[Trial]]:
@@ -75,8 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", nargs="?", type=Path, default=Path("studies/quickstart.yaml"))
     parser.add_argument("--trials", type=int, nargs=2, metavar=("FEW", "MANY"))
+    parser.add_argument("--own", action="store_true")
     options = parser.parse_args()
     config = StudyConfig.from_yaml(options.study)
+    if options.own:
+        config = with_own_trainer(config)
     if options.trials:
         per_trial(config, *options.trials)
     else:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import own
 import pytest
 import ray
 import tiny
@@ -15,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from widthsearch.errors import StudyError
 from widthsearch.study.progress import Progress
+from widthsearch.utils.references import load_function
 
 pytestmark = pytest.mark.ray
 
@@ -53,6 +55,62 @@ def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> No
     assert all(len(trial.curve) == 60 for trial in trials)
     assert len({trial.widths for trial in trials}) == 6
     assert any("worker process died" in progress.message for progress in history)
+
+
+WITH_NODES = '''
+import helper
+
+
+def train(network, trial):
+    """Reports the node on which it runs, by a module beside this file."""
+    x, y = trial.data
+    node = helper.node(trial.recipe["meeting"])
+    for _ in range(trial.epochs):
+        error = (network(x) - y).square().mean().item()
+        if not trial.report({"accuracy": 100 / (1 + error), "node": node}):
+            return
+'''
+
+HELPER = '''
+import time
+from pathlib import Path
+
+import ray
+
+
+def node(meeting):
+    """The number of this node, once trials run on two."""
+    name = ray.get_runtime_context().get_node_id()
+    Path(meeting, name).touch()
+    deadline = time.monotonic() + 60
+    while len(list(Path(meeting).iterdir())) < 2 and time.monotonic() < deadline:
+        pass
+    return int(name[:12], 16)
+'''
+
+
+def test_own_code_and_data_reach_every_node(cluster: Cluster, tmp_path: Path) -> None:
+    """No worker can import the trainer: its file and the module beside it are gone."""
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    files = {"nodes_of_a_cluster.py": WITH_NODES, "helper.py": HELPER}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    train = load_function(f"{tmp_path / 'nodes_of_a_cluster.py'}:train")
+    for name in files:
+        (tmp_path / name).unlink()
+    (tmp_path / "meeting").mkdir()
+    study = own.study(
+        tmp_path / "study",
+        trainer=train,
+        recipe={"epochs": 2, "meeting": str(tmp_path / "meeting")},
+        ray_address=cluster.address,
+        concurrency=2,
+    )
+    study.run()
+    trials = study.trials()
+    assert [trial.state for trial in trials] == ["finished"] * 5
+    assert len({trial.curve[0].metrics["node"] for trial in trials}) == 2
 
 
 HEAD_WITH_TOKENS = """

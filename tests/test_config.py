@@ -10,7 +10,8 @@ import yaml
 from refusals import refusals
 
 from widthsearch.errors import StudyError
-from widthsearch.study.config import Rungs, StudyConfig
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.sections import Rungs
 
 FULL = """
 name: quickstart

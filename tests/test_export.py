@@ -22,8 +22,8 @@ from widthsearch.data.loaders import DeviceLoader
 from widthsearch.errors import StudyError, WidthsearchError, WidthsError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.training import job
 from widthsearch.training.recipe import EpochResult
-from widthsearch.training.trainer import Trainer
 from widthsearch.utils.references import load_function
 from widthsearch.widths import Widths
 
@@ -146,15 +146,15 @@ def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the training goes on from the last checkpoint."""
-    study, whole = study_of(tmp_path), Trainer.save
+    study, whole = study_of(tmp_path), job.write_checkpoint
 
-    def save(run: Trainer, folder: Path) -> None:
-        if run.epoch == 2:
+    def write(path: Path, run: Any, state: Any) -> None:
+        if len(state["curve"]) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        whole(run, folder)
+        whole(path, run, state)
 
     with monkeypatch.context() as patch, pytest.raises(StudyError, match="No space left"):
-        patch.setattr(Trainer, "save", save)
+        patch.setattr(job, "write_checkpoint", write)
         trained(study, tmp_path / "out", epochs=3)
     assert trained(study, tmp_path / "out", epochs=3) == [2, 3]
 

@@ -14,7 +14,6 @@ from strategies import refused
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Proposal, Setting
-from widthsearch.study.config import ProposerConfig
 from widthsearch.study.proposals import (
     Failure,
     ProposalRequest,
@@ -22,6 +21,7 @@ from widthsearch.study.proposals import (
     propose_at_budget,
     stream_proposal,
 )
+from widthsearch.study.sections import ProposerConfig
 
 OWN = '''
 import os

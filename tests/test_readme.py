@@ -21,7 +21,7 @@ def examples() -> list[str]:
 
 def test_the_proposer_proposes(tmp_path: Path) -> None:
     """A user's own method is found by its file and name."""
-    _, own = examples()
+    *_, own = examples()
     (tmp_path / "own.py").write_text(own)
     space = f"{README.parent / 'search_spaces' / 'quickstart.py'}:digits_resnet"
     method = f"{tmp_path / 'own.py'}:halves"
@@ -29,15 +29,28 @@ def test_the_proposer_proposes(tmp_path: Path) -> None:
     assert cli.main(asked) == 0
 
 
+def run(block: str, folder: Path) -> list[str]:
+    """The lines that a block prints, as a script in a folder."""
+    (folder / "example.py").write_text(block)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.ray
+def test_the_own_training_runs(tmp_path: Path) -> None:
+    """From the trainer in the script itself to a trained network."""
+    (line,) = run(examples()[1], tmp_path)
+    assert float(line.split()[0]) > 50
+    assert (tmp_path / "own" / "card.json").exists()
+
+
 @pytest.mark.ray
 def test_the_python_example_runs(tmp_path: Path) -> None:
     """From a user's own model to a trained network that loads and has learned the task."""
-    (tmp_path / "example.py").write_text(examples()[0])
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    *front, last = done.stdout.splitlines()[2:]
+    *front, last = run(examples()[0], tmp_path)[2:]
     accuracy, shape = last.split(maxsplit=1)
     assert float(accuracy) > 90
     assert shape == "torch.Size([1, 10])"

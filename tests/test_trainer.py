@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from widthsearch.data.sources import Split
-from widthsearch.errors import CheckpointError, DataError, DeviceError, StudyError
+from widthsearch.errors import DataError, DeviceError, StudyError
 from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.sgd import parameter_groups
-from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate, fit
+from widthsearch.training.trainer import Trainer, evaluate, fit
 from widthsearch.utils.devices import check_device, fixed_threads, pick_memory_format
 
 QUICK = Recipe(epochs=4, batch_size=32, lr=0.1)
@@ -136,9 +134,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     ("precision", "device"),
     [("fp32", "cpu"), ("bf16", "cpu"), pytest.param("auto", "cuda", marks=pytest.mark.gpu)],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    tmp_path: Path, precision: Any, device: str
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(precision: Any, device: str) -> None:
     """After two of four epochs the state is loaded into a new network: equal, bit for bit."""
     recipe = replace(QUICK, precision=precision)
     whole = convnet(dropout=0.2)
@@ -146,10 +142,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     run = Trainer(convnet(dropout=0.2), few(), recipe, seed=1, device=device)
     run.run_epoch()
     run.run_epoch()
-    run.save(tmp_path)
+    state = run.state()
     model = convnet(seed=99, dropout=0.2)  # the weights are overwritten
     resumed = Trainer(model, few(), recipe, seed=1, device=device)
-    resumed.load(tmp_path)
+    resumed.restore(state, run.curve)
     assert resumed.epoch == 2
     assert resumed.curve == run.curve
     finish(resumed)
@@ -177,98 +173,6 @@ def test_threads_are_set_only_during_training() -> None:
         run.run_epoch()
         assert torch.get_num_threads() == 1
     assert set(seen) == {2}
-
-
-# --- checkpoints ---
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A folder with a checkpoint after one epoch."""
-    run = Trainer(convnet(), few(), QUICK, seed=0)
-    run.run_epoch()
-    run.save(tmp_path)
-    return tmp_path
-
-
-def flip_a_bit(content: bytes) -> bytes:
-    """The content with one bit flipped in the middle."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda content: content[:-1],
-        lambda content: content[:40],
-        lambda content: b"",
-        lambda content: b"\n" + content,
-        lambda content: b"[1]\n" + content,
-        flip_a_bit,
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(saved: Path, spoil: Any) -> None:
-    """Truncated, overwritten or with one bit flipped: refused, and the trainer is unchanged."""
-    file = saved / CHECKPOINT
-    file.write_bytes(spoil(file.read_bytes()))
-    model = convnet()
-    run = Trainer(model, few(), QUICK, seed=0)
-    with pytest.raises(CheckpointError, match=r"training\.ckpt is damaged; restart the run"):
-        run.load(saved)
-    assert run.epoch == 0
-    assert weights(model) == weights(convnet())
-
-
-def test_a_checkpoint_of_another_run_is_refused(saved: Path) -> None:
-    """The error names the difference and both values."""
-    for run, message in (
-        (Trainer(convnet(), few(), QUICK, seed=3), "run.seed=0 where this one has 3"),
-        (
-            Trainer(convnet(), few(), replace(QUICK, lr=0.2), seed=0),
-            r"run\.recipe\.lr=0\.1 where this one has 0\.2",
-        ),
-        (Trainer(convnet(width=8), few(), QUICK, seed=0), r"run\.model='\w+' where"),
-        (Trainer(convnet(), digits(), QUICK, seed=0), r"run\.task=\['digits', 270, .*1079"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            run.load(saved)
-        assert run.epoch == 0
-
-
-def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    """The error has the system's reason."""
-    with pytest.raises(CheckpointError, match="No such file"):
-        Trainer(convnet(), few(), QUICK, seed=0).load(tmp_path / "none")
-
-
-def test_a_checkpoint_is_replaced_atomically(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a write fails, the previous checkpoint is intact."""
-    run = Trainer(convnet(), few(), QUICK, seed=0)
-    run.load(saved)
-    run.run_epoch()
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            run.save(saved)
-    again = Trainer(convnet(), few(), QUICK, seed=0)
-    again.load(saved)
-    assert again.epoch == 1
-    run.save(saved)
-    assert [path.name for path in saved.iterdir()] == [CHECKPOINT]
-
-
-def test_a_checkpoint_begins_with_its_identity(saved: Path) -> None:
-    """The first line is JSON."""
-    with (saved / CHECKPOINT).open("rb") as file:
-        header = json.loads(file.readline())
-    assert header["format"] == 1
-    assert header["run"]["recipe"]["batch_size"] == 32
-    assert header["run"]["task"] == ["digits", 270, 359, 1, 8, 8]
 
 
 # --- divergence ---

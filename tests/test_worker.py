@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import errno
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
+import own
 import pytest
 import tiny
 import torch
 from ray import cloudpickle
 from torch import Tensor, nn
 
+from widthsearch.runner import training_thread
+from widthsearch.runner.pickling import SharedData
 from widthsearch.runner.worker import Worker, WorkerReport, is_out_of_memory
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import Trainer
+from widthsearch.training import job as contract
+from widthsearch.training.job import Job, TrainingTrial, own_job
+from widthsearch.training.recipe import EpochResult, OwnRecipe, Recipe, recipe_values
+from widthsearch.training.trainer import Trainer, train_classifier
 
 RECIPE = Recipe(epochs=4, batch_size=32)
+JOB = Job(train_classifier, "the built-in trainer", RECIPE, RECIPE.epochs)
 
 
 def started(
-    folder: Path, *vector: int, seed: int = 5, space: SearchSpace | None = None, **changes: Any
+    folder: Path,
+    *vector: int,
+    seed: int = 5,
+    space: SearchSpace | None = None,
+    job: Job = JOB,
+    **changes: Any,
 ) -> Worker:
     """A worker that is to train trial 3, by default in the tiny space."""
     shared: dict[str, Any] = {
-        "task": tiny.task(),
+        "data": SharedData.of(tiny.task(), "tiny"),
         "spaces": {"tiny": cloudpickle.dumps(space or tiny.space())},
-        "recipe": RECIPE,
+        "job": cloudpickle.dumps(job),
         "device": "cpu",
         "threads": 1,
         "checkpoints": folder,
@@ -126,16 +138,16 @@ def test_a_full_disk_is_a_fault_of_the_machine(
 ) -> None:
     """As is a missing device; another OSError is the trial's failure."""
 
-    def full(self: Trainer, folder: Path) -> None:
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def denied(self: Trainer, folder: Path) -> None:
+    def denied(*_: Any) -> None:
         raise OSError(errno.EACCES, "Permission denied")
 
     one = started(tmp_path)
-    monkeypatch.setattr(Trainer, "save", full)
+    monkeypatch.setattr(contract, "write_checkpoint", full)
     assert str(one.step().machine_error).startswith("No space left on device for the checkpoint '")
-    monkeypatch.setattr(Trainer, "save", denied)
+    monkeypatch.setattr(contract, "write_checkpoint", denied)
     assert reason(one.step()) == "PermissionError: [Errno 13] Permission denied"
     assert "cuda:77" in str(started(tmp_path, device="cuda:77").step().machine_error)
 
@@ -210,6 +222,114 @@ def test_a_process_that_lost_its_gpu_is_marked_unusable(
         report = started(tmp_path).step()
         assert report.failure is not None
         assert report.process_unusable is unusable
+
+
+# --- trainers of the user's own ---
+
+
+def of_own(folder: Path, trainer: Any) -> Worker:
+    """A worker that trains a trial with a user's own trainer."""
+    worker = started(
+        folder,
+        data=SharedData.of(own.data(), "data"),
+        spaces={"own": cloudpickle.dumps(own.space())},
+        job=own.job(trainer),
+    )
+    worker.start_trial(3, "own", [8], seed=5)
+    return worker
+
+
+def test_an_own_trainer_makes_one_report_a_step(tmp_path: Path) -> None:
+    """It waits in between, and continues from its checkpoint in another worker."""
+    whole = of_own(tmp_path / "whole", own.train)
+    curves = [whole.step().curve for _ in range(3)]
+    assert [len(curve) for curve in curves] == [1, 2, 3]
+    of_own(tmp_path, own.train).step()
+    again = of_own(tmp_path, own.train)
+    assert [len(again.step().curve) for _ in range(2)] == [1, 2]
+    assert same(again.step().curve, curves[2])
+
+
+def test_the_built_in_trainer_has_no_privilege(tmp_path: Path) -> None:
+    """Given as a user's own, with its recipe in the study, it gives the same curve."""
+    recipe = OwnRecipe(**recipe_values(RECIPE))
+    own_one = own_job(train_classifier, "mine", recipe, "accuracy", {})
+    built_in, mine = started(tmp_path / "a"), started(tmp_path / "b", job=own_one)
+    for _ in range(RECIPE.epochs):
+        assert same(built_in.step().curve, mine.step().curve)
+
+
+def test_a_stopped_trainer_returns(tmp_path: Path) -> None:
+    """Its report returns False once the worker gets the next trial; the worker is as before."""
+    returned: list[int] = []
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        own.train(network, trial)
+        returned.append(trial.epoch)
+
+    train.__annotations__["trial"] = TrainingTrial[own.Steps]
+    one = of_own(tmp_path, train)
+    one._unpickled[""] = own.job(train), own.data()  # so that it appends to this list
+    one.step()
+    assert returned == []
+    one.start_trial(4, "own", [8], seed=5)
+    assert returned == [1]
+    assert len(one.step().curve) == 1
+
+
+def test_a_trainer_that_does_not_return_costs_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next trial's report says so, before the process ends."""
+    monkeypatch.setattr(training_thread, "RETURN_SECONDS", 0.01)
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        trial.report({"accuracy": 1.0})
+        threading.Event().wait()
+
+    one = of_own(tmp_path, train)
+    one.step()
+    one.start_trial(4, "own", [8], seed=5)
+    assert one.step() == WorkerReport(
+        note="a trainer must return once report() has returned False, but 'own:train' did not "
+        "within 0.01 s; its worker process is replaced"
+    )
+    assert one.step().process_unusable
+
+
+def test_an_error_after_the_stop_is_a_note(tmp_path: Path) -> None:
+    """The trial keeps its epochs; the next trial's report has the note."""
+
+    def deaf(network: nn.Module, trial: TrainingTrial) -> None:
+        while True:
+            trial.report({"accuracy": 1.0})
+
+    one = of_own(tmp_path, deaf)
+    one.step()
+    one.start_trial(4, "own", [8], seed=5)
+    report = one.step()
+    assert len(report.curve) == 1
+    assert report.note.startswith("trainer 'own:train' failed after it was stopped: StudyError: a ")
+
+
+@pytest.mark.parametrize("reports", [0, 1, 3])
+def test_an_exception_of_a_trainer_fails_its_trial(tmp_path: Path, reports: int) -> None:
+    """At the start, in the middle, and after the last report; SystemExit too."""
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        for _ in range(reports):
+            trial.report({"accuracy": 1.0})
+        raise SystemExit("no more")
+
+    one = of_own(tmp_path, train)
+    for _ in range(min(reports, 2)):
+        assert one.step().failure is None
+    report = one.step()
+    assert reason(report) == (
+        "StudyError: a trainer must not end its process, but 'own:train' raised SystemExit: no more"
+    )
+    assert report.failure is not None
+    assert 'raise SystemExit("no more")' in report.failure.traceback
 
 
 @pytest.mark.gpu

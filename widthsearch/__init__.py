@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from widthsearch.study.config import StudyConfig as StudyConfig
     from widthsearch.study.trial import Trial as Trial
     from widthsearch.study.trial import TrialState as TrialState
+    from widthsearch.training.job import TrainingTrial as TrainingTrial
     from widthsearch.training.recipe import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
@@ -55,6 +56,7 @@ _WHERE = {
     "StudyConfig": "study.config",
     "Task": "data.tasks",
     "TaskConfig": "data.config",
+    "TrainingTrial": "training.job",
     "Trial": "study.trial",
     "TrialState": "study.trial",
     "WidthSampler": "bayesopt.optuna_sampler",

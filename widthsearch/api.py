@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 from widthsearch.study.config import StudyConfig, read_yaml
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from widthsearch.study.progress import Progress
     from widthsearch.study.proposals import Engine
     from widthsearch.study.storage import SpaceRecord
-    from widthsearch.training.recipe import Recipe
+    from widthsearch.training.recipe import OwnRecipe, Recipe
 
 
 class Study:
@@ -40,7 +40,7 @@ class Study:
     Args:
         config: The configuration.
         space: The space, or several of one study; None for those that the configuration names.
-        task: The data; None for the task that the configuration names.
+        task: The data; None for the task, or the trainer's data, that the configuration names.
         folder: The folder of the study's files; by default ``runs/<name>``.
 
     Attributes:
@@ -68,6 +68,11 @@ class Study:
         self.failures: dict[str, str] = {}
         given = space if isinstance(space, Sequence) or space is None else [space]
         self._given: Sequence[SearchSpace] = given or ()
+        if task is not None and config.trainer is not None:
+            raise StudyError(
+                f"a study has a task or a trainer, but {config.name!r} was given both: a trainer "
+                "has its `data`"
+            )
         if task is not None:
             self.task = task
 
@@ -160,9 +165,25 @@ class Study:
             raise StudyError(
                 f"study {self.config.name!r} names no task: add `task: digits` or "
                 "`task: {name: image_folder, folder: path}` to its configuration, or give the "
-                "object: Study(config, task=...)"
+                "object: Study(config, task=...); for other data and losses see `trainer`"
             )
         return load_task(self.config.task)
+
+    def data(self, *, final: bool = False) -> Any:
+        """The data of the study's trainer: its task, or what its own ``data`` function returns.
+
+        Args:
+            final: Whether it is for final trainings: with the test split, or of ``final_data``.
+
+        Raises:
+            StudyError: There is none.
+            DataError: It cannot be loaded.
+        """
+        if self.config.trainer is None:
+            return self.task if final else self.task.for_search()
+        from widthsearch.study.job import load_data
+
+        return load_data(self.config, final=final)
 
     @property
     def storage(self) -> str:
@@ -188,7 +209,7 @@ class Study:
             runner.Session(self.config, self.folder) as session,
             self.search(on_progress, session.propose, retry=retry) as search,
         ):
-            session.train(search, self.task)
+            session.train(search, self.data)
         if all(trial.state != TrialState.FINISHED for trial in search.trials.values()):
             reasons = [trial.error for trial in search.trials.values() if trial.error]
             raise StudyError(
@@ -265,7 +286,7 @@ class Study:
             runner.Session(self.config, self.folder) as session,
             self.confirmation(seeds, on_progress) as search,
         ):
-            session.train(search, self.task)
+            session.train(search, self.data)
 
     @contextmanager
     def search(
@@ -309,7 +330,7 @@ class Study:
         with self._driver().confirmation(seeds, on_progress) as search:
             yield search
 
-    def resolve_recipe(self) -> Recipe:
+    def resolve_recipe(self) -> Recipe | OwnRecipe:
         """The recipe with the study's precision; a CPU is probed, and the result stored, once.
 
         Raises:
@@ -320,7 +341,8 @@ class Study:
     def _driver(self) -> Driver:
         from widthsearch.study.driver import Driver
 
-        return Driver(self.config, self.spaces, self.task, self.folder, self.storage, _pickled)
+        spaces, task = self.spaces, self.task if self.config.trainer is None else None
+        return Driver(self.config, spaces, task, self.folder, self.storage, _pickled)
 
 
 def _stored_config(folder: Path) -> StudyConfig:

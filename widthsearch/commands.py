@@ -21,10 +21,11 @@ from widthsearch.latency.config import LatencyConfig
 from widthsearch.report import space_tables, tables
 from widthsearch.report.console import open_console, print_line, print_tables
 from widthsearch.report.progress import LiveView
-from widthsearch.study.config import ProposerConfig, StudyConfig
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.posterior import MetricPosterior
+from widthsearch.study.sections import ProposerConfig
 from widthsearch.study.trial import unresolved_failures
-from widthsearch.training.recipe import EpochResult
+from widthsearch.training.recipe import EpochResult, Recipe
 
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
@@ -81,10 +82,13 @@ def propose(options: argparse.Namespace) -> int:
 
     study, (space, *_) = _spaces(options)
     config = StudyConfig(name="none", trials=1) if study is None else study.config
-    task = None if study is None or options.task is not None else study.task
+    task = None
+    if study is not None and study.config.trainer is None and options.task is None:
+        task = study.task
     if options.task is not None:
         task = load_task(TaskConfig(options.task, options.folder))
-    epochs = config.recipe.epochs if options.epochs is None else options.epochs
+    recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe()
+    epochs = recipe.epochs if options.epochs is None else options.epochs
     method = ProposerConfig.of(options.method, dict(options.set))
     try:
         profile = load_profile(space, config.latency or LatencyConfig())
@@ -106,7 +110,7 @@ def propose(options: argparse.Namespace) -> int:
         setting = Setting(
             config.seed if options.seed is None else options.seed,
             options.device,
-            replace(config.recipe, epochs=epochs),
+            replace(recipe, epochs=epochs),
             latency=None if profile is None else profile.predicted,
             report=lambda line: status.update(f"{options.method}: {line}"),
         )
@@ -196,15 +200,19 @@ def train(options: argparse.Namespace) -> int:
     console = open_console()
     print_tables(console, tables.pick_table(study, trial))
 
-    epochs = 0
+    epochs, own = 0, study.config.trainer is not None
+    name, unit = ("accuracy", "") if own else ("accuracy on training images", "%")
+
+    def reported(result: EpochResult) -> str:
+        loss = "" if result.loss is None else f"loss {result.loss:.4f}, "
+        return f"{loss}{name} {result.accuracy:.2f}{unit}"
 
     def on_epoch(number: int, result: EpochResult) -> None:
         nonlocal epochs
         epochs += 1
         print_line(
             console,
-            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: loss {result.loss:.4f}, "
-            f"accuracy on training images {result.accuracy:.2f}%",
+            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: {reported(result)}",
         )
 
     card = export.train(
@@ -218,13 +226,13 @@ def train(options: argparse.Namespace) -> int:
     )
     if not epochs:
         print_line(console, f"complete: nothing is left to train; remove {folder} to train it anew")
-    test = card["test_accuracy"]
+    test, of_test = card["test_accuracy"], "accuracy" if own else "test accuracy"
     of = "one seed"
     if options.seeds > 1:
         of = f"mean of {options.seeds} seeds (standard deviation {test['std']:.2f})"
     print_line(
         console,
-        f"test accuracy {test['mean']:.2f}%, {of}; written to {folder}; load it with "
+        f"{of_test} {test['mean']:.2f}{unit}, {of}; written to {folder}; load it with "
         f"widthsearch.load({str(folder)!r})",
     )
     return 0

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import operator
 import os
 import platform
@@ -17,7 +18,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,16 @@ from torch import nn
 
 from widthsearch import __version__
 from widthsearch.api import Study
-from widthsearch.data.sources import Split
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.modules.source import source_digest
 from widthsearch.space.constraints import Constraints
 from widthsearch.space.loading import load_space
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.job import study_job
 from widthsearch.study.trial import Trial
-from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import CHECKPOINT, Trainer, evaluate
+from widthsearch.training.job import CHECKPOINT, Job, TrainingTrial
+from widthsearch.training.recipe import EpochResult, Recipe, recipe_values
+from widthsearch.utils.devices import check_device, restored_generators
 from widthsearch.utils.files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -59,8 +61,10 @@ def train(
 ) -> dict[str, Any]:
     """Train a trial's widths in full, once a seed, and test each network.
 
-    Networks are trained on the training and validation splits together; the test split is read once
-    a network, after its last epoch. The same call resumes an interrupted one from its last
+    The built-in trainer trains networks on the training and validation splits together, and reads
+    the test split once a network, after its last epoch. A trainer of the user's own gets the data
+    of ``final_data``; a network's result is the metric of its last report, or there a number called
+    ``test_`` and the metric's name. The same call resumes an interrupted one from its last
     checkpoint; a complete folder keeps no checkpoints, and the same call returns its card. A
     network of another call that was in the folder stays loadable until the new ones are trained.
 
@@ -80,35 +84,55 @@ def train(
     Raises:
         StudyError: The task has no test split, training diverged, or the folder cannot be written.
     """
-    task, space = study.task, study.spaces[trial.space]
-    if task.test is None:
+    space, own = study.spaces[trial.space], study.config.trainer is not None
+    task = None if own else study.task
+    if task is not None and task.test is None:
         raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
     if seeds < 1:
         raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
     recipe = study.resolve_recipe()
-    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+    recipe = type(recipe)(**recipe_values(recipe, epochs))
+    job = study_job(study.config.model_copy(update={"recipe": recipe}), final=True)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(trial.number))
-    request = _digest(study, trial, seeds, recipe, device)
+    request = _digest(study, trial, seeds, job, device)
     if (complete := _complete(folder, request)) is not None:
         return complete
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    everything = replace(task, train=_joined(task.train, task.validation))
+    data = study.data(final=True)
     tested: dict[int, float] = {}
     weights = io.BytesIO()
+    place = check_device(device)
     for i in range(seeds):
+
+        def on_report(result: EpochResult, number: int = i) -> bool:
+            if on_epoch is not None:
+                on_epoch(number, result)
+            return True
+
         seed = int(np.random.SeedSequence((study.config.seed, 1, i)).generate_state(1)[0])
-        model = space.build(trial.widths, seed=seed)
-        code = source_digest(model)
-        run = Trainer(model, everything, recipe, seed=seed, device=device, code=code)
-        _train_to_the_end(run, folder, i, on_epoch)
-        if run.epoch < recipe.epochs:
+        model = space.build(trial.widths, seed=seed).to(place)
+        training: TrainingTrial[Any] = TrainingTrial(
+            job,
+            model,
+            data,
+            trial.widths,
+            seed=seed,
+            folder=folder / "checkpoints" / str(i),
+            device=place,
+            threads=torch.get_num_threads(),
+            final=True,
+            code=source_digest(model),
+            on_report=on_report,
+        )
+        result = _train_to_the_end(job, model, training, i)
+        if not math.isfinite(result.accuracy):
             raise StudyError(
-                f"training diverged in epoch {run.epoch} with seed {seed}: lower the recipe's lr "
-                f"(now {recipe.lr})"
+                f"training diverged in epoch {result.epoch} with seed {seed}: lower the recipe's lr"
+                f"{f' (now {recipe.lr})' if isinstance(recipe, Recipe) else ''}"
             )
-        tested[seed] = evaluate(model, task, "test", device, recipe.precision)
+        tested[seed] = result.metrics.get(f"test_{job.metric}", result.accuracy)
         if i == 0:
             torch.save({key: value.cpu() for key, value in model.state_dict().items()}, weights)
     posterior = study.posterior()
@@ -125,25 +149,27 @@ def train(
         "space": {
             "reference": _from_anywhere(study.reference(space.name)),
             "input": study.config.input,
-            "classes": task.classes,
+            "classes": task and task.classes,
             "constraints": study.config.to_json()["constraints"],
             "name": space.name,
             "fingerprint": space.fingerprint,
         },
-        "task": task.name,
-        "classes": list(task.names) or None,
-        "preprocessing": {
+        "task": task and task.name,
+        "trainer": study.config.to_json()["trainer"],
+        "classes": (task and list(task.names)) or None,
+        "preprocessing": task
+        and {
             "mean": list(task.mean),
             "std": list(task.std),
             "input_shape": list(task.input_shape),
         },
-        "recipe": asdict(recipe),
+        "recipe": recipe_values(recipe),
         "device": device,
         **asdict(trial.cost),
         "latency": trial.latency and trial.latency.to_json(),
         "estimated": posterior[trial].to_json(),
         "base": of_base,
-        "test_accuracy": {
+        f"test_{job.metric}": {
             "mean": statistics.fmean(tested.values()),
             "std": statistics.stdev(tested.values()) if seeds > 1 else None,
             "by_seed": {str(seed): accuracy for seed, accuracy in tested.items()},
@@ -162,13 +188,13 @@ def train(
     return card
 
 
-def _digest(study: Study, trial: Trial, seeds: int, recipe: Recipe, device: str) -> str:
+def _digest(study: Study, trial: Trial, seeds: int, job: Job, device: str) -> str:
     """A digest of everything that decides the result of a training."""
-    task, space = study.task, study.spaces[trial.space]
-    data = task.name, len(task.train), len(task.validation), task.names, task.input_shape
+    space, task = study.spaces[trial.space], None if study.config.trainer else study.task
+    data = task and (len(task.train), len(task.validation), task.names, task.input_shape)
     network = study.reference(space.name), space.fingerprint, trial.widths.vector
-    code = source_digest(space.model.template)
-    asked = study.config.seed, seeds, asdict(recipe), device
+    code = source_digest(space.model.template), job.trainer.__module__  # has a file's digest
+    asked = study.config.seed, seeds, job.identity, device
     return hashlib.sha256(repr((data, network, code, asked)).encode()).hexdigest()[:16]
 
 
@@ -182,20 +208,18 @@ def _complete(folder: Path, request: str) -> dict[str, Any] | None:
     return None
 
 
-def _train_to_the_end(run: Trainer, folder: Path, number: int, on_epoch: OnEpoch | None) -> None:
-    """Train a network, from its last checkpoint where there is one."""
-    checkpoints = folder / "checkpoints" / str(number)
-    if (checkpoints / CHECKPOINT).exists():
+def _train_to_the_end(
+    job: Job, model: nn.Module, training: TrainingTrial[Any], number: int
+) -> EpochResult:
+    """Train a network, from its last checkpoint where there is one; returns the last epoch."""
+    if (training.folder / CHECKPOINT).exists():
         try:
-            run.load(checkpoints)
+            training.load()
         except CheckpointError as error:
             _logger.warning("network %d is trained from the start: %s", number + 1, error)
-    while not run.finished:
-        result = run.run_epoch()
-        with writing(folder):
-            run.save(checkpoints)
-        if on_epoch is not None:
-            on_epoch(number, result)
+    with restored_generators(training.device):
+        job.run(model, training)
+    return training.curve[-1]
 
 
 def _remove(path: Path) -> None:
@@ -255,7 +279,7 @@ def _space_of(about: Any, folder: Path) -> SearchSpace:
     try:
         asked = Constraints(**constraints)
         shape = None if shape is None else tuple(map(operator.index, shape))
-        classes = operator.index(classes)
+        classes = None if classes is None else operator.index(classes)
         where = str.__str__(reference)
     except TypeError as error:
         raise StudyError(f"{card!r} is damaged ({error}); train the pick again") from None
@@ -278,10 +302,6 @@ def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "optuna", "ray", "numpy")
     found = {"widthsearch": __version__} | {name: version(name) for name in packages}
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
-
-
-def _joined(a: Split, b: Split) -> Split:
-    return Split(np.concatenate([a.images, b.images]), np.concatenate([a.labels, b.labels]))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -63,6 +63,11 @@ class Split:
         """A copy of the images with these indices, or where a mask is true."""
         return Split(self.images[indices], self.labels[indices])
 
+    def joined(self, other: Split) -> Split:
+        """The images of both splits."""
+        images = np.concatenate([self.images, other.images])
+        return Split(images, np.concatenate([self.labels, other.labels]))
+
 
 # --- scikit-learn's digits, CIFAR-10 ---
 

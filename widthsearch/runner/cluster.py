@@ -15,8 +15,9 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from widthsearch.errors import StudyError, one_line
 from widthsearch.runner.signals import Interrupts
-from widthsearch.study.config import Resources, StudyConfig
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.proposals import ProgressCallback
+from widthsearch.study.sections import Resources
 
 _TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: Tune prints nothing

@@ -13,8 +13,9 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +31,11 @@ from widthsearch.bayesopt.metric import ACCURACY
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StorageError, StudyError, one_line
 from widthsearch.runner import cluster
-from widthsearch.runner.pickling import pickle_by_value
+from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.runner.signals import Interrupts
 from widthsearch.runner.worker import Worker, WorkerReport, run_proposer
 from widthsearch.study.config import StudyConfig
+from widthsearch.study.job import study_job
 from widthsearch.study.loop import Search
 from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
 from widthsearch.study.trial import Trial
@@ -65,11 +67,11 @@ class Session:
 
         with Session(study.config, study.folder) as session:
             with study.search(engine=session.propose) as search:
-                session.train(search, study.task)
+                session.train(search, study.data)
     """
 
     def __init__(self, config: StudyConfig, folder: Path) -> None:
-        if config.metric.name != ACCURACY.name:
+        if config.trainer is None and config.metric.name != ACCURACY.name:
             raise StudyError(
                 "the built-in trainer reports accuracy, but metric.name is "
                 f"{config.metric.name!r}: report it from a loop of your own (`Study.search`)"
@@ -95,7 +97,7 @@ class Session:
         self._owns_ray = None
 
     def propose(
-        self, requests: Sequence[ProposalRequest], task: Task, report: ProgressCallback
+        self, requests: Sequence[ProposalRequest], task: Task | None, report: ProgressCallback
     ) -> Iterator[tuple[int, ProposalResult]]:
         """Run proposers in parallel, each as a Ray task with the resources of one trial."""
         if not requests:
@@ -132,8 +134,12 @@ class Session:
                 for stream in streams:
                     ray.cancel(stream, force=True)
 
-    def train(self, search: Search, task: Task) -> None:
+    def train(self, search: Search, load_data: Callable[[], Any]) -> None:
         """Train until the search is done, then disconnect from Ray.
+
+        Args:
+            search: The search.
+            load_data: Returns the data; not called where nothing is left to train.
 
         Raises:
             WidthsearchError: A fault outside the candidates, such as a full disk; once it is
@@ -155,7 +161,7 @@ class Session:
             first = search.ask()
             owns_ray = self._connect(search.notify)
             adapter = _TuneAdapter(search, first, checkpoints, self._interrupts, owns_ray)
-            adapter.fit(task, logs)
+            adapter.fit(load_data, logs)
         finally:
             # Before the driver lock is released, so that no worker trains on without it.
             self._disconnect()
@@ -210,21 +216,23 @@ class _TuneAdapter(tune.Callback):
     error: BaseException | None = None
     _notified: float = field(default_factory=time.monotonic)
 
-    def fit(self, task: Task, logs: Path) -> None:
+    def fit(self, load_data: Callable[[], Any], logs: Path) -> None:
         """Run Tune until the search is done."""
         config = self.search.config
+        job = study_job(config)
         trainable = tune.with_parameters(
             _trainable(),
-            task=task.for_search(),
+            data=SharedData.of(load_data(), f"the data of {job.name!r}"),
             spaces={
                 name: pickle_by_value(space, f"space {name!r}")
                 for name, space in self.search.spaces.items()
             },
-            recipe=config.recipe,
+            job=pickle_by_value(job, f"trainer {job.name!r}"),
             device=config.device,
             threads=max(1, int(config.resources.cpu)),
             checkpoints=self.checkpoints,
             gpu_share=config.resources.gpu,
+            paths=[str(Path(path).resolve()) for path in sys.path],
         )
         shutil.rmtree(logs / "tune", ignore_errors=True)
         try:
@@ -299,7 +307,7 @@ class _TuneAdapter(tune.Callback):
                     return False
                 self.search.fail(number, report.failure.reason)
             else:
-                continues = self.search.report(number, report.curve)
+                continues = not report.curve or self.search.report(number, report.curve)
         self._remove_checkpoint(number)
         return continues
 

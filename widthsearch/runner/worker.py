@@ -1,25 +1,29 @@
 """A worker process: it trains trials, one epoch and one checkpoint per step, or runs a proposer.
 
-A worker neither opens the storage nor imports Ray. It returns reports; the driver passes them to
-the study.
+A worker does not open the storage. It returns reports; the driver passes them to the study.
 """
 
 from __future__ import annotations
 
 import errno
 import pickle
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from widthsearch.data.tasks import Task
 from widthsearch.errors import CheckpointError, DeviceError
+from widthsearch.runner.pickling import SharedData
+from widthsearch.runner.training_thread import TrainingThread
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, stream_proposal
-from widthsearch.training.recipe import EpochResult, Recipe
-from widthsearch.training.trainer import Trainer
+from widthsearch.training.job import TrainingTrial
+from widthsearch.training.recipe import EpochResult
+from widthsearch.utils.devices import check_device
 from widthsearch.widths import Widths
 
 
@@ -28,7 +32,7 @@ class WorkerReport:
     """The result of one step of a worker.
 
     Attributes:
-        curve: The trial's epochs so far.
+        curve: The trial's epochs so far; empty if the trial has not begun.
         note: A message for the progress display; may be empty.
         failure: Why the candidate cannot be trained.
         out_of_memory: Whether the device's memory did not suffice.
@@ -75,42 +79,51 @@ class Worker:
     """Trains trials in this process, one after the other.
 
     Attributes:
-        task: The data.
-        spaces: The spaces by name, each pickled by the driver. A space is unpickled with its first
-            trial, so that an error of unpickling is reported as that trial's failure.
-        recipe: How candidates are trained.
+        data: The data.
+        spaces: The spaces by name, each pickled by the driver. Spaces, job and data are unpickled
+            with the first trial, so that an error of unpickling is reported as its failure.
+        job: The trainer and its recipe, a pickled :class:`~widthsearch.training.job.Job`.
         device: The device that they are trained on.
         threads: The number of CPU threads.
         checkpoints: The folder with one folder per trial.
         gpu_share: This worker's share of a GPU. It may allocate that share of the GPU's memory, so
             that a large trial fails itself instead of the trials beside it.
+        paths: Folders that the driver imports from; modules that a trainer imports while it runs
+            are looked for there.
 
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from torch import nn
         >>> from widthsearch.data.tasks import load_task
+        >>> from widthsearch.training.job import Job
+        >>> from widthsearch.training.recipe import Recipe
+        >>> from widthsearch.training.trainer import train_classifier
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
         >>> spaces = {"net": pickle.dumps(SearchSpace.from_model(model, (1, 8, 8)))}
-        >>> recipe = Recipe(epochs=1, batch_size=32)
+        >>> job = pickle.dumps(Job(train_classifier, "built-in", Recipe(batch_size=32), epochs=10))
+        >>> data = SharedData.of(load_task("digits"), "digits")
         >>> with TemporaryDirectory() as folder:
-        ...     worker = Worker(load_task("digits"), spaces, recipe, "cpu", 1, Path(folder))
+        ...     worker = Worker(data, spaces, job, "cpu", 1, Path(folder))
         ...     worker.start_trial(0, "net", [4], seed=0)
         ...     len(worker.step().curve)
         1
     """
 
-    task: Task
+    data: SharedData
     spaces: Mapping[str, bytes]
-    recipe: Recipe
+    job: bytes
     device: str
     threads: int
     checkpoints: Path
     gpu_share: float = 0.0
-    _unpickled: dict[str, SearchSpace] = field(default_factory=dict, init=False)
+    paths: Sequence[str] = ()
+    _unpickled: dict[str, Any] = field(default_factory=dict, init=False)
+    _training: TrainingThread | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Ray sets OMP_NUM_THREADS, but torch's thread pool may exist before that.
         torch.set_num_threads(self.threads)
+        sys.path.extend(path for path in self.paths if path not in sys.path)
 
     def start_trial(
         self, number: int, space: str, vector: Sequence[int], seed: int, alone: bool = False
@@ -126,7 +139,9 @@ class Worker:
         """
         self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
         self._folder = self.checkpoints / str(number)
-        self._trainer: Trainer | None = None
+        self._note = "" if self._training is None else self._training.stop()
+        self._unusable = self._training is not None and self._training.is_running
+        self._training = None
         if self.device.startswith("cuda") and 0 < self.gpu_share < 1 and torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0 if alone else self.gpu_share)
@@ -134,61 +149,72 @@ class Worker:
     def step(self) -> WorkerReport:
         """Train one epoch of the trial; after a restart, report the checkpoint's epochs instead.
 
-        An exception of the network is reported and not raised: a retry would raise it again.
+        An exception of the trainer is reported and not raised: a retry would raise it again.
         """
+        note, self._note = self._note, ""
+        if self._unusable:  # the last trial's trainer runs on
+            return WorkerReport(note=note, process_unusable=not note)
         try:
-            return self._step()
+            return self._step(note)
         except DeviceError as error:
             return WorkerReport(machine_error=str(error))
         except Exception as error:  # noqa: BLE001  reported, with its traceback
+            self._training = None  # frees its tensors
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 return WorkerReport(
                     machine_error=f"{error.strerror} for the checkpoint {str(self._folder)!r}"
                 )
-            self._trainer = None  # frees its tensors
             return WorkerReport(
                 failure=Failure.of(error),
                 out_of_memory=is_out_of_memory(error),
                 process_unusable=isinstance(error, torch.AcceleratorError) and not _cuda_works(),
             )
 
-    def _step(self) -> WorkerReport:
-        note = ""
-        if self._trainer is None:
-            self._trainer = self._new_trainer()
+    def _step(self, note: str) -> WorkerReport:
+        if self._training is None:
+            trial = self._begin()
             if self._folder.exists():
                 try:
-                    self._trainer.load(self._folder)
+                    trial.load()
                     # A kill of the worker or of the driver may have kept this curve from the
                     # storage, so it is reported again.
-                    return WorkerReport(self._trainer.curve)
+                    return WorkerReport(tuple(trial.curve), note)
                 except CheckpointError as error:
                     note = f"trial {self._number} restarts from its first epoch: {error}"
-        self._trainer.run_epoch()
-        self._trainer.save(self._folder)
-        return WorkerReport(self._trainer.curve, note)
+        assert self._training is not None
+        return WorkerReport(self._training.step(), note)
 
-    def _new_trainer(self) -> Trainer:
+    def _begin(self) -> TrainingTrial[Any]:
+        """Build the trial's network, and prepare its training."""
         if self._space not in self._unpickled:
             self._unpickled[self._space] = pickle.loads(self.spaces[self._space])
-        space = self._unpickled[self._space]
-        return Trainer(
-            space.build(Widths(space.names, self._vector), seed=self._seed),
-            self.task,
-            self.recipe,
+        if "" not in self._unpickled:
+            self._unpickled[""] = pickle.loads(self.job), self.data.load()
+        space: SearchSpace = self._unpickled[self._space]
+        job, data = self._unpickled[""]
+        device, widths = check_device(self.device), Widths(space.names, self._vector)
+        network = space.build(widths, seed=self._seed).to(device)
+        trial: TrainingTrial[Any] = TrainingTrial(
+            job,
+            network,
+            data,
+            widths,
             seed=self._seed,
-            device=self.device,
+            folder=self._folder,
+            device=device,
             threads=self.threads,
         )
+        self._training = TrainingThread(job, network, trial)
+        return trial
 
 
-def run_proposer(pickled: bytes, task: Task) -> Iterator[str | ProposalResult]:
+def run_proposer(pickled: bytes, task: Task | None) -> Iterator[str | ProposalResult]:
     """Run a proposer; yield the messages that it reports, then its result.
 
     Args:
         pickled: The :class:`ProposalRequest`, pickled by the driver. An error of unpickling is the
             proposer's failure as well.
-        task: The data.
+        task: The data; None for a method that reads none.
     """
     try:
         request: ProposalRequest = pickle.loads(pickled)

@@ -18,35 +18,48 @@ from widthsearch.space.computation import outputs, random_inputs
 from widthsearch.space.cost import EXACT
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
+from widthsearch.study.job import study_job
 from widthsearch.study.storage import SpaceRecord, Store
+from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import check_batch_size, check_input_shape, check_model
 from widthsearch.utils.devices import check_device
 
-_FIXED = ("task", "recipe", "metric", "objectives", "latency", "seed")
+_FIXED = ("task", "trainer", "data", "recipe", "metric", "objectives", "latency", "seed")
 """Sections that make trials comparable: they cannot change once a study has begun."""
 
 _DERIVED = ("proposal:", "precision", "concurrency")
 """Beginnings of the storage's keys whose values follow from the configuration."""
 
 
-def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Task) -> None:
-    """Check that the spaces, the task, the limits and the devices fit together.
+def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Task | None) -> None:
+    """Check that the spaces, the task, the trainer, the limits and the devices fit together.
+
+    Args:
+        config: The study's configuration.
+        spaces: Its spaces by name.
+        task: Its task; None where it has a trainer of its own.
 
     Raises:
         DataError: A space was traced at another input shape, or its base does not fit the task.
         StudyError: No network is within the limits, a batch is larger than the training split, or
-            costs are too large to be compared exactly.
+            costs are too large to be compared exactly, or the recipe does not fit the study's own
+            trainer.
         DeviceError: A device is not there.
     """
+    study_job(config)
     for space in spaces.values():
         _check_costs(space)
-        check_input_shape(space, task)
     _check_limits(config, spaces)
-    check_batch_size(config.recipe, task)
+    if task is not None:
+        assert isinstance(config.recipe, Recipe)
+        check_batch_size(config.recipe, task)
+        for space in spaces.values():
+            check_input_shape(space, task)
     if config.ray_address is None:
         device = check_device(config.device)
         for space in spaces.values():
-            check_model(space.build(space.base, seed=config.seed).to(device), task, device)
+            if task is not None:
+                check_model(space.build(space.base, seed=config.seed).to(device), task, device)
         if "latency_ms" in config.objectives:
             check_device((config.latency or LatencyConfig()).device)
 

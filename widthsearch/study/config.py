@@ -1,7 +1,6 @@
 """A study's configuration: one YAML, validated as a whole before anything runs.
 
-Every error is one line that names the place, the rule and the value. Imports no torch: the fields
-of proposers are validated by :meth:`ProposerConfig.make`, which imports the method.
+Every error is one line that names the place, the rule and the value. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,9 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
-import inspect
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +22,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -38,26 +33,18 @@ from widthsearch.bayesopt.metric import ACCURACY, COSTS, EXACT_COSTS, Metric
 from widthsearch.data.config import TaskConfig
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.latency.config import LatencyConfig
-from widthsearch.proposers import PROPOSERS, Proposer, proposer_class
 from widthsearch.space.constraints import Constraints
+from widthsearch.study.sections import (
+    AnyRecipe,
+    FreeRecipe,
+    Function,
+    ProposerConfig,
+    Resources,
+    Rungs,
+)
 from widthsearch.training.recipe import Recipe
-from widthsearch.utils.references import load_function
-from widthsearch.utils.validation import explain, hint, validated_dataclass
-
-
-def _whole_above_one(amount: float) -> float:
-    if amount > 1 and amount != int(amount):
-        raise ValueError(f"must be a share of one or a whole number, but was {amount:g}")
-    return amount
-
-
-def _at_most_one_gpu(amount: float) -> float:
-    if amount > 1:
-        raise ValueError(
-            f"must be at most 1, but was {amount:g}: a trial trains on one GPU; 0.5 lets two share "
-            "one"
-        )
-    return amount
+from widthsearch.utils.references import reference_of
+from widthsearch.utils.validation import explain
 
 
 def _count_or_auto(value: Any) -> Any:
@@ -85,146 +72,6 @@ def _fit_for_a_folder(name: str) -> str:
             f"{name!r}"
         )
     return name
-
-
-@validated_dataclass("resources")
-class Resources:
-    """The share of a machine that one trial takes.
-
-    Attributes:
-        cpu: CPU cores; also the number of threads that it trains with (at least one).
-        gpu: GPUs, at most one; 0.5 lets two trials share one.
-
-    Raises:
-        StudyError: A value breaks a rule.
-
-    Example:
-        >>> Resources(cpu=2).gpu
-        0.0
-        >>> Resources(gpu=2)
-        Traceback (most recent call last):
-        widthsearch.errors.StudyError: resources.gpu must be at most 1, but was 2: a trial trains \
-on one GPU; 0.5 lets two share one
-    """
-
-    cpu: Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)] = 1.0
-    gpu: Annotated[float, Field(ge=0), AfterValidator(_at_most_one_gpu)] = 0.0
-
-
-@validated_dataclass("early_stopping")
-class Rungs:
-    """Early stopping by successive halving, with non-dominated rungs.
-
-    Attributes:
-        kind: ``rungs``.
-        first_epoch: The epoch of the first rung; each next one is ``eta`` times as late.
-        eta: Of each rung, one in ``eta`` goes on.
-
-    Raises:
-        StudyError: A value breaks a rule.
-
-    Example:
-        >>> Rungs(first_epoch=2, eta=3).rungs(epochs=20)
-        (2, 6, 18)
-    """
-
-    kind: Literal["rungs"] = "rungs"
-    first_epoch: int = Field(default=3, ge=1)
-    eta: int = Field(default=3, ge=2)
-
-    def rungs(self, epochs: int) -> tuple[int, ...]:
-        """The epochs at which a trial may be stopped, out of ``epochs``."""
-        every = (self.first_epoch * self.eta**i for i in itertools.count())
-        return tuple(itertools.takewhile(lambda rung: rung < epochs, every))
-
-
-class ProposerConfig(BaseModel):
-    """A proposer's name, with its fields beside it.
-
-    The name is checked here, the fields where the proposer is made.
-
-    Attributes:
-        method: The proposer's name; or a user's own as ``package.module:name`` or
-            ``path/to/file.py:name``: a dataclass or a function, see
-            :class:`~widthsearch.proposers.Proposer`.
-
-    Example:
-        >>> ProposerConfig.of("uniform", {"members": 4}).make()
-        Uniform(members=4)
-        >>> ProposerConfig.of("uniform", {"member": 4}).make("proposers.0")
-        Traceback (most recent call last):
-        widthsearch.errors.StudyError: unknown key 'proposers.0.member'; did you mean 'members'?
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    method: str
-
-    @model_validator(mode="after")
-    def _check(self) -> ProposerConfig:
-        if ":" not in self.method and self.method not in PROPOSERS:
-            raise ValueError(
-                f"must name a proposer or be `module:name`, but was {self.method!r}"
-                f"{hint(self.method, PROPOSERS)}"
-            )
-        return self
-
-    @classmethod
-    def of(cls, method: str, fields: Mapping[str, Any]) -> ProposerConfig:
-        """The configuration of a method with these fields.
-
-        Raises:
-            StudyError: There is no such method.
-        """
-        try:
-            return cls(method=method, **fields)
-        except ValidationError as error:
-            raise StudyError(explain(error, _SECTIONS, "method")) from None
-
-    def make(self, place: str = "") -> Proposer:
-        """The proposer with its fields; imports it.
-
-        Args:
-            place: The place of this section in the configuration, for messages.
-
-        Raises:
-            StudyError: The proposer cannot be imported or does not take the fields.
-        """
-        if ":" not in self.method:
-            return self._filled(proposer_class(self.method), place)
-        own: Any = load_function(self.method, StudyError)
-        fields = self.model_extra or {}
-        if isinstance(own, type) and dataclasses.is_dataclass(own):
-            made = self._filled(own, place)
-        elif isinstance(own, type):
-            raise StudyError(
-                f"a proposer must be a function or a dataclass, but {self.method!r} is another "
-                "class: decorate it, @dataclass(frozen=True)"
-            )
-        else:
-            try:
-                inspect.signature(own).bind(None, None, None, **fields)
-            except (TypeError, ValueError) as error:
-                raise StudyError(f"proposer {self.method!r}: {error}") from None
-            made = functools.partial(own, **fields)
-        if not callable(made):
-            raise StudyError(
-                f"a proposer's instances must be callable, but those of {self.method!r} are not: "
-                "give it `__call__(self, space, task, setting)`"
-            )
-        return made
-
-    def _filled(self, proposer: Any, place: str) -> Proposer:
-        known = {field.name for field in dataclasses.fields(proposer)}
-        fields = self.model_extra or {}
-        for key in fields.keys() - known:
-            where = f"{place}.{key}" if place else key
-            raise StudyError(f"unknown key {where!r}{hint(key, known)}")
-        try:
-            made: Proposer = TypeAdapter(proposer).validate_python(fields)
-        except ValidationError as error:
-            raise StudyError(explain(error, {place: proposer}, place)) from None
-        return made
 
 
 Stopping = Annotated[FrontStopping | Rungs, Field(discriminator="kind")]
@@ -272,8 +119,13 @@ class StudyConfig(BaseModel):
             model are shares of the first's.
         input: The input's shape (C, H, W), for spaces that leave it open.
         constraints: Pinned, tied, bounded and aligned axes of the space.
-        task: The data; None when a Python user gives the object itself.
-        recipe: How each candidate is trained.
+        task: The data of the built-in trainer; None when a Python user gives the object itself.
+        trainer: A trainer of your own instead: a function ``train(network, trial)``, see
+            :mod:`widthsearch.training.job`, or its reference.
+        data: A function without arguments, or its reference: what it returns is ``trial.data`` of
+            the own trainer.
+        final_data: Likewise, for final trainings; None for the same data.
+        recipe: How each candidate is trained. For an own trainer any keys beside ``epochs``.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
         families: How proposals are scaled: ``linear``, ``power`` (a trajectory's own trend), and
@@ -319,7 +171,10 @@ class StudyConfig(BaseModel):
     input: tuple[int, int, int] | None = None
     constraints: Constraints = Constraints()
     task: Annotated[TaskConfig, _named("name")] | None = None
-    recipe: Recipe = Recipe()
+    trainer: Function | None = None
+    data: Function | None = None
+    final_data: Function | None = None
+    recipe: AnyRecipe = Recipe()
     proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
     families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("linear", "power")
@@ -348,15 +203,39 @@ class StudyConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_objectives(cls, values: Any) -> Any:
-        """Fill the default objectives, which depend on the metric's name."""
+    def _with_defaults(cls, values: Any) -> Any:
+        """Fill the defaults that depend on other fields: objectives, and with an own trainer more.
+
+        Then the recipe is free, and by default no method reads a task's data.
+        """
         metric = values.get("metric", ACCURACY)
         named = isinstance(metric, Mapping)
         name = metric.get("name") if named else getattr(metric, "name", metric)
-        return {"objectives": (name, "macs"), **values}
+        values = {"objectives": (name, "macs"), **values}
+        if values.get("trainer") is None:
+            return values
+        recipe = values.get("recipe", {})
+        recipe = FreeRecipe(recipe) if isinstance(recipe, Mapping) else recipe
+        return {"proposers": ["synflow"], **values, "recipe": recipe}
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
+        if self.trainer is not None and self.task is not None:
+            raise ValueError(
+                f"a study has a task or a trainer, but was given both ({self.task.name!r} and "
+                f"{reference_of(self.trainer)!r}): a trainer has its `data`"
+            )
+        for key in ("data", "final_data"):
+            if self.trainer is None and (function := getattr(self, key)) is not None:
+                raise ValueError(
+                    f"{key} is for an own trainer, but there is none and {key} is "
+                    f"{reference_of(function)!r}: add `trainer`, or use `task`"
+                )
+        if self.trainer is not None and self.concurrency == "auto":
+            raise ValueError(
+                "concurrency 'auto' probes the built-in trainer, but the trainer is "
+                f"{reference_of(self.trainer)!r}: give a number"
+            )
         if self.space is not None and self.spaces:
             raise ValueError(
                 f"a study has a space or spaces, but was given both ({self.space!r} and "

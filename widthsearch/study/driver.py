@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from widthsearch.data.tasks import Task
-from widthsearch.errors import StorageError
+from widthsearch.errors import StorageError, StudyError
 from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyPredictor
@@ -33,6 +33,7 @@ from widthsearch.study.loop import Search
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.progress import Level, Notify, Pace, Progress
 from widthsearch.study.proposals import Engine, ProposalRequest, collect_proposals, proposal_key
+from widthsearch.study.sections import AnyRecipe
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
@@ -50,7 +51,7 @@ class Driver:
     Attributes:
         config: The configuration.
         spaces: The spaces by name; what is relative to a base is relative to the first's.
-        task: The data.
+        task: The data of the built-in trainer; None where the study has a trainer of its own.
         folder: The study's folder.
         url: Its storage.
         pickled: Pickles a space, given its name in messages, for a process that measures beside
@@ -75,7 +76,7 @@ class Driver:
 
     config: StudyConfig
     spaces: Mapping[str, SearchSpace]
-    task: Task
+    task: Task | None
     folder: Path
     url: str
     pickled: Callable[[SearchSpace, str], bytes]
@@ -93,11 +94,18 @@ class Driver:
             retry: Whether to train again the trials that failed.
 
         Raises:
-            StudyError: Another driver holds it, a proposer does not take its fields, or the storage
-                does not fit the configuration.
+            StudyError: Another driver holds it, a proposer does not take its fields or needs a
+                task, or the storage does not fit the configuration.
             StorageError: The storage cannot be opened.
         """
         proposers = [m.make(f"proposers.{i}") for i, m in enumerate(self.config.proposers)]
+        for method in self.config.proposers if self.task is None else ():
+            if method.reads_data():
+                raise StudyError(
+                    f"proposer {method.method!r} reads the images of a task, but study "
+                    f"{self.config.name!r} has a trainer of its own: use synflow, uniform, random, "
+                    "or a method of your own"
+                )
         with self._driving(on_progress) as (driver_lock, config, say):
             store = driver_lock.store
             share = round(config.baselines * config.trials)
@@ -105,8 +113,8 @@ class Driver:
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
             proposed = families.baseline_candidates(self.spaces, budgets, share, config.seed)
             if count_begun(store.trials(self.spaces)) < config.trials:  # else none is needed
-                asked = self._requests(proposers, config.recipe)
-                task = self.task.for_search()
+                asked = self._requests(proposers, config)
+                task = self.task and self.task.for_search()
                 found, self.failures = collect_proposals(store, asked, task, engine, say)
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
             queue += self._within_limits(proposed, say)
@@ -136,8 +144,10 @@ class Driver:
         with self._driving(on_progress) as (driver_lock, config, _):
             yield Confirmation(config, self.spaces, driver_lock, seeds, on_progress)
 
-    def resolve_recipe(self) -> Recipe:
-        """The recipe with the study's precision, probed and stored if no run has decided it.
+    def resolve_recipe(self) -> AnyRecipe:
+        """The recipe; of the built-in trainer with the study's precision.
+
+        The precision is probed and stored if no run has decided it.
 
         Raises:
             StudyError: The study was never run.
@@ -178,16 +188,17 @@ class Driver:
 
     def _with_precision(self, store: Store) -> StudyConfig:
         """The configuration with a precision: on a CPU probed once, for all the study's trials."""
-        config, space = self.config, self._first
-        if config.recipe.precision != "auto" or config.device != "cpu":
+        config, space, recipe = self.config, self._first, self.config.recipe
+        if not isinstance(recipe, Recipe) or recipe.precision != "auto" or config.device != "cpu":
             return config
         probe = store.attribute("precision")
         if probe is None:
             model = space.build(space.base, seed=config.seed)
             threads = max(1, int(config.resources.cpu))
-            probe = asdict(probe_precision(model, self.task, config.recipe, threads=threads))
+            assert self.task is not None
+            probe = asdict(probe_precision(model, self.task, recipe, threads=threads))
             store.set_attribute("precision", probe)
-        recipe = replace(config.recipe, precision=probe["precision"])
+        recipe = replace(recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})
 
     def _with_concurrency(self, config: StudyConfig, store: Store, say: Notify) -> StudyConfig:
@@ -200,6 +211,7 @@ class Driver:
         machine = [platform.node(), cores(), gpus, device, taken.cpu]
         known = store.attribute("concurrency")
         if known is None or known["machine"] != machine:
+            assert isinstance(config.recipe, Recipe) and self.task is not None
             say("finding out how many candidates train best at once")
             each = max(1, most // max(1, gpus))  # on one GPU, if there are any
             probe = probe_concurrency(
@@ -269,10 +281,10 @@ class Driver:
         return {}
 
     def _requests(
-        self, proposers: Sequence[Proposer], recipe: Recipe
+        self, proposers: Sequence[Proposer], config: StudyConfig
     ) -> list[tuple[str, ProposalRequest]]:
         """A request to each proposer for each space, with the key of its proposal."""
-        config = self.config
+        recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe()  # not used
         setting = Setting(config.seed, config.device, recipe, min(config.budgets))
         threads = max(1, int(config.resources.cpu))
         asked = []

@@ -27,8 +27,8 @@ from widthsearch.utils.devices import fixed_threads
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:  # a worker imports this file, and neither of those
-    from widthsearch.study.config import ProposerConfig
     from widthsearch.study.progress import Notify
+    from widthsearch.study.sections import ProposerConfig
     from widthsearch.study.storage import Store
 
 _logger = logging.getLogger(__name__)
@@ -95,10 +95,11 @@ class Failure:
 ProgressCallback = Callable[[str], None]
 ProposalResult = Proposal | Failure
 Engine = Callable[
-    [Sequence[ProposalRequest], Task, ProgressCallback], Iterator[tuple[int, ProposalResult]]
+    [Sequence[ProposalRequest], Task | None, ProgressCallback],
+    Iterator[tuple[int, ProposalResult]],
 ]
-"""Runs proposers on a task and passes on their messages. Yields the index of each request with its
-result, in any order."""
+"""Runs proposers on a task, or on none, and passes on their messages. Yields the index of each
+request with its result, in any order."""
 
 
 def propose(
@@ -131,7 +132,7 @@ def _validated(proposal: object, space: SearchSpace) -> Proposal:
     return proposal
 
 
-def stream_proposal(request: ProposalRequest, task: Task) -> Iterator[str | ProposalResult]:
+def stream_proposal(request: ProposalRequest, task: Task | None) -> Iterator[str | ProposalResult]:
     """Run a proposer in a thread; yield the messages that it reports, then its result.
 
     However the proposer ends, :func:`propose` returns a result: without one the loop would wait for
@@ -148,7 +149,7 @@ def stream_proposal(request: ProposalRequest, task: Task) -> Iterator[str | Prop
 
 
 def run_sequentially(
-    requests: Sequence[ProposalRequest], task: Task, report: ProgressCallback
+    requests: Sequence[ProposalRequest], task: Task | None, report: ProgressCallback
 ) -> Iterator[tuple[int, ProposalResult]]:
     """The engine without Ray: runs proposers one after the other, in this process."""
     for i, request in enumerate(requests):
@@ -162,7 +163,7 @@ def run_sequentially(
 def collect_proposals(
     store: Store,
     requests: Sequence[tuple[str, ProposalRequest]],
-    task: Task,
+    task: Task | None,
     engine: Engine,
     report: Notify,
 ) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
@@ -174,7 +175,7 @@ def collect_proposals(
     Args:
         store: The study's storage.
         requests: The requests, each with the :func:`proposal_key` of its result.
-        task: The data, without a test split.
+        task: The data, without a test split; None for methods that read none.
         engine: Runs the proposers.
         report: Called with the proposers' messages, and as each one finishes or fails.
 
@@ -251,7 +252,7 @@ def propose_at_budget(
         WidthsError: The budget is below the narrowest network of the space.
     """
     proposer = config.make(config.method)
-    if task is None and getattr(proposer, "reads_data", ":" not in config.method):
+    if task is None and config.reads_data():
         raise StudyError(
             f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
         )

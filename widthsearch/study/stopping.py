@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from widthsearch.bayesopt import pareto
-from widthsearch.study.config import Rungs, StudyConfig
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.front import objective_points, observation
+from widthsearch.study.sections import Rungs
 from widthsearch.study.trial import Trial, TrialState
 
 _NEVER_STOPPED = ("base", "baseline", "confirms")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from widthsearch.utils.validation import validated_dataclass
 
@@ -102,6 +102,28 @@ class Recipe:
         if self.schedule == "cosine":
             return self.lr * (1 - math.cos(math.pi * left)) / 2
         return self.lr * left
+
+
+class OwnRecipe(BaseModel):
+    """The recipe of a study with a trainer of the user's own: any keys beside ``epochs``.
+
+    Attributes:
+        epochs: The number of reports of each training.
+
+    Example:
+        >>> recipe_values(OwnRecipe(epochs=3, crop=[48, 64]))
+        {'epochs': 3, 'crop': [48, 64]}
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    epochs: int = Field(ge=1)
+
+
+def recipe_values(recipe: Recipe | OwnRecipe, epochs: int | None = None) -> dict[str, Any]:
+    """A recipe as JSON values by its keys, with another number of epochs where one is given."""
+    values = asdict(recipe) if isinstance(recipe, Recipe) else recipe.model_dump(mode="json")
+    return values if epochs is None else {**values, "epochs": epochs}
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,11 @@ CUDA, cuDNN is restricted to deterministic kernels; other operations of a model 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, astuple
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +23,11 @@ from widthsearch.data.tasks import Task
 from widthsearch.errors import DataError, StudyError, first_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing.inputs import image_shape, inputs_to_json
-from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.cuda_graphs import CudaGraphStep
+from widthsearch.training.job import TrainingTrial
 from widthsearch.training.recipe import EpochResult, Precision, Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook
 from widthsearch.utils import devices
-
-CHECKPOINT = "training.ckpt"
-"""The name of the file that :meth:`Trainer.save` writes into a folder."""
 
 
 class Trainer:
@@ -46,7 +40,6 @@ class Trainer:
         seed: Seeds the order of images, augmentation and dropout, but not the initial weights.
         device: E.g. ``cpu`` or ``cuda:0``; the model is moved there.
         threads: CPU threads during training; None leaves torch's number.
-        code: An identifier of the model's code; a checkpoint of other code is refused.
         hook: Replaces the plain step, see :mod:`widthsearch.training.sgd`.
 
     Raises:
@@ -73,7 +66,6 @@ class Trainer:
         seed: int,
         device: str = "cpu",
         threads: int | None = None,
-        code: str | None = None,
         hook: StepHook | None = None,
     ) -> None:
         check_batch_size(recipe, task)
@@ -89,14 +81,6 @@ class Trainer:
         )
         self._sgd = SgdSteps(model, self._train, recipe, self._device, hook=hook)
         self._curve: list[EpochResult] = []
-        shapes = [(k, list(v.shape), str(v.dtype)) for k, v in model.state_dict().items()]
-        self._identity = {
-            "recipe": asdict(recipe),
-            "seed": seed,
-            "task": [task.name, len(task.train), len(task.validation), *task.input_shape],
-            "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
-            **({} if code is None else {"code": code}),
-        }
 
     @property
     def epoch(self) -> int:
@@ -142,26 +126,41 @@ class Trainer:
         self._curve.append(EpochResult(number, loss, accuracy, seconds, self.mode))
         return self._curve[-1]
 
-    def save(self, folder: Path) -> None:
-        """Replace the folder's checkpoint atomically."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """All that a trainer of the same arguments needs to continue, beside the curve."""
+        return {
             "model": self._model.state_dict(),
             "optimizer": self._sgd.optimizer.state_dict(),
-            "curve": [list(astuple(result)) for result in self._curve],
         }
-        write_checkpoint(folder / CHECKPOINT, self._identity, state)
 
-    def load(self, folder: Path) -> None:
-        """Restore the state from the folder's checkpoint, to continue exactly from there.
-
-        Raises:
-            CheckpointError: The checkpoint is missing, damaged or of another training; the trainer
-                is then unchanged.
-        """
-        state = read_checkpoint(folder / CHECKPOINT, self._identity, self._device)
+    def restore(self, state: dict[str, Any], curve: Sequence[EpochResult]) -> None:
+        """Continue exactly from the state after the last epoch of a curve."""
         self._model.load_state_dict(state["model"])
         self._sgd.load_optimizer(state["optimizer"])
-        self._curve = [EpochResult(*result) for result in state["curve"]]
+        self._curve = list(curve)
+
+
+def train_classifier(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
+    """The built-in trainer, of the contract in :mod:`widthsearch.training.job`.
+
+    A final training is on the training and validation splits together. There is no held-out split
+    then: the accuracy of an epoch is on a part of the training images. The last report has the
+    accuracy on the test split too, as ``test_accuracy``.
+    """
+    task: Task = trial.data
+    kept, recipe, device = task, trial.recipe, str(trial.device)
+    if trial.final:
+        kept = replace(task, train=task.train.joined(task.validation))
+    trainer = Trainer(network, kept, recipe, seed=trial.seed, device=device, threads=trial.threads)
+    if (state := trial.resume()) is not None:
+        trainer.restore(state, trial.curve)
+    while not trainer.finished:
+        result = trainer.run_epoch()
+        metrics = {"accuracy": result.accuracy, "loss": result.loss}
+        if trial.final and result.epoch == trial.epochs:
+            metrics["test_accuracy"] = evaluate(network, task, "test", device, recipe.precision)
+        if not trial.report(metrics, trainer.state, seconds=result.seconds, mode=result.mode):
+            return
 
 
 def fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,28 @@ def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[torch.Genera
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(model_seed)
         yield torch.Generator().manual_seed(data_seed)
+
+
+def reseed(seed: int, epoch: int) -> None:
+    """Seed torch's, numpy's and Python's global generators for an epoch."""
+    words = np.random.SeedSequence((seed, epoch)).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002  a user's code draws from it
+    random.seed(int(words[2]))
+
+
+@contextmanager
+def restored_generators(device: torch.device) -> Iterator[None]:
+    """Restore torch's, numpy's and Python's global generators at the end."""
+    states = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(
+            devices=[device] if device.type == "cuda" else [], device_type="cuda"
+        ):
+            yield
+    finally:
+        np.random.set_state(states[0])  # noqa: NPY002
+        random.setstate(states[1])
 
 
 @contextmanager

@@ -15,11 +15,21 @@ from typing import Any
 from widthsearch.errors import SpaceError, one_line
 
 
-def load_function(reference: str, error: type[Exception] = SpaceError) -> Callable[[], Any]:
+def reference_of(function: str | Callable[..., Any]) -> str:
+    """The reference of a function, or the reference that is given."""
+    if isinstance(function, str):
+        return function
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def load_function(
+    reference: str | Callable[..., Any], error: type[Exception] = SpaceError
+) -> Callable[..., Any]:
     """Import the function of ``package.module:function`` or ``path/to/file.py:function``.
 
     Args:
-        reference: The reference.
+        reference: The reference; a function is returned as it is.
         error: The type of the error that is raised, with one line on the fault and the way out.
 
     Example:
@@ -30,6 +40,8 @@ def load_function(reference: str, error: type[Exception] = SpaceError) -> Callab
         widthsearch.errors.SpaceError: 'math:squrt': math has no function 'squrt'; did you mean \
 'sqrt'?
     """
+    if not isinstance(reference, str):
+        return reference
     where, _, name = reference.rpartition(":")
     parent = [str(Path(where).resolve().parent)] if where.endswith(".py") else []
     for folder in (str(Path.cwd()), *parent):  # an installed command has neither on its path

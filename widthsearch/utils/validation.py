@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import pydantic.dataclasses
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 
@@ -79,6 +79,36 @@ def validated_dataclass(
     return decorate
 
 
+def filled(cls: Any, values: Mapping[str, Any], place: str) -> Any:
+    """An instance of a user's dataclass with these values, each checked by its annotation.
+
+    Args:
+        cls: The dataclass.
+        values: The values by field.
+        place: The place of the values in the configuration, for messages.
+
+    Raises:
+        StudyError: A key is no field, a field is missing, or a value is of another type.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Cooking:
+        ...     minutes: int
+        >>> filled(Cooking, {"minutes": 5}, "cooking")
+        Cooking(minutes=5)
+        >>> filled(Cooking, {"minutes": "long"}, "cooking")
+        Traceback (most recent call last):
+        widthsearch.errors.StudyError: cooking.minutes must be a whole number, but was 'long'
+    """
+    known = _keys(cls)
+    for key in values.keys() - set(known):
+        raise StudyError(f"unknown key {f'{place}.{key}'.lstrip('.')!r}{hint(key, known)}")
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise StudyError(explain(error, {place: cls}, place)) from None
+
+
 def explain(error: ValidationError, sections: Mapping[str, Any], root: str = "") -> str:
     """The first fault that a validation found, in one line.
 
@@ -125,7 +155,10 @@ def _keys(section: Any) -> list[str]:
 
 def _place(location: tuple[int | str, ...], sections: Mapping[str, Any], root: str) -> str:
     """The path to a fault, without the names of the types that a union tried there."""
-    types, made = ("str", "int", "float", "[key]"), ("dict[", "json-or-python[")
+    types, made = (
+        ("str", "int", "float"),
+        ("[", "dict[", "json-or-python[", "function-", "callable"),
+    )
     parts = [str(part) for part in location]
     if location and isinstance(location[0], int):  # a positional argument
         parts[0] = _keys(sections[root])[location[0]]

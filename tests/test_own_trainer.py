@@ -1,0 +1,316 @@
+"""Studies with a trainer of the user's own, from their configuration to the trained folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from widthsearch import export
+from widthsearch.api import Study
+from widthsearch.errors import DataError, StudyError, WidthsearchError
+from widthsearch.runner.pickling import SharedData
+from widthsearch.study.config import StudyConfig
+from widthsearch.training.job import TrainingTrial
+from widthsearch.utils.references import load_function
+
+# --- configurations ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": {}}, "key 'recipe.epochs' is missing"),
+        ({"recipe": {"epochs": 0}}, "recipe.epochs must be greater than or equal to 1, but was 0"),
+        ({"recipe": 3}, "recipe must be a mapping of keys to values, but was 3"),
+        (
+            {"task": "digits"},
+            "a study has a task or a trainer, but was given both ('digits' and 'own:train'): a "
+            "trainer has its `data`",
+        ),
+        (
+            {"trainer": None, "recipe": {}},
+            "data is for an own trainer, but there is none and data is 'own:data': add `trainer`, "
+            "or use `task`",
+        ),
+        (
+            {"concurrency": "auto"},
+            "concurrency 'auto' probes the built-in trainer, but the trainer is 'own:train': give "
+            "a number",
+        ),
+        ({"trainer": 3}, "trainer must be text, but was 3"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Before anything runs."""
+    with pytest.raises(StudyError) as caught:
+        own.study(tmp_path, **changes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": {"epochs": 4, "faul": 1}}, "unknown key 'recipe.faul'; did you mean 'fault'?"),
+        ({"trainer": "own:trains"}, "'own:trains': own has no function 'trains'; did you mean 'tr"),
+        ({"trainer": "own:data"}, "a trainer must be a function of (network, trial), but 'own:da"),
+        (
+            {"proposers": ["uniform", "fisher"]},
+            "proposer 'fisher' reads the images of a task, but study 'own' has a trainer of its "
+            "own: use synflow, uniform, random, or a method of your own",
+        ),
+    ],
+)
+def test_a_wrong_trainer_or_recipe_is_one_line(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Before a trial begins."""
+    with pytest.raises(StudyError) as caught, own.study(tmp_path, **changes).search():
+        pass
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "study.db").exists()
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    """Functions become references; the recipe keeps all its keys."""
+    config = own.study(tmp_path, recipe={"epochs": 4, "crop": [1, 2]}).config
+    (tmp_path / "study.yaml").write_text(config.to_yaml())
+    read = StudyConfig.from_yaml(tmp_path / "study.yaml")
+    assert (read.trainer, read.data) == ("own:train", "own:data")
+    assert read.to_json() == config.to_json()
+    assert read.recipe == config.recipe
+    assert read.proposers == config.proposers
+
+
+def test_a_study_keeps_its_trainer_and_data(tmp_path: Path) -> None:
+    """Trials of two trainers could not be compared."""
+    with own.study(tmp_path).search() as search:
+        search.ask()
+    with pytest.raises(StudyError, match="a study keeps its trainer, but 'own' was begun with tra"):
+        own.study(tmp_path, trainer="own:state").search().__enter__()
+
+
+def test_methods_without_data_propose(tmp_path: Path) -> None:
+    """By default synflow."""
+    config = own.study(tmp_path).config
+    values = {k: v for k, v in config.to_json().items() if k != "proposers"}
+    study = Study(StudyConfig(**values), own.space(), folder=tmp_path)
+    messages: list[str] = []
+    with study.search(lambda progress: messages.append(progress.message)):
+        pass
+    assert any(message.startswith("proposer synflow finished") for message in messages)
+
+
+# --- data ---
+
+
+def test_data_is_shared_without_a_copy() -> None:
+    """Arrays and tensors of any dtype lie in the buffers; other objects are pickled."""
+    values = {
+        "set": TensorDataset(torch.arange(6.0).reshape(2, 3), torch.tensor([True, False])),
+        "bf16": torch.ones(4, 2, dtype=torch.bfloat16).t(),
+        "empty": torch.zeros(0, 3),
+        "number": torch.tensor(2.5),
+        "array": np.arange(8, dtype=np.int16).reshape(2, 4),
+        "names": ["a", "b"],
+    }
+    shared = SharedData.of(values, "data")
+    found = shared.load()
+    for key in ("bf16", "empty", "number"):
+        assert found[key].dtype == values[key].dtype  # type: ignore[attr-defined]
+        assert torch.equal(found[key], values[key])  # type: ignore[arg-type]
+    assert found["names"] == ["a", "b"]
+    assert not found["array"].flags.writeable
+    addresses = {buffer.ctypes.data for buffer in shared.buffers}
+    assert found["array"].ctypes.data in addresses
+    assert found["set"].tensors[0].data_ptr() in addresses
+    assert torch.equal(found["set"].tensors[0], values["set"].tensors[0])
+    assert values["array"].ctypes.data in addresses  # type: ignore[attr-defined]
+
+
+def test_data_that_fails_or_cannot_be_sent_is_one_line(tmp_path: Path) -> None:
+    """With the function's name and its error."""
+
+    def broken() -> None:
+        raise OSError("no such\ndisk")
+
+    study = own.study(tmp_path, data=broken)
+    with pytest.raises(DataError, match=r"^data '\S+broken' failed: OSError: no such$"):
+        study.data()
+    with pytest.raises(WidthsearchError, match=r"^the data of 'x' cannot be sent to the workers: "):
+        SharedData.of((i for i in range(3)), "the data of 'x'")
+
+
+# --- studies ---
+
+FAULTY = '''
+import os
+from pathlib import Path
+
+import own
+import torch
+
+ONCE, TWICE = (Path(__file__).with_name(name) for name in ("once", "twice"))
+
+
+def train(network, trial: own.TrainingTrial[own.Steps]):
+    """The width decides how it fails after the second epoch."""
+    whole = trial.report
+
+    def report(metrics, state):
+        if trial.epoch == 2:
+            width = network.first.out_features
+            if width == 2:
+                raise RuntimeError("no kernel for 2 channels\\nreally")
+            if width == 3:
+                metrics = {"acuracy": 1.0}
+            if width == 4:
+                metrics = {"accuracy": float("nan")}
+            if width == 5 and not ONCE.exists():
+                ONCE.touch()
+                os._exit(1)
+            if width == 6 and not TWICE.exists():
+                TWICE.touch()
+                raise torch.OutOfMemoryError("no memory is left")
+        return whole(metrics, state)
+
+    trial.report = report
+    own.train(network, trial)
+'''
+
+
+@pytest.mark.ray
+def test_faults_cost_their_trial_alone(tmp_path: Path) -> None:
+    """An exception, a wrong report and NaN fail it; a dead worker and a lack of memory do not."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    train = load_function(f"{tmp_path / 'faulty.py'}:train")
+    (macs,) = {own.space().cost(own.space().base).macs}
+    study = own.study(
+        tmp_path / "study",
+        trainer=train,
+        proposers=["own:small"],
+        budgets=[own.space().cost([n]).macs / macs for n in (2, 3, 4, 5, 6)],
+        baselines=0,
+        trials=6,
+        concurrency=2,
+    )
+    (tmp_path / "faulty.py").unlink()  # the workers cannot import it
+    messages: list[str] = []
+    study.run(lambda progress: messages.append(progress.message))
+    trials = {trial.widths["first"]: trial for trial in study.trials()}
+    assert str(trials[2].error).startswith("RuntimeError: no kernel for 2 channels; the wid")
+    assert str(trials[3].error).startswith(
+        "StudyError: a trainer must report the study's metric 'accuracy', but "
+    )
+    assert str(trials[4].error).startswith("training diverged in epoch 3: its accuracy is nan")
+    for width in (5, 6, 8):
+        assert trials[width].state == "finished"
+        assert [result.epoch for result in trials[width].curve] == [1, 2, 3, 4]
+    assert any("its worker process died; a new one continues" in each for each in messages)
+    assert any("ran out of memory; it will be trained again" in each for each in messages)
+    assert "Traceback" in (study.folder / "logs" / "run.log").read_text()
+
+    # The dead worker's trial went on from its checkpoint: its curve is that of a whole training.
+    trial = trials[5]
+    network = own.space().build(trial.widths, seed=trial.seed)
+    job = own.job(epochs=4)
+    alone: TrainingTrial[Any] = TrainingTrial(
+        job, network, own.data(), trial.widths, seed=trial.seed, folder=tmp_path / "alone"
+    )
+    job.run(network, alone)
+    assert [r.loss for r in alone.curve] == [r.loss for r in trial.curve]
+    assert alone.curve[-1].metrics == trial.curve[-1].metrics
+
+
+@pytest.mark.ray
+def test_a_study_stops_trials_early_confirms_and_trains_its_pick(tmp_path: Path) -> None:
+    """All by the one trainer; the final training gets its own data."""
+    study = own.study(
+        tmp_path / "study",
+        trainer="own:train",
+        final_data=final_data,
+        early_stopping={"kind": "rungs", "first_epoch": 1, "eta": 2},
+        objectives=["accuracy", "macs", "latency_ms"],
+        latency={"pairs": 4},
+        baselines=0,
+        trials=10,
+        concurrency=2,
+    )
+    study.run()
+    states = [trial.state for trial in study.trials()]
+    assert set(states) == {"finished", "stopped"}
+    assert all(trial.latency_ms for trial in study.trials())
+    study.confirm(seeds=2)
+    assert len(study.trials()) > 10
+    seen: list[int] = []
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    card = export.train(
+        study,
+        study.pick("best"),
+        seeds=2,
+        epochs=2,
+        folder=tmp_path / "out",
+        on_epoch=lambda _, result: seen.append(result.epoch),
+    )
+    assert seen == [1, 2, 1, 2]
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.random.get_state()[1].tolist() == state[1]  # noqa: NPY002
+    assert card["test_accuracy"]["mean"] > 0
+    assert (card["trainer"], card["recipe"]) == ("own:train", {"epochs": 2})
+    written = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert written == json.loads(json.dumps(card))
+    loaded = export.load(tmp_path / "out", study.space)
+    assert loaded(torch.zeros(1, 3)).shape == (1, 1)
+
+
+def final_data() -> Any:
+    """Twice the data."""
+    x, y = own.data()
+    return torch.cat([x, x]), torch.cat([y, y])
+
+
+def test_a_final_training_is_resumed(tmp_path: Path) -> None:
+    """From its last checkpoint, or with nothing left to train, to the same weights."""
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        assert trial.final
+        own.train(network, trial)
+
+    train.__annotations__["trial"] = TrainingTrial[own.Steps]
+
+    def interrupt(number: int, result: Any) -> None:
+        raise KeyboardInterrupt
+
+    trials = own.study(tmp_path / "study")
+    with trials.search() as search:
+        trial = search.ask()
+        assert trial is not None
+        network = trials.space.build(trial.widths, seed=trial.seed)
+        alone: TrainingTrial[Any] = TrainingTrial(
+            own.job(epochs=4), network, own.data(), trial.widths, seed=trial.seed, folder=tmp_path
+        )
+        own.job(epochs=4).run(network, alone)
+        search.report(trial.number, alone.curve)
+    study = own.study(tmp_path / "study", trainer=train)
+    pick = study.trials()[0]
+    whole = export.train(study, pick, seeds=1, epochs=2, folder=tmp_path / "whole")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            export.train(
+                study, pick, seeds=1, epochs=2, folder=tmp_path / "out", on_epoch=interrupt
+            )
+    resumed = export.train(study, pick, seeds=1, epochs=2, folder=tmp_path / "out")
+    assert resumed["test_accuracy"] == whole["test_accuracy"]
+    first, second = (
+        export.load(tmp_path / name, study.space).state_dict() for name in ("whole", "out")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,57 @@
+"""The trainer of a study and its data, from the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from widthsearch.errors import DataError, StudyError, one_line
+from widthsearch.study.config import StudyConfig
+from widthsearch.training.job import Job, own_job
+from widthsearch.training.recipe import OwnRecipe, recipe_values
+from widthsearch.training.trainer import train_classifier
+from widthsearch.utils.references import load_function, reference_of
+
+
+def study_job(config: StudyConfig, *, final: bool = False) -> Job:
+    """The built-in trainer, or the study's own, with the study's recipe.
+
+    Args:
+        config: The study's configuration.
+        final: Whether final trainings are meant.
+
+    Raises:
+        StudyError: The own trainer cannot be imported or is none, or the recipe does not fit it.
+    """
+    recipe, trainer, content = config.recipe, config.trainer, config.to_json()
+    identity = {
+        **{key: content[key] for key in ("trainer", "task", "data")},
+        **({"final_data": content["final_data"]} if final else {}),
+        "recipe": recipe_values(recipe),
+    }
+    if trainer is None:
+        assert not isinstance(recipe, OwnRecipe)
+        name = "the built-in trainer"
+        return Job(train_classifier, name, recipe, recipe.epochs, identity=identity)
+    assert isinstance(recipe, OwnRecipe)
+    function = load_function(trainer, StudyError)
+    return own_job(function, reference_of(trainer), recipe, config.metric.name, identity)
+
+
+def load_data(config: StudyConfig, *, final: bool) -> Any:
+    """Call the study's own ``data`` function, or ``final_data`` for a final training.
+
+    Returns:
+        None where the configuration names no function.
+
+    Raises:
+        DataError: The function cannot be imported, or fails.
+    """
+    function = (config.final_data if final else None) or config.data
+    if function is None:
+        return None
+    try:
+        return load_function(function, DataError)()
+    except (Exception, SystemExit) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"data {reference_of(function)!r} failed: {one_line(error)}") from error
