@@ -200,19 +200,17 @@ def train(options: argparse.Namespace) -> int:
     console = open_console()
     print_tables(console, tables.pick_table(study, trial))
 
-    epochs, own = 0, study.config.trainer is not None
-    name, unit = ("accuracy", "") if own else ("accuracy on training images", "%")
-
-    def reported(result: EpochResult) -> str:
-        loss = "" if result.loss is None else f"loss {result.loss:.4f}, "
-        return f"{loss}{name} {result.accuracy:.2f}{unit}"
+    epochs, metric = 0, study.config.metric
+    name = metric.name if study.config.trainer else f"{metric.name} on training images"
 
     def on_epoch(number: int, result: EpochResult) -> None:
         nonlocal epochs
         epochs += 1
+        loss = "" if result.loss is None else f"loss {result.loss:.4f}, "
         print_line(
             console,
-            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: {reported(result)}",
+            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: {loss}{name} "
+            f"{metric.text(result.accuracy)}{metric.unit}",
         )
 
     card = export.train(
@@ -226,13 +224,14 @@ def train(options: argparse.Namespace) -> int:
     )
     if not epochs:
         print_line(console, f"complete: nothing is left to train; remove {folder} to train it anew")
-    test, of_test = card["test_accuracy"], "accuracy" if own else "test accuracy"
+    test = card[f"test_{metric.name}"]
     of = "one seed"
     if options.seeds > 1:
-        of = f"mean of {options.seeds} seeds (standard deviation {test['std']:.2f})"
+        spread = metric.text(test["std"])
+        of = f"mean of {options.seeds} seeds (standard deviation {spread})"
     print_line(
         console,
-        f"{of_test} {test['mean']:.2f}{unit}, {of}; written to {folder}; load it with "
+        f"test {metric.name} {metric.text(test['mean'])}{metric.unit}, {of}; written to {folder}; load it with "
         f"widthsearch.load({str(folder)!r})",
     )
     return 0

@@ -99,7 +99,7 @@ def train(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        reported = {"accuracy": mean_iou(network, val_set, device), "loss": loss.item()}
+        reported = {"miou": mean_iou(network, val_set, device), "loss": loss.item()}
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         if not trial.report(reported, lambda state=state: state):
             return

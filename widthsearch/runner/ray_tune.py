@@ -74,7 +74,7 @@ class Session:
         if config.trainer is None and config.metric.name != ACCURACY.name:
             raise StudyError(
                 "the built-in trainer reports accuracy, but metric.name is "
-                f"{config.metric.name!r}: report it from a loop of your own (`Study.search`)"
+                f"{config.metric.name!r}: report it from a `trainer` of your own"
             )
         self._config = config
         self._folder = folder

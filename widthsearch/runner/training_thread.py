@@ -28,7 +28,22 @@ class TrainingThread:
         network: The network, on the trial's device.
         trial: The trial.
 
-    Example: see :class:`~widthsearch.runner.worker.Worker`.
+    Example:
+        >>> from pathlib import Path
+        >>> from widthsearch.widths import Widths
+        >>> def train(network, trial):
+        ...     while trial.report({"accuracy": 50.0 + trial.epoch}):
+        ...         pass
+        >>> job, network = Job(train, "mine", recipe={}, epochs=3), nn.Linear(2, 2)
+        >>> widths = Widths(("fc",), (2,))
+        >>> trial = TrainingTrial(job, network, None, widths, seed=0, folder=Path("unused"))
+        >>> training = TrainingThread(job, network, trial)
+        >>> [result.accuracy for result in training.step()]
+        [50.0]
+        >>> [result.accuracy for result in training.step()]
+        [50.0, 51.0]
+        >>> training.stop(), training.is_running
+        ('', False)
     """
 
     def __init__(self, job: Job, network: nn.Module, trial: TrainingTrial[Any]) -> None:

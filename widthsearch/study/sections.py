@@ -185,7 +185,13 @@ class ProposerConfig(BaseModel):
 
 
 class FreeRecipe(dict[str, Any]):
-    """The values of a recipe with any keys, before they are validated as an ``OwnRecipe``."""
+    """The values of a recipe with any keys, before they are validated as an ``OwnRecipe``.
+
+    Example:
+        >>> from pydantic import TypeAdapter
+        >>> TypeAdapter(AnyRecipe).validate_python(FreeRecipe(epochs=3, crop=48))
+        OwnRecipe(epochs=3, crop=48)
+    """
 
 
 AnyRecipe = Annotated[

@@ -133,7 +133,7 @@ class Trial:
 def _row(result: EpochResult, metric: str) -> dict[str, Any]:
     """An epoch as JSON values, all reported numbers by their names."""
     fields = {metric if key == "accuracy" else key: v for key, v in asdict(result).items()}
-    fields |= fields.pop("metrics")
+    fields = {**fields.pop("metrics"), **fields}
     return {
         key: None if isinstance(v, float) and not math.isfinite(v) else v
         for key, v in fields.items()
