@@ -27,7 +27,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from widthsearch.bayesopt.metric import ACCURACY
+from widthsearch.bayesopt.metric import ACCURACY, COSTS
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StorageError, StudyError, one_line
 from widthsearch.runner import cluster
@@ -71,7 +71,9 @@ class Session:
     """
 
     def __init__(self, config: StudyConfig, folder: Path) -> None:
-        if config.trainer is None and config.metric.name != ACCURACY.name:
+        known = (ACCURACY.name, "loss", *COSTS)
+        needed = {config.metric.name: None, **dict.fromkeys(config.objectives)}
+        if config.trainer is None and (missing := [n for n in needed if n not in known]):
             raise StudyError(
                 "the built-in trainer reports accuracy, but metric.name is "
                 f"{config.metric.name!r}: report it from a `trainer` of your own"

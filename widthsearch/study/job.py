@@ -31,7 +31,8 @@ def study_job(config: StudyConfig, *, final: bool = False) -> Job:
     if trainer is None:
         assert not isinstance(recipe, OwnRecipe)
         name = "the built-in trainer"
-        return Job(train_classifier, name, recipe, recipe.epochs, identity=identity)
+        metric = config.metric.name
+        return Job(train_classifier, name, recipe, recipe.epochs, metric, identity)
     assert isinstance(recipe, OwnRecipe)
     function = load_function(trainer, StudyError)
     return own_job(function, reference_of(trainer), recipe, config.metric.name, identity)
