@@ -87,10 +87,10 @@ def record(options: argparse.Namespace) -> None:
                 "macs": cost.macs,
                 "params": cost.params,
                 "latency_ms": round(latency.median_ms, 5),
-                "accuracy": [round(result.accuracy, 3) for result in curve],
+                "accuracy": [round(result.value, 3) for result in curve],
             }
         )
-        print(len(trials), cost.macs, curve[-1].accuracy, flush=True)
+        print(len(trials), cost.macs, curve[-1].value, flush=True)
         Path(options.file).write_text(json.dumps({"space": space.name, "trials": trials}))
 
 

@@ -151,7 +151,7 @@ def train(
     while not run.finished:
         result = run.run_epoch()
     return (
-        result.accuracy
+        result.value
         if split == "validation"
         else evaluate(model, task, "test", device, recipe.precision)
     )

@@ -140,7 +140,7 @@ class Spy(Trainer):
         result = super().run_epoch()
         if self.accuracies:
             phase = min(len(self.runs), len(self.accuracies))
-            self._curve[-1] = replace(result, accuracy=self.accuracies[phase - 1])
+            self._curve[-1] = replace(result, value=self.accuracies[phase - 1])
         return self._curve[-1]
 
 

@@ -106,7 +106,7 @@ def test_bf16_is_as_accurate_as_fp32() -> None:
     task = digits()
     final = {
         precision: [
-            fit(convnet(seed), task, replace(RECIPE, precision=precision), seed=seed)[-1].accuracy
+            fit(convnet(seed), task, replace(RECIPE, precision=precision), seed=seed)[-1].value
             for seed in range(6)
         ]
         for precision in ("fp32", "bf16")

@@ -358,7 +358,7 @@ def test_a_graph_trains_as_the_eager_loop_does() -> None:
             )
             finish(run)
             assert run.mode.endswith("graph" if on else "eager"), run.mode
-            accuracies.append(run.curve[-1].accuracy)
+            accuracies.append(run.curve[-1].value)
     assert min(final[True]) > 90
     means = [statistics.fmean(accuracies) for accuracies in final.values()]
     errors = [statistics.stdev(accuracies) / 5**0.5 for accuracies in final.values()]

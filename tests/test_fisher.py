@@ -213,7 +213,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
         return [torch.ones(n) for n in tuner.graph.groups]
 
     Scripted(scores=score)(space, task, setting())
-    assert found[0][0] == result.accuracy
+    assert found[0][0] == result.value
     assert all(map(torch.equal, found[0][1], model.parameters()))
 
 

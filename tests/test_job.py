@@ -47,7 +47,7 @@ def test_each_report_is_an_epoch(tmp_path: Path) -> None:
     for result in curve:
         assert result.loss is not None
         assert result.metrics == {"rmse": result.loss**0.5}
-        assert result.accuracy == 100 / (1 + result.loss)
+        assert result.value == 100 / (1 + result.loss)
 
 
 def test_tensors_and_numpy_numbers_are_numbers(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ def test_a_small_network_learns_digits() -> None:
     curve = fit(model, digits(), replace(QUICK, epochs=6), seed=0, on_epoch=seen.append)
     assert tuple(seen) == curve
     assert [result.epoch for result in curve] == [1, 2, 3, 4, 5, 6]
-    assert curve[-1].accuracy > 95
+    assert curve[-1].value > 95
     assert curve[-1].loss < curve[0].loss / 3
-    assert evaluate(model, digits(), "validation") == curve[-1].accuracy
+    assert evaluate(model, digits(), "validation") == curve[-1].value
     assert evaluate(model, digits(), "test") > 93
 
 
@@ -51,7 +51,7 @@ def test_a_small_network_learns_digits() -> None:
 )
 def test_every_recipe_learns(recipe: Recipe) -> None:
     """One-cycle with label smoothing, bf16 on a CPU, and plain SGD all reach 85%."""
-    assert fit(convnet(), digits(), recipe, seed=0)[-1].accuracy > 85
+    assert fit(convnet(), digits(), recipe, seed=0)[-1].value > 85
 
 
 def test_label_smoothing_raises_the_minimum_of_the_loss() -> None:
@@ -182,7 +182,7 @@ def test_divergence_reports_nan_and_ends_the_training() -> None:
     """A loss that is not finite gives accuracy NaN, and no further epoch."""
     curve = fit(convnet(), few(), replace(QUICK, lr=1e30), seed=0)
     assert len(curve) == 1
-    assert math.isnan(curve[0].accuracy)
+    assert math.isnan(curve[0].value)
     assert not math.isfinite(curve[0].loss)
 
 
@@ -269,7 +269,7 @@ def test_a_network_without_channels_last_trains() -> None:
     assert pick_memory_format(model, blank) is torch.contiguous_format
     assert pick_memory_format(convnet(), blank) is torch.channels_last
     assert model.training
-    assert fit(model, few(), replace(QUICK, epochs=1), seed=0)[0].accuracy > 10
+    assert fit(model, few(), replace(QUICK, epochs=1), seed=0)[0].value > 10
 
 
 def test_a_batch_larger_than_the_training_split_is_refused() -> None:

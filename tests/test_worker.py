@@ -58,8 +58,8 @@ def reason(report: WorkerReport) -> str:
 
 def same(curve: tuple[EpochResult, ...], other: tuple[EpochResult, ...]) -> bool:
     """Whether two curves are equal, apart from the seconds."""
-    return [(r.epoch, r.loss, r.accuracy) for r in curve] == [
-        (r.epoch, r.loss, r.accuracy) for r in other
+    return [(r.epoch, r.loss, r.value) for r in curve] == [
+        (r.epoch, r.loss, r.value) for r in other
     ]
 
 

@@ -127,12 +127,12 @@ def train(
             on_report=on_report,
         )
         result = _train_to_the_end(job, model, training, i)
-        if not math.isfinite(result.accuracy):
+        if not math.isfinite(result.value):
             raise StudyError(
                 f"training diverged in epoch {result.epoch} with seed {seed}: lower the recipe's lr"
                 f"{f' (now {recipe.lr})' if isinstance(recipe, Recipe) else ''}"
             )
-        tested[seed] = result.metrics.get(f"test_{job.metric}", result.accuracy)
+        tested[seed] = result.metrics.get(f"test_{job.metric}", result.value)
         if i == 0:
             torch.save({key: value.cpu() for key, value in model.state_dict().items()}, weights)
     posterior = study.posterior()

@@ -216,14 +216,14 @@ class _Phases:
             plateau = plateaued(history, method.tolerance, method.patience)
             setting.report(
                 f"phase {len(self.done) + 1} at {share:.2f} of the base's MACs, epoch "
-                f"{result.epoch} of at most {recipe.epochs}: accuracy {result.accuracy:.1f}%"
+                f"{result.epoch} of at most {recipe.epochs}: accuracy {result.value:.1f}%"
             )
-        if math.isnan(trainer.curve[-1].accuracy) and widths == space.base:
+        if math.isnan(trainer.curve[-1].value) and widths == space.base:
             raise StudyError(
                 f"activation_density needs a recipe that trains, but the base network diverged in "
                 f"epoch {trainer.epoch}; lower lr ({recipe.lr:g}), since a phase holds the peak"
             )
-        accuracy = float(np.mean([each.accuracy for each in trainer.curve[-method.patience :]]))
+        accuracy = float(np.mean([each.value for each in trainer.curve[-method.patience :]]))
         kept = inherited is not None
         phase = Phase(widths, macs, kept, trainer.epoch, plateau, history[-1], accuracy)
         self.done.append(phase)

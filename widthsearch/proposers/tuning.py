@@ -132,16 +132,16 @@ def train_base(
         seed=setting.seed,
         device=setting.device,
         on_epoch=lambda e: setting.report(
-            f"base: epoch {e.epoch} of {recipe.epochs}, {e.accuracy:.1f}%"
+            f"base: epoch {e.epoch} of {recipe.epochs}, {e.value:.1f}%"
         ),
         hook=hook,
     )
-    if math.isnan(curve[-1].accuracy):
+    if math.isnan(curve[-1].value):
         raise StudyError(
             f"the base network must train before it is pruned, but with lr={recipe.lr} it "
             "diverged; lower it"
         )
-    return curve[-1].accuracy
+    return curve[-1].value
 
 
 @dataclass(frozen=True)

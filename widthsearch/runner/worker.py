@@ -41,7 +41,7 @@ class WorkerReport:
 
     Example:
         >>> report = WorkerReport(curve=(EpochResult(1, 0.5, 91.0, 2.0),))
-        >>> report.curve[-1].accuracy, report.failure
+        >>> report.curve[-1].value, report.failure
         (91.0, None)
     """
 

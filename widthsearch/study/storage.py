@@ -323,6 +323,11 @@ def _is_whole(frozen: FrozenTrial, spaces: Spaces) -> bool:
     return set(_parameters(space, spaces).values()) <= frozen.params.keys()
 
 
+def _epoch(row: Mapping[str, Any]) -> EpochResult:
+    """An epoch; before there were other metrics its value was stored as ``accuracy``."""
+    return EpochResult(**{"value" if key == "accuracy" else key: v for key, v in row.items()})
+
+
 def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
     stored = frozen.user_attrs
     latency = stored.get("latency")
@@ -335,7 +340,7 @@ def _trial(frozen: FrozenTrial, spaces: Spaces) -> Trial:
         seed=stored["seed"],
         cost=Cost(**stored["cost"]),
         latency=None if latency is None else Latency.from_json(latency),
-        curve=tuple(EpochResult(**row) for row in attributes.read("curve", stored) or ()),
+        curve=tuple(_epoch(row) for row in attributes.read("curve", stored) or ()),
         state=_STATES[frozen.state],
         error=attributes.read("error", stored),
     )

@@ -58,7 +58,7 @@ class Trial:
         >>> trial = Trial(0, "net", Widths(("conv1",), (8,)), {"base": True}, 0, Cost(900, 80, 64))
         >>> trial.state, trial.value
         (<TrialState.RUNNING: 'running'>, None)
-        >>> curve = (EpochResult(epoch=1, loss=0.4, accuracy=91.5, seconds=2.0),)
+        >>> curve = (EpochResult(epoch=1, loss=0.4, value=91.5, seconds=2.0),)
         >>> replace(trial, curve=curve, state=TrialState.FINISHED).value
         91.5
     """
@@ -86,12 +86,12 @@ class Trial:
     @property
     def value(self) -> float | None:
         """The study's metric after the last epoch, in its unit; None unless finished."""
-        return self.curve[-1].accuracy if self.state == TrialState.FINISHED else None
+        return self.curve[-1].value if self.state == TrialState.FINISHED else None
 
     @property
     def values(self) -> tuple[float, ...]:
         """The study's metric after each epoch so far."""
-        return tuple(result.accuracy for result in self.curve)
+        return tuple(result.value for result in self.curve)
 
     @property
     def reported(self) -> dict[str, float]:

@@ -75,7 +75,7 @@ class Job:
         >>> widths = Widths(("fc",), (4,))
         >>> trial = TrainingTrial(job, net, None, widths, seed=0, folder=Path("unused"))
         >>> job.run(net, trial)
-        >>> [result.accuracy for result in trial.curve]
+        >>> [result.value for result in trial.curve]
         [50.0, 51.0]
     """
 
@@ -200,7 +200,7 @@ class TrainingTrial(Generic[R]):
     @property
     def complete(self) -> bool:
         """Whether all epochs were reported, or the metric was not finite."""
-        diverged = bool(self.curve) and not math.isfinite(self.curve[-1].accuracy)
+        diverged = bool(self.curve) and not math.isfinite(self.curve[-1].value)
         return diverged or self.epoch >= self.epochs
 
     @property

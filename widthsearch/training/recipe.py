@@ -133,20 +133,20 @@ class EpochResult:
     Attributes:
         epoch: The epoch's number, from 1.
         loss: The mean training loss, with label smoothing; None if a trainer reports none.
-        accuracy: The study's metric: of the built-in trainer top-1 accuracy on the validation split
+        value: The study's metric: of the built-in trainer top-1 accuracy on the validation split
             in percent; NaN if training diverged.
         seconds: Wall time of training, without evaluation where the trainer knows it.
         mode: Precision and execution of the steps, see :attr:`Trainer.mode`; empty if unknown.
         metrics: The further numbers that the trainer reported, by name.
 
     Example:
-        >>> EpochResult(1, loss=0.4, accuracy=91.5, seconds=2.0).accuracy
+        >>> EpochResult(1, loss=0.4, value=91.5, seconds=2.0).value
         91.5
     """
 
     epoch: int
     loss: float | None
-    accuracy: float
+    value: float
     seconds: float
     mode: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)

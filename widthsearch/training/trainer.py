@@ -53,7 +53,7 @@ class Trainer:
         >>> trainer = Trainer(model, load_task("digits"), Recipe(epochs=2, batch_size=32), seed=0)
         >>> while not trainer.finished:
         ...     result = trainer.run_epoch()
-        >>> result.epoch, result.accuracy > 50
+        >>> result.epoch, result.value > 50
         (2, True)
     """
 
@@ -95,7 +95,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all epochs were trained, or training diverged."""
-        diverged = bool(self._curve) and math.isnan(self._curve[-1].accuracy)
+        diverged = bool(self._curve) and math.isnan(self._curve[-1].value)
         return diverged or self.epoch >= self._recipe.epochs
 
     @property
@@ -156,7 +156,7 @@ def train_classifier(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
         trainer.restore(state, trial.curve)
     while not trainer.finished:
         result = trainer.run_epoch()
-        metrics = {"accuracy": result.accuracy, "loss": result.loss}
+        metrics = {"accuracy": result.value, "loss": result.loss}
         if trial.final and result.epoch == trial.epochs:
             metrics["test_accuracy"] = evaluate(network, task, "test", device, recipe.precision)
         if not trial.report(metrics, trainer.state, seconds=result.seconds, mode=result.mode):
