@@ -210,7 +210,7 @@ def train(options: argparse.Namespace) -> int:
         print_line(
             console,
             f"network {number + 1}/{options.seeds}, epoch {result.epoch}: {loss}{name} "
-            f"{metric.text(result.accuracy)}{metric.unit}",
+            f"{metric.text(result.value)}{metric.unit}",
         )
 
     card = export.train(
@@ -231,8 +231,8 @@ def train(options: argparse.Namespace) -> int:
         of = f"mean of {options.seeds} seeds (standard deviation {spread})"
     print_line(
         console,
-        f"test {metric.name} {metric.text(test['mean'])}{metric.unit}, {of}; written to {folder}; load it with "
-        f"widthsearch.load({str(folder)!r})",
+        f"test {metric.name} {metric.text(test['mean'])}{metric.unit}, {of}; written to {folder}; "
+        f"load it with widthsearch.load({str(folder)!r})",
     )
     return 0
 

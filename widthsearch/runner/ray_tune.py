@@ -75,8 +75,8 @@ class Session:
         needed = {config.metric.name: None, **dict.fromkeys(config.objectives)}
         if config.trainer is None and (missing := [n for n in needed if n not in known]):
             raise StudyError(
-                "the built-in trainer reports accuracy, but metric.name is "
-                f"{config.metric.name!r}: report it from a `trainer` of your own"
+                "the built-in trainer reports accuracy and loss, but the study needs "
+                f"{missing[0]}: add a `trainer` that reports it"
             )
         self._config = config
         self._folder = folder

@@ -38,9 +38,9 @@ class TrainingThread:
         >>> widths = Widths(("fc",), (2,))
         >>> trial = TrainingTrial(job, network, None, widths, seed=0, folder=Path("unused"))
         >>> training = TrainingThread(job, network, trial)
-        >>> [result.accuracy for result in training.step()]
+        >>> [result.value for result in training.step()]
         [50.0]
-        >>> [result.accuracy for result in training.step()]
+        >>> [result.value for result in training.step()]
         [50.0, 51.0]
         >>> training.stop(), training.is_running
         ('', False)
