@@ -5,14 +5,12 @@
 Trainings are simulated: a saturating curve in the logarithm of the MACs, with noise. All the rest
 is the study's own: the loop, early stopping, the storage with the driver's lock, the surrogate. The
 queue has random networks first; the last `--searched` trials are suggestions of the search, with a
-progress display as in `widthsearch run`. All times are CPU times of one process, so they hardly
-depend on what else the machine does.
+progress display as in `widthsearch run`. Times are CPU times of one process on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import subprocess
 import sys
@@ -21,10 +19,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from widthsearch import SearchSpace
 from widthsearch.proposers.families import Candidate
+from widthsearch.study.checks import claim
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.loop import Search
@@ -101,8 +101,6 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[list[float], list[fl
     ]
     queue = queue[: options.trials - options.searched]
     with DriverLock(store) as lock:
-        from widthsearch.study.checks import claim
-
         claim(store, config, {"net": space})
         search = Search(config, {"net": space}, lock, candidates=queue)
         queued = drive(search, options.epochs, len(queue))
@@ -132,13 +130,12 @@ def main() -> None:
     parser.add_argument("--searched", type=int, default=40)
     parser.add_argument("--early-stopping", choices=["front", "rungs"])
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as runs:
+    with tempfile.TemporaryDirectory() as runs, threadpool_limits(1):
         folder = Path(runs, "size")
         queued, searched = run(folder, options)
+        first, last = np.mean(queued[:50]), np.mean(queued[-50:])
+        print(f"driver, a trial of the queue: {first:.3f} s at first, {last:.3f} s at last")
         last = float(np.mean(searched[-20:]))
-        first, final = np.mean(queued[:50]), np.mean(queued[-50:])
-        print(f"driver, a trial of the queue, first / last 50  {first:.3f} / {final:.3f} s")
         show("driver, a trial of the search at the end", last, BARS["driver"], "s")
         show("pareto", pareto(folder), BARS["pareto"], "s")
         megabytes = sum(f.stat().st_size for f in folder.glob("study.db*")) / 1e6

@@ -11,7 +11,10 @@ import tiny
 
 from widthsearch.errors import DeviceError, StudyError
 from widthsearch.latency.config import Latency
+from widthsearch.proposers.families import Candidate
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.loop import FAILURES_IN_A_ROW
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, unresolved_failures
@@ -375,6 +378,25 @@ def test_progress_after_each_trial(tmp_path: Path) -> None:
         search.fail(2, "no")
     assert progress[-1].message.startswith("trial 2 failed: no; the widths are [")
     assert progress[-1].level == "warning"
+
+
+def test_the_posterior_on_display_lags_by_half_a_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact below 200 trials and at the end; the property stands for it, as its trials' number."""
+    monkeypatch.setattr(MetricPosterior, "best_accuracy", property(lambda p: len(p.trials)))
+    monkeypatch.setattr(MetricPosterior, "front", lambda p: [])
+    fine = SearchSpace.from_model(tiny.Net, (1, 4, 4), name="tiny", max_width=2.0, step=1)
+    grid = [Candidate("tiny", tiny.widths(a, b), {}) for a in range(2, 17) for b in range(2, 17)]
+    shown: dict[int, Progress] = {}
+    options = {"spaces": {"tiny": fine}, "candidates": grid}
+    settings = tiny.config(trials=206, recipe={"epochs": 1})
+    with tiny.searching(
+        tmp_path, settings, on_progress=lambda p: shown.update({p.done: p}), **options
+    ) as search:
+        tiny.drive(search)
+    lags = [done - (progress.best_accuracy or 0) for done, progress in shown.items()]
+    assert lags == [0] * 199 + [1, 0, 1, 0, 1, 0, 0]
 
 
 def test_a_driver_that_lost_its_lock_stops(tmp_path: Path) -> None:

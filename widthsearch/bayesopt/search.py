@@ -172,13 +172,13 @@ class BayesianSearch:
             for i, name in enumerate(names)
             if name not in (*predicted, *self.coordinates.exact)
         }
-        mean, costs = surrogate.posterior(widths).mean, np.log(values)
+        mean, costs = surrogate.mean(widths), np.log(values)
         window = np.array([self._window(name, costs[:, i]) for i, name in enumerate(names)])
         # The floor is below every network of the front, so that each counts: at most the least
         # score of all, and of the narrowest network of each space. Below a limit nothing counts.
         spaces = Coordinates.together(self.coordinates.spaces) or [self.coordinates]
         narrowest = [
-            surrogate.of_space(space).posterior([[axis.min_width for axis in space.axes]]).mean[0]
+            surrogate.of_space(space).mean([[axis.min_width for axis in space.axes]])[0]
             for space in spaces
         ]
         improvement = HypervolumeImprovement(
@@ -367,7 +367,7 @@ class _Acquisition:
 
     def condition_on(self, pool: _Candidates) -> _Acquisition:
         """The acquisition function if networks are trained and have their posterior means."""
-        mean = self.surrogate.posterior(pool.features).mean
+        mean = self.surrogate.mean(pool.features)
         improvement = replace(
             self.improvement,
             scores=np.concatenate([self.improvement.scores, mean]),

@@ -194,6 +194,10 @@ class Surrogate:
         seen = Features.concatenate([self._seen, new])
         return replace(self, _seen=seen, _y=y, _lower=lower)
 
+    def mean(self, widths: ArrayLike | Features) -> Array:
+        """The posterior mean of some networks, (M, A) to (M,): O(N M), deviations are O(N² M)."""
+        return self._mean_from(self._across(self._features(widths)))
+
     def posterior(self, widths: ArrayLike | Features) -> Posterior:
         """The posterior of each of some networks by itself, (M, A)."""
         at = self._features(widths)
@@ -239,9 +243,17 @@ class Surrogate:
 
     def _project(self, at: Features) -> tuple[Array, Array]:
         """The posterior mean, (M,), and H, (N, M)."""
-        across = weighted_sum(self.amplitudes[:-1], at.covariances(self._seen))
+        across = self._across(at)
         half = solve_triangular(self._lower, across.T, lower=True, check_finite=False)
-        return across @ self._weights * self._scale + self._mean, half
+        return self._mean_from(across), half
+
+    def _across(self, at: Features) -> Array:
+        """k(w*, w), (M, N)."""
+        return weighted_sum(self.amplitudes[:-1], at.covariances(self._seen))
+
+    def _mean_from(self, across: Array) -> Array:
+        mean: Array = across @ self._weights * self._scale + self._mean
+        return mean
 
 
 def factor(amplitudes: Array, parts: Sequence[Array], variance: Array) -> Array:

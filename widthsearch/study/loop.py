@@ -120,6 +120,8 @@ class Search:
         self._suggestions = Suggestions(config, self._latency, self._queue.proposed)
         self._exhausted = False
         self._failures = 0
+        self._counted = ((-1, -1), 0)
+        self._shown = (-1, self.posterior)
         self._pace = Pace(self._done)
 
     @property
@@ -172,7 +174,6 @@ class Search:
         Raises:
             StudyError: Another driver took over, or too many trials failed in a row.
         """
-        self.driver_lock.check()
         self._pace.record_epoch()
         trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
@@ -267,14 +268,24 @@ class Search:
             if not self._exhausted:
                 total += max(0, self._total - self._begun)
             running = len(self.running)
-            now = self._pace.progress(self.posterior, self._done, running, total)
+            now = self._pace.progress(self._shown_posterior(), self._done, running, total)
             self._on_progress(replace(now, message=message, level=level))
+
+    def _shown_posterior(self) -> MetricPosterior:
+        """The posterior for the display; of 200 trials or more, it may be 0.5% of them behind."""
+        if self._done - self._shown[0] > self._done // 200 or self.done:
+            self._shown = self._done, self.posterior
+        return self._shown[1]
 
     @property
     def _begun(self) -> int:
         """The trials of this search that have begun; a failed one and its repetition count once."""
-        counted = self.trials.keys() - self._queue.superseded
-        return sum("confirms" not in self.trials[number].origin for number in counted)
+        known = len(self.trials), len(self._queue.superseded)
+        if self._counted[0] != known:
+            counted = self.trials.keys() - self._queue.superseded
+            own = sum("confirms" not in self.trials[number].origin for number in counted)
+            self._counted = known, own
+        return self._counted[1]
 
     @property
     def _total(self) -> int:

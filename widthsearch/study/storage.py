@@ -134,6 +134,7 @@ class Store:
         self.name = name
         self._storage = storage
         self._study = storage.get_study_id_from_name(name)
+        self._keys: dict[int, int] = {}
         self.fence = Fence(url, storage.engine, self._study, name)
 
     @classmethod
@@ -307,7 +308,10 @@ class Store:
         return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
 
     def _key(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
+        if number not in self._keys:
+            found = self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
+            self._keys[number] = found
+        return self._keys[number]
 
 
 def _parameters(space: str, spaces: Spaces) -> dict[str, str]:

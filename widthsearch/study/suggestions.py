@@ -191,7 +191,7 @@ class Suggestions:
             if name == space or not own or (timed and all(t.latency is None for t in own)):
                 continue
             vectors = np.array([trial.widths.vector for trial in own])
-            mean = shared.of_space(search.coordinates).posterior(vectors).mean.tolist()
+            mean = shared.of_space(search.coordinates).mean(vectors).tolist()
             ms = self._latency(name, vectors)[0].tolist() if timed else [math.nan] * len(own)
             for trial, score, predicted_ms in zip(own, mean, ms, strict=True):
                 seen = observation(trial, self._objectives, self._metric, predicted_ms)

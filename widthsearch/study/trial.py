@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from widthsearch.latency.config import Latency
@@ -88,7 +89,7 @@ class Trial:
         """The study's metric after the last epoch, in its unit; None unless finished."""
         return self.curve[-1].value if self.state == TrialState.FINISHED else None
 
-    @property
+    @cached_property
     def values(self) -> tuple[float, ...]:
         """The study's metric after each epoch so far."""
         return tuple(result.value for result in self.curve)
