@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 from widthsearch.latency.config import Latency
-from widthsearch.study.posterior import MetricPosterior
+from widthsearch.study.posterior import MetricPosterior, _best_at_costs
 from widthsearch.study.storage import SpaceRecord
 from widthsearch.study.trial import Trial, TrialState
 
@@ -135,3 +137,22 @@ def test_a_trial_without_an_objective_is_no_member() -> None:
     posterior = MetricPosterior(seen, RECORDS, ("accuracy", "latency_ms"))
     assert [member.number for member in posterior.front()] == [0]
     assert posterior.value(seen[1]) == pytest.approx(90.0)
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda d: st.lists(
+            st.tuples(st.lists(st.integers(0, 3), min_size=d, max_size=d), st.booleans()),
+            min_size=1,
+            max_size=12,
+        )
+    )
+)
+def test_the_best_draw_at_the_costs_of_a_network(networks: list[tuple[list[int], bool]]) -> None:
+    """Against a search through all networks; costs may be equal, and some are out of the limits."""
+    costs = np.array([cost for cost, _ in networks], float)
+    draws = np.random.default_rng(0).standard_normal((len(networks), 5))
+    draws[[not within for _, within in networks]] = -np.inf
+    rivals = (costs[:, None] >= costs).all(axis=2)
+    expected = [draws[rivals[i]].max(axis=0) for i in range(len(networks))]
+    np.testing.assert_array_equal(_best_at_costs(costs, draws), expected)

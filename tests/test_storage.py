@@ -8,10 +8,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 import tiny
+from torch import nn
 
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.proposers.families import Candidate
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
@@ -241,3 +244,28 @@ def test_a_kill_between_parts_leaves_the_old_value(
     left = 6
     store.set_attribute("record", new)
     assert Store.open(url, "tiny").attribute("record") == new
+
+
+def test_a_trial_costs_the_same_in_a_large_study(url: str, tmp_path: Path) -> None:
+    """As many SQL statements as in an empty one, and at most 50 kB, with 30 axes and reports."""
+    layers = [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(30)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    spaces = {"net": SearchSpace.from_model(net, (3, 4, 4), name="net")}
+    store = Store.create(url, "large", ("accuracy", "macs"))
+    assert store.fence.take(store.fence.read(), 0, {})
+    statements: list[str] = []
+    sqlalchemy.event.listen(
+        store._storage.engine, "before_cursor_execute", lambda *event: statements.append(event[2])
+    )
+    counts, sizes = [], []
+    for number in range(8):
+        store.begin(spaces, Candidate("net", spaces["net"].base, {"sampler": "width"}), seed=number)
+        for epoch in range(1, 31):
+            store.record_curve(number, tiny.curve(*[90.0 + 1 / 3] * epoch))
+        store.finish(number, (90.0, 1e6))
+        counts.append(len(statements))
+        statements.clear()
+        sizes.append(sum(file.stat().st_size for file in tmp_path.glob("study.db")))
+    assert len(spaces["net"].axes) == 30
+    assert len(set(counts[1:])) == 1, counts
+    assert (sizes[-1] - sizes[0]) / 7 < 50_000

@@ -57,6 +57,13 @@ def test_a_left_out_training_is_predicted_as_if_it_had_never_been() -> None:
         assert left.sd[i] == pytest.approx(np.hypot(estimate.sd[0], whole.noise), rel=1e-6)
 
 
+def test_means_alone_are_those_of_the_posterior() -> None:
+    """To the last bit, of networks seen and unseen."""
+    surrogate = fitted(30)
+    widths = np.concatenate([trained(30)[0], trained(20, seed=1)[0]])
+    np.testing.assert_array_equal(surrogate.mean(widths), surrogate.posterior(widths).mean)
+
+
 @pytest.mark.parametrize("count", [50, 100])
 def test_its_intervals_are_calibrated(count: int) -> None:
     """Of trainings left out, and of networks that were never trained."""
