@@ -45,6 +45,13 @@ ROOT = Path(__file__).parents[2]
 _STUDY = Path(__file__).with_name("study.py")
 
 
+_DATABASE_ERRORS: tuple[type[Exception], ...] = (sqlite3.Error,)
+with contextlib.suppress(ImportError):
+    import psycopg
+
+    _DATABASE_ERRORS += (psycopg.Error,)
+
+
 class HungError(Exception):
     """A driver shows no progress."""
 
@@ -128,10 +135,8 @@ class History:
         try:
             with checker.connected(self.url) as connection:
                 found = checker.trials(connection)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) or type(error).__module__.startswith("psycopg"):
-                return None
-            raise
+        except _DATABASE_ERRORS:
+            return None
         self.record.seen.append((time.monotonic(), found))
         return found
 
@@ -249,6 +254,8 @@ class History:
                 return False
             if fault.moment == "step":
                 return self._steps() >= steps
+            if fault.moment == "checkpoint":
+                return self._steps() >= steps and self._saves()
             if fault.moment == "printed":
                 return driver.output.stat().st_size > lines.st_size
             if fault.moment == "stored":
@@ -351,11 +358,20 @@ class History:
             return self.witness.read_bytes().count(b"\n")
         return 0
 
-    def _stored(self) -> object:
+    def _saves(self) -> bool:
+        """Whether a checkpoint was touched after the last training step."""
+        with contextlib.suppress(OSError):
+            files = [path.stat() for path in (self.study / "checkpoints").glob("*/*")]
+            step = self.witness.stat().st_mtime_ns
+            return any(file.st_mtime_ns > step for file in files)
+        return False
+
+    def _stored(self) -> dict[int, checker.Outcome] | None:
+        """The trials in the storage; None while there is none."""
         try:
             with checker.connected(self.url) as connection:
-                return checker.trials(connection)
-        except Exception:  # noqa: BLE001  not there yet, or not reachable
+                return checker.trials(connection) or None
+        except _DATABASE_ERRORS:
             return None
 
 

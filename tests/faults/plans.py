@@ -27,9 +27,9 @@ PLACES = {
 
 KINDS = (*SIGNALS, *SESSIONS, *PLACES)
 
-MOMENTS = ("step", "step", "step", "printed", "raylet", "worker", "stored")
-"""What a fault waits for: a number of training steps, a line of progress, a process of Ray's, or a
-write to the storage."""
+MOMENTS = ("step", "step", "step", "checkpoint", "printed", "stored", "raylet", "worker")
+"""What a fault waits for: a number of training steps, the first write of a checkpoint after these,
+a line of progress, a change of the trials in the storage, or a process of Ray's."""
 
 PER_HISTORY = 5
 
@@ -43,7 +43,7 @@ class Fault:
     Attributes:
         kind: One of :data:`KINDS`.
         moment: One of :data:`MOMENTS`.
-        steps: The number of training steps to wait for, with ``step``.
+        steps: The number of training steps to wait for, with ``step`` and ``checkpoint``.
         again: Whether a driver is started while the fault lasts, too, where it lasts.
     """
 
@@ -90,7 +90,7 @@ def plans(
                 where = PLACES.get(kind, where)
         where = where or rng.choice(sorted({"folder", *places}))
         faults = [
-            Fault(kind, rng.choice(MOMENTS), rng.randint(1, 50), rng.random() < 0.5)
+            Fault(kind, rng.choice(MOMENTS), rng.randint(1, 24), rng.random() < 0.5)
             for kind in drawn
         ]
         number += 1
