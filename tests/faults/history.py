@@ -38,7 +38,7 @@ PATIENCE_SECONDS = 180.0
 LINGER_SECONDS = 30.0
 """So long Ray's processes may live on after their driver."""
 
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
 
 ROOT = Path(__file__).parents[2]
 
@@ -248,19 +248,22 @@ class History:
         target = fault.kind.split()[0]
         steps, stored, lines = self._steps() + fault.steps, self._stored(), driver.output.stat()
 
+        def exists(role: str) -> bool:
+            found = processes.processes({driver.process.pid})
+            return role in {process.role for process in found}
+
         def reached() -> bool:
-            roles = {process.role for process in processes.processes({driver.process.pid})}
-            if target in ("worker", "raylet") and target not in roles:
-                return False
             if fault.moment == "step":
-                return self._steps() >= steps
-            if fault.moment == "checkpoint":
-                return self._steps() >= steps and self._saves()
-            if fault.moment == "printed":
-                return driver.output.stat().st_size > lines.st_size
-            if fault.moment == "stored":
-                return self._stored() != stored
-            return fault.moment in roles
+                now = self._steps() >= steps
+            elif fault.moment == "checkpoint":
+                now = self._steps() >= steps and self._saves()
+            elif fault.moment == "printed":
+                now = driver.output.stat().st_size > lines.st_size
+            elif fault.moment == "stored":
+                now = self._stored() != stored
+            else:
+                now = exists(fault.moment)
+            return now and (target not in ("worker", "raylet") or exists(target))
 
         if not self._until(driver, reached):
             return False
