@@ -339,12 +339,17 @@ class History:
                 process.send(signal.SIGCONT)
             return driver
         over = len(checker.done(self.outcomes() or {})) == TRIALS
-        successor = self._start()
-        steps = self._steps()
-        self._until(successor, lambda: self._steps() > steps)
-        self.record.replaced[driver.process.pid] = time.monotonic()
+        successor, steps = self._start(), self._steps()
+        # A driver that is frozen within a transaction keeps SQLite locked: it is not replaced.
+        successor.expected = {0, 2}
+        replaced = self._until(successor, lambda: self._steps() > steps)
+        if replaced or self._ended(successor) == 0:
+            self.record.replaced[driver.process.pid] = time.monotonic()
         for process in frozen:
             process.send(signal.SIGCONT)
+        if driver.process.pid not in self.record.replaced:
+            return driver
+        successor.expected = {0}
         driver.expected = {0, 2} if over else {2}
         self._ended(driver)
         return successor
