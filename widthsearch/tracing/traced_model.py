@@ -102,7 +102,7 @@ class TracedModel:
         found = traced_with(frozenset())
         if known is None and found.constructor and (derived := found.constructor.changed):
             other = traced_with(derived.keys())
-            if len(other.trace.axes) >= len(found.trace.axes):
+            if _pinning(other.trace) <= _pinning(found.trace):
                 return other
         return found
 
@@ -241,6 +241,11 @@ class TracedModel:
     def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
         """The template with other tensors; see :func:`~widthsearch.tracing.constructor.resized`."""
         return resized(self.template, self.trace, tensors, value)
+
+
+def _pinning(trace: Trace) -> tuple[int, int]:
+    """How little is free: the MACs in products without a free width, then minus the axes."""
+    return trace.macs.get((), 0), -len(trace.axes)
 
 
 def _empty(like: Tensor, shape: Sequence[int], device: Any) -> Tensor:
