@@ -384,7 +384,7 @@ def test_the_posterior_on_display_lags_by_half_a_percent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact below 200 trials and at the end; the property stands for it, as its trials' number."""
-    monkeypatch.setattr(MetricPosterior, "best_accuracy", property(lambda p: len(p.trials)))
+    monkeypatch.setattr(MetricPosterior, "best_value", property(lambda p: len(p.trials)))
     monkeypatch.setattr(MetricPosterior, "front", lambda p: [])
     fine = SearchSpace.from_model(tiny.Net, (1, 4, 4), name="tiny", max_width=2.0, step=1)
     grid = [Candidate("tiny", tiny.widths(a, b), {}) for a in range(2, 17) for b in range(2, 17)]
@@ -395,7 +395,7 @@ def test_the_posterior_on_display_lags_by_half_a_percent(
         tmp_path, settings, on_progress=lambda p: shown.update({p.done: p}), **options
     ) as search:
         tiny.drive(search)
-    lags = [done - (progress.best_accuracy or 0) for done, progress in shown.items()]
+    lags = [done - (progress.best_value or 0) for done, progress in shown.items()]
     assert lags == [0] * 199 + [1, 0, 1, 0, 1, 0, 0]
 
 
