@@ -55,6 +55,8 @@ def test_tensors_and_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     trial = own.trial(tmp_path)
     assert trial.report({"accuracy": torch.tensor(50.0), "f1": np.float32(0.5)}, seconds=2.0)
     assert trial.curve == [EpochResult(1, None, 50.0, 2.0, "", {"f1": 0.5})]
+    with pytest.raises(StudyError, match="a mapping of names to numbers, but 'own:train' reported"):
+        trial.report(50.0)  # type: ignore[arg-type]
     for value in (torch.ones(2), "high", None):
         with pytest.raises(StudyError, match="must report numbers, but 'own:train' reported f1="):
             trial.report({"accuracy": 50.0, "f1": value})
@@ -148,11 +150,14 @@ def test_a_resumed_training_equals_an_uninterrupted_one(saved: Path, tmp_path: P
 
 
 def test_a_state_must_be_taken_up(saved: Path) -> None:
-    """Else new weights would go on with the old curve."""
+    """Else new weights would go on with the old curve, or pass for the trained ones at its end."""
     trial = own.trial(saved)
     trial.load()
-    with pytest.raises(StudyError, match="reported epoch 2 and never called"):
+    with pytest.raises(StudyError, match="went on from epoch 1 and did not call"):
         trial.report({"accuracy": 1.0})
+    trial.epochs = 1
+    with pytest.raises(StudyError, match="went on from epoch 1 and did not call"):
+        own.job(lambda network, trial: None).run(network(), trial)
 
 
 def test_a_state_that_could_not_be_loaded_is_refused_at_once(tmp_path: Path) -> None:

@@ -101,8 +101,9 @@ class TrainingThread:
                 f"a trainer must return once report() has returned False, but {self._name!r} did "
                 f"not within {RETURN_SECONDS:g} s; its worker process is replaced"
             )
-        if self._error is not None:
-            return f"trainer {self._name!r} failed after it was stopped: {one_line(self._error)}"
+        error, self._error = self._error, None  # its frames hold the network
+        if error is not None:
+            return f"trainer {self._name!r} failed after it was stopped: {one_line(error)}"
         return ""
 
     def _run(self, job: Job, network: nn.Module) -> None:

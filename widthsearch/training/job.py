@@ -94,6 +94,7 @@ class Job:
         """
         trial.begin_epoch()
         self.trainer(network, trial)
+        trial.check_resumed()
         if not trial.ended:
             raise StudyError(
                 f"a trainer must report once an epoch until report() returns False, but "
@@ -218,6 +219,18 @@ class TrainingTrial(Generic[R]):
         self.curve = [EpochResult(*row) for row in saved["curve"]]
         self._state, self._must_resume = saved["state"], True
 
+    def check_resumed(self) -> None:
+        """Check that the state of the last checkpoint was asked for.
+
+        Raises:
+            StudyError: It was not: new weights would go on with the old curve.
+        """
+        if self._must_resume:
+            raise StudyError(
+                f"a trainer that saves a state must take it up, but {self._job.name!r} went on "
+                f"from epoch {self.epoch} and did not call trial.resume()"
+            )
+
     def resume(self) -> Any:
         """The state that the last checkpoint holds, with its tensors on the trial's device.
 
@@ -253,7 +266,7 @@ class TrainingTrial(Generic[R]):
 
         Raises:
             StudyError: The metrics are not numbers or lack the study's, the state cannot be loaded
-                again or is not taken up, or the trial has ended.
+                again or was not taken up, or the trial has ended.
         """
         seconds = time.perf_counter() - self._since if seconds is None else seconds
         if self.ended:
@@ -261,12 +274,13 @@ class TrainingTrial(Generic[R]):
                 f"a trainer must return once report() has returned False, but {self._job.name!r} "
                 f"reported again after epoch {self.epoch}"
             )
-        if self._must_resume:
-            raise StudyError(
-                f"a trainer that saves a state must take it up, but {self._job.name!r} reported "
-                f"epoch {self.epoch + 1} and never called trial.resume()"
-            )
+        self.check_resumed()
         self._state = None
+        if not isinstance(metrics, Mapping):
+            raise StudyError(
+                f"a report must be a mapping of names to numbers, but {self._job.name!r} reported "
+                f"{metrics!r}"
+            )
         numbers = {str(name): self._number(name, value) for name, value in metrics.items()}
         if (metric := self._job.metric) not in numbers:
             raise StudyError(
