@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +235,16 @@ def test_faults_cost_their_trial_alone(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_study_stops_trials_early_confirms_and_trains_its_pick(tmp_path: Path) -> None:
     """All by the one trainer; the final training gets its own data."""
+    loaded: list[int] = []
+
+    def data() -> Any:
+        loaded.append(os.getpid())
+        return own.data()
+
     study = own.study(
         tmp_path / "study",
         trainer="own:train",
+        data=data,
         final_data=final_data,
         early_stopping={"kind": "rungs", "first_epoch": 1, "eta": 2},
         objectives=["accuracy", "macs", "latency_ms"],
@@ -246,6 +254,7 @@ def test_a_study_stops_trials_early_confirms_and_trains_its_pick(tmp_path: Path)
         concurrency=2,
     )
     study.run()
+    assert loaded == [os.getpid()]  # once, here
     states = [trial.state for trial in study.trials()]
     assert set(states) == {"finished", "stopped"}
     assert all(trial.latency_ms for trial in study.trials())
@@ -268,8 +277,8 @@ def test_a_study_stops_trials_early_confirms_and_trains_its_pick(tmp_path: Path)
     assert (card["trainer"], card["recipe"]) == ("own:train", {"epochs": 2})
     written = json.loads((tmp_path / "out" / "card.json").read_text())
     assert written == json.loads(json.dumps(card))
-    loaded = export.load(tmp_path / "out", study.space)
-    assert loaded(torch.zeros(1, 3)).shape == (1, 1)
+    network = export.load(tmp_path / "out", study.space)
+    assert network(torch.zeros(1, 3)).shape == (1, 1)
 
 
 def final_data() -> Any:
