@@ -29,7 +29,9 @@ def main() -> int:
         where -= {PLACES.get(name, name)}
     begun = time.monotonic()
     undisturbed = play(Plan("folder", 1, ()))
-    print(f"undisturbed: {undisturbed.seconds:.0f} s", *undisturbed.complaints, sep="\n  ")
+    print(
+        f"undisturbed: {undisturbed.seconds:.0f} s", *undisturbed.complaints, sep="\n  ", flush=True
+    )
     hit: Counter[str] = Counter()
     broken: Counter[str] = Counter(complaint.kind for complaint in undisturbed.complaints)
     histories = 0

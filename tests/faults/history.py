@@ -26,7 +26,7 @@ from typing import Any
 from . import checker, places, processes
 from .plans import Fault, Plan
 
-TRIALS, EPOCHS, STEPS = 8, 4, 8
+TRIALS, EPOCHS, STEPS = 8, 8, 8
 """Of the study: training steps are those of an epoch."""
 
 TIMEOUT_SECONDS = 2.0

@@ -90,7 +90,7 @@ def plans(
                 where = PLACES.get(kind, where)
         where = where or rng.choice(sorted({"folder", *places}))
         faults = [
-            Fault(kind, rng.choice(MOMENTS), rng.randint(1, 24), rng.random() < 0.5)
+            Fault(kind, rng.choice(MOMENTS), rng.randint(1, 40), rng.random() < 0.5)
             for kind in drawn
         ]
         number += 1
