@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="a kind of fault; may be repeated")
     parser.add_argument("--keep", type=Path, help="keeps the files of bad histories in a folder")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
     kinds, where = set(options.only or KINDS), {*PLACES.values()}
     for name, reason in places.missing().items():
         print(f"skipped: {name}: {reason}")
