@@ -413,43 +413,25 @@ class Solver(Sketch):
         """
         assert frame.module is not None
         key = frame.call.kind, leaves, v, tuple(shapes_of(frame.module).items())
-        if key not in self._seen:
-            self._seen[key] = None
-            before = sizes_of(frame.module)
-            for new in (2 * v, 3 * v, v + 1):
-                slopes = self._slopes(frame, original, arguments, leaves, v, new, before)
-                if slopes is not None:
-                    if any(u != slope * v for u, slope in slopes.values()):
-                        # Of a number that sizes are rounded to, another value gives other slopes.
-                        again = self._slopes(frame, original, arguments, leaves, v, new + v, before)
-                        slopes = {
-                            where: found
-                            for where, found in slopes.items()
-                            if again is None or again.get(where) == found
-                        }
-                    self._seen[key] = slopes
-                    break
-        return self._seen[key]
+        if key in self._seen:
+            return self._seen[key]
+        before = sizes_of(frame.module)
 
-    def _slopes(
-        self,
-        frame: Frame,
-        original: Any,
-        arguments: Any,
-        leaves: tuple[Leaf, ...],
-        v: int,
-        new: int,
-        before: Mapping[Where, int],
-    ) -> dict[Where, tuple[int, Fraction]] | None:
-        """The sizes that change when numbers become ``new``, each with its slope."""
-        after = self._probe(frame, original, arguments, dict.fromkeys(leaves, new))
-        if after is None or after.keys() != before.keys():
-            return None
-        return {
-            where: (u, Fraction(after[where] - u, new - v))
-            for where, u in before.items()
-            if after[where] != u
-        }
+        def slopes(new: int) -> Responses | None:
+            after = self._probe(frame, original, arguments, dict.fromkeys(leaves, new))
+            if after is None or after.keys() != before.keys():
+                return None
+            pairs = ((where, u, after[where]) for where, u in before.items())
+            return {where: (u, Fraction(n - u, new - v)) for where, u, n in pairs if n != u}
+
+        for new in (2 * v, 3 * v, v + 1):
+            if (found := slopes(new)) is not None:
+                break
+        offset = any(u != slope * v for u, slope in (found or {}).values())
+        # Of a number that sizes are rounded to, another value gives other slopes.
+        if found and offset and (again := slopes(new + v)) is not None:
+            found = {where: each for where, each in found.items() if again.get(where) == each}
+        return self._seen.setdefault(key, found)
 
     def _probe(
         self, frame: Frame, original: Any, arguments: Any, changes: Mapping[Leaf, int]
