@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
 import numpy as np
+import own
 import pytest
 import torch
 from strategies import MODELS, space_of
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from widthsearch.data.config import Augmentation
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import OwnTask, Task
+from widthsearch.errors import WidthsearchError
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import scale_proposal
 from widthsearch.space.search_space import SearchSpace
@@ -40,6 +45,43 @@ def global_state() -> tuple[object, ...]:
     return random.getstate(), numpy_state, torch.get_rng_state().tolist(), threads
 
 
+def pixels(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean cross-entropy of the pixels of a batch."""
+    return F.cross_entropy(network(batch[0]), batch[1])
+
+
+def pictures(split: str, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Noise (8, 3, 8, 8), and whether each pixel is bright (8, 8, 8); three batches, or one."""
+    generator = torch.Generator().manual_seed(seed + (split == "train"))
+    images = torch.randn(3 if split == "train" else 1, 8, 3, 8, 8, generator=generator)
+    return [(x, (x.mean(1) > 0).long()) for x in images]
+
+
+def regressor() -> nn.Module:
+    """A perceptron of two widths."""
+    return nn.Sequential(
+        *(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()),
+        nn.Linear(16, 1),
+    )
+
+
+def segmenter() -> nn.Module:
+    """Three convolutions that keep the resolution."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 1)),
+    )
+
+
+OWN_TASKS = {
+    "regression": (regressor, (3,), OwnTask(own.loss, own.batches)),
+    "segmentation": (segmenter, (3, 8, 8), OwnTask(pixels, pictures)),
+}
+"""Tasks with a loss and batches of their own: each with a model and the shape of its input."""
+
+OWN = Recipe(epochs=2, lr=0.01, precision="fp32")
+"""Their recipe."""
+
 RECIPE = Recipe(epochs=2, batch_size=50, lr=0.05)
 
 
@@ -54,10 +96,12 @@ class ProposerConformance:
     Attributes:
         method: The proposer's name in the mapping.
         proposer: An instance that is quick.
+        cannot: The error by the kind of own task for which there can be no proposal.
     """
 
     method: ClassVar[str]
     proposer: ClassVar[Proposer]
+    cannot: ClassVar[Mapping[str, str]] = {}
 
     def propose(self, space: SearchSpace, seed: int = 0, device: str = "cpu") -> Proposal:
         """The proposal of the instance."""
@@ -121,6 +165,22 @@ class ProposerConformance:
         proposal = self.propose(space_of("Concatenated"))
         assert Proposal.from_json(json.loads(json.dumps(proposal.to_json()))) == proposal
         assert proposal.provenance["seed"] == 0
+
+    @pytest.mark.parametrize("kind", sorted(OWN_TASKS))
+    def test_it_proposes_for_a_loss_of_the_users_own(self, kind: str) -> None:
+        """Members of the space, the same ones for the same seed; or one line why it cannot."""
+        make_model, shape, task = OWN_TASKS[kind]
+        space, asked = SearchSpace.from_model(make_model, shape), replace(setting(), recipe=OWN)
+        if kind in self.cannot:
+            with pytest.raises(WidthsearchError, match=self.cannot[kind]):
+                type(self).proposer(space, task, asked)
+            return
+        proposal = type(self).proposer(space, task, asked)
+        assert len(proposal.trajectory) >= 2
+        for widths in proposal.trajectory:
+            assert space.widths(widths.vector) == widths
+        assert type(self).proposer(space, task, asked) == proposal
+        assert "accuracy" not in json.dumps(proposal.to_json())
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("model", sorted(MODELS))

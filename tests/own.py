@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,19 @@ def train(network: nn.Module, trial: TrainingTrial[Steps]) -> None:
         reported = {"accuracy": 100 / (1 + error), "loss": error, "rmse": error**0.5}
         if not trial.report(reported, lambda: state(network, optimizer)):
             return
+
+
+def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The mean squared error of a batch."""
+    return F.mse_loss(network(batch["x"]), batch["y"])
+
+
+def batches(split: str, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Two batches of 24 training samples in an order drawn by the seed, or one of the other 16."""
+    x, y = data()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(seed)).split(24)
+    for index in order if split == "train" else (torch.arange(48, 64),):
+        yield {"x": x[index], "y": y[index]}
 
 
 def state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def test_the_base_is_trained_by_the_recipe() -> None:
     found = []
 
     def score(tuner: FineTuner) -> list[Tensor]:
-        found.append((tuner.accuracy(), [p.detach().clone() for p in tuner.model.parameters()]))
+        found.append((tuner.value(), [p.detach().clone() for p in tuner.model.parameters()]))
         tuner.tune()
         return [torch.ones(n) for n in tuner.graph.groups]
 

@@ -42,6 +42,10 @@ from widthsearch.utils.references import load_function
             "or use `task`",
         ),
         (
+            {"loss": "own:loss"},
+            "loss and batches go together, but loss is 'own:loss' and there is no batches: add it",
+        ),
+        (
             {"concurrency": "auto"},
             "concurrency 'auto' probes the built-in trainer, but the trainer is 'own:train': give "
             "a number",
@@ -66,8 +70,8 @@ def test_a_wrong_configuration_is_one_line(
         ({"trainer": "own:data"}, "a trainer must be a function of (network, trial), but 'own:da"),
         (
             {"proposers": ["uniform", "fisher"]},
-            "proposer 'fisher' reads the images of a task, but study 'own' has a trainer of its "
-            "own: use synflow, uniform, random, or a method of your own",
+            "proposer 'fisher' reads data, but study 'own' has a trainer of its own and no loss: "
+            "add `loss` and `batches`, or use synflow, uniform, random or a method of your own",
         ),
     ],
 )

@@ -25,7 +25,7 @@ from widthsearch.study.config import StudyConfig
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.sections import ProposerConfig
 from widthsearch.study.trial import unresolved_failures
-from widthsearch.training.recipe import EpochResult, Recipe
+from widthsearch.training.recipe import EpochResult
 
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
@@ -74,20 +74,21 @@ def space(options: argparse.Namespace) -> int:
 def propose(options: argparse.Namespace) -> int:
     """Print one method's widths at a budget beside the base's."""
     from widthsearch.data.config import TaskConfig
-    from widthsearch.data.tasks import load_task
+    from widthsearch.data.tasks import AnyTask, load_task
     from widthsearch.latency.profiles import load_profile
     from widthsearch.proposers import Setting
     from widthsearch.report import width_bars
+    from widthsearch.study.job import own_task
     from widthsearch.study.proposals import propose_at_budget
 
     study, (space, *_) = _spaces(options)
     config = StudyConfig(name="none", trials=1) if study is None else study.config
-    task = None
-    if study is not None and study.config.trainer is None and options.task is None:
-        task = study.task
+    task: AnyTask | None = None
+    if study is not None and options.task is None:
+        task = own_task(study.config) if study.config.trainer else study.task
     if options.task is not None:
         task = load_task(TaskConfig(options.task, options.folder))
-    recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe()
+    recipe = config.method_recipe
     epochs = recipe.epochs if options.epochs is None else options.epochs
     method = ProposerConfig.of(options.method, dict(options.set))
     try:

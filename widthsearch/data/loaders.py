@@ -1,15 +1,20 @@
-"""Batches of a task's images, made on the device."""
+"""Batches of a task on the device: made there of a task's images, or moved there."""
 # ruff: noqa: N806  letters of a name are the dims of a tensor
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator, Sized
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import OwnTask, Task
+from widthsearch.errors import DataError
+from widthsearch.torch_internals import tree_leaves, tree_map_only
 
 
 class DeviceLoader:
@@ -39,6 +44,8 @@ class DeviceLoader:
         (torch.Size([128, 1, 8, 8]), torch.Size([128]), 8)
     """
 
+    resident: ClassVar[bool] = True
+
     def __init__(
         self,
         split: Split,
@@ -52,6 +59,10 @@ class DeviceLoader:
             self._images = torch.from_numpy(split.images).to(device)
             self._labels = torch.from_numpy(split.labels).to(device)
         self.batch_size = min(batch_size, len(split))
+        self._task = task
+        # A CUDA graph repeats a step at fixed addresses: steps read these tensors only.
+        self._batch = torch.arange(self.batch_size, device=device)
+        self._planned = torch.empty(6, 0, dtype=torch.int64, device=device)
         self._memory_format = memory_format
         self._augmentation = task.augmentation
         _, channels, height, width = split.images.shape
@@ -98,6 +109,28 @@ class DeviceLoader:
             centre = torch.stack([torch.randint(n, (count,), generator=generator) for n in sides])
         return torch.stack([order, *shifts, (mirrored & augmentation.flip).long(), *centre])
 
+    def passes(self, steps: int) -> float:
+        """The share of the images that so many steps read."""
+        return steps * self.batch_size / len(self)
+
+    def begin(self, steps: int, generator: torch.Generator, epoch: int | None = None) -> None:
+        """Draw the next batches, so many, for :meth:`batch`; arguments as in :meth:`draws`."""
+        whole = self.steps * self.batch_size
+        passes = math.ceil(steps / self.steps)
+        draws = torch.cat([self.draws(generator, epoch)[:, :whole] for _ in range(passes)], 1)
+        draws = draws[:, : steps * self.batch_size]
+        if draws.shape != self._planned.shape:
+            self._planned = torch.zeros_like(draws, device=self._batch.device)
+        self._planned.copy_(draws)
+
+    def batch(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The augmented batch of a step; its number, (1,), is on the device."""
+        return self.augmented(self._planned.index_select(1, at * self.batch_size + self._batch))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], smoothing: float) -> Tensor:
+        """The mean loss of a batch, ()."""
+        return self._task.loss(model, batch, smoothing)
+
     def plain(self, chosen: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """A batch of images as they are, normalised: float32 (N, C, H, W), and labels int64 (N,).
 
@@ -138,6 +171,89 @@ class DeviceLoader:
             floats.masked_fill_(blank, 0.0)
         # Converted last: arithmetic with three channels innermost takes ten times as long.
         return floats.contiguous(memory_format=self._memory_format)
+
+
+class StreamLoader:
+    """Moves the batches of an own task to a device, one pass after the other.
+
+    Args:
+        task: The task.
+        device: The device of the tensors.
+
+    Attributes:
+        batch_size: The number of samples in the last batch.
+        steps: The number of batches of a pass.
+
+    Example:
+        >>> x = torch.randn(10, 2)
+        >>> task = OwnTask(lambda net, x: net(x).square().mean(), lambda split, seed: x.split(4))
+        >>> loader = StreamLoader(task)
+        >>> loader.begin(4, torch.Generator().manual_seed(0))
+        >>> [len(loader.batch()) for _ in range(4)], loader.steps
+        ([4, 4, 2, 4], 3)
+    """
+
+    resident: ClassVar[bool] = False
+
+    def __init__(self, task: OwnTask, device: torch.device | str = "cpu") -> None:
+        self._task, self._device = task, device
+        found = task.batches("train", 0)
+        self.steps = len(found) if isinstance(found, Sized) else sum(1 for _ in found)
+        self.batch_size = 0  # known with the first batch
+
+    def passes(self, steps: int) -> float:
+        """The share of a pass that so many steps are."""
+        return steps / self.steps
+
+    def begin(self, steps: int, generator: torch.Generator, epoch: int | None = None) -> None:
+        """Start a pass; others follow as the steps need them, each with a seed that is drawn."""
+        self._batches = self._endless(generator)
+
+    def batch(self, at: Tensor | None = None) -> Any:
+        """The next batch, on the device."""
+        batch = next(self._batches)
+        self.batch_size = samples(batch)
+        return moved(batch, self._device)
+
+    def loss(self, model: nn.Module, batch: Any, smoothing: float) -> Tensor:
+        """The mean loss of a batch, ().
+
+        Raises:
+            DataError: There is label smoothing, which needs labels of classes.
+        """
+        if smoothing:
+            raise DataError(
+                "`label_smoothing` is for tasks of images and labels, but the study has a loss of "
+                f"its own and label_smoothing={smoothing:g}; leave it out"
+            )
+        return self._task.loss(model, batch)
+
+    def _endless(self, generator: torch.Generator) -> Iterator[Any]:
+        batch = None
+        while True:
+            seed = int(torch.randint(2**31, (), generator=generator))
+            for batch in self._task.batches("train", seed):
+                yield batch
+            if batch is None:
+                raise DataError("`batches` must have a batch of 'train' at each call, but has none")
+            batch = None
+
+
+def moved(batch: Any, device: torch.device | str) -> Any:
+    """A batch with its tensors on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+
+
+def samples(batch: Any) -> int:
+    """The number of samples of a batch: the length of its first tensor.
+
+    Raises:
+        DataError: The batch has no tensor.
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise DataError(f"a batch must have tensors, but `batches` has one of {type(batch).__name__}")
 
 
 def _reflected(size: int, padding: int) -> Tensor:

@@ -1,23 +1,92 @@
-"""Tasks: the splits of a dataset, their normalisation and their augmentation.
+"""Tasks: the data and the loss that networks learn by.
 
-A task consists of numpy arrays, so that processes can share it without a copy. A seeded share of
-every class of train is held out as the validation split, which a search compares networks on. The
-test split is for final trainings only: :meth:`Task.for_search` removes it.
+Both kinds have ``loss(network, batch)`` and ``batches(split, seed)``. :class:`Task` is of images
+and labels, with their normalisation and augmentation, for the built-in trainer; :class:`OwnTask`
+holds two functions of the user's own.
+
+An image task consists of numpy arrays, so that processes can share it without a copy. A seeded
+share of every class of train is held out as the validation split, which a search compares networks
+on. The test split is for final trainings only: :meth:`Task.for_search` removes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from widthsearch.data import sources
 from widthsearch.data.config import Augmentation, TaskConfig
 from widthsearch.data.sources import Split
 from widthsearch.errors import DataError
 from widthsearch.utils.references import load_function
+
+SplitName = Literal["train", "validation"]
+"""The splits that a search reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnTask:
+    """The loss and the batches of a study with a trainer of its own, for methods that read data.
+
+    Attributes:
+        loss_function: A function ``loss(network, batch)``. It calls the network itself, and returns
+            the mean loss of the batch's samples as a tensor of one number.
+        batch_function: A function ``batches(split, seed)``: an iterable, new at each call, of the
+            batches of one pass over ``"train"``, in an order drawn by the seed, or
+            ``"validation"``. A batch is a tensor, or tuples, lists and mappings of tensors; samples
+            lie along the first dim of its first tensor. Its tensors are moved to the device.
+        name: The reference of the loss, for messages.
+
+    Example:
+        >>> x = torch.linspace(0, 1, 8)[:, None]
+        >>> def loss(network, batch):
+        ...     return F.mse_loss(network(batch["x"]), batch["y"])
+        >>> def batches(split, seed):
+        ...     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        ...     return [{"x": x[i], "y": 2 * x[i]} for i in order.split(4)]
+        >>> task, net = OwnTask(loss, batches), nn.Linear(1, 1)
+        >>> [task.loss(net, batch).shape for batch in task.batches("train", seed=0)]
+        [torch.Size([]), torch.Size([])]
+    """
+
+    loss_function: Callable[[nn.Module, Any], Tensor]
+    batch_function: Callable[[str, int], Iterable[Any]]
+    name: str = "loss"
+    measure: ClassVar[str] = "loss"
+
+    def loss(self, network: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, ().
+
+        Raises:
+            DataError: The user's function returns something else.
+        """
+        value = self.loss_function(network, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise DataError(
+                f"a loss must be a tensor of one number, but {self.name!r} returned {shown!r}; "
+                "return the mean over the batch"
+            )
+        return value.reshape(())
+
+    def batches(self, split: SplitName, seed: int) -> Iterable[Any]:
+        """The batches of a pass over a split."""
+        return self.batch_function(split, seed)
+
+    def for_search(self) -> OwnTask:
+        """The task itself: it has no test split."""
+        return self
+
+    def shown(self, value: float) -> str:
+        """The mean loss on the validation split, in words."""
+        return f"loss {value:.4g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +121,7 @@ class Task:
     std: tuple[float, ...]
     augmentation: Augmentation
     names: tuple[str, ...] = ()
+    measure: ClassVar[str] = "accuracy"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -62,6 +132,36 @@ class Task:
     def for_search(self) -> Task:
         """The task without its test split."""
         return replace(self, test=None)
+
+    def loss(
+        self, network: nn.Module, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0
+    ) -> Tensor:
+        """The mean cross-entropy of a batch of normalised images and labels, ()."""
+        images, labels = batch
+        logits: Tensor = network(images)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+    def batches(self, split: SplitName, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a pass over a split, not augmented: train in an order drawn by the seed.
+
+        A batch has at most 256 normalised images, float32 (N, C, H, W), and labels, int64 (N,).
+        """
+        from widthsearch.data.loaders import DeviceLoader  # which imports this file
+
+        chosen = self.train if split == "train" else self.validation
+        order = torch.arange(count := len(chosen))
+        if split == "train":
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        loader = DeviceLoader(chosen, self, batch_size=count)
+        return (loader.plain(order[i : i + 256]) for i in range(0, count, 256))
+
+    def shown(self, value: float) -> str:
+        """The accuracy on the validation split, in words."""
+        return f"accuracy {value:.1f}%"
+
+
+AnyTask = Task | OwnTask
+"""The data and the loss of a study, as methods that read data see them."""
 
 
 def load_task(config: TaskConfig | str) -> Task:

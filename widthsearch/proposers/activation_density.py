@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter, Rules
 from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting
@@ -45,12 +45,13 @@ class ActivationDensity:
             the densest channels of the last phase keep their weights.
         tolerance: A density has settled if its range over ``patience`` epochs is within this share
             of its maximum; default 0.02.
-        patience: Epochs, see ``tolerance``; default 3. The accuracy of a phase is the mean over its
-            last ``patience`` epochs.
+        patience: Epochs, see ``tolerance``; default 3. The accuracy of a phase (or the loss of a
+            user's own task) is the mean over its last ``patience`` epochs.
         max_epochs: The most epochs of a phase; default the recipe's. With 1, widths follow the
             densities of an untrained network, which is an ablation.
         until: The method ends once every density is at least this value; default 0.95.
-        drop: The method ends once accuracy is this many points below the first phase's; default 3.
+        drop: The method ends once accuracy is this many points below the first phase's, or the loss
+            of a user's own task this many percent above it; default 3.
         threshold: Values above this share of the root mean square of a consumer's input are active;
             0 counts values that are not zero. By default the first batch of each consumer decides:
             0 if at least 1% of the values are exactly zero, else 0.05.
@@ -75,7 +76,7 @@ class ActivationDensity:
     drop: Finite = 3.0
     threshold: Finite | None = None
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Train, narrow, and repeat; the trajectory has the widths of the phases.
 
         Widths below ``setting.lowest`` of the base's MACs end the trajectory and are not trained.
@@ -116,9 +117,11 @@ class ActivationDensity:
     def _why_stopped(self, space: SearchSpace, phases: Sequence[Phase]) -> str | None:
         """The reason to stop after these phases, if there is one."""
         first, last = phases[0], phases[-1]
-        if math.isnan(last.accuracy):
+        if math.isnan(last.value):
             return "training diverged"
-        if last.accuracy < first.accuracy - self.drop:
+        if last.measure == "loss" and last.value - first.value > self.drop / 100 * abs(first.value):
+            return f"the loss is more than {self.drop:g}% above the first phase's"
+        if last.measure == "accuracy" and last.value < first.value - self.drop:
             return f"accuracy is more than {self.drop:g} points below the first phase's"
         movable = [
             d
@@ -143,10 +146,12 @@ class Phase:
         epochs: The number of epochs trained.
         plateau: Whether the densities had settled by then.
         densities: The density of each axis in the last epoch; NaN without measured consumers.
-        accuracy: The mean validation accuracy in percent over the last epochs.
+        value: The mean over the last epochs of validation accuracy in percent, or of the validation
+            loss of an own task.
+        measure: ``accuracy`` or ``loss``, the name of the value in JSON.
 
     Example:
-        >>> phase = Phase(Widths(("fc",), (8,)), 900, False, 3, True, (math.nan,), accuracy=91.0)
+        >>> phase = Phase(Widths(("fc",), (8,)), 900, False, 3, True, (math.nan,), value=91.0)
         >>> phase.to_json()["densities"]
         [None]
     """
@@ -157,15 +162,18 @@ class Phase:
     epochs: int
     plateau: bool
     densities: tuple[float, ...]
-    accuracy: float
+    value: float
+    measure: str = "accuracy"
 
     def to_json(self) -> dict[str, Any]:
         """The phase as plain JSON values, with None for NaN."""
+        values = asdict(self)
+        value, measure = values.pop("value"), values.pop("measure")
         return {
-            **asdict(self),
+            **values,
             "widths": list(self.widths.vector),
             "densities": [None if math.isnan(d) else d for d in self.densities],
-            "accuracy": None if math.isnan(self.accuracy) else self.accuracy,
+            measure: None if math.isnan(value) else value,
         }
 
 
@@ -187,7 +195,7 @@ class _Phases:
 
     method: ActivationDensity
     space: SearchSpace
-    task: Task
+    task: AnyTask
     setting: Setting
     rules: Rules = field(default_factory=dict)
     done: list[Phase] = field(default_factory=list)
@@ -216,16 +224,17 @@ class _Phases:
             plateau = plateaued(history, method.tolerance, method.patience)
             setting.report(
                 f"phase {len(self.done) + 1} at {share:.2f} of the base's MACs, epoch "
-                f"{result.epoch} of at most {recipe.epochs}: accuracy {result.value:.1f}%"
+                f"{result.epoch} of at most {recipe.epochs}: {self.task.shown(result.value)}"
             )
         if math.isnan(trainer.curve[-1].value) and widths == space.base:
             raise StudyError(
                 f"activation_density needs a recipe that trains, but the base network diverged in "
                 f"epoch {trainer.epoch}; lower lr ({recipe.lr:g}), since a phase holds the peak"
             )
-        accuracy = float(np.mean([each.value for each in trainer.curve[-method.patience :]]))
+        value = float(np.mean([each.value for each in trainer.curve[-method.patience :]]))
         kept = inherited is not None
-        phase = Phase(widths, macs, kept, trainer.epoch, plateau, history[-1], accuracy)
+        measured = history[-1], value, self.task.measure
+        phase = Phase(widths, macs, kept, trainer.epoch, plateau, *measured)
         self.done.append(phase)
         return phase
 

@@ -19,7 +19,7 @@ from widthsearch.training.recipe import Recipe
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:
-    from widthsearch.data.tasks import Task
+    from widthsearch.data.tasks import AnyTask
     from widthsearch.space.search_space import SearchSpace
 
 PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]
@@ -43,8 +43,8 @@ class Setting:
     Attributes:
         seed: The same seed on the same device gives the same proposal.
         device: The device of all computation, e.g. ``cpu`` or ``cuda:0``.
-        recipe: The study's recipe. Methods that train use it unless they have a recipe of their
-            own.
+        recipe: The study's recipe; of a study with a trainer of its own, plain SGD. Methods that
+            train use it unless they have a recipe of their own.
         lowest: The smallest network of interest, as a share of the base's MACs: methods that train
             may stop there.
         latency: Predicted latency of this space; None if unknown.
@@ -126,12 +126,14 @@ class Proposer(Protocol):
     proposer without the attribute may also be called so.
     """
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Propose widths.
 
         Args:
             space: The space; every member of the proposal lies on its grid.
-            task: The data, of which a method reads the train and validation splits only.
+            task: The data, of which a method reads the train and validation splits only. Whatever
+                the task, ``task.batches("train", seed)`` are its batches, and
+                ``task.loss(network, batch)`` is the mean loss of one.
             setting: The seed, the device and the rest of the circumstances.
         """
         ...

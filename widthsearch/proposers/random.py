@@ -12,7 +12,7 @@ from widthsearch.proposers.protocol import Count, Proposal, Setting
 from widthsearch.utils.validation import validated_dataclass
 
 if TYPE_CHECKING:
-    from widthsearch.data.tasks import Task
+    from widthsearch.data.tasks import AnyTask
     from widthsearch.space.search_space import SearchSpace
 
 
@@ -39,7 +39,7 @@ class Random:
     members: Count = 16
     reads_data: ClassVar[bool] = False
 
-    def __call__(self, space: SearchSpace, task: Task | None, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Draw and scale a profile; it depends on the seed alone."""
         generator = random.Random(setting.seed)
         shares = [self.lowest ** generator.random() for _ in space.axes]

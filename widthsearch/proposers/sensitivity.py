@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
-from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.loaders import DeviceLoader, StreamLoader
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask, OwnTask
 from widthsearch.proposers.importance import CostAt, GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
 from widthsearch.space.search_space import SearchSpace
@@ -27,14 +28,16 @@ class Sensitivity:
     """Saliency per MAC at initialisation: 3SP (van Amersfoort et al. 2020, arXiv 2007.00389).
 
     The saliency of channel i is ``|∂L/∂c_i|`` for a gate ``c_i = 1`` that multiplies the channel
-    where its consumers read it, from one forward and backward pass of a class-balanced batch.
+    where its consumers read it, from one forward and backward pass of a class-balanced batch, or of
+    the first batches of a task of the user's own.
     Greedy removal prunes the channels with the least saliency per MAC.
 
     Deviations: channels are removed in grid steps of an axis; savings are recomputed by default; an
     axis whose channels cannot be told apart is scored as a whole.
 
     Attributes:
-        batch_size: Samples per batch, at least one per class; default 256.
+        batch_size: Samples per batch, at least one per class; default 256. The batches of a user's
+            own task have their own size.
         batches: Batches; default 1. L is the mean loss of all batches, so that the gradients of a
             gate are added with their signs.
         per: The cost that saliency is divided by: ``macs`` (default, as in the paper), ``params``,
@@ -63,7 +66,7 @@ class Sensitivity:
     floor: Share = 0.0
     members: Count = 32
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Score the channels, then remove them greedily.
 
         Raises:
@@ -79,28 +82,36 @@ class Sensitivity:
         return Proposal("sensitivity", removal.trajectory(self.members), provenance)
 
     def saliency(
-        self, space: SearchSpace, task: Task, setting: Setting
+        self, space: SearchSpace, task: AnyTask, setting: Setting
     ) -> list[NDArray[np.float64]]:
         """The saliency of each channel of the base network at initialisation, per axis (base,)."""
         unconstrained, device = space.unconstrained, check_device(setting.device)
-        rng = np.random.default_rng(setting.seed)
         model = unconstrained.build(unconstrained.base, seed=setting.seed).to(device)
         graph = build_dependency_graph(unconstrained.model, unconstrained.base)
         gradients = [torch.zeros(n, device=device) for n in graph.groups]
         # In train mode, since batch norm's running statistics carry no information before training.
         # The gates stand after batch norm, so that it does not cancel them.
         with seeded(setting.seed, 0, device), deterministic_cudnn():
-            for _ in range(self.batches):
-                index = balanced(task.train.labels, task.classes, self.batch_size, rng)
-                batch = Split(task.train.images[index], task.train.labels[index])
-                x, y = DeviceLoader(batch, task, len(batch), device).plain()
+            for batch in self._batches(task, setting.seed, device):
 
-                def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
-                    return F.cross_entropy(model(x), y) / self.batches
+                def loss(batch: Any = batch) -> Tensor:
+                    return task.loss(model, batch) / self.batches
 
                 found = gate_gradients(graph, model, loss)
                 gradients = [a + b for a, b in zip(gradients, found, strict=True)]
         return channel_scores(space, graph, [g.abs() for g in gradients])
+
+    def _batches(self, task: AnyTask, seed: int, device: torch.device) -> Iterator[Any]:
+        if isinstance(task, OwnTask):
+            stream = StreamLoader(task, device)
+            stream.begin(self.batches, torch.Generator().manual_seed(seed))
+            yield from (stream.batch() for _ in range(self.batches))
+            return
+        rng = np.random.default_rng(seed)
+        for _ in range(self.batches):
+            index = balanced(task.train.labels, task.classes, self.batch_size, rng)
+            batch = Split(task.train.images[index], task.train.labels[index])
+            yield DeviceLoader(batch, task, len(batch), device).plain()
 
 
 def balanced(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.sums import group_sums
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask
 from widthsearch.modules.tree import join
 from widthsearch.proposers.importance import NORMS, GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.magnitude import filter_norms
@@ -59,7 +59,7 @@ class Slimming:
     floor: Share = 0.0
     members: Count = 32
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Train the base network, then rank its channels.
 
         Raises:
@@ -70,10 +70,10 @@ class Slimming:
         model = unconstrained.build(unconstrained.base, seed=setting.seed)
         scales = list(_scales(model).values())
         hook = after_backward(lambda: self.penalise(scales))
-        accuracy = train_base(model, task, recipe, setting, hook)
+        value = train_base(model, task, recipe, setting, hook)
         graph = build_dependency_graph(unconstrained.model, unconstrained.base)
         removal.remove_lowest(channel_scores(space, graph, norm_scales(graph, model)))
-        provenance = {"seed": setting.seed, **asdict(self), "accuracy": accuracy}
+        provenance = {"seed": setting.seed, **asdict(self), task.measure: value}
         return Proposal("slimming", removal.trajectory(self.members), provenance)
 
     def penalise(self, scales: Sequence[Tensor]) -> None:

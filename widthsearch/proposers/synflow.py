@@ -21,7 +21,7 @@ from widthsearch.utils.devices import check_device, deterministic_cudnn
 from widthsearch.utils.validation import validated_dataclass
 
 if TYPE_CHECKING:
-    from widthsearch.data.tasks import Task
+    from widthsearch.data.tasks import AnyTask
 
 
 @validated_dataclass("synflow")
@@ -61,7 +61,7 @@ class SynFlow:
     members: Count = 32
     reads_data: ClassVar[bool] = False
 
-    def __call__(self, space: SearchSpace, task: Task | None, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Score and remove channels in rounds; the result depends on the seed's weights alone.
 
         Raises:

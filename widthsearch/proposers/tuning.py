@@ -8,22 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.extraction import extract, widths_of
-from widthsearch.data.loaders import DeviceLoader
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import SpaceError, StudyError
 from widthsearch.proposers.importance import GreedyRemoval, Per
 from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook
-from widthsearch.training.trainer import evaluate, fit
-from widthsearch.utils.devices import check_device, deterministic_cudnn, pick_memory_format, seeded
+from widthsearch.training.trainer import evaluate, fit, placed
+from widthsearch.utils.devices import check_device, deterministic_cudnn, seeded
 from widthsearch.widths import Widths
 
 
@@ -42,7 +40,6 @@ class FineTuner:
     Attributes:
         model: The present network.
         graph: The dependency graph of the present network.
-        batch_size: Images per step.
 
     Example:
         >>> from widthsearch.data.tasks import load_task
@@ -64,7 +61,7 @@ class FineTuner:
         space: SearchSpace,
         model: nn.Module,
         graph: DependencyGraph,
-        task: Task,
+        task: AnyTask,
         recipe: Recipe,
         setting: Setting,
     ) -> None:
@@ -72,10 +69,16 @@ class FineTuner:
         self._method, self._space, self._task, self._recipe = method, space, task, recipe
         self._seed, self._stretch = setting.seed, 0
         self._device = check_device(setting.device)
-        blank = torch.zeros(2, *task.input_shape, device=self._device)
-        self._layout = pick_memory_format(model, blank)
-        self._loader = DeviceLoader(task.train, task, recipe.batch_size, self._device, self._layout)
-        self.batch_size = self._loader.batch_size
+        self._loader, self._layout = placed(model, task, recipe, self._device)
+
+    @property
+    def batch_size(self) -> int:
+        """The number of samples in a step; where batches differ, in the last one."""
+        return self._loader.batch_size
+
+    def passes(self, steps: int) -> float:
+        """The share of the training split that so many steps read."""
+        return self._loader.passes(steps)
 
     def tune(self, hook: StepHook | None = None) -> None:
         """Fine-tune for a stretch; the momentum starts at zero.
@@ -96,8 +99,8 @@ class FineTuner:
                 f"fine-tuning must keep a finite loss, but with lr={lr} it diverged; lower it"
             )
 
-    def accuracy(self) -> float:
-        """Top-1 accuracy on the validation split in percent."""
+    def value(self) -> float:
+        """On the validation split, top-1 accuracy in percent, or the loss of an own task."""
         return evaluate(
             self.model, self._task, "validation", str(self._device), self._recipe.precision
         )
@@ -118,9 +121,9 @@ class FineTuner:
 
 
 def train_base(
-    model: nn.Module, task: Task, recipe: Recipe, setting: Setting, hook: StepHook | None = None
+    model: nn.Module, task: AnyTask, recipe: Recipe, setting: Setting, hook: StepHook | None = None
 ) -> float:
-    """Train a space's base network; returns its validation accuracy in percent.
+    """Train a space's base network; returns its validation accuracy in percent, or own loss.
 
     Raises:
         StudyError: Training diverged.
@@ -132,7 +135,7 @@ def train_base(
         seed=setting.seed,
         device=setting.device,
         on_epoch=lambda e: setting.report(
-            f"base: epoch {e.epoch} of {recipe.epochs}, {e.value:.1f}%"
+            f"base: epoch {e.epoch} of {recipe.epochs}, {task.shown(e.value)}"
         ),
         hook=hook,
     )
@@ -192,13 +195,14 @@ class PruneAndTune(ABC):
             keep their width.
         """
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Train the base network, then remove channels while it is fine-tuned.
 
         Returns:
             The proposal; its provenance has ``members``: for each member of the trajectory
-            ``macs``, ``accuracy`` (fine-tuned, top-1 on the validation split in percent), and
-            ``epochs``, the training so far in epochs of the base network by MACs.
+            ``macs``, ``accuracy`` (fine-tuned, top-1 on the validation split in percent; with an
+            own task ``loss`` instead), and ``epochs``, the training so far in epochs of the base
+            network by MACs.
 
         Raises:
             StudyError: Training diverged, or the predicted latency is unknown.
@@ -219,9 +223,10 @@ class PruneAndTune(ABC):
         while True:
             scores = [of_axis.double().cpu().numpy() for of_axis in self.score(tuner)]
             macs = space.cost(tuner.graph.widths).macs
-            epochs += self.every * tuner.batch_size / len(task.train) * macs / base
-            members.append({"macs": macs, "accuracy": tuner.accuracy(), "epochs": epochs})
-            setting.report(f"{macs / base:.2f} of the base's MACs: {members[-1]['accuracy']:.1f}%")
+            epochs += tuner.passes(self.every) * macs / base
+            value = tuner.value()
+            members.append({"macs": macs, task.measure: value, "epochs": epochs})
+            setting.report(f"{macs / base:.2f} of the base's MACs: {task.shown(value)}")
             if macs <= setting.lowest * base:
                 break
             weakest = [

@@ -9,7 +9,7 @@ from widthsearch.proposers.protocol import Count, Proposal, Setting
 from widthsearch.utils.validation import validated_dataclass
 
 if TYPE_CHECKING:
-    from widthsearch.data.tasks import Task
+    from widthsearch.data.tasks import AnyTask
     from widthsearch.space.search_space import SearchSpace
 
 
@@ -34,7 +34,7 @@ class Uniform:
     members: Count = 16
     reads_data: ClassVar[bool] = False
 
-    def __call__(self, space: SearchSpace, task: Task | None, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Scale the base; the result depends on neither the data nor the seed."""
         lowest = min(axis.min_width / axis.base for axis in space.axes)
         multipliers = [1 - (1 - lowest) * i / max(1, self.members - 1) for i in range(self.members)]

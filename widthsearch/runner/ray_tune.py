@@ -28,7 +28,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from widthsearch.bayesopt.metric import ACCURACY, COSTS
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import StorageError, StudyError, one_line
 from widthsearch.runner import cluster
 from widthsearch.runner.pickling import SharedData, pickle_by_value
@@ -99,7 +99,7 @@ class Session:
         self._owns_ray = None
 
     def propose(
-        self, requests: Sequence[ProposalRequest], task: Task | None, report: ProgressCallback
+        self, requests: Sequence[ProposalRequest], task: AnyTask | None, report: ProgressCallback
     ) -> Iterator[tuple[int, ProposalResult]]:
         """Run proposers in parallel, each as a Ray task with the resources of one trial."""
         if not requests:
@@ -114,7 +114,7 @@ class Session:
             # An idle process keeps its GPU memory, so with GPUs each process runs one task only.
             max_calls=1 if resources.gpu else 0,
         )(run_proposer)
-        shared_task = ray.put(task)
+        shared_task = ray.put(SharedData.of(task, "the data of the proposers"))
         streams: dict[Any, int] = {}
         try:
             for i, request in enumerate(requests):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from widthsearch.data.tasks import Task
 from widthsearch.errors import CheckpointError, DeviceError
 from widthsearch.runner.pickling import SharedData
 from widthsearch.runner.training_thread import TrainingThread
@@ -208,16 +207,17 @@ class Worker:
         return trial
 
 
-def run_proposer(pickled: bytes, task: Task | None) -> Iterator[str | ProposalResult]:
+def run_proposer(pickled: bytes, data: SharedData) -> Iterator[str | ProposalResult]:
     """Run a proposer; yield the messages that it reports, then its result.
 
     Args:
-        pickled: The :class:`ProposalRequest`, pickled by the driver. An error of unpickling is the
+        pickled: The :class:`ProposalRequest`, pickled by the driver.
+        data: The task; None for a method that reads none. An error of unpickling either is the
             proposer's failure as well.
-        task: The data; None for a method that reads none.
     """
     try:
         request: ProposalRequest = pickle.loads(pickled)
+        task = data.load()
     except BaseException as error:  # noqa: BLE001  SystemExit too; reported, with its traceback
         yield Failure.of(error)
         return

@@ -24,8 +24,11 @@ from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import check_batch_size, check_input_shape, check_model
 from widthsearch.utils.devices import check_device
 
-_FIXED = ("task", "trainer", "data", "recipe", "metric", "objectives", "latency", "seed")
-"""Sections that make trials comparable: they cannot change once a study has begun."""
+_FIXED = (
+    *("task", "trainer", "data", "recipe", "metric", "objectives", "latency", "seed"),
+    *("loss", "batches"),
+)
+"""Sections that make trials and proposals comparable: fixed once a study has begun."""
 
 _DERIVED = ("proposal:", "precision", "concurrency")
 """Beginnings of the storage's keys whose values follow from the configuration."""

@@ -125,6 +125,11 @@ class StudyConfig(BaseModel):
         data: A function without arguments, or its reference: what it returns is ``trial.data`` of
             the own trainer.
         final_data: Likewise, for final trainings; None for the same data.
+        loss: A function ``loss(network, batch)``, or its reference: the mean loss of a batch, a
+            tensor of one number. With ``batches`` it lets methods that read data propose widths for
+            an own trainer, see :class:`~widthsearch.data.tasks.OwnTask`.
+        batches: A function ``batches(split, seed)``, or its reference: the batches of a pass over
+            the split ``"train"`` or ``"validation"``.
         recipe: How each candidate is trained. For an own trainer any keys beside ``epochs``.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
@@ -174,6 +179,8 @@ class StudyConfig(BaseModel):
     trainer: Function | None = None
     data: Function | None = None
     final_data: Function | None = None
+    loss: Function | None = None
+    batches: Function | None = None
     recipe: AnyRecipe = Recipe()
     proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
@@ -206,7 +213,7 @@ class StudyConfig(BaseModel):
     def _with_defaults(cls, values: Any) -> Any:
         """Fill the defaults that depend on other fields: objectives, and with an own trainer more.
 
-        Then the recipe is free, and by default no method reads a task's data.
+        Then the recipe is free, and by default no method reads data that it has no loss for.
         """
         metric = values.get("metric", ACCURACY)
         named = isinstance(metric, Mapping)
@@ -216,7 +223,8 @@ class StudyConfig(BaseModel):
             return values
         recipe = values.get("recipe", {})
         recipe = FreeRecipe(recipe) if isinstance(recipe, Mapping) else recipe
-        return {"proposers": ["synflow"], **values, "recipe": recipe}
+        default = {} if values.get("loss") else {"proposers": ["synflow"]}
+        return {**default, **values, "recipe": recipe}
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
@@ -225,12 +233,18 @@ class StudyConfig(BaseModel):
                 f"a study has a task or a trainer, but was given both ({self.task.name!r} and "
                 f"{reference_of(self.trainer)!r}): a trainer has its `data`"
             )
-        for key in ("data", "final_data"):
+        for key in ("data", "final_data", "loss", "batches"):
             if self.trainer is None and (function := getattr(self, key)) is not None:
                 raise ValueError(
                     f"{key} is for an own trainer, but there is none and {key} is "
                     f"{reference_of(function)!r}: add `trainer`, or use `task`"
                 )
+        if (self.loss is None) != (self.batches is None):
+            missing, other = ("loss", "batches") if self.loss is None else ("batches", "loss")
+            raise ValueError(
+                f"loss and batches go together, but {other} is "
+                f"{reference_of(getattr(self, other))!r} and there is no {missing}: add it"
+            )
         if self.trainer is not None and self.concurrency == "auto":
             raise ValueError(
                 "concurrency 'auto' probes the built-in trainer, but the trainer is "
@@ -303,6 +317,17 @@ class StudyConfig(BaseModel):
         if isinstance(self.concurrency, str):
             raise StudyError("concurrency 'auto' is decided when a study is run")
         return self.concurrency
+
+    @property
+    def method_recipe(self) -> Recipe:
+        """The recipe of methods that train; with an own trainer plain SGD for as many epochs.
+
+        Its lower learning rate suits more losses than the default one. Each method takes a recipe
+        of its own instead, such as ``pretrain``.
+        """
+        if isinstance(self.recipe, Recipe):
+            return self.recipe
+        return Recipe(epochs=self.recipe.epochs, lr=0.01, precision="fp32")
 
     @classmethod
     def from_yaml(cls, path: Path) -> StudyConfig:

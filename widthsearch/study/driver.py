@@ -29,6 +29,7 @@ from widthsearch.study.config import StudyConfig
 from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.front import is_within_limits
+from widthsearch.study.job import own_task
 from widthsearch.study.loop import Search
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.progress import Level, Notify, Pace, Progress
@@ -99,12 +100,13 @@ class Driver:
             StorageError: The storage cannot be opened.
         """
         proposers = [m.make(f"proposers.{i}") for i, m in enumerate(self.config.proposers)]
-        for method in self.config.proposers if self.task is None else ():
+        task = own_task(self.config) if self.task is None else self.task.for_search()
+        for method in self.config.proposers if task is None else ():
             if method.reads_data():
                 raise StudyError(
-                    f"proposer {method.method!r} reads the images of a task, but study "
-                    f"{self.config.name!r} has a trainer of its own: use synflow, uniform, random, "
-                    "or a method of your own"
+                    f"proposer {method.method!r} reads data, but study {self.config.name!r} has a "
+                    "trainer of its own and no loss: add `loss` and `batches`, or use synflow, "
+                    "uniform, random or a method of your own"
                 )
         with self._driving(on_progress) as (driver_lock, config, say):
             store = driver_lock.store
@@ -114,7 +116,6 @@ class Driver:
             proposed = families.baseline_candidates(self.spaces, budgets, share, config.seed)
             if count_begun(store.trials(self.spaces)) < config.trials:  # else none is needed
                 asked = self._requests(proposers, config)
-                task = self.task and self.task.for_search()
                 found, self.failures = collect_proposals(store, asked, task, engine, say)
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
             queue += self._within_limits(proposed, say)
@@ -284,8 +285,7 @@ class Driver:
         self, proposers: Sequence[Proposer], config: StudyConfig
     ) -> list[tuple[str, ProposalRequest]]:
         """A request to each proposer for each space, with the key of its proposal."""
-        recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe()  # not used
-        setting = Setting(config.seed, config.device, recipe, min(config.budgets))
+        setting = Setting(config.seed, config.device, config.method_recipe, min(config.budgets))
         threads = max(1, int(config.resources.cpu))
         asked = []
         for space in self.spaces.values():

@@ -1,9 +1,10 @@
-"""The trainer of a study and its data, from the configuration."""
+"""The trainer of a study, its data, and the task of its methods, from the configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from widthsearch.data.tasks import OwnTask
 from widthsearch.errors import DataError, StudyError, one_line
 from widthsearch.study.config import StudyConfig
 from widthsearch.training.job import Job, own_job
@@ -36,6 +37,18 @@ def study_job(config: StudyConfig, *, final: bool = False) -> Job:
     assert isinstance(recipe, OwnRecipe)
     function = load_function(trainer, StudyError)
     return own_job(function, reference_of(trainer), recipe, config.metric.name, identity)
+
+
+def own_task(config: StudyConfig) -> OwnTask | None:
+    """The loss and the batches of a study with a trainer of its own; None where it names none.
+
+    Raises:
+        StudyError: One of them cannot be imported.
+    """
+    if config.loss is None or config.batches is None:
+        return None
+    loss, batches = (load_function(of, StudyError) for of in (config.loss, config.batches))
+    return OwnTask(loss, batches, reference_of(config.loss))
 
 
 def load_data(config: StudyConfig, *, final: bool) -> Any:

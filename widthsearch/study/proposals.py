@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StudyError, WidthsError, one_line
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import scale_proposal
@@ -95,7 +95,7 @@ class Failure:
 ProgressCallback = Callable[[str], None]
 ProposalResult = Proposal | Failure
 Engine = Callable[
-    [Sequence[ProposalRequest], Task | None, ProgressCallback],
+    [Sequence[ProposalRequest], AnyTask | None, ProgressCallback],
     Iterator[tuple[int, ProposalResult]],
 ]
 """Runs proposers on a task, or on none, and passes on their messages. Yields the index of each
@@ -103,7 +103,7 @@ request with its result, in any order."""
 
 
 def propose(
-    request: ProposalRequest, task: Task | None, report: ProgressCallback
+    request: ProposalRequest, task: AnyTask | None, report: ProgressCallback
 ) -> ProposalResult:
     """Run a proposer; every exception becomes a Failure, SystemExit too, but not Ctrl-C."""
     setting = replace(request.setting, report=lambda message: report(str(message)))
@@ -132,7 +132,9 @@ def _validated(proposal: object, space: SearchSpace) -> Proposal:
     return proposal
 
 
-def stream_proposal(request: ProposalRequest, task: Task | None) -> Iterator[str | ProposalResult]:
+def stream_proposal(
+    request: ProposalRequest, task: AnyTask | None
+) -> Iterator[str | ProposalResult]:
     """Run a proposer in a thread; yield the messages that it reports, then its result.
 
     However the proposer ends, :func:`propose` returns a result: without one the loop would wait for
@@ -149,7 +151,7 @@ def stream_proposal(request: ProposalRequest, task: Task | None) -> Iterator[str
 
 
 def run_sequentially(
-    requests: Sequence[ProposalRequest], task: Task | None, report: ProgressCallback
+    requests: Sequence[ProposalRequest], task: AnyTask | None, report: ProgressCallback
 ) -> Iterator[tuple[int, ProposalResult]]:
     """The engine without Ray: runs proposers one after the other, in this process."""
     for i, request in enumerate(requests):
@@ -163,7 +165,7 @@ def run_sequentially(
 def collect_proposals(
     store: Store,
     requests: Sequence[tuple[str, ProposalRequest]],
-    task: Task | None,
+    task: AnyTask | None,
     engine: Engine,
     report: Notify,
 ) -> tuple[dict[str, list[Proposal]], dict[str, str]]:
@@ -230,7 +232,7 @@ def propose_at_budget(
     config: ProposerConfig,
     space: SearchSpace,
     budget: float,
-    task: Task | None = None,
+    task: AnyTask | None = None,
     setting: Setting | None = None,
 ) -> tuple[Widths, Proposal]:
     """Run one method, and scale its proposal to one budget.
@@ -254,9 +256,10 @@ def propose_at_budget(
     proposer = config.make(config.method)
     if task is None and config.reads_data():
         raise StudyError(
-            f"method {config.method!r} reads data, but no task was given: name one, e.g. digits"
+            f"method {config.method!r} reads data, but no task was given: name one, e.g. digits, "
+            "or a study with `loss` and `batches`"
         )
-    if task is not None:
+    if isinstance(task, Task):
         check_input_shape(space, task)
     lowest = min(1.0, budget / space.cost(space.base).macs)
     setting = setting or Setting()

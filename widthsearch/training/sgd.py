@@ -8,14 +8,13 @@ them. Group learning runs each batch twice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.loaders import DeviceLoader, StreamLoader
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import autocast
@@ -45,14 +44,14 @@ sgd_step = after_backward(lambda: None)
 
 
 class SgdSteps:
-    """SGD on cross-entropy, so many steps a call; on a GPU, plain steps run as one CUDA graph.
+    """SGD on a task's loss, so many steps a call; on a GPU, plain steps run as one CUDA graph.
 
     Args:
         model: The network, on its device.
-        loader: The training images.
+        loader: The training batches.
         recipe: Momentum, weight decay, label smoothing and precision.
         device: The device of the network.
-        steps: Steps of each :meth:`run`; None for one pass over the images.
+        steps: Steps of each :meth:`run`; None for one pass over the batches.
         hook: Replaces :func:`sgd_step`. Python code between kernels is lost in a CUDA graph, so
             that steps with a hook run eagerly.
 
@@ -75,7 +74,7 @@ class SgdSteps:
     def __init__(
         self,
         model: nn.Module,
-        loader: DeviceLoader,
+        loader: DeviceLoader | StreamLoader,
         recipe: Recipe,
         device: torch.device,
         *,
@@ -87,9 +86,6 @@ class SgdSteps:
         self._smoothing = recipe.label_smoothing
         self._count = steps or loader.steps
         # A CUDA graph repeats a step at fixed addresses: steps read and write these tensors only.
-        self._batch = torch.arange(loader.batch_size, device=device)
-        columns = self._count * loader.batch_size
-        self._draws = torch.zeros(6, columns, dtype=torch.int64, device=device)
         self._rates = torch.zeros(self._count, device=device)
         self._rate = torch.tensor(recipe.lr, dtype=torch.float32, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
@@ -101,7 +97,8 @@ class SgdSteps:
             nesterov=recipe.nesterov,
             fused=True,
         )
-        self._graph = CudaGraphStep(model, device, recipe.capture and hook is None)
+        capture = recipe.capture and hook is None and loader.resident
+        self._graph = CudaGraphStep(model, device, capture)
 
     @property
     def mode(self) -> str:
@@ -116,15 +113,12 @@ class SgdSteps:
         The host waits for the device only once, at the end.
 
         Args:
-            generator: Draws the order of images and the augmentation, on the CPU.
+            generator: Draws the order of samples and the augmentation, on the CPU.
             rates: The learning rate of each step.
             epoch: As in :meth:`DeviceLoader.draws`.
         """
         assert len(rates) == self._count
-        loader, whole = self._loader, self._loader.steps * self._loader.batch_size
-        passes = math.ceil(self._count / loader.steps)
-        draws = [loader.draws(generator, epoch)[:, :whole] for _ in range(passes)]
-        self._draws.copy_(torch.cat(draws, 1)[:, : self._draws.shape[1]])
+        self._loader.begin(self._count, generator, epoch)
         self._rates.copy_(torch.tensor(rates))
         self._at.zero_()
         self._loss.zero_()
@@ -142,14 +136,12 @@ class SgdSteps:
 
     def _step(self) -> None:
         """One step on the next batch; all state is in tensors, see ``__init__``."""
-        columns = self._at * self._loader.batch_size + self._batch
-        images, labels = self._loader.augmented(self._draws.index_select(1, columns))
+        batch: Any = self._loader.batch(self._at)
         self._rate.copy_(self._rates.index_select(0, self._at).squeeze())
 
         def backward() -> Tensor:
             with self._cast:
-                logits = self._model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._smoothing)
+                loss = self._loader.loss(self._model, batch, self._smoothing)
             torch.autograd.backward(loss)
             return loss.detach()
 

@@ -12,14 +12,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from widthsearch.data.loaders import DeviceLoader
+from widthsearch.data.loaders import DeviceLoader, StreamLoader, moved
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.errors import DataError, StudyError, first_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing.inputs import image_shape, inputs_to_json
@@ -34,8 +35,9 @@ class Trainer:
     """Trains a network in place, one epoch a call.
 
     Args:
-        model: Maps images (N, C, H, W) to logits (N, classes or more).
-        task: The images and labels.
+        model: Maps images (N, C, H, W) to logits (N, classes); with an own task any network.
+        task: The images and labels, or a user's own task: then the results have its loss on the
+            validation split in place of accuracy.
         recipe: Optimizer, schedule, batch size and precision.
         seed: Seeds the order of images, augmentation and dropout, but not the initial weights.
         device: E.g. ``cpu`` or ``cuda:0``; the model is moved there.
@@ -60,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
+        task: AnyTask,
         recipe: Recipe,
         *,
         seed: int,
@@ -68,17 +70,16 @@ class Trainer:
         threads: int | None = None,
         hook: StepHook | None = None,
     ) -> None:
-        check_batch_size(recipe, task)
         self._device = devices.check_device(device)
-        self._recipe, self._seed, self._threads = recipe, seed, threads
-        self._model = model.to(self._device)
-        with devices.seeded(seed, 0, self._device), devices.fixed_threads(threads):
-            layout = self._layout = check_model(model, task, self._device)
-        self._model.to(memory_format=layout)
-        self._train = DeviceLoader(task.train, task, recipe.batch_size, self._device, layout)
-        self._validation = _Evaluation(
-            model, task, task.validation, layout, self._device, recipe.precision, recipe.capture
-        )
+        self._recipe, self._seed, self._threads, self._model = recipe, seed, threads, model
+        with devices.fixed_threads(threads):
+            self._train, self._layout = placed(model, task, recipe, self._device)
+        self._validation: Callable[[], float]
+        if isinstance(task, OwnTask):
+            self._validation = partial(mean_loss, model, task, self._device, recipe.precision)
+        else:
+            at = self._layout, self._device, recipe.precision, recipe.capture
+            self._validation = _Evaluation(model, task, task.validation, *at)
         self._sgd = SgdSteps(model, self._train, recipe, self._device, hook=hook)
         self._curve: list[EpochResult] = []
 
@@ -165,7 +166,7 @@ def train_classifier(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
 
 def fit(
     model: nn.Module,
-    task: Task,
+    task: AnyTask,
     recipe: Recipe,
     *,
     seed: int,
@@ -185,22 +186,65 @@ def fit(
     return trainer.curve
 
 
+def placed(
+    model: nn.Module, task: AnyTask, recipe: Recipe, device: torch.device
+) -> tuple[DeviceLoader | StreamLoader, torch.memory_format]:
+    """Move a network to its device, in its fastest memory format.
+
+    Returns:
+        The loader of the training batches, and the memory format.
+
+    Raises:
+        DataError: The network does not fit the task's images.
+        StudyError: A batch is larger than the training split.
+    """
+    model.to(device)
+    if isinstance(task, OwnTask):
+        return StreamLoader(task, device), torch.contiguous_format
+    check_batch_size(recipe, task)
+    with devices.seeded(0, 0, device):
+        layout = check_model(model, task, device)
+    model.to(memory_format=layout)
+    return DeviceLoader(task.train, task, recipe.batch_size, device, layout), layout
+
+
+def mean_loss(
+    model: nn.Module, task: OwnTask, device: torch.device, precision: Precision = "auto"
+) -> float:
+    """The mean loss over the batches of the validation split; NaN if it is not finite."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), devices.autocast(device, precision):
+        losses = [
+            task.loss(model, moved(batch, device)).item() for batch in task.batches("validation", 0)
+        ]
+    model.train(training)
+    if not losses:
+        raise DataError("`batches` must have a batch of 'validation', but returned none")
+    mean = math.fsum(losses) / len(losses)
+    return mean if math.isfinite(mean) else math.nan
+
+
 def evaluate(
     model: nn.Module,
-    task: Task,
+    task: AnyTask,
     split: Literal["validation", "test"],
     device: str = "cpu",
     precision: Precision = "auto",
 ) -> float:
     """Top-1 accuracy on a split in percent; NaN if a logit is not finite.
 
-    The model is moved to the device.
+    With an own task it is the mean loss on the validation split. The model is moved to the device.
 
     Raises:
         DeviceError: The device does not exist.
         DataError: The task has no such split, or the model does not fit the task.
     """
     place = devices.check_device(device)
+    if isinstance(task, OwnTask):
+        assert split == "validation", "an own task has no test split"
+        with devices.seeded(0, 0, place):
+            return mean_loss(model.to(place), task, place, precision)
     images = task.validation if split == "validation" else task.test
     if images is None:
         raise DataError(

@@ -35,8 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.data.loaders import DeviceLoader
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join
 from widthsearch.proposers.filter_groups.architecture import branchable
@@ -48,8 +47,8 @@ from widthsearch.tracing.interpreter import run_on_meta
 from widthsearch.tracing.polynomials import as_constant
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import Backward, SgdSteps, sgd_step
-from widthsearch.training.trainer import check_batch_size
-from widthsearch.utils.devices import check_device, deterministic_cudnn, pick_memory_format, seeded
+from widthsearch.training.trainer import placed
+from widthsearch.utils.devices import check_device, deterministic_cudnn, seeded
 
 aten = torch.ops.aten
 
@@ -345,7 +344,7 @@ def _stacked(model: nn.Module, layers: Sequence[GroupedLayer], groups: int) -> I
 def learn_groups(
     model: nn.Module,
     layers: Sequence[GroupedLayer],
-    task: Task,
+    task: AnyTask,
     recipe: Recipe,
     setting: Setting,
     *,
@@ -362,12 +361,8 @@ def learn_groups(
     Raises:
         StudyError: The loss is not finite, or a batch is larger than the training split.
     """
-    check_batch_size(recipe, task)
     place = check_device(setting.device)
-    model.to(place)
-    layout = pick_memory_format(model, torch.zeros(2, *task.input_shape, device=place))
-    model.to(memory_format=layout)
-    loader = DeviceLoader(task.train, task, recipe.batch_size, place, layout)
+    loader, _ = placed(model, task, recipe, place)
     steps = loader.steps
     rates = [recipe.learning_rate(step, steps) for step in range(recipe.epochs * steps)]
     learning = GroupLearning(

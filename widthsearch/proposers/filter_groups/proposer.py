@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
-from widthsearch.data.tasks import Task
+from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import SpaceError
 from widthsearch.proposers.filter_groups.learning import find_layers, learn_groups
 from widthsearch.proposers.filter_groups.pruning import GroupPruning
@@ -70,7 +70,7 @@ class FilterGroups:
     pretrain: Recipe | None = None
     learn: Recipe | None = None
 
-    def __call__(self, space: SearchSpace, task: Task, setting: Setting) -> Proposal:
+    def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Train the base network, learn groups, prune at several budgets.
 
         Raises:
@@ -105,13 +105,13 @@ class FilterGroups:
         )
 
     def learned(
-        self, space: SearchSpace, task: Task, setting: Setting
+        self, space: SearchSpace, task: AnyTask, setting: Setting
     ) -> tuple[nn.Module, Mapping[str, Tensor], dict[str, float]]:
         """Train the base network and learn its groups.
 
         Returns:
             The network, the group of each filter by layer, and the validation accuracies in percent
-            before and after group learning.
+            (or the losses of an own task) before and after group learning.
         """
         plain = space.unconstrained
         layers = find_layers(plain)
@@ -134,5 +134,5 @@ class FilterGroups:
             lr=self.group_lr,
             temperature=self.temperature,
         )
-        accuracy = evaluate(model, task, "validation", setting.device, learn.precision)
-        return model, groups, {"pretrained": pretrained, "grouped": accuracy}
+        value = evaluate(model, task, "validation", setting.device, learn.precision)
+        return model, groups, {"pretrained": pretrained, "grouped": value}
