@@ -29,10 +29,10 @@ reflects that.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import kendalltau
 
 from widthsearch.errors import StudyError
-from widthsearch.space.cost import QuadraticForm
+from widthsearch.latency.block_layers import Array, BlockLayers
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.tracing.polynomials import Poly, as_constant, divide, multiply
 from widthsearch.widths import Widths
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 """The candidates for a device's block of channels."""
-
-Array = NDArray[np.float64]
 
 _FOLDS = 10
 _Z90 = 1.645
@@ -140,7 +137,7 @@ class LatencyPredictor:
     vectors: NDArray[np.int64]
     ms: Array
     sd: Array
-    _layers: _Layers
+    _layers: BlockLayers
     _fits: tuple[tuple[float, _Fit], ...]
     _stored_errors: PredictionErrors | None = None
 
@@ -175,7 +172,7 @@ class LatencyPredictor:
                 "`ms > 0` and `sd >= 0` must hold and be finite, but network "
                 f"{widths[bad].tolist()} has ms={measured[bad]:g}, sd={error[bad]:g}"
             )
-        layers = _Layers(space)
+        layers = BlockLayers(space)
         return cls(
             space, widths, measured, error, layers, _fit_all_blocks(layers, widths, measured, error)
         )
@@ -206,7 +203,7 @@ class LatencyPredictor:
         """The probability of each block size, without negligible ones."""
         return {fit.block: weight for weight, fit in self._fits}
 
-    @functools.cached_property
+    @cached_property
     def networks(self) -> int:
         """The number of different measured networks."""
         return len(np.unique(self.vectors, axis=0))
@@ -241,7 +238,7 @@ class LatencyPredictor:
             )
         return tuple(out)
 
-    @functools.cached_property
+    @cached_property
     def errors(self) -> PredictionErrors:
         """Errors out of sample.
 
@@ -302,83 +299,6 @@ class LatencyPredictor:
         model = cls.fit(space, content["vectors"], content["ms"], content["sd"])
         known = content["errors"]
         return replace(model, _stored_errors=None if known is None else PredictionErrors(**known))
-
-
-class _Layers:
-    """MACs and output elements of a space's layers, at widths rounded up to whole blocks.
-
-    A layer's MACs are its weight's dims times the number of positions that the weight is applied
-    to, so rounding the two free dims rounds the MACs. The MACs of other layers, such as attention,
-    are not rounded.
-    """
-
-    def __init__(self, space: SearchSpace) -> None:
-        trace, units = space.trace, [axis.divisor for axis in space.trace.axes]
-        one: Poly = {(): 1}
-        self._units = np.array(units, np.float64)
-        self._whole: list[QuadraticForm] = []  # MACs that are no product of a weight's dims
-        # Of each other layer: the positions of the output, the MACs over the product of the free
-        # dims of its weight, the channels of the output, and the two free dims.
-        layers: list[tuple[int, int, Poly, Poly, Poly]] = []
-        for layer, macs in trace.layer_macs.items():
-            shape = trace.shapes.get(f"{layer}.weight", ())
-            product = functools.reduce(multiply, shape, one)
-            places = as_constant(divide(macs, product) or {}) if shape and product else None
-            free = [dim for dim in shape if as_constant(dim) is None]
-            affine = all(len(monomial) < 2 for dim in free for monomial in dim)
-            if not places or not affine or len(free) > 2:
-                self._whole.append(QuadraticForm.from_poly(macs, units))
-                continue
-            first, second = [*free, one, one][:2]
-            factor = places * math.prod(as_constant(dim) or 1 for dim in shape)
-            layers.append((places, factor, shape[0], first, second))
-        positions, factors, *dims = zip(*layers, strict=True) if layers else ((),) * 5
-        self._positions, self._factors = np.array([positions, factors], np.float64)
-        self._out, self._first, self._second = (_affine(polys, len(units)) for polys in dims)
-        shares, elements, _ = self._raw(np.array([space.base.vector], np.float64), 1)
-        self._scale = float(shares.sum()), float(elements.sum()) or 1.0
-
-    def __call__(self, vectors: ArrayLike, block: int) -> tuple[Array, Array, Array]:
-        """M and A, and the number of each layer's widths that are not whole blocks; (N, layers)."""
-        macs, elements, off = self._raw(np.atleast_2d(np.asarray(vectors, np.float64)), block)
-        return macs / self._scale[0], elements / self._scale[1], off
-
-    def _raw(self, vectors: Array, block: int) -> tuple[Array, Array, Array]:
-        x = vectors / self._units
-        first, off_first = _aligned(x, self._first, block)
-        second, off_second = _aligned(x, self._second, block)
-        out, _ = _aligned(x, self._out, block)
-        macs = self._factors * first * second
-        elements = self._positions * out
-        if self._whole:
-            others = np.stack([form(vectors.astype(np.int64)) for form in self._whole], 1)
-            macs = np.concatenate([macs, others], 1)
-            elements = np.pad(elements, ((0, 0), (0, len(self._whole))))
-        off = np.zeros_like(macs)
-        off[:, : len(self._positions)] = off_first + off_second
-        return macs, elements, off
-
-
-def _affine(polys: Sequence[Poly], axes: int) -> tuple[Array, Array]:
-    """The coefficients of each affine polynomial, (axes, N), and its constant, (N,)."""
-    rows = np.zeros((axes + 1, len(polys)))
-    for column, poly in enumerate(polys):
-        for monomial, coefficient in poly.items():
-            rows[monomial[0] if monomial else axes, column] = coefficient
-    return rows[:-1], rows[-1]
-
-
-def _aligned(x: Array, form: tuple[Array, Array], block: int) -> tuple[Array, Array]:
-    """Values of affine forms rounded up to whole blocks, and whether rounding changed them.
-
-    Constant forms are not rounded: no width can change them.
-    """
-    matrix, constant = form
-    value = x @ matrix + constant
-    blocks = np.ceil(value / block) * block
-    free = (matrix != 0).any(0)
-    rounded = np.where(free, blocks, value)
-    return rounded, (rounded != value).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,7 +403,7 @@ def _updated(energy: float, count: int, expected: float, weight: float) -> float
 
 
 def _fit_all_blocks(
-    layers: _Layers, vectors: NDArray[np.int64], ms: Array, sd: Array
+    layers: BlockLayers, vectors: NDArray[np.int64], ms: Array, sd: Array
 ) -> tuple[tuple[float, _Fit], ...]:
     """The fits of all block sizes with their probabilities, without those below 1%."""
     fits = [_fit(layers(vectors, block), np.log(ms), sd / ms, block) for block in BLOCKS]
