@@ -54,7 +54,7 @@ from benchmarks.reconstruction import alternatives
 from benchmarks.space_models import SOURCES
 from widthsearch.channels.extraction import widths_of
 from widthsearch.errors import SpaceError
-from widthsearch.modules.solving import flags_of
+from widthsearch.modules.probing import flags_of
 from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import clone, join, sizes_in, tensors_of
 from widthsearch.space.computation import (

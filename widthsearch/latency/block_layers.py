@@ -31,7 +31,7 @@ class BlockLayers:
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 10, 6))
         >>> layers = BlockLayers(SearchSpace.from_model(net, (3, 8, 8)))
         >>> macs, elements, off = layers([9], block=8)
-        >>> macs.sum(), off  # as 16 channels, one width of each layer incomplete
+        >>> float(macs.sum()), off  # as 16 channels, one width of each layer incomplete
         (1.0, array([[1., 1.]]))
     """
 

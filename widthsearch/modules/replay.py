@@ -38,17 +38,8 @@ from widthsearch.modules.construction import (
     Session,
     kept_generators,
 )
-from widthsearch.modules.solving import (
-    Follows,
-    Leaf,
-    Sketch,
-    Solver,
-    Where,
-    fixed,
-    flags_of,
-    members_of,
-    shapes_of,
-)
+from widthsearch.modules.probing import Leaf, Sketch, Where, flags_of, members_of, shapes_of
+from widthsearch.modules.solving import Follows, Solver, fixed
 from widthsearch.modules.source import model_line
 from widthsearch.modules.tree import join, tensors_of
 from widthsearch.torch_internals import storage_of

@@ -21,23 +21,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from widthsearch.modules.arguments import Path, alike, bound, integers, untouched, with_integers
-from widthsearch.modules.construction import Call, Frame, Recording, Session
+from widthsearch.modules.arguments import bound, integers, untouched, with_integers
+from widthsearch.modules.construction import Call, Frame, Recording
+from widthsearch.modules.probing import (
+    Leaf,
+    Prober,
+    Responses,
+    Where,
+    flags_of,
+    members_of,
+)
 from widthsearch.modules.source import names_in_forward
-from widthsearch.modules.tree import SIZED, join, sizes_in, tensors_of
-from widthsearch.torch_internals import buffers_of, children_of, parameters_of
-
-Where = tuple[str, int | str]
-"""A tensor's name and a dim, or a layer's name and an attribute."""
-Leaf = tuple[str, Path]
-"""An argument's name and a path within it; or ``"#n"`` and a path within (args, kwargs) of the n-th
-call of a function that takes sizes."""
-
-Responses = Mapping[Where, tuple[int, Fraction]]
-"""The sizes that change with a number: each one's value at the base, and its slope."""
+from widthsearch.modules.tree import SIZED, join
 
 
 @dataclass(frozen=True)
@@ -68,72 +65,7 @@ def fixed(number: int) -> Follows:
     return Follows(None, Fraction(1), Fraction(number))
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a model, by its name."""
-    return {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(model)}
-
-
-def sizes_of(model: nn.Module) -> dict[Where, int]:
-    """Every size in a model: attributes first, then tensors', inputs' dims before outputs'."""
-    found: dict[Where, int] = {}
-    for layer, module in model.named_modules():
-        found.update({(layer, name): value for name, value in sizes_in(module)})
-    for key, shape in shapes_of(model).items():
-        found.update({(key, dim): shape[dim] for dim in reversed(range(len(shape)))})
-    return found
-
-
-def members_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of what a module holds: its children, parameters and buffers."""
-    held = (children_of(module), parameters_of(module), buffers_of(module))
-    return tuple(name for group in held for name, value in group.items() if value is not None)
-
-
-def flags_of(module: nn.Module) -> dict[str, bool]:
-    """The truth values among a module's attributes."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
-
-
-_FILLS = {
-    *("fill_", "zero_", "normal_", "uniform_", "erfinv_"),
-    *("add_", "sub_", "mul_", "div_", "clamp_"),
-}
-
-
-class Sketch(Session):
-    """A session that makes memory without values as meta tensors, to save time.
-
-    Attributes:
-        values: Whether memory has values nevertheless: some constructors read them.
-
-    Example:
-        >>> from widthsearch.modules.construction import record
-        >>> _, recorder = record(lambda: nn.Linear(3, 4))
-        >>> recording = recorder.recording
-        >>> Sketch(recording.root, recording.classes).run(recording.make_model).weight.device
-        device(type='meta')
-    """
-
-    values = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.values:
-            pass
-        elif func is torch.empty and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
-        elif func.__name__ in _FILLS or getattr(func, "__module__", "") == "torch.nn.init":
-            given = [*args, *kwargs.values()]
-            if _on_meta(given[0]) and not any(isinstance(value, Tensor) for value in given[1:]):
-                return given[0]
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _on_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "meta"
-
-
-class Solver(Sketch):
+class Solver(Prober):
     """Runs the function at the base's widths and finds what each number in a call follows.
 
     Args:
@@ -175,20 +107,12 @@ class Solver(Sketch):
         self.uncertain: set[Call] = set()
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
-        self._seen: dict[Any, Responses | None] = {}
-        self._doubled: dict[Any, dict[Where, int]] = {}
-        self._finished: dict[Call, tuple[dict[str, Any], dict[str, Any]]] = {}
-        self._probed: Frame | None = None
-        self._changes: Mapping[Leaf, int] = {}
 
     # -- the run ----------------------------------------------------------------------------------
 
     def construct(self, frame: Frame, original: Any, args: Any, kwargs: Any) -> None:  # noqa: D102
         arguments = bound(original, args, kwargs)
-        if self._probed is not None:
-            if not self._reused(frame, arguments.arguments):
-                original(*args, **kwargs)
-                self.leave(frame)
+        if self.probing(frame, original, args, kwargs, arguments):
             return
         given = {name: untouched(value) for name, value in arguments.arguments.items()}
         original(*args, **kwargs)
@@ -201,30 +125,19 @@ class Solver(Sketch):
         frame.call.members, frame.call.flags = members_of(args[0]), flags_of(args[0])
         if frame.call.names:
             self.follows[frame.call] = dict(self._solved(frame, original, arguments))
-        self._finished[frame.call] = given, untouched(vars(args[0]))
+        self.finished[frame.call] = given, untouched(vars(args[0]))
 
     def fits(self, call: Call, source: nn.Module) -> bool:  # noqa: D102
         return False  # so that calls within copies are seen too
 
     def sized(self, frame: Frame, number: int, args: Any, kwargs: Any) -> Any:  # noqa: D102
-        if self._probed is None:
+        if self.probed is None:
             if frame.call in self._sizing:
                 self._sizings.setdefault(frame.call, []).append((number, (args, kwargs)))
-        elif frame is self._probed:
-            numbers = {path: v for (name, path), v in self._changes.items() if name == f"#{number}"}
+        elif frame is self.probed:
+            numbers = {path: v for (name, path), v in self.changes.items() if name == f"#{number}"}
             args, kwargs = with_integers((args, kwargs), numbers)
         return args, kwargs
-
-    def _reused(self, frame: Frame, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call within a probe is as it was in the base's run; if so, so is its module."""
-        known = self._finished.get(frame.call)
-        if known is None:
-            return False
-        given, kept = known
-        if not all(alike(value, arguments[name]) for name, value in given.items()):
-            return False
-        vars(frame.module).update(untouched(kept))
-        return True
 
     # -- a call -----------------------------------------------------------------------------------
 
@@ -256,7 +169,7 @@ class Solver(Sketch):
             elif repeated is not None:
                 yield leaf, repeated
             elif v > 1 and (wide or any(_related(v, size) for size in free)):
-                responses = self._responses(frame, original, arguments, (leaf,), v)
+                responses = self.responses(frame, original, arguments, (leaf,), v)
                 found = self._answer(frame.call, leaf[0], responses, v)
                 if responses is None or found is not None:
                     equal.setdefault(v, {})[leaf] = found
@@ -267,9 +180,9 @@ class Solver(Sketch):
                 # Some numbers only change together: channels and groups, widths that are compared.
                 changed = [leaf for leaf in joint if not _is_free(group[leaf])]
                 if None in map(group.get, joint):
-                    responses = self._responses(frame, original, arguments, joint, v)
+                    responses = self.responses(frame, original, arguments, joint, v)
                     rest = tuple(leaf for leaf in joint if leaf not in changed)
-                    without = rest and self._responses(frame, original, arguments, rest, v)
+                    without = rest and self.responses(frame, original, arguments, rest, v)
                     if without and _in_tensors(without) == _in_tensors(responses or {}):
                         continue  # no tensor depends on the others: the groups of a norm
                     common = self._answer(frame.call, "", responses, v)
@@ -301,7 +214,7 @@ class Solver(Sketch):
                 alike[_relative(self.samples[follows.where])].append(leaf)
         for leaves in alike.values():
             while len(leaves) > 1:
-                after = self._together(frame, original, arguments, {v: numbers[v] for v in leaves})
+                after = self.together(frame, original, arguments, {v: numbers[v] for v in leaves})
                 wrong = [
                     where
                     for where, n in after.items()
@@ -320,18 +233,6 @@ class Solver(Sketch):
                 )
                 solved[held] = fixed(numbers[held])
                 leaves.remove(held)
-
-    def _together(
-        self, frame: Frame, original: Any, arguments: Any, numbers: Mapping[Leaf, int]
-    ) -> dict[Where, int]:
-        """The sizes in tensors when numbers are twice as large; none where that is refused."""
-        assert frame.module is not None
-        key = frame.call.kind, tuple(numbers.items()), 0, tuple(shapes_of(frame.module).items())
-        if key not in self._doubled:
-            changes = {leaf: 2 * v for leaf, v in numbers.items()}
-            after = self._probe(frame, original, arguments, changes) or {}
-            self._doubled[key] = {w: n for w, n in after.items() if isinstance(w[1], int)}
-        return self._doubled[key]
 
     def _is_read(self, frame: Frame, where: Where) -> bool:
         """Whether forward reads an attribute, which the trace fixes."""
@@ -403,61 +304,6 @@ class Solver(Sketch):
                 others = (answers[wanted].where for wanted in free[1:])
                 self.torn[call, name] = [str(where[0]) for where in others if where]
         return first
-
-    def _responses(
-        self, frame: Frame, original: Any, arguments: Any, leaves: tuple[Leaf, ...], v: int
-    ) -> Responses | None:
-        """The sizes that change with numbers: each one's value at the base, and its slope.
-
-        None where the constructor refuses other numbers, or makes other modules of them.
-        """
-        assert frame.module is not None
-        key = frame.call.kind, leaves, v, tuple(shapes_of(frame.module).items())
-        if key in self._seen:
-            return self._seen[key]
-        before = sizes_of(frame.module)
-
-        def slopes(new: int) -> Responses | None:
-            after = self._probe(frame, original, arguments, dict.fromkeys(leaves, new))
-            if after is None or after.keys() != before.keys():
-                return None
-            pairs = ((where, u, after[where]) for where, u in before.items())
-            return {where: (u, Fraction(n - u, new - v)) for where, u, n in pairs if n != u}
-
-        for new in (2 * v, 3 * v, v + 1):
-            if (found := slopes(new)) is not None:
-                break
-        offset = any(u != slope * v for u, slope in (found or {}).values())
-        # Of a number that sizes are rounded to, another value gives other slopes.
-        if found and offset and (again := slopes(new + v)) is not None:
-            found = {where: each for where, each in found.items() if again.get(where) == each}
-        return self._seen.setdefault(key, found)
-
-    def _probe(
-        self, frame: Frame, original: Any, arguments: Any, changes: Mapping[Leaf, int]
-    ) -> dict[Where, int] | None:
-        """The sizes in a module that is made with other numbers; None where it cannot be."""
-        kind: Any = type(frame.module)
-        fresh: Any = kind.__new__(kind)
-        given = dict(arguments.arguments)
-        given[next(iter(given))] = fresh
-        for name in given:
-            numbers = {path: v for (of, path), v in changes.items() if of == name}
-            given[name] = with_integers(untouched(given[name]), numbers)
-        call = type(arguments)(arguments.signature, given)
-        self._probed, self._changes = Frame(frame.call, fresh), changes
-        self.frames.append(self._probed)
-        self._constructing.add(id(fresh))
-        try:
-            original(*call.args, **call.kwargs)
-            self.leave(self._probed)
-        except Exception:  # noqa: BLE001  a constructor may refuse a number in any way
-            return None
-        finally:
-            self._constructing.discard(id(fresh))
-            self.frames.pop()
-            self._probed = None
-        return sizes_of(fresh)
 
 
 def _in_tensors(responses: Responses) -> Responses:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from widthsearch.errors import SpaceError, TraceError
 from widthsearch.modules.construction import Recording
+from widthsearch.modules.probing import Where, shapes_of
 from widthsearch.modules.replay import ConstructionError, Replay
-from widthsearch.modules.solving import Where, shapes_of
 from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import (
     SIZED,
