@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Outcome = tuple[str, tuple[tuple[str, float], ...], int, tuple[float, ...], tuple[Any, ...]]
-"""State, widths by axis, seed, values by objective, and (epoch, loss, accuracy) of each epoch."""
+"""State, widths by axis, seed, values by objective, and (epoch, loss, metric) of each epoch."""
 
 Outcomes = Mapping[int, Outcome]
 
@@ -113,7 +113,7 @@ def trials(connection: Any) -> dict[int, Outcome]:
             tuple(widths),
             attributes.get("seed", -1),
             tuple(values),
-            tuple((e["epoch"], e["loss"], e["accuracy"]) for e in attributes.get("curve") or ()),
+            tuple((e["epoch"], e["loss"], e["value"]) for e in attributes.get("curve") or ()),
         )
         for number, (state, widths, values, attributes, keys) in found.items()
     }

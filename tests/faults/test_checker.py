@@ -57,7 +57,7 @@ class Sound:
     def add(self, key: int, number: int, epochs: int, width: int | None = None) -> None:
         """Add a trial with so many epochs."""
         state = "COMPLETE" if epochs == EPOCHS else "PRUNED"
-        curve = [{"epoch": e, "loss": 1.0, "accuracy": 50.0} for e in range(1, epochs + 1)]
+        curve = [{"epoch": e, "loss": 1.0, "value": 50.0} for e in range(1, epochs + 1)]
         attributes = {"seed": 3, "curve": curve}
         width = number if width is None else width
         statements = [
