@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from widthsearch import __version__
-from widthsearch.errors import WidthsearchError
+from widthsearch.errors import WidthsearchError, printable
 
 SHARES = 16
 """Budgets up to this are shares of the base's MACs; larger ones are MACs."""
@@ -73,11 +73,11 @@ def _field(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"a field is like batch_size=64, not {text!r}")
-    import yaml
+    from widthsearch.utils.safe_yaml import load_yaml
 
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key, load_yaml(value)
+    except ValueError:
         raise argparse.ArgumentTypeError(f"a field's value is YAML, not {value!r}") from None
 
 
@@ -85,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all errors of the package."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"error: {printable(message)}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
 

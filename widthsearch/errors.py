@@ -23,9 +23,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST = 2000
+"""The characters of the longest message."""
+
 
 class WidthsearchError(Exception):
-    """The base of all errors that a user can resolve."""
+    """The base of all errors that a user can resolve.
+
+    Example:
+        >>> print(WidthsearchError("no axis 'a\\nb'"))  # one line, whatever a name holds
+        no axis 'a\\nb'
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(message: str) -> str:
+    """A message in one line of printable characters, shortened in its middle if it is very long."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
 class WidthsError(WidthsearchError, ValueError):

@@ -44,6 +44,7 @@ from widthsearch.study.sections import (
 )
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import reference_of
+from widthsearch.utils.safe_yaml import load_yaml
 from widthsearch.utils.validation import explain
 
 
@@ -358,16 +359,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         StudyError: It is not there, or is no mapping in safe YAML.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise StudyError(f"{path} is not safe YAML: {error.problem}{place}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character, a date, depth
-        raise StudyError(f"{path} is not safe YAML: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise StudyError(f"{path} is not safe YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
     return values

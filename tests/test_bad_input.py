@@ -1,0 +1,293 @@
+"""Bad input: each case ends in success, or in one line of the package's own errors.
+
+A case gives the package a file as a user or a stranger may have written it, most of them valid.
+It must not leave a traceback, run for ever, run code of the file, or change a file that it was
+given. ``WIDTHSEARCH_BAD_INPUT=50000 pytest tests/test_bad_input.py`` tries more cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import tempfile
+import typing
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+import bad_files
+import pytest
+import study_grammar as grammar
+from bad_files import Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from widthsearch import cli, commands, errors
+from widthsearch.errors import WidthsearchError
+from widthsearch.proposers import PROPOSERS, proposer_class
+from widthsearch.study import driver
+from widthsearch.study.config import StudyConfig
+from widthsearch.study.sections import ProposerConfig
+from widthsearch.utils.files import VARIABLE
+
+DEFAULT = 2000
+CASES = int(os.environ.get("WIDTHSEARCH_BAD_INPUT", DEFAULT))
+SECONDS = 10
+"""The most CPU time of a case."""
+
+COMMANDS = ("space", "propose", "run", "pareto")
+PNG = bad_files.IMAGE
+SEEN: set[str] = set()
+"""The places of the keys that the cases have used."""
+
+
+class TrainingReached(Exception):  # noqa: N818 - no error
+    """A study passed all checks: its storage would be opened, and training would begin."""
+
+
+def _reached(*_: Any, **__: Any) -> NoReturn:
+    raise TrainingReached
+
+
+def _took_too_long(*_: Any) -> NoReturn:
+    raise AssertionError(f"it took more than {SECONDS} s of CPU time")
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """A context that must end within some CPU time."""
+    before = signal.signal(signal.SIGVTALRM, _took_too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """The bytes of each file below a folder, and where each link leads."""
+    return {
+        str(path): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def outcome(case: Callable[[], object], folder: Path) -> type[WidthsearchError] | None:
+    """The error of a case, which must be one line; None for success. No file may change."""
+    before = contents(folder)
+    found: type[WidthsearchError] | None = None
+    try:
+        with bounded():
+            case()
+    except TrainingReached:
+        pass
+    except WidthsearchError as error:
+        assert str(error).isprintable() and 0 < len(str(error)) < 3000, str(error)
+        found = type(error)
+    after = contents(folder)
+    assert {path: after.get(path) for path in before} == before
+    assert not (folder / "CANARY").exists()
+    return found
+
+
+def command(*arguments: str) -> None:
+    """Run a command; its error must be one line with exit code 2, and is raised."""
+    raised: list[WidthsearchError] = []
+
+    def recorded(function: Callable[[Any], int], options: Any) -> int:
+        try:
+            return function(options)
+        except WidthsearchError as error:
+            raised.append(error)
+            raise
+
+    out, err = io.StringIO(), io.StringIO()
+    functions = {name: partial(recorded, getattr(commands, name)) for name in COMMANDS}
+    with (
+        mock.patch.multiple(commands, **functions),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    line = err.getvalue()
+    if code:
+        assert code == 2 and line.startswith("error: ") and line.count("\n") == 1, (code, line)
+        raise raised[0] if raised else WidthsearchError(line.strip())
+
+
+# --- the kinds of cases ---
+
+
+@st.composite
+def study_files(draw: st.DrawFn) -> Case:
+    """A study file: most are valid, a quarter has odd values, a quarter is damaged text."""
+    kind = draw(st.sampled_from(["valid", "valid", "mutated", "damaged"]))
+    documents = grammar.documents()
+    if kind == "damaged":
+        content = draw(grammar.damaged(documents, "CANARY"))
+    else:
+        document = draw(documents if kind == "valid" else grammar.mutated(documents))
+        content = grammar.text_of(document).encode("utf-8", "surrogatepass")
+        SEEN.update(keys_of(document))
+    how = draw(st.sampled_from(["run", "run", "run", "space", "propose"]))
+    more = {
+        "run": ["--runs", "runs"],
+        "space": [],
+        "propose": ["--method", "uniform", "--budget", draw(st.sampled_from(["0.5", "4e4"]))],
+    }[how]
+
+    def case(folder: Path) -> Callable[[], object]:
+        (folder / "study.yaml").write_bytes(content)
+        for each in ("train/a", "train/b", "test/a", "test/b"):
+            (folder / "images" / each).mkdir(parents=True)
+            for i in range(5):
+                (folder / "images" / each / f"{i}.png").write_bytes(PNG)
+        return lambda: command(how, "study.yaml", *more)
+
+    return case
+
+
+ODD_ARGUMENTS = st.sampled_from(
+    [text for text in grammar.ODD_TEXTS if "\x00" not in text]
+    + ["3x8x8", "0x0", "1e400", "0.5", "9" * 5000, "uniform", "study_grammar:space", "--json"]
+) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=5)
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> Case:
+    """A command line of ``space`` or ``propose`` with up to two odd words."""
+    line = draw(st.sampled_from(LINES)).split()
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        line[draw(st.integers(1, len(line) - 1))] = draw(ODD_ARGUMENTS)
+    return lambda folder: lambda: command(*line)
+
+
+LINES = (
+    "space study_grammar:space --json",
+    "space study_grammar:narrow --check --device meta",
+    "propose study_grammar:space --method random --budget 0.5 --seed 3 --set members=4",
+    "propose study_grammar:space --method uniform --budget 5e4 --epochs 3 --device cpu --json",
+    "pareto none --runs runs",
+)
+
+
+@st.composite
+def stored_studies(draw: st.DrawFn) -> Case:
+    """The front of a stored study."""
+    storage = draw(bad_files.storages())
+    form = draw(st.sampled_from([[], ["--json"], ["--csv"]]))
+
+    def case(folder: Path) -> Callable[[], object]:
+        study = storage(folder / "study")
+        return lambda: command("pareto", str(study), *form)
+
+    return case
+
+
+def keys_of(document: Any, place: str = "") -> set[str]:
+    """The places of the keys in a document."""
+    found = {place}
+    for key, value in document.items() if isinstance(document, dict) else ():
+        found |= keys_of(value, f"{place}.{key}".lstrip("."))
+    return found
+
+
+KINDS: dict[str, tuple[float, st.SearchStrategy[Case]]] = {
+    "study files": (0.66, study_files()),
+    "arguments": (0.03, arguments()),
+    "widths files": (0.06, bad_files.widths_files()),
+    "space files": (0.06, bad_files.space_files()),
+    "profiles": (0.05, bad_files.profiles()),
+    "trained folders": (0.05, bad_files.trained_folders()),
+    "checkpoints": (0.05, bad_files.checkpoints()),
+    "image folders": (0.03, bad_files.image_folders()),
+    "storages": (0.01, stored_studies()),
+}
+"""The share of each kind of cases, and its cases."""
+
+
+@cache
+def outcomes(kind: str) -> Counter[type[WidthsearchError] | None]:
+    """How often cases of one kind end with each error, and with success (None)."""
+    share, cases = KINDS[kind]
+    found: Counter[type[WidthsearchError] | None] = Counter()
+
+    @settings(
+        max_examples=max(1, round(share * CASES)),
+        deadline=None,
+        database=None,
+        derandomize=CASES == DEFAULT,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def run(case: Case) -> None:
+        with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+            os.environ[VARIABLE] = str(Path(name, "cache"))
+            found[outcome(case(Path(name)), Path(name))] += 1
+
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(driver.Store, "create", _reached),
+        warnings.catch_warnings(),
+    ):
+        run()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_one_line(kind: str) -> None:
+    """Each case succeeds or has one line, and a third of all succeed."""
+    found = outcomes(kind)
+    print(kind, {error and error.__name__: count for error, count in found.items()})
+    assert found[None] * 3 >= found.total()
+
+
+def test_the_cases_hit_every_error_class() -> None:
+    """Each class of ``errors.py`` is the error of some case."""
+    hit = {error for kind in KINDS for error in outcomes(kind) if error is not None}
+    known = {each for each in vars(errors).values() if isinstance(each, type)}
+    assert {each for each in known if issubclass(each, WidthsearchError)} - hit == set()
+
+
+def leaves(section: Any, place: str = "") -> Iterator[str]:
+    """The places of all keys of a model or dataclass, and of those that it holds."""
+    model = issubclass(section, BaseModel)
+    fields = section.model_fields if model else {f.name: f for f in dataclasses.fields(section)}
+    hints = {name: f.annotation for name, f in fields.items()} if model else {}
+    hints = hints or {name: typing.get_type_hints(section)[name] for name in fields}
+    for name, annotation in hints.items():
+        path = f"{place}.{name}".lstrip(".")
+        inner = [c for c in classes(annotation) if section is StudyConfig]
+        several = len(inner) > 1 and name != "recipe"
+        for each in inner:
+            yield from leaves(each, f"{path}.{each.__name__}" if several else path)
+        if not inner:
+            yield path
+    if section is ProposerConfig:
+        for method in PROPOSERS:
+            yield from leaves(proposer_class(method), f"{place}.{method}")
+
+
+def classes(annotation: Any) -> list[type]:
+    """The models and dataclasses of the package in an annotation."""
+    if isinstance(annotation, type) and annotation.__module__.startswith("widthsearch"):
+        return [annotation]
+    return [each for inner in typing.get_args(annotation) for each in classes(inner)]
+
+
+def test_the_grammar_reaches_every_key() -> None:
+    """Of the configuration and of its sections, by their fields; the cases have used them all."""
+    assert set(grammar.VALID) == set(leaves(StudyConfig))

@@ -1,0 +1,73 @@
+"""YAML from anyone: plain values only, of bounded extent, and no key twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from widthsearch.errors import first_line
+
+MOST_VALUES = 10_000
+"""The most values of a document, where an alias counts as often as it is used."""
+
+LARGEST = 2**64
+"""The bound of whole numbers: those of a study are below 2^63, and Python prints no huge ones."""
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: One line: it is not YAML, has a tag other than YAML's own, a key twice, a number
+            that is too large, or too many values, say by aliases of aliases.
+
+    Example:
+        >>> load_yaml("{epochs: 3, lr: 0.1}")
+        {'epochs': 3, 'lr': 0.1}
+        >>> load_yaml("{epochs: 3, epochs: 4}")
+        Traceback (most recent call last):
+        ValueError: key 'epochs' is given twice (line 1, column 13)
+    """
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{error.problem}{place}") from None
+    except Exception as error:  # a date, depth; PyYAML raises any type for a value that no tag fits
+        raise ValueError(first_line(error)) from error
+    _check_extent(value)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which alone keeps the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    problem = f"key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _check_extent(value: Any) -> None:
+    """Refuse what could not be printed or walked through; a list within itself has no end."""
+    left, count = [value], 0
+    while left:
+        inner = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"it must have at most {MOST_VALUES:,} values, aliases expanded")
+        if isinstance(inner, int) and abs(inner) > LARGEST:
+            raise ValueError("whole numbers must be at most 2^64, but one is larger")
+        if isinstance(inner, Mapping):
+            left += [*inner.keys(), *inner.values()]
+        elif isinstance(inner, list | tuple | set):
+            left += inner
