@@ -80,36 +80,6 @@ def test_a_study_without_a_run_has_no_trials(tmp_path: Path) -> None:
     assert not (tmp_path / "tiny").exists()
 
 
-class Changed(tiny.Net):
-    """The tensors of the tiny network, and another function of them."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 1, 4, 4) to (N, 4)."""
-        return 2 * super().forward(x)
-
-
-class Renamed(tiny.Net):
-    """The tiny network, by other code."""
-
-
-@pytest.mark.parametrize(
-    ("model", "change"),
-    [
-        (Changed, "its output on a fixed input has changed"),
-        (Renamed, "the source of its classes has changed"),
-    ],
-)
-def test_a_model_whose_code_changed_is_refused(
-    tmp_path: Path, model: type[tiny.Net], change: str
-) -> None:
-    """Two models in one study would be compared as if they were one."""
-    tiny.run(tiny.study(tmp_path), trials=1)
-    tiny.run(tiny.study(tmp_path), trials=1)  # the same code goes on
-    other = SearchSpace.from_model(model, (1, 4, 4), name="tiny", min_width=0.25, step=2)
-    with pytest.raises(StudyError, match=f"a study keeps its model, but {change} since 'tiny' was"):
-        tiny.run(tiny.study(tmp_path, other), trials=1)
-
-
 def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:
     """The study does not change."""
     tiny.run(tiny.study(tmp_path, trials=2))

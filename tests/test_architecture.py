@@ -129,3 +129,17 @@ def test_each_promise_names_tests_that_exist() -> None:
     promises, _ = text.split("## What is not promised")
     for bullet in re.split(r"^- ", promises, flags=re.MULTILINE)[1:]:
         assert "::test_" in bullet, bullet
+
+
+def test_files_and_classes_stay_small() -> None:
+    """At most 500 lines a file, and 300 a class."""
+    long = []
+    for folder in ("widthsearch", "tests", "benchmarks", "studies", "search_spaces", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            if text.count("\n") > 500:
+                long.append(path.name)
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno >= 300:
+                    long.append(f"{path.name}: {node.name}")
+    assert long == []

@@ -6,6 +6,12 @@ A study lives in one folder: ``study.yaml``, ``study.db`` unless its storage is 
 Reading a stored study (:meth:`Study.load`, :meth:`~Study.trials`, :meth:`~Study.posterior`,
 :meth:`~Study.front`, :meth:`~Study.pick`) imports neither torch nor Ray; its spaces, its task and
 its driver are imported where they are first needed.
+
+Example:
+    >>> study = Study(StudyConfig(name="mine", trials=8), folder="runs/mine")
+    >>> study.front()
+    Traceback (most recent call last):
+    widthsearch.errors.StudyError: study 'mine' has no trials yet: run it first
 """
 
 from __future__ import annotations
@@ -44,15 +50,7 @@ class Study:
         folder: The folder of the study's files; by default ``runs/<name>``.
 
     Attributes:
-        config: The configuration.
-        folder: The folder of the study's files.
-        failures: The reasons why proposers have no proposal, by method, after a run.
-
-    Example:
-        >>> study = Study(StudyConfig(name="mine", trials=8), folder="runs/mine")
-        >>> study.front()
-        Traceback (most recent call last):
-        widthsearch.errors.StudyError: study 'mine' has no trials yet: run it first
+        failures: Why proposers have no proposal, by method, after a run.
     """
 
     def __init__(
@@ -187,7 +185,7 @@ class Study:
 
     @property
     def storage(self) -> str:
-        """The URL of the storage."""
+        """The storage's URL."""
         return _storage(self.folder, self.config.storage)
 
     def run(
@@ -200,8 +198,8 @@ class Study:
             retry: Whether to train again the trials that failed, say after the model was repaired.
 
         Raises:
-            WidthsearchError: An error that the user can correct; running again goes on from there.
-            KeyboardInterrupt: SIGINT or SIGTERM; running again goes on from there.
+            WidthsearchError, KeyboardInterrupt: An error that the user can correct, SIGINT or
+                SIGTERM; running again goes on from there.
         """
         from widthsearch.runner import ray_tune as runner
 
@@ -277,8 +275,7 @@ class Study:
             on_progress: Called with the progress of the study.
 
         Raises:
-            WidthsearchError: An error that the user can correct; running again goes on from there.
-            KeyboardInterrupt: SIGINT or SIGTERM; running again goes on from there.
+            WidthsearchError, KeyboardInterrupt: As :meth:`run`.
         """
         from widthsearch.runner import ray_tune as runner
 

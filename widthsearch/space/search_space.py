@@ -129,7 +129,6 @@ class SearchSpace:
             path: The file.
             model: The model of the space, as for :meth:`from_model`. The names and shapes of its
                 tensors are compared with the file; its forward pass is not (see :meth:`check`).
-            init: As for :meth:`from_model`.
 
         Raises:
             SpaceError: The file cannot be read, is damaged, has another format, or is of another
@@ -182,11 +181,7 @@ class SearchSpace:
     def tie_scores(self, scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
         """Scores of the channels of :attr:`unconstrained`'s axes, combined for this space's axes.
 
-        Args:
-            scores: Per axis of :attr:`unconstrained`, one score per channel, shape (base,).
-
-        Returns:
-            Per axis of this space, shape (base,), see :func:`~widthsearch.space.ties.tied_scores`.
+        One row per axis, of shape (base,): :func:`~widthsearch.space.ties.tied_scores`.
         """
         by_name = dict(zip(self.unconstrained.names, scores, strict=True))
         return tied_scores(self.axes, [a.divisor for a in self.trace.axes], by_name)
@@ -261,7 +256,7 @@ class SearchSpace:
         return read_widths(Path(path), self.name, axes, self.fingerprint)
 
     def cost_form(self, quantity: str) -> QuadraticForm:
-        """The quadratic form of ``macs``, ``params``, ``activations`` or ``weight_bytes``."""
+        """The quadratic form of one quantity of :class:`Cost`."""
         if quantity not in self._forms:
             divisors = [axis.divisor for axis in self.trace.axes]
             source = self.model if quantity == "weight_bytes" else self.trace

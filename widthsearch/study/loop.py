@@ -10,6 +10,22 @@ asks it for trials, trains each epoch by epoch, and reports::
 
 Every change of its state is in the storage first, so a search made anew after any kill continues
 where the last one ended.
+
+Example:
+    >>> import tempfile
+    >>> from torch import nn
+    >>> from widthsearch.study.storage import Store
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> spaces = {"net": SearchSpace.from_model(net, (3, 8, 8), name="net")}
+    >>> config = StudyConfig(name="mine", trials=2, recipe={"epochs": 1})
+    >>> url = f"sqlite:///{tempfile.mkdtemp()}/study.db"
+    >>> store = Store.create(url, "mine", config.objectives)
+    >>> with DriverLock(store) as driver_lock:
+    ...     search = Search(config, spaces, driver_lock)
+    ...     while (trial := search.ask()) is not None:
+    ...         more = search.report(trial.number, [EpochResult(1, 0.1, 90.0, 1.0)])
+    >>> [trial.widths.vector for trial in search.trials.values()]
+    [(1,), (16,)]
 """
 
 from __future__ import annotations
@@ -72,22 +88,6 @@ class Search:
         spaces: The spaces by name.
         driver_lock: The lock of the study's storage.
         trials: Every trial, running ones too, by number.
-
-    Example:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> from widthsearch.study.storage import Store
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> spaces = {"net": SearchSpace.from_model(net, (3, 8, 8), name="net")}
-        >>> config = StudyConfig(name="mine", trials=2, recipe={"epochs": 1})
-        >>> url = f"sqlite:///{tempfile.mkdtemp()}/study.db"
-        >>> store = Store.create(url, "mine", config.objectives)
-        >>> with DriverLock(store) as driver_lock:
-        ...     search = Search(config, spaces, driver_lock)
-        ...     while (trial := search.ask()) is not None:
-        ...         more = search.report(trial.number, [EpochResult(1, 0.1, 90.0, 1.0)])
-        >>> [trial.widths.vector for trial in search.trials.values()]
-        [(1,), (16,)]
     """
 
     def __init__(
@@ -235,11 +235,7 @@ class Search:
             )
 
     def retry_alone(self, number: int) -> bool:
-        """Train a trial that ran out of memory once more, while no other one runs.
-
-        Returns:
-            False for a trial that was trained alone before: its failure is final.
-        """
+        """Train a trial that ran out of memory once more, alone; False if it was so before."""
         if number in self._trained_alone:
             return False
         self._trained_alone.add(number)
@@ -255,12 +251,7 @@ class Search:
         return begun and number in self.running
 
     def notify(self, message: str = "", level: Level = "status", /) -> None:
-        """Log a message, and call back with the progress of the study.
-
-        Args:
-            message: What just happened; may be empty.
-            level: Its importance.
-        """
+        """Log what just happened, if anything, and call back with the progress of the study."""
         if message:
             _logger.info(message)
         if self._on_progress is not None:
