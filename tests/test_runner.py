@@ -123,7 +123,7 @@ def errors(study: Study) -> dict[int, str | None]:
 def test_an_exception_fails_the_trial_without_a_retry(unlucky: Unlucky) -> None:
     """The reason is one line; the traceback is in the log."""
     study, progress = unlucky
-    assert errors(study)[2] == "RuntimeError: no kernel for 2 channels"
+    assert errors(study)[2] == "RuntimeError: no kernel for 2 channels; the widths are [2]"
     assert any("failed: RuntimeError: no kernel" in each.message for each in progress)
     log = (study.folder / "logs" / "run.log").read_text()
     assert "Traceback" in log
@@ -139,7 +139,8 @@ def test_a_trial_fails_when_its_worker_dies_in_every_retry(unlucky: Unlucky) -> 
 def test_a_loss_of_nan_fails_the_trial(unlucky: Unlucky) -> None:
     """The error names the epoch."""
     study, _ = unlucky
-    assert errors(study)[6] == "training diverged in epoch 1: its loss is nan"
+    expected = "training diverged in epoch 1: its loss is nan; the widths are [6]"
+    assert errors(study)[6] == expected
 
 
 def test_a_worker_that_dies_or_lacks_memory_once_is_replaced(unlucky: Unlucky) -> None:
