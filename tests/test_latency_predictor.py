@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widthsearch.errors import StudyError
+from widthsearch.latency.block_layers import BlockLayers
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.latency.predictor import LatencyPredictor, _Layers
+from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.space.search_space import SearchSpace
 
 
@@ -99,7 +100,7 @@ def device(step: int, noise: float = 0.02) -> Callable[[NDArray[np.int64]], NDAr
 
 def test_macs_of_layers_at_rounded_widths_by_hand() -> None:
     """Widths (17, 33) in blocks of 16 count as (32, 48); in blocks of 1 they count exactly."""
-    layers = _Layers(net())
+    layers = BlockLayers(net())
     base = 64 * (27 * 32 + 9 * 32 + 32 * 64) + 64 * 10
     macs, elements, off = layers([17, 33], 16)
     expected = np.array([64 * 27 * 32, 64 * 9 * 32, 64 * 32 * 48, 48 * 10]) / base
@@ -118,7 +119,7 @@ def test_layers_without_a_weight_count_by_their_macs() -> None:
         lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (5, 16), step=2
     )
     widths = np.array([axis.min_width for axis in space.axes])
-    macs, _, _ = _Layers(space)(widths, 1)
+    macs, _, _ = BlockLayers(space)(widths, 1)
     whole = space.cost(space.base).macs
     assert macs.sum() * whole == pytest.approx(int(space.macs(widths)))
 
