@@ -225,6 +225,9 @@ def train(options: argparse.Namespace) -> int:
     )
     if not epochs:
         print_line(console, f"complete: nothing is left to train; remove {folder} to train it anew")
+    reference = card["space"]["reference"]
+    named = reference is not None and not reference.startswith("torchvision:")
+    given = (str(folder), reference) if named else (str(folder),)
     test = card[f"test_{metric.name}"]
     of = "one seed"
     if options.seeds > 1:
@@ -233,7 +236,7 @@ def train(options: argparse.Namespace) -> int:
     print_line(
         console,
         f"test {metric.name} {metric.text(test['mean'])}{metric.unit}, {of}; written to {folder}; "
-        f"load it with widthsearch.load({str(folder)!r})",
+        f"load it with widthsearch.load({', '.join(map(repr, given))})",
     )
     return 0
 

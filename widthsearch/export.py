@@ -233,25 +233,27 @@ def _remove(path: Path) -> None:
             os.close(folder)
 
 
-def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
+def load(folder: str | Path, space: SearchSpace | str | None = None) -> nn.Module:
     """Load the network in a folder that :func:`train` wrote, in eval mode.
 
     Its input is images with values from 0 to 1, normalised by the mean and std under
-    ``preprocessing`` in the card. Only tensors are unpickled (``weights_only=True``); the network's
-    code is that of the space which the card names, so it must be importable.
+    ``preprocessing`` in the card. Nothing in the folder runs code: only tensors are unpickled, and
+    a function that the card names is not imported, since the folder may come from anyone.
 
     Args:
         folder: The folder.
-        space: The space, if the study was made from an object and not from a reference.
+        space: The space, or its reference, as in the study; None for a torchvision model.
 
     Raises:
         StudyError: The folder is incomplete or damaged.
         WidthsError: The space has changed.
     """
     folder = Path(folder)
-    about = _read_json(folder / CARD).get("space")
-    if space is None:
-        space = _space_of(about, folder)
+    for name in (CARD, WIDTHS, WEIGHTS):
+        if not (folder / name).is_file():
+            raise StudyError(f"a trained folder must hold the file {name}, but {folder} does not")
+    if not isinstance(space, SearchSpace):
+        space = _space_of(_read_json(folder / CARD).get("space"), folder, space)
     model = space.build(space.load_widths(folder / WIDTHS, on_grid=False), initialise=False)
     try:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
@@ -263,15 +265,18 @@ def load(folder: str | Path, space: SearchSpace | None = None) -> nn.Module:
     return model.eval()
 
 
-def _space_of(about: Any, folder: Path) -> SearchSpace:
-    """The space of a card."""
+def _space_of(about: Any, folder: Path, given: str | None) -> SearchSpace:
+    """The space of a card, by the reference that was given, or by its own of a torchvision model.
+
+    Any other reference runs code, and a folder may come from anyone: the caller has to name it.
+    """
     card = str(folder / CARD)
     keys = ("reference", "name", "input", "classes", "constraints")
     missing = [key for key in keys if not isinstance(about, dict) or key not in about]
     if missing:
         raise StudyError(f"{card!r} lacks the space's {missing[0]!r}; train the pick again")
     reference, name, shape, classes, constraints = (about[key] for key in keys)
-    if reference is None:
+    if given is None and reference is None:
         raise StudyError(
             f"{str(folder)!r} was trained in a space without a reference ({name!r}): give the "
             "space, load(folder, space=...)"
@@ -280,9 +285,14 @@ def _space_of(about: Any, folder: Path) -> SearchSpace:
         asked = Constraints(**constraints)
         shape = None if shape is None else tuple(map(operator.index, shape))
         classes = None if classes is None else operator.index(classes)
-        where = str.__str__(reference)
+        where = str.__str__(reference if given is None else given)
     except TypeError as error:
         raise StudyError(f"{card!r} is damaged ({error}); train the pick again") from None
+    if given is None and not where.startswith("torchvision:"):
+        raise StudyError(
+            f"a card's code must be trusted before it is imported, but {card!r} names {where!r}: "
+            f"if you trust that, load(folder, space={where!r})"
+        )
     return load_space(where, shape, classes).with_constraints(asked)
 
 

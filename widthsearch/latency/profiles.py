@@ -12,26 +12,44 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from rich.table import Table
 from scipy.stats import qmc
 
-from widthsearch.errors import StudyError, writing
+from widthsearch.errors import StudyError, first_line, writing
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
-from widthsearch.latency.predictor import LatencyPredictor
+from widthsearch.latency.predictor import LatencyPredictor, PredictionErrors
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import check_device, hardware_name
 from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
 from widthsearch.widths import Widths
 
 _BLOCKS = (1, 8, 16, 32)  # the widths of designed networks are multiples of these, in turns
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """The content of a file."""
+
+    space: str
+    fingerprint: str
+    setting: dict[str, Any]
+    base_ms: float | None
+    vectors: list[list[Annotated[int, Field(ge=0, lt=2**31)]]]
+    ms: list[float]
+    sd: list[float]
+    errors: PredictionErrors | None
+
+
+_PROFILE = TypeAdapter(_Profile)
 
 
 def measure_profile(
@@ -200,12 +218,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = asdict(_PROFILE.validate_json(path.read_bytes(), strict=True))
         if len(content["vectors"]) == len(content["ms"]) == len(content["sd"]) > 0:
             return content
         reason = "it holds no measurements"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error)
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
     raise StudyError(f"the profile {str(path)!r} cannot be read ({reason}): remove it")
 
 

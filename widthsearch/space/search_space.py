@@ -19,7 +19,7 @@ from widthsearch.errors import SpaceError
 from widthsearch.modules.construction import Recorder, record
 from widthsearch.space.constraints import Constraints, default_axis
 from widthsearch.space.cost import Cost, QuadraticForm
-from widthsearch.space.space_file import SpaceState, read_space, write_space
+from widthsearch.space.space_file import SpaceState, intact, read_space, write_space
 from widthsearch.space.ties import tied_scores, unconstrained_widths
 from widthsearch.space.verification import CheckReport, check_space
 from widthsearch.space.width_specs import (
@@ -136,13 +136,15 @@ class SearchSpace:
         """
         name, inputs, states = read_space(Path(path))
         made, recorder, _ = _constructed(model)
-        if difference := states[0].trace.difference(made):
-            raise SpaceError(f"{str(path)!r} is a space of another model: {difference}")
-        traced = TracedModel.of(made, inputs, name, recorder, init, states[0].trace)
-        space = cls(name, states[0].axes, traced, None, states[0].stepped)
-        for state in states[1:]:
-            traced = replace(traced, trace=state.trace)
-            space = cls(name, state.axes, traced, space, state.stepped)
+        with intact(Path(path)):
+            if difference := states[0].trace.difference(made):
+                raise SpaceError(f"{str(path)!r} is a space of another model: {difference}")
+            traced = TracedModel.of(made, inputs, name, recorder, init, states[0].trace)
+            space = cls(name, states[0].axes, traced, None, states[0].stepped)
+            for state in states[1:]:
+                traced = replace(traced, trace=state.trace)
+                space = cls(name, state.axes, traced, space, state.stepped)
+            space.cost(space.base)
         return space
 
     def constrained(

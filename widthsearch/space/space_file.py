@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from widthsearch.widths import Axis
 
 FORMAT = 1
 _AXES = TypeAdapter(tuple[Axis, ...])
+_TRACE, _ROWS = TypeAdapter(Trace), ("axes", "pinned")
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,40 @@ def read_space(path: Path) -> tuple[str, Any, list[SpaceState]]:
             f"a space file must have format {FORMAT}, but {str(path)!r} has {version!r}: save the "
             "space again with this version of widthsearch"
         )
-    if version is None or _digest(file.get("content")) != file.get("digest"):
+    with intact(path):
+        content = file["content"]
+        if _digest(content) != file["digest"]:
+            raise ValueError("its content does not have its digest")
+        states = [
+            SpaceState(
+                Trace.from_json(state["trace"]),
+                _AXES.validate_python(state["axes"]),
+                frozenset(state["stepped"]),
+            )
+            for state in content["states"]
+        ]
+        for state in states:
+            rows = {key: [vars(row) for row in getattr(state.trace, key)] for key in _ROWS}
+            _TRACE.validate_python({**vars(state.trace), **rows})
+        return str(content["name"]), inputs_from_json(content["inputs"]), states
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """A context in which whatever fails is due to a damaged space file.
+
+    Raises:
+        SpaceError: Something has failed.
+    """
+    try:
+        yield
+    except SpaceError:
+        raise
+    except Exception as error:
         raise SpaceError(
             f"a space file must be unchanged since SearchSpace.save, but {str(path)!r} is damaged: "
             "save the space again"
-        )
-    content = file["content"]
-    states = [
-        SpaceState(
-            Trace.from_json(state["trace"]),
-            _AXES.validate_python(state["axes"]),
-            frozenset(state["stepped"]),
-        )
-        for state in content["states"]
-    ]
-    return content["name"], inputs_from_json(content["inputs"]), states
+        ) from error
 
 
 def _digest(content: Any) -> str:

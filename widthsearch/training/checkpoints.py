@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from widthsearch.errors import CheckpointError
+from widthsearch.errors import CheckpointError, first_line
 from widthsearch.utils.files import write_atomically
 
 
@@ -65,7 +65,7 @@ def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) ->
     try:
         header = json.loads(first)
         stored, whole = header["run"], header["sha256"] == hashlib.sha256(payload).hexdigest()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise CheckpointError(
@@ -77,9 +77,14 @@ def read_checkpoint(path: Path, run: Mapping[str, Any], device: torch.device) ->
             f"a checkpoint must be of the same run, but {path} has {_difference(stored, here)}; "
             "restart the run, or use another folder for each run's checkpoints"
         )
-    state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-    assert isinstance(state, dict)
-    return state
+    try:
+        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+        return dict(state)
+    except Exception as error:  # torch raises any type
+        raise CheckpointError(
+            f"a checkpoint must hold tensors and plain values alone, but {path} does not "
+            f"({first_line(error)}); restart the run"
+        ) from error
 
 
 def _difference(there: Any, here: Any, place: str = "run") -> str:

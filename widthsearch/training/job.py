@@ -26,7 +26,6 @@ import hashlib
 import inspect
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -35,9 +34,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
-from widthsearch.errors import StudyError, first_line, writing
+from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.recipe import EpochResult, OwnRecipe, recipe_values
 from widthsearch.utils import devices
@@ -48,6 +48,9 @@ R = TypeVar("R")
 
 CHECKPOINT = "training.ckpt"
 """The name of a trial's checkpoint in its folder."""
+
+_ROWS = TypeAdapter(list[tuple[int, float | None, float, float, str, dict[str, float]]])
+"""The results of epochs in a checkpoint."""
 
 State = Mapping[str, Any]
 """Tensors, numbers, texts, and lists and mappings of those: the content of a checkpoint."""
@@ -216,8 +219,14 @@ class TrainingTrial(Generic[R]):
             CheckpointError: The checkpoint is missing, damaged or of another training.
         """
         saved = read_checkpoint(self._folder / CHECKPOINT, self._identity, self.device)
-        self.curve = [EpochResult(*row) for row in saved["curve"]]
-        self._state, self._must_resume = saved["state"], True
+        try:
+            self.curve = [EpochResult(*row) for row in _ROWS.validate_python(saved["curve"])]
+            self._state, self._must_resume = saved["state"], True
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"a checkpoint must hold a curve and a state, but {self._folder / CHECKPOINT} does "
+                "not; restart the run"
+            ) from error
 
     def check_resumed(self) -> None:
         """Check that the state of the last checkpoint was asked for.
@@ -318,11 +327,12 @@ class TrainingTrial(Generic[R]):
             return
         try:
             read_checkpoint(path, self._identity, torch.device("cpu"))
-        except pickle.UnpicklingError as error:
+        except CheckpointError as error:
             path.unlink()
             raise StudyError(
                 "a state must consist of tensors, numbers, texts, and lists and mappings of those, "
-                f"but that of trainer {self._job.name!r} does not: {first_line(error)}"
+                f"but that of trainer {self._job.name!r} does not: "
+                f"{first_line(error.__cause__ or error)}"
             ) from None
 
 

@@ -45,7 +45,7 @@ def load_yaml(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which alone keeps the last of two equal keys."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
