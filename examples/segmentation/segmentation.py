@@ -8,6 +8,7 @@ The images are drawn, so nothing is downloaded. Each has a disc and a square on 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,52 +66,51 @@ def drawn(count: int, seed: int) -> TensorDataset:
     return TensorDataset((labels > 0)[:, None].float() + noise, labels)
 
 
-def data() -> tuple[TensorDataset, TensorDataset]:
-    """The training and the validation split."""
-    return drawn(512, seed=0), drawn(256, seed=1)
+def batches(split: str, seed: int) -> Iterable[list[Tensor]]:
+    """Batches of 16 of 512 images in a new order, or of 128 of 256 others."""
+    if split == "validation":
+        return DataLoader(drawn(256, seed=1), 128)
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(drawn(512, seed=0), 16, shuffle=True, drop_last=True, generator=generator)
 
 
-def final_data() -> tuple[TensorDataset, TensorDataset]:
-    """Other images for the final training: more to train on, and a test split."""
-    return drawn(1024, seed=2), drawn(512, seed=3)
+def loss(network: nn.Module, batch: list[Tensor]) -> Tensor:
+    """The mean cross-entropy of the pixels."""
+    images, labels = batch
+    return F.cross_entropy(network(images), labels)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The study's recipe: unknown keys and wrong types are refused before anything runs."""
 
-    batch_size: int = 16
     lr: float = 0.01
 
 
 def train(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
-    """Train a U-Net of any widths; each report has the mean IoU in percent."""
-    train_set, val_set = trial.data
-    recipe, device = trial.recipe, trial.device
-    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr)
-    batches = DataLoader(train_set, recipe.batch_size, shuffle=True, drop_last=True)
+    """Train by AdamW; each report has the mean IoU in percent."""
+    optimizer = torch.optim.AdamW(network.parameters(), trial.recipe.lr)
     if (saved := trial.resume()) is not None:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
     for epoch in range(trial.epoch, trial.epochs):
-        optimizer.param_groups[0]["lr"] = recipe.lr * (1 - epoch / trial.epochs)
-        for images, labels in batches:
-            loss = F.cross_entropy(network(images.to(device)), labels.to(device))
+        optimizer.param_groups[0]["lr"] = trial.recipe.lr * (1 - epoch / trial.epochs)
+        for batch in batches("train", trial.seed + epoch):
             optimizer.zero_grad()
-            loss.backward()
+            loss(network, [part.to(trial.device) for part in batch]).backward()
             optimizer.step()
-        reported = {"miou": mean_iou(network, val_set, device), "loss": loss.item()}
+        reported = {"miou": mean_iou(network, trial.device)}
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         if not trial.report(reported, lambda state=state: state):
             return
 
 
 @torch.no_grad()
-def mean_iou(network: nn.Module, images: TensorDataset, device: torch.device) -> float:
+def mean_iou(network: nn.Module, device: torch.device) -> float:
     """The mean over classes of intersection over union, in percent."""
     network.eval()
     counts = torch.zeros(CLASSES, CLASSES)
-    for x, labels in DataLoader(images, 128):
+    for x, labels in batches("validation", 0):
         found = network(x.to(device)).argmax(1).cpu()
         counts += torch.bincount((CLASSES * labels + found).flatten(), minlength=9).view(3, 3)
     network.train()
