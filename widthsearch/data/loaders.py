@@ -184,6 +184,9 @@ class StreamLoader:
         batch_size: The number of samples in the last batch.
         steps: The number of batches of a pass.
 
+    Raises:
+        DataError: The task has no batches of "train".
+
     Example:
         >>> x = torch.randn(10, 2)
         >>> task = OwnTask(lambda net, x: net(x).square().mean(), lambda split, seed: x.split(4))
@@ -199,6 +202,8 @@ class StreamLoader:
         self._task, self._device = task, device
         found = task.batches("train", 0)
         self.steps = len(found) if isinstance(found, Sized) else sum(1 for _ in found)
+        if not self.steps:
+            raise without_batches("train")
         self.batch_size = 0  # known with the first batch
 
     def passes(self, steps: int) -> float:
@@ -235,8 +240,13 @@ class StreamLoader:
             for batch in self._task.batches("train", seed):
                 yield batch
             if batch is None:
-                raise DataError("`batches` must have a batch of 'train' at each call, but has none")
+                raise without_batches("train")
             batch = None
+
+
+def without_batches(split: str) -> DataError:
+    """The error of a split without batches."""
+    return DataError(f"`batches` must have a batch of {split!r} at each call, but had none")
 
 
 def moved(batch: Any, device: torch.device | str) -> Any:

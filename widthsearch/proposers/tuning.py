@@ -171,6 +171,7 @@ class PruneAndTune(ABC):
         ...     def score(self, tuner):
         ...         tuner.tune()
         ...         return [-torch.arange(w) for w in tuner.graph.widths.vector]
+        >>> import torch
         >>> from widthsearch.data.tasks import load_task
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10))
         >>> space = SearchSpace.from_model(net, (1, 8, 8), step=2)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from widthsearch.data.loaders import DeviceLoader, StreamLoader, moved
+from widthsearch.data.loaders import DeviceLoader, StreamLoader, moved, without_batches
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.errors import DataError, StudyError, first_line
@@ -220,7 +220,7 @@ def mean_loss(
         ]
     model.train(training)
     if not losses:
-        raise DataError("`batches` must have a batch of 'validation', but returned none")
+        raise without_batches("validation")
     mean = math.fsum(losses) / len(losses)
     return mean if math.isfinite(mean) else math.nan
 

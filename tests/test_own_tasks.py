@@ -1,0 +1,194 @@
+"""Tasks of the user's own: the contract of loss and batches, several inputs, and studies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import own
+import pytest
+import torch
+from conformance import OWN, small_task
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widthsearch import cli
+from widthsearch.data.loaders import StreamLoader
+from widthsearch.data.tasks import AnyTask, OwnTask
+from widthsearch.errors import DataError
+from widthsearch.proposers import Setting, proposer_class
+from widthsearch.space.search_space import SearchSpace
+from widthsearch.training.sgd import SgdSteps
+from widthsearch.training.trainer import evaluate, fit
+
+TASK = OwnTask(own.loss, own.batches, "own:loss")
+
+
+def net() -> nn.Module:
+    """The base network of the small regression."""
+    return own.space().build(own.space().base, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loss_function": lambda network, batch: network(batch["x"])},
+            r"a loss must be a tensor of one number, but 'own:loss' returned \(24, 1\); return the",
+        ),
+        (
+            {"loss_function": lambda network, batch: 0.5},
+            "a loss must be a tensor of one number, but 'own:loss' returned 0.5; return the mean",
+        ),
+        (
+            {"batch_function": lambda split, seed: []},
+            "`batches` must have a batch of 'train' at each call, but had none",
+        ),
+        (
+            {"batch_function": lambda split, seed: own.batches(split, 0) if seed == 0 else ()},
+            "`batches` must have a batch of 'train' at each call, but had none",
+        ),
+        (
+            {
+                "batch_function": lambda split, seed: (
+                    own.batches(split, 0) if split == "train" else ()
+                )
+            },
+            "`batches` must have a batch of 'validation' at each call, but had none",
+        ),
+        (
+            {"batch_function": lambda split, seed: ["text"]},
+            "a batch must have tensors, but `batches` has one of str",
+        ),
+    ],
+)
+def test_a_function_that_breaks_the_contract_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    """In one line that names the function."""
+    with pytest.raises(DataError, match=message):
+        fit(net(), replace(TASK, **changes), OWN, seed=0)
+
+
+def test_label_smoothing_is_refused() -> None:
+    """An own loss has no labels that the package knows."""
+    with pytest.raises(DataError, match="`label_smoothing` is for tasks of images and labels"):
+        fit(net(), TASK, replace(OWN, label_smoothing=0.1), seed=0)
+
+
+def test_training_lowers_the_loss_reproducibly() -> None:
+    """The value of an epoch is the mean loss on the validation split."""
+    recipe = replace(OWN, epochs=20)
+    model = net()
+    curve = fit(model, TASK, recipe, seed=0)
+    again = fit(net(), TASK, recipe, seed=0)
+    assert [r.value for r in curve] == [r.value for r in again]
+    assert curve[-1].loss < curve[0].loss
+    with torch.no_grad():
+        (batch,) = own.batches("validation", 0)
+        expected = own.loss(model.eval(), batch).item()
+    assert curve[-1].value == evaluate(model, TASK, "validation") == pytest.approx(expected)
+
+
+def test_steps_are_those_of_a_literal_loop() -> None:
+    """Pass after pass, each by a seed of the generator's, to the end of the stretch."""
+    orders: list[tuple[str, int]] = []
+
+    def batches(split: str, seed: int) -> Iterator[dict[str, Tensor]]:
+        orders.append((split, seed))
+        return own.batches(split, seed)
+
+    model, plain = net(), net().train()
+    recipe = replace(OWN, momentum=0.0, nesterov=False, weight_decay=0.0)
+    loader = StreamLoader(replace(TASK, batch_function=batches))
+    assert loader.steps == 2
+    sgd = SgdSteps(model, loader, recipe, torch.device("cpu"), steps=3)
+    torch.manual_seed(0)
+    sgd.run(torch.Generator().manual_seed(1), [0.1] * 3)
+    (_, first), (_, second) = orders[1:]
+    torch.manual_seed(0)
+    for batch in [*own.batches("train", first), *own.batches("train", second)][:3]:
+        own.loss(plain, batch).backward()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+class TwoInputs(nn.Module):
+    """An image beside some numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.numbers = nn.Linear(3, 8)
+        self.last = nn.Linear(16, 1)
+
+    def forward(self, image: Tensor, numbers: Tensor) -> Tensor:
+        """(N, 1, 6, 6) and (N, 3) to (N, 1)."""
+        seen = self.conv(image).relu().mean((2, 3))
+        return self.last(torch.cat([seen, self.numbers(numbers).relu()], 1))
+
+
+def pairs(split: str, seed: int) -> Iterable[tuple[dict[str, Tensor], Tensor]]:
+    """Two batches of eight: a mapping of inputs, and what to predict of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        x = torch.randn(8, 1, 6, 6, generator=generator)
+        numbers = torch.randn(8, 3, generator=generator)
+        yield {"image": x, "numbers": numbers}, x.mean((1, 2, 3)) + numbers[:, 0]
+
+
+@pytest.mark.parametrize("method", ["sensitivity", "fisher", "slimming", "activation_density"])
+def test_a_network_of_several_inputs_is_pruned(method: str) -> None:
+    """The loss calls the network with the inputs that it takes."""
+    inputs = {"image": (1, 6, 6), "numbers": (3,)}
+    space = SearchSpace.from_model(TwoInputs, inputs)
+
+    def loss(network: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+        return F.mse_loss(network(**batch[0]).squeeze(1), batch[1])
+
+    fields = {"every": 1} if method == "fisher" else {}
+    asked = Setting(recipe=OWN, lowest=0.5)
+    proposal = proposer_class(method)(**fields)(space, OwnTask(loss, pairs), asked)
+    assert len(proposal.trajectory) >= 2
+
+
+@pytest.mark.parametrize("task", [small_task(), TASK], ids=["images", "own"])
+def test_a_method_reads_every_task_alike(task: AnyTask) -> None:
+    """A method of a user's own needs loss and batches only, of an image task too."""
+    model = net() if task is TASK else nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    for split in ("train", "validation"):
+        first, again = (list(task.batches(split, seed)) for seed in (0, 0))
+        assert len(first) == len(again) > 0
+        assert task.loss(model.eval(), first[0]).item() == task.loss(model, again[0]).item() > 0
+    images = small_task()
+    labels = torch.cat([y for _, y in images.batches("train", 3)])
+    assert sorted(labels.tolist()) == sorted(images.train.labels.tolist())
+    assert labels.tolist() != images.train.labels.tolist()
+
+
+def test_a_study_asks_methods_that_read_data(tmp_path: Path) -> None:
+    """Methods that train do so by SGD for the recipe's epochs."""
+    given: dict[str, Any] = {"loss": "own:loss", "batches": own.batches}
+    methods = ["sensitivity", {"method": "fisher", "every": 1}]
+    study = own.study(tmp_path, **given, proposers=methods)
+    with study.search() as search:
+        assert search.ask() is not None
+    assert study.failures == {}
+    assert study.config.method_recipe == replace(OWN, epochs=4)
+
+
+def test_the_command_proposes_for_a_study_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`propose` takes the loss and the batches of the study's YAML."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    study = "examples/tabular/study.yaml"
+    asked = ["propose", study, "--method", "sensitivity", "--budget", "0.5", "--json"]
+    assert cli.main(asked) == 0
+    assert '"sensitivity"' in capsys.readouterr().out
