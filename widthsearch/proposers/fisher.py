@@ -102,7 +102,7 @@ class FisherInformation(CallSites):
         >>> model = space.build(space.base, seed=0)
         >>> graph = build_dependency_graph(space.model, space.base)
         >>> with FisherInformation(graph, model) as information:
-        ...     loss = F.cross_entropy(model(torch.randn(5, 2)), torch.zeros(5, dtype=torch.long))
+        ...     loss = model(torch.randn(5, 2)).square().mean()
         ...     loss.backward()
         ...     information.gather(5)
         >>> [delta.shape for delta in information.deltas()]
