@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from widthsearch.api import Study as Study
     from widthsearch.bayesopt.optuna_sampler import WidthSampler as WidthSampler
     from widthsearch.data.config import TaskConfig as TaskConfig
+    from widthsearch.data.tasks import OwnTask as OwnTask
     from widthsearch.data.tasks import Task as Task
     from widthsearch.data.tasks import load_task as load_task
     from widthsearch.errors import WidthsearchError as WidthsearchError
@@ -48,6 +49,7 @@ _WHERE = {
     "Cost": "space.cost",
     "Latency": "latency.config",
     "LatencyConfig": "latency.config",
+    "OwnTask": "data.tasks",
     "Proposal": "proposers",
     "Recipe": "training.recipe",
     "SearchSpace": "space.search_space",
