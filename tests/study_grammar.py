@@ -131,6 +131,7 @@ VALID: dict[str, Strategy] = {
     "concurrency": st.integers(1, 64) | one("auto"),
     "resources.cpu": one(0.5, 1, 4, 1.0),
     "resources.gpu": one(0, 0.5, 1),
+    "timeout": st.floats(0.001, 1e9),
     "device": one("cpu", "cuda", "cuda:0"),
     "seed": st.integers(0, 2**63 - 1),
     "storage": one("sqlite:///elsewhere.db", "postgresql+psycopg://me@localhost/studies"),

@@ -35,6 +35,7 @@ from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.runner.signals import Interrupts
 from widthsearch.runner.worker import Worker, WorkerReport, run_proposer
 from widthsearch.study.config import StudyConfig
+from widthsearch.study.hangs import HangWatch
 from widthsearch.study.job import study_job
 from widthsearch.study.loop import Search
 from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
@@ -217,6 +218,11 @@ class _TuneAdapter(tune.Callback):
     owns_ray: bool
     error: BaseException | None = None
     _notified: float = field(default_factory=time.monotonic)
+    _running: dict[int, TuneTrial] = field(default_factory=dict)
+    _hung: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._watch = HangWatch(self.search.config.timeout)
 
     def fit(self, load_data: Callable[[], Any], logs: Path) -> None:
         """Run Tune until the search is done."""
@@ -310,8 +316,19 @@ class _TuneAdapter(tune.Callback):
                 self.search.fail(number, report.failure.reason)
             else:
                 continues = not report.curve or self.search.report(number, report.curve)
+        self._watch.stop(number)
+        if continues:
+            self._watch.start(number)
         self._remove_checkpoint(number)
         return continues
+
+    def on_trial_start(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Note that a process begins a trial, or goes on with it."""
+        number = trial.config["number"]
+        self._running[number] = trial
+        self._watch.start(number)
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -320,12 +337,10 @@ class _TuneAdapter(tune.Callback):
         if self.interrupts.requested:
             return  # a terminal sends Ctrl-C to the workers too: the trial has no fault
         number = trial.config["number"]
+        self._watch.stop(number)
+        died = f"its worker process died {RETRIES + 1} times (killed, or out of memory?); see "
         with self.keep_error():
-            self.search.fail(
-                number,
-                f"its worker process died {RETRIES + 1} times (killed, or out of memory?); see "
-                "logs/run.log",
-            )
+            self.search.fail(number, self._hung.get(number, f"{died}logs/run.log"))
         self._remove_checkpoint(number)
 
     def _remove_checkpoint(self, number: int) -> None:
@@ -340,6 +355,7 @@ class _TuneAdapter(tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """Pass on that a worker process died and another one goes on."""
+        self._watch.stop(trial.config["number"])
         with self.keep_error():
             self.search.notify(
                 f"trial {trial.config['number']}: its worker process died; a new one continues "
@@ -357,6 +373,19 @@ class _TuneAdapter(tune.Callback):
             self._notified = time.monotonic()
             with self.keep_error():
                 self.search.notify()
+                self._end_hung()
+
+    def _end_hung(self) -> None:
+        """Report the trainings that seem to hang, and kill the processes of those that do."""
+        for warning in self._watch.check(self.search.trials):
+            self.search.notify(warning, "warning")
+        for number in self._watch.hung():
+            self._watch.stop(number)
+            timeout = self.search.config.timeout
+            self._hung[number] = f"it made no report within its timeout of {timeout:g} s"
+            trial = self._running[number]
+            trial.max_failures = 0  # its process does not die by accident: no retry
+            ray.kill(trial.temporary_state.ray_actor)
 
 
 class _AbortTune(BaseException):

@@ -153,6 +153,9 @@ class StudyConfig(BaseModel):
         concurrency: The number of trials at once; ``auto`` finds by a short probe of this machine
             the number that trains the most candidates an hour, and gives each its share of the GPU.
         resources: The share of a machine that each trial takes.
+        timeout: The seconds without a report after which a training has hung: it fails, and its
+            worker process is replaced. They must suffice for the longest epoch, and for the first
+            one with the loading of the data. None only warns of a training that seems to hang.
         device: Where they train.
         seed: The seed that everything random in the study derives from.
         storage: Any Optuna URL; None for a SQLite file in the study's folder.
@@ -195,6 +198,7 @@ class StudyConfig(BaseModel):
     trials: Annotated[int, Field(ge=1)]
     concurrency: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 1
     resources: Resources = Resources()
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     device: str = "cpu"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     storage: str | None = None
