@@ -10,7 +10,7 @@ import pytest
 from .history import ROOT, play
 from .plans import KINDS, PER_HISTORY, Fault, Plan, plans
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FAULTS = (
     Fault("driver SIGKILL", "stored"),
