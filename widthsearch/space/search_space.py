@@ -307,7 +307,7 @@ class SearchSpace:
         device: str | torch.device = "cpu",
         initialise: bool = True,
     ) -> nn.Module:
-        """A new network of the model's own class at these widths, newly initialised.
+        """A new network of the model's own class at these widths, initialised, in training mode.
 
         Args:
             widths: Anything that :meth:`widths` takes.
@@ -315,9 +315,6 @@ class SearchSpace:
                 it, values are drawn from the global random state.
             device: The device of its tensors.
             initialise: False leaves the values undefined, for weights that are loaded next.
-
-        Returns:
-            A module in training mode.
 
         Raises:
             WidthsError: The widths do not fit the space.
