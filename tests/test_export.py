@@ -19,7 +19,7 @@ from torchvision.transforms.functional import normalize
 from widthsearch import export
 from widthsearch.api import Study
 from widthsearch.data.loaders import DeviceLoader
-from widthsearch.errors import StudyError, WidthsearchError, WidthsError
+from widthsearch.errors import StorageError, StudyError, WidthsearchError, WidthsError
 from widthsearch.modules.source import source_digest
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training import job
@@ -135,7 +135,7 @@ def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) 
     """Not after it."""
     (tmp_path / "file").write_text("")
     out, seen = tmp_path / "file" / "out", list[int]()
-    with pytest.raises(StudyError) as error:
+    with pytest.raises(StorageError) as error:
         trained(study_of(tmp_path), out, on_epoch=lambda _n, result: seen.append(result.epoch))
     assert str(error.value) == (
         f"the folder {str(out)!r} must be writable, but {out} is not: "

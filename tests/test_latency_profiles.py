@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from widthsearch.errors import DeviceError, StudyError
+from widthsearch.errors import DeviceError, StorageError, StudyError
 from widthsearch.latency import profiles as profiling
 from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.profiles import (
@@ -182,12 +182,12 @@ def test_a_profile_that_cannot_be_kept_is_not_measured(
     assert load_profile(tiny.space(), CONFIG) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(StudyError, match=r"file/latency' must be writable, but .*name another"):
+    with pytest.raises(StorageError, match=r"file/latency' must be writable, but .*name another"):
         measure_profile(tiny.space(), CONFIG, vectors=4)
     monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / "own"))
     read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "own"))
     monkeypatch.setattr(profiling, "TemporaryFile", Mock(side_effect=read_only))
-    with pytest.raises(StudyError, match=r"latency' must be writable, but .*own is not: Read"):
+    with pytest.raises(StorageError, match=r"latency' must be writable, but .*own is not: Read"):
         measure_profile(tiny.space(), CONFIG, vectors=4)
     assert meter.measured == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -133,22 +134,24 @@ def test_a_space_that_cannot_be_unpickled_is_reported(tmp_path: Path) -> None:
     assert reason(one.step()) == "ModuleNotFoundError: No module named 'nowhere'"
 
 
-def test_a_full_disk_is_a_fault_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_checkpoint_that_cannot_be_written_is_a_fault_of_the_machine(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As is a missing device; another OSError is the trial's failure."""
+    """The disk is full, the folder is read-only: no candidate has caused it."""
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def denied(*_: Any) -> None:
-        raise OSError(errno.EACCES, "Permission denied")
+    def write(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
 
     one = started(tmp_path)
-    monkeypatch.setattr(contract, "write_checkpoint", full)
-    assert str(one.step().machine_error).startswith("No space left on device for the checkpoint '")
-    monkeypatch.setattr(contract, "write_checkpoint", denied)
-    assert reason(one.step()) == "PermissionError: [Errno 13] Permission denied"
+    monkeypatch.setattr(contract, "write_checkpoint", write)
+    error = str(one.step().machine_error)
+    assert error.startswith(f"the folder {str(tmp_path / '3')!r} must be writable, but ")
+    assert os.strerror(number) in error
+
+
+def test_a_missing_device_is_a_fault_of_the_machine(tmp_path: Path) -> None:
+    """The error names it."""
     assert "cuda:77" in str(started(tmp_path, device="cuda:77").step().machine_error)
 
 

@@ -71,7 +71,7 @@ class StudyError(WidthsearchError):
 
 
 class StorageError(WidthsearchError):
-    """A storage that cannot be opened."""
+    """A storage that cannot be used, or a folder that cannot be written."""
 
 
 class CheckpointError(WidthsearchError):
@@ -83,12 +83,12 @@ def writing(folder: Path) -> Iterator[None]:
     """A context for writing files to ``folder``: errors of the system become one line.
 
     Raises:
-        StudyError: A file cannot be written.
+        StorageError: A file cannot be written.
     """
     try:
         yield
     except OSError as error:
-        raise StudyError(
+        raise StorageError(
             f"the folder {str(folder)!r} must be writable, but {error.filename or 'a file'} is "
             f"not: {error.strerror}; name another folder, or make this one writable"
         ) from error

@@ -72,9 +72,11 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
             log_to_driver=False,
             logging_level=logging.INFO,
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:
         if address is None:
-            raise
+            raise StudyError(
+                f"Ray must start on this machine, but does not: {one_line(error)}; run again"
+            ) from error
         # Ray reads RAY_AUTH_MODE while it is imported, too late to set it here. Nor can tokens be
         # the default: in a cluster without tokens no worker would start.
         raise StudyError(
@@ -102,6 +104,18 @@ def _check_address(address: str) -> None:
             f"the Ray cluster at {address!r} cannot be reached: {error.strerror or error}; is it "
             "running?"
         ) from None
+
+
+def check_alive() -> None:
+    """Check that a node is left: a worker that dies with the last one is no fault of its trial.
+
+    Raises:
+        StudyError: There is none.
+    """
+    if not any(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+        raise StudyError(
+            "Ray must have a machine to train on, but its last one has died: run again"
+        )
 
 
 def _check_resources(wanted: Resources) -> None:

@@ -265,10 +265,11 @@ class _TuneAdapter(tune.Callback):
         except (_AbortTune, _StopTune):
             pass
         except Exception as error:
-            full = os.strerror(errno.ENOSPC)
-            if full not in str(error):
+            reasons = map(os.strerror, (errno.ENOSPC, errno.EROFS, errno.EACCES))
+            reason = next((each for each in reasons if each in str(error)), None)
+            if reason is None:
                 raise
-            raise StorageError(f"{full}: free some space and run again") from error
+            raise StorageError(f"{reason} in {str(logs)!r}: fix this and run again") from error
         if self.error is not None:
             raise self.error
         if self.interrupts.requested:
@@ -340,8 +341,10 @@ class _TuneAdapter(tune.Callback):
         self._watch.stop(number)
         died = f"its worker process died {RETRIES + 1} times (killed, or out of memory?); see "
         with self.keep_error():
+            cluster.check_alive()
             self.search.fail(number, self._hung.get(number, f"{died}logs/run.log"))
-        self._remove_checkpoint(number)
+        if number not in self.search.running:
+            self._remove_checkpoint(number)
 
     def _remove_checkpoint(self, number: int) -> None:
         """Remove the checkpoint of a trial that has ended.
@@ -357,6 +360,7 @@ class _TuneAdapter(tune.Callback):
         """Pass on that a worker process died and another one goes on."""
         self._watch.stop(trial.config["number"])
         with self.keep_error():
+            cluster.check_alive()
             self.search.notify(
                 f"trial {trial.config['number']}: its worker process died; a new one continues "
                 "from its last checkpoint",

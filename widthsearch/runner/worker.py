@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from widthsearch.errors import CheckpointError, DeviceError
+from widthsearch.errors import CheckpointError, DeviceError, StorageError, one_line
 from widthsearch.runner.pickling import SharedData
 from widthsearch.runner.training_thread import TrainingThread
 from widthsearch.space.search_space import SearchSpace
@@ -155,14 +155,12 @@ class Worker:
             return WorkerReport(note=note, process_unusable=not note)
         try:
             return self._step(note)
-        except DeviceError as error:
+        except (DeviceError, StorageError) as error:
             return WorkerReport(machine_error=str(error))
         except Exception as error:  # noqa: BLE001  reported, with its traceback
             self._training = None  # frees its tensors
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                return WorkerReport(
-                    machine_error=f"{error.strerror} for the checkpoint {str(self._folder)!r}"
-                )
+                return WorkerReport(machine_error=one_line(error))
             return WorkerReport(
                 failure=Failure.of(error),
                 out_of_memory=is_out_of_memory(error),

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from widthsearch.data.tasks import Task
-from widthsearch.errors import StorageError, StudyError
+from widthsearch.errors import StorageError, StudyError, writing
 from widthsearch.latency.config import Latency, LatencyConfig
 from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyPredictor
@@ -176,7 +176,7 @@ class Driver:
         with DriverLock(store) as driver_lock:
             claim(store, config, self.spaces)
             text = config.to_yaml().encode()
-            with store.fence.held():
+            with store.fence.held(), writing(self.folder):
                 write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
             say = self._reporter(store, on_progress)
             yield driver_lock, self._with_concurrency(self._with_precision(store), store, say), say

@@ -28,7 +28,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_origin
@@ -321,7 +320,7 @@ class TrainingTrial(Generic[R]):
         """Replace the checkpoint; the first one is loaded again, so that a bad state is seen."""
         first = not (path := self._folder / CHECKPOINT).exists()
         rows = [list(astuple(result)) for result in self.curve]
-        with writing(self._folder) if self.final else nullcontext():
+        with writing(self._folder):
             write_checkpoint(path, self._identity, {"curve": rows, "state": state})
         if not first:
             return
