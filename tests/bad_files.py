@@ -30,6 +30,7 @@ from widthsearch.latency.profiles import load_profile, profile_path
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.job import CHECKPOINT
 
+LARGER = st.floats(1, 9)
 Case = Callable[[Path], Callable[[], object]]
 SCHEMA2 = Path(__file__).parent / "fixtures" / "schema2.sql"
 
@@ -69,11 +70,11 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def json_files(content: Any) -> st.SearchStrategy[bytes]:
-    """A JSON file: as it was written, in half of the cases, or with other values, or damaged."""
+    """A JSON file: as it was written, mostly, or with other values, or damaged."""
     whole = json.dumps(content).encode()
     other = grammar.mutated(st.builds(json.loads, st.just(whole)))
     as_json = other.map(lambda values: json.dumps(values, default=str, skipkeys=True).encode())
-    return st.booleans().flatmap(
+    return st.sampled_from([True, True, False]).flatmap(
         lambda valid: st.just(whole) if valid else as_json | damaged(whole)
     )
 
@@ -101,19 +102,12 @@ def widths_files(draw: st.DrawFn) -> Case:
     return case
 
 
-@cache
-def _space_file() -> Any:
-    path = Path("space.json")
-    grammar.space().constrained(pin="first").save(path)
-    content = json.loads(path.read_text())
-    path.unlink()
-    return content
-
-
 @st.composite
 def space_files(draw: st.DrawFn) -> Case:
     """A space file; of the changed ones half have the digest of their content."""
-    file = draw(json_files(_space_file()))
+    constraints = {"pin": draw(st.sampled_from([(), "first", "second"])), "max_width": draw(LARGER)}
+    grammar.space().constrained(**constraints).save(Path("made"))
+    file = draw(json_files(json.loads(Path("made").read_text())))
     if draw(st.booleans()):
         try:
             values = json.loads(file)
@@ -148,7 +142,7 @@ def profiles(draw: st.DrawFn) -> Case:
         "setting": {},
         "base_ms": 1.0,
         "vectors": [list(space.widths(size).vector) for size in (0.5, 1, 1.5)],
-        "ms": [0.5, 1.0, 1.5],
+        "ms": [0.5, 1.0, draw(LARGER)],
         "sd": [0.1, 0.1, 0.0],
         "errors": None,
     }
@@ -243,9 +237,9 @@ def trained_folders(draw: st.DrawFn) -> Case:
 def checkpoints(draw: st.DrawFn) -> Case:
     """A checkpoint with a changed header, or changed content whose digest fits."""
     net = own.space().build(own.space().base, seed=0)
-    row = [1, 0.5, 50.0, 0.1, "", {"rmse": 0.7}]
+    row = [1, 0.5, draw(LARGER), 0.1, "", {"rmse": 0.7}]
     state: Any = {"curve": [row], "state": {"network": net.state_dict()}}
-    how = draw(st.sampled_from(["whole", "whole", "state", "pickle", "bytes", "header"]))
+    how = draw(st.sampled_from(["whole", "whole", "whole", "state", "pickle", "bytes", "header"]))
     if how == "state":
         state = draw(grammar.mutated(st.just({"curve": [row], "state": 1}).map(_copied)))
     try:
@@ -370,6 +364,7 @@ def storages(draw: st.DrawFn) -> Callable[[Path], Path]:
     garbage = draw(st.binary(min_size=1, max_size=300))
 
     def case(folder: Path) -> Path:
+        folder.mkdir()
         path = folder / "study.db"
         with sqlite3.connect(path) as connection:
             if how == "alien":

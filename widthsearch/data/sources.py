@@ -199,6 +199,9 @@ def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
             if path.suffix.lower() in IMAGE_SUFFIXES
             and not any(part.startswith(".") for part in path.relative_to(half).parts)
         )
+        for path in paths:
+            if not path.is_file():  # a pipe would be waited for
+                raise DataError(f"every image must be a file, but {path} is none; remove it")
         if not paths:
             raise DataError(
                 f"every class needs images ({' '.join(IMAGE_SUFFIXES)}), but {half / name} has "
@@ -237,7 +240,9 @@ def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
                     "which would be clipped; scale its values to 0 to 255 and save it with 8 bits"
                 )
             image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # PIL raises any type
         raise DataError(
             f"every image must be readable, but {path} is not ({error}); repair or remove it"
         ) from error

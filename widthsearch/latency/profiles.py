@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from rich.table import Table
 from scipy.stats import qmc
 
@@ -30,6 +30,7 @@ from widthsearch.latency.predictor import LatencyPredictor, PredictionErrors
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.utils.devices import check_device, hardware_name
 from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
+from widthsearch.utils.validation import explain
 from widthsearch.widths import Widths
 
 _BLOCKS = (1, 8, 16, 32)  # the widths of designed networks are multiples of these, in turns
@@ -219,10 +220,16 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = asdict(_PROFILE.validate_json(path.read_bytes(), strict=True))
-        if len(content["vectors"]) == len(content["ms"]) == len(content["sd"]) > 0:
+        vectors = content["vectors"]
+        if (
+            len(vectors) == len(content["ms"]) == len(content["sd"])
+            and len({*map(len, vectors)}) == 1
+        ):
             return content
-        reason = "it holds no measurements"
-    except (OSError, ValueError) as error:
+        reason = "it holds no measurements, or of different spaces"
+    except ValidationError as error:
+        reason = explain(error, {"": _Profile})
+    except OSError as error:
         reason = first_line(error)
     raise StudyError(f"the profile {str(path)!r} cannot be read ({reason}): remove it")
 

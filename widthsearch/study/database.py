@@ -107,7 +107,6 @@ _SETTINGS = {
     # cut may undo the last commits.
     "sqlite": (
         f"PRAGMA busy_timeout={LOCK_SECONDS * 1000}",
-        "PRAGMA journal_mode=WAL",
         "PRAGMA synchronous=NORMAL",
     ),
     # A driver that is frozen within a transaction, or whose host is gone, would keep its locks.
@@ -129,8 +128,9 @@ def open_database(url: str, *, make_tables: bool) -> RDBStorage:
     Raises:
         StorageError: It cannot be opened.
     """
-    # Optuna reports every new study on stderr, in the middle of the user's table.
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Optuna reports every new study on stderr, in the middle of the user's table, and each error
+    # once more.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     for left in reversed(range(_OPENERS)):
         try:
             return _connect(url, make_tables)
@@ -148,7 +148,10 @@ def open_database(url: str, *, make_tables: bool) -> RDBStorage:
 
 def _connect(url: str, make_tables: bool) -> RDBStorage:
     storage = RDBStorage(url, skip_table_creation=not make_tables)
-    settings = _SETTINGS.get(storage.engine.dialect.name, ())
+    kind = storage.engine.dialect.name
+    settings = _SETTINGS.get(kind, ())
+    if kind == "sqlite" and make_tables:  # it changes the file, which a reader must not
+        settings = (*settings, "PRAGMA journal_mode=WAL")
 
     def configure(connection: Any, _: object) -> None:
         cursor = connection.cursor()
