@@ -14,14 +14,14 @@ from widthsearch import cli
 README = Path(__file__).parent.parent / "README.md"
 
 
-def examples() -> list[str]:
-    """The blocks of Python."""
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(page: Path) -> list[str]:
+    """A page's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_proposer_proposes(tmp_path: Path) -> None:
     """A user's own method is found by its file and name."""
-    *_, own = examples()
+    *_, own = blocks(README)
     (tmp_path / "own.py").write_text(own)
     space = f"{README.parent / 'search_spaces' / 'quickstart.py'}:digits_resnet"
     method = f"{tmp_path / 'own.py'}:halves"
@@ -42,7 +42,7 @@ def run(block: str, folder: Path) -> list[str]:
 @pytest.mark.ray
 def test_the_own_training_runs(tmp_path: Path) -> None:
     """From the trainer in the script itself to a trained network."""
-    (line,) = run(examples()[1], tmp_path)
+    (line,) = run(blocks(README)[1], tmp_path)
     assert float(line.split()[0]) < 0.5
     assert (tmp_path / "own" / "card.json").exists()
 
@@ -50,7 +50,7 @@ def test_the_own_training_runs(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_the_python_example_runs(tmp_path: Path) -> None:
     """From a user's own model to a trained network that loads and has learned the task."""
-    *front, last = run(examples()[0], tmp_path)[2:]
+    *front, last = run(blocks(README)[0], tmp_path)[2:]
     accuracy, shape = last.split(maxsplit=1)
     assert float(accuracy) > 90
     assert shape == "torch.Size([1, 10])"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from widthsearch.api import Study as Study
+    from widthsearch.bayesopt.metric import Metric as Metric
     from widthsearch.bayesopt.optuna_sampler import WidthSampler as WidthSampler
     from widthsearch.data.config import TaskConfig as TaskConfig
     from widthsearch.data.tasks import OwnTask as OwnTask
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from widthsearch.study.trial import Trial as Trial
     from widthsearch.study.trial import TrialState as TrialState
     from widthsearch.training.job import TrainingTrial as TrainingTrial
+    from widthsearch.training.recipe import EpochResult as EpochResult
     from widthsearch.training.recipe import Recipe as Recipe
     from widthsearch.widths import Axis as Axis
     from widthsearch.widths import Widths as Widths
@@ -47,8 +49,10 @@ __version__ = "0.2.0.dev0"
 _WHERE = {
     "Axis": "widths",
     "Cost": "space.cost",
+    "EpochResult": "training.recipe",
     "Latency": "latency.config",
     "LatencyConfig": "latency.config",
+    "Metric": "bayesopt.metric",
     "OwnTask": "data.tasks",
     "Proposal": "proposers",
     "Recipe": "training.recipe",
