@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ import pytest
 import ray
 import tiny
 from ray.cluster_utils import Cluster
+from torch import nn
 
 from widthsearch.errors import StudyError
 from widthsearch.study.progress import Progress
+from widthsearch.training.job import TrainingTrial
 from widthsearch.utils.references import load_function
 
 pytestmark = pytest.mark.ray
@@ -111,6 +114,27 @@ def test_own_code_and_data_reach_every_node(cluster: Cluster, tmp_path: Path) ->
     trials = study.trials()
     assert [trial.state for trial in trials] == ["finished"] * 5
     assert len({trial.curve[0].metrics["node"] for trial in trials}) == 2
+
+
+def test_a_folder_that_nodes_do_not_share_is_said(tmp_path: Path) -> None:
+    """A trial that restarts without its checkpoint, as on another node, is a warning."""
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        while trial.report({"accuracy": 50.0}, state=network.state_dict):
+            if trial.epoch == 3 and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                shutil.rmtree(trial.folder)
+                os._exit(1)
+
+    warnings: list[str] = []
+    study = own.study(tmp_path / "study", trainer=train, trials=2)
+    study.run(lambda now: warnings.append(now.message) if now.level == "warning" else None)
+    assert [len(trial.curve) for trial in study.trials()] == [4, 4]
+    place = tmp_path / "study" / "checkpoints" / "0"
+    died, lost = warnings
+    assert "its worker process died" in died
+    assert lost.startswith(f"trial 0 trains epochs again: its checkpoint in {str(place)!r} on ")
+    assert "the nodes do not share this folder: put the study's folder on" in lost
 
 
 HEAD_WITH_TOKENS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import platform
 import threading
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,33 @@ def test_a_lost_or_damaged_checkpoint_restarts_the_trial(
     assert len(report.curve) == 1
     assert report.note.startswith("trial 3 restarts from its first epoch: a checkpoint must be")
     assert one.step().note == ""
+
+
+def test_epochs_that_the_checkpoint_lacks_are_a_note(tmp_path: Path) -> None:
+    """This node has no checkpoint, or an earlier one: the nodes do not share the folder.
+
+    The note names the folder and the way out.
+    """
+    here = started(tmp_path / "here")
+    here.step()
+    here.step()
+    for folder, reported, epochs, found in (
+        ("there", 2, 1, "is not there"),
+        ("here", 5, 2, "has 2 of its 5 epochs"),
+        ("here", 3, 3, None),
+        ("fresh", 0, 1, None),
+    ):
+        one = started(tmp_path / folder)
+        one.start_trial(3, "tiny", (4, 6), seed=5, reported=reported)
+        report = one.step()
+        assert len(report.curve) == epochs
+        expected = (
+            f"trial 3 trains epochs again: its checkpoint in {str(tmp_path / folder / '3')!r} on "
+            f"{platform.node()} {found}; unless its trainer saved no state since, the nodes do not "
+            "share this folder: put the study's folder on a file system that all of them share"
+        )
+        assert report.note == (expected if found else "")
+        assert one.step().note == ""
 
 
 class Picky(nn.Module):

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -30,7 +31,7 @@ from ray.tune.search import Searcher
 from widthsearch.bayesopt.metric import ACCURACY, COSTS
 from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import StorageError, StudyError, one_line
-from widthsearch.runner import cluster
+from widthsearch.runner import cluster, memory_kills
 from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.runner.signals import Interrupts
 from widthsearch.runner.worker import Worker, WorkerReport, run_proposer
@@ -163,7 +164,8 @@ class Session:
             # With latency, this measures a whole generation: before Ray starts, on a quiet machine.
             first = search.ask()
             owns_ray = self._connect(search.notify)
-            adapter = _TuneAdapter(search, first, checkpoints, self._interrupts, owns_ray)
+            begun = deque([] if first is None else [first])
+            adapter = _TuneAdapter(search, begun, checkpoints, self._interrupts, owns_ray)
             adapter.fit(load_data, logs)
         finally:
             # Before the driver lock is released, so that no worker trains on without it.
@@ -190,6 +192,8 @@ def _next_message(stream: Any) -> str | ProposalResult:
     """The next message of a proposer's task, which is its result if its process died."""
     try:
         message: str | ProposalResult = ray.get(next(stream))
+    except ray.exceptions.OutOfMemoryError as kill:
+        return Failure(memory_kills.reason_of(kill))
     except ray.exceptions.RayError as error:
         return Failure(f"its worker process died (killed, or out of memory?): {one_line(error)}")
     return message
@@ -204,7 +208,8 @@ class _TuneAdapter(tune.Callback):
 
     Attributes:
         search: The search.
-        first: The first trial, which was asked for before Ray started.
+        begun: Trials to start before the next one is asked for: the first, which was asked for
+            before Ray started, and those whose worker process died.
         checkpoints: The folder with one folder per trial.
         interrupts: The handler of SIGINT and SIGTERM.
         owns_ray: Whether Ray is shut down after the run.
@@ -212,14 +217,16 @@ class _TuneAdapter(tune.Callback):
     """
 
     search: Search
-    first: Trial | None
+    begun: deque[Trial]
     checkpoints: Path
     interrupts: Interrupts
     owns_ray: bool
     error: BaseException | None = None
     _notified: float = field(default_factory=time.monotonic)
-    _running: dict[int, TuneTrial] = field(default_factory=dict)
+    _actors: dict[int, Any] = field(default_factory=dict)
+    _deaths: Counter[int] = field(default_factory=Counter)
     _hung: dict[int, str] = field(default_factory=dict)
+    _kills: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._watch = HangWatch(self.search.config.timeout)
@@ -244,7 +251,7 @@ class _TuneAdapter(tune.Callback):
         )
         shutil.rmtree(logs / "tune", ignore_errors=True)
         try:
-            with self.interrupts.deferred():
+            with self.interrupts.deferred(), memory_kills.handled_by_tune() as self._kills:
                 tune.run(
                     tune.with_resources(trainable, asdict(config.resources)),
                     name="tune",
@@ -255,7 +262,7 @@ class _TuneAdapter(tune.Callback):
                     num_samples=-1,
                     max_concurrent_trials=config.at_once,
                     reuse_actors=True,
-                    max_failures=RETRIES,
+                    max_failures=0,
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     trial_name_creator=_trial_name,
                     trial_dirname_creator=_trial_name,
@@ -286,7 +293,7 @@ class _TuneAdapter(tune.Callback):
 
     def next_config(self) -> dict[str, Any] | None:
         """The next trial's configuration; None if it must wait, or FINISHED after the last one."""
-        trial, self.first = self.first, None
+        trial = self.begun.popleft() if self.begun else None
         # The search may measure latency here, for minutes and with no trial running: nothing is
         # half done, so a signal may interrupt it at once.
         with self.keep_error(), self.interrupts.immediate():
@@ -298,6 +305,7 @@ class _TuneAdapter(tune.Callback):
                 "vector": list(trial.widths.vector),
                 "seed": trial.seed,
                 "alone": self.search.is_alone(trial.number),
+                "reported": len(self.search.trials[trial.number].curve),
             }
         finished: Any = Searcher.FINISHED
         return finished if self.error is not None or self.search.done else None
@@ -328,21 +336,20 @@ class _TuneAdapter(tune.Callback):
     ) -> None:
         """Note that a process begins a trial, or goes on with it."""
         number = trial.config["number"]
-        self._running[number] = trial
+        self._actors[number] = trial.temporary_state.ray_actor
         self._watch.start(number)
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Fail a trial after all its retries."""
+        """Start a trial anew whose worker process died, or fail it after all its retries."""
         if self.interrupts.requested:
             return  # a terminal sends Ctrl-C to the workers too: the trial has no fault
         number = trial.config["number"]
         self._watch.stop(number)
-        died = f"its worker process died {RETRIES + 1} times (killed, or out of memory?); see "
         with self.keep_error():
             cluster.check_alive()
-            self.search.fail(number, self._hung.get(number, f"{died}logs/run.log"))
+            self._end_or_restart(number)
         if number not in self.search.running:
             self._remove_checkpoint(number)
 
@@ -354,18 +361,38 @@ class _TuneAdapter(tune.Callback):
         if number not in self.search.running:
             shutil.rmtree(self.checkpoints / str(number), ignore_errors=True)
 
+    def _end_or_restart(self, number: int) -> None:
+        if number in self._hung:
+            self.search.fail(number, self._hung[number])
+        elif self._kills:
+            if self.search.retry_alone(number):
+                self.search.notify(f"trial {number}: {self._kills[0]}", "warning")
+            else:
+                self.search.fail(number, self._kills[0])
+        elif self._deaths[number] == RETRIES:
+            died = f"its worker process died {RETRIES + 1} times (killed, or out of memory?)"
+            self.search.fail(number, f"{died}; see logs/run.log")
+        else:
+            self._deaths[number] += 1
+            self.begun.append(self.search.trials[number])
+            self._notify_restart(number)
+
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Pass on that a worker process died and another one goes on."""
-        self._watch.stop(trial.config["number"])
+        """Pass on that Tune itself starts a trial anew, as it does where a node is preempted."""
+        number = trial.config["number"]
+        self._watch.stop(number)
         with self.keep_error():
             cluster.check_alive()
-            self.search.notify(
-                f"trial {trial.config['number']}: its worker process died; a new one continues "
-                "from its last checkpoint",
-                "warning",
-            )
+            self._notify_restart(number)
+
+    def _notify_restart(self, number: int) -> None:
+        self.search.notify(
+            f"trial {number}: its worker process died; a new one continues from its last "
+            "checkpoint",
+            "warning",
+        )
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
         """Leave Tune where there is a reason to: the one place where that is safe."""
@@ -387,9 +414,7 @@ class _TuneAdapter(tune.Callback):
             self._watch.stop(number)
             timeout = self.search.config.timeout
             self._hung[number] = f"it made no report within its timeout of {timeout:g} s"
-            trial = self._running[number]
-            trial.max_failures = 0  # its process does not die by accident: no retry
-            ray.kill(trial.temporary_state.ray_actor)
+            ray.kill(self._actors[number])
 
 
 class _AbortTune(BaseException):

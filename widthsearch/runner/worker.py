@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,13 @@ class Worker:
         sys.path.extend(path for path in self.paths if path not in sys.path)
 
     def start_trial(
-        self, number: int, space: str, vector: Sequence[int], seed: int, alone: bool = False
+        self,
+        number: int,
+        space: str,
+        vector: Sequence[int],
+        seed: int,
+        alone: bool = False,
+        reported: int = 0,
     ) -> None:
         """Set the trial that the next steps train; the previous one is released.
 
@@ -135,9 +142,10 @@ class Worker:
             vector: Its widths.
             seed: Its seed.
             alone: Whether no other trial runs meanwhile, so that it may use all memory of the GPU.
+            reported: The number of epochs that the trial has reported so far, from any process.
         """
         self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
-        self._folder = self.checkpoints / str(number)
+        self._folder, self._reported = self.checkpoints / str(number), reported
         self._note = "" if self._training is None else self._training.stop()
         self._unusable = self._training is not None and self._training.is_running
         self._training = None
@@ -170,16 +178,29 @@ class Worker:
     def _step(self, note: str) -> WorkerReport:
         if self._training is None:
             trial = self._begin()
-            if self._folder.exists():
-                try:
+            try:
+                if self._folder.exists():
                     trial.load()
                     # A kill of the worker or of the driver may have kept this curve from the
                     # storage, so it is reported again.
-                    return WorkerReport(tuple(trial.curve), note)
-                except CheckpointError as error:
-                    note = f"trial {self._number} restarts from its first epoch: {error}"
+                    curve = tuple(trial.curve)
+                    return WorkerReport(curve, self._lost_epochs(len(curve)) or note)
+                note = self._lost_epochs(0) or note
+            except CheckpointError as error:
+                note = f"trial {self._number} restarts from its first epoch: {error}"
         assert self._training is not None
         return WorkerReport(self._training.step(), note)
+
+    def _lost_epochs(self, epochs: int) -> str:
+        """A note where the checkpoint has fewer epochs than were reported; else empty."""
+        if epochs >= self._reported:
+            return ""
+        found = f"has {epochs} of its {self._reported} epochs" if epochs else "is not there"
+        return (
+            f"trial {self._number} trains epochs again: its checkpoint in {str(self._folder)!r} on "
+            f"{platform.node()} {found}; unless its trainer saved no state since, the nodes do not "
+            "share this folder: put the study's folder on a file system that all of them share"
+        )
 
     def _begin(self) -> TrainingTrial[Any]:
         """Build the trial's network, and prepare its training."""
