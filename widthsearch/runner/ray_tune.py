@@ -350,8 +350,7 @@ class _TuneAdapter(tune.Callback):
         with self.keep_error():
             cluster.check_alive()
             self._end_or_restart(number)
-        if number not in self.search.running:
-            self._remove_checkpoint(number)
+        self._remove_checkpoint(number)
 
     def _remove_checkpoint(self, number: int) -> None:
         """Remove the checkpoint of a trial that has ended.
