@@ -254,13 +254,15 @@ class Study:
 
     def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord]]:
         """The trials that have ended and the spaces' records, without the spaces' code."""
+        from widthsearch.study.database import written_here
         from widthsearch.study.storage import SpaceRecord, Store
 
         store = Store.open(self.storage, self.config.name)
         stored = store.attribute("spaces")
         if stored is None:
             raise StudyError(f"study {self.config.name!r} has no trials yet: run it first")
-        records = {space["name"]: SpaceRecord.from_json(space) for space in stored}
+        with written_here(self.config.name):
+            records = {space["name"]: SpaceRecord.from_json(space) for space in stored}
         trials = [trial for trial in store.trials(records) if trial.state != TrialState.RUNNING]
         return trials, records
 

@@ -39,7 +39,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy import BigInteger, Column, ColumnElement, Connection, Integer, Text
 
-from widthsearch.errors import StorageError, StudyError
+from widthsearch.errors import StorageError, StudyError, WidthsearchError, one_line
 
 LOCK_SECONDS = 30
 """The longest wait for a transaction of another process, and the longest pause within one."""
@@ -78,6 +78,27 @@ def database_errors(method: Method) -> Method:
             raise _storage_error(self.url, error) from error
 
     return cast("Method", wrapped)
+
+
+@contextmanager
+def written_here(name: str) -> Iterator[None]:
+    """A context that reads stored values: whatever does not fit was written by something else.
+
+    Args:
+        name: The study's name, for the message.
+
+    Raises:
+        StorageError: A value is missing or has another form.
+    """
+    try:
+        yield
+    except WidthsearchError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise StorageError(
+            f"the values of a study must be as widthsearch stored them, but study {name!r} has "
+            f"others ({one_line(error)}): restore its storage, or give the study another name"
+        ) from error
 
 
 def _storage_error(url: str, error: Exception) -> StorageError:

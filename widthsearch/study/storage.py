@@ -28,6 +28,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
+from pydantic import TypeAdapter
 
 from widthsearch.bayesopt.kernel import CostedSpace
 from widthsearch.bayesopt.metric import ACCURACY, Metric
@@ -36,7 +37,7 @@ from widthsearch.errors import StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.study import attributes
-from widthsearch.study.database import Fence, database_errors, open_database
+from widthsearch.study.database import Fence, database_errors, open_database, written_here
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
@@ -133,6 +134,7 @@ class Store:
         {'by': 'me'}
     """
 
+    @database_errors
     def __init__(self, url: str, name: str, storage: RDBStorage) -> None:
         self.url = url
         self.name = name
@@ -199,7 +201,7 @@ class Store:
                 "widthsearch 0.1.0: give the study another name and train it again, or check out "
                 "commit 08b2ed8 of the repository to read it"
             )
-        if version is not None and version > SCHEMA:
+        if version is not None and (not isinstance(version, int) or version > SCHEMA):
             raise SchemaError(
                 f"a study must be of this version's schema ({SCHEMA}) or an older one, but "
                 f"{self.name!r} has schema {version}: upgrade widthsearch"
@@ -208,7 +210,8 @@ class Store:
     @database_errors
     def attribute(self, key: str) -> Any:
         """A JSON value of the study; None where it was never set."""
-        return attributes.read(key, self._storage.get_study_user_attrs(self._study))
+        with written_here(self.name):
+            return attributes.read(key, self._storage.get_study_user_attrs(self._study))
 
     @database_errors
     def set_attribute(self, key: str, value: Any) -> None:
@@ -289,9 +292,12 @@ class Store:
         A trial without all its widths is another program's (a study may be asked by hand): it is
         left out.
         """
-        return [
-            _trial(stored, spaces) for stored in self._stored(*_STATES) if _is_whole(stored, spaces)
-        ]
+        with written_here(self.name):
+            return [
+                _trial(stored, spaces)
+                for stored in self._stored(*_STATES)
+                if _is_whole(stored, spaces)
+            ]
 
     @database_errors
     def fail_partial(self, spaces: Spaces) -> None:
@@ -363,9 +369,12 @@ def _is_whole(trial: _StoredTrial, spaces: Spaces) -> bool:
     return set(_parameters(space, spaces).values()) <= trial.params.keys()
 
 
-def _epoch(row: Mapping[str, Any]) -> EpochResult:
+_COST, _CURVE = TypeAdapter(Cost), TypeAdapter(tuple[EpochResult, ...])
+
+
+def _epoch(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """An epoch; before there were other metrics its value was stored as ``accuracy``."""
-    return EpochResult(**{"value" if key == "accuracy" else key: v for key, v in row.items()})
+    return {"value" if key == "accuracy" else key: value for key, value in row.items()}
 
 
 def _trial(trial: _StoredTrial, spaces: Spaces) -> Trial:
@@ -378,9 +387,9 @@ def _trial(trial: _StoredTrial, spaces: Spaces) -> Trial:
         widths=Widths(tuple(keys), tuple(int(trial.params[key]) for key in keys.values())),
         origin=stored["origin"],
         seed=stored["seed"],
-        cost=Cost(**stored["cost"]),
+        cost=_COST.validate_python(stored["cost"]),
         latency=None if latency is None else Latency.from_json(latency),
-        curve=tuple(_epoch(row) for row in attributes.read("curve", stored) or ()),
+        curve=_CURVE.validate_python([*map(_epoch, attributes.read("curve", stored) or ())]),
         state=_STATES[trial.state],
         error=attributes.read("error", stored),
     )
