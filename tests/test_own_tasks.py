@@ -20,6 +20,7 @@ from widthsearch.data.tasks import AnyTask, OwnTask
 from widthsearch.errors import DataError
 from widthsearch.proposers import Setting, proposer_class
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.config import StudyConfig
 from widthsearch.training.sgd import SgdSteps
 from widthsearch.training.trainer import evaluate, fit
 
@@ -181,6 +182,15 @@ def test_a_study_asks_methods_that_read_data(tmp_path: Path) -> None:
         assert search.ask() is not None
     assert study.failures == {}
     assert study.config.method_recipe == replace(OWN, epochs=4)
+
+
+def test_a_study_with_a_loss_asks_sensitivity_by_default() -> None:
+    """As one with a task; without a loss it is synflow, which reads no data."""
+    named: dict[str, Any] = {"name": "own", "trials": 1, "trainer": "own:train"}
+    named["recipe"] = {"epochs": 1}
+    given = StudyConfig(**named, loss="own:loss", batches="own:batches")
+    assert [method.method for method in given.proposers] == ["sensitivity"]
+    assert [method.method for method in StudyConfig(**named).proposers] == ["synflow"]
 
 
 def test_the_command_proposes_for_a_study_of_its_own(
