@@ -233,11 +233,7 @@ class Study:
         return MetricPosterior(*self._stored(), config.objectives, config.limits, config.metric)
 
     def front(self) -> list[Trial]:
-        """The front by the estimated metric, within the limits, fewest MACs first.
-
-        Raises:
-            StudyError: The study was never run.
-        """
+        """The front by the estimated metric, within the limits, fewest MACs first."""
         return self.posterior().front()
 
     def pick(self, spec: str | int = "knee") -> Trial:

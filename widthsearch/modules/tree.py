@@ -186,6 +186,12 @@ SIZED = (
 """Torch's layers that repeat their tensors' sizes in attributes."""
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a layer is a convolution of several groups of one input channel each."""
+    convolution = isinstance(module, ConvNd)
+    return convolution and 1 < module.groups == module.in_channels  # type: ignore[operator, return-value]
+
+
 def sizes_in(module: nn.Module, *others: type) -> Iterator[tuple[str, Any]]:
     """Every integer among a module's plain attributes: ``name``, or ``name[i]`` in a sequence.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.channels.sums import group_sums
+from widthsearch.modules.tree import is_depthwise
 from widthsearch.proposers.tuning import FineTuner, PruneAndTune
 from widthsearch.utils.validation import validated_dataclass
 
@@ -70,8 +71,11 @@ def filter_norms(graph: DependencyGraph, model: nn.Module, norm: Norm) -> list[T
     out = [torch.zeros(n, device=device) for n in graph.groups]
     for key, dim in graph.axis:
         weight = parameters.get(key)
-        if weight is None or weight.dim() < 2 or graph.consumers.get(key) == dim:
-            continue  # norms and biases are no filters, and a consumer does not make its channels
+        if weight is None or weight.dim() < 2:
+            continue  # norms and biases are no filters
+        owner = model.get_submodule(key.rpartition(".")[0])
+        if graph.consumers.get(key) == dim and not is_depthwise(owner):
+            continue  # a consumer does not make its channels, but for a filter of one channel
         amounts = weight.detach().abs() if norm == "l1" else weight.detach().square()
         sums = amounts.movedim(dim, 0).flatten(1).sum(1).float()
         for axis, of_groups in group_sums(graph, key, dim, sums).items():

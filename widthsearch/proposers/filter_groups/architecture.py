@@ -13,7 +13,6 @@ from torch import nn
 from widthsearch.errors import WidthsError
 from widthsearch.modules.tree import join
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.torch_internals import ConvNd
 from widthsearch.tracing.polynomials import evaluate
 from widthsearch.utils.validation import explain
 from widthsearch.widths import Widths
@@ -155,9 +154,3 @@ def branchable(space: SearchSpace, layer: str) -> bool:
     """Whether a layer can have branches: an ungrouped Conv2d, of no subclass, that is called."""
     module = dict(space.model.template.named_modules()).get(layer)
     return type(module) is nn.Conv2d and module.groups == 1 and layer in space.trace.layer_macs
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether a layer is a convolution of several groups of one input channel each."""
-    convolution = isinstance(module, ConvNd)
-    return convolution and 1 < module.groups == module.in_channels  # type: ignore[operator, return-value]

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from widthsearch.modules.initialisation import Scheme
-from widthsearch.modules.tree import clone, join, sizes_in, tensors_of
-from widthsearch.proposers.filter_groups.architecture import BranchedArchitecture, is_depthwise
+from widthsearch.modules.tree import clone, is_depthwise, join, sizes_in, tensors_of
+from widthsearch.proposers.filter_groups.architecture import BranchedArchitecture
 from widthsearch.proposers.filter_groups.branched_layers import BranchedConv2d, replace_module
 from widthsearch.space.constraints import default_axis, substituted
 from widthsearch.space.search_space import SearchSpace

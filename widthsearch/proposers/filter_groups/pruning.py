@@ -27,11 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
-from widthsearch.modules.tree import join
+from widthsearch.modules.tree import is_depthwise, join
 from widthsearch.proposers.filter_groups.architecture import (
     Branch,
     BranchedArchitecture,
-    is_depthwise,
 )
 from widthsearch.proposers.filter_groups.branched_space import positions
 from widthsearch.space.search_space import SearchSpace
