@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +411,19 @@ def test_a_space_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     study = Study(tiny.config(space="nowhere.at:all"), task=tiny.task(), folder=tmp_path)
     with pytest.raises(SpaceError, match="nowhere"):
         tiny.run(study)
+
+
+def test_a_folder_that_is_read_only_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, before anything is trained; root itself may write into any folder."""
+
+    def denied(path: Path, _: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(widthsearch.study.driver, "write_atomically", denied)
+    with pytest.raises(StorageError, match=r"writable, but .*study.yaml is not: Permission"):
+        tiny.run(tiny.study(tmp_path))
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

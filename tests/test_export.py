@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         whole(path, run, state)
 
-    with monkeypatch.context() as patch, pytest.raises(StudyError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left"):
         patch.setattr(job, "write_checkpoint", write)
         trained(study, tmp_path / "out", epochs=3)
     assert trained(study, tmp_path / "out", epochs=3) == [2, 3]

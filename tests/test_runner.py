@@ -21,8 +21,9 @@ import tiny
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
-from widthsearch.runner import ray_tune
+from widthsearch.runner import cluster, ray_tune
 from widthsearch.runner.pickling import pickle_by_value
+from widthsearch.runner.signals import Interrupts
 from widthsearch.study.driver_lock import VARIABLE
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import Store
@@ -394,3 +395,28 @@ def test_only_the_users_own_code_is_pickled_by_value(
     monkeypatch.syspath_prepend(tmp_path)
     dumped = pickle_by_value(importlib.import_module(name).function, "a function")
     assert (b"by value" in dumped) is not installed
+
+
+def test_a_node_that_is_lost_fails_no_trial(
+    ray_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies with the last node has no fault; else its trial would count as failed."""
+    cluster.check_alive()
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False}])
+    with pytest.raises(StudyError, match="its last one has died: run again"):
+        cluster.check_alive()
+
+
+def test_a_start_of_ray_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a plain Exception if its processes are slow, or were frozen, at their start."""
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    with Interrupts() as interrupts, pytest.raises(StudyError) as error:
+        cluster._init(None, interrupts)
+    assert str(error.value) == (
+        "Ray must start on this machine: Exception: The current node timed out "
+        "during startup; run again"
+    )

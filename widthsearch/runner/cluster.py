@@ -75,7 +75,7 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
     except Exception as error:
         if address is None:
             raise StudyError(
-                f"Ray must start on this machine, but does not: {one_line(error)}; run again"
+                f"Ray must start on this machine: {one_line(error).rstrip('.')}; run again"
             ) from error
         # Ray reads RAY_AUTH_MODE while it is imported, too late to set it here. Nor can tokens be
         # the default: in a cluster without tokens no worker would start.
