@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -106,8 +107,11 @@ def widths_files(draw: st.DrawFn) -> Case:
 def space_files(draw: st.DrawFn) -> Case:
     """A space file; of the changed ones half have the digest of their content."""
     constraints = {"pin": draw(st.sampled_from([(), "first", "second"])), "max_width": draw(LARGER)}
-    grammar.space().constrained(**constraints).save(Path("made"))
-    file = draw(json_files(json.loads(Path("made").read_text())))
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "space.json")
+        grammar.space().constrained(**constraints).save(path)
+        written = path.read_bytes()
+    file = draw(json_files(json.loads(written)))
     if draw(st.booleans()):
         try:
             values = json.loads(file)
@@ -166,10 +170,13 @@ def profiles(draw: st.DrawFn) -> Case:
 
 
 @cache
-def _trained() -> dict[str, bytes]:
+def trained() -> dict[str, bytes]:
+    """The files of a trained folder."""
     space = grammar.space()
-    path = Path("widths.json")
-    space.save_widths(path, space.base)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "widths.json")
+        space.save_widths(path, space.base)
+        widths = path.read_bytes()
     card = {
         "space": {
             "reference": None,
@@ -180,11 +187,10 @@ def _trained() -> dict[str, bytes]:
         },
     }
     files = {
-        "widths.json": path.read_bytes(),
+        "widths.json": widths,
         "weights.pt": saved(space.build(space.base, seed=0).state_dict()),
         "card.json": json.dumps(card).encode(),
     }
-    path.unlink()
     return files
 
 
@@ -197,7 +203,7 @@ REFERENCES = (
 @st.composite
 def trained_folders(draw: st.DrawFn) -> Case:
     """A trained folder with a file changed, or a card that names code."""
-    files, space = dict(_trained()), draw(st.booleans())
+    files, space = dict(trained()), draw(st.booleans())
     changed = draw(st.sampled_from([None, None, None, "reference", "kind", *files]))
     card = json.loads(files["card.json"])
     if changed == "card.json":

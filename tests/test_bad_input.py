@@ -10,32 +10,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import signal
+import sqlite3
 import tempfile
 import typing
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 import bad_files
+import own
 import pytest
 import study_grammar as grammar
 from bad_files import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from torch import nn
 
-from widthsearch import cli, commands, errors
+from widthsearch import cli, commands, errors, export
+from widthsearch.data.config import TaskConfig
 from widthsearch.errors import WidthsearchError
 from widthsearch.proposers import PROPOSERS, proposer_class
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.study import driver
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.sections import ProposerConfig
+from widthsearch.study.storage import Store
 from widthsearch.utils.files import VARIABLE
 
 DEFAULT = 2000
@@ -159,7 +166,13 @@ def study_files(draw: st.DrawFn) -> Case:
             (folder / "images" / each).mkdir(parents=True)
             for i in range(5):
                 (folder / "images" / each / f"{i}.png").write_bytes(PNG)
-        return lambda: command(how, "study.yaml", *more)
+        return lambda: valid(how) if kind == "valid" else command(how, "study.yaml", *more)
+
+    def valid(how: str) -> None:
+        try:
+            command(how, "study.yaml", *more)
+        except WidthsearchError as error:
+            raise AssertionError(f"a valid study is refused: {error}") from error
 
     return case
 
@@ -223,7 +236,6 @@ KINDS: dict[str, tuple[float, st.SearchStrategy[Case]]] = {
 """The share of each kind of cases, and its cases."""
 
 
-@cache
 def outcomes(kind: str) -> Counter[type[WidthsearchError] | None]:
     """How often cases of one kind end with each error, and with success (None)."""
     share, cases = KINDS[kind]
@@ -259,11 +271,71 @@ def test_bad_input_is_one_line(kind: str) -> None:
     assert found[None] * 3 >= found.total()
 
 
-def test_the_cases_hit_every_error_class() -> None:
-    """Each class of ``errors.py`` is the error of some case."""
-    hit = {error for kind in KINDS for error in outcomes(kind) if error is not None}
+def _untraceable() -> object:
+    return SearchSpace.from_model(lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(9, 2)), (4,))
+
+
+HITS: dict[type[WidthsearchError], Callable[[], object]] = {
+    errors.WidthsError: lambda: grammar.space().widths({"first": 10**6}),
+    errors.TraceError: _untraceable,
+    errors.SpaceError: partial(command, "space", "torchvision:resnet19"),
+    errors.DataError: lambda: TaskConfig("digits", folder="none"),
+    errors.DeviceError: partial(
+        command, "space", "study_grammar:space", "--check", "--device", "x"
+    ),
+    errors.StudyError: partial(command, "run", "none.yaml"),
+    errors.StorageError: lambda: Store.open("no_such_database://", "none"),
+    errors.CheckpointError: lambda: own.trial(Path("none")).load(),
+}
+
+
+def test_every_error_class_is_hit(tmp_path: Path) -> None:
+    """Each class of ``errors.py`` is the error of some case, in one line."""
     known = {each for each in vars(errors).values() if isinstance(each, type)}
-    assert {each for each in known if issubclass(each, WidthsearchError)} - hit == set()
+    kinds = {each for each in known if issubclass(each, WidthsearchError)} - {WidthsearchError}
+    assert set(HITS) == kinds
+    for kind, case in HITS.items():
+        assert outcome(case, tmp_path) is kind
+
+
+@pytest.mark.parametrize("name", ["front.json", "front.png"])
+def test_a_link_in_a_study_is_replaced_and_not_followed(name: str, tmp_path: Path) -> None:
+    """A stranger's folder has a link where a command writes: the file that it leads to is safe."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    folder = tmp_path / "study"
+    folder.mkdir()
+    with sqlite3.connect(folder / "study.db") as connection:
+        connection.executescript(bad_files.SCHEMA2.read_text())
+    connection.close()
+    (folder / "study.yaml").write_bytes(bad_files.SCHEMA2.with_suffix(".yaml").read_bytes())
+    (folder / name).symlink_to(mine)
+    command("pareto", str(folder), "--plot")
+    assert mine.read_text() == "precious"
+    assert (folder / name).is_file() and not (folder / name).is_symlink()
+
+
+def test_a_card_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function that it names is imported once the caller names it, too."""
+    for name, content in bad_files.trained().items():
+        (tmp_path / name).write_bytes(content)
+    card = json.loads((tmp_path / "card.json").read_text())
+    (tmp_path / "theirs.py").write_text(
+        "from pathlib import Path\nfrom study_grammar import space\nPath('CANARY').touch()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reference = f"{tmp_path / 'theirs.py'}:space"
+    card["space"]["reference"] = reference
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    with pytest.raises(errors.StudyError) as error:
+        export.load(tmp_path)
+    assert str(error.value) == (
+        f"a card's code must be trusted before it is imported, but {str(tmp_path / 'card.json')!r} "
+        f"names {reference!r}: if you trust that, load(folder, space={reference!r})"
+    )
+    assert not (tmp_path / "CANARY").exists()
+    assert isinstance(export.load(tmp_path, reference), grammar.Net)
+    assert (tmp_path / "CANARY").exists()
 
 
 def leaves(section: Any, place: str = "") -> Iterator[str]:

@@ -118,7 +118,7 @@ def test_a_study_searches_its_constrained_space(command: CommandLine, tmp_path: 
     trial = study.front()[0]
     assert list(trial.widths) == ["conv1", "block1.conv1", "block3.conv1"]
     widthsearch.train(study, trial, seeds=1, epochs=1, folder=tmp_path / "trained")
-    net = widthsearch.load(tmp_path / "trained")
+    net = widthsearch.load(tmp_path / "trained", SPACE)
     assert net.block3.conv2.out_channels == trial.widths["block3.conv1"]
     with pytest.raises(widthsearch.WidthsearchError, match="keeps its space"):
         tiny.run(small(tmp_path))
@@ -211,7 +211,7 @@ def test_train_writes_a_folder_that_loads(command: CommandLine, runs: Path, tmp_
     assert "mean of 2 seeds (standard deviation " in out
     card = json.loads((tmp_path / "card.json").read_text())
     content = json.loads((tmp_path / "widths.json").read_text())
-    net = widthsearch.load(tmp_path)
+    net = widthsearch.load(tmp_path, SPACE)
     assert not net.training
     assert net.conv1.out_channels == content["widths"]["conv1"]
     assert sum(p.numel() for p in net.parameters()) == card["params"]
@@ -243,15 +243,15 @@ def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: P
     assert "it has no axis 'conv1'" in message
     torch.save({"conv1.weight": print}, tmp_path / "weights.pt")
     with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
-        widthsearch.load(tmp_path)
+        widthsearch.load(tmp_path, SPACE)
     (tmp_path / "weights.pt").write_bytes(b"nonsense")
     with pytest.raises(widthsearch.WidthsearchError, match="cannot be loaded"):
-        widthsearch.load(tmp_path)
+        widthsearch.load(tmp_path, SPACE)
     content = json.loads((tmp_path / "widths.json").read_text())
     content["widths"]["conv1"] = 0
     (tmp_path / "widths.json").write_text(json.dumps(content))
     with pytest.raises(widthsearch.WidthsearchError, match="axis 'conv1' takes 1 to"):
-        widthsearch.load(tmp_path)
+        widthsearch.load(tmp_path, SPACE)
 
 
 @refusals("run")

@@ -93,14 +93,15 @@ def test_a_damaged_card_is_one_line(case: str, tmp_path: Path) -> None:
     else:
         text = change if isinstance(change, str) else json.dumps(change)
     (tmp_path / "card.json").write_text(text)
+    given = None if case.startswith("a reference that") else "tiny:space"
     with pytest.raises(WidthsearchError) as error:
-        export.load(tmp_path)
+        export.load(tmp_path, "no_such.x:y" if "nothing" in case else given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_whole_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the reference in its card, or in the space that is given."""
+    """In the space that is given, or by its reference."""
     study = study_of(tmp_path)
     trained(study, tmp_path)
     with pytest.raises(StudyError, match="without a reference"):
@@ -109,7 +110,7 @@ def test_a_whole_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     card = json.loads((tmp_path / "card.json").read_text())
     card["space"]["reference"] = "tiny:space"
     (tmp_path / "card.json").write_text(json.dumps(card))
-    assert torch.equal(weights(export.load(tmp_path)), weights(net))
+    assert torch.equal(weights(export.load(tmp_path, "tiny:space")), weights(net))
 
 
 def test_a_card_says_how_images_are_made_ready(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.sections import ProposerConfig
 from widthsearch.study.trial import unresolved_failures
 from widthsearch.training.recipe import EpochResult
+from widthsearch.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
@@ -176,7 +177,8 @@ def pareto(options: argparse.Namespace) -> int:
         from widthsearch.report.front_plot import draw_front
 
         def draw(path: Path) -> None:
-            draw_front(study, posterior).savefig(path, format="png", dpi=120)
+            figure = draw_front(study, posterior)
+            write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
         _write(options.plot or study.folder / "front.png", draw, console)
     return 0

@@ -251,7 +251,10 @@ def load(folder: str | Path, space: SearchSpace | str | None = None) -> nn.Modul
     folder = Path(folder)
     for name in (CARD, WIDTHS, WEIGHTS):
         if not (folder / name).is_file():
-            raise StudyError(f"a trained folder must hold the file {name}, but {folder} does not")
+            raise StudyError(
+                f"a trained folder must hold {WIDTHS}, {WEIGHTS} and {CARD}, but {str(folder)!r} "
+                f"has no file {name}; train the pick again"
+            )
     if not isinstance(space, SearchSpace):
         space = _space_of(_read_json(folder / CARD).get("space"), folder, space)
     model = space.build(space.load_widths(folder / WIDTHS, on_grid=False), initialise=False)

@@ -21,6 +21,7 @@ from widthsearch.errors import StudyError
 from widthsearch.report.console import short, uncut
 from widthsearch.study.front import cost_value, equal_cost_pairs, objective_value
 from widthsearch.study.posterior import ENOUGH, INTERVAL, Estimate, MetricPosterior
+from widthsearch.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from widthsearch.api import Study
@@ -411,8 +412,9 @@ def latency_remarks(front: Sequence[Trial], base: Trial | None) -> list[str]:
 def write_front(study: Study, posterior: MetricPosterior) -> str:
     """Write ``front.json`` into the study's folder; returns a line that says where, or why not."""
     file = study.folder / "front.json"
+    text = json.dumps(front_json(study, posterior), indent=1) + "\n"
     try:
-        file.write_text(json.dumps(front_json(study, posterior), indent=1) + "\n", encoding="utf-8")
+        write_atomically(file, lambda opened: opened.write(text.encode()))
     except OSError as error:
         return f"not written: {file}: {error.strerror}"
     return f"written: {file}"
