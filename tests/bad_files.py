@@ -186,12 +186,11 @@ def trained() -> dict[str, bytes]:
             "name": space.name,
         },
     }
-    files = {
+    return {
         "widths.json": widths,
         "weights.pt": saved(space.build(space.base, seed=0).state_dict()),
         "card.json": json.dumps(card).encode(),
     }
-    return files
 
 
 REFERENCES = (

@@ -64,6 +64,8 @@ VALID: dict[str, Strategy] = {
     "trainer": one("own:train"),
     "data": one("own:data"),
     "final_data": one("own:data"),
+    "loss": one("study_grammar:loss"),
+    "batches": one("study_grammar:batches"),
     "recipe.epochs": st.integers(4, 10**6),
     "recipe.batch_size": st.integers(2, 6),
     "recipe.lr": finite,
@@ -161,7 +163,10 @@ def documents(draw: st.DrawFn) -> Document:
     drawn = {key: draw(VALID[key]) for key in PLAIN if key in ("name", "trials")}
     drawn |= {key: draw(VALID[key]) for key in draw(st.sets(one(*PLAIN), max_size=9))}
     drawn |= {key: draw(section(key)) for key in draw(st.sets(one(*SECTIONS), max_size=4))}
-    own = bool({"trainer", "data", "final_data"} & drawn.keys()) or "input" in drawn
+    own = (
+        bool({"trainer", "data", "final_data", "loss", "batches"} & drawn.keys())
+        or "input" in drawn
+    )
     _choose_space(draw, drawn, own)
     _choose_data(draw, drawn, own)
     _choose_search(draw, drawn, own)
@@ -195,6 +200,8 @@ def _choose_data(draw: st.DrawFn, drawn: Document, own: bool) -> None:
     if own:
         drawn.pop("task", None)
         drawn["trainer"] = "own:train"
+        if {"loss", "batches"} & drawn.keys():
+            drawn |= {"loss": "study_grammar:loss", "batches": "study_grammar:batches"}
         drawn["recipe"] = {"epochs": draw(VALID["recipe.epochs"]), "lr": 0.1}
         return
     task = drawn.setdefault("task", {})
@@ -402,3 +409,13 @@ def datasets() -> tuple[Any, Any]:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     items = [(from_numpy(image), i % 10) for i, image in enumerate(pixels)]
     return items, items[:10]
+
+
+def loss(network: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch."""
+    return network(batch).mean()
+
+
+def batches(split: str, seed: int) -> list[Any]:
+    """The batches of a pass."""
+    return []

@@ -44,6 +44,7 @@ from widthsearch.study.config import StudyConfig
 from widthsearch.study.sections import ProposerConfig
 from widthsearch.study.storage import Store
 from widthsearch.utils.files import VARIABLE
+from widthsearch.utils.safe_yaml import load_yaml
 
 DEFAULT = 2000
 CASES = int(os.environ.get("WIDTHSEARCH_BAD_INPUT", DEFAULT))
@@ -296,6 +297,44 @@ def test_every_error_class_is_hit(tmp_path: Path) -> None:
     assert set(HITS) == kinds
     for kind, case in HITS.items():
         assert outcome(case, tmp_path) is kind
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a\nb", "a\\nb"),
+        ("\x1b[31m\u202e\ud800é", "\\x1b[31m\\u202e\\ud800é"),
+        ("x" * 5000 + "y", "x" * 1000 + " … " + "x" * 999 + "y"),
+    ],
+)
+def test_a_message_is_one_line(given: str, message: str) -> None:
+    """Of printable text, and of a bounded length."""
+    assert str(errors.SpaceError(given)) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{a: 1, a: 2}", "key 'a' is given twice (line 1, column 8)"),
+        ("a: 0x" + "f" * 5000, "whole numbers must be at most 2^64, but one is larger"),
+        ("a: !!bool maybe", "'maybe'"),
+        ("a: &a [*a]", "it must have at most 10,000 values, aliases expanded"),
+        ("[" * 5000, "maximum recursion depth exceeded"),
+        (
+            "a: !!python/object/apply:os.abort []",
+            "could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.abort' (line 1, column 4)",
+        ),
+    ],
+)
+def test_unsafe_yaml_is_refused(text: str, message: str) -> None:
+    """Also in the value of a field on the command line."""
+    with pytest.raises(ValueError) as error:
+        load_yaml(text)
+    assert str(error.value).startswith(message)
+    with pytest.raises(WidthsearchError, match="a field's value is YAML"):
+        line = "propose", "own:space", "--method", "uniform", "--budget", "1", "--set", f"a={text}"
+        command(*line)
 
 
 @pytest.mark.parametrize("name", ["front.json", "front.png"])

@@ -112,5 +112,5 @@ def test_an_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [trial.state for trial in study.trials()] == ["finished"] * 3
     assert study.failures == {}
     export.train(study, study.pick("knee"), seeds=1, epochs=1, folder=tmp_path / "out")
-    network = export.load(tmp_path / "out", values["space"])
+    network = export.load(tmp_path / "out", study.config.space)
     assert network(torch.zeros(1, 1, 32, 32)).shape == EXAMPLES["segmentation"]

@@ -250,15 +250,11 @@ class Study:
 
     def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord]]:
         """The trials that have ended and the spaces' records, without the spaces' code."""
-        from widthsearch.study.database import written_here
-        from widthsearch.study.storage import SpaceRecord, Store
+        from widthsearch.study.storage import Store
 
         store = Store.open(self.storage, self.config.name)
-        stored = store.attribute("spaces")
-        if stored is None:
+        if (records := store.records()) is None:
             raise StudyError(f"study {self.config.name!r} has no trials yet: run it first")
-        with written_here(self.config.name):
-            records = {space["name"]: SpaceRecord.from_json(space) for space in stored}
         trials = [trial for trial in store.trials(records) if trial.state != TrialState.RUNNING]
         return trials, records
 
@@ -349,7 +345,7 @@ def _stored_config(folder: Path) -> StudyConfig:
 
         values = read_yaml(folder / "study.yaml")
         try:
-            Store.open(_storage(folder, values.get("storage")), str(values.get("name")))
+            Store.open(_storage(folder, str(values.get("storage") or "")), str(values.get("name")))
         except SchemaError as cause:  # it explains the other one
             raise cause from None
         except WidthsearchError:

@@ -223,6 +223,17 @@ class Store:
             partial(self._storage.set_study_user_attr, self._study),
         )
 
+    def records(self) -> dict[str, SpaceRecord] | None:
+        """The records of the study's spaces by name; None before a driver has written them.
+
+        Raises:
+            StorageError: Something else has written them.
+        """
+        stored = self.attribute("spaces")
+        with written_here(self.name):
+            found = [SpaceRecord.from_json(space) for space in stored or ()]
+        return None if stored is None else {record.name: record for record in found}
+
     @database_errors
     def forget(self, *beginnings: str) -> None:
         """Unset the study's values whose keys begin so."""
