@@ -16,7 +16,7 @@ import tiny
 from ray.cluster_utils import Cluster
 from torch import nn
 
-from widthsearch.errors import StudyError
+from widthsearch.runner import cluster as cluster_module
 from widthsearch.study.progress import Progress
 from widthsearch.training.job import TrainingTrial
 from widthsearch.utils.references import load_function
@@ -147,29 +147,79 @@ cluster.shutdown()
 """
 
 
-def test_a_cluster_that_wants_a_token_is_refused_at_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Ray itself repeats its question for half a minute, and prints each refusal."""
+TOKEN = "0123456789abcdef" * 4
+
+DRIVER = """
+import sys
+from pathlib import Path
+
+import tiny
+
+from widthsearch.errors import StudyError
+
+try:
+    tiny.study(Path(sys.argv[2]), ray_address=sys.argv[1], trials=1, proposers=[]).run()
+    print("trained")
+except StudyError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def head_with_tokens() -> Iterator[str]:
+    """The address of a head that wants a token."""
     head = subprocess.Popen(
         [sys.executable, "-c", HEAD_WITH_TOKENS],
-        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4},
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert head.stdin is not None
     assert head.stdout is not None
-    try:
-        address = head.stdout.readline().strip()
-        with pytest.raises(StudyError) as caught:
-            tiny.study(tmp_path, ray_address=address).run()
-    finally:
-        head.communicate("end\n")
-    assert str(caught.value) == (
-        f"the Ray cluster at {address!r} cannot be joined: AuthenticationError: RPC error: "
-        "InvalidAuthToken: Authentication token is missing or incorrect; if it was started with a "
-        "token, set RAY_AUTH_MODE=token in the environment"
+    yield head.stdout.readline().strip()
+    head.communicate("end\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "RPC error: InvalidAuthToken: Authentication token is missing or incorrect"),
+        (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ff" * 32},
+            "RPC error: InvalidAuthToken: Authentication token is missing or incorrect",
+        ),
+        (
+            {"RAY_AUTH_MODE": "token"},
+            "Token authentication is enabled but no authentication token was found",
+        ),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, None),
+    ],
+    ids=["no mode", "another token", "no token", "the token"],
+)
+def test_a_cluster_that_wants_a_token_is_joined_or_refused_at_once(
+    environment: dict[str, str], reason: str | None, head_with_tokens: str, tmp_path: Path
+) -> None:
+    """Ray itself repeats its question for half a minute and prints each refusal, or aborts."""
+    own_variables = {key: v for key, v in os.environ.items() if not key.startswith("RAY_AUTH")}
+    paths = [Path(__file__).parent, Path(cluster_module.__file__).parents[2]]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, head_with_tokens, str(tmp_path / "study")],
+        env={
+            **own_variables,
+            "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+            "HOME": str(tmp_path),  # without a token of its user
+            **environment,
+        },
+        capture_output=True,
+        text=True,
     )
-    assert capfd.readouterr().err.count("InvalidAuthToken") <= 1
-    assert not ray.is_initialized()
+    expected = (
+        "trained"
+        if reason is None
+        else f"the Ray cluster at {head_with_tokens!r} cannot be joined: AuthenticationError: "
+        f"{reason}; if it was started with a token, set RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN "
+        "of the cluster in the environment"
+    )
+    assert done.stdout == f"{expected}\n"
+    assert done.returncode == 0
+    assert done.stderr.count("\n") <= 1

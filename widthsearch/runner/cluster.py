@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from widthsearch.errors import StudyError, one_line
@@ -64,7 +65,9 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
     try:
         if address is not None:
             # A cluster with tokens refuses this driver at once. ray.init would take the refusal for
-            # a passing fault, try for half a minute, and print a line each time.
+            # a passing fault, try for half a minute, and print a line each time. A client that is
+            # to have a token and finds none would abort the process.
+            ensure_token_if_auth_enabled(create_token_if_missing=False)
             GcsClient(address=address)
         ray.init(
             address=address or "local",
@@ -82,7 +85,7 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
         raise StudyError(
             f"the Ray cluster at {address!r} cannot be joined: "
             f"{one_line(error).partition('. ')[0]}; if it was started with a token, set "
-            "RAY_AUTH_MODE=token in the environment"
+            "RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN of the cluster in the environment"
         ) from error
     finally:
         interrupts.install()
