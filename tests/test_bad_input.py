@@ -158,7 +158,7 @@ def study_files(draw: st.DrawFn) -> Case:
     more = {
         "run": ["--runs", "runs"],
         "space": [],
-        "propose": ["--method", "uniform", "--budget", draw(st.sampled_from(["0.5", "4e4"]))],
+        "propose": ["--method", "uniform", "--budget", draw(st.sampled_from(["1", "1.5"]))],
     }[how]
 
     def case(folder: Path) -> Callable[[], object]:
