@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from widthsearch.utils.validation import validated_dataclass
 
@@ -128,5 +128,5 @@ class Latency:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Latency:
-        """Inverse of :meth:`to_json`."""
-        return cls(**fields)
+        """Inverse of :meth:`to_json`; a ValueError if something else wrote the fields."""
+        return TypeAdapter(cls).validate_python(fields)

@@ -383,6 +383,22 @@ def _is_whole(trial: _StoredTrial, spaces: Spaces) -> bool:
 _COST, _CURVE = TypeAdapter(Cost), TypeAdapter(tuple[EpochResult, ...])
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """The values of a trial's origin that the package reads."""
+
+    base: bool = False
+    baseline: bool = False
+    confirms: int | None = None
+    sampler: str | None = None
+    proposer: str = ""
+    family: str = ""
+    budget: float = 0.0
+
+
+_ORIGIN = TypeAdapter(_Origin)
+
+
 def _epoch(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """An epoch; before there were other metrics its value was stored as ``accuracy``."""
     return {"value" if key == "accuracy" else key: value for key, value in row.items()}
@@ -390,6 +406,9 @@ def _epoch(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _trial(trial: _StoredTrial, spaces: Spaces) -> Trial:
     stored = trial.user_attrs
+    origin = _ORIGIN.validate_python(stored["origin"])
+    if origin.proposer and "budget" not in stored["origin"]:
+        raise KeyError("budget")
     latency = stored.get("latency")
     keys = _parameters(stored["space"], spaces)
     return Trial(
@@ -397,7 +416,7 @@ def _trial(trial: _StoredTrial, spaces: Spaces) -> Trial:
         space=stored["space"],
         widths=Widths(tuple(keys), tuple(int(trial.params[key]) for key in keys.values())),
         origin=stored["origin"],
-        seed=stored["seed"],
+        seed=int(stored["seed"]),
         cost=_COST.validate_python(stored["cost"]),
         latency=None if latency is None else Latency.from_json(latency),
         curve=_CURVE.validate_python([*map(_epoch, attributes.read("curve", stored) or ())]),
