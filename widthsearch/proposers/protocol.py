@@ -26,7 +26,7 @@ PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Predicted latency in ms of width vectors: shape (N, axes) to (N,)."""
 
 # Types of hyperparameters.
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]

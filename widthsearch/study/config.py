@@ -195,7 +195,7 @@ class StudyConfig(BaseModel):
     limits: Mapping[Name, Interval] = {}
     latency: LatencyConfig | None = None
     early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
-    trials: Annotated[int, Field(ge=1)]
+    trials: Annotated[int, Field(ge=1, le=10**6)]
     concurrency: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 1
     resources: Resources = Resources()
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
