@@ -273,7 +273,7 @@ def places(document: Any, so_far: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 ODD_TEXTS = (
     *("", " ", "~", "..", "../..", "/", "/dev/zero", "a b", "a\nb", "\x00", "\x1b[31m", "nan", "-"),
     *("é", "名前", "🦄", "\u202e", "e\u0301", "x" * 3000, "%s %d {} {0}", "'\"`$(:;", "CON", "*"),
-    *(":", "a:", ":b", "os:abort", "a.py:b", "no_such:f", "..py:f", "torchvision:", "[", "con[v"),
+    *(":", "a:", ":b", "os:getpid", "a.py:b", "no_such:f", "..py:f", "torchvision:", "[", "con[v"),
     *("sqlite:///", "sqlite:////proc/x", "redis://", "://", "postgresql://127.0.0.1:1/x"),
 )
 ODD_NUMBERS = (0, -1, 1, 2, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 2**64, 10**400)
