@@ -144,6 +144,6 @@ def test_trials_are_json() -> None:
     assert (stored["macs"], stored["params"], stored["activations"]) == (1000, 100, 200)
     assert (stored["latency_ms"], stored["latency"]["pairs"]) == (0.5, 4)
     assert stored["curve"] == [
-        {"epoch": 1, "loss": None, "accuracy": None, "seconds": 0.5, "mode": ""}
+        {"epoch": 1, "loss": None, "value": None, "seconds": 0.5, "mode": ""}
     ]
     assert (stored["state"], stored["accuracy"], stored["error"]) == ("failed", None, "diverged")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from widthsearch.errors import CheckpointError, StudyError
+from widthsearch.errors import CheckpointError, StorageError, StudyError
 from widthsearch.training.job import CHECKPOINT, Job, TrainingTrial
 from widthsearch.training.recipe import EpochResult
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_is_replaced_atomically(saved: Path, monkeypatch: pytest.Mo
     trial.load()
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             ran(trial)
     again = own.trial(saved)
     again.load()
