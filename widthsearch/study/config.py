@@ -275,6 +275,8 @@ class StudyConfig(BaseModel):
                 "latency_ms, or leave the latency section out"
             )
         for name in self.limits.keys() - {*names, *EXACT_COSTS}:
+            if close := difflib.get_close_matches(name, [*names, *EXACT_COSTS], 1):
+                raise ValueError(f"unknown limit {name!r}; did you mean {close[0]!r}?")
             raise ValueError(
                 f"a limit of {name} needs it among the objectives, but they are {listed}: add it, "
                 "or leave the limit out"

@@ -122,11 +122,14 @@ def explain(error: ValidationError, sections: Mapping[str, Any], root: str = "")
         {**fault, "place": _place(fault["loc"], sections, root)}
         for fault in error.errors(include_url=False)
     ]
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    if faults[0]["type"] in ("missing", "missing_argument"):  # perhaps a misspelt key's own name
+        faults.sort(key=lambda fault: fault["type"] not in unknown)
     # A union has a fault for each of its types: the deepest one belongs to the closest type.
     inside = [f for f in faults if f"{f['place']}.".startswith(f"{faults[0]['place']}.")]
     first = max(inside, key=lambda f: f["place"].count("."))
     place, kind = first["place"], first["type"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+    if kind in unknown:
         section, _, key = place.rpartition(".")
         return f"unknown key {place!r}{hint(key, _keys(sections[section]))}"
     if kind in ("missing", "missing_argument"):
