@@ -189,7 +189,7 @@ def arguments(draw: st.DrawFn) -> Case:
     """A command line of ``space`` or ``propose`` with up to two odd words."""
     seed, budget = draw(st.integers(0, 2**32)), draw(st.floats(0.1, 3))
     line = draw(st.sampled_from(LINES)).format(seed, budget).split()
-    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+    for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 2]))):
         line[draw(st.integers(1, len(line) - 1))] = draw(ODD_ARGUMENTS)
     return lambda folder: lambda: command(*line)
 
