@@ -146,7 +146,7 @@ def profiles(draw: st.DrawFn) -> Case:
         "setting": {},
         "base_ms": 1.0,
         "vectors": [list(space.widths(size).vector) for size in (0.5, 1, 1.5)],
-        "ms": [0.5, 1.0, draw(LARGER)],
+        "ms": [draw(LARGER), 1.0, draw(LARGER)],
         "sd": [0.1, 0.1, 0.0],
         "errors": None,
     }
