@@ -244,7 +244,11 @@ def checkpoints(draw: st.DrawFn) -> Case:
     net = own.space().build(own.space().base, seed=0)
     row = [1, 0.5, draw(LARGER), 0.1, "", {"rmse": 0.7}]
     state: Any = {"curve": [row], "state": {"network": net.state_dict()}}
-    how = draw(st.sampled_from(["whole", "whole", "whole", "state", "pickle", "bytes", "header"]))
+    how = draw(
+        st.sampled_from(
+            ["whole", "whole", "whole", "whole", "whole", "state", "pickle", "bytes", "header"]
+        )
+    )
     if how == "state":
         state = draw(grammar.mutated(st.just({"curve": [row], "state": 1}).map(_copied)))
     try:
