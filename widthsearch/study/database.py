@@ -76,6 +76,10 @@ def database_errors(method: Method) -> Method:
             return method(self, *args, **kwargs)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             raise _storage_error(self.url, error) from error
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # Optuna reads before it writes: another driver has ended the trial meanwhile.
+            cast("Any", self).fence.check()
+            raise
 
     return cast("Method", wrapped)
 
