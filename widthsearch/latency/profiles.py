@@ -45,8 +45,8 @@ class _Profile:
     setting: dict[str, Any]
     base_ms: float | None
     vectors: list[list[Annotated[int, Field(ge=0, lt=2**31)]]]
-    ms: list[float]
-    sd: list[float]
+    ms: list[Annotated[float, Field(ge=1e-9, le=1e9)]]  # so that no square overflows
+    sd: list[Annotated[float, Field(ge=0, le=1e9)]]
     errors: PredictionErrors | None
 
 
