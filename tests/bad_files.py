@@ -367,7 +367,7 @@ STATEMENTS = (
 @st.composite
 def storages(draw: st.DrawFn) -> Callable[[Path], Path]:
     """A study's folder whose storage another program, another version or a fault has changed."""
-    how = draw(st.sampled_from(["none", "none", "sql", "value", "value", "bytes", "alien"]))
+    how = draw(st.sampled_from([*["none"] * 5, "sql", "value", "value", "bytes", "alien"]))
     statement, table = draw(st.sampled_from(STATEMENTS)), draw(ATTRIBUTES)
     which, value = draw(st.integers(0, 60)), draw(grammar.ODD_VALUES)
     garbage = draw(st.binary(min_size=1, max_size=300))

@@ -224,7 +224,7 @@ def keys_of(document: Any, place: str = "") -> set[str]:
 
 
 KINDS: dict[str, tuple[float, st.SearchStrategy[Case]]] = {
-    "study files": (0.66, study_files()),
+    "study files": (0.64, study_files()),
     "arguments": (0.03, arguments()),
     "widths files": (0.06, bad_files.widths_files()),
     "space files": (0.06, bad_files.space_files()),
@@ -232,7 +232,7 @@ KINDS: dict[str, tuple[float, st.SearchStrategy[Case]]] = {
     "trained folders": (0.05, bad_files.trained_folders()),
     "checkpoints": (0.05, bad_files.checkpoints()),
     "image folders": (0.03, bad_files.image_folders()),
-    "storages": (0.01, stored_studies()),
+    "storages": (0.03, stored_studies()),
 }
 """The share of each kind of cases, and its cases."""
 
