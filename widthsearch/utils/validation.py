@@ -123,8 +123,14 @@ def explain(error: ValidationError, sections: Mapping[str, Any], root: str = "")
         for fault in error.errors(include_url=False)
     ]
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
-    if faults[0]["type"] in ("missing", "missing_argument"):  # perhaps a misspelt key's own name
-        faults.sort(key=lambda fault: fault["type"] not in unknown)
+    if faults[0]["type"] in ("missing", "missing_argument"):  # perhaps it is misspelt
+        section = faults[0]["place"].rpartition(".")[0]
+        misspelt = [
+            fault
+            for fault in faults
+            if fault["type"] in unknown and fault["place"].rpartition(".")[0] == section
+        ]
+        faults = misspelt or faults
     # A union has a fault for each of its types: the deepest one belongs to the closest type.
     inside = [f for f in faults if f"{f['place']}.".startswith(f"{faults[0]['place']}.")]
     first = max(inside, key=lambda f: f["place"].count("."))
