@@ -104,7 +104,8 @@ def random_channels(space: SearchSpace, seed: int) -> tuple[dict[str, list[int]]
         if i not in graph.unknown and narrower:
             kept = set(rng.sample(range(graph.groups[i]), rng.choice(narrower) // traced.divisor))
             channels = enumerate(graph.group[traced.maker].tolist())
-            keep[axis.name] = [c for c, group in channels if group in kept]
+            if positions := [c for c, group in channels if group in kept]:
+                keep[axis.name] = positions
     return keep, len(graph.unknown)
 
 
