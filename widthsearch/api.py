@@ -211,9 +211,9 @@ class Study:
         if all(trial.state != TrialState.FINISHED for trial in search.trials.values()):
             reasons = [trial.error for trial in search.trials.values() if trial.error]
             raise StudyError(
-                f"study {self.config.name!r} has no finished trial; the last failed (see "
-                f"logs/run.log; after a fix run again with --retry): "
-                f"{reasons[-1] if reasons else 'none'}"
+                f"study {self.config.name!r} has no finished trial; the last failed: "
+                f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run "
+                "again with --retry"
             )
 
     def trials(self) -> list[Trial]:
