@@ -10,6 +10,7 @@ import torch
 
 from widthsearch.errors import StudyError
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.checks import _changed_code, _described
 
 
 class Changed(tiny.Net):
@@ -22,6 +23,24 @@ class Changed(tiny.Net):
 
 class Renamed(tiny.Net):
     """The tiny network, by other code."""
+
+
+class Longer(tiny.Net):
+    """The tiny network with an output more."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 1, 4, 4) to (N, 4), twice."""
+        return super().forward(x), super().forward(x)
+
+
+def test_an_output_more_is_a_change() -> None:
+    """Before the source is compared: it may not be there."""
+    old, new = (
+        _described(SearchSpace.from_model(model, (1, 4, 4), name="tiny"))
+        for model in (tiny.Net, Longer)
+    )
+    assert _changed_code(old, new) == "its output on a fixed input has changed"
+    assert _changed_code(old, old) is None
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def _check_spaces(name: str, stored: list[Any], now: list[Any]) -> None:
 
 def _changed_code(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """What has changed in a model's code; a study of an older version has no digests."""
-    if "output" in old and not np.allclose(old["output"], new["output"], 1e-3, equal_nan=True):
+    before, after = old.get("output", new["output"]), new["output"]
+    if len(before) != len(after) or not np.allclose(before, after, 1e-3, equal_nan=True):
         return "its output on a fixed input has changed"
     if old.get("code") and new["code"] and old["code"] != new["code"]:
         return "the source of its classes has changed"
