@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
+from widthsearch.channels.dependency_graph import build_dependency_graph
+from widthsearch.space.computation import random_channels
 from widthsearch.space.search_space import SearchSpace
 
 Function = Callable[[Any, Tensor], Tensor]
@@ -281,23 +281,10 @@ APART = (
 """Cases in which channels only meet in the products of consumers."""
 
 
-def random_channels(space: SearchSpace, graph: DependencyGraph, seed: int) -> dict[str, list[int]]:
-    """Channels to keep of all axes that are known."""
-    rng = random.Random(seed)
-    keep: dict[str, list[int]] = {}
-    for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True)):
-        narrower = [w for w in axis.grid if w < axis.base]
-        if i not in graph.unknown and narrower:
-            groups = rng.sample(range(graph.groups[i]), rng.choice(narrower) // traced.divisor)
-            of_channel = enumerate(graph.group[traced.maker].tolist())
-            keep[axis.name] = [c for c, group in of_channel if group in groups]
-    return keep
-
-
 @torch.no_grad()
-def check_masks(space: SearchSpace, graph: DependencyGraph, seed: int) -> None:
+def check_masks(space: SearchSpace, seed: int) -> None:
     """Masking equals cutting to 1e-5 of the largest output, at random channels."""
-    keep = random_channels(space, graph, seed)
+    keep = random_channels(space, seed)[0]
     network = space.build(space.base, seed=seed).eval()
     for p in network.parameters():
         if p.dim() == 1:
@@ -323,8 +310,8 @@ def test_masking_equals_cutting(name: str) -> None:
     graph = build_dependency_graph(space.model, space.base)
     assert not graph.unknown
     assert {"a", "b"} & set(space.names)
-    check_masks(space, graph, seed=0)
-    check_masks(space, graph, seed=1)
+    check_masks(space, seed=0)
+    check_masks(space, seed=1)
 
 
 @pytest.mark.parametrize("name", APART)
@@ -333,7 +320,7 @@ def test_cutting_channels_without_effect_keeps_the_output(name: str) -> None:
     """Channels that all consumers multiply by zero."""
     space = space_of(CASES[name])
     graph = build_dependency_graph(space.model, space.base)
-    keep = random_channels(space, graph, seed=2)
+    keep = random_channels(space, 2)[0]
     network = space.build(space.base, seed=0).eval()
     kept = {
         (i, group)
@@ -360,4 +347,4 @@ def test_what_cannot_be_cut_is_unknown(name: str) -> None:
     assert unknown and space.names.index("a") not in unknown
     assert all("test_channel_rules.py:" in why for why in unknown.values())
     assert any(reason in why for why in unknown.values())
-    check_masks(space, graph, seed=0)
+    check_masks(space, seed=0)
