@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
 from widthsearch.api import Study
 from widthsearch.errors import StudyError
+from widthsearch.report import tables
+from widthsearch.study.progress import Progress
 from widthsearch.study.trial import Trial
 
 
@@ -48,6 +53,26 @@ def test_finalists_are_trained_again(tmp_path: Path) -> None:
     trained = Counter(o.widths for o in after)
     assert max(trained.values()) > 1
     assert study.posterior()[again[0]].trainings == trained[again[0].widths]
+
+
+def test_each_network_that_is_trained_again_is_named_and_shown(tmp_path: Path) -> None:
+    """Those within the noise of the front too: the first line says why, the tables have a row."""
+    study = make(tmp_path)
+    said: list[Progress] = []
+    with study.confirmation(seeds=6, on_progress=said.append) as search:
+        asked = tiny.drive(search, noisy)
+    (plan,) = (p.message for p in said if p.message.startswith("confirming"))
+    again = {int(trial.origin["confirms"]) for trial in asked}
+    assert again <= {*map(int, re.findall(r"\d+(?=[,)])", plan))}
+    assert f"with {len(asked)} trainings of the front" in plan
+    posterior = study.posterior()
+    beside = {t.number for t in tables.confirmed_beside(posterior, posterior.front())}
+    assert beside == again - {member.number for member in posterior.front()} != set()
+    assert "within the noise of it" in plan
+    shown = io.StringIO()
+    Console(file=shown, width=160).print(tables.front_tables(study, posterior))
+    rows = {int(n) for n in re.findall(r"^ *(\d+) +\S+.*\(\d+×\)", shown.getvalue(), re.M)}
+    assert again <= rows
 
 
 def test_networks_outside_the_limits_are_not_confirmed(tmp_path: Path) -> None:

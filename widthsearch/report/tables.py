@@ -203,6 +203,10 @@ def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] =
     if uniform:
         title = f"uniform baseline: {_contents(uniform)}"
         parts.append(trial_table(title, uniform, base, posterior, show))
+    shown = [*front, *uniform]
+    if near := confirmed_beside(posterior, shown):
+        title = "beside the front: trained again by confirm, to decide whether they are on it"
+        parts.append(trial_table(title, near, base, posterior, show))
     if len(front) >= FEW:
         inside = " within the limits" if study.config.limits else ""
         contents = f" ({_contents(uniform)})" if uniform else ""
@@ -211,8 +215,16 @@ def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] =
             f"finished trials{inside} span: front {front_volume(front, posterior):.3f}, uniform "
             f"baseline {front_volume(uniform, posterior):.3f}{contents}."
         )
-    lines = [total, *gain_lines(posterior), *footnotes([*front, *uniform], posterior)]
+    lines = [total, *gain_lines(posterior), *footnotes([*shown, *near], posterior)]
     return Group(*parts, *map(Text, (*lines, *latency_remarks(front, base))))
+
+
+def confirmed_beside(posterior: MetricPosterior, shown: Sequence[Trial]) -> list[Trial]:
+    """The networks that ``confirm`` has trained and no other table shows, fewest MACs first."""
+    again = {int(t.origin["confirms"]) for t in posterior.trials if "confirms" in t.origin}
+    known = {t.architecture for t in shown}
+    found = [t for t in posterior.members if t.number in again and t.architecture not in known]
+    return sorted(found, key=lambda t: (t.cost.macs, t.number))
 
 
 def pick_table(study: Study, trial: Trial) -> Group:

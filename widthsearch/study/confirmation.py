@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from widthsearch.proposers.families import Candidate
@@ -78,6 +78,8 @@ class Confirmation(Search):
         missing = seeds * len(front) - sum(posterior[member].trainings for member in front)
         missing -= sum("confirms" in self.trials[number].origin for number in self.running)
         self._wanted = max(0, missing) + self._begun
+        if missing > 0:
+            self.notify(self._plan(missing), "event")
 
     @property
     def _begun(self) -> int:
@@ -86,6 +88,19 @@ class Confirmation(Search):
     @property
     def _total(self) -> int:
         return self._wanted
+
+    def _plan(self, trainings: int) -> str:
+        """The finalists in a line, with the reason why networks beside the front are among them."""
+        front = [member.number for member in self.posterior.front()]
+        near = sorted({member.number for member in self.posterior.undecided} - {*front})
+        many = "s" * (trainings > 1)
+        line = f"confirming with {trainings} training{many} of the front ({_ids(front)})"
+        if near:
+            line += (
+                f" and of {len(near)} network{'s' * (len(near) > 1)} within the noise of it "
+                f"({_ids(near)}), each dominated with a probability from 5% to 95%"
+            )
+        return line
 
     def _suggest(self) -> Candidate:
         posterior = self.posterior
@@ -113,3 +128,8 @@ class Confirmation(Search):
             self._store.record_latency(trial.number, latency)
             trial = self.trials[trial.number] = replace(trial, latency=latency)
         return trial
+
+
+def _ids(numbers: Sequence[int]) -> str:
+    """A few of some trials' IDs."""
+    return ", ".join([*map(str, numbers[:12]), *(["…"] if len(numbers) > 12 else [])])
