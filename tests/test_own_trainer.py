@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import own
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -291,6 +292,39 @@ def final_data() -> Any:
     return torch.cat([x, x]), torch.cat([y, y])
 
 
+def reporting_a_test(network: nn.Module, trial: TrainingTrial[own.Steps]) -> None:
+    """Train as ever, and test after the last epoch of a final training."""
+    report = trial.report
+
+    def with_test(metrics: Any, state: Any) -> bool:
+        last = trial.final and trial.epoch + 1 == trial.epochs
+        return report({**metrics, **({"test_accuracy": 12.5} if last else {})}, state)
+
+    trial.report = with_test  # type: ignore[method-assign, assignment]
+    own.train(network, trial)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({}, "validation_accuracy"),
+        ({"final_data": "test_own_trainer:final_data"}, "test_accuracy"),
+        ({"trainer": reporting_a_test}, "test_accuracy"),
+    ],
+)
+def test_a_figure_of_the_validation_split_is_called_so(
+    tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    """A test split is that of ``final_data``, or what the trainer reports under that name."""
+    study = own.study(tmp_path, **changes)
+    with study.search() as search:
+        tiny.drive(search, trials=1)
+    card = export.train(study, study.trials()[0], seeds=2, epochs=2, folder=tmp_path / "out")
+    assert card["split"] == key.split("_")[0]
+    assert [name for name in card if name.endswith("_accuracy")] == [key]
+    assert (card[key]["mean"] == 12.5) == ("trainer" in changes)
+
+
 def test_a_final_training_is_resumed(tmp_path: Path) -> None:
     """From its last checkpoint, or with nothing left to train, to the same weights."""
 
@@ -322,7 +356,7 @@ def test_a_final_training_is_resumed(tmp_path: Path) -> None:
                 study, pick, seeds=1, epochs=2, folder=tmp_path / "out", on_epoch=interrupt
             )
     resumed = export.train(study, pick, seeds=1, epochs=2, folder=tmp_path / "out")
-    assert resumed["test_accuracy"] == whole["test_accuracy"]
+    assert resumed["validation_accuracy"] == whole["validation_accuracy"]
     first, second = (
         export.load(tmp_path / name, study.space).state_dict() for name in ("whole", "out")
     )

@@ -230,15 +230,16 @@ def train(options: argparse.Namespace) -> int:
     reference = card["space"]["reference"]
     named = reference is not None and not reference.startswith("torchvision:")
     given = (str(folder), reference) if named else (str(folder),)
-    test = card[f"test_{metric.name}"]
+    result = f"{card['split']}_{metric.name}"
+    test = card[result]
     of = "one seed"
     if options.seeds > 1:
         spread = metric.text(test["std"])
         of = f"mean of {options.seeds} seeds (standard deviation {spread})"
     print_line(
         console,
-        f"test {metric.name} {metric.text(test['mean'])}{metric.unit}, {of}; written to {folder}; "
-        f"load it with widthsearch.load({', '.join(map(repr, given))})",
+        f"{result.replace('_', ' ', 1)} {metric.text(test['mean'])}{metric.unit}, {of}; written to "
+        f"{folder}; load it with widthsearch.load({', '.join(map(repr, given))})",
     )
     return 0
 

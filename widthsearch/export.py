@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -45,6 +45,9 @@ _logger = logging.getLogger(__name__)
 
 WIDTHS, WEIGHTS, CARD = "widths.json", "weights.pt", "card.json"
 
+_FORMAT = 2
+"""The version of the card: a folder of another one is written anew."""
+
 OnEpoch = Callable[[int, EpochResult], None]
 """Called with a network's number and the result of an epoch."""
 
@@ -63,10 +66,13 @@ def train(
 
     The built-in trainer trains networks on the training and validation splits together, and reads
     the test split once a network, after its last epoch. A trainer of the user's own gets the data
-    of ``final_data``; a network's result is the metric of its last report, or there a number called
-    ``test_`` and the metric's name. The same call resumes an interrupted one from its last
-    checkpoint; a complete folder keeps no checkpoints, and the same call returns its card. A
-    network of another call that was in the folder stays loadable until the new ones are trained.
+    of ``final_data``, which has the test split in place of the validation split. A network's result
+    is the metric of its last report, or there a number called ``test_`` and the metric's name. The
+    card has it under ``test_<metric>``; without either of the two it is of the study's own
+    validation split, and under ``validation_<metric>``. The same call resumes an interrupted one
+    from its last checkpoint; a complete folder keeps no checkpoints, and the same call returns its
+    card. A network of another call that was in the folder stays loadable until the new ones are
+    trained.
 
     Args:
         study: The study.
@@ -101,7 +107,7 @@ def train(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     data = study.data(final=True)
-    tested: dict[int, float] = {}
+    last: dict[int, EpochResult] = {}
     weights = io.BytesIO()
     place = check_device(device)
     for i in range(seeds):
@@ -132,9 +138,10 @@ def train(
                 f"training diverged in epoch {result.epoch} with seed {seed}: lower the recipe's lr"
                 f"{f' (now {recipe.lr})' if isinstance(recipe, Recipe) else ''}"
             )
-        tested[seed] = result.metrics.get(f"test_{job.metric}", result.value)
+        last[seed] = result
         if i == 0:
             torch.save({key: value.cpu() for key, value in model.state_dict().items()}, weights)
+    split, figures = _figures(study, last)
     posterior = study.posterior()
     base = posterior.base
     of_base = base and {
@@ -169,11 +176,12 @@ def train(
         "latency": trial.latency and trial.latency.to_json(),
         "estimated": posterior[trial].to_json(),
         "base": of_base,
-        f"test_{job.metric}": {
-            "mean": statistics.fmean(tested.values()),
-            "std": statistics.stdev(tested.values()) if seeds > 1 else None,
-            "by_seed": {str(seed): accuracy for seed, accuracy in tested.items()},
-            "of_weights": next(iter(tested.values())),
+        "split": split,
+        f"{split}_{job.metric}": {
+            "mean": statistics.fmean(figures.values()),
+            "std": statistics.stdev(figures.values()) if seeds > 1 else None,
+            "by_seed": {str(seed): figure for seed, figure in figures.items()},
+            "of_weights": next(iter(figures.values())),
         },
         "versions": versions(),
         "request": request,
@@ -188,13 +196,27 @@ def train(
     return card
 
 
+def _figures(study: Study, last: Mapping[int, EpochResult]) -> tuple[str, dict[int, float]]:
+    """The split that the results of networks are of, and the results by seed.
+
+    Args:
+        study: The study.
+        last: The last epoch of each network, by seed.
+    """
+    named = f"test_{study.config.metric.name}"
+    if all(named in result.metrics for result in last.values()):
+        return "test", {seed: result.metrics[named] for seed, result in last.items()}
+    split = "validation" if study.config.final_data is None else "test"
+    return split, {seed: result.value for seed, result in last.items()}
+
+
 def _digest(study: Study, trial: Trial, seeds: int, job: Job, device: str) -> str:
     """A digest of everything that decides the result of a training."""
     space, task = study.spaces[trial.space], None if study.config.trainer else study.task
     data = task and (len(task.train), len(task.validation), task.names, task.input_shape)
     network = study.reference(space.name), space.fingerprint, trial.widths.vector
     code = source_digest(space.model.template), job.trainer.__module__  # has a file's digest
-    asked = study.config.seed, seeds, job.identity, device
+    asked = _FORMAT, study.config.seed, seeds, job.identity, device
     return hashlib.sha256(repr((data, network, code, asked)).encode()).hexdigest()[:16]
 
 
