@@ -95,13 +95,22 @@ def test_picks() -> None:
     [
         ("44", "ID must be a finished trial's, but 44 is none; finished .*on the front 3, 1, 2, 0"),
         ("macs<=99", "'macs<=99' leaves none; the least macs among the others is 100"),
-        ("worst", "a pick must be .* or limits on accuracy, macs, .*but was 'worst'"),
-        ("macs<=many", "but was 'macs<=many'"),
+        (
+            "fastest",
+            "must be best, cheapest, knee, a finished trial's ID, or limits, but was 'fastest'; "
+            "limits are such as 'macs<=2e6', on accuracy, macs, latency_ms, params, act",
+        ),
+        ("chepest", "but was 'chepest'; did you mean 'cheapest'"),
+        ("-1", "but was '-1'; limits are such as"),
+        ("macs<=many", "must be a number such as 2e6, but 'macs<=many' has 'many'"),
         ("accuracy>=101", "leaves none; the greatest accuracy among the others is"),
-        ("flops<=3", "but was 'flops<=3'"),
+        ("gpu_ms<=3", "on accuracy, macs, latency_ms, .* but 'gpu_ms<=3' is on 'gpu_ms'; name"),
+        ("latency<=3", "but 'latency<=3' is on 'latency'; did you mean 'latency_ms'"),
         ("accuracy>=1, macs<=99", "leaves none; the least macs among the others is 100"),
-        ("macs<3", "but was 'macs<3'"),
-        ("-1", "but was '-1'"),
+        ("macs<3", "must be name<=number or name>=number, .*'macs<3' has 'macs<3'"),
+        ("macs=<3", "'macs=<3' has 'macs=<3'"),
+        ("macs<=3 params<=2", "has 'macs<=3 params<=2'"),
+        ("macs<=3,", "'macs<=3,' has ''"),
     ],
 )
 def test_picks_that_cannot_be(spec: str, message: str) -> None:

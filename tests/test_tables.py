@@ -18,7 +18,7 @@ from widthsearch.report.console import print_line, print_tables, short
 from widthsearch.report.progress import LiveView
 from widthsearch.report.space_tables import space_tables
 from widthsearch.space.cost import Cost
-from widthsearch.study.front import equal_cost_pairs
+from widthsearch.study.front import equal_cost_pairs, pick
 from widthsearch.study.posterior import Estimate, MetricPosterior
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import SpaceRecord
@@ -171,6 +171,24 @@ def test_footnotes_explain_every_mark() -> None:
     assert "intervals need 8 finished trainings" in few
     assert "±" not in few
     assert "P(dominated)" not in few
+
+
+def test_a_limit_on_the_metric_stands_beside_the_interval() -> None:
+    """A pick goes by the estimate; other limits are exact, and need no word."""
+    posterior = posterior_of([trial(i, 10 * i, 80.0 + i, 1.0) for i in range(1, 10)])
+    best = pick(posterior, "best")
+    low, _ = posterior[best].interval or (0.0, 0.0)
+    value = posterior.value(best)
+    (close,) = report.limit_lines(posterior, best, f"accuracy>={value - 0.001}, macs<=1e6")
+    assert close.startswith(f"accuracy>={value - 0.001:g}: by the estimate, {value:.2f} ")
+    assert close.endswith("reaches beyond the limit.")
+    (far,) = report.limit_lines(posterior, best, f"accuracy>={low - 1}")
+    assert far.endswith("is within the limit.")
+    few = posterior_of([trial(1, 10, 80.0, 1.0)])
+    (plain,) = report.limit_lines(few, few.trials[0], "accuracy>=79")
+    assert plain == "accuracy>=79: by the estimate, 80.00%."
+    for spec in ("best", "1", "macs<=1e6", ""):
+        assert report.limit_lines(posterior, best, spec) == []
 
 
 def shown(tables: RenderableType, width: int) -> str:

@@ -201,7 +201,7 @@ def train(options: argparse.Namespace) -> int:
     trial = study.pick(options.pick)
     folder = Path(options.out or study.folder / "trained" / str(trial.number))
     console = open_console()
-    print_tables(console, tables.pick_table(study, trial))
+    print_tables(console, tables.pick_table(study, trial, options.pick))
 
     epochs, metric = 0, study.config.metric
     name = metric.name if study.config.trainer else f"{metric.name} on training images"

@@ -19,7 +19,7 @@ from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.metric import ACCURACY, EXACT_COSTS, Metric
 from widthsearch.errors import StudyError
 from widthsearch.report.console import short, uncut
-from widthsearch.study.front import cost_value, equal_cost_pairs, objective_value
+from widthsearch.study.front import cost_value, equal_cost_pairs, objective_value, pick_limits
 from widthsearch.study.posterior import ENOUGH, INTERVAL, Estimate, MetricPosterior
 from widthsearch.utils.files import write_atomically
 
@@ -227,16 +227,39 @@ def confirmed_beside(posterior: MetricPosterior, shown: Sequence[Trial]) -> list
     return sorted(found, key=lambda t: (t.cost.macs, t.number))
 
 
-def pick_table(study: Study, trial: Trial) -> Group:
-    """A finished trial beside the base, where the study has trained it, with its widths."""
+def pick_table(study: Study, trial: Trial, spec: str = "") -> Group:
+    """A finished trial beside the base, where the study has trained it, with its widths.
+
+    Args:
+        study: The study.
+        trial: The trial.
+        spec: How it was picked; limits on the metric get a line.
+    """
     posterior = study.posterior()
     base = posterior.base
     shown = [trial] if base in (None, trial) else [base, trial]
     return Group(
         trial_table(f"pick of {study.config.name}", shown, base, posterior),
         _width_lines([trial]),
-        *map(Text, footnotes(shown, posterior)),
+        *map(Text, (*limit_lines(posterior, trial, spec), *footnotes(shown, posterior))),
     )
+
+
+def limit_lines(posterior: MetricPosterior, trial: Trial, spec: str) -> list[str]:
+    """What the estimate of a pick says of each limit on the metric; a line a limit."""
+    metric, estimate = posterior.metric, posterior[trial]
+    lines = []
+    for limit in pick_limits(posterior, spec) if spec else ():
+        if limit.name != metric.name:
+            continue
+        line = f"{limit}: by the estimate, {estimate_text(estimate)}{metric.unit}"
+        if estimate.interval is not None:
+            low, high = map(metric.text, estimate.interval)
+            beyond = estimate.interval[0] < limit.value < estimate.interval[1]
+            line += f", whose 90% interval, {low} to {high}, "
+            line += "reaches beyond the limit" if beyond else "is within the limit"
+        lines.append(f"{line}.")
+    return lines
 
 
 def footnotes(shown: Sequence[Trial], posterior: MetricPosterior) -> list[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from widthsearch.bayesopt.metric import ACCURACY, COSTS, EXACT_COSTS, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points, knee
-from widthsearch.errors import StudyError
+from widthsearch.errors import StudyError, did_you_mean
 from widthsearch.space.cost import Cost
 from widthsearch.study.trial import Trial, TrialState
 
@@ -112,7 +112,7 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
     the objectives, ``knee`` the one of greatest bulge over the objectives, and a number the trial
     of that ID. Limits, such as ``macs<=2e6`` or ``latency_ms<=0.5, params<=1e5``, pick the best
     within them; with one on the metric, such as ``miou>=65`` or ``rmse<=3, macs<=2e6``, they pick
-    the cheapest.
+    the cheapest. A limit on the metric goes by the estimate, whose interval may reach beyond it.
 
     Args:
         posterior: The posterior of the study, which has the front and the trials.
@@ -149,8 +149,7 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
             f"{', '.join(some[:8])}{', …' if len(some) > 8 else ''}, and on the front "
             f"{', '.join(str(member.number) for member in front)}"
         )
-    within = front
-    limits = [_limit(part, posterior) for part in spec.split(",")]
+    within, limits = front, pick_limits(posterior, spec)
     for name, is_least, limit in limits:
         values = {
             t.number: posterior.value(t) if name == metric.name else cost_value(t, name)
@@ -174,18 +173,68 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
     return (cheapest if any(name == metric.name for name, _, _ in limits) else best)(within)
 
 
-def _limit(spec: str, posterior: MetricPosterior) -> tuple[str, bool, float]:
-    """The name in a limit, whether it is a least value, and the value."""
-    parts = re.fullmatch(r"(.*?)\s*([<>])=\s*(.*)", spec.strip())
-    name, sign, number = parts.groups() if parts else ("", "", "")
-    known = dict.fromkeys([posterior.metric.name, *posterior.objectives, *COSTS, *posterior.others])
+class PickLimit(NamedTuple):
+    """A limit of a pick, such as ``rmse<=3``.
+
+    Attributes:
+        name: The metric, a cost, or another number that trainings reported.
+        is_least: Whether it is the least value, and not the greatest.
+        value: The value.
+
+    Example:
+        >>> str(PickLimit("macs", False, 2e6))
+        'macs<=2e+06'
+    """
+
+    name: str
+    is_least: bool
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.name}{'>=' if self.is_least else '<='}{self.value:g}"
+
+
+PICKS = ("best", "cheapest", "knee")
+"""The picks by name."""
+
+
+def pick_limits(posterior: MetricPosterior, spec: str | int) -> list[PickLimit]:
+    """The limits that a pick consists of; none for a name or an ID.
+
+    Raises:
+        StudyError: It is neither; the message names the part that is wrong, and what is possible.
+    """
+    spec = str(spec).strip()
+    if spec in PICKS or spec.isdecimal():
+        return []
+    names = [posterior.metric.name, *posterior.objectives, *COSTS, *posterior.others]
+    known = list(dict.fromkeys(names))
+    if not re.search("[<>=]", spec):
+        rule = f"a pick must be {', '.join(PICKS)}, a finished trial's ID, or limits"
+        way = f"limits are such as 'macs<=2e6', on {', '.join(known)}"
+        raise StudyError(f"{rule}, but was {spec!r}; {did_you_mean(spec, [*PICKS, *known], way)}")
+    return [_limit(part.strip(), spec, known) for part in spec.split(",")]
+
+
+def _limit(part: str, spec: str, known: Sequence[str]) -> PickLimit:
+    parts = re.fullmatch(r"([^<>=]*?)\s*([<>])=\s*([^<>=]*)", part)
+    if parts is None:
+        raise StudyError(
+            "each limit of a pick must be name<=number or name>=number, separated by commas, but "
+            f"{spec!r} has {part!r}"
+        )
+    name, sign, number = parts.groups()
+    if name not in known:
+        raise StudyError(
+            f"a pick's limits must be on {', '.join(known)}, but {part!r} is on {name!r}; "
+            f"{did_you_mean(name, known, 'name one of these')}"
+        )
     try:
         limit = float(number)
     except ValueError:
         limit = math.nan
-    if name not in known or math.isnan(limit):
+    if math.isnan(limit):
         raise StudyError(
-            f"a pick must be a trial's ID, best, cheapest, knee, or limits on {', '.join(known)} "
-            f"such as 'macs<=2e6', but was {spec!r}"
+            f"a pick's limit must be a number such as 2e6, but {part!r} has {number!r}"
         )
-    return name, sign == ">", limit
+    return PickLimit(name, sign == ">", limit)
