@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,16 @@ from conformance import ProposerConformance, setting, small_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import graph_of, network_of, space_of
-from torch import nn
+from torch import Tensor, nn
 
 from widthsearch.errors import StudyError
-from widthsearch.proposers.synflow import SynFlow, linearised, silence, synaptic_flow
+from widthsearch.proposers.synflow import (
+    SynFlow,
+    linear_inputs,
+    linearised,
+    silence,
+    synaptic_flow,
+)
 from widthsearch.space.search_space import SearchSpace
 
 
@@ -71,11 +79,50 @@ def test_data_is_not_read() -> None:
     assert paths[0] == paths[1]
 
 
-def test_a_model_of_integers_is_refused() -> None:
-    """An input of ones is no synaptic flow there; the error has the way out."""
-    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4), nn.Linear(4, 2))
-    space = SearchSpace.from_model(net, torch.zeros(6, dtype=torch.long))
-    with pytest.raises(StudyError, match=r"one floating-point input, .*; use `uniform` or"):
+class Ranked(nn.Module):
+    """Words and a number in, a mapping out; a word's embedding and the number are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 6)
+        self.number = nn.Linear(2, 6)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, *, ids: Tensor, context: dict[str, Tensor]) -> dict[str, Any]:
+        """(N, 3) word numbers and (N, 2) to (N, 3, 2)."""
+        x = self.words(ids) + self.number(context["number"])[:, None]
+        return {"logits": self.fc(x), "ids": ids}
+
+
+def test_any_inputs_flow() -> None:
+    """By hand: floating-point inputs are ones, words those of the trace; outputs may be nested."""
+    ids = torch.tensor([1, 1, 4])
+    space = SearchSpace.from_model(Ranked, {"ids": ids, "context": {"number": (2,)}})
+    model = space.build(space.base, seed=0)
+    words, number = model.words.weight.detach().double(), model.number.weight.detach().double()
+    stream = words.abs()[ids] + number.abs().sum(1)
+    expected = model.fc.weight.detach().double().abs().sum(0) * stream.sum(0)
+    (found,) = synaptic_flow(graph_of(space), linearised(model), linear_inputs(space))
+    assert found == pytest.approx(expected.numpy())
+    trajectory = SynFlow(rounds=5)(space, None, setting()).trajectory
+    assert trajectory[0].vector == (6,)
+    assert trajectory[-1].vector < (6,)
+
+
+def test_an_output_that_is_no_number_is_refused() -> None:
+    """With the way out; here a mask of the trace hides everything."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.last(self.first(x)).masked_fill(~mask, -torch.inf).softmax(-1)
+
+    hidden = torch.zeros(3, dtype=torch.bool)
+    space = SearchSpace.from_model(Masked, [(3,), hidden])
+    with pytest.raises(StudyError, match=r"gives NaN; .* or use `sensitivity`, `uniform` or"):
         SynFlow()(space, None, setting())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from widthsearch.channels.sums import gate_gradients
 from widthsearch.errors import StudyError
 from widthsearch.proposers.importance import NORMS, GreedyRemoval, Per
 from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
+from widthsearch.space.computation import floats
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.tracing.inputs import image_shape, inputs_to_json
+from widthsearch.torch_internals import tree_map_only
+from widthsearch.tracing.inputs import call, sample
 from widthsearch.utils.devices import check_device, deterministic_cudnn
 from widthsearch.utils.validation import validated_dataclass
 
@@ -29,10 +31,11 @@ class SynFlow:
     """Synaptic flow, for channels: SynFlow (Tanaka et al. 2020, arXiv 2006.05467).
 
     In the linearised network all weights are replaced by their absolute values, all biases by 0 and
-    all norms by the identity. R is the sum of its outputs for an input of ones. The score of a
-    channel is ``Σ w ∂R/∂w`` over the weights that read it. Channels are pruned in rounds whose MACs
-    fall exponentially, and the rest is scored anew in each round. No layer collapses. All
-    computation is in float64, because R is a product over all layers.
+    all norms by the identity. R is the sum of its outputs for an input of ones; inputs of integers
+    or truth values are those that the space was traced with. The score of a channel is
+    ``Σ w ∂R/∂w`` over the weights that read it. Channels are pruned in rounds whose MACs fall
+    exponentially, and the rest is scored anew in each round. No layer collapses. All computation is
+    in float64, because R is a product over all layers.
 
     Deviations: the paper prunes single weights; channels are removed in grid steps of an axis; the
     weights that make a channel are not part of its score; activations other than ReLU remain. In
@@ -65,21 +68,13 @@ class SynFlow:
         """Score and remove channels in rounds; the result depends on the seed's weights alone.
 
         Raises:
-            StudyError: The predicted latency is unknown, the model takes several inputs or
-                integers, or R exceeds float64.
+            StudyError: The predicted latency is unknown, or R is not finite.
         """
-        shape = image_shape(space.input_shape)
-        if shape is None:
-            raise StudyError(
-                "synflow needs a model of one floating-point input, but the input of "
-                f"{space.name!r} is {inputs_to_json(space.input_shape)}; use `uniform` or "
-                "`random`, which run no network"
-            )
         removal = GreedyRemoval(space, per=self.per, floor=self.floor, latency=setting.latency)
         graph = build_dependency_graph(space.model, space.base)
         device = check_device(setting.device)
         model = linearised(space.build(space.base, seed=setting.seed)).to(device)
-        ones = torch.ones(1, *shape, dtype=torch.float64, device=device)
+        ones = linear_inputs(space, device)
         sizes = [axis.divisor for axis in space.trace.axes]  # channels per group
         left = [np.arange(n) for n in graph.groups]
         base, narrowest = space.macs([space.base.vector, removal.min_width])
@@ -111,30 +106,48 @@ def linearised(model: nn.Module) -> nn.Module:
     return model
 
 
+def linear_inputs(space: SearchSpace, device: torch.device | str = "cpu") -> Any:
+    """A batch of one sample: ones in float64; integers and truth values are those of the trace.
+
+    Returns:
+        A tensor, or a tuple of positional or a dictionary of keyword arguments, as the space was
+        traced.
+    """
+    return tree_map_only(
+        Tensor,
+        lambda t: torch.ones_like(t, dtype=torch.float64) if t.is_floating_point() else t,
+        sample(space.input_shape, 1, device),
+    )
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def synaptic_flow(
-    graph: DependencyGraph, model: nn.Module, ones: Tensor
-) -> list[NDArray[np.float64]]:
+def synaptic_flow(graph: DependencyGraph, model: nn.Module, ones: Any) -> list[NDArray[np.float64]]:
     """Per axis, Σ w ∂R/∂w over the weights that read each group, shape (groups,).
 
     Args:
         graph: The dependency graph of the network.
         model: A linearised network.
-        ones: Its input.
+        ones: Its input, as of :func:`linear_inputs`; R is the sum of all floating-point outputs.
 
     Raises:
-        StudyError: R exceeds float64.
+        StudyError: R is not finite.
     """
 
     def flow() -> Tensor:
-        total: Tensor = model(ones).sum()
-        if not torch.isfinite(total):
+        total = torch.stack([out.sum() for out in floats(call(model, ones))]).sum()
+        if torch.isnan(total):
+            raise StudyError(
+                "synflow needs an output of numbers, but for the sample of this space, with ones "
+                "for its floating-point inputs, the network gives NaN; trace the space with a "
+                "sample that has none, or use `sensitivity`, `uniform` or `random`"
+            )
+        if torch.isinf(total):
             raise StudyError(
                 "synflow multiplies the weights of all layers, and the product exceeds float64 in "
-                "this network; use `sensitivity`"
+                "this network; use `sensitivity`, `uniform` or `random`"
             )
         return total
 

@@ -125,7 +125,7 @@ def untrained(network: nn.Module, x: Any, *, gradients: bool = False) -> set[str
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         for _ in range(2):
-            losses = [(out * torch.randn_like(out)).mean() for out in _floats(call(network, x))]
+            losses = [(out * torch.randn_like(out)).mean() for out in floats(call(network, x))]
             if losses := [loss for loss in losses if loss.requires_grad]:
                 torch.autograd.backward(losses)
             optimizer.step()
@@ -151,10 +151,11 @@ def outputs(network: nn.Module, x: Any) -> list[Tensor]:
     """The floating-point outputs, from one state of the random generator."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        return list(_floats(call(network, x)))
+        return list(floats(call(network, x)))
 
 
-def _floats(out: Any) -> Iterator[Tensor]:
+def floats(out: Any) -> Iterator[Tensor]:
+    """The floating-point tensors of a network's output, whatever holds them."""
     return (x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point())
 
 
