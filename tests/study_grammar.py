@@ -81,7 +81,7 @@ VALID: dict[str, Strategy] = {
     "proposers.activation_density.weights": one("reinit", "inherit"),
     "proposers.activation_density.tolerance": share,
     "proposers.activation_density.patience": count,
-    "proposers.activation_density.max_epochs": st.none() | st.integers(40, 90),
+    "proposers.activation_density.max_steps": st.none() | count,
     "proposers.activation_density.until": share,
     "proposers.activation_density.drop": finite,
     "proposers.activation_density.threshold": st.none() | finite,

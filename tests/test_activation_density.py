@@ -297,10 +297,42 @@ def test_divergence_ends_the_method(spy: type[Spy]) -> None:
 
 def test_one_epoch_per_phase_halves_all_widths() -> None:
     """At initialisation batch norm and ReLU leave half of the values of every axis."""
-    proposal = ActivationDensity(max_epochs=1)(space_of("Residual"), small_task(), setting())
+    proposal = ActivationDensity(max_steps=1)(space_of("Residual"), small_task(), setting())
     first = proposal.provenance["phases"][0]
     assert (first["epochs"], first["plateau"]) == (1, False)
     assert first["densities"] == pytest.approx([0.5, 0.5], abs=0.15)
+
+
+def test_steps_decide_on_the_plateau_and_the_length_of_a_phase() -> None:
+    """In whole epochs: two steps each of 50 of the 100 images."""
+
+    def first(**fields: int) -> Any:
+        method = ActivationDensity(tolerance=0.9, **fields)
+        return method(space_of("Residual"), small_task(), setting()).provenance["phases"][0]
+
+    ends = [(1, None), (1, 3), (1, 1), (3, 5), (3, 7)]
+    found = [first(patience=p, max_steps=m) if m else first(patience=p) for p, m in ends]
+    assert [(phase["epochs"], phase["steps"], phase["plateau"]) for phase in found] == [
+        (2, 4, True),  # within the two epochs of the recipe
+        (2, 4, True),
+        (1, 2, False),
+        (3, 6, True),  # two epochs' change
+        (3, 6, True),
+    ]
+
+
+def test_short_phases_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without a plateau, with the field to raise."""
+    proposal = ActivationDensity(patience=90)(space_of("Residual"), small_task(), setting())
+    phases = proposal.provenance["phases"]
+    (line,) = proposal.warnings
+    assert line.startswith(f"{len(phases)} of {len(phases)} phases ended after 4 to 4 steps with")
+    assert "raise max_steps, for example to 3,000" in line
+    monkeypatch.setattr(activation_density, "SETTLING", 4)
+    long = ActivationDensity(patience=90)(space_of("Residual"), small_task(), setting())
+    assert long.warnings == []
+    settled = ActivationDensity(patience=1, tolerance=0.9)
+    assert settled(space_of("Residual"), small_task(), setting()).warnings == []
 
 
 def test_progress_is_reported() -> None:

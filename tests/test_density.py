@@ -152,6 +152,19 @@ def test_smooth_activations_have_a_relative_threshold() -> None:
     assert rules == {"conv2.weight": 0.0, "fc.weight": 0.0}
 
 
+def test_bf16_activations_without_zeros_are_counted() -> None:
+    """By the relative threshold, in the precision that `auto` takes on a GPU."""
+    space = SearchSpace.from_model(lambda: pooled("conv", F.gelu), (3, 8, 8), step=1)
+    model = space.build(space.base, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        (counts,) = measured(space, model, images())
+        x = F.gelu(model.stem(images()))
+    assert x.dtype == torch.bfloat16
+    rms = x.float().square().mean().sqrt().bfloat16()
+    assert counts.active.tolist() == (x.abs() > 0.05 * rms).sum((0, 2, 3)).tolist()
+    assert 0 < counts.active.sum() < x.numel()
+
+
 def test_normally_distributed_activations_count_as_dense() -> None:
     """They are 96% dense, so that bottlenecks without activation keep their width."""
     space = SearchSpace.from_model(lambda: pooled("conv", lambda x: x), (3, 8, 8), step=1)

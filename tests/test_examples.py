@@ -43,7 +43,7 @@ CANNOT = {
 """Why a method cannot propose."""
 
 QUICK: dict[str, dict[str, Any]] = {
-    "activation_density": {"max_epochs": 1},
+    "activation_density": {"max_steps": 1},
     "filter_groups": {"groups": 2, "members": 2, "penalty": 1.0},
     "fisher": {"every": 1},
     "magnitude": {"every": 1},

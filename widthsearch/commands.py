@@ -84,14 +84,14 @@ def propose(options: argparse.Namespace) -> int:
 
     study, (space, *_) = _spaces(options)
     config = StudyConfig(name="none", trials=1) if study is None else study.config
+    method = ProposerConfig.of(options.method, dict(options.set))
     task: AnyTask | None = None
-    if study is not None and options.task is None:
+    if study is not None and options.task is None and method.reads_data() is not False:
         task = own_task(study.config) if study.config.trainer else study.task
     if options.task is not None:
         task = load_task(TaskConfig(options.task, options.folder))
     recipe = config.method_recipe
     epochs = recipe.epochs if options.epochs is None else options.epochs
-    method = ProposerConfig.of(options.method, dict(options.set))
     try:
         profile = load_profile(space, config.latency or LatencyConfig())
     except DeviceError:  # the study measures latency on a device of another machine
@@ -117,6 +117,8 @@ def propose(options: argparse.Namespace) -> int:
             report=lambda line: status.update(f"{options.method}: {line}"),
         )
         widths, proposal = propose_at_budget(method, space, budget, task, setting)
+    for line in proposal.warnings:
+        print(f"{options.method}: {line}", file=sys.stderr)
     if options.json:
         print(json.dumps(space_tables.proposal_json(space, widths, proposal), indent=1))
     else:

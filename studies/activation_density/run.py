@@ -20,10 +20,10 @@ from widthsearch.proposers.families import scale_proposal
 from widthsearch.proposers.uniform import Uniform
 
 VARIANTS: Mapping[str, ActivationDensity] = {
-    "reinit": ActivationDensity(),
-    "inherit": ActivationDensity(weights="inherit"),
-    "one epoch a phase": ActivationDensity(max_epochs=1, drop=100),
-    "patient": ActivationDensity(patience=20, max_epochs=200),
+    "reinit": ActivationDensity(patience=48),
+    "inherit": ActivationDensity(patience=48, weights="inherit"),
+    "one epoch a phase": ActivationDensity(max_steps=1, drop=100),
+    "patient": ActivationDensity(patience=320, max_steps=3200),
 }
 
 

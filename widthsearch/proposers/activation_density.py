@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
-from widthsearch.data.tasks import AnyTask
+from widthsearch.data.loaders import StreamLoader
+from widthsearch.data.tasks import AnyTask, OwnTask
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter, Rules
 from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting
@@ -22,6 +23,12 @@ from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer
 from widthsearch.utils.validation import validated_dataclass
 from widthsearch.widths import Widths
+
+SETTLING = 3000
+"""Steps below which a phase without a plateau is warned of: on CIFAR-10 the densities of VGG-16 go
+on spreading for longer (from 0.40..0.55 after 310 steps to 0.27..0.64 after 3,720)."""
+
+_LAST = 3  # the value of a phase is the mean over so many epochs at its end
 
 
 @validated_dataclass("activation_density")
@@ -43,12 +50,12 @@ class ActivationDensity:
     Attributes:
         weights: ``reinit`` (default, as in the paper) initialises each phase anew; with ``inherit``
             the densest channels of the last phase keep their weights.
-        tolerance: A density has settled if its range over ``patience`` epochs is within this share
+        tolerance: A density has settled if its range over ``patience`` steps is within this share
             of its maximum; default 0.02.
-        patience: Epochs, see ``tolerance``; default 3. The accuracy of a phase (or the loss of a
-            user's own task) is the mean over its last ``patience`` epochs.
-        max_epochs: The most epochs of a phase; default the recipe's. With 1, widths follow the
-            densities of an untrained network, which is an ablation.
+        patience: Training steps, in whole epochs, see ``tolerance``; default 1000. Densities move
+            by so little a step that fewer steps mistake any task for settled.
+        max_steps: The most steps of a phase, in whole epochs; default those of the recipe. With 1,
+            widths follow the densities of an untrained network, which is an ablation.
         until: The method ends once every density is at least this value; default 0.95.
         drop: The method ends once accuracy is this many points below the first phase's, or the loss
             of a user's own task this many percent above it; default 3.
@@ -62,7 +69,7 @@ class ActivationDensity:
         ...     nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
         ... )
         >>> space = SearchSpace.from_model(net, (1, 8, 8))
-        >>> method, setting = ActivationDensity(max_epochs=1), Setting(recipe=Recipe(epochs=1))
+        >>> method, setting = ActivationDensity(max_steps=1), Setting(recipe=Recipe(epochs=1))
         >>> proposal = method(space, load_task("digits"), setting)
         >>> [widths.vector for widths in proposal.trajectory[:2]]  # half of the values are active
         [(8,), (4,)]
@@ -70,8 +77,8 @@ class ActivationDensity:
 
     weights: Literal["reinit", "inherit"] = "reinit"
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    patience: Count = 3
-    max_epochs: Count | None = None
+    patience: Count = 1000
+    max_steps: Count | None = None
     until: Annotated[float, Field(gt=0, le=1)] = 0.95
     drop: Finite = 3.0
     threshold: Finite | None = None
@@ -80,6 +87,7 @@ class ActivationDensity:
         """Train, narrow, and repeat; the trajectory has the widths of the phases.
 
         Widths below ``setting.lowest`` of the base's MACs end the trajectory and are not trained.
+        The provenance has a warning where phases ended before their densities could settle.
 
         Raises:
             StudyError: The training of the base network diverged.
@@ -111,6 +119,7 @@ class ActivationDensity:
             "training_complexity": spent,
             "training_complexity_with_final": spent + phases[-1].macs / full,
             "by_relative_threshold": sorted(key for key, rule in run.rules.items() if rule),
+            "warnings": _short_phases(phases),
         }
         return Proposal("activation_density", tuple(trajectory), provenance)
 
@@ -144,6 +153,7 @@ class Phase:
         macs: The MACs of the network.
         inherited: Whether the network started with weights of the last phase.
         epochs: The number of epochs trained.
+        steps: The number of steps in them.
         plateau: Whether the densities had settled by then.
         densities: The density of each axis in the last epoch; NaN without measured consumers.
         value: The mean over the last epochs of validation accuracy in percent, or of the validation
@@ -151,7 +161,7 @@ class Phase:
         measure: ``accuracy`` or ``loss``, the name of the value in JSON.
 
     Example:
-        >>> phase = Phase(Widths(("fc",), (8,)), 900, False, 3, True, (math.nan,), value=91.0)
+        >>> phase = Phase(Widths(("fc",), (8,)), 900, False, 3, 48, True, (math.nan,), value=91.0)
         >>> phase.to_json()["densities"]
         [None]
     """
@@ -160,6 +170,7 @@ class Phase:
     macs: int
     inherited: bool
     epochs: int
+    steps: int
     plateau: bool
     densities: tuple[float, ...]
     value: float
@@ -212,7 +223,10 @@ class _Phases:
         self.graph = build_dependency_graph(space.unconstrained.model, plain)
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
-        recipe = held(setting.recipe, method.max_epochs or setting.recipe.epochs)
+        steps = steps_of_epoch(self.task, setting.recipe)
+        patience = math.ceil(method.patience / steps)  # in epochs
+        most = method.max_steps or setting.recipe.epochs * steps
+        recipe = held(setting.recipe, math.ceil(most / steps))
         trainer = Trainer(self.model, self.task, recipe, seed=seed, device=setting.device)
         history: list[tuple[float, ...]] = []
         plateau = False
@@ -221,7 +235,7 @@ class _Phases:
                 result = trainer.run_epoch()
             self.counts = meter.counts()
             history.append(density_of_axes(space, self.counts))
-            plateau = plateaued(history, method.tolerance, method.patience)
+            plateau = plateaued(history, method.tolerance, patience)
             setting.report(
                 f"phase {len(self.done) + 1} at {share:.2f} of the base's MACs, epoch "
                 f"{result.epoch} of at most {recipe.epochs}: {self.task.shown(result.value)}"
@@ -231,10 +245,9 @@ class _Phases:
                 f"activation_density needs a recipe that trains, but the base network diverged in "
                 f"epoch {trainer.epoch}; lower lr ({recipe.lr:g}), since a phase holds the peak"
             )
-        value = float(np.mean([each.value for each in trainer.curve[-method.patience :]]))
-        kept = inherited is not None
-        measured = history[-1], value, self.task.measure
-        phase = Phase(widths, macs, kept, trainer.epoch, plateau, *measured)
+        value = float(np.mean([each.value for each in trainer.curve[-_LAST:]]))
+        trained = inherited is not None, trainer.epoch, trainer.epoch * steps, plateau
+        phase = Phase(widths, macs, *trained, history[-1], value, self.task.measure)
         self.done.append(phase)
         return phase
 
@@ -260,6 +273,25 @@ class _Phases:
             channels = np.flatnonzero(np.isin(self.graph.group[axis.maker], groups))
             keep[axis.name] = channels.tolist()
         return unconstrained.extract(self.model, keep)
+
+
+def steps_of_epoch(task: AnyTask, recipe: Recipe) -> int:
+    """The number of training steps in an epoch."""
+    if isinstance(task, OwnTask):
+        return StreamLoader(task).steps
+    return len(task.train) // min(recipe.batch_size, len(task.train))
+
+
+def _short_phases(phases: Sequence[Phase]) -> list[str]:
+    """A warning if phases ended before their densities could settle, else none."""
+    short = [phase.steps for phase in phases if not phase.plateau and phase.steps < SETTLING]
+    if not short:
+        return []
+    return [
+        f"{len(short)} of {len(phases)} phases ended after {min(short):,} to {max(short):,} steps "
+        "without a plateau, when densities have hardly left those of an untrained network; raise "
+        f"max_steps, for example to {SETTLING:,}"
+    ]
 
 
 def held(recipe: Recipe, epochs: int) -> Recipe:

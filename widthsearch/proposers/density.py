@@ -197,7 +197,7 @@ def _active(x: Tensor, dim: int, rule: float) -> Tensor:
     active = torch.empty_like(x, dtype=torch.float32)
     if rule:
         rms = torch.linalg.vector_norm(x, dtype=torch.float32) / math.sqrt(x.numel())
-        torch.abs(x, out=active).gt_(rule * rms)
+        torch.gt(x.abs(), rule * rms, out=active)
     else:
         torch.ne(x, 0, out=active)
     return active.sum([d for d in range(x.dim()) if d != dim])

@@ -71,7 +71,8 @@ class Proposal:
     Attributes:
         method: The name of the proposer.
         trajectory: Widths from wide to narrow; no axis ever grows along it.
-        provenance: The hyperparameters and measurements of the method, as plain JSON values.
+        provenance: The hyperparameters and measurements of the method, as plain JSON values. A list
+            of lines under ``warnings`` is shown to the user.
 
     Raises:
         StudyError: The trajectory is empty, or an axis grows along it.
@@ -100,6 +101,12 @@ class Proposal:
                     "no axis may grow along a proposal's trajectory, from wide to narrow, but that "
                     f"of {self.method!r} goes from {dict(wide)} to {dict(narrow)}"
                 )
+
+    @property
+    def warnings(self) -> list[str]:
+        """The lines under ``warnings`` in the provenance."""
+        lines = self.provenance.get("warnings", [])
+        return [str(line) for line in lines] if isinstance(lines, list) else []
 
     def to_json(self) -> dict[str, Any]:
         """The proposal as plain JSON values, see :meth:`from_json`."""

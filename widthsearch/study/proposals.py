@@ -204,6 +204,8 @@ def collect_proposals(
             found[key] = result
             elapsed = time.monotonic() - begun
             report(f"proposer {request.label} finished after {elapsed:.1f} s", "event")
+            for line in result.warnings:
+                report(f"proposer {request.label}: {line}", "warning")
     by_space: dict[str, list[Proposal]] = {request.space.name: [] for _, request in requests}
     for key, request in requests:
         if key in found:
