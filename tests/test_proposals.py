@@ -284,3 +284,14 @@ def test_ray_runs_proposers_in_parallel(tmp_path: Path, own: str) -> None:
     assert f"{own}:halves: seed 0" in messages
     assert [o.state for o in made.trials()] == ["finished"] * 3
     assert {"halves", "sensitivity"} & set(origins(made))
+
+
+def test_budgets_above_every_network_are_named(tmp_path: Path) -> None:
+    """Percentages, say: one line where some are meant so, and an error where all are."""
+    study = tiny.study(tmp_path, budgets=[0.5, 10, 30])
+    messages = [progress.message for progress in tiny.run(study, trials=1)]
+    (above,) = (message for message in messages if message.startswith("budgets"))
+    assert above.startswith("budgets 10, 30 are above the widest network, which has 3.77 of the ba")
+    assert above.endswith("budgets are shares of the base's MACs, so that 0.1 means 10%")
+    with pytest.raises(StudyError, match=r"but budgets are 10, 30, 60 and networks have 0.0838 to"):
+        tiny.run(tiny.study(tmp_path / "other", budgets=[10, 30, 60]))

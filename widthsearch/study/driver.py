@@ -238,10 +238,31 @@ class Driver:
     # -- the queue ---------------------------------------------------------------------------
 
     def _budgets(self, say: Notify) -> tuple[float, ...]:
-        """The budgets that some network meets; all of them where none does: that is an error."""
+        """The budgets that some network meets or that the widest one is within.
+
+        A budget above the widest network stands for it.
+
+        Raises:
+            StudyError: All are above the widest network, as percentages are.
+        """
         budgets, base = self.config.budgets, self._first.cost(self._first.base).macs
         spaces = self.spaces.values()
         least = min(s.cost([a.min_width for a in s.axes]).macs for s in spaces) / base
+        most = max(s.cost([a.max_width for a in s.axes]).macs for s in spaces) / base
+        above = [budget for budget in budgets if budget > most]
+        listed = ", ".join(f"{budget:g}" for budget in above)
+        shares = "budgets are shares of the base's MACs, so that 0.1 means 10%"
+        if len(above) == len(budgets):
+            raise StudyError(
+                f"some network must be as wide as a budget, but budgets are {listed} and networks "
+                f"have {least:.3g} to {most:.3g} of the base's MACs; {shares}"
+            )
+        if above:
+            say(
+                f"budgets {listed} are above the widest network, which has {most:.3g} of the "
+                f"base's MACs and stands for them; {shares}",
+                "event",
+            )
         met = tuple(budget for budget in budgets if budget >= least)
         if not met or len(met) == len(budgets):
             return budgets
