@@ -106,6 +106,28 @@ class Auxiliary(nn.Module):
         return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
 
 
+def test_a_layer_that_shares_its_weight_is_named_beside_its_owner() -> None:
+    """A head tied to an embedding: its words are pinned there too, with its share of the MACs."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(10, 8)
+            self.fc = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 10, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fc(self.words(x)).relu())
+
+    traced = trace(Tied(), torch.zeros(6, dtype=torch.long))
+    (words,) = traced.pinned
+    assert (words.name, words.size, words.layers) == ("words", 10, ("words", "head"))
+    assert traced.pinned_shares() == [80 / (64 + 80)]
+    (stream,) = traced.axes
+    assert set(stream.layers) == {"words", "fc", "head"}
+
+
 def test_layers_that_only_training_runs_are_tied_too() -> None:
     """An auxiliary head has the same axis; it is in the parameters but not in the MACs."""
     traced = trace(Auxiliary(), (3, 8, 8))

@@ -49,6 +49,16 @@ def aliases_of(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield key, first[id(tensor)]
 
 
+def holders_of(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """The layers that hold each parameter and buffer, by its id: several where they share it."""
+    found: dict[int, dict[str, None]] = {}
+    for module_name, module in model.named_modules():
+        for tensor in (*parameters_of(module).values(), *buffers_of(module).values()):
+            if tensor is not None:
+                found.setdefault(id(tensor), {})[owner_of(module_name)] = None
+    return {key: tuple(layers) for key, layers in found.items()}
+
+
 def join(module_name: str, name: str) -> str:
     """The name of a module's tensor in the state dict."""
     return f"{module_name}.{name}" if module_name else name

@@ -27,6 +27,7 @@ from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.initialisation import is_uniform
 from widthsearch.modules.tree import (
     clone,
+    holders_of,
     is_estimate,
     is_synced,
     join,
@@ -59,7 +60,7 @@ from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
 class _Symbol:
     """The dim of a tensor whose size a symbol is."""
 
-    layer: str
+    layers: tuple[str, ...]  # that hold the tensor: several where they share it
     tensor: str  # its name in the state dict
     dim: int
     makes: bool  # whether it is the output width of a layer's weight
@@ -272,6 +273,7 @@ class _Attempt:
         copies: dict[int, Tensor] = {}
         learned = {n for p in self.model.parameters() for n in p.shape if n >= 4}
         followed = frozenset() if self.astray is None else learned
+        holders = holders_of(self.model)
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
             numbers = fixed_dims(module, name, tensor, followed)
@@ -287,7 +289,7 @@ class _Attempt:
                     continue
                 symbol = self.system.fresh(n)
                 makes = dim == output and tensor.dim() > 1 and isinstance(tensor, nn.Parameter)
-                self.symbols[symbol] = _Symbol(owner, key, dim, makes)
+                self.symbols[symbol] = _Symbol(holders[id(tensor)], key, dim, makes)
                 content = (self.astray or {}).get(key)
                 if why is not None:
                     self.system.pin([symbol], why)
@@ -411,7 +413,7 @@ def _collect(
     for symbol, where in symbols.items():
         value = system.value(symbol)
         for free in symbols_of(value):
-            layers.setdefault(free, {})[where.layer] = None
+            layers.setdefault(free, {}).update(dict.fromkeys(where.layers))
             if len(value) == 1 and len(next(iter(value))) == 1:
                 owners.setdefault(free, []).append(symbol)
 
@@ -426,7 +428,7 @@ def _collect(
     axes: list[TracedAxis] = []
     for namer, free in ordered:
         where = symbols[namer]
-        name = where.layer or where.tensor
+        name = where.layers[0] or where.tensor
         if any(axis.name == name for axis in axes):
             name = where.tensor
         count = sum(axis.name.split("#")[0] == name for axis in axes)
@@ -472,12 +474,12 @@ def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...
     rows: dict[tuple[str, int, str], list[_Symbol]] = {}
     for root, members in grouped.items():
         first = symbols[members[0]]
-        row = first.layer or first.tensor, system.hints[members[0]], reasons[root]
+        row = first.layers[0] or first.tensor, system.hints[members[0]], reasons[root]
         rows.setdefault(row, []).extend(symbols[s] for s in members)
     return tuple(
         Pinned(
             *row,
-            layers=tuple(dict.fromkeys(where.layer for where in found)),
+            layers=tuple(dict.fromkeys(layer for where in found for layer in where.layers)),
             places=tuple((where.tensor, where.dim) for where in found),
         )
         for row, found in rows.items()
