@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +12,12 @@ from widthsearch.errors import WidthsError
 from widthsearch.proposers import Proposal
 from widthsearch.proposers.families import (
     Family,
+    FamilyName,
     LinearFamily,
     PowerFamily,
     baseline_candidates,
     family_candidates,
+    lowest_share,
     scale_proposal,
 )
 from widthsearch.space.search_space import SearchSpace
@@ -77,9 +77,44 @@ def test_candidates_are_distinct_and_have_an_origin() -> None:
     b = Proposal("b", (space.base, space.widths([4, 24])), {})
     found = family_candidates({"Residual": space}, {"Residual": [a, b]}, [0.25, 1.0])
     quarters = [scale_proposal(space, p, 0.25 * space.cost(1.0).macs) for p in (a, b)]
-    assert [c.widths for c in found] == [*quarters, space.base]
+    assert [c.widths for c in found[:2]] == quarters
     origins = [(c.origin["proposer"], c.origin["budget"]) for c in found]
-    assert origins == [("a", 0.25), ("b", 0.25), ("a", 1.0)]
+    assert origins == [("a", 0.25), ("b", 0.25), ("a", 1.0), ("b", 1.0)]
+    a, uniform = (Proposal(name, (space.base, space.widths(0.5)), {}) for name in ("a", "b"))
+    same = family_candidates({"Residual": space}, {"Residual": [a, uniform]}, [0.25, 1.0])
+    assert [(c.origin["proposer"], c.origin["budget"]) for c in same] == [("a", 0.25), ("a", 1.0)]
+
+
+def test_a_shape_is_kept_at_every_size() -> None:
+    """Wider than the base a linear family is the copycat, which has one profile throughout."""
+    space = space_of("Residual").constrained(step=1)
+    base = space.cost(space.base).macs
+    path = (space.base, space.widths([12, 32]), space.widths([4, 32]), space.widths([4, 16]))
+    quarter = path[2]  # of the MACs; the others have 0.75 and 0.13
+    proposal = Proposal("any", path, {})
+    copycat = LinearFamily(space, quarter)
+    for share in (0.13, 0.7, 1.0, 1.9):
+        found = {
+            name: scale_proposal(space, proposal, share * base, name)
+            for name in ("linear", "copycat")
+        }
+        assert found["copycat"] == copycat.solve(share * base)
+        own = {0.13: path[3], 0.7: path[1]}.get(share, quarter)
+        assert found["linear"] == LinearFamily(space, own).solve(share * base)
+        assert found["linear"] != LinearFamily(space, space.base).solve(share * base)
+    fixed = Proposal("fixed", path, {}, profile=path[1])
+    for name in ("linear", "power", "copycat"):
+        for share in (0.13, 1.9):
+            found_ = scale_proposal(space, fixed, share * base, name)
+            assert found_ == LinearFamily(space, path[1]).solve(share * base)
+
+
+def test_trajectories_reach_what_families_scale() -> None:
+    """A quarter for copycats, and for linear families that are scaled to the base or beyond."""
+    assert lowest_share([0.1, 0.5], ["copycat"]) == 0.1
+    assert lowest_share([0.5, 0.75], ["power", "copycat"]) == 0.25
+    assert lowest_share([0.5, 1.5], ["linear"]) == 0.25
+    assert lowest_share([0.5, 0.75], ["linear", "power"]) == 0.5
 
 
 def test_several_spaces_share_their_budgets_in_macs() -> None:
@@ -133,9 +168,21 @@ def test_a_power_family_by_hand() -> None:
     assert wide["conv1"] > 32
 
 
-@given(st.data(), spaces, st.sampled_from(["linear", "power"]))
+def test_a_power_family_is_not_fitted_to_clipped_widths() -> None:
+    """An axis counts up to the first member with its smallest width."""
+    space = space_of("Residual").constrained(step={"stem": 1, "conv1": 1})
+    vectors = [(16, 32), (16, 16), (16, 8), (16, 4), (8, 4), (4, 4), (2, 4)]
+    assert [axis.min_width for axis in space.axes] == [2, 4]
+    family = PowerFamily.fit(space, [space.widths(vector) for vector in vectors])
+    tau, logs = np.log(space.macs(vectors)), np.log(vectors)
+    slopes = np.polyfit(tau, logs[:, 0], 1)[0], np.polyfit(tau[:4], logs[:4, 1], 1)[0]
+    assert family.beta == pytest.approx(slopes)
+    assert slopes[1] > 1.5 * np.polyfit(tau, logs[:, 1], 1)[0]
+
+
+@given(st.data(), spaces, st.sampled_from(["linear", "power", "copycat"]))
 def test_families_meet_budgets_within_a_step(
-    data: st.DataObject, space: SearchSpace, name: Literal["linear", "power"]
+    data: st.DataObject, space: SearchSpace, name: FamilyName
 ) -> None:
     """From below, along members that differ by single steps."""
     wide = data.draw(widths_of(space))

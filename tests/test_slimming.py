@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,14 +13,20 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph
 from widthsearch.proposers import slimming
-from widthsearch.proposers.slimming import Slimming, norm_scales
+from widthsearch.proposers.slimming import (
+    Slimming,
+    first_sparsity,
+    norm_scales,
+    penalise,
+    polarisation,
+)
 
 
 class TestSlimming(ProposerConformance):
-    """Two epochs."""
+    """Two epochs, at most twice."""
 
     method = "slimming"
-    proposer = Slimming()
+    proposer = Slimming(trainings=2)
 
 
 def test_scales_are_absolute_and_averaged_over_norms() -> None:
@@ -63,12 +70,66 @@ def test_groups_of_channels_add_their_scores() -> None:
     assert [round(float(s.mean()), 5) for s in scores] == [4.0, 4.0, 1.0]
 
 
-def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The penalty adds λ·sign(γ) to the gradient of γ, and training with it shrinks |γ|."""
+def test_the_penalty_by_hand() -> None:
+    """λ·sign(γ) and weight decay are added to the gradient of γ."""
     scale = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.0]))
     scale.grad = torch.tensor([1.0, 1.0, 1.0])
-    Slimming(sparsity=0.25).penalise([scale])
-    assert scale.grad.tolist() == [1.25, 0.75, 1.0]
+    penalise([scale], 0.25, 0.125)
+    assert scale.grad.tolist() == [1.5, 0.625, 1.0]
+
+
+def test_polarisation_by_hand() -> None:
+    """Of 64 scales, those below a tenth of the largest; without norms there is none."""
+    _, model, _ = network_of("Residual")
+    for norm in (model.bn, model.bn1, model.bn2):
+        nn.init.ones_(norm.weight)
+    assert polarisation(model) == 0
+    with torch.no_grad():
+        model.bn.weight[:8] = 0.19
+        model.bn.weight[8] = -2.0
+    assert polarisation(model) == 8 / 64
+    assert polarisation(network_of("Plain")[1]) == 0
+
+
+@pytest.mark.parametrize(("momentum", "error"), [(0.0, 1e-6), (0.9, 0.06)])
+def test_the_first_sparsity_can_take_a_scale_to_zero(momentum: float, error: float) -> None:
+    """A γ that only the penalty moves goes from 0.5 to zero in the training, and not much below."""
+    task = small_task()
+    recipe = replace(RECIPE, epochs=50, momentum=momentum, nesterov=False)
+    sparsity = first_sparsity(recipe, task)
+    scale = torch.nn.Parameter(torch.tensor([0.5]))
+    optimizer = torch.optim.SGD([scale], lr=0.0, momentum=recipe.momentum)
+    for step in range(2 * recipe.epochs):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate(step, 2)
+        scale.grad = torch.full_like(scale, sparsity)
+        optimizer.step()
+    assert scale.item() == pytest.approx(0, abs=error)
+    assert first_sparsity(replace(recipe, epochs=2 * 10**5), task) == 1e-4  # the paper's
+
+
+def test_sparsity_rises_until_the_scales_are_polarised() -> None:
+    """Threefold a training; the last one is ranked, and a warning names the share."""
+    space, task = space_of("Residual"), small_task()
+    recipe = replace(RECIPE, epochs=4)
+    method = Slimming(recipe=recipe, polarised=0.5, trainings=3)
+    trained = method(space, task, setting()).provenance["trained"]
+    ratios = [b["sparsity"] / a["sparsity"] for a, b in itertools.pairwise(trained)]
+    assert trained[0]["sparsity"] == first_sparsity(recipe, task)
+    assert ratios == pytest.approx([3.0] * len(ratios))
+    assert all(each["polarisation"] < 0.5 for each in trained[:-1])
+    assert 0 <= trained[-1]["accuracy"] <= 100
+    easy = replace(method, polarised=trained[0]["polarisation"])(space, task, setting())
+    assert len(easy.provenance["trained"]) == 1
+    assert easy.warnings == []
+    (line,) = replace(method, polarised=1.0)(space, task, setting()).warnings
+    assert "not 100%, so that their order means little" in line
+    (fixed,) = Slimming(sparsity=1e-4)(space, task, setting()).provenance["trained"]
+    assert fixed["sparsity"] == 1e-4
+    assert fixed["polarisation"] == 0  # moves no scale of a short training
+
+
+def test_scales_start_at_one_half_and_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of their initial values; the penalty takes them towards zero."""
     means = []
 
     def spy(graph: DependencyGraph, model: nn.Module) -> list[Tensor]:
@@ -78,15 +139,16 @@ def test_sparsity_shrinks_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slimming, "norm_scales", spy)
     for sparsity in (0.0, 0.5):
         Slimming(sparsity=sparsity)(space_of("Residual"), small_task(), setting())
+    assert means[0] == pytest.approx(0.5, abs=0.05)
     assert means[1] < 0.9 * means[0]
 
 
-def test_it_trains_by_its_own_recipe_and_reports_its_accuracy() -> None:
+def test_it_trains_by_its_own_recipe_and_reports_it() -> None:
     """By default it uses the study's recipe."""
     space, task = space_of("Residual"), small_task()
     lines: list[str] = []
-    own = Slimming(recipe=RECIPE)
+    own = Slimming(sparsity=0.1, recipe=RECIPE)
     proposal = own(space, task, replace(setting(), report=lines.append))
     assert [line.split(",")[0] for line in lines] == ["base: epoch 1 of 2", "base: epoch 2 of 2"]
-    assert 0 <= proposal.provenance["accuracy"] <= 100
-    assert own(space, task, setting()).trajectory == Slimming()(space, task, setting()).trajectory
+    by_default = replace(own, recipe=None)(space, task, setting())
+    assert proposal.trajectory == by_default.trajectory

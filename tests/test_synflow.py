@@ -68,7 +68,9 @@ def test_flow_is_conserved(seed: int) -> None:
 def test_rounds_are_not_one_shot() -> None:
     """Scores change while channels are removed."""
     space, task = space_of("Residual"), small_task()
-    one, many = (SynFlow(rounds=n)(space, task, setting()).trajectory for n in (1, 50))
+    one, many = (
+        SynFlow(rounds=n, per="channel")(space, task, setting()).trajectory for n in (1, 50)
+    )
     assert one != many
 
 

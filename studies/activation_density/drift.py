@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from studies.setup import parser, setup
 from widthsearch.channels.dependency_graph import build_dependency_graph
-from widthsearch.proposers.activation_density import density_of_axes, held, steps_of_epoch
+from widthsearch.data.loaders import steps_of_epoch
+from widthsearch.proposers.activation_density import density_of_axes, held
 from widthsearch.proposers.density import DensityMeter
 from widthsearch.training.trainer import Trainer
 
@@ -25,7 +26,7 @@ def main() -> None:
     made = setup(arguments)
     space, task = made.space, made.task.for_search()
     recipe = replace(made.recipe, weight_decay=arguments.weight_decay)
-    of_epoch = steps_of_epoch(task, recipe)
+    of_epoch = steps_of_epoch(task, recipe.batch_size)
     shown = {math.ceil(steps / of_epoch) for steps in arguments.steps}
     for seed in range(arguments.seeds):
         model = space.build(space.base, seed=seed)

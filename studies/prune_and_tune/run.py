@@ -134,7 +134,7 @@ def main() -> None:
     base = Entry.of("base", space, space.base)
     methods: dict[str, PruneAndTune] = {
         "fisher per MAC": Fisher(options.every, options.lr, per="macs"),
-        "l1": Magnitude(options.every, options.lr, norm="l1"),
+        "l1": Magnitude(options.every, options.lr, per="channel", norm="l1"),
     }
     results: list[Result] = compare([base], task, recipe, seeds=seeds, base=base, device=device)
     scratch: list[Entry] = []

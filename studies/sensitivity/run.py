@@ -30,8 +30,8 @@ METHODS: Mapping[str, Proposer] = {
     "sensitivity": Sensitivity(),
     "sensitivity, cost fixed": Sensitivity(cost="fixed"),
     "sensitivity, per channel": Sensitivity(per="channel"),
-    "synflow, per MAC": SynFlow(per="macs"),
-    "slimming, per MAC": Slimming(per="macs"),
+    "synflow": SynFlow(),
+    "slimming": Slimming(),
     "uniform": Uniform(),
     "random": Random(),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import OwnTask, Task
+from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.errors import DataError
 from widthsearch.torch_internals import tree_leaves, tree_map_only
 
@@ -242,6 +242,23 @@ class StreamLoader:
             if batch is None:
                 raise without_batches("train")
             batch = None
+
+
+def steps_of_epoch(task: AnyTask, batch_size: int) -> int:
+    """The number of training steps in an epoch, without data on a device.
+
+    Args:
+        task: The data.
+        batch_size: Images per batch; an own task has batches of its own.
+
+    Example:
+        >>> from widthsearch.data.tasks import load_task
+        >>> steps_of_epoch(load_task("digits"), batch_size=128)  # of 1,079 images
+        8
+    """
+    if isinstance(task, OwnTask):
+        return StreamLoader(task).steps
+    return len(task.train) // min(batch_size, len(task.train))
 
 
 def without_batches(split: str) -> DataError:

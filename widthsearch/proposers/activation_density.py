@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
-from widthsearch.data.loaders import StreamLoader
-from widthsearch.data.tasks import AnyTask, OwnTask
+from widthsearch.data.loaders import steps_of_epoch
+from widthsearch.data.tasks import AnyTask
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter, Rules
 from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting
@@ -223,7 +223,7 @@ class _Phases:
         self.graph = build_dependency_graph(space.unconstrained.model, plain)
         macs = space.cost(widths).macs
         share = macs / space.cost(space.base).macs
-        steps = steps_of_epoch(self.task, setting.recipe)
+        steps = steps_of_epoch(self.task, setting.recipe.batch_size)
         patience = math.ceil(method.patience / steps)  # in epochs
         most = method.max_steps or setting.recipe.epochs * steps
         recipe = held(setting.recipe, math.ceil(most / steps))
@@ -273,13 +273,6 @@ class _Phases:
             channels = np.flatnonzero(np.isin(self.graph.group[axis.maker], groups))
             keep[axis.name] = channels.tolist()
         return unconstrained.extract(self.model, keep)
-
-
-def steps_of_epoch(task: AnyTask, recipe: Recipe) -> int:
-    """The number of training steps in an epoch."""
-    if isinstance(task, OwnTask):
-        return StreamLoader(task).steps
-    return len(task.train) // min(recipe.batch_size, len(task.train))
 
 
 def _short_phases(phases: Sequence[Phase]) -> list[str]:

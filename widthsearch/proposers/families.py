@@ -13,6 +13,11 @@ grid 2, 4, 6, 8 and the profile (4, 8). The first axis, 4τ, rounds up from 2 to
 5/8 and from 6 to 8 at 7/8. Sorted by τ, the members of the family are (2, 2), (2, 4), (2, 6),
 (4, 6), (4, 8), (6, 8), (8, 8). F rises along them, so that bisection finds the widest member
 within a budget.
+
+The profile of a ``linear`` family is the trajectory's member nearest to the budget, that of a
+``copycat`` the member nearest to a quarter of the base's MACs, at all budgets. A trajectory begins
+at the base, which has no shape of the method's own: at and above the base's MACs a linear family is
+the copycat.
 """
 
 from __future__ import annotations
@@ -39,7 +44,10 @@ from widthsearch.widths import Widths
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
 
-FamilyName = Literal["linear", "power"]
+FamilyName = Literal["linear", "power", "copycat"]
+
+COPYCAT = 0.25
+"""The share of the base's MACs at which a trajectory's member is the profile of a copycat."""
 
 
 class Family(ABC):
@@ -102,8 +110,8 @@ class Family(ABC):
 
 @dataclass(frozen=True, eq=False)
 class LinearFamily(Family):
-    """Scaled widths, w_a = nearest(τ b_a): the "copycat" networks of Crowley et al. 2018 (arXiv
-    1810.04622), section 3.
+    """Scaled widths, w_a = nearest(τ b_a): as the "copycat" networks of Crowley et al. 2018 (arXiv
+    1810.04622), section 3, which scale one pruned network.
 
     Attributes:
         space: The space.
@@ -135,8 +143,9 @@ class PowerFamily(Family):
     equation 4.
 
     ``ln w_a = ln α_a + β_a ln τ`` is fitted by least squares to the members of the trajectory, with
-    τ = F(w). An axis that the method kept wide hardly widens along the family; one that it pruned
-    early widens most.
+    τ = F(w), each axis up to the member where it first has its smallest width: what follows is
+    the grid's end, not the method's trend. An axis that the method kept wide hardly widens along
+    the family; one that it pruned early widens most.
 
     Attributes:
         space: The space.
@@ -162,9 +171,15 @@ class PowerFamily(Family):
         """Fit a trajectory that has members of at least two different MACs."""
         vectors = np.array([widths.vector for widths in trajectory])
         tau, logs = np.log(space.macs(vectors)), np.log(vectors)
-        away = tau - tau.mean()
-        beta = np.maximum(away @ logs / (away @ away), 0.0)
-        return cls(space, np.exp(logs.mean(0) - beta * tau.mean()), beta)
+        alpha, beta = np.zeros((2, len(space.axes)))
+        for i, axis in enumerate(space.axes):
+            clipped = np.flatnonzero(vectors[:, i] <= axis.min_width)
+            end = clipped[0] + 1 if len(clipped) else len(vectors)
+            away = tau[:end] - tau[:end].mean()
+            if away.any():
+                beta[i] = max(0.0, away @ logs[:end, i] / (away @ away))
+            alpha[i] = np.exp(logs[:end, i].mean() - beta[i] * tau[:end].mean())
+        return cls(space, alpha, beta)
 
     def tau_at(self, axis: int, width: Fraction) -> float:
         """The τ, in MACs, at which the axis has this width before rounding."""
@@ -184,18 +199,37 @@ def scale_proposal(
         space: The space.
         proposal: A proposal of the space.
         budget: The most MACs.
-        family: ``linear`` scales the member of the trajectory nearest to the budget in log MACs;
-            ``power`` follows the trend of the whole trajectory. A trajectory whose members all cost
-            the same has no trend and is scaled linearly.
+        family: ``linear`` scales the member of the trajectory nearest to the budget in log MACs, or
+            at and above the base's MACs that of ``copycat``: the member nearest to a quarter of the
+            base's. ``power`` follows the trend of the whole trajectory. A trajectory whose members
+            all cost the same has no trend and is scaled linearly. A proposal that has a
+            :attr:`~widthsearch.proposers.protocol.Proposal.profile` is scaled by it in all three.
 
     Raises:
         WidthsError: The budget is below the narrowest network of the space.
     """
+    if proposal.profile is not None:
+        return LinearFamily(space, proposal.profile).solve(budget)
     macs = space.macs(np.array([widths.vector for widths in proposal.trajectory]))
     if family == "power" and len(set(macs.tolist())) > 1:
         return PowerFamily.fit(space, proposal.trajectory).solve(budget)
-    nearest = int(np.argmin(np.abs(np.log(macs / budget))))
+    base = space.cost(space.base).macs
+    wanted = COPYCAT * base if family == "copycat" or budget >= base else budget
+    nearest = int(np.argmin(np.abs(np.log(macs / wanted))))
     return LinearFamily(space, proposal.trajectory[nearest]).solve(budget)
+
+
+def lowest_share(
+    budgets: Sequence[float], families: Sequence[FamilyName | Literal["mixture"]]
+) -> float:
+    """The share of the base's MACs down to which a trajectory is scaled into these families.
+
+    Example:
+        >>> lowest_share([0.5, 0.75], ["linear"]), lowest_share([0.5, 1.0], ["linear"])
+        (0.5, 0.25)
+    """
+    copied = "copycat" in families or max(budgets) >= 1
+    return min(*budgets, COPYCAT) if copied else min(budgets)
 
 
 def mix_proposals(space: SearchSpace, pair: tuple[Proposal, Proposal], budget: float) -> Widths:

@@ -34,8 +34,8 @@ class Fisher(PruneAndTune):
         every: Fine-tuning steps over which information is gathered, for each network on the way;
             default 100.
         lr: The constant learning rate of fine-tuning; default 8e-4, as in the papers.
-        per: The cost that information is divided by: ``channel`` (default, none), ``macs``,
-            ``params`` or predicted ``latency``.
+        per: The cost that information is divided by: ``macs`` (default, as Theis et al.),
+            ``params``, predicted ``latency``, or ``channel``: none, as the other paper.
         pretrain: The recipe of the base network; default the study's recipe.
 
     Example:

@@ -28,7 +28,8 @@ class Magnitude(PruneAndTune):
         norm: The norm; default ``l1``, as in the paper.
         every: Fine-tuning steps between two removals; default 100.
         lr: The constant learning rate of fine-tuning; default 8e-4.
-        per: The cost that scores are divided by; default ``channel``: none.
+        per: The cost that scores are divided by; default ``macs``. ``channel`` does not divide, as
+            in the paper.
         pretrain: The recipe of the base network; default the study's recipe.
 
     Example:

@@ -71,6 +71,8 @@ class Proposal:
     Attributes:
         method: The name of the proposer.
         trajectory: Widths from wide to narrow; no axis ever grows along it.
+        profile: The widths whose multiples the method proposes at every size, as uniform widths do
+            with the base; None where a member's shape depends on its size.
         provenance: The hyperparameters and measurements of the method, as plain JSON values. A list
             of lines under ``warnings`` is shown to the user.
 
@@ -89,6 +91,7 @@ class Proposal:
     method: str
     trajectory: tuple[Widths, ...]
     provenance: Mapping[str, Any]
+    profile: Widths | None = None
 
     def __post_init__(self) -> None:
         if not self.trajectory:
@@ -114,6 +117,7 @@ class Proposal:
             "method": self.method,
             "axes": list(self.trajectory[0].names),
             "trajectory": [list(widths.vector) for widths in self.trajectory],
+            "profile": None if self.profile is None else list(self.profile.vector),
             "provenance": dict(self.provenance),
         }
 
@@ -122,7 +126,9 @@ class Proposal:
         """Read the values of :meth:`to_json`."""
         names = tuple(content["axes"])
         trajectory = tuple(Widths(names, tuple(vector)) for vector in content["trajectory"])
-        return cls(content["method"], trajectory, content["provenance"])
+        vector = content.get("profile")
+        profile = None if vector is None else Widths(names, tuple(vector))
+        return cls(content["method"], trajectory, content["provenance"], profile)
 
 
 class Proposer(Protocol):

@@ -46,5 +46,6 @@ class Random:
         top = max(shares)
         scales = [(1 - i / self.members) / top for i in range(self.members)]
         profile = [axis.base * share for axis, share in zip(space.axes, shares, strict=True)]
-        trajectory = dict.fromkeys(space.nearest([w * by for w in profile]) for by in scales)
-        return Proposal("random", tuple(trajectory), {"seed": setting.seed, **asdict(self)})
+        found = dict.fromkeys(space.nearest([w * by for w in profile]) for by in scales)
+        trajectory, provenance = tuple(found), {"seed": setting.seed, **asdict(self)}
+        return Proposal("random", trajectory, provenance, profile=trajectory[0])

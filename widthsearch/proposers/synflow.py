@@ -37,14 +37,16 @@ class SynFlow:
     exponentially, and the rest is scored anew in each round. No layer collapses. All computation is
     in float64, because R is a product over all layers.
 
-    Deviations: the paper prunes single weights; channels are removed in grid steps of an axis; the
-    weights that make a channel are not part of its score; activations other than ReLU remain. In
-    axes that a user tied, groups of the same number are removed together. An axis whose channels
-    cannot be told apart is scored as a whole, with all of its weights.
+    Deviations: the paper prunes single weights; scores are divided by MACs; channels are removed in
+    grid steps of an axis; the weights that make a channel are not part of its score; activations
+    other than ReLU remain. In axes that a user tied, groups of the same number are removed
+    together. An axis whose channels cannot be told apart is scored as a whole, with all of its
+    weights.
 
     Attributes:
         rounds: Rounds of scoring; default 100, as in the paper.
-        per: The cost that scores are divided by; default ``channel``: none.
+        per: The cost that scores are divided by; default ``macs``. ``channel`` does not divide, as
+            in the paper.
         floor: No axis is narrowed below this share of its base; default 0.
         members: Members of the trajectory, evenly spaced in log MACs; default 32.
 
@@ -59,7 +61,7 @@ class SynFlow:
     """
 
     rounds: Count = 100
-    per: Per = "channel"
+    per: Per = "macs"
     floor: Share = 0.0
     members: Count = 32
     reads_data: ClassVar[bool] = False

@@ -159,8 +159,8 @@ class PruneAndTune(ABC):
     Attributes:
         every: Fine-tuning steps between two removals; default 100.
         lr: The constant learning rate of fine-tuning; default 8e-4.
-        per: The cost that scores are divided by: ``channel`` (default, none), ``macs``, ``params``
-            or predicted ``latency``.
+        per: The cost that scores are divided by: ``macs`` (default), ``params``, predicted
+            ``latency``, or ``channel`` (none).
         pretrain: The recipe of the base network; default the study's recipe. Fine-tuning uses its
             batches and regularisation.
         name: The name of the method in studies.
@@ -183,7 +183,7 @@ class PruneAndTune(ABC):
 
     every: Count = 100
     lr: LearningRate = 8e-4
-    per: Per = "channel"
+    per: Per = "macs"
     pretrain: Recipe | None = None
     name: ClassVar[str]
 

@@ -39,4 +39,5 @@ class Uniform:
         lowest = min(axis.min_width / axis.base for axis in space.axes)
         multipliers = [1 - (1 - lowest) * i / max(1, self.members - 1) for i in range(self.members)]
         trajectory = dict.fromkeys(space.widths(m) for m in multipliers)
-        return Proposal("uniform", tuple(trajectory), {"seed": setting.seed, **asdict(self)})
+        provenance = {"seed": setting.seed, **asdict(self)}
+        return Proposal("uniform", tuple(trajectory), provenance, profile=space.base)

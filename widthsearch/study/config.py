@@ -93,7 +93,7 @@ def _named(key: str, default: str | None = None) -> BeforeValidator:
 
 NamedProposer = Annotated[ProposerConfig, _named("method")]
 Share = Annotated[float, Field(gt=0)]
-Family = Literal["linear", "power", "mixture"]
+Family = Literal["linear", "power", "copycat", "mixture"]
 Interval = Annotated[
     tuple[float, float],
     WrapValidator(_interval),

@@ -306,7 +306,8 @@ class Driver:
         self, proposers: Sequence[Proposer], config: StudyConfig
     ) -> list[tuple[str, ProposalRequest]]:
         """A request to each proposer for each space, with the key of its proposal."""
-        setting = Setting(config.seed, config.device, config.method_recipe, min(config.budgets))
+        lowest = families.lowest_share(config.budgets, config.families)
+        setting = Setting(config.seed, config.device, config.method_recipe, lowest)
         threads = max(1, int(config.resources.cpu))
         asked = []
         for space in self.spaces.values():

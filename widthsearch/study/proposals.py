@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StudyError, WidthsError, one_line
 from widthsearch.proposers import Proposal, Proposer, Setting
-from widthsearch.proposers.families import scale_proposal
+from widthsearch.proposers.families import lowest_share, scale_proposal
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import check_input_shape
 from widthsearch.utils.devices import fixed_threads
@@ -124,7 +124,7 @@ def _validated(proposal: object, space: SearchSpace) -> Proposal:
     """Check that a method returned a proposal of this space, which can be stored."""
     if not isinstance(proposal, Proposal):
         raise StudyError(f"a proposer must return a Proposal, but returned {proposal!r}")
-    for widths in proposal.trajectory:
+    for widths in (*proposal.trajectory, *filter(None, [proposal.profile])):
         if widths.names != space.names:
             raise WidthsError(f"a proposal's axes must be the space's, but are {widths.names}")
         space.widths(widths.vector)  # each on the grid
@@ -263,7 +263,7 @@ def propose_at_budget(
         )
     if isinstance(task, Task):
         check_input_shape(space, task)
-    lowest = min(1.0, budget / space.cost(space.base).macs)
+    lowest = lowest_share([budget / space.cost(space.base).macs], ["linear"])
     setting = setting or Setting()
     request = ProposalRequest(config.method, proposer, space, replace(setting, lowest=lowest))
     result = propose(request, task and task.for_search(), setting.report)
