@@ -71,6 +71,8 @@ VALID: dict[str, Strategy] = {
     "recipe.lr": finite,
     "recipe.momentum": share,
     "recipe.nesterov": st.booleans(),
+    "recipe.optimizer": one("sgd", "SGD", "adamw", {"name": "RMSprop", "alpha": 0.9}),
+    "recipe.clip_norm": st.none() | finite.filter(bool),
     "recipe.weight_decay": finite,
     "recipe.schedule": one("cosine", "one_cycle", "constant"),
     "recipe.warmup_epochs": one(None, 0, 1.5),
@@ -217,7 +219,10 @@ def _choose_data(draw: st.DrawFn, drawn: Document, own: bool) -> None:
     if name == "image_folder":
         drawn.pop("spaces", None), drawn.pop("constraints", None)
         drawn["space"] = "study_grammar:coloured"
-    if recipe.get("momentum") == 0 or name != "digits":
+    if recipe.get("optimizer", "sgd") not in ("sgd", "SGD"):
+        recipe.pop("momentum", None), recipe.pop("nesterov", None)
+        recipe.setdefault("lr", 0.01)
+    elif recipe.get("momentum") == 0 or name != "digits":
         recipe["nesterov"] = False
     drawn["recipe"] = {"batch_size": 2, **recipe}
 

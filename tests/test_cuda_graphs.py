@@ -136,8 +136,13 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"precision": "bf16"}, {"momentum": 0.0, "nesterov": False, "schedule": "one_cycle"}],
-    ids=["fp32", "bf16", "plain"],
+    [
+        {},
+        {"precision": "bf16"},
+        {"momentum": 0.0, "nesterov": False, "schedule": "one_cycle"},
+        {"optimizer": "adamw", "momentum": None, "nesterov": None, "lr": 0.01, "clip_norm": 0.5},
+    ],
+    ids=["fp32", "bf16", "plain", "adamw"],
 )
 def test_a_captured_run_gives_the_numbers_of_the_plain_loop(
     recordings: list[Recording], change: dict[str, Any]
@@ -154,6 +159,17 @@ def test_a_captured_run_gives_the_numbers_of_the_plain_loop(
     assert weights(captured) == weights(plain)
     steps = 3 * (len(few().train) // 32)
     assert recordings[0].replays == steps - WARMUP_STEPS
+
+
+def test_an_optimizer_with_state_of_the_host_runs_eagerly(recordings: list[Recording]) -> None:
+    """A graph would repeat its first rate; the mode says why there is none."""
+    recipe = Recipe(epochs=2, batch_size=32, optimizer="Adagrad", lr=0.01)
+    captured, plain = convnet(), convnet()
+    run = Trainer(captured, few(), recipe, seed=0)
+    finish(run)
+    fit(plain, few(), replace(recipe, capture=False), seed=0)
+    assert run.mode.endswith("eager (torch's Adagrad cannot be captured)")
+    assert weights(captured) == weights(plain)
 
 
 def test_evaluation_is_captured_too(recordings: list[Recording]) -> None:

@@ -20,6 +20,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.job import study_job
 from widthsearch.study.storage import SpaceRecord, Store
+from widthsearch.training.optimizers import check_optimizer
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import check_batch_size, check_input_shape, check_model
 from widthsearch.utils.devices import check_device
@@ -44,12 +45,14 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
 
     Raises:
         DataError: A space was traced at another input shape, or its base does not fit the task.
-        StudyError: No network is within the limits, a batch is larger than the training split, or
-            costs are too large to be compared exactly, or the recipe does not fit the study's own
-            trainer.
+        StudyError: No network is within the limits, a batch is larger than the training split,
+            costs are too large to be compared exactly, the recipe does not fit the study's own
+            trainer, or its optimizer does not exist or take its arguments.
         DeviceError: A device is not there.
     """
     study_job(config)
+    if isinstance(config.recipe, Recipe):
+        check_optimizer(config.recipe)
     for space in spaces.values():
         _check_costs(space)
     _check_limits(config, spaces)

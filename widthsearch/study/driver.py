@@ -9,9 +9,10 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ from widthsearch.study.sections import AnyRecipe
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
+from widthsearch.training.optimizers import check_optimizer
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import cores
 from widthsearch.utils.files import write_atomically
@@ -100,6 +102,8 @@ class Driver:
             StorageError: The storage cannot be opened.
         """
         proposers = [m.make(f"proposers.{i}") for i, m in enumerate(self.config.proposers)]
+        for i, proposer in enumerate(proposers):
+            _check_recipes(proposer, f"proposers.{i}")
         task = own_task(self.config) if self.task is None else self.task.for_search()
         for method in self.config.proposers if task is None else ():
             if method.reads_data():
@@ -350,3 +354,11 @@ class Driver:
                 on_progress(replace(now, message=message, level=level))
 
         return say
+
+
+def _check_recipes(proposer: Proposer, place: str) -> None:
+    """Check the optimizers of a method's own recipes, such as ``pretrain``."""
+    made: Any = proposer
+    for name in [each.name for each in fields(made)] if is_dataclass(made) else []:
+        if isinstance(recipe := getattr(made, name), Recipe):
+            check_optimizer(recipe, f"{place}.{name}")

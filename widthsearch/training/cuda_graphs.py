@@ -42,6 +42,7 @@ class CudaGraphStep:
         model: The model that the step runs.
         device: The device of the step.
         wanted: Whether to capture at all.
+        refusal: Why the step cannot be captured, where that is known.
 
     Example:
         >>> total = torch.zeros(())
@@ -51,10 +52,16 @@ class CudaGraphStep:
         (5.0, 'eager')
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, wanted: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        wanted: bool = True,
+        refusal: str | None = None,
+    ) -> None:
         self._model, self._device = model, device
         self._possible = wanted and can_capture(device)
-        self._refusal: str | None = None
+        self._refusal = refusal if self._possible else None
         self.forget()
 
     @property

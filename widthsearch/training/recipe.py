@@ -14,20 +14,40 @@ from widthsearch.utils.validation import validated_dataclass
 Precision = Literal["auto", "fp32", "bf16"]
 """``bf16`` is autocast; ``auto`` is bf16 on a CUDA device that has it in hardware, else fp32."""
 
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+}
+"""The defaults of a recipe that depend on its optimizer, by the optimizer's name."""
+
+_OF_OPTIMIZER: Any = None
+"""The default of a key that is filled by ``_DEFAULTS``."""
+
 
 @validated_dataclass("recipe")
 class Recipe:
-    """How a network is trained: SGD with momentum on cross-entropy.
+    """How the built-in trainer trains a network.
+
+    Keys whose default depends on the optimizer have that of SGD, or of AdamW (torch's own). Any
+    other optimizer needs ``lr``, and its weight decay is 0 by default.
 
     Attributes:
         epochs: Passes over the training split.
         batch_size: Images per step: at least 2, at most the size of the training split. Each epoch
             skips the remainder that fills no batch, different images each time.
-        lr: The peak learning rate.
-        momentum: The momentum of SGD.
-        nesterov: Whether to use Nesterov momentum.
-        weight_decay: L2 penalty of parameters with two dimensions or more; BatchNorm parameters and
-            biases have none.
+        optimizer: ``sgd``, ``adamw``, or any class of ``torch.optim`` that trains by gradients
+            alone; with arguments as ``{"name": "RMSprop", "alpha": 0.9}``. Upper and lower case are
+            the same. The name and the arguments are checked before a study runs, see
+            ``training/optimizers.py``.
+        lr: The peak learning rate; by default 0.1 for SGD and 0.001 for AdamW.
+        momentum: The momentum of SGD, by default 0.9; None with another optimizer, which has
+            momentum among its arguments if at all.
+        nesterov: Whether SGD uses Nesterov momentum, by default true; None with another optimizer.
+        weight_decay: As the optimizer applies it: an L2 penalty with SGD (by default 5e-4),
+            decoupled from the gradients with AdamW (0.01). It is for parameters with two dimensions
+            or more; BatchNorm parameters and biases have none.
+        clip_norm: The greatest norm of all gradients together: larger ones are scaled down to it
+            before each step. None does not clip.
         schedule: After a linear warm-up the learning rate decays to zero along half a cosine
             (``cosine``) or a line (``one_cycle``; the momentum is constant), or remains
             (``constant``).
@@ -52,18 +72,21 @@ class Recipe:
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=128, ge=2)
-    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    nesterov: bool = True
-    weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
+    lr: float = Field(default=_OF_OPTIMIZER, gt=0, allow_inf_nan=False)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    nesterov: bool | None = None
+    weight_decay: float = Field(default=_OF_OPTIMIZER, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     warmup_epochs: float | None = Field(default=None, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Precision = "auto"
     capture: bool = True
+    optimizer: str | dict[str, Any] = "sgd"
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._fill_defaults()
         if self.nesterov and self.momentum == 0:
             raise ValueError(
                 "momentum must be greater than 0 with nesterov, but was 0; set nesterov to false"
@@ -74,6 +97,48 @@ class Recipe:
                 f"{self.epochs}"
             )
         return self
+
+    def _fill_defaults(self) -> None:
+        """Fill the keys whose default depends on the optimizer."""
+        name = self.optimizer_name
+        if not name:
+            raise ValueError(
+                "optimizer must be a name, or have one, such as {name: RMSprop, alpha: 0.9}, but "
+                f"was {self.optimizer!r}"
+            )
+        if not self.is_sgd:
+            for key in ("momentum", "nesterov"):
+                if (value := getattr(self, key)) is not None:
+                    raise ValueError(
+                        f"{key} is for the optimizer sgd, but was {value!r} with {name!r}: leave "
+                        "it out, or write it among the optimizer's arguments"
+                    )
+        defaults = _DEFAULTS.get(name.lower(), {"weight_decay": 0.0})
+        for key in ("lr", "momentum", "nesterov", "weight_decay"):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, defaults.get(key))
+        if self.lr is None:
+            raise ValueError(
+                f"lr must be given with the optimizer {name!r}; only sgd and adamw have a default"
+            )
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer's name as it was given; empty where it has none."""
+        named = self.optimizer
+        found = named.get("name") if isinstance(named, dict) else named
+        return found if isinstance(found, str) else ""
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The arguments that were given with the optimizer's name."""
+        named = self.optimizer if isinstance(self.optimizer, dict) else {}
+        return {key: value for key, value in named.items() if key != "name"}
+
+    @property
+    def is_sgd(self) -> bool:
+        """Whether the optimizer is SGD, which takes momentum from the recipe."""
+        return self.optimizer_name.lower() == "sgd"
 
     @property
     def warmup(self) -> float:

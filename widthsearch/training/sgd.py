@@ -1,4 +1,5 @@
-"""Steps of SGD on a task's batches: shared by training, fine-tuning and group learning.
+"""Steps of a recipe's optimizer on a task's batches: shared by training, fine-tuning and group
+learning.
 
 A *step hook* replaces what one step does with its batch, :func:`sgd_step`. It gets the optimizer
 and a function ``backward`` that runs the batch forward and backward. Most hooks only act on the
@@ -8,7 +9,7 @@ them. Group learning runs each batch twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from widthsearch.data.loaders import DeviceLoader, StreamLoader
 from widthsearch.training.cuda_graphs import CudaGraphStep
+from widthsearch.training.optimizers import has_tensor_rate, make_optimizer, why_no_graph
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import autocast
 
@@ -44,19 +46,19 @@ sgd_step = after_backward(lambda: None)
 
 
 class SgdSteps:
-    """SGD on a task's loss, so many steps a call; on a GPU, plain steps run as one CUDA graph.
+    """Steps on a task's loss, so many a call; on a GPU, plain steps run as one CUDA graph.
 
     Args:
         model: The network, on its device.
         loader: The training batches.
-        recipe: Momentum, weight decay, label smoothing and precision.
+        recipe: The optimizer, weight decay, clipping, label smoothing and precision.
         device: The device of the network.
         steps: Steps of each :meth:`run`; None for one pass over the batches.
         hook: Replaces :func:`sgd_step`. Python code between kernels is lost in a CUDA graph, so
             that steps with a hook run eagerly.
 
     Attributes:
-        optimizer: Its momentum lasts over runs.
+        optimizer: Its state lasts over runs.
 
     Example:
         >>> from widthsearch.data.tasks import load_task
@@ -90,15 +92,11 @@ class SgdSteps:
         self._rate = torch.tensor(recipe.lr, dtype=torch.float32, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(model, recipe.weight_decay),
-            lr=self._rate,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
+        groups = parameter_groups(model, recipe.weight_decay)
+        self.optimizer = make_optimizer(groups, recipe, self._rate)
+        self._numbers: Iterator[float] | None = None  # the rates, where they are no tensor
         capture = recipe.capture and hook is None and loader.resident
-        self._graph = CudaGraphStep(model, device, capture)
+        self._graph = CudaGraphStep(model, device, capture, why_no_graph(self.optimizer))
 
     @property
     def mode(self) -> str:
@@ -120,6 +118,7 @@ class SgdSteps:
         assert len(rates) == self._count
         self._loader.begin(self._count, generator, epoch)
         self._rates.copy_(torch.tensor(rates))
+        self._numbers = None if has_tensor_rate(self.optimizer) else iter(rates)
         self._at.zero_()
         self._loss.zero_()
         self._model.train()
@@ -130,14 +129,19 @@ class SgdSteps:
     def load_optimizer(self, state: dict[str, object]) -> None:
         """Continue with the state of another optimizer, see ``optimizer.state_dict()``."""
         self.optimizer.load_state_dict(state)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
-        self._graph.forget()  # the momentum buffers have new addresses
+        if has_tensor_rate(self.optimizer):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate
+        self._graph.forget()  # the optimizer's state has new addresses
 
     def _step(self) -> None:
         """One step on the next batch; all state is in tensors, see ``__init__``."""
         batch: Any = self._loader.batch(self._at)
         self._rate.copy_(self._rates.index_select(0, self._at).squeeze())
+        if self._numbers is not None:
+            rate = next(self._numbers)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
 
         def backward() -> Tensor:
             with self._cast:
