@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import SpaceError, WidthsError
@@ -97,16 +97,51 @@ def extract(
     return narrow.train(network.training)
 
 
-def widths_of(model: TracedModel, network: nn.Module) -> Widths:
-    """The widths of a network that was built from a traced model."""
-    sizes = {join(layer, name): tensor.shape for _, layer, name, tensor in tensors_of(network)}
+def widths_of(model: TracedModel, network: nn.Module | Mapping[str, Tensor]) -> Widths:
+    """The widths of a network of a traced model's code: the inverse of the shapes of its tensors.
+
+    Args:
+        model: The traced model.
+        network: A network with the model's layers at any widths, in whole groups; or its state
+            dict, where buffers that are not saved may be missing.
+
+    Raises:
+        WidthsError: A tensor is missing, is none of the model's, or has a shape that no widths
+            give. The message names it.
+    """
+    shapes, kept = model.trace.shapes, model.template.state_dict().keys()
+    if isinstance(network, nn.Module):
+        sizes = {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(network)}
+        needed = set(shapes)
+    else:
+        sizes = {key: tuple(tensor.shape) for key, tensor in network.items()}
+        needed = set(shapes) & kept
+    for key in shapes:
+        if key in needed and key not in sizes:
+            raise WidthsError(
+                f"a network of {model.name!r} must have a tensor {key!r}: it has none"
+            )
+    for key in sizes:
+        if key not in shapes and key not in kept:  # a tensor of two names is traced by the first
+            raise WidthsError(
+                f"a network of {model.name!r} has no tensor {key!r}: give one of the same code"
+            )
+
     x = [0] * len(model.trace.axes)
-    lengths = [model.trace.shapes[key][dim] for key, dim in (a.maker for a in model.trace.axes)]
+    lengths = [shapes[key][dim] for key, dim in (a.maker for a in model.trace.axes)]
     for i in sorted(range(len(x)), key=lambda i: len(lengths[i])):
         key, dim = model.trace.axes[i].maker  # its size is rest + slope·x_i
         rest = evaluate(lengths[i], x)
         x[i] = 1
         slope = evaluate(lengths[i], x) - rest
-        x[i] = (sizes[key][dim] - rest) // slope
+        size = sizes[key][dim] if dim < len(sizes[key]) else 0
+        x[i] = max(1, (size - rest) // slope)
+    for key in (key for key in shapes if key in sizes):
+        given = [evaluate(n, x) for n in shapes[key]]
+        if list(sizes[key]) != given:
+            raise WidthsError(
+                f"widths must give the shape of every tensor, but {key!r} has {list(sizes[key])}, "
+                f"and the widths of the other tensors give it {given}"
+            )
     vector = tuple(n * axis.divisor for n, axis in zip(x, model.trace.axes, strict=True))
     return Widths(tuple(axis.name for axis in model.trace.axes), vector)

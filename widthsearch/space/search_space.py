@@ -20,7 +20,7 @@ from widthsearch.modules.construction import Recorder, record
 from widthsearch.space.constraints import Constraints, default_axis
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.space.space_file import SpaceState, intact, read_space, write_space
-from widthsearch.space.ties import tied_scores, unconstrained_widths
+from widthsearch.space.ties import constrained_widths, tied_scores, unconstrained_widths
 from widthsearch.space.verification import CheckReport, check_space
 from widthsearch.space.width_specs import (
     WidthBatch,
@@ -106,8 +106,8 @@ class SearchSpace:
         """
         constraints = Constraints(pin, tie, min_width, max_width, step, align)
         made, recorder, own_name = _constructed(model)
-        inputs = _checked_inputs(input_shape)
-        traced = TracedModel.of(made, inputs, name or own_name, recorder, init)
+        shape, name = _checked_inputs(input_shape), name or own_name
+        traced = TracedModel.of(made, shape, name, recorder, init)
         if not traced.trace.axes:
             raise _no_free_width(made, traced.trace.pinned)
         axes = tuple(default_axis(axis) for axis in traced.trace.axes)
@@ -170,10 +170,7 @@ class SearchSpace:
 
     @property
     def unconstrained(self) -> SearchSpace:
-        """The space before any axis was pinned or tied by a user: every axis has its own channels.
-
-        Saliencies, masks and dependency graphs refer to it.
-        """
+        """The space before a user pinned or tied any axis; saliencies, masks and graphs use it."""
         return self if self._unconstrained is None else self._unconstrained
 
     def to_unconstrained(self, widths: Widths) -> Widths:
@@ -181,10 +178,7 @@ class SearchSpace:
         return unconstrained_widths(self.axes, self.unconstrained.axes, widths)
 
     def tie_scores(self, scores: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-        """Scores of the channels of :attr:`unconstrained`'s axes, combined for this space's axes.
-
-        One row per axis, of shape (base,): :func:`~widthsearch.space.ties.tied_scores`.
-        """
+        """Scores of the channels of each axis: see :func:`~widthsearch.space.ties.tied_scores`."""
         by_name = dict(zip(self.unconstrained.names, scores, strict=True))
         return tied_scores(self.axes, [a.divisor for a in self.trace.axes], by_name)
 
@@ -238,6 +232,15 @@ class SearchSpace:
         own = isinstance(spec, Widths) and spec.names == self.names
         every = whole_groups(self.axes, self.trace.axes) if own else self.axes
         return parse_widths(self.name, every, spec)
+
+    def widths_of(self, network: nn.Module | Mapping[str, torch.Tensor]) -> Widths:
+        """The widths of a network of the same code, or of its state dict; perhaps off the grid.
+
+        Raises:
+            WidthsError: A tensor's shape is one that no widths give, or axes break a pin or a tie.
+        """
+        found = extraction.widths_of(self.unconstrained.model, network)
+        return self.widths(constrained_widths(self.axes, self.unconstrained.axes, found))
 
     def nearest(self, vector: Sequence[float] | NDArray[Any]) -> Widths:
         """The width vector on the grid nearest to one real number per axis."""
@@ -323,10 +326,7 @@ class SearchSpace:
         return self.model.build(vector, seed=seed, device=device, initialise=initialise)
 
     def extract(self, model: nn.Module, keep: Mapping[str, Iterable[int]]) -> nn.Module:
-        """A narrower network with the weights of the channels that are kept, on the grid.
-
-        See :func:`widthsearch.channels.extraction.extract`, also for its errors.
-        """
+        """A network of the kept channels, on the grid: see ``channels/extraction.py``."""
         narrow = extraction.extract(self.model, model, keep)
         self.widths(extraction.widths_of(self.model, narrow).vector)
         return narrow

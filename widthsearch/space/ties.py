@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from widthsearch.errors import SpaceError
+from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.widths import Axis, Widths
 
 
@@ -73,6 +73,33 @@ def unconstrained_widths(
         width = axis.base if owner is None else widths[owner.name] * axis.base // owner.base
         vector.append(width)
     return Widths(tuple(axis.name for axis in unconstrained), tuple(vector))
+
+
+def constrained_widths(
+    axes: Sequence[Axis], unconstrained: Sequence[Axis], widths: Widths
+) -> Widths:
+    """The inverse of :func:`unconstrained_widths`.
+
+    Raises:
+        WidthsError: A pinned axis has another width than its base, or tied axes have another ratio
+            than their bases.
+    """
+    owners = {name: axis for axis in axes for name in (axis.name, *axis.tied)}
+    found = Widths(tuple(axis.name for axis in axes), tuple(widths[axis.name] for axis in axes))
+    for axis in unconstrained:
+        owner, width = owners.get(axis.name), widths[axis.name]
+        if owner is None and width != axis.base:
+            raise WidthsError(
+                f"a pinned axis keeps its base, but {axis.name!r} has {width} channels and the "
+                f"base {axis.base}: leave the pin out"
+            )
+        if owner is not None and width * owner.base != found[owner.name] * axis.base:
+            raise WidthsError(
+                f"tied axes keep their bases' ratio, but {axis.name!r} ({axis.base}) has {width} "
+                f"channels and {owner.name!r} ({owner.base}) has {found[owner.name]}: leave the "
+                "tie out"
+            )
+    return found
 
 
 def tied_scores(
