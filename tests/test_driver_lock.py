@@ -80,7 +80,7 @@ def test_a_second_driver_is_refused_at_once(
 def test_a_released_lock_is_free(first: DriverLock, second: DriverLock) -> None:
     """The first driver has left its block; after that its store writes no more."""
     first._thread.start()
-    first.__exit__()
+    first.__exit__(None)
     with second:
         second.check()
     with pytest.raises(StudyError, match="another one took over 'tiny'"):
@@ -145,6 +145,29 @@ def test_a_frozen_process_loses_the_lock_after_its_time_out(
         "took over 'tiny' while this one was not running: this one stops, and has changed nothing "
         "since"
     )
+
+
+def test_a_driver_that_was_replaced_ends_with_an_error(
+    store: Store, second: DriverLock, clock: Clock
+) -> None:
+    """Also where it had nothing left to write."""
+    # Its thread would renew the lock after 100 s.
+    driver = DriverLock(store, timeout=600, clock=clock)
+    with pytest.raises(StudyError, match="took over 'tiny'"), driver:
+        clock.now += 600
+        second.acquire()
+    second.check()
+
+
+def test_an_error_of_a_driver_that_was_replaced_is_raised_on(
+    store: Store, second: DriverLock, clock: Clock
+) -> None:
+    """Such as Ctrl-C."""
+    with pytest.raises(KeyboardInterrupt), DriverLock(store, timeout=600, clock=clock):
+        clock.now += 600
+        second.acquire()
+        raise KeyboardInterrupt
+    second.check()
 
 
 @pytest.mark.parametrize("skew", [-1e9, 1e9])

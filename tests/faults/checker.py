@@ -119,6 +119,13 @@ def trials(connection: Any) -> dict[int, Outcome]:
     }
 
 
+def holders(connection: Any) -> list[dict[str, Any]]:
+    """The drivers that hold the lock of a study."""
+    cursor = connection.cursor()
+    cursor.execute("SELECT holder FROM widthsearch_driver WHERE holder <> 'null'")
+    return [json.loads(row[0]) for row in cursor.fetchall()]
+
+
 def done(found: Outcomes) -> dict[int, Outcome]:
     """The trials that have ended."""
     return {number: outcome for number, outcome in found.items() if outcome[0] in FINAL}
@@ -156,10 +163,7 @@ class Checker:
             record: What the harness saw.
         """
         with connected(url) as connection:
-            found = trials(connection)
-            cursor = connection.cursor()
-            cursor.execute("SELECT holder FROM widthsearch_driver")
-            holders = [row[0] for row in cursor.fetchall() if row[0] != "null"]
+            found, drivers = trials(connection), holders(connection)
         lines = [line.split() for line in witness.read_text(encoding="ascii").splitlines()]
         steps = [(float(t), int(session), tuple(map(int, w))) for t, _, session, *w in lines]
         return [
@@ -167,7 +171,7 @@ class Checker:
             *self._acknowledged(found, record),
             *self._trained(found, steps, record),
             *self._ends(record),
-            *(Complaint("left", f"a driver's lock: {holder}") for holder in holders),
+            *(Complaint("left", f"a driver's lock: {holder}") for holder in drivers),
             *(Complaint("left", text) for text in record.left),
             *_files(folder),
         ]

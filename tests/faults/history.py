@@ -35,8 +35,10 @@ TIMEOUT_SECONDS = 2.0
 PATIENCE_SECONDS = 180.0
 """So long a driver may show no progress before it counts as hung."""
 
-LINGER_SECONDS = 30.0
-"""So long Ray's processes may live on after their driver."""
+LINGER_SECONDS = 90.0
+"""So long Ray's processes may live on after their driver: the two agents of a node whose driver was
+killed try for a minute to report that to Ray's control service, which has ended too.
+"""
 
 POLL_SECONDS = 0.02
 
@@ -338,11 +340,12 @@ class History:
             for process in frozen:
                 process.send(signal.SIGCONT)
             return driver
-        over = len(checker.done(self.outcomes() or {})) == TRIALS
-        successor, steps = self._start(), self._steps()
+        # A driver that holds no lock is not replaced, whatever the others do meanwhile.
+        drives = self._holder() == driver.process.pid
+        successor = self._start()
         # A driver that is frozen within a transaction keeps SQLite locked: it is not replaced.
         successor.expected = {0, 2}
-        replaced = self._until(successor, lambda: self._steps() > steps)
+        replaced = self._until(successor, lambda: self._has_trained(successor))
         if replaced or self._ended(successor) == 0:
             self.record.replaced[driver.process.pid] = time.monotonic()
         for process in frozen:
@@ -350,7 +353,7 @@ class History:
         if driver.process.pid not in self.record.replaced:
             return driver
         successor.expected = {0}
-        driver.expected = {0, 2} if over else {2}
+        driver.expected = {2} if drives else {0, 2}
         self._ended(driver)
         return successor
 
@@ -365,6 +368,19 @@ class History:
         with contextlib.suppress(FileNotFoundError):
             return self.witness.read_bytes().count(b"\n")
         return 0
+
+    def _has_trained(self, driver: Driver) -> bool:
+        """Whether a worker of a driver has trained a step: then the study is the driver's."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = self.witness.read_text(encoding="ascii").splitlines()
+            return any(int(line.split()[2]) == driver.process.pid for line in lines)
+        return False
+
+    def _holder(self) -> int | None:
+        """The process that holds the lock of the study; None where there is none."""
+        with contextlib.suppress(*_DATABASE_ERRORS), checker.connected(self.url) as connection:
+            return next((holder["pid"] for holder in checker.holders(connection)), None)
+        return None
 
     def _saves(self) -> bool:
         """Whether a checkpoint was touched after the last training step."""

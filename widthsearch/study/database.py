@@ -78,7 +78,9 @@ def database_errors(method: Method) -> Method:
             raise _storage_error(self.url, error) from error
         except optuna.exceptions.UpdateFinishedTrialError:
             # Optuna reads before it writes: another driver has ended the trial meanwhile.
-            cast("Any", self).fence.check()
+            fence = cast("Any", self).fence
+            if fence.token is not None:
+                fence.check()
             raise
 
     return cast("Method", wrapped)
@@ -287,9 +289,10 @@ class Fence:
 
     @database_errors
     def release(self) -> None:
-        """Leave the study without a driver, unless another one has taken over."""
+        """Leave the study without a driver; raise StudyError if another one has taken over."""
         assert self.token is not None
-        self._update(self.token, holder="null")
+        if not self._update(self.token, holder="null"):
+            raise self._lost(self.read())
 
     @database_errors
     def check(self) -> None:

@@ -41,8 +41,8 @@ class DriverLock:
     * Elsewhere the holder is observed: it is alive if it renews the lock within its time-out, by
       this machine's clock.
 
-    A driver that is frozen for longer loses the lock. Once it runs again, its next write or
-    :meth:`check` raises.
+    A driver that is frozen for longer loses the lock. Once it runs again, its next write, its next
+    :meth:`check` or the end of its ``with`` block raises StudyError.
 
     Args:
         store: The study's storage.
@@ -81,12 +81,17 @@ class DriverLock:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        # If the storage has failed, its error is already being raised; the lock times out.
-        with contextlib.suppress(StorageError):
+        try:
             self.store.fence.release()
+        except StorageError:
+            pass  # its error is already being raised, and the lock times out
+        except StudyError:
+            # A driver with nothing left to write, which has not noticed yet that it was replaced.
+            if kind is None:
+                raise
 
     def acquire(self) -> None:
         """Take the lock without renewing it; a holder elsewhere is observed for its time-out.
