@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tables
-from benchmarks.search import Table, run
+from benchmarks.search import Filling, Table, run, runs
 
 ROOT = Path(__file__).parents[1]
 BY_HAND = """width_0,width_1,macs,params,accuracy_0,accuracy_1
@@ -36,10 +37,48 @@ def test_scores_are_hypervolumes_by_mean_accuracy(by_hand: Path) -> None:
     assert table.mean.tolist() == [51, 70, 62, 80]
     full = (70 - 51) * 0.5  # the narrowest is the lowest, the widest the dearest
     assert table.volume(range(4)) == pytest.approx(full)
-    assert table.score([0, 1, 2, 3], [51, 70, 62, 80]) == pytest.approx(1.0)
-    assert table.score([0, 1, 2], [51, 60, 65]) == pytest.approx((62 - 51) * 0.5 / full)
-    assert table.score([2], [0.0]) == pytest.approx((62 - 51) * 0.5 / full)
-    assert table.score([0, 3], [51, 80]) == 0
+    assert table.score([0, 1, 2, 3], [51, 70, 62, 80])["volume"] == pytest.approx(1.0)
+    half = (62 - 51) * 0.5 / full
+    assert table.score([0, 1, 2], [51, 60, 65])["volume"] == pytest.approx(half)
+    assert table.score([2], [0.0])["volume"] == pytest.approx(half)
+    assert table.score([0, 3], [51, 80])["volume"] == 0
+
+
+def test_points_are_over_uniform_widths_of_equal_macs(by_hand: Path) -> None:
+    """Uniform are the narrowest and the widest network, 51 and 80, and between them 65.5."""
+    table = Table.read(by_hand)
+    assert table.uniform.tolist() == pytest.approx([51, 65.5, 65.5, 80])
+    assert table.score([0, 1, 3], [51, 70, 80])["points"] == pytest.approx((0 + 4.5 + 0) / 3)
+    assert table.score([0, 1, 2, 3], [51, 60, 65, 80])["points"] == pytest.approx(-3.5 / 3)
+
+
+def test_fillings_take_a_network_of_each_slice_of_macs(tmp_path: Path) -> None:
+    """Uniform has the nearest to a multiple of the widest, balanced the greatest Σ log w."""
+    widths = [(4, 8), (8, 4), (2, 32), (8, 16), (1, 1), (16, 16)]
+    macs = [100, 110, 120, 990, 10, 1000]
+    path = tmp_path / "t.csv"
+    lines = [f"{a},{b},{m},{m},50" for (a, b), m in zip(widths, macs, strict=True)]
+    path.write_text("\n".join(["width_0,width_1,macs,params,accuracy_0", *lines]))
+    table = Table.read(path)
+    chosen = {name: Filling(table, name, 0, 4) for name in ("uniform", "balanced")}
+    # In slices of 10 to 31.6, 100 to 316, 316 to 1000 MACs; the widest network is (16, 32).
+    assert sorted(chosen["uniform"].rows) == [0, 3, 4]
+    assert sorted(chosen["balanced"].rows) == [2, 4, 5]
+    assert chosen["uniform"].ask() is not None
+    assert len(chosen["uniform"].rows) == 2
+
+
+def test_results_in_the_file_are_not_computed_again(tmp_path: Path) -> None:
+    """The missing number of trials is, and joins the file."""
+    path, rows = made_up(tmp_path / "t.csv", ([4, 8, 16], [8, 16, 24])), tmp_path / "rows.jsonl"
+    table = Table.read(path)
+    row = {"table": "t", "sampler": "uniform", "seed": 3, "trials": 2, "scores": {"volume": 7.0}}
+    rows.write_text(json.dumps(row) + "\n")
+    for _ in range(2):
+        (found,) = runs(table, path, "uniform", [3], [2, 4], rows)
+        assert found[2] == {"volume": 7.0}
+        assert 0 < found[4]["volume"] <= 1
+        assert len(rows.read_text().splitlines()) == 2
 
 
 def test_axes_are_what_the_table_has(by_hand: Path, tmp_path: Path) -> None:
@@ -52,9 +91,7 @@ def test_axes_are_what_the_table_has(by_hand: Path, tmp_path: Path) -> None:
     uneven = Table.read(path)
     assert list(uneven.axes[1].grid) == [4, 8, 12, 16, 20, 24]
     assert not uneven.whole
-    assert uneven.row([4, 24]) == 3
-    assert uneven.row([4, 20]) == 3
-    assert uneven.row([2, 5]) == 0
+    assert uneven.rows(np.array([[4, 24], [4, 20], [2, 5]])).tolist() == [3, 3, 0]
 
 
 def made_up(path: Path, levels: tuple[list[int], ...]) -> Path:
@@ -74,22 +111,42 @@ def made_up(path: Path, levels: tuple[list[int], ...]) -> Path:
 def test_more_trials_find_more_of_the_front(tmp_path: Path) -> None:
     """On a table with gaps and uneven levels; the same seed gives the same scores."""
     table = Table.read(made_up(tmp_path / "t.csv", ([4, 6, 8, 16, 32],) * 3))
-    scores = run(table, "width", 0, (12, 40))
-    assert scores[12] < scores[40] <= 1
-    assert scores[40] > 0.9
-    assert scores == run(table, "width", 0, (12, 40))
+    scores = dict(run(table, "width", 0, (12, 40)))
+    assert scores[12]["volume"] < scores[40]["volume"] <= 1
+    assert scores[40]["volume"] > 0.9
+    assert scores[40]["coverage"] > 0.7
+    assert scores == dict(run(table, "width", 0, (12, 40)))
+
+
+def test_botorch_finds_the_front_or_says_how_to_install_it(tmp_path: Path) -> None:
+    """One line with the command; where it is installed, its first networks are random."""
+    table = Table.read(made_up(tmp_path / "t.csv", ([4, 8, 16], [8, 16, 24, 32])))
+    if importlib.util.find_spec("botorch") is None:
+        with pytest.raises(SystemExit, match=r"python -m pip install 'widthsearch\[benchmark\]'"):
+            next(run(table, "botorch", 0, [4]))
+        return
+    ((_, scores),) = run(table, "botorch", 0, [9])
+    assert 0.5 < scores["volume"] <= 1
 
 
 def test_it_prints_the_table_and_json(tmp_path: Path) -> None:
     """As users call it."""
     path = made_up(tmp_path / "t.csv", ([4, 8, 16], [8, 16, 24, 32]))
     command = [sys.executable, "-m", "benchmarks.search", "--table", str(path), "--runs", "2"]
-    command += ["--trials", "3", "10", "--samplers", "width", "tpe", "nsga2", "random"]
+    command += ["--trials", "3", "10", "--samplers", "width", "uniform", "tpe", "nsga2", "random"]
     table = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     lines = table.stdout.splitlines()
-    assert lines[0] == "| sampler | 3 trials | 10 trials | seconds a run |"
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+    assert lines[0] == "| sampler | score | 3 trials | 10 trials |"
+    cells = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines[2:]]
+    assert [score for name, score in cells if name == "WidthSampler"] == [
+        "volume",
+        "points",
+        "coverage",
+        "seconds",
+    ]
+    assert [name for name, score in cells if score == "volume"] == [
         "WidthSampler",
+        "uniform widths, no search",
         "Optuna TPE (multivariate)",
         "Optuna NSGA-II",
         "random",
@@ -101,10 +158,11 @@ def test_it_prints_the_table_and_json(tmp_path: Path) -> None:
     assert result["full"] == pytest.approx(
         Table.read(path).volume(range(len(Table.read(path).mean)))
     )
-    assert list(result["samplers"]) == ["width", "tpe", "nsga2", "random"]
-    for cells in result["samplers"].values():
-        assert list(cells) == ["3", "10"]
-        assert all(0 <= cell["mean"] <= 1 and cell["std"] >= 0 for cell in cells.values())
+    assert list(result["samplers"]) == ["width", "uniform", "tpe", "nsga2", "random"]
+    for scores in result["samplers"].values():
+        assert list(scores) == ["3", "10"]
+        volumes = [cell["volume"] for cell in scores.values()]
+        assert all(0 <= cell["mean"] <= 1 and cell["std"] >= 0 for cell in volumes)
 
 
 def test_tables_by_formulas_cost_what_their_networks_do() -> None:
