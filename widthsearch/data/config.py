@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from widthsearch.errors import DataError
 from widthsearch.utils.validation import validated_dataclass
+
+LossName = Literal["cross_entropy", "bce", "mse", "l1"]
+"""Classes; labels that may each be true; values, by the mean square or absolute error."""
+
+REPORTED: Mapping[LossName, tuple[str, ...]] = {
+    "cross_entropy": ("accuracy",),
+    "bce": ("map", "label_accuracy"),
+    "mse": ("rmse", "mae"),
+    "l1": ("rmse", "mae"),
+}
+"""The numbers that an evaluation reports for each loss; the first is what methods compare by."""
 
 IMAGE_FOLDER_LAYOUT = "<folder>/train/<class>/*.jpg and <folder>/test/<class>/*.jpg"
 
@@ -48,11 +60,14 @@ class TaskConfig:
     Attributes:
         name: ``digits``, ``cifar10``, ``image_folder``, or a function that returns two datasets
             (train, test) as ``package.module:function`` or ``path/to/file.py:function``.
+        loss: What the targets of datasets of your own are, and the loss: ``cross_entropy`` of a
+            class, an integer; ``bce`` of labels that may each be true, a vector of 0 and 1; ``mse``
+            or ``l1``, the mean square or absolute error of a number or a vector of numbers.
         folder: The folder of ``image_folder``; or where ``cifar10`` lies or is downloaded to.
         image_size: The side in pixels to which the images of ``image_folder`` are scaled (the
             shorter side) and cropped (the longer side, centred); needed if their sizes differ.
-        validation: The share of every class of train that is held out; by default 0.25 for
-            ``digits`` (it is small), else 0.1.
+        validation: The share of train that is held out, with ``cross_entropy`` the share of every
+            class; by default 0.25 for ``digits`` (it is small), else 0.1.
         split_seed: Seeds the choice of the images that are held out.
         crop_padding: See :class:`Augmentation`. By default 1 for ``digits``, an eighth of the image
             for ``cifar10`` (4) and ``image_folder``, 0 for datasets of your own.
@@ -78,6 +93,7 @@ class TaskConfig:
     crop_padding: int | None = Field(default=None, ge=0)
     flip: bool | None = None
     cutout: int | None = Field(default=None, ge=0)
+    loss: LossName = "cross_entropy"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -85,6 +101,11 @@ class TaskConfig:
             raise ValueError(
                 "'image_folder' needs a folder, but has none; write `task: {name: image_folder, "
                 f"folder: path}}` for a folder with {IMAGE_FOLDER_LAYOUT}"
+            )
+        if self.loss != "cross_entropy" and ":" not in self.name:
+            raise ValueError(
+                f"loss is for datasets of your own, `name: module:function`, but task "
+                f"{self.name!r} has classes and loss={self.loss!r}; remove it"
             )
         for key, tasks in (
             ("folder", ("cifar10", "image_folder")),

@@ -10,7 +10,7 @@ import json
 import logging
 import operator
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from widthsearch.data.config import IMAGE_FOLDER_LAYOUT
+from widthsearch.data.config import IMAGE_FOLDER_LAYOUT, LossName
 from widthsearch.errors import DataError
 from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
 
@@ -33,11 +33,11 @@ _WIDE = ("I", "F")  # the first letters of PIL's modes with more than 8 bits
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels.
+    """Images and their targets.
 
     Attributes:
         images: uint8 (N, C, H, W), 0 to 255.
-        labels: int64 (N,), 0 to classes - 1.
+        labels: int64 (N,), 0 to classes - 1; or float32 (N, K): K labels of 0 or 1, or K values.
 
     Example:
         >>> split = Split(np.zeros((3, 1, 2, 2), np.uint8), np.array([0, 1, 1]))
@@ -46,11 +46,12 @@ class Split:
     """
 
     images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | NDArray[np.float32]
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, self.images.shape
-        assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
+        form = {1: np.int64, 2: np.float32}.get(self.labels.ndim)
+        assert self.labels.dtype == form and len(self.labels) == len(self.images)
         # numpy leaves the strides of dims of size 1 open, and torch would mistake unusual ones for
         # channels_last.
         canonical = self.images.reshape(-1).reshape(self.images.shape)
@@ -258,36 +259,73 @@ def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
 # --- the user's own datasets ---
 
 
-def read_dataset(dataset: Any, name: str) -> Split:
+def read_dataset(dataset: Any, name: str, loss: LossName = "cross_entropy") -> Split:
     """Read a map-style torch dataset once, from 0 to its length.
 
     Args:
-        dataset: Items (image, label), see :func:`~widthsearch.data.tasks.task_from_datasets`.
+        dataset: Items (image, target), see :func:`~widthsearch.data.tasks.task_from_datasets`.
         name: The dataset's name in messages.
+        loss: The loss, which decides the form of a target.
 
     Raises:
         DataError: An item has another form.
     """
     images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
+    labels: list[Any] = []
+    as_target, rule = _TARGETS[loss]
     try:
         for i in range(len(dataset)):
             image, label = dataset[i]
             images.append(_as_uint8(image))
-            labels.append(operator.index(label))
+            labels.append(as_target(label))
             if images[i].shape != images[0].shape:
                 raise ValueError(f"shape {images[i].shape}, and the first has {images[0].shape}")
-            if labels[i] < 0:
-                raise ValueError(f"label {labels[i]}")
+            if np.shape(labels[i]) != np.shape(labels[0]):
+                raise ValueError(f"{len(labels[i])} values, and the first has {len(labels[0])}")
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{name} must have items (image, label), where all images have one shape (C, H, W) or "
             "(H, W) and are PIL images, uint8 tensors of 0 to 255 or float tensors of 0 to 1, and "
-            f"labels are integers from 0, but item {len(labels)} breaks this rule: {error}"
+            f"labels are {rule}, but item {max(0, len(images) - 1)} breaks this rule: {error}"
         ) from error
     if not images:
         raise DataError(f"{name} must have images, but its length is 0")
-    return Split(np.stack(images), np.array(labels, dtype=np.int64))
+    if loss == "cross_entropy":
+        return Split(np.stack(images), np.array(labels, dtype=np.int64))
+    return Split(np.stack(images), np.stack(labels))
+
+
+def _class(label: Any) -> int:
+    """A class as an integer from 0."""
+    if (found := operator.index(label)) < 0:
+        raise ValueError(f"label {found}")
+    return found
+
+
+def _values(target: Any) -> NDArray[np.float32]:
+    """A number, or a vector of numbers, as float32 (K,)."""
+    values = np.asarray(target, dtype=np.float32)
+    if values.ndim > 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"target {np.array2string(values, threshold=8)}")
+    return values.reshape(-1)
+
+
+def _labels(target: Any) -> NDArray[np.float32]:
+    """A vector of 0 and 1 as float32 (K,)."""
+    values = _values(target)
+    if np.ndim(target) != 1 or not np.isin(values, (0, 1)).all():
+        raise ValueError(f"labels {np.array2string(values, threshold=8)}")
+    return values
+
+
+_VALUES = (_values, "finite numbers or vectors of them, all of one length")
+_TARGETS: Mapping[LossName, tuple[Callable[[Any], Any], str]] = {
+    "cross_entropy": (_class, "integers from 0"),
+    "bce": (_labels, "vectors of 0 and 1, all of one length"),
+    "mse": _VALUES,
+    "l1": _VALUES,
+}
+"""The conversion of a target for each loss, and its form in words."""
 
 
 def _as_uint8(image: object) -> NDArray[np.uint8]:

@@ -5,8 +5,9 @@ and labels, with their normalisation and augmentation, for the built-in trainer;
 holds two functions of the user's own.
 
 An image task consists of numpy arrays, so that processes can share it without a copy. A seeded
-share of every class of train is held out as the validation split, which a search compares networks
-on. The test split is for final trainings only: :meth:`Task.for_search` removes it.
+share of train is held out as the validation split, of every class where the targets are classes; a
+search compares networks on it. The test split is for final trainings only: :meth:`Task.for_search`
+removes it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from widthsearch.data import sources
-from widthsearch.data.config import Augmentation, TaskConfig
+from widthsearch.data.config import REPORTED, Augmentation, LossName, TaskConfig
+from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.errors import DataError
 from widthsearch.utils.references import load_function
@@ -47,7 +48,7 @@ class OwnTask:
     Example:
         >>> x = torch.linspace(0, 1, 8)[:, None]
         >>> def loss(network, batch):
-        ...     return F.mse_loss(network(batch["x"]), batch["y"])
+        ...     return nn.functional.mse_loss(network(batch["x"]), batch["y"])
         >>> def batches(split, seed):
         ...     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
         ...     return [{"x": x[i], "y": 2 * x[i]} for i in order.split(4)]
@@ -60,6 +61,7 @@ class OwnTask:
     batch_function: Callable[[str, int], Iterable[Any]]
     name: str = "loss"
     measure: ClassVar[str] = "loss"
+    minimized: ClassVar[bool] = True
 
     def loss(self, network: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, ().
@@ -91,18 +93,19 @@ class OwnTask:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The images and labels that networks are trained and evaluated on.
+    """The images and targets that networks are trained and evaluated on.
 
     Attributes:
         name: As in the task's configuration.
         train: The training split.
         validation: The split that a search compares networks on; held out of train by class.
         test: The split for final trainings; None in a search's workers.
-        classes: The number of classes.
+        classes: The number of outputs of a network: of classes, labels or target values.
         mean: The mean of each channel over train, where black is 0 and white is 1.
         std: The standard deviation of each channel over train, likewise.
         augmentation: The random changes to training images.
         names: The names of the classes; empty if unknown.
+        loss_name: The loss, see :class:`~widthsearch.data.config.TaskConfig`.
 
     Example:
         >>> task = load_task("digits")
@@ -121,7 +124,17 @@ class Task:
     std: tuple[float, ...]
     augmentation: Augmentation
     names: tuple[str, ...] = ()
-    measure: ClassVar[str] = "accuracy"
+    loss_name: LossName = "cross_entropy"
+
+    @property
+    def measure(self) -> str:
+        """The number on the validation split that methods compare networks by."""
+        return REPORTED[self.loss_name][0]
+
+    @property
+    def minimized(self) -> bool:
+        """Whether lower values of ``measure`` are better."""
+        return self.loss_name in ("mse", "l1")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -136,15 +149,16 @@ class Task:
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0
     ) -> Tensor:
-        """The mean cross-entropy of a batch of normalised images and labels, ()."""
-        images, labels = batch
-        logits: Tensor = network(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        """The mean loss of a batch of normalised images and targets, ()."""
+        images, targets = batch
+        outputs: Tensor = network(images)
+        return LOSSES[self.loss_name].value(outputs.float(), targets, label_smoothing)
 
     def batches(self, split: SplitName, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a pass over a split, not augmented: train in an order drawn by the seed.
 
-        A batch has at most 256 normalised images, float32 (N, C, H, W), and labels, int64 (N,).
+        A batch has at most 256 normalised images, float32 (N, C, H, W), and targets: int64 (N,) or
+        float32 (N, K).
         """
         from widthsearch.data.loaders import DeviceLoader  # which imports this file
 
@@ -156,8 +170,8 @@ class Task:
         return (loader.plain(order[i : i + 256]) for i in range(0, count, 256))
 
     def shown(self, value: float) -> str:
-        """The accuracy on the validation split, in words."""
-        return f"accuracy {value:.1f}%"
+        """The number on the validation split that methods compare networks by, in words."""
+        return f"{self.measure} {f'{value:.4g}' if self.minimized else f'{value:.1f}%'}"
 
 
 AnyTask = Task | OwnTask
@@ -212,16 +226,17 @@ def task_from_datasets(train: Any, test: Any, config: TaskConfig) -> Task:
     would be applied only once.
 
     Args:
-        train: Items (image, label). An image is a PIL image, a uint8 tensor of 0 to 255 or a float
-            tensor of 0 to 1; all have one shape (C, H, W) or (H, W). A label is an integer.
+        train: Items (image, target). An image is a PIL image, a uint8 tensor of 0 to 255 or a float
+            tensor of 0 to 1; all have one shape (C, H, W) or (H, W). A target is an integer, with
+            ``bce`` a vector of 0 and 1, with ``mse`` and ``l1`` a number or a vector of numbers.
         test: Likewise.
-        config: The task's name and choices.
+        config: The task's name, loss and choices.
 
     Raises:
         DataError: An item has another form, or a class has too few images.
     """
-    train_half = sources.read_dataset(train, f"train of task {config.name!r}")
-    test_half = sources.read_dataset(test, f"test of task {config.name!r}")
+    train_half = sources.read_dataset(train, f"train of task {config.name!r}", config.loss)
+    test_half = sources.read_dataset(test, f"test of task {config.name!r}", config.loss)
     return _task(config, train_half, test_half, validation=0.1, augmentation=Augmentation())
 
 
@@ -235,7 +250,51 @@ def _task(
             f"train and test must have images of one shape (C, H, W), but those of task {name!r} "
             f"have {shape} and {test.images.shape[1:]}"
         )
-    counts = np.bincount(train.labels)
+    outputs = _outputs(config, train, test)
+    for key in ("crop_padding", "flip", "cutout"):
+        if (chosen := getattr(config, key)) is not None:
+            augmentation = replace(augmentation, **{key: chosen})
+    if augmentation.crop_padding >= min(shape[1:]):
+        raise DataError(
+            "`crop_padding` must be less than the image's side, but task "
+            f"{name!r} has crop_padding={augmentation.crop_padding} and images of {shape}"
+        )
+    share = validation if config.validation is None else config.validation
+    of_classes = config.loss == "cross_entropy"
+    train, held_out = (stratified if of_classes else divided)(train, share, config.split_seed)
+    if config.loss == "bce" and not held_out.labels.any():
+        raise DataError(
+            f"some image must have a label, but the {len(held_out)} that task {name!r} holds out "
+            "for validation have none; raise `validation`"
+        )
+    mean, std = _channel_statistics(train.images)
+    sizes = train, held_out, test, outputs, mean, std, augmentation
+    return Task(name, *sizes, loss_name=config.loss)
+
+
+def _outputs(config: TaskConfig, train: Split, test: Split) -> int:
+    """The number of outputs of a network for these targets.
+
+    Raises:
+        DataError: A class or a label has too few images, or test has other targets than train.
+    """
+    name = config.name
+    if config.loss != "cross_entropy":
+        of_train, of_test = (half.labels.shape[1] for half in (train, test))
+        if of_train != of_test:
+            raise DataError(
+                f"train and test must have targets of one length, but those of task {name!r} have "
+                f"{of_train} and {of_test}"
+            )
+        if len(train) < 2:
+            raise DataError(f"train needs 2 images or more, but task {name!r} has {len(train)}")
+        if config.loss == "bce" and not (found := train.labels.any(axis=0)).all():
+            raise DataError(
+                f"every label needs an image of train that has it, but task {name!r} has none of "
+                f"label {int(found.argmin())} of {of_train}"
+            )
+        return int(of_train)
+    counts = np.bincount(train.labels.astype(np.int64))
     classes = len(counts)
     if classes < 2 or counts.min() < 2:
         rare = int(counts.argmin())
@@ -249,18 +308,16 @@ def _task(
             f"test must have no other classes than train, but task {name!r} has label {most} in "
             f"test and {classes} classes in train"
         )
-    for key in ("crop_padding", "flip", "cutout"):
-        if (chosen := getattr(config, key)) is not None:
-            augmentation = replace(augmentation, **{key: chosen})
-    if augmentation.crop_padding >= min(shape[1:]):
-        raise DataError(
-            "`crop_padding` must be less than the image's side, but task "
-            f"{name!r} has crop_padding={augmentation.crop_padding} and images of {shape}"
-        )
-    share = validation if config.validation is None else config.validation
-    train, held_out = stratified(train, share, config.split_seed)
-    mean, std = _channel_statistics(train.images)
-    return Task(name, train, held_out, test, classes, mean, std, augmentation)
+    return classes
+
+
+def divided(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """The images to keep and those to hold out, at least one each, in the order of the split."""
+    count = len(split)
+    out = np.zeros(count, dtype=np.bool_)
+    held_out = min(max(round(share * count), 1), count - 1)
+    out[np.random.default_rng(seed).permutation(count)[:held_out]] = True
+    return split.subset(~out), split.subset(out)
 
 
 def stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:

@@ -57,8 +57,9 @@ class ActivationDensity:
         max_steps: The most steps of a phase, in whole epochs; default those of the recipe. With 1,
             widths follow the densities of an untrained network, which is an ablation.
         until: The method ends once every density is at least this value; default 0.95.
-        drop: The method ends once accuracy is this many points below the first phase's, or the loss
-            of a user's own task this many percent above it; default 3.
+        drop: The method ends once accuracy is this many points below the first phase's, or a number
+            to minimize, such as the loss of a user's own task, this many percent above it; default
+            3.
         threshold: Values above this share of the root mean square of a consumer's input are active;
             0 counts values that are not zero. By default the first batch of each consumer decides:
             0 if at least 1% of the values are exactly zero, else 0.05.
@@ -99,7 +100,7 @@ class ActivationDensity:
         untrained: Widths | None = None
         while True:
             smaller = narrowed(space, widths, run.train(widths, model).densities)
-            stopped = self._why_stopped(space, phases)
+            stopped = self._why_stopped(space, phases, task.minimized)
             if stopped is None and space.cost(smaller).macs < setting.lowest * full:
                 stopped, untrained = "the next widths are below the lowest of interest", smaller
             if stopped is not None:
@@ -123,15 +124,17 @@ class ActivationDensity:
         }
         return Proposal("activation_density", tuple(trajectory), provenance)
 
-    def _why_stopped(self, space: SearchSpace, phases: Sequence[Phase]) -> str | None:
+    def _why_stopped(
+        self, space: SearchSpace, phases: Sequence[Phase], minimized: bool
+    ) -> str | None:
         """The reason to stop after these phases, if there is one."""
         first, last = phases[0], phases[-1]
         if math.isnan(last.value):
             return "training diverged"
-        if last.measure == "loss" and last.value - first.value > self.drop / 100 * abs(first.value):
-            return f"the loss is more than {self.drop:g}% above the first phase's"
-        if last.measure == "accuracy" and last.value < first.value - self.drop:
-            return f"accuracy is more than {self.drop:g} points below the first phase's"
+        if minimized and last.value - first.value > self.drop / 100 * abs(first.value):
+            return f"{last.measure} is more than {self.drop:g}% above the first phase's"
+        if not minimized and last.value < first.value - self.drop:
+            return f"{last.measure} is more than {self.drop:g} points below the first phase's"
         movable = [
             d
             for d, w, axis in zip(last.densities, last.widths.vector, space.axes, strict=True)
@@ -158,7 +161,7 @@ class Phase:
         densities: The density of each axis in the last epoch; NaN without measured consumers.
         value: The mean over the last epochs of validation accuracy in percent, or of the validation
             loss of an own task.
-        measure: ``accuracy`` or ``loss``, the name of the value in JSON.
+        measure: The name of the value in JSON, such as ``accuracy`` or ``loss``.
 
     Example:
         >>> phase = Phase(Widths(("fc",), (8,)), 900, False, 3, 48, True, (math.nan,), value=91.0)

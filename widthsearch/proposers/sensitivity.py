@@ -15,7 +15,7 @@ from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.loaders import DeviceLoader, StreamLoader
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import AnyTask, OwnTask
+from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.proposers.importance import CostAt, GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
 from widthsearch.space.search_space import SearchSpace
@@ -109,13 +109,20 @@ class Sensitivity:
             return
         rng = np.random.default_rng(seed)
         for _ in range(self.batches):
-            index = balanced(task.train.labels, task.classes, self.batch_size, rng)
+            index = _batch(task, self.batch_size, rng)
             batch = Split(task.train.images[index], task.train.labels[index])
             yield DeviceLoader(batch, task, len(batch), device).plain()
 
 
+def _batch(task: Task, batch_size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Indices of a batch: balanced by class where the targets are classes, else drawn at random."""
+    if task.loss_name == "cross_entropy":
+        return balanced(task.train.labels, task.classes, batch_size, generator)
+    return np.sort(generator.permutation(len(task.train))[:batch_size])
+
+
 def balanced(
-    labels: NDArray[np.int64], classes: int, batch_size: int, generator: np.random.Generator
+    labels: NDArray[Any], classes: int, batch_size: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     """Draw indices of a batch with equally many samples per class, at least one."""
     each = max(1, batch_size // classes)

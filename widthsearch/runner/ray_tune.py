@@ -28,9 +28,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from widthsearch.bayesopt.metric import ACCURACY, COSTS
 from widthsearch.data.tasks import AnyTask
-from widthsearch.errors import StorageError, StudyError, one_line
+from widthsearch.errors import StorageError, one_line
 from widthsearch.runner import cluster, memory_kills
 from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.runner.signals import Interrupts
@@ -62,9 +61,6 @@ class Session:
         folder: The study's folder, for checkpoints and logs. On a cluster all nodes must share it,
             so that a trial whose worker died can continue from its last checkpoint.
 
-    Raises:
-        StudyError: The trainer does not report the study's metric.
-
     Example, which starts Ray::
 
         with Session(study.config, study.folder) as session:
@@ -73,13 +69,6 @@ class Session:
     """
 
     def __init__(self, config: StudyConfig, folder: Path) -> None:
-        known = (ACCURACY.name, "loss", *COSTS)
-        needed = {config.metric.name: None, **dict.fromkeys(config.objectives)}
-        if config.trainer is None and (missing := [n for n in needed if n not in known]):
-            raise StudyError(
-                "the built-in trainer reports accuracy and loss, but the study needs "
-                f"{missing[0]}: add a `trainer` that reports it"
-            )
         self._config = config
         self._folder = folder
         self._interrupts = Interrupts()

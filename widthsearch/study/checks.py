@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from widthsearch.bayesopt.metric import EXACT_COSTS
+from widthsearch.bayesopt.metric import COSTS, EXACT_COSTS
+from widthsearch.data.config import REPORTED
 from widthsearch.data.tasks import Task
 from widthsearch.errors import StudyError
 from widthsearch.latency.config import LatencyConfig
@@ -22,7 +23,7 @@ from widthsearch.study.job import study_job
 from widthsearch.study.storage import SpaceRecord, Store
 from widthsearch.training.optimizers import check_optimizer
 from widthsearch.training.recipe import Recipe
-from widthsearch.training.trainer import check_batch_size, check_input_shape, check_model
+from widthsearch.training.trainer import check_input_shape, check_model, check_recipe
 from widthsearch.utils.devices import check_device
 
 _FIXED = (
@@ -58,7 +59,8 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
     _check_limits(config, spaces)
     if task is not None:
         assert isinstance(config.recipe, Recipe)
-        check_batch_size(config.recipe, task)
+        check_recipe(config.recipe, task)
+        _check_reported(config, task)
         for space in spaces.values():
             check_input_shape(space, task)
     if config.ray_address is None:
@@ -68,6 +70,18 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
                 check_model(space.build(space.base, seed=config.seed).to(device), task, device)
         if "latency_ms" in config.objectives:
             check_device((config.latency or LatencyConfig()).device)
+
+
+def _check_reported(config: StudyConfig, task: Task) -> None:
+    """Check that the built-in trainer reports the metric and the objectives."""
+    reported = (*REPORTED[task.loss_name], "loss")
+    for name in (config.metric.name, *config.objectives):
+        if name not in (*reported, *COSTS):
+            raise StudyError(
+                f"the built-in trainer reports {', '.join(reported[:-1])} and loss for task "
+                f"{task.name!r}, but the study needs {name}: change `metric` or `objectives`, or "
+                "add a `trainer` that reports it"
+            )
 
 
 def _check_costs(space: SearchSpace) -> None:

@@ -138,8 +138,9 @@ class StudyConfig(BaseModel):
             the ``mixture`` of each two.
         baselines: The share of the trials that are baselines: uniform widths at each budget (in
             every space: depth × width), then random ones.
-        metric: What trainings are compared by, one of the numbers that they report; by default
-            top-1 accuracy in percent.
+        metric: What trainings are compared by, one of the numbers that they report. By default
+            top-1 accuracy in percent; with the task's loss ``bce`` mean average precision in
+            percent, ``map``, and with ``mse`` or ``l1`` the root mean square error, ``rmse``.
         objectives: What the front is of: the metric; the costs ``macs``, ``params``,
             ``activations``, ``weight_bytes``, ``latency_ms``; and other positive numbers that
             trainings report, to be minimised. By default the metric and ``macs``.
@@ -216,10 +217,14 @@ class StudyConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, values: Any) -> Any:
-        """Fill the defaults that depend on other fields: objectives, and with an own trainer more.
+        """Fill the defaults that depend on others: metric, objectives, with an own trainer more.
 
         Then the recipe is free, and by default no method reads data that it has no loss for.
         """
+        task = values.get("task")
+        loss = task.get("loss") if isinstance(task, Mapping) else getattr(task, "loss", None)
+        if loss in _METRICS:
+            values = {"metric": _METRICS[loss], **values}
         metric = values.get("metric", ACCURACY)
         named = isinstance(metric, Mapping)
         name = metric.get("name") if named else getattr(metric, "name", metric)
@@ -375,6 +380,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
     return values
 
+
+_METRICS: Mapping[Any, Mapping[str, Any]] = {
+    "bce": {"name": "map", "goal": "maximize", "range": (0, 100)},
+    "mse": {"name": "rmse", "goal": "minimize"},
+    "l1": {"name": "rmse", "goal": "minimize"},
+}
+"""The default metric of a task's loss, where it is not accuracy."""
 
 _SECTIONS: dict[str, Any] = {
     "": StudyConfig,

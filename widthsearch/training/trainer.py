@@ -18,7 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from widthsearch.data.config import REPORTED
 from widthsearch.data.loaders import DeviceLoader, StreamLoader, moved, without_batches
+from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.errors import DataError, StudyError, first_line
@@ -35,9 +37,9 @@ class Trainer:
     """Trains a network in place, one epoch a call.
 
     Args:
-        model: Maps images (N, C, H, W) to logits (N, classes); with an own task any network.
-        task: The images and labels, or a user's own task: then the results have its loss on the
-            validation split in place of accuracy.
+        model: Maps images (N, C, H, W) to outputs (N, K); with an own task any network.
+        task: The images and targets, or a user's own task. The value of an epoch is its ``measure``
+            on the validation split: accuracy in percent, for example, or the loss of an own task.
         recipe: Optimizer, schedule, batch size and precision.
         seed: Seeds the order of images, augmentation and dropout, but not the initial weights.
         device: E.g. ``cpu`` or ``cuda:0``; the model is moved there.
@@ -46,7 +48,7 @@ class Trainer:
 
     Raises:
         DeviceError: The device does not exist.
-        DataError: The model cannot process the task's images, or has not one output per class.
+        DataError: The model cannot process the task's images, or has not the task's outputs.
         StudyError: A batch is larger than the training split.
 
     Example:
@@ -74,14 +76,15 @@ class Trainer:
         self._recipe, self._seed, self._threads, self._model = recipe, seed, threads, model
         with devices.fixed_threads(threads):
             self._train, self._layout = placed(model, task, recipe, self._device)
-        self._validation: Callable[[], float]
+        self._validation: Callable[[], dict[str, float]]
         if isinstance(task, OwnTask):
-            self._validation = partial(mean_loss, model, task, self._device, recipe.precision)
+            self._validation = partial(_own_loss, model, task, self._device, recipe.precision)
         else:
             at = self._layout, self._device, recipe.precision, recipe.capture
             self._validation = _Evaluation(model, task, task.validation, *at)
         self._sgd = SgdSteps(model, self._train, recipe, self._device, hook=hook)
         self._curve: list[EpochResult] = []
+        self._measure = task.measure
 
     @property
     def epoch(self) -> int:
@@ -123,8 +126,9 @@ class Trainer:
             started = time.perf_counter()
             loss = self._sgd.run(generator, rates, self.epoch)
             seconds = time.perf_counter() - started
-            accuracy = self._validation() if math.isfinite(loss) else math.nan
-        self._curve.append(EpochResult(number, loss, accuracy, seconds, self.mode))
+            found = self._validation() if math.isfinite(loss) else {self._measure: math.nan}
+        value = found.pop(self._measure)
+        self._curve.append(EpochResult(number, loss, value, seconds, self.mode, found))
         return self._curve[-1]
 
     def state(self) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def train_classifier(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
 
     A final training is on the training and validation splits together. There is no held-out split
     then: the accuracy of an epoch is on a part of the training images. The last report has the
-    accuracy on the test split too, as ``test_accuracy``.
+    numbers of the test split too, such as ``test_accuracy``.
     """
     task: Task = trial.data
     kept, recipe, device = task, trial.recipe, str(trial.device)
@@ -157,9 +161,10 @@ def train_classifier(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
         trainer.restore(state, trial.curve)
     while not trainer.finished:
         result = trainer.run_epoch()
-        metrics = {"accuracy": result.value, "loss": result.loss}
+        metrics = {task.measure: result.value, "loss": result.loss, **result.metrics}
         if trial.final and result.epoch == trial.epochs:
-            metrics["test_accuracy"] = evaluate(network, task, "test", device, recipe.precision)
+            tested = _measured(network, task, "test", device, recipe.precision)
+            metrics |= {f"test_{name}": value for name, value in tested.items()}
         if not trial.report(metrics, trainer.state, seconds=result.seconds, mode=result.mode):
             return
 
@@ -201,16 +206,16 @@ def placed(
     model.to(device)
     if isinstance(task, OwnTask):
         return StreamLoader(task, device), torch.contiguous_format
-    check_batch_size(recipe, task)
+    check_recipe(recipe, task)
     with devices.seeded(0, 0, device):
         layout = check_model(model, task, device)
     model.to(memory_format=layout)
     return DeviceLoader(task.train, task, recipe.batch_size, device, layout), layout
 
 
-def mean_loss(
+def _own_loss(
     model: nn.Module, task: OwnTask, device: torch.device, precision: Precision = "auto"
-) -> float:
+) -> dict[str, float]:
     """The mean loss over the batches of the validation split; NaN if it is not finite."""
     training = model.training
     model.eval()
@@ -222,7 +227,7 @@ def mean_loss(
     if not losses:
         raise without_batches("validation")
     mean = math.fsum(losses) / len(losses)
-    return mean if math.isfinite(mean) else math.nan
+    return {task.measure: mean if math.isfinite(mean) else math.nan}
 
 
 def evaluate(
@@ -232,19 +237,31 @@ def evaluate(
     device: str = "cpu",
     precision: Precision = "auto",
 ) -> float:
-    """Top-1 accuracy on a split in percent; NaN if a logit is not finite.
+    """The task's ``measure`` on a split; NaN if an output is not finite.
 
-    With an own task it is the mean loss on the validation split. The model is moved to the device.
+    With classes it is top-1 accuracy in percent, with an own task the mean loss on the validation
+    split. The model is moved to the device.
 
     Raises:
         DeviceError: The device does not exist.
         DataError: The task has no such split, or the model does not fit the task.
     """
+    return _measured(model, task, split, device, precision)[task.measure]
+
+
+def _measured(
+    model: nn.Module,
+    task: AnyTask,
+    split: Literal["validation", "test"],
+    device: str,
+    precision: Precision,
+) -> dict[str, float]:
+    """All numbers of an evaluation by name, see :func:`evaluate`."""
     place = devices.check_device(device)
     if isinstance(task, OwnTask):
         assert split == "validation", "an own task has no test split"
         with devices.seeded(0, 0, place):
-            return mean_loss(model.to(place), task, place, precision)
+            return _own_loss(model.to(place), task, place, precision)
     images = task.validation if split == "validation" else task.test
     if images is None:
         raise DataError(
@@ -281,8 +298,9 @@ def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.mem
         model.train(training)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if isinstance(shape, str) or len(shape) != 2 or shape[1] != task.classes:
+        kind = "values" if task.minimized else "logits"
         raise DataError(
-            f"a network must return logits of shape (N, {task.classes}) for task {task.name!r}, "
+            f"a network must return {kind} of shape (N, {task.classes}) for task {task.name!r}, "
             f"but for 2 images it returns {shape}; give its last layer {task.classes} outputs"
         )
     return layout
@@ -314,12 +332,19 @@ def check_input_shape(space: SearchSpace, task: Task) -> None:
     )
 
 
-def check_batch_size(recipe: Recipe, task: Task) -> None:
-    """Check that a training split has at least one whole batch.
+def check_recipe(recipe: Recipe, task: Task) -> None:
+    """Check that a recipe fits a task.
 
     Raises:
-        StudyError: It has not.
+        StudyError: The training split has not one whole batch, or there is label smoothing without
+            classes.
     """
+    if recipe.label_smoothing and task.loss_name != "cross_entropy":
+        raise StudyError(
+            f"label_smoothing is for classes, but task {task.name!r} has the loss "
+            f"{task.loss_name} and the recipe label_smoothing={recipe.label_smoothing:g}; leave it "
+            "out"
+        )
     if recipe.batch_size > len(task.train):
         raise StudyError(
             f"`batch_size <= training images` must hold, but the recipe has batch_size="
@@ -338,7 +363,7 @@ def evaluation_batch(task: Task, device_type: str) -> int:
 
 
 class _Evaluation:
-    """Computes a network's top-1 accuracy on a split at each call."""
+    """Computes the numbers of a task's loss on a split at each call, such as accuracy."""
 
     def __init__(
         self,
@@ -355,33 +380,43 @@ class _Evaluation:
         self._loader = DeviceLoader(split, task, batch_size, device, layout)
         self._batch = torch.arange(self._loader.batch_size, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._loss, self._names = LOSSES[task.loss_name], REPORTED[task.loss_name]
+        self._targets = torch.from_numpy(split.labels)
+        classes = task.loss_name == "cross_entropy"  # a record is then whether it is right
+        self._records = torch.zeros(
+            len(split),
+            1 if classes else task.classes,
+            dtype=torch.bool if classes else torch.float32,
+            device=device,
+        )
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._steps = CudaGraphStep(model, device, capture)
 
-    def __call__(self) -> float:
-        """The accuracy in percent; NaN if a logit is not finite."""
+    def __call__(self) -> dict[str, float]:
+        """The numbers by name; NaN if an output is not finite."""
         model, loader = self._model, self._loader
         self._at.zero_()
-        self._hits.zero_()
         self._finite.fill_(True)
         training = model.training
         model.eval()
         with torch.inference_mode():
             self._steps.run(self._step, loader.steps)
             if rest := len(loader) % loader.batch_size:
-                self._count(len(loader) - rest + self._batch[:rest])
+                self._keep(len(loader) - rest + self._batch[:rest])
         model.train(training)
-        return 100 * self._hits.item() / len(loader) if self._finite.item() else math.nan
+        if not self._finite.item():
+            return dict.fromkeys(self._names, math.nan)
+        return self._loss.summary(self._records, self._targets)
 
     def _step(self) -> None:
         """Evaluate the next whole batch."""
-        self._count(self._at * self._loader.batch_size + self._batch)
+        self._keep(self._at * self._loader.batch_size + self._batch)
         self._at.add_(1)
 
-    def _count(self, chosen: Tensor) -> None:
-        images, labels = self._loader.plain(chosen)
+    def _keep(self, chosen: Tensor) -> None:
+        """Record the images with these indices."""
+        images, targets = self._loader.plain(chosen)
         with self._cast:  # entered here: autocast's cache of cast weights must not outlive a step
-            logits = self._model(images)
-        self._hits.add_((logits.argmax(dim=1) == labels).sum())
-        self._finite.logical_and_(logits.isfinite().all())
+            outputs = self._model(images)
+        self._records.index_copy_(0, chosen, self._loss.record(outputs, targets))
+        self._finite.logical_and_(outputs.isfinite().all())
