@@ -79,6 +79,7 @@ VALID: dict[str, Strategy] = {
     "recipe.label_smoothing": share,
     "recipe.precision": one("auto", "fp32", "bf16"),
     "recipe.capture": st.booleans(),
+    "widths": one([], ["widths.json"]),
     "proposers.method": one(*PROPOSERS, "own:small"),
     "proposers.activation_density.weights": one("reinit", "inherit"),
     "proposers.activation_density.tolerance": share,
@@ -134,6 +135,9 @@ VALID: dict[str, Strategy] = {
     "early_stopping.Rungs.first_epoch": st.integers(1, 3),
     "early_stopping.Rungs.eta": st.integers(2, 9),
     "trials": st.integers(1, 10**6),
+    "hours": st.floats(0.001, 1e9),
+    "patience.suggestions": count,
+    "patience.gain": share,
     "concurrency": st.integers(1, 64) | one("auto"),
     "resources.cpu": one(0.5, 1, 4, 1.0),
     "resources.gpu": one(0, 0.5, 1),
@@ -157,7 +161,7 @@ def proposer(method: str) -> Strategy:
     return st.just(method) | section(f"proposers.{method}").map(lambda f: {"method": method, **f})
 
 
-SECTIONS = ("constraints", "recipe", "latency", "resources", "task")
+SECTIONS = ("constraints", "recipe", "latency", "resources", "task", "patience")
 PLAIN = sorted(key for key in VALID if "." not in key)
 
 
@@ -175,6 +179,10 @@ def documents(draw: st.DrawFn) -> Document:
     _choose_data(draw, drawn, own)
     _choose_search(draw, drawn, own)
     _choose_machine(drawn, own)
+    if "patience" in drawn:
+        drawn["patience"].setdefault("suggestions", 3)
+    if drawn.get("space") != "study_grammar:space" or "constraints" in drawn:
+        drawn.pop("widths", None)  # the file is of that space
     return drawn
 
 

@@ -163,6 +163,7 @@ def study_files(draw: st.DrawFn) -> Case:
 
     def case(folder: Path) -> Callable[[], object]:
         (folder / "study.yaml").write_bytes(content)
+        grammar.space().save_widths(folder / "widths.json", 0.5)
         for each in ("train/a", "train/b", "test/a", "test/b"):
             (folder / "images" / each).mkdir(parents=True)
             for i in range(5):

@@ -208,8 +208,11 @@ class Study:
             self.search(on_progress, session.propose, retry=retry) as search,
         ):
             session.train(search, self.data)
+            ended = search.ended
         if all(trial.state != TrialState.FINISHED for trial in search.trials.values()):
             reasons = [trial.error for trial in search.trials.values() if trial.error]
+            if not reasons and ended is not None:
+                raise StudyError(f"study {self.config.name!r} has no finished trial: {ended}")
             raise StudyError(
                 f"study {self.config.name!r} has no finished trial; the last failed: "
                 f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run "

@@ -223,16 +223,7 @@ def read_widths(path: Path, name: str, axes: Sequence[Axis], space_fingerprint: 
         WidthsError: The file cannot be read, belongs to another space (the message names the
             first difference), or has a width that is not on the grid.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
-        raise WidthsError(f"the widths file {str(path)!r} cannot be read: {reason}") from None
-    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise WidthsError(
-            f"a widths file must hold {', '.join(_KEYS)}, but {str(path)!r} has no {missing[0]!r}"
-        )
+    content = _read(path)
     base, widths = content["base"], content["widths"]
     for key, value in (("base", base), ("widths", widths)):
         if not isinstance(value, dict):
@@ -261,6 +252,30 @@ def read_widths(path: Path, name: str, axes: Sequence[Axis], space_fingerprint: 
         except WidthsError as error:
             raise WidthsError(f"{str(path)!r}: {error}") from None
     return Widths(names, tuple(widths[name] for name in names))
+
+
+def space_in(path: Path) -> str:
+    """The name of the space in a file that :func:`write_widths` wrote.
+
+    Raises:
+        WidthsError: The file cannot be read.
+    """
+    return str(_read(path)["space"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        raise WidthsError(f"the widths file {str(path)!r} cannot be read: {reason}") from None
+    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise WidthsError(
+            f"a widths file must hold {', '.join(_KEYS)}, but {str(path)!r} has no {missing[0]!r}"
+        )
+    whole: dict[str, Any] = content
+    return whole
 
 
 def _difference(space: Any, base: Mapping[str, Any], name: str, axes: Sequence[Axis]) -> str:

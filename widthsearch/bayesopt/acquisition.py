@@ -77,6 +77,21 @@ class HypervolumeImprovement:
         improvement: Array = (volumes * exceedance(mean[:, None], sd[:, None], levels)).sum(axis=1)
         return improvement
 
+    @property
+    def volume(self) -> float:
+        """The hypervolume of the front above the floor, in the same units.
+
+        Example:
+            >>> front = HypervolumeImprovement(np.array([60.0]), np.array([[0.5]]), window, 50.0)
+            >>> front.volume  # (60 - 50) · ½
+            5.0
+        """
+        if self.costs.shape[1] == 1:
+            edges, levels = self._staircase
+            return float(np.diff(edges) @ (levels - self.floor))
+        _, best = self._nodes
+        return float((best - self.floor).mean() * np.prod(self.window[1] - self.window[0]))
+
     def _steps_above(self, costs: Array) -> tuple[Array, Array]:
         """For one exact cost: the levels of b, (L,), and their lengths above each cost, (N, L)."""
         edges, levels = self._staircase

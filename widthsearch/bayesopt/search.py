@@ -68,6 +68,8 @@ class Suggestion:
         widths: Its widths.
         improvement: The expected improvement of the hypervolume, in units of score times the log of
             each cost; infinite for the first trials, which need no surrogate.
+        gain: The same as a share of the hypervolume of the front so far; infinite before there is
+            a front.
 
     Example:
         >>> Suggestion(Widths(("conv1",), (24,)), improvement=0.5).widths["conv1"]
@@ -76,6 +78,7 @@ class Suggestion:
 
     widths: Widths
     improvement: float
+    gain: float = np.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +232,7 @@ class BayesianSearch:
         """The candidate of greatest expected improvement, after two rounds of single steps."""
         if self._all is not None:
             values = self._evaluate(acquisition, self._all)
-            return self._best(self._all.widths, values, excluded)
+            return self._best(self._all.widths, values, excluded, acquisition.improvement.volume)
         grid, each = self._grid, _CANDIDATES_PER_KIND
         parents, given = (
             some[np.sort(rng.permutation(len(some))[:_MAX_PARENTS])]
@@ -253,21 +256,34 @@ class BayesianSearch:
             widths = np.concatenate([widths, pool.widths])
             values = np.concatenate([values, self._evaluate(acquisition, pool)])
             batch = grid.neighbours(widths[np.argsort(-values, kind="stable")[:_REFINED]])
-        return self._best(widths, values, excluded)
+        return self._best(widths, values, excluded, acquisition.improvement.volume)
 
     def _evaluate(self, acquisition: _Acquisition, pool: _Candidates) -> Array:
         """The expected improvement by each candidate, (N,); −∞ outside the limits."""
         return np.where(self._within_limits(pool), acquisition(pool), -np.inf)
 
     def _best(
-        self, widths: Batch, values: Array, excluded: Collection[tuple[int, ...]]
+        self,
+        widths: Batch,
+        values: Array,
+        excluded: Collection[tuple[int, ...]],
+        volume: float = 0.0,
     ) -> Suggestion | None:
-        """The network of greatest value that is not excluded; of equals the first."""
+        """The network of greatest value that is not excluded; of equals the first.
+
+        Args:
+            widths: The networks, (N, axes).
+            values: The expected improvement by each, (N,).
+            excluded: Width vectors that are not suggested.
+            volume: The hypervolume of the front.
+        """
         names = tuple(axis.name for axis in self.coordinates.axes)
         for i in np.argsort(-values, kind="stable"):
             vector = tuple(widths[i].tolist())
             if values[i] > -np.inf and vector not in excluded:
-                return Suggestion(Widths(names, vector), float(values[i]))
+                value = float(values[i])
+                gain = value / volume if volume > 0 else np.inf
+                return Suggestion(Widths(names, vector), value, gain)
         return None
 
     def _within_limits(self, pool: _Candidates) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,8 @@ def origin_text(origin: Mapping[str, Any]) -> str:
         'synflow ×0.25'
         >>> origin_text({"base": True}), origin_text({"sampler": "search"})
         ('base', 'search')
+        >>> origin_text({"given": "pruned/half.json"})
+        'half.json'
     """
     if origin.get("base"):
         return "base"
@@ -50,7 +53,7 @@ def origin_text(origin: Mapping[str, Any]) -> str:
         return f"confirms {origin['confirms']}"
     if "proposer" in origin:
         return f"{origin['proposer']} ×{origin['budget']:g}"
-    return "search" if "sampler" in origin else "given"
+    return "search" if "sampler" in origin else PurePath(origin.get("given", "given")).name
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -38,6 +38,7 @@ from widthsearch.study.sections import (
     AnyRecipe,
     FreeRecipe,
     Function,
+    Patience,
     ProposerConfig,
     Resources,
     Rungs,
@@ -52,6 +53,10 @@ def _count_or_auto(value: Any) -> Any:
     if value != "auto" and (type(value) is not int or value < 1):
         raise ValueError(f"must be 1 or more, or auto, but was {value!r}")
     return value
+
+
+def _bare_suggestions(value: Any) -> Any:
+    return {"suggestions": value} if type(value) in (int, float) else value
 
 
 def _interval(value: Any, validate: ValidatorFunctionWrapHandler) -> tuple[float, float]:
@@ -132,6 +137,8 @@ class StudyConfig(BaseModel):
         batches: A function ``batches(split, seed)``, or its reference: the batches of a pass over
             the split ``"train"`` or ``"validation"``.
         recipe: How each candidate is trained. For an own trainer any keys beside ``epochs``.
+        widths: Files of :meth:`~widthsearch.space.search_space.SearchSpace.save_widths` whose
+            networks are trained after the base and before all others, also off the grid.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
         families: How proposals are scaled: ``linear``, ``power`` (a trajectory's own trend), and
@@ -151,6 +158,10 @@ class StudyConfig(BaseModel):
             costs, ``rungs`` all but the best of each rung; None trains everything to its end.
         trials: The number of trials in all: the base model, the families' members, and the
             sampler's own for the rest. Failed ones count.
+        hours: No trial begins once the study was driven for so many hours, over all its runs; those
+            that run then are trained to their end. None for no bound.
+        patience: The study ends once so many suggestions in a row were expected to improve the
+            front little; None for no such end. See :class:`~widthsearch.study.sections.Patience`.
         concurrency: The number of trials at once; ``auto`` finds by a short probe of this machine
             the number that trains the most candidates an hour, and gives each its share of the GPU.
         resources: The share of a machine that each trial takes.
@@ -187,6 +198,7 @@ class StudyConfig(BaseModel):
     loss: Function | None = None
     batches: Function | None = None
     recipe: AnyRecipe = Recipe()
+    widths: tuple[str, ...] = ()
     proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
     families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("linear", "power")
@@ -197,6 +209,8 @@ class StudyConfig(BaseModel):
     latency: LatencyConfig | None = None
     early_stopping: Annotated[Stopping, _named("kind", "front")] | None = None
     trials: Annotated[int, Field(ge=1, le=10**6)]
+    hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    patience: Annotated[Patience | None, BeforeValidator(_bare_suggestions)] = None
     concurrency: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 1
     resources: Resources = Resources()
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -397,6 +411,7 @@ _SECTIONS: dict[str, Any] = {
     "latency": LatencyConfig,
     "early_stopping.front": FrontStopping,
     "early_stopping.rungs": Rungs,
+    "patience": Patience,
     "resources": Resources,
 }
 

@@ -25,6 +25,7 @@ from widthsearch.latency.profiles import load_profile
 from widthsearch.proposers import Proposer, Setting, families
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.budget import Budget
 from widthsearch.study.checks import check_parts, claim
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.confirmation import Confirmation
@@ -34,7 +35,13 @@ from widthsearch.study.job import own_task
 from widthsearch.study.loop import Search
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.progress import Level, Notify, Pace, Progress
-from widthsearch.study.proposals import Engine, ProposalRequest, collect_proposals, proposal_key
+from widthsearch.study.proposals import (
+    Engine,
+    ProposalRequest,
+    collect_proposals,
+    given_candidates,
+    proposal_key,
+)
 from widthsearch.study.sections import AnyRecipe
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, count_begun
@@ -112,17 +119,21 @@ class Driver:
                     "trainer of its own and no loss: add `loss` and `batches`, or use synflow, "
                     "uniform, random or a method of your own"
                 )
+        given = given_candidates(self.spaces, self.config.widths)
         with self._driving(on_progress) as (driver_lock, config, say):
             store = driver_lock.store
             share = round(config.baselines * config.trials)
             budgets = self._budgets(say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
             proposed = families.baseline_candidates(self.spaces, budgets, share, config.seed)
-            if count_begun(store.trials(self.spaces)) < config.trials:  # else none is needed
+            budget = Budget(config, store)
+            begun = count_begun(store.trials(self.spaces))
+            if begun < config.trials and not budget.out_of_time():  # else none is needed
                 asked = self._requests(proposers, config)
                 found, self.failures = collect_proposals(store, asked, task, engine, say)
+                budget.record()
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
-            queue += self._within_limits(proposed, say)
+            queue += self._within_limits([*given, *proposed], say)
             yield Search(
                 config,
                 self.spaces,
@@ -131,6 +142,7 @@ class Driver:
                 measure=self._meter() if "latency_ms" in config.objectives else None,
                 profiles=self._profiles,
                 retry=retry,
+                budget=budget,
                 on_progress=on_progress,
             )
 
@@ -284,15 +296,16 @@ class Driver:
         costs = [self.spaces[c.space].cost(c.widths) for c in proposed]
         inside = [is_within_limits(cost, limits) for cost in costs]
         left = [c.origin for c, within in zip(proposed, inside, strict=True) if not within]
-        if left:
+        bounds = ", ".join(f"{name} [{low:g}, {high:g}]" for name, (low, high) in limits.items())
+        reason = f"costs are outside the limits ({bounds})"
+        for path in (origin["given"] for origin in left if "given" in origin):
+            say(f"the widths in {path} are left out: their {reason}", "event")
+        if left := [origin for origin in left if "given" not in origin]:
             baselines = sum("baseline" in origin for origin in left)
             budgets = ", ".join(sorted({f"{origin['budget']:g}" for origin in left}, key=float))
-            bounds = ", ".join(
-                f"{name} [{low:g}, {high:g}]" for name, (low, high) in limits.items()
-            )
             say(
                 f"{len(left) - baselines} proposed and {baselines} baseline candidates are left "
-                f"out, of budgets {budgets}: their costs are outside the limits ({bounds})",
+                f"out, of budgets {budgets}: their {reason}",
                 "event",
             )
         return [c for c, within in zip(proposed, inside, strict=True) if within]

@@ -45,6 +45,7 @@ from widthsearch.latency.config import Latency
 from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.budget import RECORD_SECONDS, Budget
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.front import objective_value
@@ -81,12 +82,10 @@ class Search:
             latency is no objective.
         profiles: Stored latency profiles, by space.
         retry: Whether to train again the trials that failed.
+        budget: Ends the search before it has all its trials; None where nothing does.
         on_progress: Called with the progress of the study.
 
     Attributes:
-        config: The study's configuration.
-        spaces: The spaces by name.
-        driver_lock: The lock of the study's storage.
         trials: Every trial, running ones too, by number.
     """
 
@@ -100,6 +99,7 @@ class Search:
         measure: Callable[[Trial, float | None], Latency] | None = None,
         profiles: Mapping[str, LatencyPredictor] | None = None,
         retry: bool = False,
+        budget: Budget | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config = config
@@ -107,6 +107,7 @@ class Search:
         self._store = driver_lock.store
         self.driver_lock = driver_lock
         self._measure = measure
+        self._budget = budget
         self._on_progress = on_progress
         self._store.fail_partial(spaces)
         self.trials = {trial.number: trial for trial in self._store.trials(spaces)}
@@ -118,16 +119,30 @@ class Search:
         self._queue = CandidateQueue(self.trials.values(), candidates, retry=retry)
         self._latency = LatencyEstimates(spaces, profiles or {}, self.trials)
         self._suggestions = Suggestions(config, self._latency, self._queue.proposed)
-        self._exhausted = False
+        self._exhausted = self._announced = False
         self._failures = 0
         self._counted = ((-1, -1), 0)
-        self._shown = (-1, self.posterior)
         self._pace = Pace(self._done)
+        if budget is not None:
+            self._announce()
 
     @property
     def done(self) -> bool:
-        """Whether every trial has ended."""
-        return not self.running and not self._may_begin()
+        """Whether every trial has ended, or waits for more hours."""
+        return len(self.running) == len(self._waiting) and not self._may_begin()
+
+    @property
+    def ended(self) -> str | None:
+        """Why no further trial begins, though there are fewer than ``trials``; None else."""
+        if self._begun >= self._total and not self._waiting:
+            return None
+        if self._exhausted:
+            limits = " within the limits" if self.config.limits else ""
+            return f"every width vector of the space{limits} has been tried"
+        if self._budget is None:
+            return None
+        impatient = None if self._queue else self._budget.out_of_patience(self.trials.values())
+        return self._budget.out_of_time() or impatient
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -152,12 +167,17 @@ class Search:
         self.driver_lock.check()
         if self._need_alone or any(self.is_alone(number) for number in self.running):
             return self._next_alone()
-        if self._interrupted:
-            self._make_ready(self._interrupted)
-            self._interrupted = []
+        waiting = self._waiting
+        self._make_ready([t for t in self._interrupted if t.number not in waiting])
+        self._interrupted = [t for t in self._interrupted if t.number in waiting]
         while not self._ready and self._may_begin():
             self._make_ready(self._begin_generation())
-        return self._ready.popleft() if self._ready else None
+        self._announce()
+        waiting = self._waiting
+        trial = next((t for t in self._ready if t.number not in waiting), None)
+        if trial is not None:
+            self._ready.remove(trial)
+        return trial
 
     def report(self, number: int, curve: Sequence[EpochResult]) -> bool:
         """Record an epoch of a trial, and decide whether the trial continues.
@@ -177,19 +197,12 @@ class Search:
         self._pace.record_epoch()
         trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
-        last, value, metric = trial.curve[-1], trial.values[-1], self.config.metric
-        if not math.isfinite(value):
-            shown = f"{metric.name} is {value}" if last.loss is None else f"loss is {last.loss}"
-            self.fail(number, f"training diverged in epoch {last.epoch}: its {shown}")
-        elif not metric.contains(value):
-            low, high = metric.ends
-            self.fail(
-                number,
-                f"{metric.name} must be in its range [{low:g}, {high:g}], but was {value:g} in "
-                f"epoch {last.epoch}: change metric.range, or the report",
-            )
-        elif last.epoch >= self.config.recipe.epochs:
-            self._finish(replace(trial, state=TrialState.FINISHED))
+        if (fault := _fault(trial, self.config)) is not None:
+            self.fail(number, fault)
+        elif trial.curve[-1].epoch >= self.config.recipe.epochs:
+            trial = replace(trial, state=TrialState.FINISHED)
+            self._store.finish(number, [*_objectives(trial, self.config).values()])
+            self._close(trial)
         elif is_stopped(trial, self.trials.values(), self.config):
             self._store.stop(number)
             self._close(replace(trial, state=TrialState.STOPPED))
@@ -197,22 +210,6 @@ class Search:
             self.notify()
             return True
         return False
-
-    def _finish(self, trial: Trial) -> None:
-        """Close a trial after its last epoch; it fails where it did not report an objective."""
-        names = self.config.objectives
-        values = [objective_value(trial, name, self.config.metric) for name in names]
-        for name, value in zip(names, values, strict=True):
-            if name not in (self.config.metric.name, *COSTS) and not 0 < value < math.inf:
-                known = ", ".join((self.config.metric.name, *trial.reported))
-                self.fail(
-                    trial.number,
-                    f"objective {name!r} must be reported, above 0, but was {value:g} in epoch "
-                    f"{trial.curve[-1].epoch}, which reported {known}",
-                )
-                return
-        self._store.finish(trial.number, values)
-        self._close(trial)
 
     def fail(self, number: int, reason: str) -> None:
         """Record that a trial cannot be trained.
@@ -254,19 +251,22 @@ class Search:
         """Log what just happened, if anything, and call back with the progress of the study."""
         if message:
             _logger.info(message)
+        if self._budget is not None:
+            self._budget.record(after=RECORD_SECONDS)
         if self._on_progress is not None:
-            total = len(self.trials)
-            if not self._exhausted:
-                total += max(0, self._total - self._begun)
-            running = len(self.running)
-            now = self._pace.progress(self._shown_posterior(), self._done, running, total)
+            done, running = self._done, len(self.running)
+            total = done + running + (0 if self.ended else max(0, self._total - self._begun))
+            limit = math.inf if self._budget is None else self._budget.seconds_left
+            posterior = self._pace.shown(done, lambda: self.posterior, last=self.done)
+            now = self._pace.progress(posterior, done, running, total, limit)
             self._on_progress(replace(now, message=message, level=level))
 
-    def _shown_posterior(self) -> MetricPosterior:
-        """The posterior for the display; of 200 trials or more, it may be 0.5% of them behind."""
-        if self._done - self._shown[0] > self._done // 200 or self.done:
-            self._shown = self._done, self.posterior
-        return self._shown[1]
+    def _announce(self) -> None:
+        """Say once why the study ends before it has all its trials."""
+        if not self._announced and (reason := self.ended) is not None:
+            self._announced = True
+            begun = self._begun - len(self._waiting)
+            self.notify(f"{reason}: the study ends after {begun} of {self._total} trials", "event")
 
     @property
     def _begun(self) -> int:
@@ -283,8 +283,15 @@ class Search:
         """The trials that this search is to have."""
         return self.config.trials
 
+    @property
+    def _waiting(self) -> set[int]:
+        """The trials that have begun, but whose training does not, since the hours are over."""
+        if self._budget is None or self._budget.out_of_time() is None:
+            return set()
+        return {t.number for t in (*self._ready, *self._interrupted) if not t.curve}
+
     def _may_begin(self) -> bool:
-        left = not self._exhausted and self._begun < self._total
+        left = self._begun < self._total and self.ended is None
         return left and (self._measure is None or not self.running)
 
     def _next_alone(self) -> Trial | None:
@@ -297,20 +304,13 @@ class Search:
 
     def _begin_generation(self) -> list[Trial]:
         """Begin the next trials; a single one where no latency is measured."""
-        size = 1
-        if self._measure is not None:
-            size = len(self._queue) or 2 * self.config.at_once
+        several = self._measure is not None
+        size = (len(self._queue) or 2 * self.config.at_once) if several else 1
         generation = []
         for _ in range(min(size, self._total - self._begun)):
             candidate = self._queue.pop() or self._suggest()
             if candidate is None:
                 self._exhausted = True
-                limits = " within the limits" if self.config.limits else ""
-                self.notify(
-                    f"every width vector of the space{limits} has been tried: the study ends after "
-                    f"{self._begun} of {self._total} trials",
-                    "event",
-                )
                 break
             generation.append(self._begin(candidate))
         return generation
@@ -353,6 +353,8 @@ class Search:
 
     def _close(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
+        if self._budget is not None:
+            self._budget.record()
         vars(self).pop("posterior", None)
         failed = trial.state == TrialState.FAILED
         self._failures = self._failures + 1 if failed else 0
@@ -360,3 +362,34 @@ class Search:
             self.notify(f"trial {trial.number} failed: {trial.error}", "warning")
         else:
             self.notify()
+        self._announce()
+
+
+def _fault(trial: Trial, config: StudyConfig) -> str | None:
+    """Why a trial fails after the last epoch of its curve; None where it does not."""
+    last, value, metric = trial.curve[-1], trial.values[-1], config.metric
+    if not math.isfinite(value):
+        shown = f"{metric.name} is {value}" if last.loss is None else f"loss is {last.loss}"
+        return f"training diverged in epoch {last.epoch}: its {shown}"
+    if not metric.contains(value):
+        low, high = metric.ends
+        return (
+            f"{metric.name} must be in its range [{low:g}, {high:g}], but was {value:g} in epoch "
+            f"{last.epoch}: change metric.range, or the report"
+        )
+    if last.epoch < config.recipe.epochs:
+        return None
+    trial = replace(trial, state=TrialState.FINISHED)
+    for name, value in _objectives(trial, config).items():
+        if name not in (metric.name, *COSTS) and not 0 < value < math.inf:
+            known = ", ".join((metric.name, *trial.reported))
+            return (
+                f"objective {name!r} must be reported, above 0, but was {value:g} in epoch "
+                f"{last.epoch}, which reported {known}"
+            )
+    return None
+
+
+def _objectives(trial: Trial, config: StudyConfig) -> dict[str, float]:
+    """The value of each objective of a finished trial."""
+    return {name: objective_value(trial, name, config.metric) for name in config.objectives}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -82,12 +84,34 @@ class Pace:
     done: int
     started: float = field(default_factory=time.monotonic)
     first_epoch: float | None = None
+    _shown: tuple[int, MetricPosterior] | None = None
+
+    def shown(
+        self, done: int, posterior: Callable[[], MetricPosterior], *, last: bool
+    ) -> MetricPosterior:
+        """The posterior for the display; of 200 trials or more, it may be 0.5% of them behind.
+
+        Args:
+            done: Trials that have ended.
+            posterior: Computes that of all of them.
+            last: Whether no trial is left.
+        """
+        if last or self._shown is None or done - self._shown[0] > done // 200:
+            self._shown = done, posterior()
+        return self._shown[1]
 
     def record_epoch(self) -> None:
         """Note that an epoch was trained."""
         self.first_epoch = self.first_epoch or time.monotonic()
 
-    def progress(self, posterior: MetricPosterior, done: int, running: int, total: int) -> Progress:
+    def progress(
+        self,
+        posterior: MetricPosterior,
+        done: int,
+        running: int,
+        total: int,
+        limit: float = math.inf,
+    ) -> Progress:
         """The progress of the run now.
 
         Args:
@@ -95,10 +119,12 @@ class Pace:
             done: Trials that have ended.
             running: Trials that have begun and not ended.
             total: Trials that there will be.
+            limit: The most seconds that are left.
         """
         now, remaining = time.monotonic(), None
         if done != self.done and self.first_epoch is not None:
             remaining = (now - self.first_epoch) / (done - self.done) * (total - done)
+            remaining = min(remaining, limit)
         best, size = posterior.best_value, len(posterior.front())
         return Progress(
             done,

@@ -13,18 +13,19 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StudyError, WidthsError, one_line
 from widthsearch.proposers import Proposal, Proposer, Setting
-from widthsearch.proposers.families import lowest_share, scale_proposal
+from widthsearch.proposers.families import Candidate, lowest_share, scale_proposal
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.trainer import check_input_shape
 from widthsearch.utils.devices import fixed_threads
-from widthsearch.widths import Widths
+from widthsearch.widths import Widths, space_in
 
 if TYPE_CHECKING:  # a worker imports this file, and neither of those
     from widthsearch.study.progress import Notify
@@ -221,6 +222,24 @@ def stored_proposals(
     for space in spaces:
         stored = [store.attribute(proposal_key(config, space)) for config in methods]
         found[space.name] = [Proposal.from_json(content) for content in stored if content]
+    return found
+
+
+def given_candidates(spaces: Mapping[str, SearchSpace], paths: Iterable[str]) -> list[Candidate]:
+    """The networks in widths files, each in the space that its file names.
+
+    Args:
+        spaces: The spaces of the study by name.
+        paths: The files.
+
+    Raises:
+        WidthsError: A file cannot be read, or is of none of the spaces.
+    """
+    found = []
+    for path in paths:
+        space = spaces.get(space_in(Path(path)), next(iter(spaces.values())))
+        widths = space.load_widths(path, on_grid=False)
+        found.append(Candidate(space.name, widths, {"given": path}))
     return found
 
 

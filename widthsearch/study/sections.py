@@ -98,6 +98,27 @@ class Rungs:
         return tuple(itertools.takewhile(lambda rung: rung < epochs, every))
 
 
+@validated_dataclass("patience")
+class Patience:
+    """The end of a study whose next networks are expected to improve the front little.
+
+    Attributes:
+        suggestions: The number of suggestions in a row,
+        gain: each of which was expected to add less than this share to the hypervolume of the front
+            at that time (over score × log costs, see :mod:`widthsearch.bayesopt.acquisition`).
+
+    Raises:
+        StudyError: A value breaks a rule.
+
+    Example:
+        >>> Patience(10).gain
+        0.001
+    """
+
+    suggestions: int = Field(ge=1)
+    gain: float = Field(default=0.001, gt=0, lt=1)
+
+
 class ProposerConfig(BaseModel):
     """A proposer's name, with its fields beside it.
 

@@ -257,7 +257,8 @@ class Store:
         """
         space, widths, origin = candidate.space, candidate.widths, dict(candidate.origin)
         cost, keys = spaces[space].cost(widths), _parameters(space, spaces)
-        grids = distributions(spaces[space].axes)
+        # Widths that the user gives may be off the grid.
+        grids = distributions([_including(a, widths[a.name]) for a in spaces[space].axes])
         template = create_trial(
             state=OptunaState.RUNNING,
             params={keys[name]: width for name, width in widths.items()},
@@ -363,6 +364,14 @@ def _parameters(space: str, spaces: Spaces) -> dict[str, str]:
     return {axis.name: f"{prefix}{axis.name}" for axis in spaces[space].axes}
 
 
+def _including(axis: Axis, width: int) -> Axis:
+    """The axis with a grid that has the width."""
+    if width in axis.grid:
+        return axis
+    low, high = min(width, axis.min_width), max(width, axis.max_width)
+    return replace(axis, min_width=low, max_width=high, step=1)
+
+
 @dataclass(frozen=True)
 class _StoredTrial:
     """A trial's rows in Optuna's tables."""
@@ -391,6 +400,7 @@ class _Origin:
     baseline: bool = False
     confirms: int | None = None
     sampler: str | None = None
+    given: str = ""
     proposer: str = ""
     family: str = ""
     budget: float = 0.0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,7 +165,10 @@ class Suggestions:
                 surrogate=surrogate,
             )
             if suggestion is not None:
-                candidate = Candidate(name, suggestion.widths, {"sampler": "search"})
+                origin: dict[str, Any] = {"sampler": "search"}
+                if math.isfinite(suggestion.gain):
+                    origin["gain"] = float(f"{suggestion.gain:.3g}")
+                candidate = Candidate(name, suggestion.widths, origin)
                 found.append((suggestion.improvement, -len(observed[name]), candidate))
         return max(found, key=lambda each: each[:2])[2] if found else None
 
