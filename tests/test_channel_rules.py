@@ -324,8 +324,8 @@ def test_cutting_channels_without_effect_keeps_the_output(name: str) -> None:
     network = space.build(space.base, seed=0).eval()
     kept = {
         (i, group)
-        for i, (axis, traced) in enumerate(zip(space.axes, space.trace.axes, strict=True))
-        for group in graph.group[traced.maker][keep.get(axis.name, range(axis.base))].tolist()
+        for i, axis in enumerate(space.axes)
+        for group in graph.channels[i][keep.get(axis.name, range(axis.base))].tolist()
     }
     for key, dim in graph.consumers.items():
         of_position = zip(

@@ -120,7 +120,7 @@ def random_keep(space: SearchSpace, seed: int) -> dict[str, list[int]]:
             continue
         width = rng.choice([w for w in axis.grid if w <= axis.base])
         groups = set(rng.sample(range(graph.groups[i]), width // traced.divisor))
-        of_channel = graph.group[traced.maker].tolist()
+        of_channel = graph.channels[i].tolist()
         keep[axis.name] = [c for c, group in enumerate(of_channel) if group in groups]
     return keep
 

@@ -29,7 +29,7 @@ def check_masks(convolution: str, blocks: list[str], seed: int) -> list[str]:
         if i not in graph.unknown:
             width = rng.choice([w for w in axis.grid if w <= axis.base])
             groups = rng.sample(range(graph.groups[i]), width // traced.divisor)
-            of_channel = graph.group[traced.maker].tolist()
+            of_channel = graph.channels[i].tolist()
             keep[axis.name] = [c for c, group in enumerate(of_channel) if group in groups]
     network = space.build(space.base, seed=seed).eval()
     with torch.no_grad():

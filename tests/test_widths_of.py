@@ -61,7 +61,7 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     "no dims": (
         {"stem.weight": torch.zeros(())},
         "widths must give the shape of every tensor, but 'stem.weight' has [], and the widths of "
-        "the other tensors give it [1, 3, 3, 3]",
+        "the other tensors give it [16, 3, 3, 3]",
     ),
     "a layer less": (
         {"fc.bias": None},

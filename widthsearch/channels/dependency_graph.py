@@ -25,7 +25,7 @@ from widthsearch.modules.tree import join, tensors_of
 from widthsearch.torch_internals import tree_leaves
 from widthsearch.tracing.inputs import sample
 from widthsearch.tracing.interpreter import run_on_meta
-from widthsearch.tracing.polynomials import System, as_constant, symbols_of
+from widthsearch.tracing.polynomials import Poly, System, as_constant, symbols_of
 from widthsearch.tracing.symbolic_ints import size
 from widthsearch.tracing.trace import TracedAxis
 from widthsearch.tracing.traced_model import TracedModel
@@ -39,6 +39,7 @@ class DependencyGraph:
     Attributes:
         widths: The network's widths.
         groups: Per axis, its number of groups: its width divided by its channels per group.
+        channels: Per axis, the group of each channel, numbered as in the axis's maker.
         axis: Per tensor and dim that depends on axes, the axis of each position; -1 if unknown.
         group: The same for the group within the axis.
         consumers: Per weight that multiplies channels of its input, the dim along which it does:
@@ -60,6 +61,7 @@ class DependencyGraph:
 
     widths: Widths
     groups: tuple[int, ...]
+    channels: tuple[NDArray[np.int64], ...]
     axis: Mapping[tuple[str, int], NDArray[np.int64]]
     group: Mapping[tuple[str, int], NDArray[np.int64]]
     consumers: Mapping[str, int]
@@ -102,12 +104,12 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
     symbolic = model.substituted(copies, lambda poly: size(system, poly)).eval()
     with Sites(symbolic, run):
         run_on_meta(symbolic, inputs, run)
-    numbers = _Numbers.of(model, x, elements, own)
+    numbers = _Numbers.of(model, x, elements, own, run.parts)
     while True:
         broken = [(seam, seam.broken(numbers.axis, numbers.group, x)) for seam in run.seams]
         if not sum(seam.mend(elements) for seam, axes in broken if axes):
             break
-        numbers = _Numbers.of(model, x, elements, own)
+        numbers = _Numbers.of(model, x, elements, own, run.parts)
     unknown = dict(run.lost_axes)
     for seam, axes in broken:
         for i in axes:
@@ -117,8 +119,9 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
         lost = lost[lost >= 0]
         axes = set(numbers.axis[lost].tolist())
         for n in np.unique(np.searchsorted(run.starts, lost[numbers.axis[lost] < 0], "right")):
-            key, dim = dims[n - 1]  # it has no numbers, so all that it may belong to are lost
-            axes |= symbols_of(model.trace.shapes[key][dim])
+            if n <= len(dims):  # it has no numbers, so all that it may belong to are lost
+                key, dim = dims[n - 1]
+                axes |= symbols_of(model.trace.shapes[key][dim])
         for i in axes:
             unknown.setdefault(i, reason)
     unknown |= {i: why() for i, why in numbers.unknown.items() if i not in unknown}
@@ -126,6 +129,7 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
     return DependencyGraph(
         widths,
         tuple(x),
+        tuple(numbers.channels(i, a, x[i]) for i, a in enumerate(model.trace.axes)),
         numbers.axes,
         numbers.groups,
         {key: dim for key, dim in run.consumers.items() if (key, dim) in own},
@@ -140,8 +144,9 @@ class _Numbers:
 
     One axis can hold several sets of channels that only have their number in common (the residual
     stream of a transformer, and the heads of its attention). Each is numbered on its own, from the
-    axis's maker and the shortest dims on. A set of more channels than there are groups has several
-    consecutive channels in each group.
+    axis's maker and the shortest dims on; one of an axis that has no dim of its own, from the parts
+    on that forward takes out of dims or adds to them. A set of more channels than there are groups
+    has several consecutive channels in each group.
 
     Attributes:
         axis: The axis of each element; -1 for none.
@@ -164,6 +169,7 @@ class _Numbers:
         x: Sequence[int],
         elements: Elements,
         own: Mapping[tuple[str, int], NDArray[np.int64]],
+        parts: Iterable[tuple[Poly, NDArray[np.int64]]],
     ) -> _Numbers:
         """Number the classes.
 
@@ -172,22 +178,24 @@ class _Numbers:
             x: The number of groups of each axis.
             elements: The classes.
             own: The elements of each dim.
+            parts: The size of each part that forward takes out of a dim or adds, and its elements.
         """
         shapes = model.trace.shapes
         unknown: dict[int, Callable[[], str]] = {}
         root = elements.find(np.arange(len(elements.parent)))
         # A class can have a group in several axes, which then cannot be pruned independently.
         group = [np.full(len(root), -1) for _ in x]
-        single: dict[int, list[tuple[str, int]]] = {}  # dims of a multiple of one axis's variable
-        for where in own:
-            length = shapes[where[0]][where[1]]
+        places = [(1, shapes[key][dim], these) for (key, dim), these in own.items()]
+        places += [(2, length, these) for length, these in parts]
+        single: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}  # of a multiple of one variable
+        for rank, length, these in places:
             monomial = next(iter(length))
-            if len(length) == len(monomial) == 1:
-                single.setdefault(monomial[0], []).append(where)
-        for i, places in single.items():
-            maker = model.trace.axes[i].maker
-            for where in sorted(places, key=lambda at: (at != maker, len(own[at]))):
-                roots = root[own[where]]
+            if len(length) == len(monomial) == 1 and (i := monomial[0]) < len(x):
+                first = these is own[model.trace.axes[i].maker]
+                single.setdefault(i, []).append((0 if first else rank, these))
+        for i, dims in single.items():
+            for _, these in sorted(dims, key=lambda at: (at[0], len(at[1]))):
+                roots = root[these]
                 left = np.array(list(dict.fromkeys(roots[group[i][roots] < 0].tolist())), np.int64)
                 if len(left) and len(left) % x[i] == 0:
                     group[i][left] = np.arange(len(left)) // (len(left) // x[i])
@@ -195,8 +203,8 @@ class _Numbers:
         for i, of_axis in enumerate(group):
             mine = of_axis >= 0
             for other in np.unique(axis_of[mine & (axis_of >= 0)]).tolist():
-                pair = [model.trace.axes[n] for n in (other, i)]
-                why = partial(_why_in_common, pair, elements, own)
+                both = [model.trace.axes[n] for n in (other, i)]
+                why = partial(_why_in_common, both, elements, own)
                 unknown |= {i: why, other: why}
             axis_of[mine], group_of[mine] = i, of_axis[mine]
         axes, groups = {}, {}
@@ -209,10 +217,16 @@ class _Numbers:
                 counts = np.bincount(found[1, found[0] == i], minlength=x[i])
                 # A dim of `c·x` positions has c of each group, or some were not found.
                 if (counts != length.get((i,), 0)).any():
-                    dims = (these, own[model.trace.axes[i].maker])
-                    unknown.setdefault(i, partial(_why_not_told, where[0], elements, dims))
+                    pair = these, own[model.trace.axes[i].maker]
+                    unknown.setdefault(i, partial(_why_not_told, where[0], elements, pair))
             axes[where], groups[where] = found
         return cls(axis_of[root], group_of[root], axes, groups, unknown)
+
+    def channels(self, i: int, axis: TracedAxis, groups: int) -> NDArray[np.int64]:
+        """The group of each channel of an axis; its maker may have those of other axes too."""
+        found = self.groups[axis.maker][self.axes[axis.maker] == i]
+        in_order = np.arange(groups).repeat(axis.divisor)
+        return found if len(found) == len(in_order) else in_order
 
 
 def _why_in_common(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.modules.tree import join, tensors_of
-from widthsearch.tracing.polynomials import evaluate
+from widthsearch.tracing.polynomials import evaluate, solved
 from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Widths
 
@@ -45,7 +45,7 @@ def kept_groups(model: TracedModel, graph: DependencyGraph, keep: Keep) -> list[
                 f"the channels of axis {name!r} cannot be removed one by one, since "
                 f"{graph.unknown[i]}; leave the axis out"
             )
-        counts = np.bincount(graph.group[model.trace.axes[i].maker][kept], minlength=len(out[i]))
+        counts = np.bincount(graph.channels[i][kept], minlength=len(out[i]))
         if not np.isin(counts, (0, per_group)).all():
             raise WidthsError(
                 f"channels of axis {name!r} are kept in groups of {per_group}, but group "
@@ -127,15 +127,14 @@ def widths_of(model: TracedModel, network: nn.Module | Mapping[str, Tensor]) -> 
                 f"a network of {model.name!r} has no tensor {key!r}: give one of the same code"
             )
 
-    x = [0] * len(model.trace.axes)
-    lengths = [shapes[key][dim] for key, dim in (a.maker for a in model.trace.axes)]
-    for i in sorted(range(len(x)), key=lambda i: len(lengths[i])):
-        key, dim = model.trace.axes[i].maker  # its size is rest + slope·x_i
-        rest = evaluate(lengths[i], x)
-        x[i] = 1
-        slope = evaluate(lengths[i], x) - rest
-        size = sizes[key][dim] if dim < len(sizes[key]) else 0
-        x[i] = max(1, (size - rest) // slope)
+    axes = model.trace.axes
+    every = [(key, dim) for key in shapes if key in sizes for dim in range(len(shapes[key]))]
+    for places in ([axis.maker for axis in axes], every):  # a maker may have channels of others too
+        lengths = ((shapes[key][dim], sizes[key][dim : dim + 1]) for key, dim in places)
+        found = solved((poly, n) for poly, size in lengths for n in size)
+        if len(found) == len(axes):
+            break
+    x = [max(1, found.get(i, 1)) for i in range(len(axes))]
     for key in (key for key in shapes if key in sizes):
         given = [evaluate(n, x) for n in shapes[key]]
         if list(sizes[key]) != given:
@@ -143,5 +142,5 @@ def widths_of(model: TracedModel, network: nn.Module | Mapping[str, Tensor]) -> 
                 f"widths must give the shape of every tensor, but {key!r} has {list(sizes[key])}, "
                 f"and the widths of the other tensors give it {given}"
             )
-    vector = tuple(n * axis.divisor for n, axis in zip(x, model.trace.axes, strict=True))
-    return Widths(tuple(axis.name for axis in model.trace.axes), vector)
+    vector = tuple(n * axis.divisor for n, axis in zip(x, axes, strict=True))
+    return Widths(tuple(axis.name for axis in axes), vector)

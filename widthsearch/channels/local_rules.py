@@ -15,7 +15,7 @@ from torch import Tensor
 
 from widthsearch.channels.elements import Field, compressed, hinted, in_blocks, shape_of, varies
 from widthsearch.torch_internals import tree_leaves
-from widthsearch.tracing.polynomials import Poly, add, as_constant, constant, divide
+from widthsearch.tracing.polynomials import Poly, add, as_constant, constant, divide, symbols_of
 from widthsearch.tracing.symbolic_ints import poly_of
 
 if TYPE_CHECKING:
@@ -135,6 +135,12 @@ def _cut(run: Propagation, call: Call, field: Field) -> None:
             positions.append(position)
     for position in positions:
         run.cut(field, dim, position, length)
+    if len(length) > 1 and varies(field) == {dim}:
+        for part, elements in zip(
+            call.outputs, moved(call, field.expand(shape_of(x))), strict=True
+        ):
+            if part.dim() == x.dim() and (size := poly_of(part.shape[dim])):
+                run.parts.append((size, compressed(elements).reshape(-1).numpy()))
 
 
 def _position(bound: Any, length: Poly) -> Poly:
@@ -193,13 +199,20 @@ def spatial(run: Propagation, call: Call) -> None:
 
 
 def pad(run: Propagation, call: Call) -> None:
-    """Padding along channels has no elements; positions that it adds have all channels."""
-    amounts = hinted(list(call.args[1]))
-    fields = []
-    for f in run.fields_of(call.args[0]):
-        own = [n if f.dim() - 1 - i // 2 in varies(f) else 0 for i, n in enumerate(amounts)]
-        fields.append(torch.constant_pad_nd(f, own, -1))
-    run.set_fields(call.outputs[0], fields)
+    """Positions that padding adds have all channels; those beside channels are channels too."""
+    x, out, amounts = call.args[0], call.outputs[0], list(call.args[1])
+    ends = [(x.dim() - 1 - i // 2, n) for i, n in enumerate(amounts)]  # of each dim: before, after
+    fields = [
+        torch.constant_pad_nd(f, [hinted(n) if dim in varies(f) else 0 for dim, n in ends], -1)
+        for f in run.fields_of(x)
+    ]
+    for i, (dim, n) in enumerate(ends):
+        if len(symbols_of(size := poly_of(n))) == len(size) == 1:
+            made = run.new_part(size, hinted(n))
+            added = torch.full([shape_of(out)[dim]], -1)
+            added[-len(made) if i % 2 else 0 :][: len(made)] = made
+            fields.append(added.view([-1 if d == dim else 1 for d in range(x.dim())]))
+    run.set_fields(out, run.elements.merged(fields))
 
 
 def concatenate(run: Propagation, call: Call) -> None:

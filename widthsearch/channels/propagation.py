@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.call_sites import CallSites, Site
 from widthsearch.channels.elements import Elements, Field, compressed, hinted, shape_of, varies
-from widthsearch.channels.local_rules import moved, view
+from widthsearch.channels.local_rules import moved, pad, view
 from widthsearch.channels.rules import keeps_zeros, rule_of
 from widthsearch.channels.seams import Seam
 from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
@@ -124,6 +124,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         consumers: Per parameter that multiplies channels, the dim along which it does.
         sites: The calls that read elements.
         seams: Where dims are cut.
+        parts: What is taken out of dims of several axes, or added to them: its size and elements.
         lost: Elements that an operator without a rule combines, each with the reason.
         lost_axes: Axes of sizes that such an operator makes, each with the reason.
         on_use: By id of a tensor that was not read yet, what happens once it is.
@@ -149,6 +150,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.parameters: dict[int, str] = {}
         self.sites: dict[Site, SiteRecord] = {}
         self.seams: dict[Seam, None] = {}  # in order
+        self.parts: list[tuple[Poly, NDArray[np.int64]]] = []
         self.on_use: dict[int, list[Callable[[], Any]]] = {}
         self.lost: list[tuple[NDArray[np.int64], str]] = []
         self.lost_axes: dict[int, str] = {}
@@ -162,6 +164,13 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Name the parameter and the dim of new elements."""
         self.starts.append(int(made[0]))
         self.places.append((parameter, dim))
+
+    def new_part(self, size: Poly, count: int) -> Field:
+        """Make elements of positions that stand in no parameter, shape (count,)."""
+        made = self.elements.new(count)
+        self.add_place(made, None, 0)
+        self.parts.append((size, made))
+        return torch.from_numpy(made)
 
     def set_fields(self, tensor: Tensor, fields: Iterable[Field]) -> None:
         """Set the fields of a tensor; those that vary along no dim are left out."""
@@ -217,7 +226,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = rule_of(func)
         if rule is None:
             self._lose_all(inputs)
-        elif rule is view or (call.outputs and any(id(t) in self._fields for t in inputs)):
+        elif rule in (view, pad) or (call.outputs and any(id(t) in self._fields for t in inputs)):
             rule(self, call)
         return out
 

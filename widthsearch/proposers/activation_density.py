@@ -273,7 +273,7 @@ class _Phases:
                 return None
             densest = np.argsort(-counts.density(), kind="stable")
             groups = densest[: wanted[axis.name] // axis.divisor]
-            channels = np.flatnonzero(np.isin(self.graph.group[axis.maker], groups))
+            channels = np.flatnonzero(np.isin(self.graph.channels[i], groups))
             keep[axis.name] = channels.tolist()
         return unconstrained.extract(self.model, keep)
 

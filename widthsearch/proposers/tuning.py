@@ -112,7 +112,7 @@ class FineTuner:
             axis: The index of the axis.
             groups: Groups of the present network.
         """
-        of_channel = self.graph.group[self._space.trace.axes[axis].maker]
+        of_channel = self.graph.channels[axis]
         keep = np.flatnonzero(~np.isin(of_channel, groups)).tolist()
         narrow = extract(self._space.model, self.model, {self._space.names[axis]: keep}, self.graph)
         self.model = narrow.to(memory_format=self._layout)

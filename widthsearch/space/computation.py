@@ -103,7 +103,7 @@ def random_channels(space: SearchSpace, seed: int) -> tuple[dict[str, list[int]]
         narrower = [w for w in axis.grid if w < axis.base]
         if i not in graph.unknown and narrower:
             kept = set(rng.sample(range(graph.groups[i]), rng.choice(narrower) // traced.divisor))
-            channels = enumerate(graph.group[traced.maker].tolist())
+            channels = enumerate(graph.channels[i].tolist())
             if positions := [c for c, group in channels if group in kept]:
                 keep[axis.name] = positions
     return keep, len(graph.unknown)

@@ -216,6 +216,24 @@ class Constructor:
         }
         return {where: value for where, value in numbers.items() if where in changed}
 
+    @property
+    def misfits(self) -> frozenset[tuple[str, str]]:
+        """Free attributes for which the constructors compute other numbers than the trace.
+
+        Example: of ``before = (width - 4) // 2`` and ``behind = width - 4 - before`` channels that
+        are added, the trace lets each number follow the width; the constructor changes both.
+        """
+        free = dict(free_attributes(self.trace))
+        base = dict(zip(free, (evaluate(p, self._points()[0]) for p in free.values()), strict=True))
+        return frozenset(
+            (layer, name)
+            for network, x in (self.examples if free else ())
+            for layer, module in network.named_modules()
+            for name, value in sizes_in(module)
+            if (layer, name) in free
+            and value not in (base[layer, name], evaluate(free[layer, name], x))
+        )
+
     @cached_property
     def kept(self) -> dict[tuple[str, str], int]:
         """Those of :attr:`changed` that keep the base's value, or costs would be others."""

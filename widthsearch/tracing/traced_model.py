@@ -89,15 +89,20 @@ class TracedModel:
 
         astray: dict[str, str] = {}  # grows until the contents of all free widths follow them
 
+        kept: set[tuple[str, str]] = set()
+
         def traced_with(derived: Set[tuple[str, str]]) -> TracedModel:
             while True:
-                traced = known or trace(model, inputs, astray if recorder else None, derived)
+                contents = astray if recorder else None
+                traced = known or trace(model, inputs, contents, derived, kept)
                 calls = Constructor(recording, traced, template, inputs) if recording else None
                 found = cls(name, inputs, traced, template, scheme, calls, init)
                 more = {} if known else found._astray(model, recorder)
-                if not more:
+                others = calls.misfits if calls and not known else frozenset()
+                if not more and not others:
                     return found
                 astray.update(more)
+                kept.update(others)
 
         found = traced_with(frozenset())
         if known is None and found.constructor and (derived := found.constructor.changed):

@@ -12,11 +12,10 @@ output pins ``s2 = 3``. One axis is left: ``s0``, with a base of 8 channels, nam
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,36 +38,21 @@ from widthsearch.modules.tree import (
     tensors_of,
 )
 from widthsearch.torch_internals import ConvNd, buffers_of
+from widthsearch.tracing.collection import SizeSymbol, collect, numel
 from widthsearch.tracing.inputs import Inputs, as_inputs
-from widthsearch.tracing.interpreter import SymbolicInterpreter, TraceInterrupted, execute
+from widthsearch.tracing.interpreter import TraceInterrupted, execute
 from widthsearch.tracing.polynomials import (
     Poly,
     System,
     as_constant,
-    constant,
     evaluate,
-    multiply,
+    solved,
+    substitute,
     symbols_of,
-    total,
 )
 from widthsearch.tracing.refusals import forward_error, refuse_model
-from widthsearch.tracing.symbolic_ints import poly_of, size
-from widthsearch.tracing.trace import Pinned, Trace, TracedAxis
-
-
-@dataclass
-class _Symbol:
-    """The dim of a tensor whose size a symbol is."""
-
-    layers: tuple[str, ...]  # that hold the tensor: several where they share it
-    tensor: str  # its name in the state dict
-    dim: int
-    makes: bool  # whether it is the output width of a layer's weight
-
-
-def numel(tensor: Tensor) -> Poly:
-    """A tensor's number of elements."""
-    return functools.reduce(multiply, map(poly_of, tensor.shape), constant(1))
+from widthsearch.tracing.symbolic_ints import size
+from widthsearch.tracing.trace import Trace
 
 
 def trace(
@@ -76,6 +60,7 @@ def trace(
     inputs: Inputs,
     astray: Mapping[str, str] | None = None,
     derived: Set[tuple[str, str]] = frozenset(),
+    kept: Set[tuple[str, str]] = frozenset(),
 ) -> Trace:
     """Run ``model`` on symbolic widths.
 
@@ -90,6 +75,7 @@ def trace(
         astray: Tensors whose content does not follow their sizes, each with the reason; None if
             that of no buffer does.
         derived: Attributes that the constructors compute from widths, by layer and name.
+        kept: Attributes that are not made symbolic, as the constructors compute them otherwise.
 
     Raises:
         TraceError: The model cannot run on meta tensors (the message names the module and the
@@ -100,7 +86,7 @@ def trace(
     fixed: dict[str, str] = {}
     while True:
         try:
-            return _sound(model, inputs, fixed, astray, derived)
+            return _sound(model, inputs, fixed, astray, derived, kept)
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := forward_error(model, inputs)) is not None:
@@ -119,6 +105,7 @@ def _sound(
     fixed: Mapping[str, str],
     astray: Mapping[str, str] | None,
     derived: Set[tuple[str, str]],
+    kept: Set[tuple[str, str]],
 ) -> Trace:
     """The trace of the freest attempt in which no plain number taken from a width is a size.
 
@@ -126,13 +113,13 @@ def _sound(
     runs at other widths. If it does not, the lines that take numbers pin their widths: one of
     them if that is enough, else all.
     """
-    freest = _freest(model, inputs, fixed, astray, derived)
+    freest = _freest(model, inputs, fixed, astray, derived, kept)
     taken = tuple(freest.system.taken)
     found = freest.collect()
     if not taken or freest.holds(found):
         return found
     for strict in dict.fromkeys([*((line,) for line in taken), taken]):
-        attempt = _freest(model, inputs, fixed, astray, derived, frozenset(strict))
+        attempt = _freest(model, inputs, fixed, astray, derived, kept, frozenset(strict))
         if attempt.holds(trace := attempt.collect()):
             return trace
     return found
@@ -144,12 +131,13 @@ def _freest(
     fixed: Mapping[str, str],
     astray: Mapping[str, str] | None,
     derived: Set[tuple[str, str]],
+    kept: Set[tuple[str, str]],
     strict: frozenset[str] = frozenset(),
 ) -> _Attempt:
     """The attempt with the most free sizes, over choices of attributes to make symbolic."""
     begin = partial(_Attempt, model, inputs, fixed=fixed, astray=astray, strict=strict)
-    best = latest = begin(frozenset(derived))
-    tried: frozenset[tuple[str, str]] = frozenset()
+    best = latest = begin(frozenset(derived - kept))
+    tried = frozenset(kept)
     while repeated := latest.repeated_sizes(tried):
         tried |= repeated
         try:
@@ -206,7 +194,7 @@ class _Attempt:
         self.model, self.inputs, self.attributes, self.fixed = model, inputs, attributes, fixed
         self.astray = astray
         self.system = System(strict=strict)
-        self.symbols: dict[int, _Symbol] = {}
+        self.symbols: dict[int, SizeSymbol] = {}
         self.sized: dict[str, Tensor] = {}
         self.values: dict[tuple[str, str], Poly] = {}
         self.contents: dict[int, str] = {}
@@ -289,7 +277,7 @@ class _Attempt:
                     continue
                 symbol = self.system.fresh(n)
                 makes = dim == output and tensor.dim() > 1 and isinstance(tensor, nn.Parameter)
-                self.symbols[symbol] = _Symbol(holders[id(tensor)], key, dim, makes)
+                self.symbols[symbol] = SizeSymbol(holders[id(tensor)], key, dim, makes)
                 content = (self.astray or {}).get(key)
                 if why is not None:
                     self.system.pin([symbol], why)
@@ -337,6 +325,35 @@ class _Attempt:
             powers = Counter(s for monomial in high for s in monomial)
             worst = max(powers, key=lambda s: (powers[s], s))
             system.pin([worst], "the cost is not quadratic in it")
+        self._tell_apart()
+
+    def _tell_apart(self) -> None:
+        """Tie or pin symbols of attributes that only stand together in sizes.
+
+        Example: zeros before and after a stream, ``F.pad(x, (0, 0, before, after))``, of a layer
+        with ``width = before + after + x.shape[1]``. Any layer has the width that both make
+        together, so they are one axis if they are equal in the model as given.
+        """
+        system = self.system
+        while self.values:
+            sizes = [value for s in self.symbols if symbols_of(value := system.value(s))]
+            alone = {s for value in sizes if len(value) == 1 for (s, *rest) in value if not rest}
+            free = {s for value in sizes for s in symbols_of(value)}
+            loose = free - alone and free - solved((p, system.hint(p)) for p in sizes).keys()
+            if not loose:
+                return
+            pair = next(
+                (
+                    (a, b)
+                    for a, b in itertools.combinations(sorted(loose), 2)
+                    if system.hints[a] == system.hints[b] and _exchangeable(a, b, sizes)
+                ),
+                None,
+            )
+            if pair is None:
+                system.pin([max(loose)], "no tensor's size tells it from another width")
+            else:
+                system.impose({(pair[0],): 1, (pair[1],): -1})
 
     def holds(self, trace: Trace) -> bool:
         """Whether the model costs what its trace predicts at narrower and at wider widths."""
@@ -377,7 +394,13 @@ class _Attempt:
             again = execute(self.symbolic, self.system, self.inputs, self.fixed, train=True)
             used = used | again.used
         self._settle(used)
-        return _collect(self.system, self.symbols, self.sized, self.values, self.run)
+        return collect(self.system, self.symbols, self.sized, self.values, self.run)
+
+
+def _exchangeable(a: int, b: int, polys: Iterable[Poly]) -> bool:
+    """Whether polynomials are the same with two symbols exchanged."""
+    other = {a: b, b: a}
+    return all(p == substitute(p, lambda s: {(other.get(s, s),): 1}) for p in polys)
 
 
 def fixed_dims(module: nn.Module, name: str, tensor: Tensor, followed: Set[int]) -> frozenset[int]:
@@ -398,89 +421,4 @@ def fixed_dims(module: nn.Module, name: str, tensor: Tensor, followed: Set[int])
         return frozenset()
     return frozenset(
         d for d in dims if tensor.shape[d] not in followed and not is_uniform(tensor, [d])
-    )
-
-
-def _collect(
-    system: System,
-    symbols: Mapping[int, _Symbol],
-    sized: Mapping[str, Tensor],
-    attributes: Mapping[tuple[str, str], Poly],
-    run: SymbolicInterpreter,
-) -> Trace:
-    owners: dict[int, list[int]] = {}  # free symbol -> symbols that are a multiple of it
-    layers: dict[int, dict[str, None]] = {}  # free symbol -> layers whose shapes depend on it
-    for symbol, where in symbols.items():
-        value = system.value(symbol)
-        for free in symbols_of(value):
-            layers.setdefault(free, {}).update(dict.fromkeys(where.layers))
-            if len(value) == 1 and len(next(iter(value))) == 1:
-                owners.setdefault(free, []).append(symbol)
-
-    # An axis is named after the oldest symbol that is a multiple of the free one, if possible the
-    # output width of a weight. Its width counts that symbol's channels.
-    ordered: list[tuple[int, int]] = []  # (symbol that names the axis, free symbol)
-    for free in layers:
-        named = owners.get(free) or [min(s for s in symbols if free in symbols_of(system.value(s)))]
-        makers = [s for s in named if symbols[s].makes]
-        ordered.append((min(makers or named), free))
-    ordered.sort()
-    axes: list[TracedAxis] = []
-    for namer, free in ordered:
-        where = symbols[namer]
-        name = where.layers[0] or where.tensor
-        if any(axis.name == name for axis in axes):
-            name = where.tensor
-        count = sum(axis.name.split("#")[0] == name for axis in axes)
-        name = f"{name}#{count + 1}" if count else name
-        divisor = system.value(namer).get((free,), 1) if namer in owners.get(free, ()) else 1
-        maker = where.tensor, where.dim
-        base = system.hints[free] * divisor
-        axes.append(TracedAxis(name, base, divisor, tuple(layers[free]), maker))
-
-    index = {free: i for i, (_, free) in enumerate(ordered)}
-
-    def over_axes(poly: Poly) -> Poly:
-        canonical = system.canonical(poly)
-        return {tuple(sorted(index[s] for s in m)): c for m, c in canonical.items()}
-
-    params = total(numel(tensor) for tensor in sized.values() if isinstance(tensor, nn.Parameter))
-    return Trace(
-        axes=tuple(axes),
-        pinned=_pinned(system, symbols),
-        shapes={name: tuple(over_axes(poly_of(n)) for n in t.shape) for name, t in sized.items()},
-        attributes={where: over_axes(poly) for where, poly in attributes.items()},
-        macs=_halved(over_axes(total(run.flops.values()))),
-        params=over_axes(params),
-        activations=over_axes(run.activations),
-        layer_macs={layer: _halved(over_axes(poly)) for layer, poly in run.flops.items()},
-    )
-
-
-def _halved(flops: Poly) -> Poly:
-    assert all(c % 2 == 0 for c in flops.values()), "torch counts two FLOPs a MAC"
-    return {m: c // 2 for m, c in flops.items()}
-
-
-def _pinned(system: System, symbols: Mapping[int, _Symbol]) -> tuple[Pinned, ...]:
-    reasons = {pin.symbol: pin.reason for pin in system.pins}
-    grouped: dict[int, list[int]] = {}
-    for symbol in symbols:
-        if as_constant(system.value(symbol)) is not None:
-            root = symbol  # the symbol whose pin made this one a constant
-            while root not in reasons:
-                root = min(system.parents[root], key=lambda s: s not in reasons)
-            grouped.setdefault(root, []).append(symbol)
-    rows: dict[tuple[str, int, str], list[_Symbol]] = {}
-    for root, members in grouped.items():
-        first = symbols[members[0]]
-        row = first.layers[0] or first.tensor, system.hints[members[0]], reasons[root]
-        rows.setdefault(row, []).extend(symbols[s] for s in members)
-    return tuple(
-        Pinned(
-            *row,
-            layers=tuple(dict.fromkeys(layer for where in found for layer in where.layers)),
-            places=tuple((where.tensor, where.dim) for where in found),
-        )
-        for row, found in rows.items()
     )

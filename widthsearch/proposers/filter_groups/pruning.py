@@ -296,7 +296,7 @@ class GroupPruning:
         """Per axis of ``space.unconstrained``, the channels left, for ``SearchSpace.extract``."""
         out = {}
         for i, axis in enumerate(self._plain.trace.axes):
-            channels = self._offsets[i] + self._graph.group[axis.maker]
+            channels = self._offsets[i] + self._graph.channels[i]
             out[axis.name] = np.flatnonzero(pruned.channels[channels]).tolist()
         return out
 
