@@ -132,12 +132,13 @@ _PAPER = 1e-4
 def first_sparsity(recipe: Recipe, task: AnyTask) -> float:
     """The first λ to try: the least that could polarise the scales, but at least the paper's.
 
-    The penalty alone moves a scale by λ lr / (1 - momentum) a step. Below λ = γ (1 - momentum) / Σ
-    lr it cannot take a scale from its start, γ = 0.5, to zero within the training.
+    The penalty alone moves a scale by λ lr / (1 - momentum) a step of SGD. Below λ = γ (1 -
+    momentum) / Σ lr it cannot take a scale from its start, γ = 0.5, to zero within the training.
+    Of other optimizers this is an estimate, without momentum.
     """
     steps = steps_of_epoch(task, recipe.batch_size)
     rates = sum(recipe.learning_rate(step, steps) for step in range(recipe.epochs * steps))
-    return max(_PAPER, _START * (1 - recipe.momentum) / rates)
+    return max(_PAPER, _START * (1 - (recipe.momentum or 0)) / rates)
 
 
 def penalise(scales: Sequence[Tensor], sparsity: float, weight_decay: float) -> None:
