@@ -12,6 +12,7 @@ from refusals import refusals
 from widthsearch.errors import StudyError
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.sections import Rungs
+from widthsearch.training.recipe import recipe_values
 
 FULL = """
 name: quickstart
@@ -52,6 +53,25 @@ def test_a_full_study_file_is_read(tmp_path: Path) -> None:
     assert config.early_stopping == Rungs(first_epoch=3, eta=3)
     assert config.resources.gpu == 0.5
     assert config.latency is not None
+
+
+def test_numbers_may_have_an_exponent(tmp_path: Path) -> None:
+    """As people write them: 6e5, which YAML 1.1 takes for a text; a text in quotes stays one."""
+    path = tmp_path / "study.yaml"
+    text = "trials: 3\ntrainer: own:train\nrecipe: {epochs: 2, lr: 1e-3, tag: '1e-3'}\n"
+    path.write_text("name: mine\nlimits: {macs: [2e4, 6e5]}\n" + text)
+    config = StudyConfig.from_yaml(path)
+    assert config.limits["macs"] == (2e4, 6e5)
+    assert recipe_values(config.recipe) == {"epochs": 2, "lr": 0.001, "tag": "1e-3"}
+    path.write_text(config.to_yaml())
+    assert StudyConfig.from_yaml(path) == config
+    wrong = {"[6e5, 2e4]": "[600000.0, 20000.0]", "6e5": "600000.0", "'12'": "'12'"}
+    for limit, shown in wrong.items():
+        path.write_text(f"name: mine\ntrials: 3\nlimits: {{macs: {limit}}}\n")
+        with pytest.raises(StudyError) as caught:
+            StudyConfig.from_yaml(path)
+        rule = "limits.macs must be [min, max] with min < max (null: no bound), but was"
+        assert f"{rule} {shown}; write `limits: {{macs: [0, 2e6]}}`" in str(caught.value)
 
 
 def test_it_goes_through_json_and_yaml_unchanged(tmp_path: Path) -> None:

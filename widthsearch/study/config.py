@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -45,7 +44,7 @@ from widthsearch.study.sections import (
 )
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import reference_of
-from widthsearch.utils.safe_yaml import load_yaml
+from widthsearch.utils.safe_yaml import dump_yaml, load_yaml
 from widthsearch.utils.validation import explain
 
 
@@ -62,7 +61,7 @@ def _bare_suggestions(value: Any) -> Any:
 def _interval(value: Any, validate: ValidatorFunctionWrapHandler) -> tuple[float, float]:
     low, high = 1.0, 0.0
     with contextlib.suppress(TypeError, ValueError):
-        first, last = value
+        first, last = [value] if isinstance(value, str) else value  # a text is no pair of letters
         low, high = validate(
             (-math.inf if first is None else first, math.inf if last is None else last)
         )
@@ -374,7 +373,7 @@ class StudyConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """The same as YAML."""
-        return yaml.safe_dump(self.to_json(), sort_keys=False)
+        return dump_yaml(self.to_json())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
