@@ -26,6 +26,11 @@ from widthsearch.utils.references import load_function
 # --- configurations ---
 
 
+def yielding(network: nn.Module, trial: TrainingTrial) -> Any:
+    """Nothing of it runs when it is called."""
+    yield trial.report({"accuracy": 1.0})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -69,6 +74,20 @@ def test_a_wrong_configuration_is_one_line(
         ({"recipe": {"epochs": 4, "faul": 1}}, "unknown key 'recipe.faul'; did you mean 'fault'?"),
         ({"trainer": "own:trains"}, "'own:trains': own has no function 'trains'; did you mean 'tr"),
         ({"trainer": "own:data"}, "a trainer must be a function of (network, trial), but 'own:da"),
+        ({"data": "own:date"}, "'own:date': own has no function 'date'; did you mean 'data'?"),
+        ({"final_data": "nowhere.py:x"}, "'nowhere.py:x': there is no file 'nowhere.py'"),
+        (
+            {"data": "own:loss"},
+            "data must be a function of (), but 'own:loss' is not: missing a required argument",
+        ),
+        (
+            {"loss": "own:loss", "batches": "own:data"},
+            "batches must be a function of (split, seed), but 'own:data' is not: too many pos",
+        ),
+        (
+            {"trainer": yielding},
+            "a trainer must train when it is called, but 'test_own_trainer:yielding' only returns",
+        ),
         (
             {"proposers": ["uniform", "fisher"]},
             "proposer 'fisher' reads data, but study 'own' has a trainer of its own and no loss: "
@@ -150,10 +169,29 @@ def test_data_that_fails_or_cannot_be_sent_is_one_line(tmp_path: Path) -> None:
         raise OSError("no such\ndisk")
 
     study = own.study(tmp_path, data=broken)
-    with pytest.raises(DataError, match=r"^data '\S+broken' failed: OSError: no such$"):
+    with pytest.raises(
+        DataError, match=r"^data '\S+broken' failed: OSError: no such \(\S+trainer.py:\d+\)$"
+    ):
         study.data()
     with pytest.raises(WidthsearchError, match=r"^the data of 'x' cannot be sent to the workers: "):
         SharedData.of((i for i in range(3)), "the data of 'x'")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: {}["train"], r"failed: KeyError: 'train' \(\S*test_own_trainer.py:\d+\)"),
+        (lambda: None, "data must return what the trainer reads, but .* returned None: add a"),
+    ],
+)
+def test_a_fault_of_the_data_is_seen_before_methods_run(
+    tmp_path: Path, data: Any, message: str
+) -> None:
+    """Some methods train for an hour; the run ends before Ray starts."""
+    said: list[str] = []
+    with pytest.raises(DataError, match=message):
+        own.study(tmp_path, data=data).run(lambda progress: said.append(progress.message))
+    assert not any("uniform" in message or "Ray" in message for message in said)
 
 
 # --- studies ---
@@ -238,8 +276,10 @@ def test_faults_cost_their_trial_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_study_stops_trials_early_confirms_and_trains_its_pick(tmp_path: Path) -> None:
-    """All by the one trainer; the final training gets its own data."""
+def test_a_study_stops_trials_early_confirms_and_trains_its_pick(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All by the one trainer; the final training gets its own data. A run shows its progress."""
     loaded: list[int] = []
 
     def data() -> Any:
@@ -259,11 +299,15 @@ def test_a_study_stops_trials_early_confirms_and_trains_its_pick(tmp_path: Path)
         concurrency=2,
     )
     study.run()
+    shown = capsys.readouterr()
+    assert "10/10 trials, " in shown.err
+    assert "trials" not in shown.out
     assert loaded == [os.getpid()]  # once, here
     states = [trial.state for trial in study.trials()]
     assert set(states) == {"finished", "stopped"}
     assert all(trial.latency_ms for trial in study.trials())
-    study.confirm(seeds=2)
+    study.confirm(seeds=2, quiet=True)
+    assert "trials" not in capsys.readouterr().err
     assert len(study.trials()) > 10
     seen: list[int] = []
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002

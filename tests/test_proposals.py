@@ -132,8 +132,10 @@ def test_a_proposer_that_failed_runs_again(tmp_path: Path, own: str) -> None:
     """The study continues with the others; its next run runs the failed one, and only that."""
     made = study(tmp_path, f"{own}:broken", "uniform")
     messages = drive(made)
-    assert made.failures == {f"{own}:broken": "RuntimeError: out of ideas"}
-    assert f"proposer {own}:broken failed: RuntimeError: out of ideas" in messages
+    line = next(i for i, code in enumerate(OWN.splitlines(), 1) if "out of ideas" in code)
+    reason = f"RuntimeError: out of ideas ({own}:{line})"
+    assert made.failures == {f"{own}:broken": reason}
+    assert f"proposer {own}:broken failed: {reason}" in messages
     assert "uniform" in origins(made)
     mended = "\n\ndef broken(*given):\n    return Bottle()(*given)\n"
     Path(own).write_text(OWN + mended)
@@ -245,7 +247,7 @@ def test_every_exception_of_a_proposer_is_its_failure(error: BaseException, reas
     (streamed,) = stream_proposal(request(ends_by(error)), tiny.task())
     for failure in (propose(request(ends_by(error)), tiny.task(), print), streamed):
         assert isinstance(failure, Failure)
-        assert failure.reason == reason
+        assert failure.reason.startswith(reason)
         assert failure.traceback.startswith("Traceback")
 
 
@@ -255,7 +257,8 @@ def test_ctrl_c_ends_the_study_but_not_a_task() -> None:
     with pytest.raises(KeyboardInterrupt):
         propose(interrupted, tiny.task(), print)
     results = list(stream_proposal(interrupted, tiny.task()))
-    assert [getattr(result, "reason", None) for result in results] == ["KeyboardInterrupt"]
+    (reason,) = (getattr(result, "reason", "") for result in results)
+    assert reason.startswith("KeyboardInterrupt")
 
 
 def test_a_report_that_is_no_text_is_a_message() -> None:
@@ -277,7 +280,7 @@ def test_ray_runs_proposers_in_parallel(tmp_path: Path, own: str) -> None:
     made = study(tmp_path, *(f"{own}:{name}" for name in names), "sensitivity", trials=3)
     messages: list[str] = []
     made.run(lambda progress: messages.append(progress.message))
-    assert made.failures[f"{own}:broken"] == "RuntimeError: out of ideas"
+    assert made.failures[f"{own}:broken"].startswith("RuntimeError: out of ideas (")
     assert made.failures[f"{own}:dies"].startswith("its worker process died")
     assert made.failures[f"{own}:leaves"] == "SystemExit: no data here"
     assert set(made.failures) == {f"{own}:{name}" for name in ("broken", "dies", "leaves")}

@@ -16,7 +16,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from widthsearch.study.confirmation import Confirmation
     from widthsearch.study.driver import Driver
     from widthsearch.study.loop import Search
-    from widthsearch.study.progress import Progress
-    from widthsearch.study.proposals import Engine
+    from widthsearch.study.progress import OnProgress
+    from widthsearch.study.proposals import Engine, ProposalRequest, ProposalResult
     from widthsearch.study.storage import SpaceRecord
     from widthsearch.training.recipe import OwnRecipe, Recipe
 
@@ -189,35 +189,32 @@ class Study:
         return _storage(self.folder, self.config.storage)
 
     def run(
-        self, on_progress: Callable[[Progress], None] | None = None, *, retry: bool = False
+        self, on_progress: OnProgress | None = None, *, retry: bool = False, quiet: bool = False
     ) -> None:
         """Train what is left to train, on Ray; returns when every trial is done.
 
         Args:
-            on_progress: Called with the progress of the study.
+            on_progress: Called with the progress of the study; by default standard error shows it:
+                a live table in a terminal, a line for each ended trial elsewhere.
             retry: Whether to train again the trials that failed, say after the model was repaired.
+            quiet: Whether to show nothing.
 
         Raises:
             WidthsearchError, KeyboardInterrupt: An error that the user can correct, SIGINT or
                 SIGTERM; running again goes on from there.
         """
+        from widthsearch.report.progress import showing
         from widthsearch.runner import ray_tune as runner
 
         with (
+            showing(self.config.name, on_progress, quiet=quiet) as shown,
             runner.Session(self.config, self.folder) as session,
-            self.search(on_progress, session.propose, retry=retry) as search,
         ):
-            session.train(search, self.data)
-            ended = search.ended
-        if all(trial.state != TrialState.FINISHED for trial in search.trials.values()):
-            reasons = [trial.error for trial in search.trials.values() if trial.error]
-            if not reasons and ended is not None:
-                raise StudyError(f"study {self.config.name!r} has no finished trial: {ended}")
-            raise StudyError(
-                f"study {self.config.name!r} has no finished trial; the last failed: "
-                f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run "
-                "again with --retry"
-            )
+            propose, data = _loading_first(self.data, session.propose)
+            with self.search(shown, propose, retry=retry) as search:
+                session.train(search, data)
+                ended = search.ended
+        _check_finished(self.config.name, search.trials.values(), ended)
 
     def trials(self) -> list[Trial]:
         """Every trial that has ended, by number.
@@ -263,30 +260,33 @@ class Study:
         return trials, records
 
     def confirm(
-        self, seeds: int = 3, on_progress: Callable[[Progress], None] | None = None
+        self, seeds: int = 3, on_progress: OnProgress | None = None, *, quiet: bool = False
     ) -> None:
         """Train finalists again with fresh seeds, where the front is undecided, on Ray.
 
         Args:
             seeds: The mean number of trainings that the front's members are to have; each next one
                 goes to the network on which it decides most.
-            on_progress: Called with the progress of the study.
+            on_progress: As in :meth:`run`.
+            quiet: As in :meth:`run`.
 
         Raises:
             WidthsearchError, KeyboardInterrupt: As :meth:`run`.
         """
+        from widthsearch.report.progress import showing
         from widthsearch.runner import ray_tune as runner
 
         with (
+            showing(self.config.name, on_progress, quiet=quiet) as shown,
             runner.Session(self.config, self.folder) as session,
-            self.confirmation(seeds, on_progress) as search,
+            self.confirmation(seeds, shown) as search,
         ):
             session.train(search, self.data)
 
     @contextmanager
     def search(
         self,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: OnProgress | None = None,
         engine: Engine | None = None,
         *,
         retry: bool = False,
@@ -315,7 +315,7 @@ class Study:
 
     @contextmanager
     def confirmation(
-        self, seeds: int = 3, on_progress: Callable[[Progress], None] | None = None
+        self, seeds: int = 3, on_progress: OnProgress | None = None
     ) -> Iterator[Confirmation]:
         """Drive :meth:`confirm` by any engine; arguments and errors as there."""
         if seeds < 2:
@@ -338,6 +338,36 @@ class Study:
 
         spaces, task = self.spaces, self.task if self.config.trainer is None else None
         return Driver(self.config, spaces, task, self.folder, self.storage, _pickled)
+
+
+def _loading_first(load: Callable[[], Any], propose: Engine) -> tuple[Engine, Callable[[], Any]]:
+    """An engine that loads the data before methods run, and a function that returns the data.
+
+    So a fault of an own ``data`` function is seen at once, and not after methods that train.
+    """
+    loaded: list[Any] = []
+
+    def engine(
+        requests: Sequence[ProposalRequest], *given: Any
+    ) -> Iterator[tuple[int, ProposalResult]]:
+        if requests:
+            loaded.append(load())
+        yield from propose(requests, *given)
+
+    return engine, lambda: loaded.pop() if loaded else load()
+
+
+def _check_finished(name: str, trials: Collection[Trial], ended: str | None) -> None:
+    """Check that some trial of a study has finished; ``ended`` is why the run ended early."""
+    if all(trial.state != TrialState.FINISHED for trial in trials):
+        reasons = [trial.error for trial in trials if trial.error]
+        if not reasons and ended is not None:
+            raise StudyError(f"study {name!r} has no finished trial: {ended}")
+        raise StudyError(
+            f"study {name!r} has no finished trial; the last failed: "
+            f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run again "
+            "with --retry"
+        )
 
 
 def _stored_config(folder: Path) -> StudyConfig:

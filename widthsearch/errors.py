@@ -19,6 +19,8 @@ invariants of widthsearch itself are ``AssertionError``: bugs to report, not inp
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +105,42 @@ def one_line(error: BaseException) -> str:
     """An error's type and the first line of its message."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
+
+
+def located(error: BaseException) -> str:
+    """:func:`one_line`, with the file and line of the user's code where there is some.
+
+    That is the innermost frame outside of this package, of Python's library and of installed
+    packages.
+
+    Example:
+        >>> import widthsearch
+        >>> try:
+        ...     widthsearch.no_such_name
+        ... except AttributeError as error:
+        ...     located(error)
+        "AttributeError: module 'widthsearch' has no attribute 'no_such_name'"
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_users(frame.filename)]
+    if not own or isinstance(error, SyntaxError):  # which says its place itself
+        return one_line(error)
+    path = Path(own[-1].filename)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return f"{one_line(error)} ({path}:{own[-1].lineno})"
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is code of the user: none of a package that is installed, nor of this one."""
+    library = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed = [Path(__file__).parent, *map(Path, filter(None, library))]
+    path = Path(file)
+    return (
+        not file.startswith("<")
+        and not {"site-packages", "dist-packages"} & set(path.parts)
+        and not any(path.is_relative_to(folder) for folder in installed)
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -1,4 +1,4 @@
 """Output: spaces, fronts and forecasts as tables, JSON, CSV and pictures, and live progress.
 
-May import: ``api``, ``export`` and below.
+May import: ``runner`` and below; a ``Study`` is passed in.
 """

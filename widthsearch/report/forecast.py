@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import ndtr
 
-from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting, families
 from widthsearch.proposers.uniform import Uniform
@@ -24,6 +23,9 @@ from widthsearch.study.posterior import ENOUGH, Estimate, MetricPosterior
 from widthsearch.study.proposals import stored_proposals
 from widthsearch.study.storage import Store
 from widthsearch.widths import Widths
+
+if TYPE_CHECKING:
+    from widthsearch.api import Study
 
 BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Shares of the base's MACs."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from widthsearch.api import Study
 from widthsearch.errors import StudyError
 from widthsearch.report.console import short
 from widthsearch.report.tables import baseline
 from widthsearch.study.front import cost_value
 from widthsearch.study.posterior import Estimate, MetricPosterior
+
+if TYPE_CHECKING:
+    from widthsearch.api import Study
 
 _LABELS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from widthsearch.report.console import print_line
-from widthsearch.study.progress import Progress
+from widthsearch.report.console import open_console, print_line
+from widthsearch.study.progress import OnProgress, Progress
 
 
 class LiveView:
@@ -50,6 +53,29 @@ class LiveView:
         elif progress.done != self._shown:
             self._shown = progress.done
             print_line(self._console, progress_line(progress))
+
+
+@contextmanager
+def showing(
+    name: str, on_progress: OnProgress | None = None, *, quiet: bool = False
+) -> Iterator[OnProgress | None]:
+    """What shows the progress of a study: a function that is given, or a view on standard error.
+
+    Args:
+        name: The study's name.
+        on_progress: Shows the progress in place of the view.
+        quiet: Whether there is no view.
+
+    Example:
+        >>> with showing("mine", quiet=True) as shown:
+        ...     print(shown)
+        None
+    """
+    if on_progress is not None or quiet:
+        yield on_progress
+    else:
+        with LiveView(name, open_console(stderr=True)) as view:
+            yield view
 
 
 def progress_line(progress: Progress) -> str:

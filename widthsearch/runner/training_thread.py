@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from widthsearch.errors import StudyError, one_line
+from widthsearch.errors import StudyError, located
 from widthsearch.training.job import Job, TrainingTrial
 from widthsearch.training.recipe import EpochResult
 
@@ -81,7 +81,7 @@ class TrainingThread:
                     raise error
                 raise StudyError(
                     f"a trainer must not end its process, but {self._name!r} raised "
-                    f"{one_line(error)}"
+                    f"{located(error)}"
                 ) from error
             finally:
                 del error  # else it would keep this frame, and with its own frames the network
@@ -103,7 +103,7 @@ class TrainingThread:
             )
         error, self._error = self._error, None  # its frames hold the network
         if error is not None:
-            return f"trainer {self._name!r} failed after it was stopped: {one_line(error)}"
+            return f"trainer {self._name!r} failed after it was stopped: {located(error)}"
         return ""
 
     def _run(self, job: Job, network: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +19,8 @@ from widthsearch.space.computation import outputs, random_inputs
 from widthsearch.space.cost import EXACT
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
-from widthsearch.study.job import study_job
+from widthsearch.study.job import check_functions, study_job
+from widthsearch.study.progress import Notify
 from widthsearch.study.storage import SpaceRecord, Store
 from widthsearch.training.optimizers import check_optimizer
 from widthsearch.training.recipe import Recipe
@@ -48,10 +49,12 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
         DataError: A space was traced at another input shape, or its base does not fit the task.
         StudyError: No network is within the limits, a batch is larger than the training split,
             costs are too large to be compared exactly, the recipe does not fit the study's own
-            trainer, or its optimizer does not exist or take its arguments.
+            trainer, or its optimizer does not exist or take its arguments, or a function that
+            the configuration names is not there or takes other arguments.
         DeviceError: A device is not there.
     """
     study_job(config)
+    check_functions(config)
     if isinstance(config.recipe, Recipe):
         check_optimizer(config.recipe)
     for space in spaces.values():
@@ -111,6 +114,50 @@ def _check_limits(config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> Non
                 f"{high:g}] and networks have {min(ends):,} to {max(ends):,}: change the "
                 "limits or the constraints"
             )
+
+
+def met_budgets(
+    budgets: Sequence[float], spaces: Mapping[str, SearchSpace], say: Notify
+) -> tuple[float, ...]:
+    """The budgets that some network meets, or that the widest one is within; it stands for those.
+
+    All of them where none is met: that is an error of the families.
+
+    Args:
+        budgets: Shares of the MACs of the first space's base.
+        spaces: The spaces by name.
+        say: Called with a line on the others.
+
+    Raises:
+        StudyError: All are above the widest network, as percentages are.
+    """
+    first = next(iter(spaces.values()))
+    base = first.cost(first.base).macs
+    least = min(s.cost([a.min_width for a in s.axes]).macs for s in spaces.values()) / base
+    most = max(s.cost([a.max_width for a in s.axes]).macs for s in spaces.values()) / base
+    above = [budget for budget in budgets if budget > most]
+    listed = ", ".join(f"{budget:g}" for budget in above)
+    shares = "budgets are shares of the base's MACs, so that 0.1 means 10%"
+    if len(above) == len(budgets):
+        raise StudyError(
+            f"some network must be as wide as a budget, but budgets are {listed} and networks have "
+            f"{least:.3g} to {most:.3g} of the base's MACs; {shares}"
+        )
+    if above:
+        say(
+            f"budgets {listed} are above the widest network, which has {most:.3g} of the base's "
+            f"MACs and stands for them; {shares}",
+            "event",
+        )
+    met = tuple(budget for budget in budgets if budget >= least)
+    if met and len(met) < len(budgets):
+        left = ", ".join(f"{budget:g}" for budget in budgets if budget < least)
+        say(
+            f"budgets {left} are left out: the narrowest network has {least:.3f} of the base's "
+            "MACs",
+            "event",
+        )
+    return met or tuple(budgets)
 
 
 def claim(store: Store, config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> None:

@@ -26,7 +26,7 @@ from widthsearch.proposers import Proposer, Setting, families
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.budget import Budget
-from widthsearch.study.checks import check_parts, claim
+from widthsearch.study.checks import check_parts, claim, met_budgets
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
@@ -34,7 +34,7 @@ from widthsearch.study.front import is_within_limits
 from widthsearch.study.job import own_task
 from widthsearch.study.loop import Search
 from widthsearch.study.posterior import MetricPosterior
-from widthsearch.study.progress import Level, Notify, Pace, Progress
+from widthsearch.study.progress import Level, Notify, OnProgress, Pace
 from widthsearch.study.proposals import (
     Engine,
     ProposalRequest,
@@ -50,8 +50,6 @@ from widthsearch.training.optimizers import check_optimizer
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.devices import cores
 from widthsearch.utils.files import write_atomically
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(eq=False)
@@ -123,7 +121,7 @@ class Driver:
         with self._driving(on_progress) as (driver_lock, config, say):
             store = driver_lock.store
             share = round(config.baselines * config.trials)
-            budgets = self._budgets(say)
+            budgets = met_budgets(config.budgets, self.spaces, say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
             proposed = families.baseline_candidates(self.spaces, budgets, share, config.seed)
             budget = Budget(config, store)
@@ -252,43 +250,6 @@ class Driver:
         return config.model_copy(update={"concurrency": together, "resources": taken})
 
     # -- the queue ---------------------------------------------------------------------------
-
-    def _budgets(self, say: Notify) -> tuple[float, ...]:
-        """The budgets that some network meets or that the widest one is within.
-
-        A budget above the widest network stands for it.
-
-        Raises:
-            StudyError: All are above the widest network, as percentages are.
-        """
-        budgets, base = self.config.budgets, self._first.cost(self._first.base).macs
-        spaces = self.spaces.values()
-        least = min(s.cost([a.min_width for a in s.axes]).macs for s in spaces) / base
-        most = max(s.cost([a.max_width for a in s.axes]).macs for s in spaces) / base
-        above = [budget for budget in budgets if budget > most]
-        listed = ", ".join(f"{budget:g}" for budget in above)
-        shares = "budgets are shares of the base's MACs, so that 0.1 means 10%"
-        if len(above) == len(budgets):
-            raise StudyError(
-                f"some network must be as wide as a budget, but budgets are {listed} and networks "
-                f"have {least:.3g} to {most:.3g} of the base's MACs; {shares}"
-            )
-        if above:
-            say(
-                f"budgets {listed} are above the widest network, which has {most:.3g} of the "
-                f"base's MACs and stands for them; {shares}",
-                "event",
-            )
-        met = tuple(budget for budget in budgets if budget >= least)
-        if not met or len(met) == len(budgets):
-            return budgets
-        left = ", ".join(f"{budget:g}" for budget in budgets if budget < least)
-        say(
-            f"budgets {left} are left out: the narrowest network has {least:.3f} of the base's "
-            "MACs",
-            "event",
-        )
-        return met
 
     def _within_limits(self, proposed: Sequence[Candidate], say: Notify) -> list[Candidate]:
         """The candidates whose exact costs are within the limits; a message counts the others."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from widthsearch.data.tasks import OwnTask
-from widthsearch.errors import DataError, StudyError, one_line
+from widthsearch.errors import DataError, StudyError, located
 from widthsearch.study.config import StudyConfig
 from widthsearch.training.job import Job, own_job
 from widthsearch.training.recipe import OwnRecipe, recipe_values
@@ -51,6 +52,35 @@ def own_task(config: StudyConfig) -> OwnTask | None:
     return OwnTask(loss, batches, reference_of(config.loss))
 
 
+def check_functions(config: StudyConfig) -> None:
+    """Import the functions that a configuration names, and check that they take their arguments.
+
+    Raises:
+        StudyError: One cannot be imported, or takes other arguments.
+    """
+    signatures = {
+        "data": (),
+        "final_data": (),
+        "loss": ("network", "batch"),
+        "batches": ("split", "seed"),
+    }
+    for key, arguments in signatures.items():
+        if (function := getattr(config, key)) is None:
+            continue
+        loaded = load_function(function, StudyError)
+        try:
+            signature = inspect.signature(loaded)
+        except (TypeError, ValueError):  # some callables of C have none
+            continue
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            raise StudyError(
+                f"{key} must be a function of ({', '.join(arguments)}), but "
+                f"{reference_of(function)!r} is not: {error}"
+            ) from None
+
+
 def load_data(config: StudyConfig, *, final: bool) -> Any:
     """Call the study's own ``data`` function, or ``final_data`` for a final training.
 
@@ -58,14 +88,20 @@ def load_data(config: StudyConfig, *, final: bool) -> Any:
         None where the configuration names no function.
 
     Raises:
-        DataError: The function cannot be imported, or fails.
+        DataError: The function cannot be imported, fails, or returns None.
     """
     function = (config.final_data if final else None) or config.data
     if function is None:
         return None
     try:
-        return load_function(function, DataError)()
+        data = load_function(function, DataError)()
     except (Exception, SystemExit) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"data {reference_of(function)!r} failed: {one_line(error)}") from error
+        raise DataError(f"data {reference_of(function)!r} failed: {located(error)}") from error
+    if data is None:
+        raise DataError(
+            f"data must return what the trainer reads, but {reference_of(function)!r} returned "
+            "None: add a `return`"
+        )
+    return data

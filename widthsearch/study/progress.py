@@ -54,6 +54,10 @@ class Progress:
     metric: Metric = ACCURACY
 
 
+OnProgress = Callable[[Progress], None]
+"""Called with the progress of a study."""
+
+
 class Notify(Protocol):
     """Called with a message about a study and its importance."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from widthsearch.data.tasks import AnyTask, Task
-from widthsearch.errors import StudyError, WidthsError, one_line
+from widthsearch.errors import StudyError, WidthsError, located
 from widthsearch.proposers import Proposal, Proposer, Setting
 from widthsearch.proposers.families import Candidate, lowest_share, scale_proposal
 from widthsearch.space.search_space import SearchSpace
@@ -69,7 +69,7 @@ class Failure:
     """The reason why a proposer has no proposal, or why a candidate cannot be trained.
 
     Attributes:
-        reason: The reason, in one line.
+        reason: The reason, in one line, with the file and line of the user's code.
         traceback: The traceback of the exception; empty if there was none.
 
     Example:
@@ -87,7 +87,7 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         """The failure that an exception is, while it is being handled."""
         try:
-            reason = one_line(error)
+            reason = located(error)
         except Exception:  # noqa: BLE001  its __str__ is the user's code, and may raise as well
             reason = type(error).__name__
         return cls(reason, traceback.format_exc())

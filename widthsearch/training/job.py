@@ -369,6 +369,11 @@ def own_job(
             f"a trainer must be a function of (network, trial), but {name!r} is not: "
             f"{first_line(error)}"
         ) from None
+    if inspect.isgeneratorfunction(trainer) or inspect.iscoroutinefunction(trainer):
+        raise StudyError(
+            f"a trainer must train when it is called, but {name!r} only returns a generator or a "
+            "coroutine: use neither `yield` nor `async`"
+        )
     annotation = bound.signature.parameters[list(bound.arguments)[-1]].annotation
     values = recipe_values(recipe)
     checked: Any = values

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from widthsearch.errors import SpaceError, one_line
+from widthsearch.errors import SpaceError, located
 
 
 def reference_of(function: str | Callable[..., Any]) -> str:
@@ -56,7 +56,7 @@ def load_function(
     try:
         module = _file_module(Path(where)) if parent else importlib.import_module(where)
     except (Exception, SystemExit) as cause:
-        raise error(f"{reference!r} cannot be imported: {one_line(cause)}") from cause
+        raise error(f"{reference!r} cannot be imported: {located(cause)}") from cause
     function = getattr(module, name, None)
     if not callable(function):
         public = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
