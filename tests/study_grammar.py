@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from widthsearch.bayesopt.metric import COSTS, EXACT_COSTS
-from widthsearch.proposers import PROPOSERS
+from widthsearch.proposers import BASELINES, PROPOSERS
 from widthsearch.space.search_space import SearchSpace
 
 Strategy = st.SearchStrategy[Any]
@@ -110,6 +110,10 @@ VALID: dict[str, Strategy] = {
     **{f"proposers.magnitude.{key}": values for key, values in tuning.items()},
     "proposers.magnitude.norm": one("l1", "l2"),
     "proposers.uniform.members": count,
+    "proposers.balanced.members": count,
+    "proposers.constant.members": count,
+    "proposers.taper.slope": st.floats(-3, 3),
+    "proposers.taper.members": count,
     "proposers.random.lowest": share,
     "proposers.random.members": count,
     "budgets": st.lists(numbers(0, 2), min_size=1, max_size=5),
@@ -237,7 +241,7 @@ def _choose_data(draw: st.DrawFn, drawn: Document, own: bool) -> None:
 
 def _choose_search(draw: st.DrawFn, drawn: Document, own: bool) -> None:
     """Methods, and the metric, objectives, limits and early stopping that go together."""
-    without_data = ("uniform", "random", "synflow", "own:small")
+    without_data = (*BASELINES, "synflow", "own:small")
     methods = without_data if own else (*PROPOSERS, "own:small")
     if own or "proposers" in drawn or draw(st.booleans()):
         chosen = one(*methods).flatmap(proposer)

@@ -128,7 +128,7 @@ def test_pareto_prints_the_front_and_the_baseline(command: CommandLine, runs: Pa
     """Tables, widths and the hypervolume of both; front.json is written, a picture is not."""
     out = command("pareto", "small", "--runs", runs)
     assert "front of small" in out
-    assert "uniform baseline" in out
+    assert "best of uniform widths and the base" in out
     assert "by id, in the order conv1, block1.conv1" in out
     assert "7 trials: 7 finished" in out
     assert not (runs / "small" / "front.png").exists()
@@ -178,19 +178,20 @@ def test_pareto_of_nothing_is_a_line(command: CommandLine, tmp_path: Path) -> No
 
 
 def test_pareto_as_json_and_csv(command: CommandLine, runs: Path) -> None:
-    """The promised keys; the front is non-dominated; base and uniform are named.
+    """The promised keys; the front is non-dominated; base and baselines are named.
 
     The CSV agrees with it: one row a member, one column an axis.
     """
     content = command.json("pareto", "small", "--runs", runs)
     keys = {"id", "widths", "accuracy", "estimated", "macs", "params", "latency_ms", "origin"}
     assert content["front"]
-    for member in [*content["front"], content["base"], *content["uniform"]]:
+    for member in [*content["front"], content["base"], *content["baselines"]]:
         assert keys <= set(member)
     points = [[-m["accuracy"], m["macs"]] for m in content["front"]]
     assert pareto.non_dominated(points).all()
     assert content["base"]["origin"] == {"base": True}
-    assert [m["origin"] == {"base": True} for m in content["uniform"]] == [False, False, True]
+    assert [m["origin"] == {"base": True} for m in content["baselines"]] == [False, False, True]
+    assert isinstance(content["gains"], list)
     lines = command("pareto", "small", "--csv", "--runs", runs).splitlines()
     assert "sd,interval_low,interval_high,trainings" in lines[0]
     assert "latency_ms,latency_ratio," in lines[0]

@@ -15,7 +15,6 @@ from widthsearch.proposers.families import (
     FamilyName,
     LinearFamily,
     PowerFamily,
-    baseline_candidates,
     family_candidates,
     lowest_share,
     scale_proposal,
@@ -134,21 +133,6 @@ def test_several_spaces_share_their_budgets_in_macs() -> None:
     ]
     for c in found:
         assert spaces[c.space].cost(c.widths).macs <= float(str(c.origin["budget"])) * base
-
-
-def test_baselines_are_uniform_then_random() -> None:
-    """At every budget in every space, or evenly spread if fewer are asked for."""
-    spaces = {name: space_of(name) for name in ("Grouped", "Depthwise")}
-    whole = baseline_candidates(spaces, [0.3, 0.6], 10, seed=0)
-    assert [c.origin["proposer"] for c in whole] == ["uniform"] * 4 + ["random"] * 6
-    assert len({(c.space, c.widths) for c in whole}) == 10
-    assert all(c.origin["baseline"] for c in whole)
-    assert whole == baseline_candidates(spaces, [0.3, 0.6], 10, seed=0)
-    assert whole[4:] != baseline_candidates(spaces, [0.3, 0.6], 10, seed=1)[4:]
-    few = baseline_candidates(spaces, [0.2, 0.3, 0.6], 2, seed=0)
-    ends = [("Grouped", 0.2), ("Depthwise", 0.6)]
-    assert [(c.space, c.origin["budget"]) for c in few] == ends
-    assert baseline_candidates(spaces, [0.3], 0, seed=0) == []
 
 
 def test_a_power_family_by_hand() -> None:

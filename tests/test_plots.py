@@ -154,7 +154,9 @@ def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_pat
     for axes, cost in zip(figure.axes, objectives[1:], strict=True):
         assert [text.get_text() for text in axes.texts] == [str(t.number) for t in front]
         drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
-        assert set(drawn) == {f"{name}, estimated" for name in ("front", "uniform", "random")}
+        assert set(drawn) == {
+            f"{name}, estimated" for name in ("front", "uniform", "other baselines")
+        }
         points = drawn["front, estimated"].get_xydata().tolist()
         assert points == [[getattr(t.cost, cost), posterior.value(t)] for t in front]
         ticks = axes.xaxis.get_ticklabels(which="both")

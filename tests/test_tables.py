@@ -19,6 +19,7 @@ from widthsearch.report.progress import LiveView
 from widthsearch.report.space_tables import space_tables
 from widthsearch.space.cost import Cost
 from widthsearch.study.front import equal_cost_pairs, pick
+from widthsearch.study.gains import Gain, baselines, best_baselines, gains
 from widthsearch.study.posterior import Estimate, MetricPosterior
 from widthsearch.study.progress import Progress
 from widthsearch.study.storage import SpaceRecord
@@ -105,27 +106,64 @@ def test_a_gain_is_a_mean_with_its_90_percent_interval() -> None:
     gain, half = weights @ mean, 1.645 * math.sqrt(weights @ covariance @ weights)
     (line,) = report.gain_lines(posterior)
     assert line == (
-        f"Gain over uniform widths: {gain:+.2f} ±{half:.2f} points at equal MACs (mean over 2 of "
-        "3); ± is its 90% interval."
+        f"Gain over the best of uniform widths: {gain:+.2f} ±{half:.2f} points at equal MACs (mean "
+        "over 2 of 3); ± is its 90% interval."
     )
     assert report.gain_lines(posterior_of([*found[2:], *rivals])) == []  # seven trainings
 
 
+def test_the_rivals_are_the_best_of_all_baselines() -> None:
+    """By hand: of three kinds, those that no other baseline beats at no more MACs."""
+
+    def rival(number: int, proposer: str, macs: int, accuracy: float) -> Trial:
+        origin = {**UNIFORM, "proposer": proposer}
+        made = tiny.finished(number, tiny.widths(2 * (number - 19), 4), accuracy, origin=origin)
+        return replace(made, cost=Cost(macs, 10, 5))
+
+    rivals = [
+        rival(20, "uniform", 20, 70.0),
+        rival(21, "balanced", 20, 78.0),
+        rival(22, "uniform", 40, 82.0),
+        rival(23, "random", 50, 72.0),
+        rival(24, "taper", 60, 90.0),
+    ]
+    found = [trial(i, 8 * i, 75.0 + 2 * i, 1.0) for i in range(1, 7)]
+    posterior = posterior_of([*rivals, *found])
+    best = best_baselines(posterior, "macs")
+    goodness = posterior.goodness
+    assert best == [
+        t
+        for t in rivals
+        if not any(goodness(o) > goodness(t) and o.cost.macs <= t.cost.macs for o in rivals)
+    ]
+    assert rivals[1] in best
+    assert rivals[0] not in best
+    assert [t.number for t in baselines(posterior)] == [20, 21, 22, 23, 24]
+    (gain,) = gains(posterior)
+    pairs = equal_cost_pairs(found, best, "macs", goodness)
+    mean, sd = posterior.mean_difference(pairs)
+    assert gain == Gain("macs", mean, sd, len(best), len(best))
+    low, high = gain.to_json()["interval"]
+    assert (low, high) == pytest.approx((mean - 1.645 * sd, mean + 1.645 * sd))
+    (line,) = report.gain_lines(posterior)
+    assert line.startswith("Gain over the best of uniform, balanced, taper and random widths: ")
+
+
 def test_networks_outside_the_limits_are_in_no_comparison() -> None:
-    """A base above the limits is no rival, widens no box and is not in the uniform baseline."""
+    """A base above the limits is no rival, widens no box and is no baseline."""
     found = [trial(i, 10 * i, 80.0 + i + 0.3 * (-1) ** i, 1.0) for i in range(1, 8)]
     uniform = tiny.finished(10, tiny.widths(2, 4), 78.0, origin=UNIFORM, cost=Cost(40, 10, 5))
     every = [trial(0, 500, 95.0, 1.0), *found, uniform]
     records = {"tiny": SpaceRecord.of(tiny.space())}
     inside = MetricPosterior(every, records, ("accuracy", "macs"), {"macs": (0, 100)})
     free = posterior_of(every)
-    assert [t.number for t in report.baseline(inside)] == [10]
-    assert [t.number for t in report.baseline(free)] == [10, 0]
+    assert [t.number for t in baselines(inside)] == [10]
+    assert [t.number for t in baselines(free)] == [10, 0]
     (line,) = report.gain_lines(inside)
-    assert line.startswith("Gain over uniform widths: ")
+    assert line.startswith("Gain over the best of uniform widths: ")
     assert "(mean over 1 of 1)" in line
     (line,) = report.gain_lines(free)
-    assert line.startswith("Gain over uniform widths and the base: ")
+    assert line.startswith("Gain over the best of uniform widths and the base: ")
     assert "(mean over 2 of 2)" in line
     without = MetricPosterior(every[1:], records, ("accuracy", "macs"), {"macs": (0, 100)})
     span = np.ptp(inside.points(inside.members_within_limits), axis=0)

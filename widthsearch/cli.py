@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vectors", type=int, default=40, help="networks in the profile (default: 40)")
 
     pareto = command(
-        "pareto", "study", "Print a study's front and the uniform baseline, and write front.json."
+        "pareto", "study", "Print a study's front and the best baselines, and write front.json."
     )
     add, form = pareto.add_argument, pareto.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")

@@ -155,7 +155,7 @@ def profile(options: argparse.Namespace) -> int:
 
 
 def pareto(options: argparse.Namespace) -> int:
-    """Print a study's front and the uniform baseline, and write front.json."""
+    """Print a study's front and the best baselines, and write front.json."""
     study = Study.load(options.study, options.runs)
     posterior, forecasts = study.posterior(), None
     if options.families:

@@ -23,12 +23,18 @@ PROPOSERS: Mapping[str, str] = MappingProxyType(
         "fisher": "fisher:Fisher",
         "magnitude": "magnitude:Magnitude",
         "uniform": "uniform:Uniform",
+        "balanced": "balanced:Balanced",
+        "constant": "constant:Constant",
+        "taper": "taper:Taper",
         "random": "random:Random",
     }
 )
 """The class of each method, as ``module:Class`` within this package, by the name in studies."""
 
-__all__ = ["PROPOSERS", "Proposal", "Proposer", "Setting", "proposer_class"]
+BASELINES = ("uniform", "balanced", "constant", "taper", "random")
+"""The methods that look at nothing: gains are stated over the best of them."""
+
+__all__ = ["BASELINES", "PROPOSERS", "Proposal", "Proposer", "Setting", "proposer_class"]
 
 
 def proposer_class(name: str) -> Callable[..., Proposer]:

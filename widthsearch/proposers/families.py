@@ -36,9 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from widthsearch.errors import WidthsError
-from widthsearch.proposers.protocol import Proposal, Setting
-from widthsearch.proposers.random import Random
-from widthsearch.proposers.uniform import Uniform
+from widthsearch.proposers.protocol import Proposal
 from widthsearch.widths import Widths
 
 if TYPE_CHECKING:
@@ -284,7 +282,7 @@ def family_candidates(
     """
     out: dict[tuple[str, Widths], Candidate] = {}
     for budget in budgets:
-        for space, macs in _spaces_within(spaces, budget):
+        for space, macs in spaces_within(spaces, budget):
             own = proposals.get(space.name, ())
             for family in families:
                 if family == "mixture":
@@ -300,45 +298,7 @@ def family_candidates(
     return list(out.values())
 
 
-def baseline_candidates(
-    spaces: Mapping[str, SearchSpace], budgets: Sequence[float], count: int, seed: int
-) -> list[Candidate]:
-    """The baselines of a search at the same budgets: uniform widths, then random widths.
-
-    With several spaces, uniform widths form a grid of depth × width. If ``count`` is smaller than
-    the grid, the baselines are spread evenly over it.
-
-    Args:
-        spaces: The spaces by name.
-        budgets: Shares of the MACs of the first space's base.
-        count: The number of baselines; fewer are returned if widths repeat.
-        seed: The seed of the random widths.
-
-    Returns:
-        Candidates with the origin of :func:`family_candidates` and ``"baseline": True``.
-    """
-    places = [(budget, *place) for budget in budgets for place in _spaces_within(spaces, budget)]
-    if count < len(places):
-        spread = np.linspace(0, len(places) - 1, count).round().astype(int)
-        places = [places[i] for i in spread]
-    out: dict[tuple[str, Widths], Candidate] = {}
-    # Turn 0 is uniform, the others are random. Usually each turn adds len(places) baselines; where
-    # widths repeat, `count` turns may add fewer than `count`.
-    for turn in range(count):
-        for i, (budget, space, macs) in enumerate(places):
-            if len(out) == count:
-                break
-            own = int(np.random.SeedSequence((seed, turn, i)).generate_state(1)[0])
-            method = Random() if turn else Uniform()
-            proposal = method(space, None, Setting(own))
-            origin = {"proposer": proposal.method, "family": "linear", "budget": budget}
-            widths = scale_proposal(space, proposal, macs)
-            made = Candidate(space.name, widths, {**origin, "baseline": True})
-            out.setdefault((space.name, widths), made)
-    return list(out.values())
-
-
-def _spaces_within(
+def spaces_within(
     spaces: Mapping[str, SearchSpace], budget: float
 ) -> list[tuple[SearchSpace, float]]:
     """The spaces whose networks can meet a budget, each with the budget in MACs.

@@ -11,8 +11,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from widthsearch.errors import StudyError
 from widthsearch.report.console import short
-from widthsearch.report.tables import baseline
 from widthsearch.study.front import cost_value
+from widthsearch.study.gains import baselines
 from widthsearch.study.posterior import Estimate, MetricPosterior
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _LABELS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency (ms)"}
 
 
 def draw_front(study: Study, posterior: MetricPosterior) -> Figure:
-    """Every finished trial, the front with its IDs, and the uniform and random baselines.
+    """Every finished trial, the front with its IDs, and the baselines.
 
     One panel a cost. The front and the baselines are drawn at their estimated value, with its
     90% interval; the front is that of the study, over all of its objectives.
@@ -37,7 +37,9 @@ def draw_front(study: Study, posterior: MetricPosterior) -> Figure:
     finished = [t for t in posterior.trials if t.value is not None]
     if not finished:
         raise StudyError(f"no trial of {study.config.name!r} has finished: run the study first")
-    front = posterior.front()
+    front, every = posterior.front(), baselines(posterior)
+    uniform = [t for t in every if t.origin.get("base") or t.origin["proposer"] == "uniform"]
+    others = [t for t in every if t not in uniform]
     metric = posterior.metric
     costs = [name for name in study.config.objectives if name != metric.name] or ["macs"]
     figure = Figure(figsize=(5.6 * len(costs), 4.4), layout="constrained")
@@ -48,8 +50,8 @@ def draw_front(study: Study, posterior: MetricPosterior) -> Figure:
         x = [value(t) for t in finished]
         axes.plot(x, [t.value for t in finished], ".", color="0.7", label="one training")
         for label, members, marker, colour in (
-            ("random", baseline(posterior, "random"), "^", "tab:green"),
-            ("uniform", baseline(posterior), "s", "tab:blue"),
+            ("other baselines", others, "^", "tab:green"),
+            ("uniform", uniform, "s", "tab:blue"),
             ("front", front, "o", "tab:red"),
         ):
             if members:

@@ -19,9 +19,11 @@ from rich.text import Text
 from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.metric import ACCURACY, EXACT_COSTS, Metric
 from widthsearch.errors import StudyError
+from widthsearch.proposers import BASELINES
 from widthsearch.report.console import short, uncut
-from widthsearch.study.front import cost_value, equal_cost_pairs, objective_value, pick_limits
-from widthsearch.study.posterior import ENOUGH, INTERVAL, Estimate, MetricPosterior
+from widthsearch.study.front import cost_value, objective_value, pick_limits
+from widthsearch.study.gains import baselines, best_baselines, gains
+from widthsearch.study.posterior import ENOUGH, Estimate, MetricPosterior
 from widthsearch.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ def origin_text(origin: Mapping[str, Any]) -> str:
     if "confirms" in origin:
         return f"confirms {origin['confirms']}"
     if "proposer" in origin:
-        return f"{origin['proposer']} ×{origin['budget']:g}"
+        slope = f" {origin['slope']:+g}" if "slope" in origin else ""
+        return f"{origin['proposer']}{slope} ×{origin['budget']:g}"
     return "search" if "sampler" in origin else PurePath(origin.get("given", "given")).name
 
 
@@ -73,65 +76,42 @@ def estimate_text(estimate: Estimate) -> str:
     return f"{text} ±{above}" if below == above else f"{text} −{below} +{above}"
 
 
-def baseline(posterior: MetricPosterior, method: str = "uniform") -> list[Trial]:
-    """The members of a baseline that are within the limits, fewest MACs first.
-
-    Args:
-        posterior: The posterior of a study.
-        method: ``uniform``, which includes the bases, or ``random``.
-    """
-
-    def belongs(origin: Mapping[str, Any]) -> bool:
-        if origin.get("base"):
-            return method == "uniform"
-        return origin.get("proposer") == method and origin.get("family") == "linear"
-
-    members = posterior.members_within_limits
-    return sorted((t for t in members if belongs(t.origin)), key=lambda t: t.cost.macs)
-
-
-def _contents(rivals: Sequence[Trial], method: str = "uniform") -> str:
-    """The networks of a baseline in words."""
-    bases = sum(bool(t.origin.get("base")) for t in rivals)
-    parts = [f"{method} widths"] if len(rivals) > bases else []
-    return " and ".join(parts + ([f"the base{'s' * (bases > 1)}"] if bases else []))
+def _contents(members: Sequence[Trial]) -> str:
+    """The kinds of some baselines in words."""
+    bases = sum(bool(t.origin.get("base")) for t in members)
+    seen = {t.origin.get("proposer") for t in members}
+    kinds = [name for name in BASELINES if name in seen]
+    *most, last = kinds or [""]
+    text = f"{', '.join(most)} and {last} widths" if most else f"{last} widths" if last else ""
+    named = f"the base{'s' * (bases > 1)}" if bases else ""
+    return " and ".join(filter(None, (text, named)))
 
 
 def gain_lines(posterior: MetricPosterior) -> list[str]:
-    """The mean gain of the other networks over each baseline at equal cost; a line a baseline.
+    """A line with the mean gain over the best baselines at equal cost, see :func:`gains`.
 
-    Each baseline network is paired with the best of the other networks that costs no more, by
-    estimated value; networks with costs outside the limits take no part. A gain is positive where
-    the others are better, also for a metric to minimize. The 90% interval is that of the
-    mean of the paired differences under the joint posterior. There is no line without a surrogate.
+    A gain is positive where the other networks are better, also for a metric to minimize. There is
+    no line without a surrogate.
     """
-    if posterior.surrogate is None:
+    found, metric = gains(posterior), posterior.metric
+    if not found:
         return []
-    inside, metric = posterior.members_within_limits, posterior.metric
-    found = [t for t in inside if t.origin.keys().isdisjoint(("base", "baseline"))]
-    lines = []
-    for method in ("uniform", "random"):
-        rivals, gains = baseline(posterior, method), []
-        for cost in (name for name in posterior.objectives if name != metric.name):
-            pairs = equal_cost_pairs(found, rivals, cost, posterior.goodness)
-            if pairs:
-                mean, sd = posterior.mean_difference(pairs)
-                places = metric.decimals(posterior.value(rivals[0]))
-                gains.append(
-                    f"{mean:+.{places}f} ±{INTERVAL * sd:.{places}f} {metric.points} at equal "
-                    f"{COST_NAMES.get(cost, cost)} (mean over {len(pairs)} of {len(rivals)})"
-                )
-        if gains:
-            lower = "; a gain is a lower value" if metric.goal == "minimize" else ""
-            lines.append(
-                f"Gain over {_contents(rivals, method)}: {', '.join(gains)}{lower}; ± is its 90% "
-                "interval."
-            )
-    return lines
+    rivals = baselines(posterior)
+    places = metric.decimals(posterior.value(rivals[0]))
+    texts = [
+        f"{gain.mean:+.{places}f} ±{gain.half_width:.{places}f} {metric.points} at equal "
+        f"{COST_NAMES.get(gain.cost, gain.cost)} (mean over {gain.pairs} of {gain.rivals})"
+        for gain in found
+    ]
+    lower = "; a gain is a lower value" if metric.goal == "minimize" else ""
+    return [
+        f"Gain over the best of {_contents(rivals)}: {', '.join(texts)}{lower}; ± is its 90% "
+        "interval."
+    ]
 
 
 def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
-    """The front, the base model and the uniform baseline with the bases as JSON values."""
+    """The front, the base model, all baselines with the bases, and the gains as JSON values."""
     base = posterior.base
     return {
         "study": study.config.name,
@@ -139,7 +119,8 @@ def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
         "objectives": list(study.config.objectives),
         "front": [_trial_json(t, posterior) for t in posterior.front()],
         "base": None if base is None else _trial_json(base, posterior),
-        "uniform": [_trial_json(t, posterior) for t in baseline(posterior)],
+        "baselines": [_trial_json(t, posterior) for t in baselines(posterior)],
+        "gains": [gain.to_json() for gain in gains(posterior)],
     }
 
 
@@ -177,7 +158,7 @@ def front_csv(posterior: MetricPosterior) -> str:
 
 
 def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] = ()) -> Group:
-    """The front and the uniform baseline as tables, with footnotes and the gains.
+    """The front and the best baselines as tables, with footnotes and the gains.
 
     Args:
         study: The study.
@@ -198,25 +179,25 @@ def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] =
         return Group(
             Text(f"No trial of {study.config.name} has finished yet, so there is no front. {total}")
         )
-    uniform = baseline(posterior)
+    costs = [name for name in posterior.objectives if name != posterior.metric.name]
+    rivals = best_baselines(posterior, *costs)
     parts: list[RenderableType] = [
         trial_table(f"front of {study.config.name}", front, base, posterior, show),
         _width_lines(front),
     ]
-    if uniform:
-        title = f"uniform baseline: {_contents(uniform)}"
-        parts.append(trial_table(title, uniform, base, posterior, show))
-    shown = [*front, *uniform]
+    if rivals:
+        title = f"best of {_contents(baselines(posterior))}"
+        parts.append(trial_table(title, rivals, base, posterior, show))
+    shown = [*front, *rivals]
     if near := confirmed_beside(posterior, shown):
         title = "beside the front: trained again by confirm, to decide whether they are on it"
         parts.append(trial_table(title, near, base, posterior, show))
     if len(front) >= FEW:
         inside = " within the limits" if study.config.limits else ""
-        contents = f" ({_contents(uniform)})" if uniform else ""
         total += (
             f" Hypervolume over {', '.join(posterior.objectives)}, as a share of the box that all "
-            f"finished trials{inside} span: front {front_volume(front, posterior):.3f}, uniform "
-            f"baseline {front_volume(uniform, posterior):.3f}{contents}."
+            f"finished trials{inside} span: front {front_volume(front, posterior):.3f}, "
+            f"baselines {front_volume(rivals, posterior):.3f}."
         )
     lines = [total, *gain_lines(posterior), *footnotes([*shown, *near], posterior)]
     return Group(*parts, *map(Text, (*lines, *latency_remarks(front, base))))

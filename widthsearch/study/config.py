@@ -140,10 +140,11 @@ class StudyConfig(BaseModel):
             networks are trained after the base and before all others, also off the grid.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
-        families: How proposals are scaled: ``linear``, ``power`` (a trajectory's own trend), and
-            the ``mixture`` of each two.
+        families: How proposals are scaled: ``copycat`` (one profile at all sizes), ``linear`` (the
+            trajectory's member nearest to the size), ``power`` (a trajectory's own trend), and the
+            ``mixture`` of each two.
         baselines: The share of the trials that are baselines: uniform widths at each budget (in
-            every space: depth × width), then random ones.
+            every space: depth × width), then balanced, constant, tapered and random ones.
         metric: What trainings are compared by, one of the numbers that they report. By default
             top-1 accuracy in percent; with the task's loss ``bce`` mean average precision in
             percent, ``map``, and with ``mse`` or ``l1`` the root mean square error, ``rmse``.
@@ -200,7 +201,7 @@ class StudyConfig(BaseModel):
     widths: tuple[str, ...] = ()
     proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
-    families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("linear", "power")
+    families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("copycat", "power")
     baselines: Annotated[float, Field(ge=0, lt=1)] = 0.25
     metric: Annotated[Metric, BeforeValidator(_with_accuracy)] = ACCURACY
     objectives: tuple[Name, ...] = ()

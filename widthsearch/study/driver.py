@@ -23,6 +23,7 @@ from widthsearch.latency.meter import LatencyMeter
 from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.latency.profiles import load_profile
 from widthsearch.proposers import Proposer, Setting, families
+from widthsearch.proposers.baselines import baseline_candidates
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.budget import Budget
@@ -123,7 +124,7 @@ class Driver:
             share = round(config.baselines * config.trials)
             budgets = met_budgets(config.budgets, self.spaces, say)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
-            proposed = families.baseline_candidates(self.spaces, budgets, share, config.seed)
+            proposed = baseline_candidates(self.spaces, budgets, share, config.seed)
             budget = Budget(config, store)
             begun = count_begun(store.trials(self.spaces))
             if begun < config.trials and not budget.out_of_time():  # else none is needed
