@@ -39,7 +39,13 @@ def numbers(low: float, high: float) -> Strategy:
 count, finite, share = st.integers(1, 40), numbers(0, 10), numbers(0, 1)
 per, floor = one("macs", "channel", "params"), numbers(0, 0.5)
 removal = {"per": one("channel", "macs"), "floor": floor, "members": count}
-tuning = {"every": count, "lr": finite, "per": one("channel"), "pretrain": one(None, {"epochs": 2})}
+tuning = {
+    "every": count,
+    "lr": finite,
+    "per": one("channel"),
+    "pretrain": one(None, {"epochs": 2}),
+    "weights": one(None, "base.pt"),
+}
 multiples = one(0.25, 0.5, 1, {"*": 0.5}, {"first": 2})
 
 VALID: dict[str, Strategy] = {
@@ -97,6 +103,7 @@ VALID: dict[str, Strategy] = {
     "proposers.slimming.sparsity": st.none() | finite,
     "proposers.slimming.polarised": share,
     "proposers.slimming.trainings": count,
+    "proposers.slimming.weights": one(None, "base.pt"),
     "proposers.slimming.recipe": one(None, {"epochs": 3, "lr": 0.1}),
     **{f"proposers.slimming.{key}": values for key, values in removal.items()},
     "proposers.filter_groups.groups": count,
@@ -109,6 +116,9 @@ VALID: dict[str, Strategy] = {
     **{f"proposers.fisher.{key}": values for key, values in tuning.items()},
     **{f"proposers.magnitude.{key}": values for key, values in tuning.items()},
     "proposers.magnitude.norm": one("l1", "l2"),
+    **{f"proposers.taylor.{key}": values for key, values in tuning.items()},
+    "proposers.taylor.schedule": one("once", "turns"),
+    "proposers.taylor.members": count,
     "proposers.uniform.members": count,
     "proposers.balanced.members": count,
     "proposers.constant.members": count,

@@ -47,7 +47,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "filter_groups": {"groups": 2, "members": 2, "penalty": 1.0},
     "fisher": {"every": 1},
     "magnitude": {"every": 1},
+    "slimming": {"trainings": 1},
     "synflow": {"rounds": 4},
+    "taylor": {"every": 1},
 }
 """Fields with which a method is quick."""
 

@@ -103,7 +103,9 @@ def test_divergence_is_an_error(method: str, hyperparameters: Any, message: str)
         proposer_class(method)(**hyperparameters)(space_of("Residual"), small_task(), setting())
 
 
-@pytest.mark.parametrize("method", ["fisher", "magnitude", "sensitivity", "slimming", "synflow"])
+@pytest.mark.parametrize(
+    "method", ["fisher", "magnitude", "sensitivity", "slimming", "synflow", "taylor"]
+)
 def test_unknown_latency_is_refused_before_training(method: str) -> None:
     """With the way out; no progress is reported before the error."""
     lines: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,44 +57,77 @@ def gate_gradients(
     Returns:
         Per axis, shape (groups,).
     """
-    first = next(model.parameters())
-    gates = [first.new_ones(n, requires_grad=True) for n in graph.groups]
-    with _Gated(model, graph, gates):
+    with Gates(graph, model) as gates:
         value = loss()
-    consumed = {i for found in graph.gates.values() for o in found for i in np.unique(o.axis)}
-    norms = []
-    for layer, module in model.named_modules():
-        if isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
-            for name in ("weight", "bias"):
-                key = join(layer, name)
-                if (key, 0) in graph.axis and consumed.isdisjoint(graph.axis[key, 0]):
-                    norms.append((key, getattr(module, name)))
-    wanted = [*gates, *(parameter for _, parameter in norms)]
-    found = torch.autograd.grad(value, wanted, allow_unused=True)
-    gradients = [
-        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
-    ]
-    out, of_norms = gradients[: len(gates)], gradients[len(gates) :]
-    for (key, parameter), gradient in zip(norms, of_norms, strict=True):
-        for axis, sums in group_sums(graph, key, 0, parameter.detach() * gradient).items():
-            out[axis] = out[axis] + sums
-    return out
+    return gates.gradients(torch.autograd.grad(value, gates.leaves, allow_unused=True))
 
 
-class _Gated(CallSites):
-    """Multiplies the weights of consumers by gates of their channels."""
+class Gates(CallSites):
+    """Gates c = 1 on each group of each axis, while it is active; see :func:`gate_gradients`.
 
-    def __init__(self, model: nn.Module, graph: DependencyGraph, gates: list[Tensor]) -> None:
+    Args:
+        graph: The dependency graph of the network.
+        model: The network.
+
+    Attributes:
+        leaves: The tensors whose gradients :meth:`gradients` needs.
+
+    Example:
+        >>> from widthsearch.channels.dependency_graph import build_dependency_graph
+        >>> from widthsearch.space.search_space import SearchSpace
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> space = SearchSpace.from_model(net, (2,))
+        >>> model, graph = space.build(space.base), build_dependency_graph(space.model, space.base)
+        >>> with Gates(graph, model) as gates:
+        ...     model(torch.ones(3, 2)).sum().backward()
+        >>> [g.shape for g in gates.gradients([leaf.grad for leaf in gates.leaves])]
+        [torch.Size([4])]
+    """
+
+    def __init__(self, graph: DependencyGraph, model: nn.Module) -> None:
         super().__init__(model)
-        self.graph, self.gates = graph, gates
-        self.one = torch.ones_like(gates[0][:1])
+        self._graph = graph
+        first = next(model.parameters())
+        self._gates = [first.new_ones(n, requires_grad=True) for n in graph.groups]
+        self._one = torch.ones_like(self._gates[0][:1])
+        consumed = {i for found in graph.gates.values() for o in found for i in np.unique(o.axis)}
+        self._norms = [
+            (key, getattr(module, name))
+            for layer, module in model.named_modules()
+            if isinstance(module, NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
+            for name in ("weight", "bias")
+            for key in [join(layer, name)]
+            if (key, 0) in graph.axis and consumed.isdisjoint(graph.axis[key, 0])
+        ]
+        self.leaves = [*self._gates, *(parameter for _, parameter in self._norms)]
 
     def call(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
-        for operand in self.graph.gates.get(site, ()):
-            gate = operand.select(self.gates, self.one)
+        """Make one call, with gated weights if it is a consumer's."""
+        for operand in self._graph.gates.get(site, ()):
+            gate = operand.select(self._gates, self._one)
             change = {operand.index: lambda weight, gate=gate: weight * gate.to(weight)}
             args, kwargs = with_operands(change, args, kwargs)
         return func(*args, **kwargs)
+
+    def gradients(self, found: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of the gates.
+
+        Args:
+            found: The gradient of each of the leaves; None for those that the loss does not use.
+
+        Returns:
+            Per axis, shape (groups,).
+        """
+        every = [
+            torch.zeros_like(x) if g is None else g for x, g in zip(self.leaves, found, strict=True)
+        ]
+        out, of_norms = every[: len(self._gates)], every[len(self._gates) :]
+        for (key, parameter), gradient in zip(self._norms, of_norms, strict=True):
+            for axis, sums in group_sums(
+                self._graph, key, 0, parameter.detach() * gradient
+            ).items():
+                out[axis] = out[axis] + sums
+        return out
 
 
 def of_input_channels(values: NDArray[np.int64], channels: int) -> NDArray[np.int64]:

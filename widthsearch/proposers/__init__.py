@@ -22,6 +22,7 @@ PROPOSERS: Mapping[str, str] = MappingProxyType(
         "filter_groups": "filter_groups.proposer:FilterGroups",
         "fisher": "fisher:Fisher",
         "magnitude": "magnitude:Magnitude",
+        "taylor": "taylor:Taylor",
         "uniform": "uniform:Uniform",
         "balanced": "balanced:Balanced",
         "constant": "constant:Constant",

@@ -37,6 +37,7 @@ class Fisher(PruneAndTune):
         per: The cost that information is divided by: ``macs`` (default, as Theis et al.),
             ``params``, predicted ``latency``, or ``channel``: none, as the other paper.
         pretrain: The recipe of the base network; default the study's recipe.
+        weights: A checkpoint of the base network, in place of its training.
 
     Example:
         >>> from widthsearch.data.tasks import load_task

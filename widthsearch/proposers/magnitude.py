@@ -31,6 +31,7 @@ class Magnitude(PruneAndTune):
         per: The cost that scores are divided by; default ``macs``. ``channel`` does not divide, as
             in the paper.
         pretrain: The recipe of the base network; default the study's recipe.
+        weights: A checkpoint of the base network, in place of its training.
 
     Example:
         >>> from widthsearch.data.tasks import load_task

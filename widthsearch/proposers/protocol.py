@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from widthsearch.errors import StudyError
 from widthsearch.training.recipe import Recipe
@@ -29,6 +30,8 @@ PredictedLatency = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Checkpoint = Annotated[str, AfterValidator(lambda path: str(Path(path).absolute()))]
+"""A file of weights, relative to the working directory of the study."""
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

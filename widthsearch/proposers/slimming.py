@@ -15,8 +15,8 @@ from widthsearch.data.tasks import AnyTask
 from widthsearch.modules.tree import join
 from widthsearch.proposers.importance import NORMS, GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.magnitude import filter_norms
-from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting, Share
-from widthsearch.proposers.tuning import train_base
+from widthsearch.proposers.protocol import Checkpoint, Count, Finite, Proposal, Setting, Share
+from widthsearch.proposers.tuning import load_weights, train_base
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import after_backward
@@ -29,7 +29,8 @@ class Slimming:
     arXiv 1708.06519).
 
     The base network is trained with λΣ|γ| added to the loss, from half of its initial γ and with
-    weight decay on γ, as in the authors' code. Then the channels of all axes are ranked by |γ|.
+    weight decay on γ, as in the authors' code (from a checkpoint: as it is). Then the channels of
+    all axes are ranked by |γ|.
 
     The ranking means something once λ has polarised the scales into small and large ones. The λ of
     the paper (1e-4) does so in its 160 epochs, but moves no scale in short trainings. By default λ
@@ -47,6 +48,7 @@ class Slimming:
             default 0.5.
         trainings: The most trainings to find λ; default 4.
         recipe: The recipe of the sparse training; default the study's recipe.
+        weights: A checkpoint of the base network, from which the sparse training starts.
         per: The cost that scales are divided by; default ``macs``. ``channel`` does not divide, as
             in the paper.
         floor: No axis is narrowed below this share of its base; default 0.
@@ -68,6 +70,7 @@ class Slimming:
     polarised: Share = 0.5
     trainings: Count = 4
     recipe: Recipe | None = None
+    weights: Checkpoint | None = None
     per: Per = "macs"
     floor: Share = 0.0
     members: Count = 32
@@ -118,9 +121,12 @@ class Slimming:
         unconstrained, recipe = space.unconstrained, self.recipe or setting.recipe
         model = unconstrained.build(unconstrained.base, seed=setting.seed)
         scales = list(_scales(model).values())
-        with torch.no_grad():
-            for scale in scales:
-                scale.mul_(_START)
+        if self.weights is not None:
+            load_weights(model, self.weights)
+        else:
+            with torch.no_grad():
+                for scale in scales:
+                    scale.mul_(_START)
         hook = after_backward(lambda: penalise(scales, sparsity, recipe.weight_decay))
         return model, train_base(model, task, recipe, setting, hook)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.extraction import extract, widths_of
 from widthsearch.data.tasks import AnyTask
-from widthsearch.errors import SpaceError, StudyError
+from widthsearch.errors import SpaceError, StudyError, one_line
 from widthsearch.proposers.importance import GreedyRemoval, Per
-from widthsearch.proposers.protocol import Count, LearningRate, Proposal, Setting
+from widthsearch.proposers.protocol import Checkpoint, Count, LearningRate, Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook
@@ -120,6 +122,67 @@ class FineTuner:
         self.graph = build_dependency_graph(self._space.model, widths)
 
 
+def base_network(
+    space: SearchSpace,
+    task: AnyTask,
+    recipe: Recipe,
+    setting: Setting,
+    weights: str | None,
+    hook: StepHook | None = None,
+) -> nn.Module:
+    """A space's base network, trained by a recipe, or with the weights of a checkpoint.
+
+    Raises:
+        StudyError: Training diverged, or the checkpoint is not of this network.
+    """
+    model = space.build(space.base, seed=setting.seed)
+    if weights is not None:
+        load_weights(model, weights)
+        return model
+    train_base(model, task, recipe, setting, hook)
+    return model
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a checkpoint of tensors, such as that of ``torch.save(model.state_dict(), path)``.
+
+    Names may have a prefix ``module.``, and the state may be under ``state_dict`` or ``model``.
+
+    Raises:
+        StudyError: The file cannot be read as tensors only, or lacks a tensor of the network.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch's unpickler raises any kind
+        raise StudyError(
+            f"weights must be a checkpoint of tensors, but {path!r} cannot be read: "
+            f"{one_line(error)}; write it with `torch.save(model.state_dict(), path)`"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise StudyError(
+            f"weights must hold tensors by name, but {path!r} holds a {type(content).__name__}; "
+            "write it with `torch.save(model.state_dict(), path)`"
+        )
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    for name, tensor in model.state_dict().items():
+        value = state.get(name)
+        if name.endswith("num_batches_tracked") and value is None:
+            state[name] = tensor
+        elif not isinstance(value, Tensor) or value.shape != tensor.shape:
+            there = (
+                f"has the shape {tuple(value.shape)}" if isinstance(value, Tensor) else "is none"
+            )
+            raise StudyError(
+                f"weights must be of the space's base network, whose {name!r} has the shape "
+                f"{tuple(tensor.shape)}, but {there} in {path!r}; save this model's, or leave "
+                "`weights` out to train the base"
+            )
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
 def train_base(
     model: nn.Module, task: AnyTask, recipe: Recipe, setting: Setting, hook: StepHook | None = None
 ) -> float:
@@ -163,6 +226,8 @@ class PruneAndTune(ABC):
             ``latency``, or ``channel`` (none).
         pretrain: The recipe of the base network; default the study's recipe. Fine-tuning uses its
             batches and regularisation.
+        weights: A checkpoint of the base network in place of its training: a file of tensors, see
+            :func:`load_weights`.
         name: The name of the method in studies.
 
     Example:
@@ -185,6 +250,7 @@ class PruneAndTune(ABC):
     lr: LearningRate = 8e-4
     per: Per = "macs"
     pretrain: Recipe | None = None
+    weights: Checkpoint | None = None
     name: ClassVar[str]
 
     @abstractmethod
@@ -203,10 +269,11 @@ class PruneAndTune(ABC):
             The proposal; its provenance has ``members``: for each member of the trajectory
             ``macs``, ``accuracy`` (fine-tuned, top-1 on the validation split in percent; with an
             own task ``loss`` instead), and ``epochs``, the training so far in epochs of the base
-            network by MACs.
+            network by MACs, without that of a checkpoint.
 
         Raises:
-            StudyError: Training diverged, or the predicted latency is unknown.
+            StudyError: Training diverged, the checkpoint is not of the base network, or the
+                predicted latency is unknown.
             SpaceError: No axis can be narrowed.
         """
         base = space.cost(space.base).macs
@@ -216,10 +283,10 @@ class PruneAndTune(ABC):
         counts = [a.step // t.divisor for a, t in zip(space.axes, space.trace.axes, strict=True)]
         if not removal.possible.any():
             raise _nothing_to_remove(space)
-        model, recipe = space.build(space.base, seed=setting.seed), self.pretrain or setting.recipe
-        train_base(model, task, recipe, setting)
+        recipe = self.pretrain or setting.recipe
+        model = base_network(space, task, recipe, setting, self.weights)
         tuner = FineTuner(self, space, model, graph, task, recipe, setting)
-        epochs = float(recipe.epochs)
+        epochs = 0.0 if self.weights else float(recipe.epochs)
         members = []
         while True:
             scores = [of_axis.double().cpu().numpy() for of_axis in self.score(tuner)]
