@@ -62,6 +62,7 @@ VALID: dict[str, Strategy] = {
     "task.name": one("digits", "image_folder", "study_grammar:datasets"),
     "task.folder": one("images"),
     "task.image_size": one(8),
+    "task.loading": one("resident", "stream"),
     "task.validation": numbers(0.05, 0.5),
     "task.split_seed": st.integers(0, 2**31),
     "task.crop_padding": st.integers(0, 7),
@@ -235,7 +236,7 @@ def _choose_data(draw: st.DrawFn, drawn: Document, own: bool) -> None:
     if name == "image_folder":
         task["folder"] = "images"
     else:
-        task.pop("folder", None), task.pop("image_size", None)
+        task.pop("folder", None), task.pop("image_size", None), task.pop("loading", None)
     if task.keys() == {"name"} and draw(st.booleans()):
         drawn["task"] = name
     if name == "image_folder":

@@ -36,6 +36,7 @@ from torch import nn
 
 from widthsearch import cli, commands, errors, export
 from widthsearch.data.config import TaskConfig
+from widthsearch.data.folders import ImageFiles
 from widthsearch.errors import WidthsearchError
 from widthsearch.proposers import PROPOSERS, proposer_class
 from widthsearch.space.search_space import SearchSpace
@@ -282,6 +283,7 @@ HITS: dict[type[WidthsearchError], Callable[[], object]] = {
     errors.TraceError: _untraceable,
     errors.SpaceError: partial(command, "space", "torchvision:resnet19"),
     errors.DataError: lambda: TaskConfig("digits", folder="none"),
+    errors.ImageError: lambda: ImageFiles.of("none", ["none.png"], size=None),
     errors.DeviceError: partial(
         command, "space", "study_grammar:space", "--check", "--device", "x"
     ),

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
-from unittest.mock import Mock
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from digits import rows
 from PIL import Image
 
-from widthsearch.data import sources
 from widthsearch.data.config import Augmentation, TaskConfig
 from widthsearch.data.tasks import Task, load_task, task_from_datasets
 from widthsearch.errors import DataError
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder of image folders, empty."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder is empty."""
     monkeypatch.delenv("WIDTHSEARCH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "widthsearch" / "image_folder"
 
 
 # --- image_folder ---
@@ -51,87 +44,17 @@ def folder_task(root: Path, **settings: int | float | bool) -> Task:
     return load_task(TaskConfig("image_folder", folder=str(root), **settings))  # type: ignore[arg-type]
 
 
-def test_image_folder_is_decoded_once(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second load reads the cache; a changed file is decoded again."""
+def test_an_image_folder_is_read_in_order(tmp_path: Path) -> None:
+    """Its images have the order of their names, and nothing is written beside them."""
     root = make_folder(tmp_path / "images")
-    decoded = []
-    read = sources._read_image
-    monkeypatch.setattr(
-        sources, "_read_image", lambda path, size: decoded.append(path) or read(path, size)
-    )
-    first = folder_task(root, validation=0.25)
-    times = len(decoded)
-    again = folder_task(root, validation=0.25)
-    assert len(decoded) == times
-    assert first.test is not None and again.test is not None
-    assert rows(first.train) == rows(again.train)
-    assert rows(first.test) == rows(again.test)
-    assert first.test.images[:, 0, 0, 0].tolist() == [0, 10, 100, 110]
-    assert first.test.labels.tolist() == [0, 0, 1, 1]
-    assert [len(first.train), len(first.validation)] == [6, 2]
-    assert len(list(cache.iterdir())) == 1
-    Image.new("RGB", (6, 6), (99, 99, 99)).save(root / "test" / "ant" / "0.png")
-    changed = folder_task(root, validation=0.25)
-    assert changed.test is not None
-    assert changed.test.images[0, 0, 0, 0] == 99
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_a_damaged_cache_is_decoded_again(tmp_path: Path, cache: Path) -> None:
-    """A truncated cache file is replaced."""
-    root = make_folder(tmp_path / "images")
-    first = folder_task(root)
-    (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:-100])
-    assert rows(folder_task(root).train) == rows(first.train)
-    assert rows(folder_task(root).train) == rows(first.train)
-
-
-@pytest.mark.parametrize("where", ["file", "", None])
-def test_without_a_cache_images_are_decoded_each_time(
-    where: str | None,
-    tmp_path: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The cache cannot be written (one warning), or is turned off."""
-    root = make_folder(tmp_path / "images")
-    expected = rows(folder_task(root).train)
-    for file in cache.iterdir():
-        file.unlink()
-    if where is None:
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        monkeypatch.setattr(Path, "replace", Mock(side_effect=full))
-    else:
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("WIDTHSEARCH_CACHE", str(tmp_path / where) if where else "")
-    with caplog.at_level(logging.WARNING):
-        assert rows(folder_task(root).train) == expected
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == (where != "")
-    assert all("so they are decoded each time; name another folder in" in line for line in warnings)
-    assert list(cache.iterdir()) == []
-
-
-def test_caches_have_random_temporary_names(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two hosts may give two processes the same number, and share the folder."""
-    root, names = make_folder(tmp_path / "images"), []
-    replace = Path.replace
-
-    def recorded(self: Path, target: Path) -> Path:
-        names.append(self.name)
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", recorded)
-    for _ in range(2):
-        folder_task(root)
-        next(cache.iterdir()).unlink()
-    assert len(set(names)) == 2
+    before = sorted(root.rglob("*"))
+    task = folder_task(root, validation=0.25)
+    assert task.test is not None
+    assert isinstance(task.test.images, np.ndarray)
+    assert task.test.images[:, 0, 0, 0].tolist() == [0, 10, 100, 110]
+    assert task.test.labels.tolist() == [0, 0, 1, 1]
+    assert [len(task.train), len(task.validation)] == [6, 2]
+    assert sorted(tmp_path.rglob("*")) == sorted([root, *before])
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
@@ -163,9 +86,9 @@ def test_images_of_more_than_8_bits_are_refused(
 
 
 def test_images_of_several_sizes_need_an_image_size(tmp_path: Path) -> None:
-    """Without a size the error names two files; with one, images are scaled and cropped."""
+    """Without a size the error names a file; with one, images are scaled and cropped."""
     root = make_folder(tmp_path / "images", lambda i: (6 + i, 6))
-    with pytest.raises(DataError, match=r"0\.png is 6×6 and .*1\.png is 7×6; set `image_size`"):
+    with pytest.raises(DataError, match=r"others are 6×6 and .*1\.png is 7×6; set `image_size`"):
         folder_task(root)
     assert folder_task(root, image_size=4).input_shape == (3, 4, 4)
 

@@ -151,13 +151,13 @@ class Study:
 
     @cached_property
     def task(self) -> Task:
-        """The data: the task that was given, or the one that the configuration names.
+        """The task that was given or configured; images in files are not read, see :meth:`data`.
 
         Raises:
             StudyError: There is none.
             DataError: It cannot be loaded.
         """
-        from widthsearch.data.tasks import load_task
+        from widthsearch.data.tasks import open_task
 
         if self.config.task is None:
             raise StudyError(
@@ -165,20 +165,23 @@ class Study:
                 "`task: {name: image_folder, folder: path}` to its configuration, or give the "
                 "object: Study(config, task=...); for other data and losses see `trainer`"
             )
-        return load_task(self.config.task)
+        return open_task(self.config.task, self.config.device, self.config.resources.gpu or 1.0)
 
-    def data(self, *, final: bool = False) -> Any:
+    def data(self, *, final: bool = False, report: Callable[[str], object] = str) -> Any:
         """The data of the study's trainer: its task, or what its own ``data`` function returns.
 
         Args:
-            final: Whether it is for final trainings: with the test split, or of ``final_data``.
+            final: Whether it is for final trainings: on all images but those of the test split,
+                which is there as well; or of ``final_data``.
+            report: Called with a bar, while images in files are read into memory.
 
         Raises:
             StudyError: There is none.
             DataError: It cannot be loaded.
         """
         if self.config.trainer is None:
-            return self.task if final else self.task.for_search()
+            task = self.task.for_final_training() if final else self.task.for_search()
+            return task.read(report)
         from widthsearch.study.job import load_data
 
         return load_data(self.config, final=final)
@@ -210,7 +213,7 @@ class Study:
             showing(self.config.name, on_progress, quiet=quiet) as shown,
             runner.Session(self.config, self.folder) as session,
         ):
-            propose, data = _loading_first(self.data, session.propose)
+            propose, data = _loading_first(lambda: _unread(self), session.propose)
             with self.search(shown, propose, retry=retry) as search:
                 session.train(search, data)
                 ended = search.ended
@@ -281,7 +284,7 @@ class Study:
             runner.Session(self.config, self.folder) as session,
             self.confirmation(seeds, shown) as search,
         ):
-            session.train(search, self.data)
+            session.train(search, lambda: _unread(self))
 
     @contextmanager
     def search(
@@ -385,6 +388,11 @@ def _stored_config(folder: Path) -> StudyConfig:
         except WidthsearchError:
             pass
         raise error
+
+
+def _unread(study: Study) -> Any:
+    """The data for trainings on Ray, where images in files are read."""
+    return study.task.for_search() if study.config.trainer is None else study.data()
 
 
 def _storage(folder: Path, url: str | None) -> str:

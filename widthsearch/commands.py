@@ -75,7 +75,7 @@ def space(options: argparse.Namespace) -> int:
 def propose(options: argparse.Namespace) -> int:
     """Print one method's widths at a budget beside the base's."""
     from widthsearch.data.config import TaskConfig
-    from widthsearch.data.tasks import AnyTask, load_task
+    from widthsearch.data.tasks import AnyTask, open_task
     from widthsearch.latency.profiles import load_profile
     from widthsearch.proposers import Setting
     from widthsearch.report import width_bars
@@ -89,7 +89,7 @@ def propose(options: argparse.Namespace) -> int:
     if study is not None and options.task is None and method.reads_data() is not False:
         task = own_task(study.config) if study.config.trainer else study.task
     if options.task is not None:
-        task = load_task(TaskConfig(options.task, options.folder))
+        task = open_task(TaskConfig(options.task, options.folder), options.device)
     recipe = config.method_recipe
     epochs = recipe.epochs if options.epochs is None else options.epochs
     try:
@@ -205,12 +205,13 @@ def train(options: argparse.Namespace) -> int:
     console = open_console()
     print_tables(console, tables.pick_table(study, trial, options.pick))
 
-    epochs, metric = 0, study.config.metric
+    epochs, metric, status = 0, study.config.metric, console.status("reading images")
     name = metric.name if study.config.trainer else f"{metric.name} on training images"
 
     def on_epoch(number: int, result: EpochResult) -> None:
         nonlocal epochs
         epochs += 1
+        status.stop()
         loss = "" if result.loss is None else f"loss {result.loss:.4f}, "
         print_line(
             console,
@@ -218,15 +219,25 @@ def train(options: argparse.Namespace) -> int:
             f"{metric.text(result.value)}{metric.unit}",
         )
 
-    card = export.train(
-        study,
-        trial,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        device=options.device,
-        folder=folder,
-        on_epoch=on_epoch,
-    )
+    def on_message(line: str) -> None:
+        status.start()
+        status.update(line)
+
+    if study.config.trainer is None and study.task.loading is not None:
+        print_line(console, study.task.loading.reason)
+    try:
+        card = export.train(
+            study,
+            trial,
+            seeds=options.seeds,
+            epochs=options.epochs,
+            device=options.device,
+            folder=folder,
+            on_epoch=on_epoch,
+            on_message=on_message,
+        )
+    finally:
+        status.stop()
     if not epochs:
         print_line(console, f"complete: nothing is left to train; remove {folder} to train it anew")
     reference = card["space"]["reference"]

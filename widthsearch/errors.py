@@ -7,6 +7,7 @@
     ├── TraceError            a model that cannot be traced: names the module and the operation
     ├── SpaceError            a space that cannot be loaded, made or constrained
     ├── DataError             a data folder or a dataset that cannot be used
+    │   └── ImageError        an image in a file that cannot be used
     ├── DeviceError           a device that does not exist here
     ├── StudyError            a study's configuration, or a study that differs from the stored one
     ├── StorageError          a storage that cannot be opened
@@ -62,6 +63,10 @@ class SpaceError(WidthsearchError):
 
 class DataError(WidthsearchError):
     """Data that cannot be used."""
+
+
+class ImageError(DataError):
+    """An image in a file that cannot be used: no fault of the network that was to learn from it."""
 
 
 class DeviceError(WidthsearchError):

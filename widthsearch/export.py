@@ -61,6 +61,7 @@ def train(
     device: str | None = None,
     folder: Path | str | None = None,
     on_epoch: OnEpoch | None = None,
+    on_message: Callable[[str], object] = lambda message: None,
 ) -> dict[str, Any]:
     """Train a trial's widths in full, once a seed, and test each network.
 
@@ -83,6 +84,7 @@ def train(
         folder: The folder to write; by default ``trained/<id>`` in the study's folder.
         on_epoch: Called with each network's number, from 0, and each epoch's result. There is no
             held-out split: its accuracy is on a part of the training images.
+        on_message: Called with a bar, while images in files are read into memory.
 
     Returns:
         The content of ``card.json``, with the study's estimates for the trial and for the base.
@@ -106,7 +108,7 @@ def train(
         return complete
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = study.data(final=True)
+    data = study.data(final=True, report=on_message)
     last: dict[int, EpochResult] = {}
     weights = io.BytesIO()
     place = check_device(device)

@@ -66,6 +66,9 @@ class TaskConfig:
         folder: The folder of ``image_folder``; or where ``cifar10`` lies or is downloaded to.
         image_size: The side in pixels to which the images of ``image_folder`` are scaled (the
             shorter side) and cropped (the longer side, centred); needed if their sizes differ.
+        loading: Whether the images of ``image_folder`` are decoded once and kept in memory
+            (``resident``), or read from their files in each epoch (``stream``); by default
+            resident where they take at most a quarter of the free memory. The numbers are the same.
         validation: The share of train that is held out, with ``cross_entropy`` the share of every
             class; by default 0.25 for ``digits`` (it is small), else 0.1.
         split_seed: Seeds the choice of the images that are held out.
@@ -88,6 +91,7 @@ class TaskConfig:
     name: str
     folder: str | None = None
     image_size: int | None = Field(default=None, ge=1)
+    loading: Literal["resident", "stream"] | None = None
     validation: float | None = Field(default=None, gt=0, lt=1)
     split_seed: int = Field(default=0, ge=0)
     crop_padding: int | None = Field(default=None, ge=0)
@@ -110,6 +114,7 @@ class TaskConfig:
         for key, tasks in (
             ("folder", ("cifar10", "image_folder")),
             ("image_size", ("image_folder",)),
+            ("loading", ("image_folder",)),
         ):
             value = getattr(self, key)
             if value is not None and self.name not in tasks:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Generator, Iterator, Sized
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from widthsearch.data.folders import ImageFiles
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.errors import DataError
@@ -54,10 +57,9 @@ class DeviceLoader:
         device: torch.device | str = "cpu",
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        with warnings.catch_warnings():  # shared arrays are read-only, and nothing writes to them
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self._images = torch.from_numpy(split.images).to(device)
-            self._labels = torch.from_numpy(split.labels).to(device)
+        self._device = torch.device(device)
+        self._images = self._placed(split.images)
+        self._labels = _from_numpy(split.labels).to(device)
         self.batch_size = min(batch_size, len(split))
         self._task = task
         # A CUDA graph repeats a step at fixed addresses: steps read these tensors only.
@@ -65,13 +67,18 @@ class DeviceLoader:
         self._planned = torch.empty(6, 0, dtype=torch.int64, device=device)
         self._memory_format = memory_format
         self._augmentation = task.augmentation
-        _, channels, height, width = split.images.shape
+        _, channels, height, width = self._shape = split.images.shape
         mean, std = (torch.tensor(m).view(1, -1, 1, 1) for m in (task.mean, task.std))
         self._scale, self._shift = (1 / (255 * std)).to(device), (-mean / std).to(device)
         padding = task.augmentation.crop_padding
         self._rows = (_reflected(height, padding) * width).to(device)
         self._columns = _reflected(width, padding).to(device)
         self._planes = (torch.arange(channels) * (height * width)).to(device)
+
+    def _placed(self, images: NDArray[np.uint8] | ImageFiles) -> Tensor:
+        """The images on the device."""
+        assert not isinstance(images, ImageFiles)
+        return _from_numpy(images).to(self._device)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -105,7 +112,7 @@ class DeviceLoader:
             mirrored = odd[order] ^ bool(epoch % 2)
         centre = torch.zeros(2, count, dtype=torch.int64)
         if augmentation.cutout:
-            sides = self._images.shape[2:]
+            sides = self._shape[2:]
             centre = torch.stack([torch.randint(n, (count,), generator=generator) for n in sides])
         return torch.stack([order, *shifts, (mirrored & augmentation.flip).long(), *centre])
 
@@ -113,8 +120,12 @@ class DeviceLoader:
         """The share of the images that so many steps read."""
         return steps * self.batch_size / len(self)
 
-    def begin(self, steps: int, generator: torch.Generator, epoch: int | None = None) -> None:
-        """Draw the next batches, so many, for :meth:`batch`; arguments as in :meth:`draws`."""
+    def begin(self, steps: int, generator: torch.Generator, epoch: int | None = None) -> Tensor:
+        """Draw the next batches, so many, for :meth:`batch`.
+
+        Returns:
+            The columns of :meth:`draws`, whose arguments these are.
+        """
         whole = self.steps * self.batch_size
         passes = math.ceil(steps / self.steps)
         draws = torch.cat([self.draws(generator, epoch)[:, :whole] for _ in range(passes)], 1)
@@ -122,6 +133,7 @@ class DeviceLoader:
         if draws.shape != self._planned.shape:
             self._planned = torch.zeros_like(draws, device=self._batch.device)
         self._planned.copy_(draws)
+        return draws
 
     def batch(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """The augmented batch of a step; its number, (1,), is on the device."""
@@ -139,19 +151,27 @@ class DeviceLoader:
         """
         return self._normalised(self._images[chosen]), self._labels[chosen]
 
+    def plain_batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches as of :meth:`plain`, of images in an order, int64 (n,) on the CPU."""
+        return (self.plain(chosen.to(self._device)) for chosen in _parts(order, self.batch_size))
+
     def augmented(self, draws: Tensor) -> tuple[Tensor, Tensor]:
         """A batch of augmented images, of columns of :meth:`draws`, int64 (6, N), on the device.
 
         A training uses whole batches only, because BatchNorm cannot learn from one image; the order
         of each epoch decides which images it skips.
         """
+        return self._augmented(self._images, draws[0], draws)
+
+    def _augmented(self, images: Tensor, at: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment images of these indices; the draws have their indices in the split."""
         chosen, down, right, mirrored, *centre = draws
-        rows_NH = self._rows[down] + (chosen * self._images[0].numel())[:, None]
+        rows_NH = self._rows[down] + (at * math.prod(self._shape[1:]))[:, None]
         columns_NW = self._columns[right]
         columns_NW = torch.where(mirrored[:, None].bool(), columns_NW.flip(1), columns_NW)
         pixels_NCW = self._planes[None, :, None] + columns_NW[:, None, :]
         index_NCHW = rows_NH[:, None, :, None] + pixels_NCW[:, :, None, :]
-        pixels = self._images.view(-1).index_select(0, index_NCHW.view(-1)).view(index_NCHW.shape)
+        pixels = images.view(-1).index_select(0, index_NCHW.view(-1)).view(index_NCHW.shape)
         blank = self._cut_out(*centre) if self._augmentation.cutout else None
         return self._normalised(pixels, blank), self._labels[chosen]
 
@@ -159,7 +179,7 @@ class DeviceLoader:
         """The mask of blanked pixels, (N, 1, H, W), around centres (N,)."""
         side = self._augmentation.cutout
         inside = []
-        for size, centre in zip(self._images.shape[2:], (row, column), strict=True):
+        for size, centre in zip(self._shape[2:], (row, column), strict=True):
             first = (centre - side // 2)[:, None]
             at = torch.arange(size, device=centre.device)
             inside.append((at >= first) & (at < first + side))
@@ -171,6 +191,92 @@ class DeviceLoader:
             floats.masked_fill_(blank, 0.0)
         # Converted last: arithmetic with three channels innermost takes ten times as long.
         return floats.contiguous(memory_format=self._memory_format)
+
+
+class FileLoader(DeviceLoader):
+    """Makes the same batches from images in files, which processes decode ahead of their use.
+
+    Only uint8 pixels come from them: the order and the augmentation are drawn here, and images are
+    augmented on the device. So an epoch has the numbers that it has with images in memory. As many
+    processes decode as torch has threads here, which in a study is the trial's share of the CPUs.
+
+    Args:
+        split: The images, in files, and the labels.
+        task: As for :class:`DeviceLoader`, like the other arguments.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from widthsearch.data.config import TaskConfig
+        >>> from widthsearch.data.tasks import load_task
+        >>> folder = tempfile.mkdtemp()
+        >>> for i in range(12):
+        ...     path = Path(folder, ("train", "test")[i % 2], ("a", "b")[i // 2 % 2], f"{i}.png")
+        ...     path.parent.mkdir(parents=True, exist_ok=True)
+        ...     Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(path)
+        >>> task = load_task(TaskConfig("image_folder", folder, loading="stream"))
+        >>> loader = FileLoader(task.train, task, batch_size=2)
+        >>> _ = loader.begin(2, torch.Generator().manual_seed(0))
+        >>> images, labels = loader.batch()
+        >>> images.shape, labels.shape
+        (torch.Size([2, 3, 8, 8]), torch.Size([2]))
+    """
+
+    resident: ClassVar[bool] = False
+
+    def _placed(self, images: NDArray[np.uint8] | ImageFiles) -> Tensor:
+        """Images are read when they are needed."""
+        assert isinstance(images, ImageFiles)
+        self._files = images
+        return torch.empty(0, dtype=torch.uint8)
+
+    def begin(self, steps: int, generator: torch.Generator, epoch: int | None = None) -> Tensor:
+        """Draw the next batches, and begin to decode them; see :meth:`DeviceLoader.begin`."""
+        draws = super().begin(steps, generator, epoch)
+        self._pixels, self._step, self._steps = self._decoded(draws[0]), 0, steps
+        return draws
+
+    def batch(self, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The next augmented batch."""
+        assert self._step < self._steps
+        images = next(self._pixels)
+        columns = self._step * self.batch_size + self._batch
+        self._step += 1
+        if self._step == self._steps:
+            self._pixels.close()
+        return self._augmented(images, self._batch, self._planned.index_select(1, columns))
+
+    def plain(self, chosen: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """See :meth:`DeviceLoader.plain`."""
+        of = torch.arange(len(self))[chosen]
+        pixels = torch.from_numpy(self._files.decoded(of.numpy()))
+        return self._normalised(pixels.to(self._device)), self._labels[chosen]
+
+    def plain_batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`DeviceLoader.plain_batches`."""
+        chosen = _parts(order, self.batch_size)
+        for of, pixels in zip(chosen, self._decoded(order), strict=True):
+            yield self._normalised(pixels), self._labels[of.to(self._device)]
+
+    def _decoded(self, order: Tensor) -> Generator[Tensor, None, None]:
+        """The pixels of batches of these images, on the device."""
+        cuda = self._device.type == "cuda"
+        chosen = [of.numpy() for of in _parts(order, self.batch_size)]
+        for pixels in self._files.batches(chosen, torch.get_num_threads(), pinned=cuda):
+            yield pixels.to(self._device, non_blocking=True)
+
+
+def loader_of(
+    split: Split,
+    task: Task,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> DeviceLoader:
+    """The loader of a split: of images in memory, or in files."""
+    made = FileLoader if isinstance(split.images, ImageFiles) else DeviceLoader
+    return made(split, task, batch_size, device, memory_format)
 
 
 class StreamLoader:
@@ -281,6 +387,16 @@ def samples(batch: Any) -> int:
         if isinstance(leaf, Tensor) and leaf.dim():
             return len(leaf)
     raise DataError(f"a batch must have tensors, but `batches` has one of {type(batch).__name__}")
+
+
+def _parts(order: Tensor, size: int) -> list[Tensor]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _from_numpy(array: NDArray[Any]) -> Tensor:
+    with warnings.catch_warnings():  # shared arrays are read-only, and nothing writes to them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _reflected(size: int, padding: int) -> Tensor:

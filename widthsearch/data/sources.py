@@ -1,17 +1,14 @@
-"""Sources of images: each returns the train and the test half of a dataset as uint8 arrays.
+"""Sources of images: each returns the train and the test half of a dataset.
 
-Decoded image folders are cached. Nothing is unpickled without a checksum.
+The images are uint8 arrays, but those of folders are in their files. Nothing is unpickled without a
+checksum.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import operator
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +17,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from widthsearch.data.config import IMAGE_FOLDER_LAYOUT, LossName
+from widthsearch.data.config import LossName
+from widthsearch.data.folders import WIDE, ImageFiles, listed
 from widthsearch.errors import DataError
-from widthsearch.utils.files import VARIABLE, cache_folder, write_atomically
-
-_logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_CACHED = ("train_images", "train_labels", "test_images", "test_labels")
-_WIDE = ("I", "F")  # the first letters of PIL's modes with more than 8 bits
+from widthsearch.utils.files import VARIABLE, cache_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +28,7 @@ class Split:
     """Images and their targets.
 
     Attributes:
-        images: uint8 (N, C, H, W), 0 to 255.
+        images: uint8 (N, C, H, W), 0 to 255; or files that have them.
         labels: int64 (N,), 0 to classes - 1; or float32 (N, K): K labels of 0 or 1, or K values.
 
     Example:
@@ -45,13 +37,15 @@ class Split:
         (3, (2, 1, 2, 2))
     """
 
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8] | ImageFiles
     labels: NDArray[np.int64] | NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == np.uint8 and self.images.ndim == 4, self.images.shape
         form = {1: np.int64, 2: np.float32}.get(self.labels.ndim)
         assert self.labels.dtype == form and len(self.labels) == len(self.images)
+        if isinstance(self.images, ImageFiles):
+            return
+        assert self.images.dtype == np.uint8 and self.images.ndim == 4, self.images.shape
         # numpy leaves the strides of dims of size 1 open, and torch would mistake unusual ones for
         # channels_last.
         canonical = self.images.reshape(-1).reshape(self.images.shape)
@@ -61,13 +55,22 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices: NDArray[np.intp | np.bool_]) -> Split:
-        """A copy of the images with these indices, or where a mask is true."""
+        """The images with these indices, or where a mask is true; arrays are copied."""
         return Split(self.images[indices], self.labels[indices])
 
     def joined(self, other: Split) -> Split:
         """The images of both splits."""
-        images = np.concatenate([self.images, other.images])
-        return Split(images, np.concatenate([self.labels, other.labels]))
+        labels, images = np.concatenate([self.labels, other.labels]), self.images
+        if isinstance(images, ImageFiles):
+            assert isinstance(other.images, ImageFiles)
+            return Split(images.joined(other.images), labels)
+        return Split(np.concatenate([images, other.images]), labels)
+
+    def read(self, on_read: Callable[[int], object] = lambda count: None) -> Split:
+        """The split with its images in memory; see :meth:`ImageFiles.read`."""
+        if isinstance(self.images, ImageFiles):
+            return replace(self, images=self.images.read(on_read))
+        return self
 
 
 # --- scikit-learn's digits, CIFAR-10 ---
@@ -117,9 +120,7 @@ def cifar10(folder: str | None) -> tuple[Split, Split, tuple[str, ...]]:
 def image_folder(folder: str, image_size: int | None) -> tuple[Split, Split, tuple[str, ...]]:
     """A folder with torchvision's ImageFolder layout for train and for test, as RGB.
 
-    The images are decoded once and cached, with a key of the listing (relative paths, sizes,
-    modification times) and the image size; the cache takes as much disk as the decoded images. If
-    the cache cannot be written, the images are decoded each time. Hidden files are ignored.
+    The images are listed, and none is decoded but the first of each half.
 
     Returns:
         The train half, the test half, and the names of the classes.
@@ -127,133 +128,8 @@ def image_folder(folder: str, image_size: int | None) -> tuple[Split, Split, tup
     Raises:
         DataError: The layout is wrong, or an image cannot be used.
     """
-    root = Path(folder).expanduser()
-    for needed in (root, root / "train", root / "test"):
-        if not needed.is_dir():
-            raise DataError(
-                f"image_folder must be laid out as {IMAGE_FOLDER_LAYOUT}, but {needed} is missing"
-            )
-    classes = _folders(root / "train")
-    if len(classes) < 2:
-        raise DataError(
-            f"image_folder needs 2 classes or more, but {root / 'train'} has {len(classes)} "
-            f"sub-folders; lay the images out as {IMAGE_FOLDER_LAYOUT}"
-        )
-    if strangers := sorted({*_folders(root / "test")} - {*classes}):
-        raise DataError(
-            f"test must have no other classes than train, but {root / 'test'} also has "
-            f"{strangers[0]!r}; remove it, or add it to train"
-        )
-    halves = [_listed(root / half, classes) for half in ("train", "test")]
-    key = hashlib.sha256(json.dumps([3, image_size]).encode())
-    for path, _ in halves[0] + halves[1]:
-        status = path.stat()
-        entry = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
-        key.update(json.dumps(entry).encode())
-    where = cache_folder("image_folder")
-    cache = None if where is None else where / f"{key.hexdigest()[:24]}.npz"
-    found = None if cache is None else _read_cache(cache)
-    if found is None:
-        found = _read(halves[0], image_size), _read(halves[1], image_size)
-        if cache is not None:
-            _write_cache(cache, *found)
-    return *found, tuple(classes)
-
-
-def _read_cache(file: Path) -> tuple[Split, Split] | None:
-    """The halves in a cache file; None if it is missing or damaged."""
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            arrays = [stored[name] for name in _CACHED]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return Split(*arrays[:2]), Split(*arrays[2:])
-
-
-def _write_cache(file: Path, train: Split, test: Split) -> None:
-    arrays = (train.images, train.labels, test.images, test.labels)
-    named: dict[str, Any] = dict(zip(_CACHED, arrays, strict=True))
-    try:
-        write_atomically(file, lambda opened: np.savez(opened, **named))
-    except OSError as error:
-        _logger.warning(
-            "decoded images cannot be cached in %s (%s), so they are decoded each time; name "
-            "another folder in %s",
-            file.parent,
-            error.strerror or error,
-            VARIABLE,
-        )
-
-
-def _folders(folder: Path) -> list[str]:
-    names = (path.name for path in folder.iterdir() if path.is_dir())
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def _listed(half: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """All images below the class folders of a half with their labels, in order of name."""
-    listed = []
-    for label, name in enumerate(classes):
-        paths = sorted(
-            path
-            for path in (half / name).rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in path.relative_to(half).parts)
-        )
-        for path in paths:
-            if not path.is_file():  # a pipe would be waited for
-                raise DataError(f"every image must be a file, but {path} is none; remove it")
-        if not paths:
-            raise DataError(
-                f"every class needs images ({' '.join(IMAGE_SUFFIXES)}), but {half / name} has "
-                f"none; lay them out as {IMAGE_FOLDER_LAYOUT}"
-            )
-        listed += [(path, label) for path in paths]
-    return listed
-
-
-def _read(listed: Sequence[tuple[Path, int]], size: int | None) -> Split:
-    # In one thread: with small images, threads wait for each other (6,800 CIFAR JPEGs per second,
-    # 5,100 in two threads).
-    first = _read_image(listed[0][0], size)
-    images = np.empty((len(listed), *first.shape), dtype=np.uint8)
-    for i, (path, _) in enumerate(listed):
-        image = _read_image(path, size)
-        if image.shape != first.shape:
-            raise DataError(
-                f"images must be of one size, but {listed[0][0]} is {_size(first)} and {path} is "
-                f"{_size(image)}; set `image_size`"
-            )
-        images[i] = image
-    return Split(images, np.array([label for _, label in listed], dtype=np.int64))
-
-
-def _size(image: NDArray[np.uint8]) -> str:
-    return f"{image.shape[2]}×{image.shape[1]}"
-
-
-def _read_image(path: Path, size: int | None) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as file:
-            if file.mode[0] in _WIDE:
-                raise DataError(
-                    f"every image must have 8 bits per channel, but {path} has mode {file.mode!r}, "
-                    "which would be clipped; scale its values to 0 to 255 and save it with 8 bits"
-                )
-            image = file.convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:  # PIL raises any type
-        raise DataError(
-            f"every image must be readable, but {path} is not ({error}); repair or remove it"
-        ) from error
-    if size is not None and image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image).transpose(2, 0, 1)
+    train, test, names = listed(folder, image_size)
+    return Split(*train), Split(*test), names
 
 
 # --- the user's own datasets ---
@@ -331,7 +207,7 @@ _TARGETS: Mapping[LossName, tuple[Callable[[Any], Any], str]] = {
 def _as_uint8(image: object) -> NDArray[np.uint8]:
     """One image as uint8 (C, H, W)."""
     if isinstance(image, Image.Image):
-        if image.mode[0] in _WIDE:
+        if image.mode[0] in WIDE:
             raise ValueError(f"its image has mode {image.mode!r}; scale it to 8 bits")
         if image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))[None]

@@ -4,10 +4,11 @@ Both kinds have ``loss(network, batch)`` and ``batches(split, seed)``. :class:`T
 and labels, with their normalisation and augmentation, for the built-in trainer; :class:`OwnTask`
 holds two functions of the user's own.
 
-An image task consists of numpy arrays, so that processes can share it without a copy. A seeded
-share of train is held out as the validation split, of every class where the targets are classes; a
-search compares networks on it. The test split is for final trainings only: :meth:`Task.for_search`
-removes it.
+An image task consists of numpy arrays, so that processes can share it without a copy; images in
+files may be read when they are needed, and the arrays then have their names. A seeded share of
+train is held out as the validation split, of every class where the targets are classes; a search
+compares networks on it. The test split is for final trainings only: :meth:`Task.for_search` removes
+it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ from torch import Tensor, nn
 
 from widthsearch.data import sources
 from widthsearch.data.config import REPORTED, Augmentation, LossName, TaskConfig
+from widthsearch.data.folders import ImageFiles, Loading, progress_bar
 from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.errors import DataError
+from widthsearch.utils.devices import cores, free_memory
 from widthsearch.utils.references import load_function
+
+_SAMPLE = 4096
+"""Images in files of which mean and standard deviation are computed, where there are more."""
 
 SplitName = Literal["train", "validation"]
 """The splits that a search reads."""
@@ -82,10 +88,6 @@ class OwnTask:
         """The batches of a pass over a split."""
         return self.batch_function(split, seed)
 
-    def for_search(self) -> OwnTask:
-        """The task itself: it has no test split."""
-        return self
-
     def shown(self, value: float) -> str:
         """The mean loss on the validation split, in words."""
         return f"loss {value:.4g}"
@@ -106,6 +108,8 @@ class Task:
         augmentation: The random changes to training images.
         names: The names of the classes; empty if unknown.
         loss_name: The loss, see :class:`~widthsearch.data.config.TaskConfig`.
+        loading: Whether images in files are to be read into memory; None where they never were in
+            files.
 
     Example:
         >>> task = load_task("digits")
@@ -125,6 +129,7 @@ class Task:
     augmentation: Augmentation
     names: tuple[str, ...] = ()
     loss_name: LossName = "cross_entropy"
+    loading: Loading | None = None
 
     @property
     def measure(self) -> str:
@@ -146,6 +151,40 @@ class Task:
         """The task without its test split."""
         return replace(self, test=None)
 
+    def for_final_training(self) -> Task:
+        """The task with the training and validation splits together as its training split."""
+        return replace(self, train=self.train.joined(self.validation))
+
+    @property
+    def unread(self) -> int:
+        """The number of images in files that are to be read into memory."""
+        if self.loading is None or not self.loading.resident:
+            return 0
+        splits = (self.train, self.validation, self.test)
+        return sum(len(s) for s in splits if s and isinstance(s.images, ImageFiles))
+
+    def read(self, report: Callable[[str], object] = lambda message: None) -> Task:
+        """The task with its images in memory, unless they are to be streamed.
+
+        Args:
+            report: Called with a bar, as images are read.
+
+        Raises:
+            ImageError: An image cannot be used.
+        """
+        if not (total := self.unread):
+            return self
+        done = 0
+
+        def on_read(count: int) -> None:
+            nonlocal done
+            done += count
+            report(progress_bar(done, total))
+
+        test = self.test and self.test.read(on_read)
+        train, validation = self.train.read(on_read), self.validation.read(on_read)
+        return replace(self, train=train, validation=validation, test=test)
+
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0
     ) -> Tensor:
@@ -160,14 +199,13 @@ class Task:
         A batch has at most 256 normalised images, float32 (N, C, H, W), and targets: int64 (N,) or
         float32 (N, K).
         """
-        from widthsearch.data.loaders import DeviceLoader  # which imports this file
+        from widthsearch.data.loaders import loader_of  # which imports this file
 
         chosen = self.train if split == "train" else self.validation
         order = torch.arange(count := len(chosen))
         if split == "train":
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        loader = DeviceLoader(chosen, self, batch_size=count)
-        return (loader.plain(order[i : i + 256]) for i in range(0, count, 256))
+        return loader_of(chosen, self, batch_size=256).plain_batches(order)
 
     def shown(self, value: float) -> str:
         """The number on the validation split that methods compare networks by, in words."""
@@ -179,26 +217,41 @@ AnyTask = Task | OwnTask
 
 
 def load_task(config: TaskConfig | str) -> Task:
-    """Load the task of a configuration or a name.
+    """Load the task of a configuration or a name; streamed images stay in their files.
 
     Raises:
         DataError: The task does not exist, or its data is missing or cannot be used.
     """
-    if isinstance(config, str):
-        config = TaskConfig(config)
+    return open_task(TaskConfig(config) if isinstance(config, str) else config).read()
+
+
+def open_task(config: TaskConfig, device: str = "cpu", share: float = 1.0) -> Task:
+    """The task of a configuration, before images in files are read.
+
+    Args:
+        config: The task's name and choices.
+        device: The device that networks are trained on, whose memory resident images take as well.
+        share: The share of that memory that one training has.
+
+    Raises:
+        DataError: As :func:`load_task`.
+    """
     if config.name == "digits":
         train, test = stratified(sources.digits(), share=0.2, seed=0)
         task = _task(config, train, test, validation=0.25, augmentation=Augmentation(1))
         return replace(task, names=tuple(map(str, range(10))))
     if config.name in ("cifar10", "image_folder"):
+        loading = None
         if config.name == "cifar10":
             train, test, names = sources.cifar10(config.folder)
         else:
             assert config.folder is not None, "TaskConfig requires it"
             train, test, names = sources.image_folder(config.folder, config.image_size)
+            shape = (len(train) + len(test), *train.images.shape[1:])
+            loading = Loading.chosen(shape, free_memory(device, share), config.loading)
         augmentation = Augmentation(min(train.images.shape[2:]) // 8, flip=True)
         task = _task(config, train, test, validation=0.1, augmentation=augmentation)
-        return replace(task, names=names)
+        return replace(task, names=names, loading=loading)
     if ":" not in config.name:
         raise DataError(
             "a task must be digits, cifar10, image_folder, package.module:function or "
@@ -333,16 +386,32 @@ def stratified(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     return split.subset(~out), split.subset(out)
 
 
-def _channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _channel_statistics(
+    images: NDArray[np.uint8] | ImageFiles,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, from exact counts of the 256 pixel values."""
+    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for batch in _parts(images):
+        for of, pixels in zip(counts, batch.swapaxes(0, 1), strict=True):
+            of += np.bincount(pixels.ravel(), minlength=256)
     values = np.arange(256) / 255
     means, stds = [], []
-    for channel in range(images.shape[1]):
-        counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, len(images), 1024):  # bincount converts its input to int64
-            counts += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
-        mean = float(counts @ values / counts.sum())
+    for of in counts:
+        mean = float(of @ values / of.sum())
         means.append(mean)
         # A constant channel becomes 0, not NaN.
-        stds.append(float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum())) or 1.0)
+        stds.append(float(np.sqrt(of @ (values - mean) ** 2 / of.sum())) or 1.0)
     return tuple(means), tuple(stds)
+
+
+def _parts(images: NDArray[np.uint8] | ImageFiles) -> Iterator[NDArray[np.uint8]]:
+    """The images in parts, for bincount converts its input to int64; a sample of many files."""
+    count = len(images)
+    if not isinstance(images, ImageFiles):
+        yield from (images[start : start + 1024] for start in range(0, count, 1024))
+        return
+    chosen = np.arange(count)
+    if count > _SAMPLE:
+        chosen = np.sort(np.random.default_rng(0).choice(count, _SAMPLE, replace=False))
+    parts = np.split(chosen, range(64, len(chosen), 64))
+    yield from (batch.numpy() for batch in images.batches(parts, cores()))

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.channels.sums import gate_gradients
-from widthsearch.data.loaders import DeviceLoader, StreamLoader
-from widthsearch.data.sources import Split
+from widthsearch.data.loaders import StreamLoader, loader_of
 from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.proposers.importance import CostAt, GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.protocol import Count, Proposal, Setting, Share
@@ -109,9 +108,8 @@ class Sensitivity:
             return
         rng = np.random.default_rng(seed)
         for _ in range(self.batches):
-            index = _batch(task, self.batch_size, rng)
-            batch = Split(task.train.images[index], task.train.labels[index])
-            yield DeviceLoader(batch, task, len(batch), device).plain()
+            batch = task.train.subset(_batch(task, self.batch_size, rng))
+            yield loader_of(batch, task, len(batch), device).plain()
 
 
 def _batch(task: Task, batch_size: int, generator: np.random.Generator) -> NDArray[np.int64]:

@@ -28,10 +28,11 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from widthsearch.data.tasks import AnyTask
+from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StorageError, one_line
 from widthsearch.runner import cluster, memory_kills
-from widthsearch.runner.pickling import SharedData, pickle_by_value
+from widthsearch.runner.pickling import pickle_by_value
+from widthsearch.runner.reading import put
 from widthsearch.runner.signals import Interrupts
 from widthsearch.runner.worker import Worker, WorkerReport, run_proposer
 from widthsearch.study.config import StudyConfig
@@ -40,6 +41,7 @@ from widthsearch.study.job import study_job
 from widthsearch.study.loop import Search
 from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
 from widthsearch.study.trial import Trial
+from widthsearch.training.job import Job
 
 RETRIES = 2
 """How often a trial is started again after its worker process died."""
@@ -75,6 +77,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._ray = contextlib.ExitStack()
         self._owns_ray: bool | None = None  # None while not connected
+        self._task: Any = None  # the reference to the task's data, once Ray has it
 
     def __enter__(self) -> Session:
         self._stack.enter_context(self._interrupts)
@@ -87,7 +90,7 @@ class Session:
     def _disconnect(self) -> None:
         """Disconnect from Ray, and shut it down if this session started it."""
         self._ray.close()
-        self._owns_ray = None
+        self._owns_ray = self._task = None
 
     def propose(
         self, requests: Sequence[ProposalRequest], task: AnyTask | None, report: ProgressCallback
@@ -105,7 +108,7 @@ class Session:
             # An idle process keeps its GPU memory, so with GPUs each process runs one task only.
             max_calls=1 if resources.gpu else 0,
         )(run_proposer)
-        shared_task = ray.put(SharedData.of(task, "the data of the proposers"))
+        shared_task = self._shared(task, "the data of the proposers", report)
         streams: dict[Any, int] = {}
         try:
             for i, request in enumerate(requests):
@@ -132,7 +135,8 @@ class Session:
 
         Args:
             search: The search.
-            load_data: Returns the data; not called where nothing is left to train.
+            load_data: Returns the data; not called where nothing is left to train. Images in files
+                that are to be in memory are read by a process of Ray's.
 
         Raises:
             WidthsearchError: A fault outside the candidates, such as a full disk; once it is
@@ -155,10 +159,19 @@ class Session:
             owns_ray = self._connect(search.notify)
             begun = deque([] if first is None else [first])
             adapter = _TuneAdapter(search, begun, checkpoints, self._interrupts, owns_ray)
-            adapter.fit(load_data, logs)
+            job = study_job(search.config)
+            data = self._shared(load_data(), f"the data of {job.name!r}", search.notify)
+            adapter.fit(job, data, logs)
         finally:
             # Before the driver lock is released, so that no worker trains on without it.
             self._disconnect()
+
+    def _shared(self, data: Any, name: str, report: ProgressCallback) -> Any:
+        """A reference to data in Ray's memory, where that of a task is once a run."""
+        if not isinstance(data, Task):
+            return put(data, name, report)
+        self._task = self._task or put(data, name, report)
+        return self._task
 
     @cached_property
     def _logs(self) -> Path:
@@ -220,13 +233,12 @@ class _TuneAdapter(tune.Callback):
     def __post_init__(self) -> None:
         self._watch = HangWatch(self.search.config.timeout)
 
-    def fit(self, load_data: Callable[[], Any], logs: Path) -> None:
-        """Run Tune until the search is done."""
+    def fit(self, job: Job, data: Any, logs: Path) -> None:
+        """Run Tune until the search is done; the data is a reference to :class:`SharedData`."""
         config = self.search.config
-        job = study_job(config)
         trainable = tune.with_parameters(
             _trainable(),
-            data=SharedData.of(load_data(), f"the data of {job.name!r}"),
+            data=[data],
             spaces={
                 name: pickle_by_value(space, f"space {name!r}")
                 for name, space in self.search.spaces.items()
@@ -457,7 +469,7 @@ def _trainable() -> type[tune.Trainable]:
 
     class Trainable(tune.Trainable):
         def setup(self, config: dict[str, Any], **shared: Any) -> None:
-            self._worker = Worker(**shared)
+            self._worker = Worker(ray.get(shared.pop("data")[0]), **shared)
             self.reset_config(config)
 
         def reset_config(self, config: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from widthsearch.errors import CheckpointError, DeviceError, StorageError, one_line
+from widthsearch.errors import CheckpointError, DeviceError, ImageError, StorageError, one_line
 from widthsearch.runner.pickling import SharedData
 from widthsearch.runner.training_thread import TrainingThread
 from widthsearch.space.search_space import SearchSpace
@@ -36,7 +36,8 @@ class WorkerReport:
         note: A message for the progress display; may be empty.
         failure: Why the candidate cannot be trained.
         out_of_memory: Whether the device's memory did not suffice.
-        machine_error: A fault of the machine, such as a full disk, that no candidate has caused.
+        machine_error: A fault of the machine or of its files, such as a full disk or a damaged
+            image, that no candidate has caused.
         process_unusable: Whether this process can use its device no more, and must end.
 
     Example:
@@ -163,7 +164,7 @@ class Worker:
             return WorkerReport(note=note, process_unusable=not note)
         try:
             return self._step(note)
-        except (DeviceError, StorageError) as error:
+        except (DeviceError, ImageError, StorageError) as error:
             return WorkerReport(machine_error=str(error))
         except Exception as error:  # noqa: BLE001  reported, with its traceback
             self._training = None  # frees its tensors

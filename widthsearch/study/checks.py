@@ -33,6 +33,9 @@ _FIXED = (
 )
 """Sections that make trials and proposals comparable: fixed once a study has begun."""
 
+_FREE = ("task.loading",)
+"""Keys in those sections that change no number."""
+
 _DERIVED = ("proposal:", "precision", "concurrency")
 """Beginnings of the storage's keys whose values follow from the configuration."""
 
@@ -248,5 +251,5 @@ def _differences(place: str, before: Any, now: Any) -> Iterator[tuple[str, Any, 
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in now.keys() & before.keys():  # a key that is new since then has its default
             yield from _differences(f"{place}.{key}", before[key], now[key])
-    elif before != now:
+    elif before != now and place not in _FREE:
         yield place, before, now

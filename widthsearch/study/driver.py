@@ -194,6 +194,8 @@ class Driver:
             with store.fence.held(), writing(self.folder):
                 write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
             say = self._reporter(store, on_progress)
+            if self.task is not None and self.task.loading is not None:
+                say(self.task.loading.reason, "event")
             yield driver_lock, self._with_concurrency(self._with_precision(store), store, say), say
 
     # -- the configuration of this run -------------------------------------------------------

@@ -25,6 +25,7 @@ def study_job(config: StudyConfig, *, final: bool = False) -> Job:
         StudyError: The own trainer cannot be imported or is none, or the recipe does not fit it.
     """
     recipe, trainer, content = config.recipe, config.trainer, config.to_json()
+    (content["task"] or {}).pop("loading", None)  # it changes no number
     identity = {
         **{key: content[key] for key in ("trainer", "task", "data")},
         **({"final_data": content["final_data"]} if final else {}),

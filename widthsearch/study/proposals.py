@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StudyError, WidthsError, located
@@ -93,6 +93,7 @@ class Failure:
         return cls(reason, traceback.format_exc())
 
 
+R = TypeVar("R")
 ProgressCallback = Callable[[str], None]
 ProposalResult = Proposal | Failure
 Engine = Callable[
@@ -136,16 +137,22 @@ def _validated(proposal: object, space: SearchSpace) -> Proposal:
 def stream_proposal(
     request: ProposalRequest, task: AnyTask | None
 ) -> Iterator[str | ProposalResult]:
-    """Run a proposer in a thread; yield the messages that it reports, then its result.
+    """Run a proposer in a thread; yield the messages that it reports, then its result."""
+    yield from streamed(lambda report: propose(request, task, report))
 
-    However the proposer ends, :func:`propose` returns a result: without one the loop would wait for
-    ever.
+
+def streamed(call: Callable[[ProgressCallback], R]) -> Iterator[str | R]:
+    """Call a function in a thread; yield the messages that it reports, then its result.
+
+    Args:
+        call: It must return, no text, and raise nothing: else the loop would wait for ever.
+
+    Example:
+        >>> list(streamed(lambda report: report("half done") or 3))
+        ['half done', 3]
     """
-    messages: queue.Queue[str | ProposalResult] = queue.Queue()
-    thread = threading.Thread(
-        target=lambda: messages.put(propose(request, task, messages.put)), daemon=True
-    )
-    thread.start()
+    messages: queue.Queue[str | R] = queue.Queue()
+    threading.Thread(target=lambda: messages.put(call(messages.put)), daemon=True).start()
     while isinstance(message := messages.get(), str):
         yield message
     yield message
@@ -262,8 +269,9 @@ def propose_at_budget(
         config: The method and its hyperparameters.
         space: The space.
         budget: In MACs; met from below within one step of one axis.
-        task: The data. It may be None for a method that reads none: a built-in one whose
-            ``reads_data`` is False, or a user's own whose ``reads_data`` is not True.
+        task: The data; images in files are read where the method may need them. It may be None for
+            a method that reads none: a built-in one whose ``reads_data`` is False, or a user's own
+            whose ``reads_data`` is not True.
         setting: The other arguments; its ``lowest`` is replaced by this budget's.
 
     Returns:
@@ -285,7 +293,11 @@ def propose_at_budget(
     lowest = lowest_share([budget / space.cost(space.base).macs], ["linear"])
     setting = setting or Setting()
     request = ProposalRequest(config.method, proposer, space, replace(setting, lowest=lowest))
-    result = propose(request, task and task.for_search(), setting.report)
+    if isinstance(task, Task):
+        task = task.for_search()
+        if config.reads_data() is not False:
+            task = task.read(setting.report)
+    result = propose(request, task, setting.report)
     if isinstance(result, Failure):
         without = "; it was given no task" if task is None else ""
         raise StudyError(f"method {config.method!r} failed: {result.reason}{without}")

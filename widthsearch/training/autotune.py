@@ -179,7 +179,7 @@ def probe_concurrency(
     small = _few(task, recipe.batch_size, _EPOCH_STEPS, pixels=2**62)
     steps_of_one = recipe.epochs * (len(task.train) // min(recipe.batch_size, len(task.train)))
     batch = min(evaluation_batch(task, torch.device(device).type), len(task.validation))
-    evaluated = task.validation.subset(np.arange(batch))
+    evaluated = task.validation.subset(np.arange(batch)).read()
     processes: list[ProcessPoolExecutor] = []
     rates: dict[int, float] = {}
     limit: str | None = None
@@ -283,13 +283,16 @@ def _train(seconds: float) -> float:
 
 
 def _few(task: Task, batch_size: int, batches: int = 1, pixels: int = _PROBE_PIXELS) -> Task:
-    """A few batches of a task with at most so many pixels each, and two images for validation."""
+    """A few batches of a task with at most so many pixels each, and two images for validation.
+
+    They are in memory, also those of a streamed task: a probe measures the network.
+    """
     _, height, width = task.input_shape
     size = min(batch_size, max(2, pixels // (height * width)), len(task.train))
     return replace(
         task,
-        train=task.train.subset(np.arange(size * batches) % len(task.train)),
-        validation=task.validation.subset(np.arange(min(2, len(task.validation)))),
+        train=task.train.subset(np.arange(size * batches) % len(task.train)).read(),
+        validation=task.validation.subset(np.arange(min(2, len(task.validation)))).read(),
         test=None,
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.data.config import REPORTED
-from widthsearch.data.loaders import DeviceLoader, StreamLoader, moved, without_batches
+from widthsearch.data.loaders import DeviceLoader, StreamLoader, loader_of, moved, without_batches
 from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import AnyTask, OwnTask, Task
@@ -148,15 +147,14 @@ class Trainer:
 def train_classifier(network: nn.Module, trial: TrainingTrial[Recipe]) -> None:
     """The built-in trainer, of the contract in :mod:`widthsearch.training.job`.
 
-    A final training is on the training and validation splits together. There is no held-out split
-    then: the accuracy of an epoch is on a part of the training images. The last report has the
-    numbers of the test split too, such as ``test_accuracy``.
+    A final training is on the training and validation splits together
+    (:meth:`~widthsearch.data.tasks.Task.for_final_training`). There is no held-out split then: the
+    accuracy of an epoch is on a part of the training images. The last report has the numbers of the
+    test split too, such as ``test_accuracy``.
     """
     task: Task = trial.data
-    kept, recipe, device = task, trial.recipe, str(trial.device)
-    if trial.final:
-        kept = replace(task, train=task.train.joined(task.validation))
-    trainer = Trainer(network, kept, recipe, seed=trial.seed, device=device, threads=trial.threads)
+    recipe, device = trial.recipe, str(trial.device)
+    trainer = Trainer(network, task, recipe, seed=trial.seed, device=device, threads=trial.threads)
     if (state := trial.resume()) is not None:
         trainer.restore(state, trial.curve)
     while not trainer.finished:
@@ -210,7 +208,7 @@ def placed(
     with devices.seeded(0, 0, device):
         layout = check_model(model, task, device)
     model.to(memory_format=layout)
-    return DeviceLoader(task.train, task, recipe.batch_size, device, layout), layout
+    return loader_of(task.train, task, recipe.batch_size, device, layout), layout
 
 
 def _own_loss(
@@ -377,7 +375,7 @@ class _Evaluation:
     ) -> None:
         self._model, self._cast = model, devices.autocast(device, precision)
         batch_size = evaluation_batch(task, device.type)
-        self._loader = DeviceLoader(split, task, batch_size, device, layout)
+        self._loader = loader_of(split, task, batch_size, device, layout)
         self._batch = torch.arange(self._loader.batch_size, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._loss, self._names = LOSSES[task.loss_name], REPORTED[task.loss_name]
@@ -400,9 +398,16 @@ class _Evaluation:
         training = model.training
         model.eval()
         with torch.inference_mode():
-            self._steps.run(self._step, loader.steps)
-            if rest := len(loader) % loader.batch_size:
-                self._keep(len(loader) - rest + self._batch[:rest])
+            if loader.resident:
+                self._steps.run(self._step, loader.steps)
+                if rest := len(loader) % loader.batch_size:
+                    self._keep(len(loader) - rest + self._batch[:rest])
+            else:
+                begun = 0
+                for images, targets in loader.plain_batches(torch.arange(len(loader))):
+                    rows = torch.arange(begun, begun + len(images), device=self._at.device)
+                    self._record(rows, images, targets)
+                    begun += len(images)
         model.train(training)
         if not self._finite.item():
             return dict.fromkeys(self._names, math.nan)
@@ -415,7 +420,9 @@ class _Evaluation:
 
     def _keep(self, chosen: Tensor) -> None:
         """Record the images with these indices."""
-        images, targets = self._loader.plain(chosen)
+        self._record(chosen, *self._loader.plain(chosen))
+
+    def _record(self, chosen: Tensor, images: Tensor, targets: Tensor) -> None:
         with self._cast:  # entered here: autocast's cache of cast weights must not outlive a step
             outputs = self._model(images)
         self._records.index_copy_(0, chosen, self._loss.record(outputs, targets))

@@ -41,6 +41,49 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory(name: str, share: float = 1.0) -> dict[str, int]:
+    """The free bytes of the memories that a training on a device uses, by the memory's name.
+
+    Args:
+        name: The device; a GPU that is not here is left out.
+        share: The share of a GPU that the training has.
+
+    Example:
+        >>> list(free_memory("cpu"))
+        ['memory']
+    """
+    found = {"memory": _free_host_memory()}
+    if name.startswith("cuda") and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(check_device(name))
+        found[f"memory of {name}"] = int(share * free)
+    return found
+
+
+def _free_host_memory() -> int:
+    """The bytes that processes can still take, within the limits of this one's control groups."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()[-1]
+    except (OSError, StopIteration):  # another system: most of its memory counts as free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    root = Path("/sys/fs/cgroup")
+    folder = root / group.rpartition(":")[2].lstrip("/")
+    for each in (folder, *folder.parents):
+        if not each.is_relative_to(root):
+            break
+        try:
+            limit, used = (
+                int((each / file).read_text()) for file in ("memory.max", "memory.current")
+            )
+            stat = (each / "memory.stat").read_text().split()
+        except (OSError, ValueError):  # the file is not there, or the limit is "max"
+            continue
+        cache = int(stat[stat.index("inactive_file") + 1])  # is given back where memory is short
+        free = min(free, limit - used + cache)
+    return max(0, free)
+
+
 def hardware_name(device: torch.device) -> str:
     """The model name of the GPU or the CPU."""
     if device.type == "cuda":
