@@ -47,6 +47,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "filter_groups": {"groups": 2, "members": 2, "penalty": 1.0},
     "fisher": {"every": 1},
     "magnitude": {"every": 1},
+    "naswot": {"candidates": 2, "members": 2},
     "slimming": {"trainings": 1},
     "synflow": {"rounds": 4},
     "taylor": {"every": 1},

@@ -1,4 +1,4 @@
-"""Sensitivity at initialisation against uniform and random widths, at equal MACs.
+"""Sensitivity at initialisation against baselines that look at nothing, at equal MACs.
 
 For each seed every method makes a proposal, and its widths at each budget are trained from scratch
 by the same recipe. From the repository's root::
@@ -19,11 +19,16 @@ from studies.compare import Entry, compare, ratios, table
 from studies.setup import parser, setup
 from widthsearch import LatencyConfig, SearchSpace, Widths
 from widthsearch.proposers import Proposer, Setting
+from widthsearch.proposers.balanced import Balanced
+from widthsearch.proposers.constant import Constant
 from widthsearch.proposers.families import scale_proposal
+from widthsearch.proposers.naswot import Naswot
 from widthsearch.proposers.random import Random
 from widthsearch.proposers.sensitivity import Sensitivity
 from widthsearch.proposers.slimming import Slimming
 from widthsearch.proposers.synflow import SynFlow
+from widthsearch.proposers.taper import SLOPES, Taper
+from widthsearch.proposers.taylor import Taylor
 from widthsearch.proposers.uniform import Uniform
 
 METHODS: Mapping[str, Proposer] = {
@@ -32,7 +37,12 @@ METHODS: Mapping[str, Proposer] = {
     "sensitivity, per channel": Sensitivity(per="channel"),
     "synflow": SynFlow(),
     "slimming": Slimming(),
+    "taylor": Taylor(),
+    "naswot": Naswot(),
     "uniform": Uniform(),
+    "balanced": Balanced(),
+    "constant": Constant(),
+    **{f"taper {slope:g}": Taper(slope=slope) for slope in SLOPES},
     "random": Random(),
 }
 

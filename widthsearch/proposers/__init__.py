@@ -18,6 +18,7 @@ PROPOSERS: Mapping[str, str] = MappingProxyType(
         "activation_density": "activation_density:ActivationDensity",
         "sensitivity": "sensitivity:Sensitivity",
         "synflow": "synflow:SynFlow",
+        "naswot": "naswot:Naswot",
         "slimming": "slimming:Slimming",
         "filter_groups": "filter_groups.proposer:FilterGroups",
         "fisher": "fisher:Fisher",

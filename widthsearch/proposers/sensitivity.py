@@ -91,7 +91,8 @@ class Sensitivity:
         # In train mode, since batch norm's running statistics carry no information before training.
         # The gates stand after batch norm, so that it does not cancel them.
         with seeded(setting.seed, 0, device), deterministic_cudnn():
-            for batch in self._batches(task, setting.seed, device):
+            drawn = self.batch_size, self.batches, setting.seed
+            for batch in class_balanced_batches(task, *drawn, device):
 
                 def loss(batch: Any = batch) -> Tensor:
                     return task.loss(model, batch) / self.batches
@@ -100,16 +101,28 @@ class Sensitivity:
                 gradients = [a + b for a, b in zip(gradients, found, strict=True)]
         return channel_scores(space, graph, [g.abs() for g in gradients])
 
-    def _batches(self, task: AnyTask, seed: int, device: torch.device) -> Iterator[Any]:
-        if isinstance(task, OwnTask):
-            stream = StreamLoader(task, device)
-            stream.begin(self.batches, torch.Generator().manual_seed(seed))
-            yield from (stream.batch() for _ in range(self.batches))
-            return
-        rng = np.random.default_rng(seed)
-        for _ in range(self.batches):
-            batch = task.train.subset(_batch(task, self.batch_size, rng))
-            yield loader_of(batch, task, len(batch), device).plain()
+
+def class_balanced_batches(
+    task: AnyTask, batch_size: int, batches: int, seed: int, device: torch.device
+) -> Iterator[Any]:
+    """So many batches of training data without augmentation; those of an own task in their order.
+
+    Args:
+        task: The data.
+        batch_size: Samples per batch, with equally many per class; an own task has its own.
+        batches: The number of batches.
+        seed: Draws the samples, or the order of an own task.
+        device: The device of the batches.
+    """
+    if isinstance(task, OwnTask):
+        stream = StreamLoader(task, device)
+        stream.begin(batches, torch.Generator().manual_seed(seed))
+        yield from (stream.batch() for _ in range(batches))
+        return
+    rng = np.random.default_rng(seed)
+    for _ in range(batches):
+        batch = task.train.subset(_batch(task, batch_size, rng))
+        yield loader_of(batch, task, len(batch), device).plain()
 
 
 def _batch(task: Task, batch_size: int, generator: np.random.Generator) -> NDArray[np.int64]:
