@@ -174,14 +174,28 @@ def test_a_checkpoint_that_cannot_be_written_is_a_fault_of_the_machine(
 
     one = started(tmp_path)
     monkeypatch.setattr(contract, "write_checkpoint", write)
-    error = str(one.step().machine_error)
-    assert error.startswith(f"the folder {str(tmp_path / '3')!r} must be writable, but ")
-    assert os.strerror(number) in error
+    assert one.step().machine_error == (
+        f"the folder {str(tmp_path / '3')!r} must be writable, but a file is not: "
+        f"{os.strerror(number)}; name another folder, or make this one writable"
+    )
 
 
 def test_a_missing_device_is_a_fault_of_the_machine(tmp_path: Path) -> None:
-    """The error names it."""
-    assert "cuda:77" in str(started(tmp_path, device="cuda:77").step().machine_error)
+    """The error names it, and has a way out."""
+    error = str(started(tmp_path, device="cuda:77").step().machine_error)
+    assert error.startswith("a device must exist, but 'cuda:77' does not; this machine has cpu")
+    assert error.endswith(": fix this and run again")
+
+
+def test_a_disk_that_is_full_is_a_fault_of_the_machine(tmp_path: Path) -> None:
+    """Also where the trainer itself writes a file."""
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert of_own(tmp_path, train).step().machine_error == (
+        "OSError: [Errno 28] No space left on device: fix this and run again"
+    )
 
 
 def test_reports_travel_between_processes(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ class _TuneAdapter(tune.Callback):
         continues = False
         with self.keep_error():
             if report.machine_error is not None:
-                raise StorageError(f"{report.machine_error}: fix this and run again")
+                raise StorageError(report.machine_error)
             if report.note:
                 self.search.notify(report.note, "warning")
             if report.failure is not None:

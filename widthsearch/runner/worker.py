@@ -37,7 +37,7 @@ class WorkerReport:
         failure: Why the candidate cannot be trained.
         out_of_memory: Whether the device's memory did not suffice.
         machine_error: A fault of the machine or of its files, such as a full disk or a damaged
-            image, that no candidate has caused.
+            image, that no candidate has caused, with its way out.
         process_unusable: Whether this process can use its device no more, and must end.
 
     Example:
@@ -53,6 +53,8 @@ class WorkerReport:
     machine_error: str | None = None
     process_unusable: bool = False
 
+
+_FIX = "fix this and run again"
 
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 """Parts of the messages of CUDA, cuBLAS and cuDNN, which raise RuntimeError; torch's own allocator
@@ -164,12 +166,14 @@ class Worker:
             return WorkerReport(note=note, process_unusable=not note)
         try:
             return self._step(note)
-        except (DeviceError, ImageError, StorageError) as error:
+        except (ImageError, StorageError) as error:
             return WorkerReport(machine_error=str(error))
+        except DeviceError as error:
+            return WorkerReport(machine_error=f"{error}: {_FIX}")
         except Exception as error:  # noqa: BLE001  reported, with its traceback
             self._training = None  # frees its tensors
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                return WorkerReport(machine_error=one_line(error))
+                return WorkerReport(machine_error=f"{one_line(error)}: {_FIX}")
             return WorkerReport(
                 failure=Failure.of(error),
                 out_of_memory=is_out_of_memory(error),
