@@ -33,25 +33,21 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_a_node_that_dies_costs_no_trial(cluster: Cluster, tmp_path: Path) -> None:
-    """The trial of the lost node continues on another one, and all trials finish."""
-    node = cluster.add_node(num_cpus=1)
+    """Two are lost: one while its first trial starts, the other amid training. The head is left."""
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
     cluster.wait_for_nodes()
     recipe = {"epochs": 60, "batch_size": 32, "lr": 0.01, "precision": "fp32"}
-    study = tiny.study(tmp_path, ray_address=cluster.address, concurrency=2, recipe=recipe)
+    study = tiny.study(tmp_path, ray_address=cluster.address, concurrency=3, recipe=recipe)
     history: list[Progress] = []
-    removed = False
 
     def on_progress(progress: Progress) -> None:
-        nonlocal removed
         history.append(progress)
-        # Two trials have been training for a while, one on each node.
-        both = sum(p.running == 2 and p.done >= 1 for p in history)
-        if not removed and both == 20:
-            removed = True
-            cluster.remove_node(node)
+        everywhere = sum(p.running == 3 and p.done >= 1 for p in history)
+        if (len(nodes) == 2 and progress.running == 3) or (len(nodes) == 1 and everywhere == 20):
+            cluster.remove_node(nodes.pop(0))
 
     study.run(on_progress)
-    assert removed
+    assert not nodes
     assert not ray.is_initialized()
     trials = study.trials()
     assert [trial.state for trial in trials] == ["finished"] * 6
