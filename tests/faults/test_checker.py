@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from . import checker
 from .checker import Checker, Record, connected, trials
 
 TABLES = """
@@ -82,8 +85,20 @@ class Sound:
         """The kinds of the complaints."""
         witness = self.folder.parent / "witness"
         witness.write_text("\n".join(self.lines) + "\n")
-        checker = Checker(3, EPOCHS, STEPS, self.reference if reference else None)
-        return [each.kind for each in checker.check(self.url, self.folder, witness, self.record)]
+        promises = Checker(3, EPOCHS, STEPS, self.reference if reference else None)
+        return [each.kind for each in promises.check(self.url, self.folder, witness, self.record)]
+
+
+def test_it_shares_no_code_with_the_product() -> None:
+    """It imports the standard library, and the driver of a database."""
+    source = Path(checker.__file__).read_text(encoding="utf-8")
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or "").partition(".")[0])
+    assert found - sys.stdlib_module_names == {"psycopg"}
 
 
 def test_a_sound_history_has_no_complaint(tmp_path: Path) -> None:

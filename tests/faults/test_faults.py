@@ -63,8 +63,21 @@ MUTATIONS = {
         [
             ("if row.token != self.token:", "if False:"),
             ("if not connection.execute(locking, execution_options=_UNFENCED).rowcount:", "if 0:"),
+            (
+                'if not self._update(self.token, holder="null"):',
+                'if self._update(self.token, holder="null") is None:',
+            ),
         ],
         "end",
+    ),
+    "a replaced driver notices at its end": (
+        Fault("driver SIGSTOP", "step", 10),
+        "study/database.py",
+        [
+            ("if row.token != self.token:", "if False:"),
+            ("if not connection.execute(locking, execution_options=_UNFENCED).rowcount:", "if 0:"),
+        ],
+        "doubled",
     ),
     "a checkpoint is written in place": (
         Fault("worker SIGKILL", "checkpoint", 10),
