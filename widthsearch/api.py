@@ -306,7 +306,7 @@ class Study:
 
         Raises:
             StudyError: Another driver holds the study, or its storage does not fit the
-                configuration.
+                configuration; at the end, another driver has taken over meanwhile.
             StorageError: The storage cannot be opened.
         """
         from widthsearch.study.proposals import run_sequentially

@@ -104,7 +104,8 @@ class Driver:
 
         Raises:
             StudyError: Another driver holds it, a proposer does not take its fields or needs a
-                task, or the storage does not fit the configuration.
+                task, or the storage does not fit the configuration; at the end, another driver has
+                taken over meanwhile.
             StorageError: The storage cannot be opened.
         """
         proposers = [m.make(f"proposers.{i}") for i, m in enumerate(self.config.proposers)]
