@@ -400,13 +400,15 @@ def test_the_posterior_on_display_lags_by_half_a_percent(
 
 
 def test_a_driver_that_lost_its_lock_stops(tmp_path: Path) -> None:
-    """It neither begins a trial nor records an epoch."""
-    with tiny.searching(tmp_path, tiny.config()) as search:
+    """It neither begins a trial nor records an epoch, and ends with the error."""
+    took_over = "process 7 on elsewhere took over 'tiny'"
+    searching = tiny.searching(tmp_path, tiny.config())
+    with pytest.raises(StudyError, match=took_over), searching as search:
         trial = tiny.ask(search)
         fence = Store.open(search._store.url, "tiny").fence
         assert fence.take(fence.read(), 0, {"host": "elsewhere", "pid": 7})
         for step in (search.ask, lambda: search.report(trial.number, tiny.curve(1))):
-            with pytest.raises(StudyError, match="process 7 on elsewhere took over 'tiny'"):
+            with pytest.raises(StudyError, match=took_over):
                 step()
     assert Store.open(search._store.url, "tiny").trials({"tiny": tiny.space()}) == [trial]
 
