@@ -50,11 +50,17 @@ from widthsearch.bayesopt.learning_curves import CurveRegression
 from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 
-_PRIOR_AMPLITUDES = np.log([1.0, 0.5, 0.3, 0.15, 0.3, 0.3])
+_PRIOR_AMPLITUDES = np.log([1.0, 0.5, 0.6, 0.3, 0.6, 0.3])
 _PRIOR_NOISE = np.log(0.3)
 """Log of the prior medians of θ, in the order of the parts, and of σ; in units of y."""
-_PRIOR_SD = 1.2
-"""Prior standard deviation of log θ and log σ: a factor of 3.3 each way."""
+_PRIOR_SD = np.array([1.2, 0.6, 0.6, 0.6, 0.6, 1.2])
+_PRIOR_SD_NOISE = 1.2
+"""Prior standard deviations of log θ and of log σ: 1.2 is a factor of 3.3 each way.
+
+Narrower for the parts of axes, of pairs and of like networks: a search trains networks near the
+front, among which these parts show little. With a wide prior they are lost, and intervals elsewhere
+are too narrow (benchmarks/results/search.md).
+"""
 _MAX_FIT = 256
 """Trainings, at most, that amplitudes are learned from: each step of the fit is O(N³)."""
 _JITTER = 1e-8
@@ -268,6 +274,7 @@ def _most_probable_amplitudes(parts: Sequence[Array], y: Array, variance: Array)
     """θ of each part and σ, (parts + 1,), that maximise the posterior density of their logs."""
     eye = np.eye(len(y))
     prior = np.append(_PRIOR_AMPLITUDES[: len(parts)], _PRIOR_NOISE)
+    prior_sd = np.append(_PRIOR_SD[: len(parts)], _PRIOR_SD_NOISE)
 
     def loss(logs: Array) -> tuple[float, Array]:
         """−log density and its gradient: dK/d log θ_p = 2 θ_p² k_p, dL/dK = ½ (K⁻¹ − α αᵀ)."""
@@ -276,11 +283,11 @@ def _most_probable_amplitudes(parts: Sequence[Array], y: Array, variance: Array)
         half = solve_triangular(lower, eye, lower=True, check_finite=False)
         inverse = half.T @ half
         weights = inverse @ y
-        off = (logs - prior) / _PRIOR_SD
+        off = (logs - prior) / prior_sd
         q = np.outer(weights, weights) - inverse
         slopes = [np.vdot(q, part) for part in parts] + [np.trace(q)]
         value = 0.5 * y @ weights + np.log(np.diag(lower)).sum() + 0.5 * off @ off
-        return float(value), off / _PRIOR_SD - scales**2 * np.array(slopes)
+        return float(value), off / prior_sd - scales**2 * np.array(slopes)
 
     # In these bounds a part may vanish (e⁻⁶) or take all, and K stays well conditioned.
     bounds = [(-6.0, 3.0)] * len(parts) + [(-5.0, 1.0)]
