@@ -86,8 +86,8 @@ class Table:
     accuracy: NDArray[np.float64]
 
     @classmethod
-    def read(cls, path: Path) -> Table:
-        """The table in a CSV file with a header."""
+    def read(cls, path: Path, accuracy: str = "accuracy_") -> Table:
+        """The table in a CSV file with a header, with accuracies in columns of this prefix."""
         with path.open(newline="", encoding="utf-8") as file:
             header, *rows = [row for row in csv.reader(file) if row]
         header = [name.strip() for name in header]
@@ -99,8 +99,8 @@ class Table:
                 raise SystemExit(f"a table must have columns {prefix}*, but {path} has {header}")
             return found
 
-        accuracy = cells[:, starting("accuracy_")]
-        trained = np.isfinite(accuracy).any(axis=1)
+        seeds = cells[:, starting(accuracy)]
+        trained = np.isfinite(seeds).any(axis=1)
         axes = starting("width_")
         whole = cells[trained].round()
         return cls(
@@ -108,7 +108,7 @@ class Table:
             widths=whole[:, axes].astype(np.int64),
             macs=whole[:, starting("macs")[0]].astype(np.int64),
             params=whole[:, starting("params")[0]].astype(np.int64),
-            accuracy=accuracy[trained],
+            accuracy=seeds[trained],
         )
 
     @cached_property

@@ -209,6 +209,22 @@ def test_any_number_of_trials_will_do(count: int) -> None:
     assert suggested == batch(chosen, trials, 2)
 
 
+def test_an_earlier_study_tells_where_to_look() -> None:
+    """Two trials are enough then, and its axes that matter are wide in what is suggested."""
+    told = [Observation(o.widths, (o.value or 0.0) - 10, o.costs) for o in finished(40, seed=1)]
+    trials = batch(search(), [], 2)
+    seen = [
+        Observation(s.widths.vector, accuracy(s.widths.vector), (float(macs(row)[0]),))
+        for s in trials
+        for row in [np.array([s.widths.vector])]
+    ]
+    assert improvement(search(), seen) == np.inf
+    assert improvement(search(earlier=[told[:4]]), seen) == np.inf
+    suggested = np.array(vectors(batch(search(earlier=[told]), seen, 4)))
+    assert improvement(search(earlier=[told]), seen) < np.inf
+    assert suggested[:, :2].mean() > 1.5 * suggested[:, 2:].mean()
+
+
 def test_trials_of_other_bounds_are_learned_from() -> None:
     """They are off today's grid, and every suggestion is on it."""
     wider = [Observation((8, 200, 40, 40, 40, 40), 85.0, (20_000.0,)) for _ in range(3)]

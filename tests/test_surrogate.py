@@ -10,7 +10,7 @@ import tiny
 from numpy.typing import NDArray
 
 from widthsearch.bayesopt.candidates import Grid
-from widthsearch.bayesopt.kernel import Array, Coordinates, Features
+from widthsearch.bayesopt.kernel import Array, Coordinates, Features, weighted_sum
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.surrogate import Surrogate, factor
 from widthsearch.proposers.families import LinearFamily
@@ -50,8 +50,11 @@ def test_a_left_out_training_is_predicted_as_if_it_had_never_been() -> None:
     for i in (0, 5, 11):
         others = np.delete(np.arange(12), i)
         seen = Features.of(COORDINATES, widths[others])
-        lower = factor(whole.amplitudes, seen.covariances(seen), np.zeros(11))
-        without = replace(whole, _seen=seen, _y=whole._y[others], _lower=lower)
+        amplitudes = whole.amplitudes
+        covariance = weighted_sum(amplitudes[:-1], seen.covariances(seen))
+        lower = factor(covariance, np.full(11, amplitudes[-1] ** 2))
+        own = np.zeros(11, np.intp)
+        without = replace(whole, _seen=seen, _study=own, _y=whole._y[others], _lower=lower)
         estimate = without.posterior(widths[i : i + 1])
         assert left.mean[i] == pytest.approx(estimate.mean[0], rel=1e-6)
         assert left.sd[i] == pytest.approx(np.hypot(estimate.sd[0], whole.noise), rel=1e-6)
@@ -252,3 +255,66 @@ def test_a_joint_posterior_over_spaces_agrees_with_each_alone() -> None:
     sd = np.concatenate([estimate.sd for estimate in each])
     assert np.sqrt(np.diag(covariance)) == pytest.approx(sd, rel=1e-4)
     assert np.abs(covariance[:5, 5:]).max() > 0.01 * sd.min() ** 2
+
+
+def other_recipe(widths: NDArray[np.int64], rng: np.random.Generator) -> Array:
+    """The scores of an earlier study: less accurate, twice the spread, a tilt and noise."""
+    tilt = COORDINATES.unit_widths(widths)[:, 3]
+    return 2 * truth(widths) - 100 + tilt + rng.normal(0, 1.0, len(widths))
+
+
+def test_an_earlier_study_halves_the_error() -> None:
+    """Ten networks beside 60 of another recipe; the intervals hold; its own size is ten."""
+    errors, covered = [], []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        widths, scores = trained(10, seed=seed)
+        before = GRID.random(rng, 60)
+        told = [(before, other_recipe(before, rng))]
+        alone = Surrogate.fit(COORDINATES, widths, scores)
+        informed = Surrogate.fit(COORDINATES, widths, scores, earlier=told)
+        fresh = GRID.random(np.random.default_rng(99), 300)
+        estimates = [s.posterior(fresh) for s in (alone, informed)]
+        errors.append([np.abs(e.mean - truth(fresh)).mean() for e in estimates])
+        covered.append((np.abs(estimates[1].mean - truth(fresh)) < 1.645 * estimates[1].sd).mean())
+        assert informed.loadings[1] > 0.8
+        assert informed.size == len(informed.loo_posterior().mean) == 10
+    without, with_it = np.mean(errors, axis=0)
+    assert with_it < 0.5 * without
+    assert np.mean(covered) > 0.8
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "negated"])
+def test_a_misleading_study_does_little_harm(kind: str) -> None:
+    """Shuffled scores are taken as noise; negated ones are as good as the others."""
+    errors = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        widths, scores = trained(16, seed=seed)
+        before = GRID.random(rng, 60)
+        told = other_recipe(before, rng)
+        told = rng.permutation(told) if kind == "shuffled" else -told
+        alone = Surrogate.fit(COORDINATES, widths, scores)
+        misled = Surrogate.fit(COORDINATES, widths, scores, earlier=[(before, told)])
+        fresh = GRID.random(np.random.default_rng(99), 300)
+        errors.append([np.abs(s.mean(fresh) - truth(fresh)).mean() for s in (alone, misled)])
+    without, with_it = np.mean(errors, axis=0)
+    assert with_it < 1.15 * without
+
+
+def test_the_unit_of_an_earlier_study_does_not_matter() -> None:
+    """Nor does the order of several; without finished trials it is as if there were none."""
+    widths, scores = trained(12)
+    rng = np.random.default_rng(0)
+    first, second = GRID.random(rng, 20), GRID.random(rng, 30)
+    told = [(first, other_recipe(first, rng)), (second, truth(second))]
+    fresh = GRID.random(rng, 50)
+    mean = Surrogate.fit(COORDINATES, widths, scores, earlier=told).mean(fresh)
+    scaled = [(second, truth(second)), (first, 7 * told[0][1] + 3)]
+    again = Surrogate.fit(COORDINATES, widths, scores, earlier=scaled).mean(fresh)
+    np.testing.assert_allclose(again, mean, atol=0.02)
+    own = [Observation(tuple(w), a) for w, a in zip(widths.tolist(), scores.tolist(), strict=True)]
+    unfinished = [[Observation(tuple(widths[0].tolist()), running=True)]]
+    alone = Surrogate.fit_observations((COORDINATES, own))
+    same = Surrogate.fit_observations((COORDINATES, own), earlier=unfinished)
+    np.testing.assert_array_equal(same.mean(fresh), alone.mean(fresh))

@@ -67,7 +67,7 @@ _LENGTH_SCALE = 0.7
 """Of ``whole``, in a distance in which two networks of uniformly random u are about 1 apart."""
 _DISTANCE_OF_SPACES = 10.0
 """In the same distance: networks of two spaces; exp(−½ (10 / 0.7)²) is 0."""
-_LEVEL_VARIANCE = 25.0
+LEVEL_VARIANCE = 25.0
 """σ₀², in variances of the scores: wide, since the level is the scores' own."""
 
 
@@ -252,7 +252,7 @@ class Features:
 
 def weighted_sum(amplitudes: Array, parts: Sequence[Array]) -> Array:
     """σ₀² + Σ θ_p² k_p, of the shape of the parts."""
-    out = np.full(parts[0].shape, _LEVEL_VARIANCE)
+    out = np.full(parts[0].shape, LEVEL_VARIANCE)
     for amplitude, part in zip(amplitudes, parts, strict=True):
         out += amplitude**2 * part
     return out

@@ -100,6 +100,9 @@ class BayesianSearch:
         latency: Predicts latency; None to learn it from the observations.
         profiles: Widths whose multiples are among the candidates, beside the base's: proposals.
         allowed: The only width vectors that may be suggested, (N, axes); None for the whole grid.
+        earlier: Trials of earlier studies of the same axes and metric, under another recipe or of
+            other data, that the surrogate learns from: see
+            :mod:`~widthsearch.bayesopt.surrogate`. Two trials are then enough for a suggestion.
 
     Example:
         >>> from widthsearch.widths import Axis
@@ -120,6 +123,7 @@ class BayesianSearch:
     latency: CostPredictor | None = None
     profiles: Sequence[Widths] = ()
     allowed: ArrayLike | None = None
+    earlier: Sequence[Sequence[Observation]] = ()
 
     def __post_init__(self) -> None:
         known = [*self.objectives, *self.coordinates.exact, *["latency_ms"] * bool(self.latency)]
@@ -149,7 +153,10 @@ class BayesianSearch:
                 observations.
         """
         excluded = {widths.vector for widths in seen} | {o.widths for o in observations}
-        shared = surrogate is not None and surrogate.size >= INITIAL_TRIALS
+        informed = len([o for trials in self.earlier for o in trials if o.value is not None])
+        if surrogate is not None:
+            informed = surrogate.size
+        shared = informed >= INITIAL_TRIALS
         enough = len(observations) >= (2 if shared else INITIAL_TRIALS)
         rng = np.random.default_rng((self.seed, len(observations)))
         with _blas().limit(limits=1, user_api="blas"):
@@ -166,7 +173,7 @@ class BayesianSearch:
     ) -> _Acquisition:
         """The acquisition function after some trials, of which at least one is finished."""
         surrogate = surrogate or Surrogate.fit_observations(
-            (self.coordinates, trials), metric=self.metric
+            (self.coordinates, trials), metric=self.metric, earlier=self.earlier
         )
         names = tuple(name for name in self.objectives if name != self.metric.name)
         finished = [o for o in trials if o.value is not None]

@@ -16,7 +16,22 @@ Notation, beside that of :mod:`~widthsearch.bayesopt.kernel`::
 (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2.) The mean is that
 of the score *expected over seeds*: σ² is part of K, never of the posterior covariance.
 
-Amplitudes and σ maximise the marginal likelihood times log-normal priors, by gradient. Everything
+Trials of earlier studies of the same axes, of another recipe or data set, may be learned from too::
+
+    s     the study of a training: 0 is this one
+    r_s   loading: correlation of study s with what all studies share, −1 to 1; r_0 = 1   (studies,)
+    c_s   scale of study s, beside that of its scores; c_0 = 1                            (studies,)
+    σ_s   noise of study s; y is standardised within each study                           (studies,)
+
+    k((w, s), (w', s')) = c_s² k(w, w')                          if s = s'
+                          c_s c_s' r_s r_s' (k(w, w') − σ₀²)     otherwise
+
+so that a study is a multiple of a shared function, and a deviation of its own (linear model of
+coregionalisation with one factor: Bonilla, Chai and Williams, Multi-task Gaussian process
+prediction, NeurIPS 2007). Levels are not shared. Of an earlier study that misleads, r is learned to
+be about 0.
+
+Amplitudes, σ, r and c maximise the marginal likelihood times priors, by gradient. Everything
 is closed form in numpy and nothing is sampled, so the same trials give the same surrogate.
 
 Example, one axis, four trainings, of which the last two are of the same widths:
@@ -40,12 +55,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtri
 
-from widthsearch.bayesopt.kernel import Array, Coordinates, Features, weighted_sum
+from widthsearch.bayesopt.kernel import (
+    LEVEL_VARIANCE,
+    Array,
+    Coordinates,
+    Features,
+    weighted_sum,
+)
 from widthsearch.bayesopt.learning_curves import CurveRegression
 from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
@@ -61,6 +82,10 @@ Narrower for the parts of axes, of pairs and of like networks: a search trains n
 front, among which these parts show little. With a wide prior they are lost, and intervals elsewhere
 are too narrow (benchmarks/results/search.md).
 """
+_PRIOR_LOADING, _PRIOR_SD_LOADING = 1.0, 1.0
+"""Prior median and standard deviation of artanh r: r from −0.57 to 0.99, and most often 0.76."""
+_PRIOR_SD_SCALE = 0.5
+"""Prior standard deviation of log c."""
 _MAX_FIT = 256
 """Trainings, at most, that amplitudes are learned from: each step of the fit is O(N³)."""
 _JITTER = 1e-8
@@ -93,14 +118,19 @@ class Surrogate:
         coordinates: The coordinates that widths are given in.
         noise: Standard deviation of one training's score around its widths' mean.
         amplitudes: θ of each part and σ, in units of y, (parts + 1,).
+        loadings: r of this study, which is 1, and of each earlier one, (studies,).
+        scales: c, likewise.
     """
 
     coordinates: Coordinates
     noise: float
     amplitudes: Array
+    loadings: Array
+    scales: Array
     _mean: float
     _scale: float
     _seen: Features
+    _study: NDArray[np.intp]
     _y: Array
     _lower: Array
 
@@ -111,6 +141,7 @@ class Surrogate:
         widths: ArrayLike | Features,
         scores: ArrayLike,
         variance: ArrayLike | float = 0.0,
+        earlier: Sequence[tuple[ArrayLike, ArrayLike]] = (),
     ) -> Surrogate:
         """The surrogate of some trainings.
 
@@ -119,22 +150,39 @@ class Surrogate:
             widths: (N, A), in channels, or their features; N ≥ 1, rows may repeat.
             scores: (N,), in any unit, which is then the unit of the posterior.
             variance: Variance of each score beyond that of a finished training, (N,).
+            earlier: Widths and scores of each earlier study, (M, A) and (M,), M ≥ 1.
         """
-        seen = widths if isinstance(widths, Features) else Features.of(coordinates, widths)
-        a = np.asarray(scores, np.float64)
-        mean, scale = float(a.mean()), float(a.std()) or 1.0
-        y = (a - mean) / scale
-        v = np.broadcast_to(np.asarray(variance, np.float64) / scale**2, a.shape)
+        own = widths if isinstance(widths, Features) else Features.of(coordinates, widths)
+        scored = [np.asarray(a, np.float64) for a in (scores, *(a for _, a in earlier))]
+        spreads = [float(a.std()) for a in scored]
+        mean, scale = float(scored[0].mean()), next((d for d in spreads if d > 0), 1.0)
+        y = np.concatenate(
+            [(a - a.mean()) / (d or 1.0) for a, d in zip(scored, spreads, strict=True)]
+        )
+        seen = Features.concatenate([own, *(Features.of(coordinates, w) for w, _ in earlier)])
+        study = np.repeat(np.arange(len(scored)), [len(a) for a in scored])
+        v = np.zeros(len(y))
+        v[study == 0] = np.asarray(variance, np.float64) / scale**2
         some = np.unique(np.linspace(0, len(y) - 1, min(len(y), _MAX_FIT)).astype(np.intp))
         part = seen.rows(some)
-        amplitudes = _most_probable_amplitudes(part.covariances(part), y[some], v[some])
-        lower = factor(amplitudes, seen.covariances(seen), v)
-        noise = float(amplitudes[-1]) * scale
-        return cls(coordinates, noise, amplitudes, mean, scale, seen, y, lower)
+        theta, sigma, loadings, scales = _most_probable(
+            part.covariances(part), y[some], v[some], study[some]
+        )
+        lower = factor(
+            linked(weighted_sum(theta, seen.covariances(seen)), loadings, scales, study, study),
+            sigma[study] ** 2 + v,
+        )
+        noise, amplitudes = float(sigma[0]) * scale, np.append(theta, sigma[0])
+        return cls(
+            coordinates, noise, amplitudes, loadings, scales, mean, scale, seen, study, y, lower
+        )
 
     @classmethod
     def fit_observations(
-        cls, *spaces: tuple[Coordinates, Sequence[Observation]], metric: Metric = ACCURACY
+        cls,
+        *spaces: tuple[Coordinates, Sequence[Observation]],
+        metric: Metric = ACCURACY,
+        earlier: Sequence[Sequence[Observation]] = (),
     ) -> Surrogate:
         """The surrogate of trials, the unfinished ones by what their curves foretell.
 
@@ -143,6 +191,8 @@ class Surrogate:
                 :meth:`~Coordinates.together`. Widths are then given in the first space's
                 coordinates: see :meth:`of_space`.
             metric: The metric that they report.
+            earlier: The trials of earlier studies of the first space's axes, which report the same
+                metric under another recipe or of other data. Unfinished ones are left out.
 
         Raises:
             ValueError: No trial is finished.
@@ -167,7 +217,16 @@ class Surrogate:
                 seen.append(Features.of(coordinates, [widths for widths, _ in known]))
                 moments += [moment for _, moment in known]
         scores, variance = np.array(moments).T
-        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance)
+        finished = [[o for o in trials if o.value is not None] for trials in earlier]
+        told = [
+            (
+                [o.widths for o in trials],
+                metric.score(np.array([o.value for o in trials], np.float64)),
+            )
+            for trials in finished
+            if trials
+        ]
+        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance, told)
 
     def of_space(self, coordinates: Coordinates) -> Surrogate:
         """The same surrogate, with widths given in another of its spaces' coordinates."""
@@ -175,8 +234,8 @@ class Surrogate:
 
     @property
     def size(self) -> int:
-        """The number of trainings that it was fitted to."""
-        return len(self._y)
+        """The number of this study's trainings that it was fitted to."""
+        return int((self._study == 0).sum())
 
     def condition_on(self, widths: ArrayLike | Features) -> Surrogate:
         """The surrogate if networks, (M, A), are trained and each has its posterior mean.
@@ -185,7 +244,7 @@ class Surrogate:
         Le Riche and Carraro, 2010). Running trials are accounted for in this way.
         """
         new = self._features(widths)
-        across = weighted_sum(self.amplitudes[:-1], self._seen.covariances(new))
+        across = self._across(new).T
         corner = weighted_sum(self.amplitudes[:-1], new.covariances(new))
         corner[np.diag_indices(len(corner))] += self.amplitudes[-1] ** 2 + _JITTER
         # The factor of a bordered matrix: the old rows stay.
@@ -198,7 +257,8 @@ class Surrogate:
         )
         y = np.concatenate([self._y, across.T @ self._weights])
         seen = Features.concatenate([self._seen, new])
-        return replace(self, _seen=seen, _y=y, _lower=lower)
+        study = np.append(self._study, np.zeros(len(y) - len(self._y), np.intp))
+        return replace(self, _seen=seen, _study=study, _y=y, _lower=lower)
 
     def mean(self, widths: ArrayLike | Features) -> Array:
         """The posterior mean of some networks, (M, A) to (M,): O(N M), deviations are O(N² M)."""
@@ -225,8 +285,9 @@ class Surrogate:
         the fit to all.
         """
         inverse = cho_solve((self._lower, True), np.eye(len(self._y)), check_finite=False)
-        variance = 1 / np.diag(inverse)
-        mean = (self._y - self._weights * variance) * self._scale + self._mean
+        variance, own = 1 / np.diag(inverse), self._study == 0
+        mean = ((self._y - self._weights * variance) * self._scale + self._mean)[own]
+        variance = variance[own]
         return Posterior(mean, np.sqrt(variance) * self._scale)
 
     def coverage(self, level: float = 0.9) -> float:
@@ -235,7 +296,7 @@ class Surrogate:
         Calibrated intervals of probability ``level`` give about ``level``.
         """
         left_out = self.loo_posterior()
-        seen = self._y * self._scale + self._mean
+        seen = self._y[self._study == 0] * self._scale + self._mean
         return float((np.abs(seen - left_out.mean) <= ndtri(0.5 + level / 2) * left_out.sd).mean())
 
     def _features(self, widths: ArrayLike | Features) -> Features:
@@ -255,42 +316,96 @@ class Surrogate:
 
     def _across(self, at: Features) -> Array:
         """k(w*, w), (M, N)."""
-        return weighted_sum(self.amplitudes[:-1], at.covariances(self._seen))
+        covariance = weighted_sum(self.amplitudes[:-1], at.covariances(self._seen))
+        own = np.zeros(len(covariance), np.intp)
+        return linked(covariance, self.loadings, self.scales, own, self._study)
 
     def _mean_from(self, across: Array) -> Array:
         mean: Array = across @ self._weights * self._scale + self._mean
         return mean
 
 
-def factor(amplitudes: Array, parts: Sequence[Array], variance: Array) -> Array:
-    """L of observed networks, (N, N), from the parts of their covariance and v."""
-    covariance = weighted_sum(amplitudes[:-1], parts)
-    covariance[np.diag_indices(len(covariance))] += amplitudes[-1] ** 2 + variance + _JITTER
+def linked(
+    covariance: Array,
+    loadings: Array,
+    scales: Array,
+    left: NDArray[np.intp],
+    right: NDArray[np.intp],
+) -> Array:
+    """k between trainings of studies ``left``, (N,), and ``right``, (M,), from k within one."""
+    if len(loadings) == 1:
+        return covariance
+    between = np.outer(loadings[left], loadings[right]) * (covariance - LEVEL_VARIANCE)
+    same = left[:, None] == right
+    out: Array = np.outer(scales[left], scales[right]) * np.where(same, covariance, between)
+    return out
+
+
+def factor(covariance: Array, variance: Array) -> Array:
+    """L of observed networks, (N, N): the variance of each training, (N,), is added to k."""
+    covariance[np.diag_indices(len(covariance))] += variance + _JITTER
     lower: Array = cholesky(covariance, lower=True, check_finite=False)
     return lower
 
 
-def _most_probable_amplitudes(parts: Sequence[Array], y: Array, variance: Array) -> Array:
-    """θ of each part and σ, (parts + 1,), that maximise the posterior density of their logs."""
-    eye = np.eye(len(y))
-    prior = np.append(_PRIOR_AMPLITUDES[: len(parts)], _PRIOR_NOISE)
-    prior_sd = np.append(_PRIOR_SD[: len(parts)], _PRIOR_SD_NOISE)
+def _most_probable(
+    parts: Sequence[Array], y: Array, variance: Array, study: NDArray[np.intp]
+) -> tuple[Array, Array, Array, Array]:
+    """θ of each part, and σ, r and c of each study, that maximise the posterior density.
 
-    def loss(logs: Array) -> tuple[float, Array]:
-        """−log density and its gradient: dK/d log θ_p = 2 θ_p² k_p, dL/dK = ½ (K⁻¹ − α αᵀ)."""
-        scales = np.exp(logs)
-        lower = factor(scales, parts, variance)
+    That of log θ, log σ, artanh r and log c, which together are the vector x.
+    """
+    eye, count = np.eye(len(y)), len(parts)
+    whose = np.eye(int(study.max()) + 1)[study]  # (N, studies)
+    studies, earlier = whose.shape[1], whose.shape[1] - 1
+    noise, loading = np.full(studies, _PRIOR_NOISE), np.full(earlier, _PRIOR_LOADING)
+    prior = np.concatenate([_PRIOR_AMPLITUDES[:count], noise, loading, np.zeros(earlier)])
+    sizes = (studies, earlier, earlier)
+    deviations = np.repeat((_PRIOR_SD_NOISE, _PRIOR_SD_LOADING, _PRIOR_SD_SCALE), sizes)
+    prior_sd = np.concatenate([_PRIOR_SD[:count], deviations])
+    ends = np.cumsum((count, studies, earlier))
+
+    def unpack(x: Array) -> tuple[Array, Array, Array, Array]:
+        logs, log_sigma, loadings, log_scales = np.split(x, ends)
+        r, c = np.append(1.0, np.tanh(loadings)), np.append(1.0, np.exp(log_scales))
+        return np.exp(logs), np.exp(log_sigma), r, c
+
+    def loss(x: Array) -> tuple[float, Array]:
+        """−log density and its gradient: dL/dK = ½ (K⁻¹ − α αᵀ), and where q = α αᵀ − K⁻¹
+
+        dK/d log θ_p = 2 θ_p² k_p, times c r c' r' between studies; dK/d log σ = 2 σ² I; and
+        dK/d log r_s, dK/d log c_s are K in the rows and columns of s, the former without s itself.
+        """
+        theta, sigma, r, c = unpack(x)
+        within = weighted_sum(theta, parts)
+        signal = linked(within.copy(), r, c, study, study)
+        lower = factor(signal.copy(), sigma[study] ** 2 + variance)
         half = solve_triangular(lower, eye, lower=True, check_finite=False)
         inverse = half.T @ half
         weights = inverse @ y
-        off = (logs - prior) / prior_sd
+        off = (x - prior) / prior_sd
         q = np.outer(weights, weights) - inverse
-        slopes = [np.vdot(q, part) for part in parts] + [np.trace(q)]
+        slopes = [np.zeros(0)]
+        scaled = q
+        if earlier:
+            link = np.outer(r[study], r[study])
+            same = study[:, None] == study
+            scaled = q * np.where(same, 1.0, link) * np.outer(c[study], c[study])
+            rows = q * signal
+            by_scale = (rows.sum(axis=1) @ whose)[1:]
+            toward = np.where(same, 0.0, q * np.outer(c[study], (c * r)[study]))
+            toward *= within - LEVEL_VARIANCE
+            by_loading = (toward.sum(axis=1) @ whose)[1:] * (1 - r[1:] ** 2)
+            slopes = [by_loading, by_scale]
+        by_theta = theta**2 * [np.vdot(scaled, part) for part in parts]
+        by_sigma = sigma**2 * (q.diagonal() @ whose)
         value = 0.5 * y @ weights + np.log(np.diag(lower)).sum() + 0.5 * off @ off
-        return float(value), off / prior_sd - scales**2 * np.array(slopes)
+        gains = np.concatenate([by_theta, by_sigma, *slopes])
+        return float(value), off / prior_sd - gains
 
     # In these bounds a part may vanish (e⁻⁶) or take all, and K stays well conditioned.
-    bounds = [(-6.0, 3.0)] * len(parts) + [(-5.0, 1.0)]
+    limits = ((-5.0, 1.0), (-3.0, 3.0), (-2.0, 2.0))
+    bounds = [(-6.0, 3.0)] * count
+    bounds += [limit for limit, size in zip(limits, sizes, strict=True) for _ in range(size)]
     found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=bounds)
-    amplitudes: Array = np.exp(found.x)
-    return amplitudes
+    return unpack(found.x)
