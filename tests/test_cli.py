@@ -212,7 +212,10 @@ def test_train_writes_a_folder_that_loads(command: CommandLine, runs: Path, tmp_
     assert " base " in out
     assert "network 2/2, epoch 1: loss " in out
     assert ", accuracy on training images " in out
-    assert "mean of 2 seeds (standard deviation " in out
+    assert re.search(
+        r"test accuracy \d+\.\d\d ± \d+\.\d\d%, mean ± standard deviation of 2 seeds", out
+    )
+    assert "--base trains it alike" in out
     card = json.loads((tmp_path / "card.json").read_text())
     content = json.loads((tmp_path / "widths.json").read_text())
     net = widthsearch.load(tmp_path, SPACE)
@@ -232,8 +235,23 @@ def test_train_with_one_seed(command: CommandLine, runs: Path, tmp_path: Path) -
     """There is no spread, and the base alone stands in the table when it is the pick."""
     asked = ("train", "small", "--pick", 0, "--seeds", 1, "--epochs", 1)
     out = command(*asked, "--runs", runs, "--out", tmp_path / "picked")
-    assert re.search(r"test accuracy \d+\.\d\d%, one seed; written to ", out)
+    assert re.search(r"test accuracy \d+\.\d\d%, of one seed\n", out)
     assert out.count(" base ") == 1
+    assert "--base" not in out
+
+
+def test_train_compares_with_a_base_that_is_trained_alike(
+    command: CommandLine, runs: Path, tmp_path: Path
+) -> None:
+    """With the same seeds and epochs; the card keeps its figures, the folder no file of it."""
+    asked = ("train", "small", "--pick", "macs<=2e5", "--seeds", 1, "--epochs", 1, "--base")
+    out = command(*asked, "--no-program", "--runs", runs, "--out", tmp_path)
+    assert "base network 1/1, epoch 1: loss " in out
+    card = json.loads((tmp_path / "card.json").read_text())
+    alike = card["base_trained_alike"]
+    assert alike["by_seed"].keys() == card["test_accuracy"]["by_seed"].keys()
+    assert f"the base, trained alike: {alike['mean']:.2f}%" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"widths.json", "weights.pt", "card.json"}
 
 
 def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ def study_of(folder: Path, space: SearchSpace | None = None) -> Study:
 def trained(study: Study, folder: Path, epochs: int = 1, **more: Any) -> list[int]:
     """The epochs that a final training went through."""
     seen: list[int] = []
+    more.setdefault("program", False)
     more.setdefault("on_epoch", lambda _number, result: seen.append(result.epoch))
     export.train(study, study.trials()[0], seeds=1, epochs=epochs, folder=folder, **more)
     return seen
@@ -239,14 +243,106 @@ def test_a_complete_folder_is_trained_again_for_another_call_alone(tmp_path: Pat
 
 
 def test_a_complete_folder_keeps_no_checkpoints(tmp_path: Path) -> None:
-    """It holds the widths, the weights and the card."""
+    """It holds the widths, the weights, the program and the card."""
     study = study_of(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         trained(study, tmp_path / "out", on_epoch=interrupt)
     assert (tmp_path / "out" / "checkpoints").is_dir()
-    trained(study, tmp_path / "out")
+    trained(study, tmp_path / "out", program=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"widths.json", "weights.pt", "card.json"}
+    assert names == {"widths.json", "weights.pt", "card.json", "model.pt2"}
+
+
+MOVED = """
+import sys
+
+import torch
+
+module = torch.export.load("model.pt2").module()
+x = torch.load("x.pt", weights_only=True)
+assert torch.allclose(module(x), torch.load("y.pt", weights_only=True), atol=1e-5)
+assert module(x[:1]).shape == (1, 4)
+assert not {"tiny", "widthsearch"} & {*sys.modules}
+"""
+
+
+def test_a_folder_that_moves_runs_without_code(tmp_path: Path) -> None:
+    """Its program gives the network's outputs for any batch; nothing in it names a place."""
+    study = study_of(tmp_path)
+    trained(study, tmp_path / "out", program=True)
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["program"] == {"batch": "any", "reason": ""}
+    assert [row["epoch"] for row in card["curve"]] == [1]
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    x = torch.randn(3, 1, 4, 4)
+    torch.save(x, moved / "x.pt")
+    torch.save(export.load(moved, study.space)(x).detach(), moved / "y.pt")
+    ran = subprocess.run(
+        [sys.executable, "-c", MOVED], cwd=moved, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+NETS = """
+from torch import nn
+from widthsearch import SearchSpace
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.first(x).relu().mean((2, 3)))
+
+
+def space():
+    return SearchSpace.from_model(Net, (1, 4, 4))
+"""
+
+
+def test_a_network_is_of_the_class_that_its_file_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card names the file without its place; the class is the one that ``import`` gives."""
+    (tmp_path / "moving_nets.py").write_text(NETS)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = tiny.config(space=f"{tmp_path / 'moving_nets.py'}:space", trials=1)
+    study = Study(config, task=tiny.task(), folder=tmp_path / "study")
+    tiny.run(study)
+    trained(study, tmp_path / "out")
+    text = (tmp_path / "out" / "card.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["space"]["reference"] == "moving_nets.py:space"
+    with pytest.raises(StudyError, match=r"load\(folder, space='moving_nets.py:space'\)"):
+        export.load(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    network = export.load("out", "moving_nets.py:space")
+    assert type(network) is importlib.import_module("moving_nets").Net
+    with pytest.raises(WidthsError, match=r"load\(folder, space=...\) takes the space that it wa"):
+        export.load("out", tiny.space())
+
+
+def test_a_network_that_does_not_export_is_said_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the folder is whole, and an old program is gone."""
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    study = study_of(tmp_path)
+    trained(study, tmp_path / "out", program=True)
+    monkeypatch.setattr(torch.export, "export", refuse)
+    trained(study, tmp_path / "out", epochs=2, program=True)
+    reason = "RuntimeError: no such operator"
+    said = [each.getMessage() for each in caplog.records if each.name.startswith("widthsearch")]
+    assert said == [f"model.pt2 is not written: torch.export: {reason}"]
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["program"] == {"batch": None, "reason": reason}
+    assert not (tmp_path / "out" / "model.pt2").exists()
+    export.load(tmp_path / "out", study.space)
 
 
 def test_a_card_has_the_studys_estimates_for_the_pick_and_the_base(tmp_path: Path) -> None:

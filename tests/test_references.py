@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,26 @@ def test_a_module_that_exits_is_an_error_like_any_other(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SpaceError, match="cannot be imported: SystemExit"):
         load_function("exits_too:space")
+
+
+def test_a_file_has_the_name_by_which_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So its classes are the user's own; another file or content gets a module of its own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    package = tmp_path / "named_package"
+    for folder in (package, tmp_path / "other"):
+        folder.mkdir()
+        (folder / "named_file.py").write_text("def f(): return 1\n")
+    first = load_function(f"{package / 'named_file.py'}:f")
+    assert (first.__module__, load_function("named_file:f")) == ("named_file", first)
+    other = load_function(f"{tmp_path / 'other' / 'named_file.py'}:f")
+    assert other.__module__.startswith("_widthsearch_named_file_")
+    (package / "named_file.py").write_text("def f(): return 22\n")
+    assert load_function(f"{package / 'named_file.py'}:f")() == 22
+    assert load_function("named_file:f") is first
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("from named_package import named_file\nf = named_file.f\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_function(f"{package / 'inner.py'}:f").__module__ == "named_package.named_file"
+    assert "named_package.inner" in sys.modules

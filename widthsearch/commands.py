@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -205,7 +205,8 @@ def train(options: argparse.Namespace) -> int:
     console = open_console()
     print_tables(console, tables.pick_table(study, trial, options.pick))
 
-    epochs, metric, status = 0, study.config.metric, console.status("reading images")
+    epochs, metric, seeds = 0, study.config.metric, options.seeds
+    status = console.status("reading images")
     name = metric.name if study.config.trainer else f"{metric.name} on training images"
 
     def on_epoch(number: int, result: EpochResult) -> None:
@@ -215,7 +216,8 @@ def train(options: argparse.Namespace) -> int:
         loss = "" if result.loss is None else f"loss {result.loss:.4f}, "
         print_line(
             console,
-            f"network {number + 1}/{options.seeds}, epoch {result.epoch}: {loss}{name} "
+            f"{'base ' * (number >= seeds)}network {number % seeds + 1}/{seeds}, epoch "
+            f"{result.epoch}: {loss}{name} "
             f"{metric.text(result.value)}{metric.unit}",
         )
 
@@ -233,6 +235,8 @@ def train(options: argparse.Namespace) -> int:
             epochs=options.epochs,
             device=options.device,
             folder=folder,
+            base=options.base,
+            program=options.program,
             on_epoch=on_epoch,
             on_message=on_message,
         )
@@ -244,15 +248,23 @@ def train(options: argparse.Namespace) -> int:
     named = reference is not None and not reference.startswith("torchvision:")
     given = (str(folder), reference) if named else (str(folder),)
     result = f"{card['split']}_{metric.name}"
-    test = card[result]
-    of = "one seed"
-    if options.seeds > 1:
-        spread = metric.text(test["std"])
-        of = f"mean of {options.seeds} seeds (standard deviation {spread})"
+
+    def text(figures: dict[str, Any]) -> str:
+        spread = "" if seeds == 1 else f" ± {metric.text(figures['std'])}"
+        return f"{metric.text(figures['mean'])}{spread}{metric.unit}"
+
+    of = "of one seed" if seeds == 1 else f"mean ± standard deviation of {seeds} seeds"
+    print_line(console, f"{result.replace('_', ' ', 1)} {text(card[result])}, {of}")
+    if (alike := card["base_trained_alike"]) is not None:
+        print_line(console, f"the base, trained alike: {text(alike)}")
+    elif not trial.origin.get("base"):
+        print_line(
+            console,
+            "the base's figure in the table is of the search's recipe; --base trains it alike",
+        )
     print_line(
         console,
-        f"{result.replace('_', ' ', 1)} {metric.text(test['mean'])}{metric.unit}, {of}; written to "
-        f"{folder}; load it with widthsearch.load({', '.join(map(repr, given))})",
+        f"written to {folder}; load it with widthsearch.load({', '.join(map(repr, given))})",
     )
     return 0
 

@@ -1,13 +1,14 @@
 """Final training: a trial's widths trained in full and tested, written to a folder that loads.
 
-The folder holds ``widths.json``, ``weights.pt`` and ``card.json``. The card is removed first and
-written last, so a folder with a card is complete.
+The folder holds ``widths.json``, ``weights.pt``, ``card.json`` and, where the network exports,
+``model.pt2``, a program of ``torch.export`` that runs without any code of the user's. It may be
+moved: it has no absolute path. The card is removed first and written last, so a folder with a card
+is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -16,36 +17,40 @@ import os
 import platform
 import shutil
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from widthsearch import __version__
 from widthsearch.api import Study
-from widthsearch.errors import CheckpointError, StudyError, first_line, writing
+from widthsearch.errors import CheckpointError, StudyError, WidthsError, first_line, writing
 from widthsearch.modules.source import source_digest
 from widthsearch.space.constraints import Constraints
 from widthsearch.space.loading import load_space
+from widthsearch.space.program import Program, write_program
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.job import study_job
 from widthsearch.study.trial import Trial
 from widthsearch.training.job import CHECKPOINT, Job, TrainingTrial
-from widthsearch.training.recipe import EpochResult, Recipe, recipe_values
+from widthsearch.training.recipe import EpochResult, OwnRecipe, Recipe, recipe_values
 from widthsearch.utils.devices import check_device, restored_generators
 from widthsearch.utils.files import write_atomically
+from widthsearch.utils.references import file_digest
+from widthsearch.widths import Widths
 
 _logger = logging.getLogger(__name__)
 
 WIDTHS, WEIGHTS, CARD = "widths.json", "weights.pt", "card.json"
+PROGRAM = "model.pt2"
 
-_FORMAT = 2
+_FORMAT = 3
 """The version of the card: a folder of another one is written anew."""
 
 OnEpoch = Callable[[int, EpochResult], None]
@@ -60,6 +65,8 @@ def train(
     epochs: int | None = None,
     device: str | None = None,
     folder: Path | str | None = None,
+    base: bool = False,
+    program: bool = True,
     on_epoch: OnEpoch | None = None,
     on_message: Callable[[str], object] = lambda message: None,
 ) -> dict[str, Any]:
@@ -82,8 +89,12 @@ def train(
         epochs: Epochs of training; by default the recipe's.
         device: The device; by default the study's.
         folder: The folder to write; by default ``trained/<id>`` in the study's folder.
-        on_epoch: Called with each network's number, from 0, and each epoch's result. There is no
-            held-out split: its accuracy is on a part of the training images.
+        base: Whether the base is trained alike, with the same seeds. The study's own figures for
+            it are of the search's recipe and data, and compare with those for the trial alone.
+        program: Whether to write ``model.pt2``, see :mod:`widthsearch.space.program`.
+        on_epoch: Called with each network's number, from 0, and each epoch's result; those of the
+            base come last. There is no held-out split: its accuracy is on a part of the training
+            images.
         on_message: Called with a bar, while images in files are read into memory.
 
     Returns:
@@ -103,68 +114,119 @@ def train(
     job = study_job(study.config.model_copy(update={"recipe": recipe}), final=True)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(trial.number))
-    request = _digest(study, trial, seeds, job, device)
+    request = _digest(study, trial, (seeds, base, program), job, device)
     if (complete := _complete(folder, request)) is not None:
         return complete
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     data = study.data(final=True, report=on_message)
-    last: dict[int, EpochResult] = {}
-    weights = io.BytesIO()
-    place = check_device(device)
-    for i in range(seeds):
+    final = _FinalTraining(study, job, data, check_device(device), seeds, folder)
+    networks = final.train(space, trial.widths, "", on_epoch)
+    of_base = None
+    if base and (space, trial.widths) != (study.space, study.space.base):
+        shown = on_epoch and (lambda number, result: on_epoch(number + seeds, result))
+        of_base = final.train(study.space, study.space.base, "base-", shown)
+    weights = {name: value.cpu() for name, value in networks[0].weights.items()}
+    with writing(folder):
+        _remove(folder / CARD)
+        space.save_widths(folder / WIDTHS, trial.widths)
+        write_atomically(folder / WEIGHTS, lambda file: torch.save(weights, file))
+        (folder / PROGRAM).unlink(missing_ok=True)
+        made = _write_program(space, trial, weights, folder) if program else None
+        card = {
+            **_card(study, trial, job, recipe, device),
+            **_results(study, networks, of_base),
+            "program": made and asdict(made),
+            "request": request,
+        }
+        text = json.dumps(card, indent=1) + "\n"
+        write_atomically(folder / CARD, lambda file: file.write(text.encode()))
+        shutil.rmtree(folder / "checkpoints")
+    return card
 
-        def on_report(result: EpochResult, number: int = i) -> bool:
-            if on_epoch is not None:
-                on_epoch(number, result)
-            return True
 
-        seed = int(np.random.SeedSequence((study.config.seed, 1, i)).generate_state(1)[0])
-        model = space.build(trial.widths, seed=seed).to(place)
-        training: TrainingTrial[Any] = TrainingTrial(
-            job,
-            model,
-            data,
-            trial.widths,
-            seed=seed,
-            folder=folder / "checkpoints" / str(i),
-            device=place,
-            threads=torch.get_num_threads(),
-            final=True,
-            code=source_digest(model),
-            on_report=on_report,
-        )
-        result = _train_to_the_end(job, model, training, i)
-        if not math.isfinite(result.value):
-            raise StudyError(
-                f"training diverged in epoch {result.epoch} with seed {seed}: lower the recipe's lr"
-                f"{f' (now {recipe.lr})' if isinstance(recipe, Recipe) else ''}"
+@dataclass(frozen=True)
+class _Network:
+    """A network that was trained in full."""
+
+    seed: int
+    curve: Sequence[EpochResult]
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _FinalTraining:
+    """What the final trainings of several networks have in common."""
+
+    study: Study
+    job: Job
+    data: Any
+    device: torch.device
+    seeds: int
+    folder: Path
+
+    def train(
+        self, space: SearchSpace, widths: Widths, name: str, on_epoch: OnEpoch | None
+    ) -> list[_Network]:
+        """Train widths once a seed, from the checkpoints called ``name`` and the number."""
+        networks = []
+        for i in range(self.seeds):
+
+            def on_report(result: EpochResult, number: int = i) -> bool:
+                if on_epoch is not None:
+                    on_epoch(number, result)
+                return True
+
+            sequence = np.random.SeedSequence((self.study.config.seed, 1, i))
+            seed = int(sequence.generate_state(1)[0])
+            model = space.build(widths, seed=seed).to(self.device)
+            training: TrainingTrial[Any] = TrainingTrial(
+                self.job,
+                model,
+                self.data,
+                widths,
+                seed=seed,
+                folder=self.folder / "checkpoints" / f"{name}{i}",
+                device=self.device,
+                threads=torch.get_num_threads(),
+                final=True,
+                code=source_digest(model),
+                on_report=on_report,
             )
-        last[seed] = result
-        if i == 0:
-            torch.save({key: value.cpu() for key, value in model.state_dict().items()}, weights)
-    split, figures = _figures(study, last)
+            result = _train_to_the_end(self.job, model, training, i)
+            if not math.isfinite(result.value):
+                recipe = self.job.recipe
+                raise StudyError(
+                    f"training diverged in epoch {result.epoch} with seed {seed}: lower the "
+                    f"recipe's lr{f' (now {recipe.lr})' if isinstance(recipe, Recipe) else ''}"
+                )
+            weights = model.state_dict() if i == 0 else {}
+            networks.append(_Network(seed, tuple(training.curve), weights))
+        return networks
+
+
+def _card(
+    study: Study, trial: Trial, job: Job, recipe: Recipe | OwnRecipe, device: str
+) -> dict[str, Any]:
+    """The part of a card that is known before the training."""
+    space, config = study.spaces[trial.space], study.config.to_json()
+    task = None if study.config.trainer is not None else study.task
     posterior = study.posterior()
     base = posterior.base
-    of_base = base and {
-        **asdict(base.cost),
-        "latency_ms": base.latency_ms,
-        "estimated": posterior[base].to_json(),
-    }
-    card = {
+    return {
         "study": study.config.name,
         "trial": trial.number,
         "origin": dict(trial.origin),
         "space": {
-            "reference": _from_anywhere(study.reference(space.name)),
+            "reference": _portable(study.reference(space.name)),
             "input": study.config.input,
             "classes": task and task.classes,
-            "constraints": study.config.to_json()["constraints"],
+            "constraints": config["constraints"],
             "name": space.name,
             "fingerprint": space.fingerprint,
         },
         "task": task and task.name,
-        "trainer": study.config.to_json()["trainer"],
+        "trainer": _portable(config["trainer"]),
         "classes": (task and list(task.names)) or None,
         "preprocessing": task
         and {
@@ -177,34 +239,56 @@ def train(
         **asdict(trial.cost),
         "latency": trial.latency and trial.latency.to_json(),
         "estimated": posterior[trial].to_json(),
-        "base": of_base,
-        "split": split,
-        f"{split}_{job.metric}": {
-            "mean": statistics.fmean(figures.values()),
-            "std": statistics.stdev(figures.values()) if seeds > 1 else None,
-            "by_seed": {str(seed): figure for seed, figure in figures.items()},
-            "of_weights": next(iter(figures.values())),
+        "base": base
+        and {
+            **asdict(base.cost),
+            "latency_ms": base.latency_ms,
+            "estimated": posterior[base].to_json(),
         },
         "versions": versions(),
-        "request": request,
     }
-    with writing(folder):
-        _remove(folder / CARD)
-        space.save_widths(folder / WIDTHS, trial.widths)
-        write_atomically(folder / WEIGHTS, lambda file: file.write(weights.getbuffer()))
-        text = json.dumps(card, indent=1) + "\n"
-        write_atomically(folder / CARD, lambda file: file.write(text.encode()))
-        shutil.rmtree(folder / "checkpoints")
-    return card
 
 
-def _figures(study: Study, last: Mapping[int, EpochResult]) -> tuple[str, dict[int, float]]:
-    """The split that the results of networks are of, and the results by seed.
+def _results(
+    study: Study, networks: Sequence[_Network], base: Sequence[_Network] | None
+) -> dict[str, Any]:
+    """The results of the networks, under the name of the split that they are of."""
+    metric = study.config.metric.name
+    split, figures = _figures(study, networks)
+    curve = networks[0].curve
+    return {
+        "split": split,
+        f"{split}_{metric}": _summary(figures),
+        "base_trained_alike": None if base is None else _summary(_figures(study, base)[1]),
+        "curve": [{"epoch": r.epoch, "loss": r.loss, metric: r.value} for r in curve],
+    }
 
-    Args:
-        study: The study.
-        last: The last epoch of each network, by seed.
-    """
+
+def _summary(figures: Mapping[int, float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(figures.values()),
+        "std": statistics.stdev(figures.values()) if len(figures) > 1 else None,
+        "by_seed": {str(seed): figure for seed, figure in figures.items()},
+        "of_weights": next(iter(figures.values())),
+    }
+
+
+def _write_program(
+    space: SearchSpace, trial: Trial, weights: Mapping[str, Tensor], folder: Path
+) -> Program:
+    """Write the program of the network of some weights."""
+    model = space.build(trial.widths, initialise=False)
+    model.load_state_dict(weights)
+    made = write_program(space, model.eval(), folder / PROGRAM)
+    if made.reason:
+        what = "takes a batch of 1 alone" if made.batch else "is not written"
+        _logger.warning("%s %s: torch.export: %s", PROGRAM, what, made.reason)
+    return made
+
+
+def _figures(study: Study, networks: Sequence[_Network]) -> tuple[str, dict[int, float]]:
+    """The split that the results of networks are of, and the results by seed."""
+    last = {network.seed: network.curve[-1] for network in networks}
     named = f"test_{study.config.metric.name}"
     if all(named in result.metrics for result in last.values()):
         return "test", {seed: result.metrics[named] for seed, result in last.items()}
@@ -212,14 +296,15 @@ def _figures(study: Study, last: Mapping[int, EpochResult]) -> tuple[str, dict[i
     return split, {seed: result.value for seed, result in last.items()}
 
 
-def _digest(study: Study, trial: Trial, seeds: int, job: Job, device: str) -> str:
+def _digest(study: Study, trial: Trial, asked: Sequence[object], job: Job, device: str) -> str:
     """A digest of everything that decides the result of a training."""
     space, task = study.spaces[trial.space], None if study.config.trainer else study.task
     data = task and (len(task.train), len(task.validation), task.names, task.input_shape)
     network = study.reference(space.name), space.fingerprint, trial.widths.vector
-    code = source_digest(space.model.template), job.trainer.__module__  # has a file's digest
-    asked = _FORMAT, study.config.seed, seeds, job.identity, device
-    return hashlib.sha256(repr((data, network, code, asked)).encode()).hexdigest()[:16]
+    own = None if study.config.trainer is None else file_digest(job.trainer)
+    code = source_digest(space.model.template), own
+    every = data, network, code, _FORMAT, study.config.seed, *asked, job.identity, device
+    return hashlib.sha256(repr(every).encode()).hexdigest()[:16]
 
 
 def _complete(folder: Path, request: str) -> dict[str, Any] | None:
@@ -281,13 +366,20 @@ def load(folder: str | Path, space: SearchSpace | str | None = None) -> nn.Modul
             )
     if not isinstance(space, SearchSpace):
         space = _space_of(_read_json(folder / CARD).get("space"), folder, space)
-    model = space.build(space.load_widths(folder / WIDTHS, on_grid=False), initialise=False)
+    try:
+        widths = space.load_widths(folder / WIDTHS, on_grid=False)
+    except WidthsError as error:
+        raise WidthsError(
+            f"{error}; load(folder, space=...) takes the space that it was trained in"
+        ) from None
+    model = space.build(widths, initialise=False)
     try:
         state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
     except Exception as error:
         raise StudyError(
-            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line(error)}; train the pick again"
+            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line(error)}; give the space that "
+            "it was trained in, load(folder, space=...), or train the pick again"
         ) from error
     return model.eval()
 
@@ -323,10 +415,14 @@ def _space_of(about: Any, folder: Path, given: str | None) -> SearchSpace:
     return load_space(where, shape, classes).with_constraints(asked)
 
 
-def _from_anywhere(reference: str | None) -> str | None:
-    """A reference to a file by its absolute path; any other reference unchanged."""
+def _portable(reference: str | None) -> str | None:
+    """A reference to a file without an absolute path; any other reference unchanged."""
     where, _, function = (reference or "").rpartition(":")
-    return f"{Path(where).resolve()}:{function}" if where.endswith(".py") else reference
+    path = Path(where)
+    if not where.endswith(".py") or not path.is_absolute():
+        return reference
+    within = path.is_relative_to(Path.cwd())
+    return f"{path.relative_to(Path.cwd()) if within else path.name}:{function}"
 
 
 def versions() -> dict[str, str]:

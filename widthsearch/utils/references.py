@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,9 +67,37 @@ def load_function(
     return function  # type: ignore[no-any-return]
 
 
+def file_digest(function: Callable[..., Any]) -> str | None:
+    """A digest of the file that a function is in; None where it is in none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+        return None if file is None else _digest(Path(file))
+    except (OSError, TypeError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
+
+
+_imported: dict[str, str] = {}
+"""The digests of the files that were imported here under names of their own, by these names."""
+
+
 def _file_module(path: Path) -> ModuleType:
-    """The module of a file; a file with the same content is imported once."""
-    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
+    """The module of a file; a file with the same content is imported once.
+
+    It has the name by which ``import`` finds this file, so that its classes are those of the user's
+    own imports and can be pickled. Where that name finds another file, or an older content of this
+    one, the module gets a name with a digest.
+    """
+    digest, plain = _digest(path), _importable(path)
+    loaded = None if plain is None else sys.modules.get(plain)
+    if plain is not None and loaded is not None and _imported.get(plain, digest) == digest:
+        return loaded
+    if plain is not None and loaded is None:
+        _imported[plain] = digest
+        return importlib.import_module(plain)
     name = f"_widthsearch_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
@@ -81,3 +110,20 @@ def _file_module(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _importable(path: Path) -> str | None:
+    """The name by which ``import`` finds a file: with its packages; None where it finds another."""
+    path = path.resolve()
+    parts, folder = [path.stem], path.parent
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier():
+        parts, folder = [folder.name, *parts], folder.parent
+    name = ".".join(parts)
+    importlib.invalidate_caches()  # the file may be new
+    try:
+        loaded = sys.modules.get(name)
+        spec = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
+    except Exception:  # noqa: BLE001  to find a name, its package is imported
+        return None
+    origin = None if spec is None else spec.origin
+    return name if origin is not None and Path(origin).resolve() == path else None
