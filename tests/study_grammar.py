@@ -68,6 +68,7 @@ VALID: dict[str, Strategy] = {
     "task.crop_padding": st.integers(0, 7),
     "task.flip": st.booleans(),
     "task.cutout": st.integers(0, 8),
+    "task.loss": one("cross_entropy"),  # the datasets have classes
     "trainer": one("own:train"),
     "data": one("own:data"),
     "final_data": one("own:data"),
@@ -86,6 +87,9 @@ VALID: dict[str, Strategy] = {
     "recipe.label_smoothing": share,
     "recipe.precision": one("auto", "fp32", "bf16"),
     "recipe.capture": st.booleans(),
+    "start": one("scratch", ["scratch"]),
+    "weights": one(None),  # tests/test_starts.py has files
+    "importance": one("magnitude", "slimming", "sensitivity", "fisher"),
     "widths": one([], ["widths.json"]),
     "proposers.method": one(*PROPOSERS, "own:small"),
     "proposers.activation_density.weights": one("reinit", "inherit"),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from widthsearch.study.loop import Search
     from widthsearch.study.progress import OnProgress
     from widthsearch.study.proposals import Engine, ProposalRequest, ProposalResult
+    from widthsearch.study.starts import BaseWeights
     from widthsearch.study.storage import SpaceRecord
     from widthsearch.training.recipe import OwnRecipe, Recipe
 
@@ -186,6 +187,13 @@ class Study:
 
         return load_data(self.config, final=final)
 
+    @cached_property
+    def base_weights(self) -> BaseWeights | None:
+        """The weights of the base that ``start: extract`` cuts; None where nothing starts so."""
+        from widthsearch.study.starts import load_start
+
+        return load_start(self.config, self.spaces, lambda: self.task.for_search())
+
     @property
     def storage(self) -> str:
         """The storage's URL."""
@@ -215,7 +223,7 @@ class Study:
         ):
             propose, data = _loading_first(lambda: _unread(self), session.propose)
             with self.search(shown, propose, retry=retry) as search:
-                session.train(search, data)
+                session.train(search, data, self.base_weights)
                 ended = search.ended
         _check_finished(self.config.name, search.trials.values(), ended)
 
@@ -284,7 +292,7 @@ class Study:
             runner.Session(self.config, self.folder) as session,
             self.confirmation(seeds, shown) as search,
         ):
-            session.train(search, lambda: _unread(self))
+            session.train(search, lambda: _unread(self), self.base_weights)
 
     @contextmanager
     def search(
@@ -311,7 +319,7 @@ class Study:
         """
         from widthsearch.study.proposals import run_sequentially
 
-        driver = self._driver()
+        driver = _driver(self)
         with driver.search(on_progress, engine or run_sequentially, retry=retry) as search:
             self.failures = driver.failures
             yield search
@@ -325,7 +333,7 @@ class Study:
             raise StudyError(f"`seeds >= 2` must hold to confirm anything, but seeds={seeds}")
         if not self.front():
             raise StudyError(f"study {self.config.name!r} has no front to confirm: run it first")
-        with self._driver().confirmation(seeds, on_progress) as search:
+        with _driver(self).confirmation(seeds, on_progress) as search:
             yield search
 
     def resolve_recipe(self) -> Recipe | OwnRecipe:
@@ -334,13 +342,15 @@ class Study:
         Raises:
             StudyError: The study was never run.
         """
-        return self._driver().resolve_recipe()
+        return _driver(self).resolve_recipe()
 
-    def _driver(self) -> Driver:
-        from widthsearch.study.driver import Driver
 
-        spaces, task = self.spaces, self.task if self.config.trainer is None else None
-        return Driver(self.config, spaces, task, self.folder, self.storage, _pickled)
+def _driver(study: Study) -> Driver:
+    from widthsearch.study.driver import Driver
+
+    own = study.config.trainer is not None
+    parts = study.spaces, None if own else study.task, study.folder, study.storage
+    return Driver(study.config, *parts, _pickled, study.base_weights)
 
 
 def _loading_first(load: Callable[[], Any], propose: Engine) -> tuple[Engine, Callable[[], Any]]:

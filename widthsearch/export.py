@@ -37,6 +37,7 @@ from widthsearch.space.loading import load_space
 from widthsearch.space.program import Program, write_program
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.job import study_job
+from widthsearch.study.starts import BaseWeights, start_network
 from widthsearch.study.trial import Trial
 from widthsearch.training.job import CHECKPOINT, Job, TrainingTrial
 from widthsearch.training.recipe import EpochResult, OwnRecipe, Recipe, recipe_values
@@ -110,7 +111,7 @@ def train(
     if seeds < 1:
         raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
     recipe = study.resolve_recipe()
-    recipe = type(recipe)(**recipe_values(recipe, epochs))
+    recipe = type(recipe)(**recipe_values(recipe, epochs or trial.origin.get("epochs")))
     job = study_job(study.config.model_copy(update={"recipe": recipe}), final=True)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(trial.number))
@@ -120,7 +121,8 @@ def train(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     data = study.data(final=True, report=on_message)
-    final = _FinalTraining(study, job, data, check_device(device), seeds, folder)
+    cut_from = _cut_from(study, trial)
+    final = _FinalTraining(study, job, data, check_device(device), seeds, folder, cut_from)
     networks = final.train(space, trial.widths, "", on_epoch)
     of_base = None
     if base and (space, trial.widths) != (study.space, study.space.base):
@@ -164,6 +166,7 @@ class _FinalTraining:
     device: torch.device
     seeds: int
     folder: Path
+    cut_from: BaseWeights | None
 
     def train(
         self, space: SearchSpace, widths: Widths, name: str, on_epoch: OnEpoch | None
@@ -179,7 +182,7 @@ class _FinalTraining:
 
             sequence = np.random.SeedSequence((self.study.config.seed, 1, i))
             seed = int(sequence.generate_state(1)[0])
-            model = space.build(widths, seed=seed).to(self.device)
+            model = start_network(space, widths, self.cut_from, seed).to(self.device)
             training: TrainingTrial[Any] = TrainingTrial(
                 self.job,
                 model,
@@ -190,6 +193,7 @@ class _FinalTraining:
                 device=self.device,
                 threads=torch.get_num_threads(),
                 final=True,
+                weights=self.cut_from and self.cut_from.digest,
                 code=source_digest(model),
                 on_report=on_report,
             )
@@ -303,8 +307,15 @@ def _digest(study: Study, trial: Trial, asked: Sequence[object], job: Job, devic
     network = study.reference(space.name), space.fingerprint, trial.widths.vector
     own = None if study.config.trainer is None else file_digest(job.trainer)
     code = source_digest(space.model.template), own
-    every = data, network, code, _FORMAT, study.config.seed, *asked, job.identity, device
+    cut_from = _cut_from(study, trial)
+    start = cut_from and cut_from.digest
+    every = data, network, code, _FORMAT, study.config.seed, *asked, job.identity, device, start
     return hashlib.sha256(repr(every).encode()).hexdigest()[:16]
+
+
+def _cut_from(study: Study, trial: Trial) -> BaseWeights | None:
+    """The weights that a trial's network is cut from; None for new weights."""
+    return study.base_weights if trial.start == "extract" else None
 
 
 def _complete(folder: Path, request: str) -> dict[str, Any] | None:

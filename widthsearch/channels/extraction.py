@@ -55,9 +55,16 @@ def kept_groups(model: TracedModel, graph: DependencyGraph, keep: Keep) -> list[
     return out
 
 
-def _kept_positions(
+def kept_positions(
     graph: DependencyGraph, kept: Sequence[NDArray[np.bool_]], where: tuple[str, int]
 ) -> NDArray[np.bool_]:
+    """The positions along a dim, (size,), that belong to no axis or to a group that is kept.
+
+    Args:
+        graph: The dependency graph.
+        kept: Per axis, a mask of its groups.
+        where: The tensor's name and the dim.
+    """
     axes, groups = graph.axis[where], graph.group[where]
     return np.array([a < 0 or kept[a][g] for a, g in zip(axes, groups, strict=True)], bool)
 
@@ -91,7 +98,7 @@ def extract(
             values = old[key].detach()
             for dim in range(values.dim()):
                 if (key, dim) in graph.axis:
-                    index = np.flatnonzero(_kept_positions(graph, kept, (key, dim)))
+                    index = np.flatnonzero(kept_positions(graph, kept, (key, dim)))
                     values = values.index_select(dim, torch.from_numpy(index).to(values.device))
             new.data = values.clone()  # with the network's device and dtype
     return narrow.train(network.training)

@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -146,13 +147,20 @@ def base_network(
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a checkpoint of tensors, such as that of ``torch.save(model.state_dict(), path)``.
 
+    The path may also be that of a ``.safetensors`` file, or of a folder of ``widthsearch train``.
     Names may have a prefix ``module.``, and the state may be under ``state_dict`` or ``model``.
 
     Raises:
         StudyError: The file cannot be read as tensors only, or lacks a tensor of the network.
     """
+    file = Path(path) / "weights.pt" if Path(path).is_dir() else Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  torch's unpickler raises any kind
         raise StudyError(
             f"weights must be a checkpoint of tensors, but {path!r} cannot be read: "

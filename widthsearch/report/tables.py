@@ -20,6 +20,7 @@ from widthsearch.bayesopt import pareto
 from widthsearch.bayesopt.metric import ACCURACY, EXACT_COSTS, Metric
 from widthsearch.errors import StudyError
 from widthsearch.proposers import BASELINES
+from widthsearch.report import starts
 from widthsearch.report.console import short, uncut
 from widthsearch.study.front import cost_value, objective_value, pick_limits
 from widthsearch.study.gains import baselines, best_baselines, gains
@@ -51,6 +52,8 @@ def origin_text(origin: Mapping[str, Any]) -> str:
     """
     if origin.get("base"):
         return "base"
+    if "compares" in origin:
+        return f"{origin['start']} of {origin['compares']}"
     if "confirms" in origin:
         return f"confirms {origin['confirms']}"
     if "proposer" in origin:
@@ -121,6 +124,7 @@ def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
         "base": None if base is None else _trial_json(base, posterior),
         "baselines": [_trial_json(t, posterior) for t in baselines(posterior)],
         "gains": [gain.to_json() for gain in gains(posterior)],
+        "starts": starts.starts_json(starts.compared(posterior.trials), posterior.metric),
     }
 
 
@@ -199,7 +203,12 @@ def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] =
             f"finished trials{inside} span: front {front_volume(front, posterior):.3f}, "
             f"baselines {front_volume(rivals, posterior):.3f}."
         )
-    lines = [total, *gain_lines(posterior), *footnotes([*shown, *near], posterior)]
+    lines = [total, *gain_lines(posterior)]
+    if compared := starts.compared(trials):
+        metric, macs = posterior.metric, None if base is None else base.cost.macs
+        parts.append(starts.starts_table(compared, metric))
+        lines += starts.start_lines(compared, metric, starts.base_epochs(study), macs)
+    lines += footnotes([*shown, *near], posterior)
     return Group(*parts, *map(Text, (*lines, *latency_remarks(front, base))))
 
 

@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StorageError, one_line
 from widthsearch.runner import cluster, memory_kills
-from widthsearch.runner.pickling import pickle_by_value
+from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.runner.reading import put
 from widthsearch.runner.signals import Interrupts
 from widthsearch.runner.worker import Worker, WorkerReport, run_proposer
@@ -40,6 +40,7 @@ from widthsearch.study.hangs import HangWatch
 from widthsearch.study.job import study_job
 from widthsearch.study.loop import Search
 from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
+from widthsearch.study.starts import BaseWeights
 from widthsearch.study.trial import Trial
 from widthsearch.training.job import Job
 
@@ -130,13 +131,19 @@ class Session:
                 for stream in streams:
                     ray.cancel(stream, force=True)
 
-    def train(self, search: Search, load_data: Callable[[], Any]) -> None:
+    def train(
+        self,
+        search: Search,
+        load_data: Callable[[], Any],
+        weights: BaseWeights | None = None,
+    ) -> None:
         """Train until the search is done, then disconnect from Ray.
 
         Args:
             search: The search.
             load_data: Returns the data; not called where nothing is left to train. Images in files
                 that are to be in memory are read by a process of Ray's.
+            weights: The weights of the base, for the start ``extract``.
 
         Raises:
             WidthsearchError: A fault outside the candidates, such as a full disk; once it is
@@ -161,7 +168,7 @@ class Session:
             adapter = _TuneAdapter(search, begun, checkpoints, self._interrupts, owns_ray)
             job = study_job(search.config)
             data = self._shared(load_data(), f"the data of {job.name!r}", search.notify)
-            adapter.fit(job, data, logs)
+            adapter.fit(job, data, weights, logs)
         finally:
             # Before the driver lock is released, so that no worker trains on without it.
             self._disconnect()
@@ -233,7 +240,7 @@ class _TuneAdapter(tune.Callback):
     def __post_init__(self) -> None:
         self._watch = HangWatch(self.search.config.timeout)
 
-    def fit(self, job: Job, data: Any, logs: Path) -> None:
+    def fit(self, job: Job, data: Any, weights: BaseWeights | None, logs: Path) -> None:
         """Run Tune until the search is done; the data is a reference to :class:`SharedData`."""
         config = self.search.config
         trainable = tune.with_parameters(
@@ -248,6 +255,7 @@ class _TuneAdapter(tune.Callback):
             threads=max(1, int(config.resources.cpu)),
             checkpoints=self.checkpoints,
             gpu_share=config.resources.gpu,
+            weights=weights and SharedData.of(weights, "the base's weights"),
             paths=[str(Path(path).resolve()) for path in sys.path],
         )
         shutil.rmtree(logs / "tune", ignore_errors=True)
@@ -307,6 +315,8 @@ class _TuneAdapter(tune.Callback):
                 "seed": trial.seed,
                 "alone": self.search.is_alone(trial.number),
                 "reported": len(self.search.trials[trial.number].curve),
+                "start": trial.start,
+                "epochs": trial.epochs(self.search.config.recipe.epochs),
             }
         finished: Any = Searcher.FINISHED
         return finished if self.error is not None or self.search.done else None

@@ -21,6 +21,7 @@ from widthsearch.runner.pickling import SharedData
 from widthsearch.runner.training_thread import TrainingThread
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.proposals import Failure, ProposalRequest, ProposalResult, stream_proposal
+from widthsearch.study.starts import Extraction
 from widthsearch.training.job import TrainingTrial
 from widthsearch.training.recipe import EpochResult
 from widthsearch.utils.devices import check_device
@@ -91,6 +92,8 @@ class Worker:
         checkpoints: The folder with one folder per trial.
         gpu_share: This worker's share of a GPU. It may allocate that share of the GPU's memory, so
             that a large trial fails itself instead of the trials beside it.
+        weights: The :class:`~widthsearch.study.starts.BaseWeights` that trials with the start
+            ``extract`` are cut from.
         paths: Folders that the driver imports from; modules that a trainer imports while it runs
             are looked for there.
 
@@ -120,6 +123,7 @@ class Worker:
     checkpoints: Path
     gpu_share: float = 0.0
     paths: Sequence[str] = ()
+    weights: SharedData | None = None
     _unpickled: dict[str, Any] = field(default_factory=dict, init=False)
     _training: TrainingThread | None = field(default=None, init=False)
 
@@ -136,6 +140,8 @@ class Worker:
         seed: int,
         alone: bool = False,
         reported: int = 0,
+        start: str = "scratch",
+        epochs: int | None = None,
     ) -> None:
         """Set the trial that the next steps train; the previous one is released.
 
@@ -146,7 +152,10 @@ class Worker:
             seed: Its seed.
             alone: Whether no other trial runs meanwhile, so that it may use all memory of the GPU.
             reported: The number of epochs that the trial has reported so far, from any process.
+            start: What its weights are: new ones, or with ``extract`` those of the base.
+            epochs: The number of its epochs; None for the recipe's.
         """
+        self._start, self._epochs = start, epochs
         self._number, self._space, self._vector, self._seed = number, space, tuple(vector), seed
         self._folder, self._reported = self.checkpoints / str(number), reported
         self._note = "" if self._training is None else self._training.stop()
@@ -216,7 +225,18 @@ class Worker:
         space: SearchSpace = self._unpickled[self._space]
         job, data = self._unpickled[""]
         device, widths = check_device(self.device), Widths(space.names, self._vector)
-        network = space.build(widths, seed=self._seed).to(device)
+        if self._epochs not in (None, job.epochs):
+            job = job.lasting(self._epochs)
+        digest = None
+        if self._start == "extract":
+            if (key := f"weights of {self._space}") not in self._unpickled:
+                assert self.weights is not None
+                weights = self.weights.load()
+                self._unpickled[key] = weights.digest, Extraction(space, weights)
+            digest, extraction = self._unpickled[key]
+            network = extraction.network(widths, self._seed).to(device)
+        else:
+            network = space.build(widths, seed=self._seed).to(device)
         trial: TrainingTrial[Any] = TrainingTrial(
             job,
             network,
@@ -226,6 +246,7 @@ class Worker:
             folder=self._folder,
             device=device,
             threads=self.threads,
+            weights=digest,
         )
         self._training = TrainingThread(job, network, trial)
         return trial

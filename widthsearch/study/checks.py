@@ -29,7 +29,7 @@ from widthsearch.utils.devices import check_device
 
 _FIXED = (
     *("task", "trainer", "data", "recipe", "metric", "objectives", "latency", "seed"),
-    *("loss", "batches"),
+    *("loss", "batches", "start", "weights", "importance"),
 )
 """Sections that make trials and proposals comparable: fixed once a study has begun."""
 
@@ -163,8 +163,15 @@ def met_budgets(
     return met or tuple(budgets)
 
 
-def claim(store: Store, config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> None:
+def claim(
+    store: Store,
+    config: StudyConfig,
+    spaces: Mapping[str, SearchSpace],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Write the configuration and the spaces into the storage, or compare them with what it holds.
+
+    So it does with the weights of ``start: extract``, as :meth:`BaseWeights.to_json` has them.
 
     Until a trial has begun only the objectives are kept: the storage's study was made with them.
 
@@ -183,11 +190,20 @@ def claim(store: Store, config: StudyConfig, spaces: Mapping[str, SearchSpace]) 
                 f"a study keeps its {key}, but {name!r} was begun with {place}={old!r} and "
                 f"now has {new!r}: put it back, or give the study another name"
             )
+    if begun and (of_begun := store.attribute("weights")) != weights:
+        raise StudyError(
+            f"a study keeps the weights that it starts from, but the content of {config.weights!r} "
+            f"or its channels' importance has changed since {name!r} was begun "
+            f"({of_begun and of_begun['digest']}, now {weights and weights['digest']}): put it "
+            "back, or give the study another name"
+        )
     if begun:
         _check_spaces(name, stored, described)
     elif stored is not None and (before, stored) != (now, described):
         store.forget(*_DERIVED)
     store.set_attribute("config", now)
+    if not begun and weights != store.attribute("weights"):
+        store.set_attribute("weights", weights)
     if not begun:
         store.set_attribute("spaces", described)  # last: with it the study is there
 

@@ -37,10 +37,12 @@ from widthsearch.study.sections import (
     AnyRecipe,
     FreeRecipe,
     Function,
+    Importance,
     Patience,
     ProposerConfig,
     Resources,
     Rungs,
+    Start,
 )
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import reference_of
@@ -77,6 +79,10 @@ def _fit_for_a_folder(name: str) -> str:
             f"{name!r}"
         )
     return name
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 Stopping = Annotated[FrontStopping | Rungs, Field(discriminator="kind")]
@@ -136,6 +142,15 @@ class StudyConfig(BaseModel):
         batches: A function ``batches(split, seed)``, or its reference: the batches of a pass over
             the split ``"train"`` or ``"validation"``.
         recipe: How each candidate is trained. For an own trainer any keys beside ``epochs``.
+        start: What trainings start from: ``scratch``, new weights; or ``extract``, the weights of a
+            trained base, cut to the widths of the network. With several, the search, its front and
+            its picks are of the first; each network that finishes is trained again from the others,
+            with the same seed, and ``pareto`` compares them. ``scratch_b`` trains from scratch for
+            as many more epochs as the base's training takes in MACs (Scratch-B, Liu et al. 2019).
+        weights: The base's weights: a file of its ``state_dict``, or a folder of ``widthsearch
+            train``.
+        importance: What its channels are kept by: ``magnitude``, the L1 norm of filters;
+            ``slimming``, the scales of norms; ``sensitivity`` or ``fisher``, by gradients on data.
         widths: Files of :meth:`~widthsearch.space.search_space.SearchSpace.save_widths` whose
             networks are trained after the base and before all others, also off the grid.
         proposers: The methods whose proposals are scaled into families.
@@ -198,6 +213,9 @@ class StudyConfig(BaseModel):
     loss: Function | None = None
     batches: Function | None = None
     recipe: AnyRecipe = Recipe()
+    start: Annotated[tuple[Start, ...], BeforeValidator(_listed)] = ("scratch",)
+    weights: str | None = None
+    importance: Importance = "magnitude"
     widths: tuple[str, ...] = ()
     proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
@@ -279,6 +297,7 @@ class StudyConfig(BaseModel):
                 f"a study has a space or spaces, but was given both ({self.space!r} and "
                 f"{', '.join(self.spaces)})"
             )
+        _check_start(self)
         metric, names = self.metric.name, self.objectives
         listed = f"[{', '.join(names)}]"
         if metric not in names or len(set(names)) < len(names):
@@ -375,6 +394,35 @@ class StudyConfig(BaseModel):
     def to_yaml(self) -> str:
         """The same as YAML."""
         return dump_yaml(self.to_json())
+
+
+def _check_start(config: StudyConfig) -> None:
+    """Check the starts with their weights, and that trials come in whole comparisons."""
+    starts, listed = config.start, ", ".join(config.start)
+    if not starts or len(set(starts)) < len(starts) or starts[0] == "scratch_b":
+        raise ValueError(
+            f"start must be scratch, extract, or a list without repetition that begins with one of "
+            f"them, but was [{listed}]"
+        )
+    if ("extract" in starts) != (config.weights is not None):
+        raise ValueError(
+            f"start 'extract' and weights go together, but start is [{listed}] and weights are "
+            f"{config.weights!r}: give both, or neither"
+        )
+    if "scratch_b" in starts and "extract" not in starts:
+        raise ValueError(
+            f"start 'scratch_b' is compared with 'extract', but start is [{listed}]: add it"
+        )
+    if len(config.spaces) > 1 and config.weights is not None:
+        raise ValueError(
+            f"weights are of one space's base, but spaces are {', '.join(config.spaces)}: make a "
+            "study of each"
+        )
+    if config.trials % len(starts):
+        raise ValueError(
+            "trials must be a multiple of the number of starts, since each network is trained from "
+            f"each, but they are {config.trials} and [{listed}]"
+        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
@@ -72,6 +71,8 @@ class Confirmation(Search):
         seeds: int,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
+        # It repeats trainings of the study's own start, without comparisons.
+        config = config.model_copy(update={"start": config.start[:1]})
         super().__init__(config, spaces, driver_lock, on_progress=on_progress)
         posterior = self.posterior
         front = posterior.front()
@@ -120,14 +121,6 @@ class Confirmation(Search):
 
         chosen = max(finalists.values(), key=priority)
         return Candidate(chosen.space, chosen.widths, {"confirms": chosen.number})
-
-    def _begin(self, candidate: Candidate) -> Trial:
-        trial = super()._begin(candidate)
-        latency = self.trials[int(str(candidate.origin["confirms"]))].latency
-        if latency is not None:  # of the architecture: it does not depend on the seed
-            self._store.record_latency(trial.number, latency)
-            trial = self.trials[trial.number] = replace(trial, latency=latency)
-        return trial
 
 
 def _ids(numbers: Sequence[int]) -> str:

@@ -44,6 +44,7 @@ from widthsearch.study.proposals import (
     proposal_key,
 )
 from widthsearch.study.sections import AnyRecipe
+from widthsearch.study.starts import BaseWeights
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState, count_begun
 from widthsearch.training.autotune import probe_concurrency, probe_precision
@@ -65,6 +66,7 @@ class Driver:
         url: Its storage.
         pickled: Pickles a space, given its name in messages, for a process that measures beside
             this one.
+        weights: The weights of the base, for the start ``extract``.
         failures: The reason why a proposer has no proposal, by its label, after :meth:`search`.
 
     Example:
@@ -89,6 +91,7 @@ class Driver:
     folder: Path
     url: str
     pickled: Callable[[SearchSpace, str], bytes]
+    weights: BaseWeights | None = None
     failures: dict[str, str] = field(default_factory=dict, init=False)
 
     @contextmanager
@@ -190,7 +193,8 @@ class Driver:
             ) from None
         store = Store.create(self.url, config.name, config.objectives, config.metric)
         with DriverLock(store) as driver_lock:
-            claim(store, config, self.spaces)
+            kept = None if self.weights is None else self.weights.to_json()
+            claim(store, config, self.spaces, kept)
             text = config.to_yaml().encode()
             with store.fence.held(), writing(self.folder):
                 write_atomically(self.folder / "study.yaml", lambda file: file.write(text))

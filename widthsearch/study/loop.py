@@ -37,8 +37,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
-
 from widthsearch.bayesopt.metric import COSTS
 from widthsearch.errors import StudyError, WidthsearchError, one_line
 from widthsearch.latency.config import Latency
@@ -46,6 +44,7 @@ from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.budget import RECORD_SECONDS, Budget
+from widthsearch.study.comparisons import Comparisons
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.driver_lock import DriverLock
 from widthsearch.study.front import objective_value
@@ -117,6 +116,9 @@ class Search:
         self._need_alone: deque[int] = deque()  # these ran out of memory
         self._trained_alone: set[int] = set()
         self._queue = CandidateQueue(self.trials.values(), candidates, retry=retry)
+        self._comparisons = Comparisons.of(
+            config, spaces, self.trials, self._queue.superseded, self._store
+        )
         self._latency = LatencyEstimates(spaces, profiles or {}, self.trials)
         self._suggestions = Suggestions(config, self._latency, self._queue.proposed)
         self._exhausted = self._announced = False
@@ -136,13 +138,8 @@ class Search:
         """Why no further trial begins, though there are fewer than ``trials``; None else."""
         if self._begun >= self._total and not self._waiting:
             return None
-        if self._exhausted:
-            limits = " within the limits" if self.config.limits else ""
-            return f"every width vector of the space{limits} has been tried"
-        if self._budget is None:
-            return None
-        impatient = None if self._queue else self._budget.out_of_patience(self.trials.values())
-        return self._budget.out_of_time() or impatient
+        late = None if self._budget is None else self._budget.out_of_time()
+        return late or (None if self._comparisons.lacking() else _without_networks(self))
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -199,7 +196,7 @@ class Search:
         self._store.record_curve(number, trial.curve)
         if (fault := _fault(trial, self.config)) is not None:
             self.fail(number, fault)
-        elif trial.curve[-1].epoch >= self.config.recipe.epochs:
+        elif trial.curve[-1].epoch >= trial.epochs(self.config.recipe.epochs):
             trial = replace(trial, state=TrialState.FINISHED)
             self._store.finish(number, [*_objectives(trial, self.config).values()])
             self._close(trial)
@@ -291,8 +288,9 @@ class Search:
         return {t.number for t in (*self._ready, *self._interrupted) if not t.curve}
 
     def _may_begin(self) -> bool:
-        left = self._begun < self._total and self.ended is None
-        return left and (self._measure is None or not self.running)
+        if self._begun >= self._total or self.ended or (self._measure and self.running):
+            return False
+        return self._comparisons.next() is not None or _without_networks(self) is None
 
     def _next_alone(self) -> Trial | None:
         """The next trial that needs a machine to itself, once no other one is being trained."""
@@ -308,7 +306,10 @@ class Search:
         size = (len(self._queue) or 2 * self.config.at_once) if several else 1
         generation = []
         for _ in range(min(size, self._total - self._begun)):
-            candidate = self._queue.pop() or self._suggest()
+            candidate = self._comparisons.next()
+            if candidate is None and self._comparisons.room(self._total - self._begun) <= 0:
+                break
+            candidate = candidate or self._queue.pop() or self._suggest()
             if candidate is None:
                 self._exhausted = True
                 break
@@ -320,9 +321,11 @@ class Search:
         return self._suggestions.next(self._queue.seen)
 
     def _begin(self, candidate: Candidate) -> Trial:
-        entropy = (self.config.seed, len(self.trials), *b"trial")
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        trial = self._store.begin(self.spaces, candidate, seed)
+        trial = self._store.begin(self.spaces, *self._comparisons.prepared(candidate))
+        same = [t for t in self.trials.values() if t.architecture == trial.architecture]
+        if latency := next((t.latency for t in same if t.latency), None):  # whatever its seed
+            self._store.record_latency(trial.number, latency)
+            trial = replace(trial, latency=latency)
         self.trials[trial.number] = trial
         self._queue.seen.add(trial.architecture)
         return trial
@@ -332,13 +335,9 @@ class Search:
         for i, trial in enumerate(trials):
             if self._measure is not None and trial.latency is None:
                 self.notify(f"measuring the latency of candidate {i + 1} of {len(trials)}")
-                try:
-                    latency = self._measure(trial, self._latency.base_ms)
-                except WidthsearchError:
-                    raise  # the device's error, not the candidate's
-                except Exception as error:
-                    _logger.info("trial %d cannot be measured", trial.number, exc_info=True)
-                    self.fail(trial.number, one_line(error))
+                latency = _measured(self._measure, trial, self._latency.base_ms)
+                if isinstance(latency, str):
+                    self.fail(trial.number, latency)
                     continue
                 self._store.record_latency(trial.number, latency)
                 trial = self.trials[trial.number] = replace(trial, latency=latency)
@@ -377,7 +376,7 @@ def _fault(trial: Trial, config: StudyConfig) -> str | None:
             f"{metric.name} must be in its range [{low:g}, {high:g}], but was {value:g} in epoch "
             f"{last.epoch}: change metric.range, or the report"
         )
-    if last.epoch < config.recipe.epochs:
+    if last.epoch < trial.epochs(config.recipe.epochs):
         return None
     trial = replace(trial, state=TrialState.FINISHED)
     for name, value in _objectives(trial, config).items():
@@ -393,3 +392,27 @@ def _fault(trial: Trial, config: StudyConfig) -> str | None:
 def _objectives(trial: Trial, config: StudyConfig) -> dict[str, float]:
     """The value of each objective of a finished trial."""
     return {name: objective_value(trial, name, config.metric) for name in config.objectives}
+
+
+def _without_networks(search: Search) -> str | None:
+    """Why no further network begins, but perhaps comparisons of those that began; None else."""
+    if search._exhausted:
+        limits = " within the limits" if search.config.limits else ""
+        return f"every width vector of the space{limits} has been tried"
+    if search._comparisons.room(search._total - search._begun) <= 0:
+        return "fewer trials are left than a network has starts"
+    budget = None if search._queue else search._budget
+    return None if budget is None else budget.out_of_patience(search.trials.values())
+
+
+def _measured(
+    measure: Callable[[Trial, float | None], Latency], trial: Trial, base_ms: float | None
+) -> Latency | str:
+    """A trial's latency, or why it cannot be measured."""
+    try:
+        return measure(trial, base_ms)
+    except WidthsearchError:
+        raise  # the device's error, not the candidate's
+    except Exception as error:
+        _logger.info("trial %d cannot be measured", trial.number, exc_info=True)
+        return one_line(error)

@@ -96,7 +96,7 @@ class MetricPosterior:
         metric: Its metric.
 
     Attributes:
-        trials: The trials.
+        trials: The trials; comparisons of starts have no part in any estimate.
         objectives: The objectives.
         metric: The metric.
 
@@ -130,14 +130,15 @@ class MetricPosterior:
         self.objectives = tuple(objectives)
         self._limits = limits or {}
         self.trials = trials
+        self._own = [trial for trial in trials if not trial.is_comparison]
         self._spaces = spaces
 
     @cached_property
     def members(self) -> list[Trial]:
         """The first finished training of each architecture that has all objectives."""
         first: dict[Architecture, Trial] = {}
-        points = objective_points(self.trials, self.objectives, self.metric)
-        for trial, point in zip(self.trials, points, strict=True):
+        points = objective_points(self._own, self.objectives, self.metric)
+        for trial, point in zip(self._own, points, strict=True):
             if trial.state == TrialState.FINISHED and not np.isnan(point).any():
                 first.setdefault(trial.architecture, trial)
         return list(first.values())
@@ -150,7 +151,7 @@ class MetricPosterior:
     @cached_property
     def coordinates(self) -> dict[str, Coordinates]:
         """Those of the spaces with a finished trial, by name."""
-        trained = {trial.space for trial in self.trials if trial.value is not None}
+        trained = {trial.space for trial in self._own if trial.value is not None}
         names = [name for name in self._spaces if name in trained]
         placed = Coordinates.together([Coordinates.of(self._spaces[name]) for name in names])
         return dict(zip(names, placed, strict=True))
@@ -159,7 +160,7 @@ class MetricPosterior:
     def surrogate(self) -> Surrogate | None:
         """Fitted to the trials of all spaces; None with fewer than ``ENOUGH`` finished ones."""
         trainings = {name: list[Observation]() for name in self.coordinates}
-        for t in self.trials:
+        for t in self._own:
             if t.state in (TrialState.FINISHED, TrialState.STOPPED) and t.space in trainings:
                 trainings[t.space].append(Observation(t.widths.vector, t.value, curve=t.values))
         every = [training for own in trainings.values() for training in own]
@@ -263,7 +264,7 @@ class MetricPosterior:
     def _trained(self) -> dict[Architecture, list[float]]:
         """The score of each finished training."""
         trained: dict[Architecture, list[float]] = {}
-        for trial in self.trials:
+        for trial in self._own:
             if trial.value is not None:
                 score = float(self.metric.score(trial.value))
                 trained.setdefault(trial.architecture, []).append(score)

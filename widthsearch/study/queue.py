@@ -41,6 +41,8 @@ class CandidateQueue:
         self.seen = {t.architecture for t in trials if t.number not in again}
         proposed: dict[Architecture, Candidate] = {}
         for candidate in (*again.values(), *candidates):
+            if "compares" in candidate.origin:
+                continue  # those are :class:`~widthsearch.study.comparisons.Comparisons`' own
             proposed.setdefault((candidate.space, candidate.widths), candidate)
         self.proposed = tuple(proposed.values())
         self._waiting = deque(c for key, c in proposed.items() if key not in self.seen)

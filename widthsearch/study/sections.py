@@ -205,6 +205,16 @@ class ProposerConfig(BaseModel):
         return getattr(self.make(self.method), "reads_data", None if own else True)
 
 
+Start = Literal["scratch", "extract", "scratch_b"]
+"""New weights; those of the base, cut; new ones for as much computation as the base and the cut."""
+
+Importance = Literal["magnitude", "slimming", "sensitivity", "fisher"]
+"""What the channels of a base are kept by."""
+
+DATA_IMPORTANCES = ("sensitivity", "fisher")
+"""Those that read data."""
+
+
 class FreeRecipe(dict[str, Any]):
     """The values of a recipe with any keys, before they are validated as an ``OwnRecipe``.
 

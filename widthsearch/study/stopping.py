@@ -10,9 +10,9 @@ from widthsearch.study.front import objective_points, observation
 from widthsearch.study.sections import Rungs
 from widthsearch.study.trial import Trial, TrialState
 
-_NEVER_STOPPED = ("base", "baseline", "confirms")
+_NEVER_STOPPED = ("base", "baseline", "confirms", "compares")
 """Origins of trials that always finish: the front is compared with the bases and the baselines, and
-a confirmation with the network's first training."""
+confirmations and comparisons with the network's first training."""
 
 
 def is_stopped(trial: Trial, trials: Collection[Trial], config: StudyConfig) -> bool:
@@ -23,6 +23,7 @@ def is_stopped(trial: Trial, trials: Collection[Trial], config: StudyConfig) -> 
         trials: Every trial of the study, this one too.
         config: The study's configuration.
     """
+    trials = [each for each in trials if not each.is_comparison]
     rule, objectives, metric = config.early_stopping, config.objectives, config.metric
     if rule is None or not trial.origin.keys().isdisjoint(_NEVER_STOPPED):
         return False

@@ -399,6 +399,9 @@ class _Origin:
     base: bool = False
     baseline: bool = False
     confirms: int | None = None
+    compares: int | None = None
+    start: str = "scratch"
+    epochs: int | None = None
     sampler: str | None = None
     given: str = ""
     proposer: str = ""

@@ -149,7 +149,8 @@ class Suggestions:
             name: [
                 observation(trial, self._objectives, self._metric)
                 for trial in self._trials.values()
-                if trial.space == name and trial.state != TrialState.FAILED
+                if trial.space == name and not trial.is_comparison
+                if trial.state != TrialState.FAILED
             ]
             for name in self._searches
         }
@@ -186,7 +187,7 @@ class Suggestions:
         live = [
             trial
             for trial in self._trials.values()
-            if trial.state in (TrialState.FINISHED, TrialState.RUNNING)
+            if trial.state in (TrialState.FINISHED, TrialState.RUNNING) and not trial.is_comparison
         ]
         timed = "latency_ms" in self._objectives
         rivals: list[Rival] = []

@@ -36,14 +36,16 @@ class TrialState(StrEnum):
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of one network from scratch.
+    """One training of one network.
 
     Attributes:
         number: Its number in the study, from 0; tables and JSON call it ``id``.
         space: The name of the space that the widths belong to.
         widths: The architecture.
         origin: Where the widths came from, e.g. ``{"proposer": "sensitivity", "family": "linear",
-            "budget": 0.5}``, ``{"sampler": "search"}`` or ``{"base": True}``.
+            "budget": 0.5}``, ``{"sampler": "search"}`` or ``{"base": True}``; and where its weights
+            did: ``start``, unless they are new. ``{"compares": 3, "start": "extract"}`` trains the
+            network of trial 3 again from another start.
         seed: The seed of its initialisation, order of images and augmentation.
         cost: Its MACs, parameters, activation elements and weight bytes; exact.
         latency: Its measured inference latency; None where it is not measured.
@@ -83,6 +85,23 @@ class Trial:
     def architecture(self) -> Architecture:
         """The network that is trained."""
         return self.space, self.widths
+
+    @property
+    def start(self) -> str:
+        """``scratch``, ``extract`` or ``scratch_b``."""
+        return str(self.origin.get("start", "scratch"))
+
+    def epochs(self, of_recipe: int) -> int:
+        """The number of its epochs: that of the recipe, but for ``scratch_b``."""
+        return int(self.origin.get("epochs", of_recipe))
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it trains another trial's network from another start.
+
+        The search, its estimates and the front do not see it.
+        """
+        return "compares" in self.origin
 
     @property
     def value(self) -> float | None:
@@ -142,16 +161,20 @@ def _row(result: EpochResult, metric: str) -> dict[str, Any]:
 
 
 def unresolved_failures(trials: Collection[Trial]) -> list[Trial]:
-    """The failed trials, by number, whose architecture has no later trial and none that is well.
+    """The failed trials, by number, whose training has no later trial and none that is well.
 
     Args:
         trials: All trials of a study; running ones resolve a failure too.
     """
-    known = {t.architecture for t in trials if t.state != TrialState.FAILED}
+
+    def training(trial: Trial) -> tuple[Architecture, str]:
+        return trial.architecture, trial.start if trial.is_comparison else ""
+
+    known = {training(t) for t in trials if t.state != TrialState.FAILED}
     found = []
     for trial in sorted(trials, key=lambda t: -t.number):
-        if trial.state == TrialState.FAILED and trial.architecture not in known:
-            known.add(trial.architecture)
+        if trial.state == TrialState.FAILED and training(trial) not in known:
+            known.add(training(trial))
             found.append(trial)
     return found[::-1]
 

@@ -88,6 +88,16 @@ class Job:
     metric: str = "accuracy"
     identity: Mapping[str, Any] = field(default_factory=dict)
 
+    def lasting(self, epochs: int) -> Job:
+        """The job with another number of epochs, which its recipe has too where it has any."""
+        recipe: Any = self.recipe
+        if isinstance(recipe, Mapping):
+            recipe = {**recipe, "epochs": epochs}
+        elif hasattr(recipe, "epochs"):
+            recipe = dataclasses.replace(recipe, epochs=epochs)
+        identity = {**self.identity, "epochs": epochs}
+        return dataclasses.replace(self, recipe=recipe, epochs=epochs, identity=identity)
+
     def run(self, network: nn.Module, trial: TrainingTrial[Any]) -> None:
         """Train a network until its trial has ended.
 
@@ -120,6 +130,8 @@ class TrainingTrial(Generic[R]):
         device: The device of the network.
         threads: The number of CPU threads.
         final: Whether this is a final training.
+        weights: An identifier of the weights that the network starts from; None for new ones. A
+            checkpoint of other ones is refused.
         code: An identifier of the network's code; a checkpoint of other code is refused.
         on_report: Called with the result of each epoch; returns whether the trial continues.
 
@@ -168,6 +180,7 @@ class TrainingTrial(Generic[R]):
         device: torch.device | str = "cpu",
         threads: int = 1,
         final: bool = False,
+        weights: str | None = None,
         code: str | None = None,
         on_report: Callable[[EpochResult], bool] = lambda result: True,
     ) -> None:
@@ -183,6 +196,7 @@ class TrainingTrial(Generic[R]):
             **job.identity,
             "seed": seed,
             "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+            **({} if weights is None else {"weights": weights}),
             **({} if code is None else {"code": code}),
         }
         self._state: Any = None
