@@ -199,6 +199,9 @@ CASES: dict[str, tuple[Function, int, Any]] = {
     "the other half": case(written(_other_half)),
     "chosen by a scalar": plain(lambda x: torch.where(x.mean(1, keepdim=True) > 0, x, 0.0)),
     # weights
+    "distances": case(
+        lambda m, x: torch.cdist(_tokens(x), m.w).mean(1), outputs=7, w=parameter(7, 16)
+    ),
     "bilinear": case(
         lambda m, x: m.p(x.mean((2, 3)), m.c(x).mean((2, 3))),
         p=lambda: nn.Bilinear(16, 8, 16),

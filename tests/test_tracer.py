@@ -282,3 +282,26 @@ def test_heads_are_freed_beside_another_number_of_their_value() -> None:
     assert (traced.axes[0].base, traced.axes[0].divisor) == (32, 8)
     assert ("attention", "num_heads") in traced.attributes
     assert ("attention", "window_size[0]") not in traced.attributes
+
+
+class GroupedExperts(nn.Module):
+    """A product of each row with the matrix of its expert, by a fused kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.experts = nn.Linear(8, 16), nn.Parameter(torch.randn(2, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 8) to (N, 8)."""
+        ends = torch.tensor([1, len(x)], dtype=torch.int32)
+        return torch._grouped_mm(self.layer(x), self.experts, offs=ends)
+
+
+def test_products_that_torch_does_not_count_are_refused() -> None:
+    """In one line, with the line of code and the way out."""
+    with pytest.raises(TraceError) as error:
+        trace(GroupedExperts(), (8,))
+    message = str(error.value)
+    assert message.startswith("a model's products must be those that torch counts, but aten._grou")
+    assert "test_tracer.py" in message and message.endswith("'batched_mm'`)")
+    assert "\n" not in message

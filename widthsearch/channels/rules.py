@@ -128,6 +128,25 @@ def _contracted(
     return run.elements.merged(f.squeeze(dims) for f in found)
 
 
+def distance(run: Propagation, call: Call) -> None:
+    """Distances of the rows of two tensors, a sum over their last dims if p > 0."""
+    a, b = call.args[:2]
+    fields = []
+    for x, other, along in ((a, b, -2), (b, a, -1)):
+        last = x.dim() - 1
+        of_other = run.field_along(other, -1)
+        for f in run.fields_of(x):
+            if varies(f) == {last} and of_other is not None and call.named.get("p", 2) > 0:
+                run.elements.unite(f.reshape(-1), of_other)
+                run.read(f, (last,), 0, x)
+            elif varies(f) == {last - 1}:  # the rows of one are rows of the output, or columns
+                f = f.squeeze(-1)
+                fields.append(f.unsqueeze(-1) if along == -2 else f.unsqueeze(-2))
+            else:
+                run.lose(f)
+    run.set_fields(call.outputs[0], fields)
+
+
 def attention(run: Propagation, call: Call) -> None:
     """Fused attention: queries and keys are read along the width of a head."""
     query, key, value = call.args[:3]
@@ -308,6 +327,7 @@ _BY_NAMES: dict[_Rule, str] = {
     group_norm: "native_group_norm",
     layer_norm: "native_layer_norm _fused_rms_norm rms_norm",
     trilinear: "_trilinear",
+    distance: "_cdist_forward _euclidean_dist",
     weight_norm: "_weight_norm_interface _weight_norm",
     reduction(0): "sum nansum linalg_vector_norm norm count_nonzero any",
     reduction(1): "prod all",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from widthsearch.errors import first_line
+from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.source import FOREIGN, model_line
 from widthsearch.torch_internals import (
     TorchDispatchMode,
@@ -58,6 +58,9 @@ BATCH_NORMS = operators(
     """
 )
 
+
+_UNCOUNTED = operators("_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2")
+"""Products of one matrix for each group of rows: their sizes depend on values."""
 
 _LOOK_UPS: dict[Any, Callable[..., Iterator[int]]] = {
     **dict.fromkeys(
@@ -169,6 +172,12 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
         """Run one operation: impose its size rules, and count its FLOPs."""
         packet = func._overloadpacket
+        if packet in _UNCOUNTED:
+            raise TraceError(
+                f"a model's products must be those that torch counts, but {func} is none: "
+                f"{_line()}; use another implementation of the layer (of transformers' experts, "
+                "`config._experts_implementation = 'batched_mm'`)"
+            )
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
             if all(a.device.type != "meta" for a in tensors):
@@ -356,6 +365,8 @@ def _explained(model: nn.Module, run: SymbolicInterpreter) -> Iterator[None]:
     """Name the module and the operation in any error."""
     try:
         yield
+    except TraceError:
+        raise
     except Exception as error:
         layer = run.layers[-1] if run.layers else ""
         kind = type(model.get_submodule(layer)).__name__
