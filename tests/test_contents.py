@@ -240,3 +240,69 @@ def test_a_function_that_works_once_is_named_with_its_line() -> None:
     (leftover,) = space.leftovers
     assert "a file that is gone" in leftover.reason
     assert leftover.place.startswith("test_contents.py:")
+
+
+class Cyclic(nn.Module):
+    """A matrix that is written entry by entry, and a width that another layer reads."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.inputs, self.matrix = nn.Linear(6, width), nn.Linear(width, width, bias=False)
+        self.outputs = nn.Linear(width, 3)
+        with torch.no_grad():
+            for i in range(width):
+                self.matrix.weight[i, (i + 1) % width] = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 3)."""
+        return self.outputs(self.matrix(self.inputs(x).relu()).relu())
+
+
+def test_a_content_written_by_one_argument_ties_the_widths_that_it_gives() -> None:
+    """Both widths of the matrix are one axis: of two numbers its class could write neither."""
+    space = SearchSpace.from_model(Cyclic, (6,))
+    assert [(axis.name, axis.base) for axis in space.axes] == [("inputs", 12)]
+    for width in (6, 20):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            expected = Cyclic(width).state_dict()
+        built = space.build([width], seed=1).state_dict()
+        assert all(torch.equal(built[key], value) for key, value in expected.items())
+
+
+class Shifted(nn.Module):
+    """A part of the channels moves by one position; its size follows the width in the class."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.part = width // 8
+        self.inputs, self.mid, self.outputs = (
+            nn.Linear(6, width),
+            nn.Linear(width, 10),
+            nn.Linear(10, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, 6) to (N, 3)."""
+        x = self.inputs(x)
+        y = torch.zeros_like(x)
+        y[:, 1:, : self.part] = x[:, :-1, : self.part]
+        y[:, :, self.part :] = x[:, :, self.part :]
+        return self.outputs(self.mid(y).relu()).mean(1)
+
+
+def test_an_attribute_that_its_class_computes_otherwise_frees_no_width() -> None:
+    """A part that grew by 1 with a width that grows by 1 would be no part of the class's."""
+    space = SearchSpace.from_model(Shifted, (7, 6))
+    x = torch.randn(2, 7, 6)
+    for vector in (
+        [axis.min_width for axis in space.axes],
+        [axis.max_width for axis in space.axes],
+    ):
+        built: Any = space.build(vector, seed=1).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            expected = Shifted(built.inputs.out_features).eval()
+        assert built.part == expected.part
+        if built.mid.out_features == 10:
+            assert torch.equal(built(x), expected(x))

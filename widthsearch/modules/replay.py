@@ -209,7 +209,8 @@ class Replay:
         values: Whether the analysis makes values: some constructors read them.
 
     Attributes:
-        torn: Arguments that several widths ask for, each with the tensors that ask otherwise.
+        torn: Arguments that several widths ask for, with what each follows for each of them.
+        misfits: Attributes that follow a width otherwise than an argument gives both.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
         unloaded: Lines that load weights, which networks of other widths do not take.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
@@ -333,10 +334,19 @@ class Replay:
             found[name] = f"content that fits the base's width alone at {contents[name][1]}"
         return found
 
+    def tying(self, writers: Set[Call | None]) -> list[tuple[Follows, Follows]]:
+        """Sizes that would have to change together for the arguments of some calls to give all."""
+        return [
+            (first, other)
+            for (call, _), (first, *others) in self.torn.items()
+            if call in writers
+            for other in others
+        ]
+
     def _solve(self, samples: Any, repeated: Any, sizing: Iterable[Call]) -> None:
         solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
-        self.follows, self.torn = solver.follows, solver.torn
+        self.follows, self.torn, self.misfits = solver.follows, solver.torn, solver.misfits
         self._uncertain = solver.uncertain | {call for call, _ in solver.torn}
 
     def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> frozenset[str]:

@@ -53,6 +53,11 @@ class Follows:
     slope: Fraction
     offset: Fraction
 
+    @property
+    def name(self) -> str:
+        """The tensor whose size it is, or the layer whose attribute."""
+        return self.where[0] if self.where else ""
+
     def value(self, sizes: Mapping[Where, int]) -> int:
         """The number at these sizes."""
         if self.where is None:
@@ -77,7 +82,8 @@ class Solver(Prober):
     Attributes:
         follows: What was found.
         uncertain: Calls with a number that cannot change and that nothing explains.
-        torn: Numbers that several widths ask for, each with the tensors that ask otherwise.
+        torn: Numbers that several widths ask for, with what each follows for each of them.
+        misfits: Attributes that ask for another number than tensors in proportion to it.
 
     Example:
         >>> from widthsearch.modules.construction import record
@@ -103,7 +109,8 @@ class Solver(Prober):
         for where, sizes in samples.items():
             self._alike[_relative(sizes)].append(where)
         self.follows: dict[Call, dict[Leaf, Follows]] = {}
-        self.torn: dict[tuple[Call, str], list[str]] = {}
+        self.torn: dict[tuple[Call, str], list[Follows]] = {}
+        self.misfits: set[Where] = set()
         self.uncertain: set[Call] = set()
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
@@ -282,6 +289,7 @@ class Solver(Prober):
         layer = call.names[0]
         answers: dict[tuple[Fraction, ...], Follows] = {}
         votes: Counter[tuple[Fraction, ...]] = Counter()
+        by_tensors: set[tuple[Fraction, ...]] = set()
         for (within, dim), (u, slope) in (responses or {}).items():
             where = join(layer, within) if within else layer, dim
             sizes = self.samples.get(where)
@@ -292,6 +300,8 @@ class Solver(Prober):
             if all(x.denominator == 1 and x > 0 for x in wanted):
                 answers.setdefault(wanted, Follows(where, slope, offset))
                 votes[wanted] += 1
+                if isinstance(dim, int) and not offset:  # others follow further numbers too
+                    by_tensors.add(wanted)
         base = (Fraction(v),) * self._count
         free = [wanted for wanted in answers if wanted != base]
         if not free:
@@ -301,8 +311,10 @@ class Solver(Prober):
             if votes[base] > votes[free[0]]:
                 return fixed(v)
             if len(free) > 1:
-                others = (answers[wanted].where for wanted in free[1:])
-                self.torn[call, name] = [str(where[0]) for where in others if where]
+                self.torn[call, name] = [answers[wanted] for wanted in free]
+        elif free[0] not in by_tensors and not by_tensors.isdisjoint(free):
+            assert first.where is not None
+            self.misfits.add(first.where)
         return first
 
 

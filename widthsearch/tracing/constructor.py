@@ -224,15 +224,16 @@ class Constructor:
         are added, the trace lets each number follow the width; the constructor changes both.
         """
         free = dict(free_attributes(self.trace))
-        base = dict(zip(free, (evaluate(p, self._points()[0]) for p in free.values()), strict=True))
-        return frozenset(
-            (layer, name)
-            for network, x in (self.examples if free else ())
-            for layer, module in network.named_modules()
-            for name, value in sizes_in(module)
-            if (layer, name) in free
-            and value not in (base[layer, name], evaluate(free[layer, name], x))
-        )
+        x = self._points()[0]
+        base = {where: evaluate(poly, x) for where, poly in free.items()}
+        other: set[tuple[str, str]] = set()  # than the trace has
+        changed: set[tuple[str, str]] = set()  # those that no literal gives
+        for network, x in self.examples if free else ():
+            made = {(layer, n): v for layer, m in network.named_modules() for n, v in sizes_in(m)}
+            other |= {at for at, p in free.items() if made.get(at, base[at]) != evaluate(p, x)}
+            changed |= {at for at, value in base.items() if made.get(at, value) != value}
+        asked = self.replay.misfits if free and self.replay else set()
+        return frozenset((other & changed) | (free.keys() & asked))
 
     @cached_property
     def kept(self) -> dict[tuple[str, str], int]:

@@ -79,13 +79,13 @@ def leftovers(
         reason = "is called at the base's widths alone: networks of other widths start anew"
         found.append(Leftover("", type(template), "load_state_dict", reason, line))
     if replay is not None and other is not None:
-        for (call, argument), others in replay.torn.items():
+        for (call, argument), (_, *others) in replay.torn.items():
             module, made = template.get_submodule(call.names[0]), other.get_submodule(call.names[0])
             for name, value in vars(module).items():
                 if isinstance(value, float) and vars(made).get(name) != value:
                     reason = (
                         f"follows one of the widths that its argument {argument!r} gives, and not "
-                        f"that of {others[0]!r}"
+                        f"that of {others[0].name!r}"
                     )
                     found.append(_leftover(call.names[0], module, name, reason))
     grouped: dict[tuple[type, str], Leftover] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widthsearch.modules.construction import Call, Recorder, kept_generators
 from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
+from widthsearch.modules.solving import Follows
 from widthsearch.modules.tree import clone, exchange, join, tensors_of
 from widthsearch.tracing.constructor import Constructor, free_attributes, resized, to_meta
 from widthsearch.tracing.leftovers import Leftover, leftovers
@@ -26,7 +27,7 @@ from widthsearch.tracing.polynomials import (
     total,
 )
 from widthsearch.tracing.trace import Trace
-from widthsearch.tracing.tracer import trace
+from widthsearch.tracing.tracer import Demands, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +91,18 @@ class TracedModel:
         astray: dict[str, str] = {}  # grows until the contents of all free widths follow them
 
         kept: set[tuple[str, str]] = set()
+        ties: list[tuple[Follows, Follows]] = []
 
         def traced_with(derived: Set[tuple[str, str]]) -> TracedModel:
             while True:
-                contents = astray if recorder else None
-                traced = known or trace(model, inputs, contents, derived, kept)
+                demands = Demands(astray if recorder else None, derived, kept, ties)
+                traced = known or trace(model, inputs, demands)
                 calls = Constructor(recording, traced, template, inputs) if recording else None
                 found = cls(name, inputs, traced, template, scheme, calls, init)
-                more = {} if known else found._astray(model, recorder)
+                more, tied = ({}, []) if known else found._astray(model, recorder)
+                if new := [pair for pair in tied if pair not in ties]:
+                    ties.extend(new)
+                    continue
                 others = calls.misfits if calls and not known else frozenset()
                 if not more and not others:
                     return found
@@ -111,8 +116,13 @@ class TracedModel:
                 return other
         return found
 
-    def _astray(self, model: nn.Module, recorder: Recorder | None) -> dict[str, str]:
-        """Tensors with a free width whose content does not follow it, each with the reason."""
+    def _astray(
+        self, model: nn.Module, recorder: Recorder | None
+    ) -> tuple[dict[str, str], list[tuple[Follows, Follows]]]:
+        """Tensors with a free width whose content does not follow it, each with the reason.
+
+        Also sizes that would have to change together for it to follow them.
+        """
         suspects: dict[str, tuple[Call | None, str]] = {}
         for module, layer, name, tensor in tensors_of(model):
             key = join(layer, name)
@@ -123,14 +133,15 @@ class TracedModel:
                 if patched or is_fixed(module, name, tensor, recorder):
                     suspects[key] = patched, origin.line if origin else ""
         if not suspects:
-            return {}
+            return {}, []
         if self.constructor is None:
             why = "content of a module that was given as an object, without its constructor"
-            return dict.fromkeys(suspects, why)
+            return dict.fromkeys(suspects, why), []
         if self.constructor.replay is None:
             why = f"content of a model that cannot be constructed anew: {self.constructor.failure}"
-            return dict.fromkeys(suspects, why)
-        return self.constructor.replay.astray(suspects)
+            return dict.fromkeys(suspects, why), []
+        found = self.constructor.replay.astray(suspects)
+        return found, self.constructor.replay.tying({suspects[key][0] for key in found})
 
     @cached_property
     def leftovers(self) -> tuple[Leftover, ...]:

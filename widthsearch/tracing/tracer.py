@@ -13,9 +13,11 @@ output pins ``s2 = 3``. One axis is left: ``s0``, with a base of 8 channels, nam
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.initialisation import is_uniform
+from widthsearch.modules.solving import Follows
 from widthsearch.modules.tree import (
     clone,
     holders_of,
@@ -44,8 +47,11 @@ from widthsearch.tracing.interpreter import TraceInterrupted, execute
 from widthsearch.tracing.polynomials import (
     Poly,
     System,
+    add,
     as_constant,
+    constant,
     evaluate,
+    multiply,
     solved,
     substitute,
     symbols_of,
@@ -55,13 +61,29 @@ from widthsearch.tracing.symbolic_ints import size
 from widthsearch.tracing.trace import Trace
 
 
-def trace(
-    model: nn.Module,
-    inputs: Inputs,
-    astray: Mapping[str, str] | None = None,
-    derived: Set[tuple[str, str]] = frozenset(),
-    kept: Set[tuple[str, str]] = frozenset(),
-) -> Trace:
+@dataclass(frozen=True)
+class Demands:
+    """What a model's constructors ask of its trace.
+
+    Attributes:
+        astray: Tensors whose content does not follow their sizes, each with the reason; None if
+            that of no buffer does.
+        derived: Attributes that they compute from widths, by layer and name.
+        kept: Attributes that are not made symbolic, since they compute them otherwise.
+        ties: Numbers that one argument gives, as pairs of the tensors' sizes that they follow.
+
+    Example:
+        >>> Demands(astray={"fc.weight": "content that fits the base's width alone"}).kept
+        frozenset()
+    """
+
+    astray: Mapping[str, str] | None = None
+    derived: Set[tuple[str, str]] = frozenset()
+    kept: Set[tuple[str, str]] = frozenset()
+    ties: Sequence[tuple[Follows, Follows]] = ()
+
+
+def trace(model: nn.Module, inputs: Inputs, demands: Demands = Demands()) -> Trace:
     """Run ``model`` on symbolic widths.
 
     Modules store sizes in attributes (``self.hidden_dim``) and use them in forward, which fixes a
@@ -72,10 +94,7 @@ def trace(
     Args:
         model: Any module; neither it nor its tensors are changed.
         inputs: One sample's shape, e.g. ``(3, 224, 224)``; see :data:`Inputs` for several inputs.
-        astray: Tensors whose content does not follow their sizes, each with the reason; None if
-            that of no buffer does.
-        derived: Attributes that the constructors compute from widths, by layer and name.
-        kept: Attributes that are not made symbolic, as the constructors compute them otherwise.
+        demands: What the model's constructors ask of the trace.
 
     Raises:
         TraceError: The model cannot run on meta tensors (the message names the module and the
@@ -86,7 +105,7 @@ def trace(
     fixed: dict[str, str] = {}
     while True:
         try:
-            return _sound(model, inputs, fixed, astray, derived, kept)
+            return _sound(model, inputs, fixed, demands)
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := forward_error(model, inputs)) is not None:
@@ -103,9 +122,7 @@ def _sound(
     model: nn.Module,
     inputs: Any,
     fixed: Mapping[str, str],
-    astray: Mapping[str, str] | None,
-    derived: Set[tuple[str, str]],
-    kept: Set[tuple[str, str]],
+    demands: Demands,
 ) -> Trace:
     """The trace of the freest attempt in which no plain number taken from a width is a size.
 
@@ -113,13 +130,13 @@ def _sound(
     runs at other widths. If it does not, the lines that take numbers pin their widths: one of
     them if that is enough, else all.
     """
-    freest = _freest(model, inputs, fixed, astray, derived, kept)
+    freest = _freest(model, inputs, fixed, demands)
     taken = tuple(freest.system.taken)
     found = freest.collect()
     if not taken or freest.holds(found):
         return found
     for strict in dict.fromkeys([*((line,) for line in taken), taken]):
-        attempt = _freest(model, inputs, fixed, astray, derived, kept, frozenset(strict))
+        attempt = _freest(model, inputs, fixed, demands, frozenset(strict))
         if attempt.holds(trace := attempt.collect()):
             return trace
     return found
@@ -129,15 +146,13 @@ def _freest(
     model: nn.Module,
     inputs: Any,
     fixed: Mapping[str, str],
-    astray: Mapping[str, str] | None,
-    derived: Set[tuple[str, str]],
-    kept: Set[tuple[str, str]],
+    demands: Demands,
     strict: frozenset[str] = frozenset(),
 ) -> _Attempt:
     """The attempt with the most free sizes, over choices of attributes to make symbolic."""
-    begin = partial(_Attempt, model, inputs, fixed=fixed, astray=astray, strict=strict)
-    best = latest = begin(frozenset(derived - kept))
-    tried = frozenset(kept)
+    begin = partial(_Attempt, model, inputs, fixed=fixed, demands=demands, strict=strict)
+    best = latest = begin(frozenset(demands.derived - demands.kept))
+    tried = frozenset(demands.kept)
     while repeated := latest.repeated_sizes(tried):
         tried |= repeated
         try:
@@ -188,11 +203,11 @@ class _Attempt:
         inputs: Any,
         attributes: frozenset[tuple[str, str]],
         fixed: Mapping[str, str],
-        astray: Mapping[str, str] | None,
+        demands: Demands,
         strict: frozenset[str],
     ) -> None:
         self.model, self.inputs, self.attributes, self.fixed = model, inputs, attributes, fixed
-        self.astray = astray
+        self.demands = demands
         self.system = System(strict=strict)
         self.symbols: dict[int, SizeSymbol] = {}
         self.sized: dict[str, Tensor] = {}
@@ -200,8 +215,23 @@ class _Attempt:
         self.contents: dict[int, str] = {}
         self.symbolic = self._symbolic()
         self.run = execute(self.symbolic, self.system, inputs, fixed, train=False)
+        for pair in demands.ties:
+            self._tie(*pair)
         for symbol, content in self.contents.items():  # after the run, which names what they tie
             self.system.pin_value({(symbol,): 1}, content)
+
+    def _tie(self, a: Follows, b: Follows) -> None:
+        """Impose that one number gives two sizes, each a multiple of it beside an offset."""
+        symbols = {(of.tensor, of.dim): symbol for symbol, of in self.symbols.items()}
+        if a.where in symbols and b.where in symbols:
+            # (size_a - offset_a) / slope_a = (size_b - offset_b) / slope_b, in whole numbers
+            factors = b.slope, -a.slope, a.slope * b.offset - b.slope * a.offset
+            whole = math.lcm(*(factor.denominator for factor in factors))
+            of_a, of_b, rest = (int(factor * whole) for factor in factors)
+            system = self.system
+            scaled = multiply(system.value(symbols[a.where]), constant(of_a))
+            equation = add(scaled, system.value(symbols[b.where]), of_b)
+            system.impose(add(equation, constant(rest)))
 
     @property
     def freedom(self) -> int:
@@ -260,7 +290,7 @@ class _Attempt:
         """A copy of the model on meta tensors with symbolic sizes."""
         copies: dict[int, Tensor] = {}
         learned = {n for p in self.model.parameters() for n in p.shape if n >= 4}
-        followed = frozenset() if self.astray is None else learned
+        followed = frozenset() if self.demands.astray is None else learned
         holders = holders_of(self.model)
         for module, layer, name, tensor in tensors_of(self.model):
             owner = owner_of(layer)
@@ -278,7 +308,7 @@ class _Attempt:
                 symbol = self.system.fresh(n)
                 makes = dim == output and tensor.dim() > 1 and isinstance(tensor, nn.Parameter)
                 self.symbols[symbol] = SizeSymbol(holders[id(tensor)], key, dim, makes)
-                content = (self.astray or {}).get(key)
+                content = (self.demands.astray or {}).get(key)
                 if why is not None:
                     self.system.pin([symbol], why)
                 elif content is not None and not is_uniform(tensor, [dim]):
@@ -321,9 +351,10 @@ class _Attempt:
             system.pin(sorted(loose), f"attribute {join(layer, name)!r} is no tensor's size")
         costs = [*self.run.flops.values(), self.run.activations, *map(numel, self.sized.values())]
         while high := [m for poly in costs for m in system.canonical(poly) if len(m) > 2]:
-            # Most often a number of tokens that are parameters: it is a factor of every layer.
+            # Most often a number of tokens that are parameters, which is a factor of every layer,
+            # or a number of experts, which is the smallest factor.
             powers = Counter(s for monomial in high for s in monomial)
-            worst = max(powers, key=lambda s: (powers[s], s))
+            worst = max(powers, key=lambda s: (powers[s], -system.hints[s], s))
             system.pin([worst], "the cost is not quadratic in it")
         self._tell_apart()
 
