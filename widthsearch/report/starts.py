@@ -20,7 +20,6 @@ from scipy.special import stdtrit
 
 from widthsearch.bayesopt.metric import Metric
 from widthsearch.report.console import short, uncut
-from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ def start_gains(networks: Sequence[Mapping[str, Trial]], metric: Metric) -> list
 
 def base_epochs(study: Study) -> float | None:
     """The epochs that the stored study's base weights were trained for; None if unknown."""
+    from widthsearch.study.storage import Store  # Optuna, which reading a space does not need
+
     stored = Store.open(study.storage, study.config.name).attribute("weights") or {}
     epochs = stored.get("epochs")
     return None if epochs is None else float(epochs)
