@@ -39,6 +39,13 @@ def run(block: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_each_form_of_inputs_is_traced(tmp_path: Path) -> None:
+    """A tensor, positional and keyword arguments, and a mapping as the one argument."""
+    inputs = blocks(README)[2]
+    (counts,) = re.findall(r"# (\d+), then (\d+) three times", inputs)
+    assert run(inputs, tmp_path) == [counts[0], *[counts[1]] * 3]
+
+
 @pytest.mark.ray
 def test_the_own_training_runs(tmp_path: Path) -> None:
     """From the trainer in the script itself to a trained network."""
