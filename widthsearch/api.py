@@ -17,7 +17,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from widthsearch.study.trial import Trial, TrialState
 
 if TYPE_CHECKING:
     from widthsearch.data.tasks import Task
+    from widthsearch.runner.dry_run import DryRun
     from widthsearch.space.search_space import SearchSpace
     from widthsearch.study.confirmation import Confirmation
     from widthsearch.study.driver import Driver
@@ -381,6 +382,59 @@ def _check_finished(name: str, trials: Collection[Trial], ended: str | None) -> 
             f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run again "
             "with --retry"
         )
+
+
+def dry_run(study: Study, on_progress: OnProgress | None = None) -> DryRun:
+    """What :meth:`Study.run` would train, how long it would take, and how much memory.
+
+    The base and the narrowest network are trained for an epoch or two each, one after the
+    other, in a process of their own. Proposers that train are not run. All that is written is
+    removed again.
+
+    Args:
+        study: The study.
+        on_progress: Called with the progress of the dry run.
+
+    Raises:
+        WidthsearchError: The study cannot be run.
+    """
+    from dataclasses import replace
+    from tempfile import TemporaryDirectory
+
+    from widthsearch.runner.dry_run import measure
+    from widthsearch.study.proposals import run_sequentially
+    from widthsearch.study.trial import count_begun
+
+    begun = 0
+    with suppress(StudyError):  # it was never run
+        begun = count_begun(study._stored()[0])
+    config, skipped = study.config, dict[str, str]()
+    trained = [method for method in config.proposers if method.trains() is not False]
+    for method in trained:
+        may = "trains networks" if method.trains() else "does not say that it trains nothing"
+        skipped[method.method] = f"it {may}"
+    changes = {
+        "proposers": tuple(m for m in config.proposers if m not in trained),
+        "objectives": tuple(name for name in config.objectives if name != "latency_ms"),
+        "hours": None,
+        "limits": {k: v for k, v in config.limits.items() if k != "latency_ms"},
+    }
+    with TemporaryDirectory() as scratch:
+        driver = _driver(study)
+        url = _storage(Path(scratch), None)
+        config = config.model_copy(update=changes)
+        driver = replace(driver, config=config, folder=Path(scratch), url=url)
+        with driver.search(on_progress, run_sequentially, retry=False) as search:
+            skipped |= {name: f"it failed: {why}" for name, why in driver.failures.items()}
+            return measure(
+                search,
+                study.data(),
+                Path(scratch),
+                begun=begun,
+                hours=study.config.hours,
+                skipped=skipped,
+                report=search.notify,
+            )
 
 
 def _stored_config(folder: Path) -> StudyConfig:

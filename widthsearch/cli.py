@@ -115,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("run", "study", "Run a study, or resume it, and print its front.").add_argument
     add("--retry", action="store_true", help="train the failed trials again")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print what would be trained, with the measured time and memory of an epoch, and keep "
+        "nothing",
+    )
+    add("--json", action="store_true", help="print JSON (with --dry-run)")
 
     add = command(
         "space",
@@ -217,6 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", help="the folder to write (default: trained/ID in the study's folder)")
     add("--base", action="store_true", help="train the base alike, to compare with it")
     add("--no-program", dest="program", action="store_false", help="write no torch.export program")
+    add(
+        "--rank-check",
+        action="store_true",
+        help="train members of the front by the study's recipe, by --epochs, and at half and twice "
+        "the learning rate, and print the rank correlations",
+    )
+    add("--members", type=int, default=6, help="networks of --rank-check (default: 6)")
     return parser
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from widthsearch.api import Study
+from widthsearch.api import Study, dry_run
 from widthsearch.errors import DeviceError, StudyError, writing
 from widthsearch.latency.config import LatencyConfig
 from widthsearch.report import space_tables, tables
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Run a study, or resume it, and print its front."""
-    study, console = Study.load(options.study, options.runs), open_console()
+    study, console = Study.load(options.study, options.runs), open_console(stderr=options.json)
+    if options.dry_run:
+        return _dry_run(study, console, as_json=options.json)
     with LiveView(study.config.name, console) as view:
         study.run(view, retry=options.retry)
     failed = unresolved_failures(_print_front(study, console).trials)
@@ -45,6 +47,19 @@ def run(options: argparse.Namespace) -> int:
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
     print_line(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
     return 1 if failed or study.failures else 0
+
+
+def _dry_run(study: Study, console: Console, *, as_json: bool) -> int:
+    """Print what a run of a study would train, and what that would take."""
+    from widthsearch.report.dry_run_tables import dry_run_tables
+
+    with LiveView(study.config.name, console) as view:
+        dry = dry_run(study, view)
+    if as_json:
+        print(json.dumps(dry.to_json(), indent=1))
+    else:
+        print_tables(console, dry_run_tables(study.config.name, dry))
+    return 0
 
 
 def space(options: argparse.Namespace) -> int:
@@ -197,6 +212,8 @@ def confirm(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train a network of a study in full, test it, and write a folder that loads."""
+    if options.rank_check:
+        return _rank_check(options)
     from widthsearch import export
 
     study = Study.load(options.study, options.runs)
@@ -266,6 +283,31 @@ def train(options: argparse.Namespace) -> int:
         console,
         f"written to {folder}; load it with widthsearch.load({', '.join(map(repr, given))})",
     )
+    return 0
+
+
+def _rank_check(options: argparse.Namespace) -> int:
+    """Print whether the study's recipe ranks networks as one of more epochs does."""
+    from widthsearch.rank_check import rank_check
+    from widthsearch.report.rank_tables import rank_tables
+
+    study, console = Study.load(options.study, options.runs), open_console()
+    metric = study.config.metric
+
+    def on_epoch(training: str, result: EpochResult) -> None:
+        value = f"{metric.name} {metric.text(result.value)}{metric.unit}"
+        print_line(console, f"{training}, epoch {result.epoch}: {value}")
+
+    check = rank_check(
+        study,
+        options.epochs or 0,
+        members=options.members,
+        seeds=options.seeds,
+        device=options.device,
+        folder=options.out,
+        on_epoch=on_epoch,
+    )
+    print_tables(console, rank_tables(study.config.name, check))
     return 0
 
 

@@ -193,7 +193,7 @@ class _FinalTraining:
                 device=self.device,
                 threads=torch.get_num_threads(),
                 final=True,
-                weights=self.cut_from and self.cut_from.digest,
+                weights=None if self.cut_from is None else self.cut_from.digest,
                 code=source_digest(model),
                 on_report=on_report,
             )

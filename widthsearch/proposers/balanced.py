@@ -48,6 +48,7 @@ class Balanced:
 
     members: Count = 32
     reads_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Narrow the base step by step; the result depends on neither the data nor the seed."""

@@ -37,6 +37,7 @@ class Constant:
 
     members: Count = 32
     reads_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Narrow the base step by step; the result depends on neither the data nor the seed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class Naswot:
     batch_size: Count = 64
     candidates: Count = 60
     members: Count = 8
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Climb at each size; the provenance has the first and the best score of each.

@@ -139,7 +139,8 @@ class Proposer(Protocol):
 
     A user's proposer is any function with these arguments, or a dataclass with such a
     ``__call__``. A class attribute ``reads_data = False`` says that ``task`` may be None; a user's
-    proposer without the attribute may also be called so.
+    proposer without the attribute may also be called so. ``trains = False`` says that it trains no
+    network, so that ``run --dry-run`` runs it too.
     """
 
     def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:

@@ -38,6 +38,7 @@ class Random:
     lowest: Annotated[float, Field(gt=0, le=1)] = 0.25
     members: Count = 16
     reads_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Draw and scale a profile; it depends on the seed alone."""

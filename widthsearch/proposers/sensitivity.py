@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Sensitivity:
     cost: CostAt = "recomputed"
     floor: Share = 0.0
     members: Count = 32
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask, setting: Setting) -> Proposal:
         """Score the channels, then remove them greedily.

@@ -65,6 +65,7 @@ class SynFlow:
     floor: Share = 0.0
     members: Count = 32
     reads_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Score and remove channels in rounds; the result depends on the seed's weights alone.

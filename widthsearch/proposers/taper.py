@@ -44,6 +44,7 @@ class Taper:
     slope: Annotated[float, Field(ge=-3, le=3)] = -0.5
     members: Count = 16
     reads_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Scale the tapered profile; the result depends on neither the data nor the seed."""

@@ -33,6 +33,7 @@ class Uniform:
 
     members: Count = 16
     reads_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def __call__(self, space: SearchSpace, task: AnyTask | None, setting: Setting) -> Proposal:
         """Scale the base; the result depends on neither the data nor the seed."""

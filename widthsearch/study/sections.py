@@ -201,8 +201,15 @@ class ProposerConfig(BaseModel):
 
     def reads_data(self) -> bool | None:
         """Whether the method reads the task's data; None if a user's own does not say."""
+        return self._says("reads_data")
+
+    def trains(self) -> bool | None:
+        """Whether the method trains networks; None if a user's own does not say."""
+        return self._says("trains")
+
+    def _says(self, attribute: str) -> bool | None:
         own = ":" in self.method
-        return getattr(self.make(self.method), "reads_data", None if own else True)
+        return getattr(self.make(self.method), attribute, None if own else True)
 
 
 Start = Literal["scratch", "extract", "scratch_b"]
