@@ -177,26 +177,6 @@ def test_only_what_is_allowed_is_suggested() -> None:
             assert set(vectors(batch(chosen, trials, 3))) <= rows
 
 
-@pytest.mark.parametrize("limits", [{}, {"macs": (20_000, 60_000)}])
-@pytest.mark.parametrize("given", [None, 6000])
-def test_the_first_networks_are_uniform_and_random_in_turns(
-    limits: dict[str, tuple[float, float]], given: int | None
-) -> None:
-    """Narrowest, widest, and between them multiples of the base; all of them within the limits."""
-    rng = np.random.default_rng(0)
-    allowed = np.stack([rng.choice(axis.grid, given) for axis in AXES], axis=1) if given else None
-    rows = np.array(vectors(batch(search(limits=limits, allowed=allowed), [], INITIAL_TRIALS)))
-    u = COORDINATES.unit_widths(rows)
-    uniform, free = u[[0, 1, 2, 4, 6]], u[[3, 5, 7]]
-    assert np.argsort(uniform.mean(axis=1)).tolist() == [0, 3, 2, 4, 1]
-    assert uniform.std(axis=1).max() < (0.25 if given else 0.1) < free.std(axis=1).max()
-    if limits:
-        assert (macs(rows) >= 20_000).all()
-        assert (macs(rows) <= 60_000).all()
-    elif not given:
-        assert uniform[:2].tolist() == [[0.0] * 6, [1.0] * 6]
-
-
 @pytest.mark.parametrize("count", [0, 1, INITIAL_TRIALS - 1, INITIAL_TRIALS, 14])
 def test_any_number_of_trials_will_do(count: int) -> None:
     """From none on; also where all are equal."""

@@ -318,3 +318,15 @@ def test_the_unit_of_an_earlier_study_does_not_matter() -> None:
     alone = Surrogate.fit_observations((COORDINATES, own))
     same = Surrogate.fit_observations((COORDINATES, own), earlier=unfinished)
     np.testing.assert_array_equal(same.mean(fresh), alone.mean(fresh))
+
+
+def test_a_bottleneck_is_learned_from_few_networks() -> None:
+    """A score that falls with unevenness: 20 networks foretell it in shapes that they lack."""
+    rng = np.random.default_rng(0)
+    errors = []
+    for widths in (GRID.random(rng, 20), GRID.families(np.array([[a.base for a in AXES]]), 40)):
+        u = COORDINATES.unit_widths(widths)
+        errors.append((widths, 90 + 4 * u.mean(axis=1) - 10 * u.std(axis=1)))
+    (seen, scores), (even, best) = errors
+    estimate = Surrogate.fit(COORDINATES, seen, scores + rng.normal(0, 0.2, 20)).mean(even)
+    assert np.abs(estimate - best).mean() < 0.5

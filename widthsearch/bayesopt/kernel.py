@@ -7,6 +7,7 @@ Notation::
     w         widths in channels                                            (N, A)
     u         log w scaled to [0, 1] on each axis: 0 at its min_width       (N, A)
     t         capacity: the mean of u, and log of each cost scaled to [0,1] (N, 1 + C)
+    e         unevenness: the standard deviation of u over a network's axes (N,)
     φ_p(w)    features of part p of the covariance                          (N, F_p)
     k_p       covariance of part p at amplitude 1                           (N, M)
     θ_p       amplitude of part p, in standard deviations of the scores
@@ -17,7 +18,8 @@ Notation::
 Each part has about unit variance on random widths, so amplitudes compare with one another, and one
 that is learned to be 0 removes its part:
 
-- ``capacity``: smooth trends in t. The metric depends on size above all.
+- ``capacity``: smooth trends in t, and a slope in e. The metric depends on size above all; and a
+  layer that is much narrower than the others is a bottleneck, whichever it is.
 - ``linear``: a slope for each axis; with ``capacity``, a trend that is tilted axis by axis.
 - ``curved``: saturation and bends of each axis (three cosines: a reduced-rank approximation of a
   smooth kernel, Solin and Särkkä, Statistics and Computing 30, 2020).
@@ -177,7 +179,7 @@ class Features:
     """Networks as the parts of the covariance see them; of one space, or of several.
 
     Attributes:
-        capacity: Trends in t, (N, F).
+        capacity: Trends in t and e, (N, F).
         linear: Centred u, (N, axes of all spaces).
         curved: Cosines of u, (N, 3 × axes of all spaces).
         position: u and the space, scaled for the distance of two networks, (N, F).
@@ -197,7 +199,9 @@ class Features:
         axes = u.shape[1]
         # A uniform u has variance 1/12, and √12 (u − ½) variance 1; the sum over axes or columns is
         # divided by their number. Cosines of t begin at order 2: order 1 is nearly the line itself.
-        trend = np.concatenate([np.sqrt(12) * (t - 0.5), _cosines(t, (2, 3))], axis=1)
+        # e is 1/√12 for uniform u, and at most ½: from even to uneven the column moves by 2.
+        uneven = 4 * (u.std(axis=1, keepdims=True) - np.sqrt(1 / 12))
+        trend = np.concatenate([np.sqrt(12) * (t - 0.5), _cosines(t, (2, 3)), uneven], axis=1)
         trend /= np.sqrt(t.shape[1])
         # Two uniform u differ by 1/6 in mean square: over all axes, a squared distance of 1.
         position = coordinates.embed(np.sqrt(6 / axes) * u)

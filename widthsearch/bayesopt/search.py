@@ -2,8 +2,7 @@
 
 One step, :meth:`BayesianSearch.suggest`:
 
-1. The first trials need no model: the narrowest network, the widest, then in turns uniform widths
-   and random ones. Uniform widths show the trend and where no layer is too narrow for the others.
+1. The first trials need no model: the narrowest network, the widest, then random ones.
 2. The surrogate is fitted to the trials; the front is drawn by posterior means. Running trials
    count as trained with their posterior mean, so that suggestions one after another differ.
 3. The acquisition function is the expected improvement of the front's hypervolume, over score ×
@@ -48,8 +47,6 @@ Rival = tuple[float, tuple[float, ...]]
 
 INITIAL_TRIALS = 8
 """Trials before the surrogate is used, over all spaces; at least two of each space."""
-_UNIFORM = {0: 0.0, 1: 1.0, 2: 0.5, 4: 0.25, 6: 0.75}
-"""First trials with uniform widths: where they lie between the narrowest and the widest network."""
 MAX_EXHAUSTIVE = 4096
 """Networks of a space, at most, for the acquisition function to be evaluated on all of them."""
 _MAX_PARENTS = 32
@@ -218,28 +215,19 @@ class BayesianSearch:
     def _initial(
         self, rng: np.random.Generator, number: int, excluded: Collection[tuple[int, ...]]
     ) -> Suggestion | None:
-        """A network of uniform widths within the limits, or a random one."""
-        pool, place = self._all, _UNIFORM.get(number)
+        """The narrowest network within the limits, the widest, then random ones."""
+        pool = self._all
         if pool is None:
             batch = self._random(rng)
-            if place is not None and self._allowed is not None:
-                batch = self._allowed
-            elif place is not None or self.limits:
+            if number < 2 or self.limits:
                 profiles = np.array([*self._profiles[-_MAX_PARENTS:], *batch[:16]])
                 batch = np.concatenate([batch, self._grid.families(profiles, 64)])
             pool = self._allowed_candidates(batch)
         widths = pool.widths[self._within_limits(pool)]
         order = rng.permutation(len(widths))
-        if place is not None and len(widths):
-            unit = self.coordinates.unit_widths
-            u, multiples = (
-                unit(widths),
-                unit(self._grid.families(np.array(self._profiles[-1:]), 64)),
-            )
-            low, high = u.mean(axis=1).min(), u.mean(axis=1).max()
-            size = low + place * (high - low)
-            uniform = multiples[np.abs(multiples.mean(axis=1) - size).argmin()]
-            order = np.argsort(((u - uniform) ** 2).sum(axis=1), kind="stable")
+        if number < 2:
+            size = self.coordinates.unit_widths(widths).sum(axis=1)
+            order = np.argsort(size if number == 0 else -size, kind="stable")
         return self._best(widths[order], np.full(len(order), np.inf), excluded)
 
     def _maximise(
