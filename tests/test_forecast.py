@@ -120,13 +120,11 @@ def test_the_advice_is_within_the_limits_and_names_its_space(tmp_path: Path) -> 
 
 
 def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> None:
-    """Also where the trend leads above 100%; the gain ends there too."""
+    """Also where noise and trend lead above 100%; the gain ends there too."""
     made = tiny.study(tmp_path, trials=12)
-    tiny.run(made, lambda trial, _: min(100.0, 90.0 + sum(trial.widths.vector) / 2))
+    tiny.run(made, lambda trial, _: 98.0 + trial.number % 3)
     found = forecast(made, made.posterior())
-    best = max(found, key=lambda each: each.estimate.value)
-    assert best.estimate.sd is not None
-    assert best.estimate.value + 1.645 * best.estimate.sd > 100
+    assert max(each.estimate.value + 1.645 * (each.estimate.sd or 0.0) for each in found) > 100
     for each in found:
         content = each.to_json()["estimated"]
         low, high = content["interval"]
