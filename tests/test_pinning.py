@@ -15,6 +15,9 @@ from exact_space import IMAGE, Model, bases, exact_space, reasons
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widthsearch.channels.dependency_graph import build_dependency_graph
+from widthsearch.space.search_space import SearchSpace
+
 SEQUENCE = (7, 6)
 
 # -- writes into a part of a tensor ------------------------------------------------------------
@@ -302,3 +305,32 @@ def test_a_buffer_that_differs_by_channel_keeps_its_size() -> None:
     model.filter[3] *= 2
     space = exact_space(nn.Sequential(model, nn.Linear(5, 8), nn.Linear(8, 2)), IMAGE)
     assert ("0.a", 16) in reasons(space)
+
+
+class Experts(nn.Module):
+    """Experts whose outputs are weighted, as two products with three-dimensional weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.router, self.outputs = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 3),
+            nn.Linear(16, 4),
+        )
+        self.up = nn.Parameter(torch.randn(3, 24, 16) / 4)
+        self.down = nn.Parameter(torch.randn(3, 16, 24) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, 6) to (N, T, 4)."""
+        x = self.inputs(x)
+        hidden = torch.einsum("btd,ehd->bteh", x, self.up).relu()
+        y = torch.einsum("bteh,edh->bted", hidden, self.down)
+        return self.outputs(x + (y * self.router(x).softmax(-1)[..., None]).sum(2))
+
+
+def test_the_number_of_experts_is_pinned_before_their_widths() -> None:
+    """The cost has products of all three, and experts are the smallest factor."""
+    space = SearchSpace.from_model(Experts, (5, 6))
+    assert sorted(axis.base for axis in space.axes) == [16, 24]
+    space.check(device="meta")
+    assert not build_dependency_graph(space.model, space.base).unknown
