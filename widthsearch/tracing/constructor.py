@@ -242,7 +242,8 @@ class Constructor:
         if not kept or all(itertools.starmap(self._costs_agree, self.examples)):
             return {}
         if self.replay is not None and self.replay.hold({layer for layer, _ in kept}):
-            del self.examples  # they were made before that
+            del self.examples, self.changed  # they were made before that
+            return self.changed
         return kept
 
     def _costs_agree(self, network: nn.Module, x: Sequence[int]) -> bool:
