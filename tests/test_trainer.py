@@ -272,6 +272,38 @@ def test_a_network_without_channels_last_trains() -> None:
     assert fit(model, few(), replace(QUICK, epochs=1), seed=0)[0].value > 10
 
 
+@pytest.mark.parametrize(
+    ("capability", "channels", "stride", "layout"),
+    [
+        ("AVX2", 4, 2, torch.contiguous_format),
+        ("DEFAULT", 7, (1, 2), torch.contiguous_format),
+        ("AVX2", 8, 2, torch.channels_last),
+        ("AVX2", 4, 1, torch.channels_last),
+        ("AVX512", 4, 2, torch.channels_last),
+    ],
+)
+def test_shortcuts_that_overwrite_memory_are_contiguous(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    channels: int,
+    stride: Any,
+    layout: torch.memory_format,
+) -> None:
+    """oneDNN writes beyond a buffer in the backward pass of narrow, strided 1x1 convolutions."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = nn.Sequential(nn.Conv2d(1, channels, 3), nn.Conv2d(channels, 4, 1, stride))
+    assert pick_memory_format(model, torch.zeros(1, 1, 8, 8)) is layout
+
+
+def test_a_narrow_network_with_strided_shortcuts_trains() -> None:
+    """It ended the process where it was trained in channels_last, without AVX-512."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 1, 2), nn.Flatten(), nn.Linear(54, 10)
+    )
+    for seed in range(3):
+        assert math.isfinite(fit(model, few(), replace(QUICK, epochs=2), seed=seed)[-1].value)
+
+
 def test_a_batch_larger_than_the_training_split_is_refused() -> None:
     """An epoch would silently be one step on fewer images than the recipe names."""
     message = "batch_size=4096 and task 'digits' has 1079 training images; lower the recipe's"

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from widthsearch.errors import DeviceError
+from widthsearch.torch_internals import TorchDispatchMode
 
 
 def check_device(name: str) -> torch.device:
@@ -123,12 +125,15 @@ def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
 
     On a CPU with AVX-512 it is 1.2 times as fast as contiguous in fp32 (ResNet-20 in training,
     ResNet-18 at inference), and CUDA's bf16 kernels require it. A network that calls ``view`` on a
-    feature map does not support it and raises.
+    feature map does not support it and raises; and on some CPUs one with a convolution that torch
+    computes wrongly, see :class:`_UnsafeConvolutions`.
     """
     training = model.training
     model.eval()
+    unsafe = _UnsafeConvolutions()
     try:
-        with torch.no_grad():  # no inference mode: a tensor that the model caches must be trainable
+        # No inference mode: a tensor that the model caches must be trainable.
+        with torch.no_grad(), unsafe:
             model(images.to(memory_format=torch.channels_last))
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):
@@ -136,7 +141,39 @@ def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     finally:
         model.train(training)
-    return torch.channels_last
+    return torch.contiguous_format if unsafe.found else torch.channels_last
+
+
+class _UnsafeConvolutions(TorchDispatchMode):
+    """Finds convolutions whose gradient, in channels_last, overwrites memory on this CPU.
+
+    oneDNN's kernel for the weights of a 1×1 convolution with a stride, of fewer than 8 channels, in
+    fp32 and without AVX-512, writes beyond its buffer (torch 2.14.1 with ``AVX2``: the process ends
+    with "corrupted double-linked list", or goes on with wrong numbers). A narrow network has such
+    convolutions in its shortcuts. In the contiguous format oneDNN takes another kernel.
+
+    Attributes:
+        found: Whether there was one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, weight, _, stride, *_ = args
+            self.found |= (
+                x.device.type == "cpu"
+                and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+                and weight.dim() == 4
+                and tuple(weight.shape[2:]) == (1, 1)
+                and weight.shape[1] < 8
+                and max(stride) > 1
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def format_name(layout: torch.memory_format) -> str:
