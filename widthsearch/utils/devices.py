@@ -144,7 +144,7 @@ def pick_memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     return torch.contiguous_format if unsafe.found else torch.channels_last
 
 
-class _UnsafeConvolutions(TorchDispatchMode):
+class _UnsafeConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Finds convolutions whose gradient, in channels_last, overwrites memory on this CPU.
 
     oneDNN's kernel for the weights of a 1×1 convolution with a stride, of fewer than 8 channels, in
@@ -157,7 +157,7 @@ class _UnsafeConvolutions(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(
