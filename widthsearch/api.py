@@ -31,6 +31,7 @@ from widthsearch.study.trial import Trial, TrialState
 if TYPE_CHECKING:
     from widthsearch.data.tasks import Task
     from widthsearch.runner.dry_run import DryRun
+    from widthsearch.runner.ray_tune import Session
     from widthsearch.space.search_space import SearchSpace
     from widthsearch.study.confirmation import Confirmation
     from widthsearch.study.driver import Driver
@@ -215,13 +216,7 @@ class Study:
             WidthsearchError, KeyboardInterrupt: An error that the user can correct, SIGINT or
                 SIGTERM; running again goes on from there.
         """
-        from widthsearch.report.progress import showing
-        from widthsearch.runner import ray_tune as runner
-
-        with (
-            showing(self.config.name, on_progress, quiet=quiet) as shown,
-            runner.Session(self.config, self.folder) as session,
-        ):
+        with _on_ray(self, on_progress, quiet=quiet) as (shown, session):
             propose, data = _loading_first(lambda: _unread(self), session.propose)
             with self.search(shown, propose, retry=retry) as search:
                 session.train(search, data, self.base_weights)
@@ -285,12 +280,8 @@ class Study:
         Raises:
             WidthsearchError, KeyboardInterrupt: As :meth:`run`.
         """
-        from widthsearch.report.progress import showing
-        from widthsearch.runner import ray_tune as runner
-
         with (
-            showing(self.config.name, on_progress, quiet=quiet) as shown,
-            runner.Session(self.config, self.folder) as session,
+            _on_ray(self, on_progress, quiet=quiet) as (shown, session),
             self.confirmation(seeds, shown) as search,
         ):
             session.train(search, lambda: _unread(self), self.base_weights)
@@ -452,6 +443,24 @@ def _stored_config(folder: Path) -> StudyConfig:
         except WidthsearchError:
             pass
         raise error
+
+
+@contextmanager
+def _on_ray(
+    study: Study, on_progress: OnProgress | None, *, quiet: bool
+) -> Iterator[tuple[OnProgress, Session]]:
+    """A session of Ray, and a function that shows its progress."""
+    from widthsearch.report.progress import showing
+    from widthsearch.runner import ray_tune as runner
+    from widthsearch.study.checks import check_reported
+
+    if study.config.trainer is None:  # a loop of the user's own reports what it likes
+        check_reported(study.config, study.task)
+    with (
+        showing(study.config.name, on_progress, quiet=quiet) as shown,
+        runner.Session(study.config, study.folder) as session,
+    ):
+        yield shown, session
 
 
 def _unread(study: Study) -> Any:

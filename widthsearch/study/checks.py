@@ -66,7 +66,6 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
     if task is not None:
         assert isinstance(config.recipe, Recipe)
         check_recipe(config.recipe, task)
-        _check_reported(config, task)
         for space in spaces.values():
             check_input_shape(space, task)
     if config.ray_address is None:
@@ -78,8 +77,12 @@ def check_parts(config: StudyConfig, spaces: Mapping[str, SearchSpace], task: Ta
             check_device((config.latency or LatencyConfig()).device)
 
 
-def _check_reported(config: StudyConfig, task: Task) -> None:
-    """Check that the built-in trainer reports the metric and the objectives."""
+def check_reported(config: StudyConfig, task: Task) -> None:
+    """Check that the built-in trainer reports the metric and the objectives.
+
+    Raises:
+        StudyError: It does not.
+    """
     reported = (*REPORTED[task.loss_name], "loss")
     for name in (config.metric.name, *config.objectives):
         if name not in (*reported, *COSTS):
