@@ -154,7 +154,7 @@ import tiny
 from widthsearch.errors import StudyError
 
 try:
-    tiny.study(Path(sys.argv[2]), ray_address=sys.argv[1], trials=1, proposers=[]).run()
+    tiny.study(Path(sys.argv[2]), ray_address=sys.argv[1], trials=1, proposers=[]).run(quiet=True)
     print("trained")
 except StudyError as error:
     print(error)

@@ -63,7 +63,10 @@ def test_each_network_that_is_trained_again_is_named_and_shown(tmp_path: Path) -
         asked = tiny.drive(search, noisy)
     (plan,) = (p.message for p in said if p.message.startswith("confirming"))
     again = {int(trial.origin["confirms"]) for trial in asked}
-    assert again <= {*map(int, re.findall(r"\d+(?=[,)])", plan))}
+    newcomers = [int(n) for p in said for n in re.findall(r"confirming trial (\d+) too", p.message)]
+    named = {*map(int, re.findall(r"\d+(?=[,)])", plan))}
+    assert again <= named | {*newcomers}
+    assert len({*newcomers} - named) == len(newcomers)
     assert f"with {len(asked)} trainings of the front" in plan
     posterior = study.posterior()
     beside = {t.number for t in tables.confirmed_beside(posterior, posterior.front())}

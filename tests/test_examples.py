@@ -34,7 +34,6 @@ EXAMPLES = {
 """The shape of a network's output for one sample."""
 
 CANNOT = {
-    ("text", "synflow"): "synflow needs a model of one floating-point input, but the input of 'gp",
     **{
         (name, "filter_groups"): "filter groups need an ungrouped Conv2d"
         for name in ("audio", "tabular", "text")

@@ -233,10 +233,10 @@ def test_a_report_outside_the_range_is_an_error(tmp_path: Path) -> None:
 def test_the_built_in_trainer_reports_accuracy_alone(tmp_path: Path) -> None:
     """A study of another metric is refused before Ray starts."""
     study = tiny.study(tmp_path, metric={"name": "rmse", "goal": "minimize"})
-    with pytest.raises(StudyError, match=r"reports accuracy and loss for task .*, but the study needs rmse"):
+    with pytest.raises(StudyError, match="but the study needs rmse"):
         study.run()
     study = tiny.study(tmp_path, objectives=["accuracy", "macs", "loss", "flops"])
-    with pytest.raises(StudyError, match="the study needs flops: change `metric` or `objectives`, or add a `trainer`"):
+    with pytest.raises(StudyError, match="study needs flops: change `metric` or"):
         study.run()
 
 

@@ -251,7 +251,8 @@ def test_faults_cost_their_trial_alone(tmp_path: Path) -> None:
     messages: list[str] = []
     study.run(lambda progress: messages.append(progress.message))
     trials = {trial.widths["first"]: trial for trial in study.trials()}
-    assert str(trials[2].error).startswith("RuntimeError: no kernel for 2 channels; the wid")
+    assert str(trials[2].error).startswith("RuntimeError: no kernel for 2 channels (")
+    assert "faulty.py:" in str(trials[2].error) and "; the widths are " in str(trials[2].error)
     assert str(trials[3].error).startswith(
         "StudyError: a trainer must report the study's metric 'accuracy', but "
     )

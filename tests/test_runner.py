@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
 
 pytestmark = pytest.mark.ray
+
+
+@dataclass
+class Recipe:
+    """One field has no default."""
+
+    lr: float
+    name: str = ""
+
 
 UNLUCKY = '''
 import os
@@ -214,7 +224,7 @@ import test_runner
 from widthsearch.errors import WidthsearchError
 
 try:
-    test_runner.long_study(sys.argv[1]).run()
+    test_runner.long_study(sys.argv[1]).run(quiet=True)
 except KeyboardInterrupt:
     sys.exit(130)
 except WidthsearchError as error:
@@ -397,6 +407,23 @@ def test_only_the_users_own_code_is_pickled_by_value(
     monkeypatch.syspath_prepend(tmp_path)
     dumped = pickle_by_value(importlib.import_module(name).function, "a function")
     assert (b"by value" in dumped) is not installed
+
+
+def test_fields_without_a_default_stay_so_in_another_process() -> None:
+    """A recipe's class of the user's own is pickled by value, there and back."""
+    code = (
+        "import pickle, sys; from dataclasses import MISSING, fields; "
+        "made = pickle.load(sys.stdin.buffer); "
+        "print([f.default is MISSING and f.default_factory is MISSING for f in fields(made)], "
+        "made(lr=2.0, name='x'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle_by_value(Recipe, "a recipe"),
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().split("\n")[0] == "[True, False] Recipe(lr=2.0, name='x')"
 
 
 def test_a_node_that_is_lost_fails_no_trial(

@@ -218,7 +218,7 @@ def test_a_lack_of_memory_is_marked_in_the_report(tmp_path: Path) -> None:
     """So that the search can train the trial again while no other one runs."""
     report = started(tmp_path, space=SearchSpace.from_model(Greedy, (1, 4, 4), step=2)).step()
     assert report.out_of_memory
-    assert reason(report) == "OutOfMemoryError: tried to allocate everything"
+    assert reason(report).startswith("OutOfMemoryError: tried to allocate everything (")
 
 
 @pytest.mark.parametrize(

@@ -448,13 +448,13 @@ def _stored_config(folder: Path) -> StudyConfig:
 @contextmanager
 def _on_ray(
     study: Study, on_progress: OnProgress | None, *, quiet: bool
-) -> Iterator[tuple[OnProgress, Session]]:
+) -> Iterator[tuple[OnProgress | None, Session]]:
     """A session of Ray, and a function that shows its progress."""
     from widthsearch.report.progress import showing
     from widthsearch.runner import ray_tune as runner
     from widthsearch.study.checks import check_reported
 
-    if study.config.trainer is None:  # a loop of the user's own reports what it likes
+    if study.spaces and study.config.trainer is None:  # a loop of one's own reports what it likes
         check_reported(study.config, study.task)
     with (
         showing(study.config.name, on_progress, quiet=quiet) as shown,

@@ -82,6 +82,7 @@ class HypervolumeImprovement:
         """The hypervolume of the front above the floor, in the same units.
 
         Example:
+            >>> window = np.array([[0.0], [1.0]])
             >>> front = HypervolumeImprovement(np.array([60.0]), np.array([[0.5]]), window, 50.0)
             >>> front.volume  # (60 - 50) · ½
             5.0

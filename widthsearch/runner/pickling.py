@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import sys
@@ -68,9 +69,14 @@ class SharedData:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Pickles the content of a CPU tensor as an array, which can be in a buffer of its own."""
+    """Pickles the content of a CPU tensor as an array, which can be in a buffer of its own.
+
+    And the mark of a dataclass's field without a default by its name: fields know it by identity.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
+        if obj is dataclasses.MISSING:
+            return "MISSING"
         plain = type(obj) is Tensor and obj.layout is torch.strided and obj.device.type == "cpu"
         if not plain or obj.requires_grad or obj.is_quantized:
             return super().reducer_override(obj)  # type: ignore[no-untyped-call]

@@ -33,6 +33,10 @@ class Program:
     Attributes:
         batch: The batch sizes that it takes: ``any``, or ``1``; None where there is no program.
         reason: Why it does not take any batch, or why there is none; empty for ``any``.
+
+    Example:
+        >>> Program("1", "the batch is used as a size").batch
+        '1'
     """
 
     batch: str | None

@@ -79,6 +79,7 @@ class Confirmation(Search):
         missing = seeds * len(front) - sum(posterior[member].trainings for member in front)
         missing -= sum("confirms" in self.trials[number].origin for number in self.running)
         self._wanted = max(0, missing) + self._begun
+        self._named = {member.number for member in (*front, *posterior.undecided)}
         if missing > 0:
             self.notify(self._plan(missing), "event")
 
@@ -120,6 +121,12 @@ class Confirmation(Search):
             return max(p * (1 - p), _MIN_DOUBT) * left, -member.number
 
         chosen = max(finalists.values(), key=priority)
+        if chosen.number not in self._named:
+            self._named.add(chosen.number)
+            what = f"confirming trial {chosen.number} too: by the trainings so far, it is"
+            self.notify(
+                f"{what} {'on' if chosen in front else 'within the noise of'} the front", "event"
+            )
         return Candidate(chosen.space, chosen.widths, {"confirms": chosen.number})
 
 
