@@ -9,6 +9,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class Postgres:
         self._server = self._run("postgres", *serve, "-c", "fsync=off", "-c", "logging_collector=0")
         assert self._server.stderr is not None
         assert any("ready to accept connections" in line for line in self._server.stderr)
+        # It logs each failed statement, and would wait for ever on a pipe that is full.
+        threading.Thread(target=self._server.stderr.read, daemon=True).start()
 
     def stop(self, number: signal.Signals) -> None:
         """Stop it: SIGINT ends its sessions, SIGQUIT ends it at once."""
