@@ -93,7 +93,7 @@ class Postgres:
         """Stop it: SIGINT ends its sessions, SIGQUIT ends it at once."""
         if self._server is not None:
             self._server.send_signal(number)
-            self._server.communicate()
+            self._server.wait()
             self._server = None
 
     def _run(self, program: str, *arguments: str | Path) -> subprocess.Popen[str]:
