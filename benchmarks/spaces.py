@@ -53,7 +53,7 @@ from torch import Tensor
 from benchmarks.reconstruction import alternatives
 from benchmarks.space_models import SOURCES
 from widthsearch.channels.extraction import widths_of
-from widthsearch.errors import SpaceError
+from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.modules.probing import flags_of
 from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import clone, join, sizes_in, tensors_of
@@ -153,7 +153,10 @@ def _vector_of(space: SearchSpace, constructed: torch.nn.Module) -> tuple[int, .
     shapes = {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(constructed)}
     if shapes.keys() != space.trace.shapes.keys():
         return None
-    vector = widths_of(space.model, constructed).vector
+    try:
+        vector = widths_of(space.model, constructed).vector
+    except WidthsError:  # such as another number of groups
+        return None
     x = space.trace.variables(vector)
     predicted = {
         key: tuple(evaluate(n, x) for n in shape) for key, shape in space.trace.shapes.items()
