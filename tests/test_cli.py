@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 import shutil
@@ -390,3 +391,17 @@ def test_confirm_trains_the_front_again(command: CommandLine, copied: Path) -> N
     assert "(2×)" in out
     refused = command.refusal("confirm", "small", "--seeds", 1, "--runs", copied)
     assert "`seeds >= 2` must hold" in refused
+
+
+def test_a_full_disk_is_one_line(
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a command meets it; faults of the code have a traceback."""
+
+    def full(options: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr("widthsearch.commands.pareto", full)
+    assert command.refusal("pareto", "small") == (
+        "error: [Errno 28] No space left on device: '/somewhere'; fix this and run again\n"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -16,13 +17,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import tiny
 
 from widthsearch.api import Study
-from widthsearch.errors import StudyError
+from widthsearch.errors import StorageError, StudyError
 from widthsearch.runner import cluster, ray_tune
 from widthsearch.runner.pickling import pickle_by_value
 from widthsearch.runner.signals import Interrupts
@@ -186,6 +188,23 @@ def test_nothing_is_left_behind(unlucky: Unlucky) -> None:
     assert (progress[-1].done, progress[-1].running, progress[-1].total) == (5, 0, 5)
     with study.search() as search:
         assert search.done
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_a_folder_that_becomes_read_only_is_an_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the study's start and the first training, too."""
+    made = Path.mkdir
+
+    def denied(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        made(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(StorageError, match=rf"writable, but .*{name} is not: Permission"):
+        tiny.study(tmp_path, proposers=[]).run(quiet=True)
 
 
 def test_resources_that_no_machine_has_are_refused(ray_here: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ line names the cause); 130 interrupted (one line has the command that resumes).
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import shlex
 import sys
@@ -39,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = getattr(commands, options.command)(options)
     except WidthsearchError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error}; fix this and run again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; resume with: {again}", file=sys.stderr)

@@ -29,7 +29,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from widthsearch.data.tasks import AnyTask, Task
-from widthsearch.errors import StorageError, one_line
+from widthsearch.errors import StorageError, one_line, writing
 from widthsearch.runner import cluster, memory_kills
 from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.runner.reading import put
@@ -153,9 +153,9 @@ class Session:
         if search.done:
             return
         checkpoints = (self._folder / "checkpoints").resolve()
-        checkpoints.mkdir(exist_ok=True)
         # A driver that was killed between a trial's end and the removal of its checkpoint left it.
-        with search.driver_lock.store.fence.held():  # no other driver's trial has one
+        with search.driver_lock.store.fence.held(), writing(self._folder):  # no one else has trials
+            checkpoints.mkdir(exist_ok=True)
             for checkpoint in checkpoints.iterdir():
                 if checkpoint.name not in map(str, search.running):
                     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -184,8 +184,9 @@ class Session:
     def _logs(self) -> Path:
         """The folder of the logs; from its first use on, log records are written there."""
         logs = (self._folder / "logs").resolve()
-        logs.mkdir(exist_ok=True)
-        self._stack.enter_context(cluster.log_to_file(logs / "run.log"))
+        with writing(self._folder):
+            logs.mkdir(exist_ok=True)
+            self._stack.enter_context(cluster.log_to_file(logs / "run.log"))
         return logs
 
     def _connect(self, report: ProgressCallback) -> bool:
