@@ -21,9 +21,12 @@ def pytest_cmdline_main() -> Iterator[None]:
         return (yield)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Run torch on one thread, so that results are the same on any machine."""
+    """Run torch on one thread, so that results are the same on any machine.
+
+    For each test: the built-in trainer sets the threads of its process.
+    """
     torch.set_num_threads(1)
 
 

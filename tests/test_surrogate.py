@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from widthsearch.bayesopt import surrogate as surrogates
 from widthsearch.bayesopt.candidates import Grid
 from widthsearch.bayesopt.kernel import Array, Coordinates, Features, weighted_sum
 from widthsearch.bayesopt.observation import Observation
@@ -330,3 +333,25 @@ def test_a_bottleneck_is_learned_from_few_networks() -> None:
     (seen, scores), (even, best) = errors
     estimate = Surrogate.fit(COORDINATES, seen, scores + rng.normal(0, 0.2, 20)).mean(even)
     assert np.abs(estimate - best).mean() < 0.5
+
+
+def test_a_fit_takes_one_blas_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several would wait for the cores that train; the number is as before after it."""
+    seen = []
+    factored = surrogates.factor
+
+    def factor(*arguments: Any) -> Any:
+        seen.append({pool["num_threads"] for pool in blas()})
+        return factored(*arguments)
+
+    def blas() -> list[Any]:
+        return [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    monkeypatch.setattr(surrogates, "factor", factor)
+    before = blas()
+    assert before
+    with threadpool_limits(2, user_api="blas"):
+        fitted(4)
+    assert seen
+    assert all(threads == {1} for threads in seen)
+    assert blas() == before

@@ -19,7 +19,6 @@ suggestions, after a resume too.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,7 +27,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
-from threadpoolctl import ThreadpoolController
 
 from widthsearch.bayesopt.acquisition import HypervolumeImprovement
 from widthsearch.bayesopt.candidates import Batch, Grid
@@ -36,7 +34,7 @@ from widthsearch.bayesopt.kernel import Array, Coordinates, Features
 from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import non_dominated
-from widthsearch.bayesopt.surrogate import Surrogate
+from widthsearch.bayesopt.surrogate import Surrogate, one_blas_thread
 from widthsearch.widths import Widths
 
 CostPredictor = Callable[[Batch], tuple[Array, Array]]
@@ -55,9 +53,6 @@ _CANDIDATES_PER_KIND = 300
 """Random candidates, mixtures and crossings, each; twice as many mutations."""
 _REFINED = 4
 """Best candidates whose neighbours are candidates too, in each of two rounds."""
-
-_blas = functools.cache(ThreadpoolController)
-"""The matrices are small: BLAS threads would only wait for the cores that train."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ class BayesianSearch:
         shared = informed >= INITIAL_TRIALS
         enough = len(observations) >= (2 if shared else INITIAL_TRIALS)
         rng = np.random.default_rng((self.seed, len(observations)))
-        with _blas().limit(limits=1, user_api="blas"):
+        with one_blas_thread():
             if enough and any(o.value is not None for o in observations):
                 acquisition = self._acquisition(observations, rivals, surrogate)
                 return self._maximise(rng, acquisition, excluded)

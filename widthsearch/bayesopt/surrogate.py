@@ -51,14 +51,16 @@ Example, one axis, four trainings, of which the last two are of the same widths:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtri
+from threadpoolctl import ThreadpoolController
 
 from widthsearch.bayesopt.kernel import (
     LEVEL_VARIANCE,
@@ -165,13 +167,14 @@ class Surrogate:
         v[study == 0] = np.asarray(variance, np.float64) / scale**2
         some = np.unique(np.linspace(0, len(y) - 1, min(len(y), _MAX_FIT)).astype(np.intp))
         part = seen.rows(some)
-        theta, sigma, loadings, scales = _most_probable(
-            part.covariances(part), y[some], v[some], study[some]
-        )
-        lower = factor(
-            linked(weighted_sum(theta, seen.covariances(seen)), loadings, scales, study, study),
-            sigma[study] ** 2 + v,
-        )
+        with one_blas_thread():
+            theta, sigma, loadings, scales = _most_probable(
+                part.covariances(part), y[some], v[some], study[some]
+            )
+            lower = factor(
+                linked(weighted_sum(theta, seen.covariances(seen)), loadings, scales, study, study),
+                sigma[study] ** 2 + v,
+            )
         noise, amplitudes = float(sigma[0]) * scale, np.append(theta, sigma[0])
         return cls(
             coordinates, noise, amplitudes, loadings, scales, mean, scale, seen, study, y, lower
@@ -323,6 +326,19 @@ class Surrogate:
     def _mean_from(self, across: Array) -> Array:
         mean: Array = across @ self._weights * self._scale + self._mean
         return mean
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """A context in which numpy's and scipy's BLAS runs on one thread.
+
+    The matrices are small: more threads would only wait for the cores that train, and on a busy
+    machine a fit takes thirty times as long.
+    """
+    limited: AbstractContextManager[object] = _blas().limit(limits=1, user_api="blas")
+    return limited
+
+
+_blas = cache(ThreadpoolController)
 
 
 def linked(
