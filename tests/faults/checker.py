@@ -48,6 +48,7 @@ class Record:
         hits: How often a fault hit while a network was being trained, by its widths.
         replaced: The sessions of the drivers that were frozen and replaced, with the time of that.
         ends: How each driver ended: the exit codes that were expected, its exit code, its output.
+        unwritable: The sessions of the drivers that ended while nothing could be written.
         left: Processes and shared memory that are there after the end, in words.
     """
 
@@ -56,6 +57,7 @@ class Record:
     hits: Counter[tuple[int, ...]] = field(default_factory=Counter)
     replaced: dict[int, float] = field(default_factory=dict)
     ends: list[tuple[tuple[int, ...], int, str]] = field(default_factory=list)
+    unwritable: set[int] = field(default_factory=set)
     left: list[str] = field(default_factory=list)
 
 
@@ -171,7 +173,11 @@ class Checker:
             *self._acknowledged(found, record),
             *self._trained(found, steps, record),
             *self._ends(record),
-            *(Complaint("left", f"a driver's lock: {holder}") for holder in drivers),
+            *(
+                Complaint("left", f"a driver's lock: {holder}")
+                for holder in drivers
+                if holder.get("pid") not in record.unwritable
+            ),
             *(Complaint("left", text) for text in record.left),
             *_files(folder),
         ]

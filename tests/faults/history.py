@@ -282,12 +282,14 @@ class History:
             return self._signal(driver, target, getattr(signal, name))
         with self._broken(fault.kind):
             driver.expected |= {2}
-            code = self._ended(driver)
+            code, last = self._ended(driver), driver
             if code != 0 and fault.again:
                 self._count_hits()
-                second = self._start()
-                second.expected |= {2}
-                code = self._ended(second)
+                last = self._start()
+                last.expected |= {2}
+                code = self._ended(last)
+            if code == 0:
+                self.record.unwritable.add(last.process.pid)
         return driver if code == 0 else self._start()
 
     @contextmanager

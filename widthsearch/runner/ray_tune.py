@@ -29,18 +29,20 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from widthsearch.data.tasks import AnyTask, Task
-from widthsearch.errors import StorageError, one_line, writing
+from widthsearch.errors import StorageError, writing
 from widthsearch.runner import cluster, memory_kills
 from widthsearch.runner.pickling import SharedData, pickle_by_value
+from widthsearch.runner.proposer_tasks import run_proposers
 from widthsearch.runner.reading import put
 from widthsearch.runner.signals import Interrupts
-from widthsearch.runner.worker import Worker, WorkerReport, run_proposer
+from widthsearch.runner.worker import Worker, WorkerReport
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.hangs import HangWatch
 from widthsearch.study.job import study_job
 from widthsearch.study.loop import Search
-from widthsearch.study.proposals import Failure, ProgressCallback, ProposalRequest, ProposalResult
+from widthsearch.study.proposals import ProgressCallback, ProposalRequest, ProposalResult
 from widthsearch.study.starts import BaseWeights
+from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial
 from widthsearch.training.job import Job
 
@@ -100,36 +102,12 @@ class Session:
         if not requests:
             return
         owns_ray = self._connect(report)
-        resources = self._config.resources
-        remote: Any = ray.remote(
-            num_cpus=resources.cpu,
-            num_gpus=resources.gpu,
-            num_returns="streaming",
-            max_retries=0,
-            # An idle process keeps its GPU memory, so with GPUs each process runs one task only.
-            max_calls=1 if resources.gpu else 0,
-        )(run_proposer)
-        shared_task = self._shared(task, "the data of the proposers", report)
-        streams: dict[Any, int] = {}
+        shared = self._shared(task, "the data of the proposers", report)
         try:
-            for i, request in enumerate(requests):
-                pickled = pickle_by_value(request, f"proposer {request.label!r}")
-                streams[remote.remote(pickled, shared_task)] = i
-            while streams:
-                ready, _ = ray.wait(list(streams), num_returns=1, timeout=NOTIFY_SECONDS)
-                for stream in ready:
-                    message = _next_message(stream)
-                    if isinstance(message, str):
-                        report(f"{requests[streams[stream]].label}: {message}")
-                    else:
-                        yield streams.pop(stream), message
+            yield from run_proposers(requests, shared, self._config.resources, report, owns_ray)
         except BaseException:
             self._disconnect()
             raise
-        finally:
-            if not owns_ray:
-                for stream in streams:
-                    ray.cancel(stream, force=True)
 
     def train(
         self,
@@ -154,11 +132,9 @@ class Session:
             return
         checkpoints = (self._folder / "checkpoints").resolve()
         # A driver that was killed between a trial's end and the removal of its checkpoint left it.
-        with search.driver_lock.store.fence.held(), writing(self._folder):  # no one else has trials
+        with search.driver_lock.store.fence.held(), writing(self._folder):
             checkpoints.mkdir(exist_ok=True)
-            for checkpoint in checkpoints.iterdir():
-                if checkpoint.name not in map(str, search.running):
-                    shutil.rmtree(checkpoint, ignore_errors=True)
+            _remove_ended(checkpoints, search.driver_lock.store)
         logs = self._logs
         try:
             # With latency, this measures a whole generation: before Ray starts, on a quiet machine.
@@ -172,6 +148,9 @@ class Session:
         finally:
             # Before the driver lock is released, so that no worker trains on without it.
             self._disconnect()
+            # A worker that was frozen with a driver that was replaced may have written since.
+            with contextlib.suppress(StorageError):
+                _remove_ended(checkpoints, search.driver_lock.store)
 
     def _shared(self, data: Any, name: str, report: ProgressCallback) -> Any:
         """A reference to data in Ray's memory, where that of a task is once a run."""
@@ -198,15 +177,11 @@ class Session:
         return self._owns_ray
 
 
-def _next_message(stream: Any) -> str | ProposalResult:
-    """The next message of a proposer's task, which is its result if its process died."""
-    try:
-        message: str | ProposalResult = ray.get(next(stream))
-    except ray.exceptions.OutOfMemoryError as kill:
-        return Failure(memory_kills.reason_of(kill))
-    except ray.exceptions.RayError as error:
-        return Failure(f"its worker process died (killed, or out of memory?): {one_line(error)}")
-    return message
+def _remove_ended(checkpoints: Path, store: Store) -> None:
+    """Remove the checkpoints of the trials that have ended."""
+    found = {path.name for path in checkpoints.iterdir()}  # first: another driver may begin trials
+    for name in found - {*map(str, store.running())}:
+        shutil.rmtree(checkpoints / name, ignore_errors=True)
 
 
 @dataclass(eq=False)

@@ -312,6 +312,11 @@ class Store:
             ]
 
     @database_errors
+    def running(self) -> set[int]:
+        """The numbers of the trials that have not ended, whichever driver trains them."""
+        return {trial.number for trial in self._stored(OptunaState.RUNNING)}
+
+    @database_errors
     def fail_partial(self, spaces: Spaces) -> None:
         """Close the running trials that :meth:`trials` leaves out, so that none runs for ever."""
         for stored in self._stored(OptunaState.RUNNING):
