@@ -300,3 +300,9 @@ def test_tasks_with_classes_have_no_other_loss() -> None:
         TaskConfig("digits", loss="bce")
     with pytest.raises(DataError, match=r"a network must return values of shape \(N, 2\)"):
         fit(network(3), numbers(), QUICK, seed=0)
+
+
+def test_a_loss_that_is_no_text_is_refused() -> None:
+    """In one line, before a metric follows from it."""
+    with pytest.raises(StudyError, match="loss"):
+        StudyConfig(name="mine", task={"name": "digits", "loss": ["bce"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -174,3 +175,23 @@ def test_a_space_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
             SearchSpace.load(path, MODELS["Plain"])
     with pytest.raises(SpaceError, match="cannot be read: No such file or directory"):
         SearchSpace.load(tmp_path / "none.json", MODELS["Plain"])
+
+
+@pytest.mark.parametrize("edit", ["a shape of a later state", "the base of an axis"])
+def test_an_edited_file_with_the_digest_of_its_content_is_refused(
+    edit: str, tmp_path: Path
+) -> None:
+    """Each state's shapes are the model's at the base, and its axes those of its trace."""
+    path, space = tmp_path / "space.json", space_of("Plain")
+    space.constrained(pin=space.axes[0].name).save(path)
+    file = json.loads(path.read_text())
+    state = file["content"]["states"][1]
+    if edit == "a shape of a later state":
+        state["trace"]["shapes"][0][1] = [[0]]
+    else:
+        state["axes"][0]["base"] -= state["axes"][0]["step"]
+    text = json.dumps(file["content"], sort_keys=True)
+    file["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(file))
+    with pytest.raises(SpaceError, match=r"is damaged|is a space of another model"):
+        SearchSpace.load(path, MODELS["Plain"])

@@ -15,7 +15,7 @@ from torch import nn
 from widthsearch.errors import StorageError, StudyError
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.study.storage import Store
+from widthsearch.study.storage import SpaceRecord, Store
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.widths import Widths
 
@@ -197,6 +197,14 @@ def sizes(file: Path) -> list[int]:
         found = [len(text.encode()) for (text,) in connection.execute(queries)]
     connection.close()
     return found
+
+
+def test_a_space_whose_name_is_no_text_is_an_error(store: Store) -> None:
+    """Another program has written it."""
+    record = SpaceRecord.of(tiny.space()).to_json()
+    store.set_attribute("spaces", [{**record, "name": ["tiny"]}])
+    with pytest.raises(StorageError, match="the values of a study must be"):
+        store.records()
 
 
 def test_long_values_are_stored_in_parts(store: Store, url: str, tmp_path: Path) -> None:

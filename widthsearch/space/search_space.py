@@ -137,8 +137,8 @@ class SearchSpace:
         name, inputs, states = read_space(Path(path))
         made, recorder, _ = _constructed(model)
         with intact(Path(path)):
-            if difference := states[0].trace.difference(made):
-                raise SpaceError(f"{str(path)!r} is a space of another model: {difference}")
+            for state in states:
+                state.check(made, str(path))
             traced = TracedModel.of(made, inputs, name, recorder, init, states[0].trace)
             space = cls(name, states[0].axes, traced, None, states[0].stepped)
             for state in states[1:]:

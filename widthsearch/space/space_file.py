@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import nn
 
 from widthsearch.errors import SpaceError, writing
 from widthsearch.tracing.inputs import inputs_from_json, inputs_to_json
@@ -50,6 +51,18 @@ class SpaceState:
     trace: Trace
     axes: tuple[Axis, ...]
     stepped: frozenset[str]
+
+    def check(self, model: nn.Module, path: str) -> None:
+        """Check that it is of a model.
+
+        Raises:
+            SpaceError: A tensor has another shape in the model.
+            ValueError: The axes are not those of the trace.
+        """
+        if difference := self.trace.difference(model):
+            raise SpaceError(f"{path!r} is a space of another model: {difference}")
+        if [axis.base for axis in self.axes] != self.trace.base:
+            raise ValueError("its axes are not those of its trace")
 
 
 def write_space(path: Path, name: str, inputs: Any, states: Sequence[SpaceState]) -> None:

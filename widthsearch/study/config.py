@@ -255,7 +255,7 @@ class StudyConfig(BaseModel):
         """
         task = values.get("task")
         loss = task.get("loss") if isinstance(task, Mapping) else getattr(task, "loss", None)
-        if loss in _METRICS:
+        if isinstance(loss, str) and loss in _METRICS:
             values = {"metric": _METRICS[loss], **values}
         metric = values.get("metric", ACCURACY)
         named = isinstance(metric, Mapping)

@@ -231,8 +231,9 @@ class Store:
         """
         stored = self.attribute("spaces")
         with written_here(self.name):
-            found = [SpaceRecord.from_json(space) for space in stored or ()]
-        return None if stored is None else {record.name: record for record in found}
+            records = [SpaceRecord.from_json(space) for space in stored or ()]
+            found = {record.name: record for record in records}
+        return None if stored is None else found
 
     @database_errors
     def forget(self, *beginnings: str) -> None:
