@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ray.cluster_utils import Cluster
 from torch import nn
 
 from widthsearch.runner import cluster as cluster_module
+from widthsearch.runner.signals import Interrupts
 from widthsearch.study.progress import Progress
 from widthsearch.training.job import TrainingTrial
 from widthsearch.utils.references import load_function
@@ -219,3 +221,14 @@ def test_a_cluster_that_wants_a_token_is_joined_or_refused_at_once(
     assert done.stdout == f"{expected}\n"
     assert done.returncode == 0
     assert done.stderr.count("\n") <= 1
+
+
+def test_a_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ray.init sets a handler of its own, which exits the process with the signal's number."""
+
+    def init(**_: object) -> None:
+        sys.exit(int(signal.SIGTERM))  # as Ray's handler does
+
+    monkeypatch.setattr(ray, "init", init)
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        cluster_module._init(None, interrupts)

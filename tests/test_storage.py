@@ -179,6 +179,19 @@ def test_a_storage_that_breaks_later_is_an_error(store: Store, tmp_path: Path) -
         store.set_attribute("key", 1)
 
 
+def test_a_storage_that_becomes_read_only_is_an_error(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the tables and the study, where Optuna raises an error of its own."""
+
+    def denied(*_: object, **__: object) -> None:
+        raise optuna.exceptions.StorageInternalError("in the commit") from OSError("read-only")
+
+    monkeypatch.setattr(optuna, "create_study", denied)
+    with pytest.raises(StorageError, match="cannot be used: read-only; check its address"):
+        Store.create(url, "tiny", OBJECTIVES)
+
+
 def test_several_spaces_share_a_study(store: Store) -> None:
     """Their axes may have the same names: parameters are `space/axis`."""
     both = {"tiny": tiny.space(), "other": tiny.space("other").constrained(pin="first")}

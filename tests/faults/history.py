@@ -100,6 +100,7 @@ class History:
     product: Path
     record: checker.Record = field(default_factory=checker.Record)
     injected: list[Fault] = field(default_factory=list)
+    _counted: set[int] = field(default_factory=set)
     _sessions: set[int] = field(default_factory=set)
 
     def play(self) -> None:
@@ -270,6 +271,7 @@ class History:
         if not self._until(driver, reached):
             return False
         self.injected.append(fault)
+        self._counted = set()
         self._count_hits()
         return True
 
@@ -283,13 +285,16 @@ class History:
         with self._broken(fault.kind):
             driver.expected |= {2}
             code, last = self._ended(driver), driver
+            self._count_hits()  # one may have begun before the fault
             if code != 0 and fault.again:
+                self._counted = set()
                 self._count_hits()
                 last = self._start()
                 last.expected |= {2}
                 code = self._ended(last)
             if code == 0:
                 self.record.unwritable.add(last.process.pid)
+        self._count_hits()
         return driver if code == 0 else self._start()
 
     @contextmanager
@@ -323,6 +328,7 @@ class History:
     def _signal(self, driver: Driver, target: str, number: signal.Signals) -> Driver:
         for process in self._targets(driver, target):
             process.send(number)
+        self._count_hits()
         if target == "raylet":
             # Ray ends the process of a driver that has lost its node.
             driver.expected |= {1, 2, -signal.SIGTERM, -signal.SIGABRT}
@@ -337,6 +343,7 @@ class History:
         frozen = self._targets(driver, target)
         for process in frozen:
             process.send(signal.SIGSTOP)
+        self._count_hits()
         time.sleep(1.5 * TIMEOUT_SECONDS)
         if target in ("worker", "raylet"):
             for process in frozen:
@@ -360,10 +367,11 @@ class History:
         return successor
 
     def _count_hits(self) -> None:
-        """Note which networks are being trained."""
-        for outcome in (self.outcomes() or {}).values():
-            if outcome[0] not in checker.FINAL:
+        """Note which networks are being trained, each once a fault."""
+        for number, outcome in (self.outcomes() or {}).items():
+            if outcome[0] not in checker.FINAL and number not in self._counted:
                 self.record.hits[checker.architecture(outcome)] += 1
+                self._counted.add(number)
 
     def _steps(self) -> int:
         """The number of training steps so far."""

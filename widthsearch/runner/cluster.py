@@ -75,6 +75,8 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
             log_to_driver=False,
             logging_level=logging.INFO,
         )
+    except SystemExit:
+        raise KeyboardInterrupt from None  # SIGTERM, by the handler that ray.init sets
     except Exception as error:
         if address is None:
             raise StudyError(

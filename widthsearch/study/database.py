@@ -73,9 +73,8 @@ def database_errors(method: Method) -> Method:
     @functools.wraps(method)
     def wrapped(self: _Addressed, *args: Any, **kwargs: Any) -> Any:
         try:
-            return method(self, *args, **kwargs)
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            raise _storage_error(self.url, error) from error
+            with reaching(self.url):
+                return method(self, *args, **kwargs)
         except optuna.exceptions.UpdateFinishedTrialError:
             # Optuna reads before it writes: another driver has ended the trial meanwhile.
             fence = cast("Any", self).fence
@@ -84,6 +83,19 @@ def database_errors(method: Method) -> Method:
             raise
 
     return cast("Method", wrapped)
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """A context that uses a database.
+
+    Raises:
+        StorageError: It cannot be reached, read or written.
+    """
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise _storage_error(url, error) from error
 
 
 @contextmanager

@@ -37,7 +37,13 @@ from widthsearch.errors import StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost, QuadraticForm
 from widthsearch.study import attributes
-from widthsearch.study.database import Fence, database_errors, open_database, written_here
+from widthsearch.study.database import (
+    Fence,
+    database_errors,
+    open_database,
+    reaching,
+    written_here,
+)
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
@@ -134,12 +140,12 @@ class Store:
         {'by': 'me'}
     """
 
-    @database_errors
     def __init__(self, url: str, name: str, storage: RDBStorage) -> None:
         self.url = url
         self.name = name
         self._storage = storage
-        self._study = storage.get_study_id_from_name(name)
+        with reaching(url):
+            self._study = storage.get_study_id_from_name(name)
         self._keys: dict[int, int] = {}
         self.fence = Fence(url, storage.engine, self._study, name)
 
@@ -154,19 +160,21 @@ class Store:
             StudyError: It has another program's study of that name, or one of another schema.
         """
         storage, ways = open_database(url, make_tables=True), directions(objectives, metric)
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=ways, load_if_exists=True
-        )
+        with reaching(url):
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=ways, load_if_exists=True
+            )
+            found = study.directions
         store = cls(url, name, storage)
         store._check_schema()
         if store.attribute("spaces") is not None:
             return store
-        if study.directions != ways:
+        if found != ways:
             raise StudyError(
                 f"the storage already has an Optuna study {name!r} that is not of widthsearch: "
                 "give the study another name"
             )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), reaching(url):
             # Marked experimental; it only labels what optuna-dashboard shows.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(objectives))
