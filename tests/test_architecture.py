@@ -60,6 +60,73 @@ def test_the_layers_are_those_of_the_contract() -> None:
     assert shown == [set(layer.split(" | ")) for layer in reversed(layers)]
 
 
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports, within functions too; not those for types."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(module):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name in MODULES}
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "widthsearch").rglob("*.py")
+}
+"""The files of the package by module."""
+
+
+def test_no_import_is_circular() -> None:
+    """Import-linter compares packages; within one, files import each other in one direction too."""
+    left = {name: imports_of(path) - {name, "widthsearch"} for name, path in MODULES.items()}
+    while ready := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert left == {}
+
+
+PYTHONS_OWN = {"os._exit", "sys._getframe", "copy._deepcopy_dispatch", "copy._reconstruct"}
+
+
+def test_private_symbols_of_torch_are_in_one_file() -> None:
+    """Others name no attribute with an underscore that the package does not define itself."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES.values()}
+    nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+    own = {n.name for _, n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.attr for _, n in nodes if isinstance(n, ast.Attribute) and is_stored(n)}
+    own |= {n.id for _, n in nodes if isinstance(n, ast.Name) and is_stored(n)}
+    found = []
+    for path, node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and not ast.unparse(node).startswith("aten."):
+            names = [] if ast.unparse(node) in PYTHONS_OWN else [node.attr]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        private = [n for n in names if re.match("_[^_]", n) and n not in own]
+        if private and path.name != "torch_internals.py":
+            found.append(f"{path.name}:{node.lineno}: {private}")  # type: ignore[attr-defined]
+    assert found == []
+
+
+def is_stored(node: ast.Attribute | ast.Name) -> bool:
+    """Whether an assignment defines it."""
+    return isinstance(node.ctx, ast.Store)
+
+
+def test_the_page_names_the_files_that_import_optuna() -> None:
+    """Those of the contract."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    ignored = next(c["ignore_imports"] for c in contracts if "optuna" in str(c))
+    files = {each.split(" -> ")[0].split(".", 1)[1].replace(".", "/") + ".py" for each in ignored}
+    (rule,) = re.findall(r"^- only ([^;]*) import Optuna", PAGE, re.MULTILINE)
+    assert {*re.findall(r"`(\S+)`", rule)} == files
+
+
 def test_the_walks_name_what_exists() -> None:
     """Each function or class that a walk names is defined in the file that it names."""
     named = re.findall(r"`([A-Z_a-z.]+)`\s+\(`([\w/]+\.py)`", PAGE)

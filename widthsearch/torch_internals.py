@@ -12,6 +12,8 @@ Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbol
   None, non-persistent buffers or shared tensors.
 - ``_cdata``: the identity of a storage, which several tensors may share.
 - ``_cuda_endAllocateToPool``, ``_cuda_releasePool``: to clean up after a failed graph capture.
+- ``_check``: a condition of a meta kernel; ``_schema``: the names and returns of an operator.
+- ``_tensor_name``: the tensor that a mask of ``torch.nn.utils.prune`` is on.
 - the interface of a *symbolic node*: ``SymInt``, ``SymFloat`` and ``SymBool`` are public, but the
   methods that they call on the node inside are not. ``SymbolicNode`` holds the constant answers,
   ``tracing/symbolic_ints.py`` the others.
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import _check as check_sizes
 from torch import _foreach_copy_ as foreach_copy_
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch.nn.modules import module as every_module
@@ -32,6 +35,7 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.utils.parametrizations import _SpectralNorm as SpectralNormParametrization
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -39,6 +43,7 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 __all__ = [
+    "REGISTERED",
     "BatchNormBase",
     "ConvNd",
     "NormBase",
@@ -47,6 +52,7 @@ __all__ = [
     "TorchDispatchMode",
     "WeightNormParametrization",
     "buffers_of",
+    "check_sizes",
     "children_of",
     "enable_python_dispatcher",
     "end_allocation_to_pool",
@@ -56,6 +62,8 @@ __all__ = [
     "has_hooks",
     "has_tensor_hooks",
     "parameters_of",
+    "pruned_tensor",
+    "schema_of",
     "storage_of",
     "tree_leaves",
     "tree_map",
@@ -63,6 +71,8 @@ __all__ = [
     "without_modes",
 ]
 
+REGISTERED = ("_parameters", "_buffers", "_modules")
+"""The attributes of a module that hold its tensors and children."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -86,6 +96,11 @@ def forward_pre_hooks_of(module: nn.Module) -> Iterator[Any]:
     return iter(module._forward_pre_hooks.values())
 
 
+def pruned_tensor(hook: object) -> str | None:
+    """The name of the tensor under a mask of ``torch.nn.utils.prune``; None for other hooks."""
+    return hook._tensor_name if isinstance(hook, BasePruningMethod) else None
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks around its forward or backward."""
     return any(getattr(module, name) for name in _HOOKS)
@@ -99,6 +114,11 @@ def has_global_hooks() -> bool:
 def has_tensor_hooks(tensor: Tensor) -> bool:
     """Whether hooks run on a tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def schema_of(func: Any) -> Any:
+    """The schema of an operator: its name, arguments and returns, and whether it writes."""
+    return func._schema
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from studies.setup import parser, setup
 from widthsearch.channels.dependency_graph import build_dependency_graph
-from widthsearch.data.loaders import steps_of_epoch
+from widthsearch.data.tasks import steps_of_epoch
 from widthsearch.proposers.activation_density import density_of_axes, held
 from widthsearch.proposers.density import DensityMeter
 from widthsearch.training.trainer import Trainer

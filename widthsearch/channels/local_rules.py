@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from widthsearch.channels.elements import Field, compressed, hinted, in_blocks, shape_of, varies
-from widthsearch.torch_internals import tree_leaves
+from widthsearch.torch_internals import schema_of, tree_leaves
 from widthsearch.tracing.polynomials import Poly, add, as_constant, constant, divide, symbols_of
 from widthsearch.tracing.symbolic_ints import poly_of
 
@@ -63,7 +63,7 @@ def uniform(run: Propagation, call: Call) -> None:
 
 def moved(call: Call, field: Field) -> list[Field]:
     """Apply a view to a field that has the full shape of the view's operand."""
-    name = call.func._schema.name.split("::")[1].rstrip("_")
+    name = schema_of(call.func).name.split("::")[1].rstrip("_")
     if name in ("view", "_unsafe_view", "reshape"):
         return [field.reshape(shape_of(call.outputs[0]))]
     if name in ("alias", "detach", "clone", "contiguous", "lift_fresh"):
@@ -83,7 +83,7 @@ def view(run: Propagation, call: Call) -> None:
     collected: list[list[Field]] = [[] for _ in outputs]
     for field in run.fields_of(x):
         _cut(run, call, field)
-        if call.func._overloadpacket in (aten.view, aten._unsafe_view):
+        if call.func.overloadpacket in (aten.view, aten._unsafe_view):
             _check_reshaped_sum(run, call, field)
         parts = moved(call, field.expand(shape_of(x)))
         for fields, part, o in zip(collected, parts, outputs, strict=True):
@@ -96,7 +96,7 @@ def view(run: Propagation, call: Call) -> None:
 
 def _cut(run: Propagation, call: Call, field: Field) -> None:
     """Record the seams of slices, parts and rolls."""
-    x, name, named = call.args[0], call.func._overloadpacket, call.named
+    x, name, named = call.args[0], call.func.overloadpacket, call.named
     dims = from_front(named["dim"], x) if "dim" in named else from_front(named.get("dims"), x)
     if name is aten.roll:
         for shift, dim in zip(named["shifts"], named["dims"], strict=False):
@@ -185,7 +185,7 @@ def gated_halves(run: Propagation, call: Call) -> None:
 
 def spatial(run: Propagation, call: Call) -> None:
     """Pooling, resizing and sampling: the last dims of the operands are no channels."""
-    digit = re.search(r"(\d)d", call.func._schema.name)
+    digit = re.search(r"(\d)d", schema_of(call.func).name)
     dims = int(digit[1]) if digit else 2
     fields = []
     for f in (f for x in tensors_in(call.args) for f in run.fields_of(x)):
@@ -220,7 +220,7 @@ def concatenate(run: Propagation, call: Call) -> None:
     parts, out = call.args[0], call.outputs[0]
     dim = call.named["dim"] % out.dim()
     fields = [run.fields_of(p) for p in parts]
-    if call.func._overloadpacket is aten.stack:
+    if call.func.overloadpacket is aten.stack:
         run.set_fields(out, run.elements.merged(f.unsqueeze(dim) for own in fields for f in own))
         return
     along = [

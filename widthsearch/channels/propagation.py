@@ -36,8 +36,14 @@ from widthsearch.channels.elements import Elements, Field, compressed, hinted, s
 from widthsearch.channels.local_rules import moved, pad, view
 from widthsearch.channels.rules import keeps_zeros, rule_of
 from widthsearch.channels.seams import Seam
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves, tree_map, tree_map_only
-from widthsearch.tracing.interpreter import BATCH_NORMS, _line
+from widthsearch.torch_internals import (
+    TorchDispatchMode,
+    schema_of,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+)
+from widthsearch.tracing.interpreter import BATCH_NORMS, running_line
 from widthsearch.tracing.polynomials import Poly, as_constant, symbols_of
 from widthsearch.tracing.symbolic_ints import poly_of
 
@@ -73,7 +79,7 @@ class Call:
     @cached_property
     def named(self) -> dict[str, Any]:
         """The arguments by name, defaults included."""
-        names = self.func._schema.arguments
+        names = schema_of(self.func).arguments
         defaults = {a.name: a.default_value for a in names if a.has_default_value()}
         given = {a.name: value for a, value in zip(names, self.args, strict=False)}
         return defaults | given | self.kwargs
@@ -196,10 +202,10 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if any(isinstance(a, Tensor) and a.device.type != "meta" for a in args):
             args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet in BATCH_NORMS:
             nothing = torch.empty((0,), device="meta")
-            out: Any = (torch.empty_like(args[0]), *[nothing] * (len(func._schema.returns) - 1))
+            out: Any = (torch.empty_like(args[0]), *[nothing] * (len(schema_of(func).returns) - 1))
         else:
             try:
                 out = func(*args, **kwargs)
@@ -291,18 +297,18 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.lose(f)
 
     def _reason(self) -> str:
-        return f"{self.call.func}: {_line()}"
+        return f"{self.call.func}: {running_line()}"
 
     def lose(self, f: Field) -> None:
         """Give up on the axes of a field's elements."""
-        reason = f"{self.call.func} mixes its channels: {_line()}"
+        reason = f"{self.call.func} mixes its channels: {running_line()}"
         self.lost.append((np.unique(f.reshape(-1).numpy()), reason))
 
     def _lose_all(self, inputs: Iterable[Tensor]) -> None:
         """Give up on the axes of an operator without a rule, and of the sizes that it makes."""
         for f in (f for t in inputs for f in self.fields_of(t)):
             self.lose(f)
-        reason = f"{self.call.func} has no rule for its channels: {_line()}"
+        reason = f"{self.call.func} has no rule for its channels: {running_line()}"
         for s in {s for t in self.call.outputs for n in t.shape for s in symbols_of(poly_of(n))}:
             self.lost_axes.setdefault(s, reason)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from widthsearch.channels import local_rules as local
 from widthsearch.channels.elements import Field, hinted, shape_of, varies
 from widthsearch.channels.local_rules import from_front
+from widthsearch.torch_internals import schema_of
 from widthsearch.tracing.interpreter import BATCH_NORMS, operators
 from widthsearch.tracing.polynomials import as_constant
 from widthsearch.tracing.symbolic_ints import poly_of
@@ -266,7 +267,7 @@ def keeps_zeros(call: Call, zero: Callable[[Any], bool]) -> bool:
         call: The call.
         zero: Whether an operand's masked entries are zero.
     """
-    packet = call.func._overloadpacket
+    packet = call.func.overloadpacket
     tensors = [zero(t) for t in local.tensors_in((call.args, call.kwargs))]
     if packet in _ANY_ZERO:
         return any(tensors)
@@ -351,13 +352,13 @@ for _rule, _names in _BY_NAMES.items():
 @functools.cache
 def rule_of(func: Any) -> _Rule | None:
     """The rule of an operator, if it has one."""
-    if func._overloadpacket in RULES:
-        return RULES[func._overloadpacket]
-    if func._overloadpacket in UNIFORM:
+    if func.overloadpacket in RULES:
+        return RULES[func.overloadpacket]
+    if func.overloadpacket in UNIFORM:
         return local.uniform
     if torch.Tag.pointwise in func.tags:
         return local.pointwise
     for pattern, rule in _BY_PATTERNS.items():
-        if re.search(pattern, func._schema.name):
+        if re.search(pattern, schema_of(func).name):
             return rule
     return None

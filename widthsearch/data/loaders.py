@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Generator, Iterator, Sized
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from widthsearch.data.folders import ImageFiles
 from widthsearch.data.sources import Split
-from widthsearch.data.tasks import AnyTask, OwnTask, Task
 from widthsearch.errors import DataError
 from widthsearch.torch_internals import tree_leaves, tree_map_only
+
+if TYPE_CHECKING:  # tasks.py imports this file
+    from widthsearch.data.tasks import OwnTask, Task
 
 
 class DeviceLoader:
@@ -294,6 +296,7 @@ class StreamLoader:
         DataError: The task has no batches of "train".
 
     Example:
+        >>> from widthsearch.data.tasks import OwnTask
         >>> x = torch.randn(10, 2)
         >>> task = OwnTask(lambda net, x: net(x).square().mean(), lambda split, seed: x.split(4))
         >>> loader = StreamLoader(task)
@@ -348,23 +351,6 @@ class StreamLoader:
             if batch is None:
                 raise without_batches("train")
             batch = None
-
-
-def steps_of_epoch(task: AnyTask, batch_size: int) -> int:
-    """The number of training steps in an epoch, without data on a device.
-
-    Args:
-        task: The data.
-        batch_size: Images per batch; an own task has batches of its own.
-
-    Example:
-        >>> from widthsearch.data.tasks import load_task
-        >>> steps_of_epoch(load_task("digits"), batch_size=128)  # of 1,079 images
-        8
-    """
-    if isinstance(task, OwnTask):
-        return StreamLoader(task).steps
-    return len(task.train) // min(batch_size, len(task.train))
 
 
 def without_batches(split: str) -> DataError:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from widthsearch.data import sources
 from widthsearch.data.config import REPORTED, Augmentation, LossName, TaskConfig
 from widthsearch.data.folders import ImageFiles, Loading, progress_bar
+from widthsearch.data.loaders import StreamLoader, loader_of
 from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.errors import DataError
@@ -199,8 +200,6 @@ class Task:
         A batch has at most 256 normalised images, float32 (N, C, H, W), and targets: int64 (N,) or
         float32 (N, K).
         """
-        from widthsearch.data.loaders import loader_of  # which imports this file
-
         chosen = self.train if split == "train" else self.validation
         order = torch.arange(count := len(chosen))
         if split == "train":
@@ -214,6 +213,22 @@ class Task:
 
 AnyTask = Task | OwnTask
 """The data and the loss of a study, as methods that read data see them."""
+
+
+def steps_of_epoch(task: AnyTask, batch_size: int) -> int:
+    """The number of training steps in an epoch, without data on a device.
+
+    Args:
+        task: The data.
+        batch_size: Images per batch; an own task has batches of its own.
+
+    Example:
+        >>> steps_of_epoch(load_task("digits"), batch_size=128)  # of 1,079 images
+        8
+    """
+    if isinstance(task, OwnTask):
+        return StreamLoader(task).steps
+    return len(task.train) // min(batch_size, len(task.train))
 
 
 def load_task(config: TaskConfig | str) -> Task:

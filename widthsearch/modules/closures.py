@@ -30,10 +30,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from widthsearch.errors import TraceError
-from widthsearch.torch_internals import buffers_of, parameters_of
+from widthsearch.torch_internals import REGISTERED, buffers_of, parameters_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type, ModuleType, type(None))
-_TREE = ("_parameters", "_buffers", "_modules")
 
 
 class Closures:
@@ -63,7 +62,7 @@ class Closures:
             self._known: dict[int, bool] = {}
             for layer, module in model.named_modules():
                 for name, value in vars(module).items():
-                    if name not in _TREE and not isinstance(value, _PLAIN):
+                    if name not in REGISTERED and not isinstance(value, _PLAIN):
                         self._place = f"{name!r} of module {layer or '(the model itself)'!r}"
                         self._reaches(value)
         self.memo = {key: self._empty(function) for key, function in self._found.items()}

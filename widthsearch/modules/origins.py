@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.modules.source import is_foreign, model_line, running
-from widthsearch.torch_internals import TorchDispatchMode, storage_of, tree_leaves
+from widthsearch.torch_internals import TorchDispatchMode, schema_of, storage_of, tree_leaves
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         out = func(*args, **kwargs)
         random = torch.Tag.nondeterministic_seeded in func.tags
-        if func._schema.is_mutable and read:
+        if schema_of(func).is_mutable and read:
             written = read[0] if "out" not in kwargs else kwargs["out"]
             others = [t for t in read if t is not written]
             self._write(func, written, random or any(self.of(t).random for t in others))
@@ -97,14 +97,14 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origin = self._of.setdefault(storage_of(tensor), Origin())
         origin.writer, origin.line = self._writer(), model_line()
         whole = _is_whole(tensor)
-        overwritten = func._overloadpacket.__name__ in ("copy_", "fill_", "zero_")
+        overwritten = func.overloadpacket.__name__ in ("copy_", "fill_", "zero_")
         if whole and overwritten:
             origin.random, origin.patched_by = random, None
             origin.patches.clear()
         else:
             if not whole and not random and not _by_shape():
                 origin.patched_by = origin.writer
-                number = func._overloadpacket.__name__ in ("fill_", "zero_")
+                number = func.overloadpacket.__name__ in ("fill_", "zero_")
                 part = zip(tensor.shape, tensor.stride(), strict=True) if number else ()
                 origin.patches.add(tuple(part))
             origin.random = origin.random or random

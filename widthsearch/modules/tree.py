@@ -163,7 +163,7 @@ def sync_attributes(module: nn.Module) -> None:
     elif isinstance(module, nn.MultiheadAttention):
         module.embed_dim = module.out_proj.weight.shape[0]
         module.head_dim = module.embed_dim // module.num_heads
-        if module._qkv_same_embed_dim:
+        if parameters_of(module)["in_proj_weight"] is not None:  # else three of other widths
             module.kdim = module.vdim = module.embed_dim
         else:
             module.kdim = module.k_proj_weight.shape[1]

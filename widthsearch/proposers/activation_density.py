@@ -13,8 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
-from widthsearch.data.loaders import steps_of_epoch
-from widthsearch.data.tasks import AnyTask
+from widthsearch.data.tasks import AnyTask, steps_of_epoch
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter, Rules
 from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting

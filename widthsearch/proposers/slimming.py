@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.channels.sums import group_sums
-from widthsearch.data.loaders import steps_of_epoch
-from widthsearch.data.tasks import AnyTask
+from widthsearch.data.tasks import AnyTask, steps_of_epoch
 from widthsearch.modules.tree import join
 from widthsearch.proposers.importance import NORMS, GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.magnitude import filter_norms

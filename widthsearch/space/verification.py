@@ -97,7 +97,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operation = str(func)
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry and self.stage == "forward in eval mode":
+        if func.overloadpacket in flop_registry and self.stage == "forward in eval mode":
             first = out if isinstance(out, Tensor) else out[0]
             self.activations += first.numel()
         return out

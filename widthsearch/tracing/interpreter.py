@@ -31,7 +31,9 @@ from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.source import FOREIGN, model_line
 from widthsearch.torch_internals import (
     TorchDispatchMode,
+    check_sizes,
     enable_python_dispatcher,
+    schema_of,
     tree_leaves,
     tree_map,
     tree_map_only,
@@ -154,7 +156,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def line(self) -> str:
         """The line that is running, as a reason for a pin in the layer that is running."""
         self.fixed_in.add(self.layers[-1] if self.layers else "")
-        self.lines.add(line := _line())
+        self.lines.add(line := running_line())
         return line
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,12 +173,12 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
         """Run one operation: impose its size rules, and count its FLOPs."""
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet in _UNCOUNTED:
             raise TraceError(
                 f"a model's products must be those that torch counts, but {func} is none: "
-                f"{_line()}; use another implementation of the layer (of transformers' experts, "
-                "`config._experts_implementation = 'batched_mm'`)"
+                f"{running_line()}; use another implementation of the layer (of transformers' "
+                "experts, `config._experts_implementation = 'batched_mm'`)"
             )
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
@@ -184,7 +186,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func(*args, **kwargs)  # plain tensor attributes keep their values
             args = tree_map_only(Tensor, lambda a: a.to("meta"), args)
         if packet in BATCH_NORMS:
-            return self._norm(len(func._schema.returns), *args)
+            return self._norm(len(schema_of(func).returns), *args)
         if packet is aten.native_group_norm:  # torch's own compares a group's channels with 1
             self.system.quotient(poly_of(args[0].shape[1]), poly_of(args[6]))
             return self._norm(3, *args[:3])
@@ -238,7 +240,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Pin an indexed dim: an index is a position, which other sizes do not have."""
         for dim in dims(*rest):
             if (n := poly_of(x.shape[dim])) and as_constant(n) is None:
-                self.system.pin_value(n, f"looked up by index: {_line()}")
+                self.system.pin_value(n, f"looked up by index: {running_line()}")
 
     def _pin_written(self, n: Any) -> None:
         """Pin a number of positions that are written by index."""
@@ -249,7 +251,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Pin the dims that are resized: they are spatial, even those of a parameter."""
         for n in x.shape[2:]:
             if as_constant(p := poly_of(n)) is None:
-                self.system.pin_value(p, f"a position, not a channel: {_line()}")
+                self.system.pin_value(p, f"a position, not a channel: {running_line()}")
 
     def _slice(self, packet: Any, x: Tensor, dim: int = 0, *bounds: Any) -> None:
         """Impose that the bounds of a slice, or a selected index, exist at every width."""
@@ -317,21 +319,21 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Impose the channels of a convolution, which its meta kernel does not compare."""
         transposed, groups = options[3], options[5]
         inputs = weight.shape[0] if transposed else weight.shape[1] * groups
-        torch._check(x.shape[1] == inputs)
+        check_sizes(x.shape[1] == inputs)
         for n in weight.shape[2:]:
             if as_constant(poly_of(n)) is None:  # a weight that is no nn.Conv's
                 self.system.pin_value(poly_of(n), "size of a convolution's kernel")
-        torch._check(weight.shape[0] % groups == 0)
+        check_sizes(weight.shape[0] % groups == 0)
         if bias is not None:
             outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-            torch._check(bias.shape[0] == outputs)
+            check_sizes(bias.shape[0] == outputs)
 
     def _norm(self, returns: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """Replace batch or group norm: the output has x's shape, its vectors x's channels."""
         for vector in rest:
             if isinstance(vector, Tensor) and vector.dim() == 1:
                 self.used.add(id(vector))
-                torch._check(vector.shape[0] == x.shape[1])
+                check_sizes(vector.shape[0] == x.shape[1])
         nothing = torch.empty((0,), device="meta")
         out = torch.empty(x.shape, dtype=x.dtype, device="meta")  # quicker than empty_like
         return (unknown(out), *([nothing] * (returns - 1)))
@@ -343,7 +345,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.activations = add(self.activations, poly_of(first.numel()))
 
 
-def _line() -> str:
+def running_line() -> str:
     """``file:line`` and the text of the innermost line of the model's code that is running."""
     return model_line(run_on_meta.__code__)
 
@@ -440,7 +442,7 @@ def execute(
     # Training mode refuses batches of one sample in batch norm.
     x = sample(inputs, 2 if train else 1)
     run = SymbolicInterpreter(system, tuple(_tensors_in(x)))
-    system.reason, system.line = run.reason, _line
+    system.reason, system.line = run.reason, running_line
     hooks = track_layers(symbolic, run.layers)
     for layer, why in fixed.items():
         hook = partial(_pin_inputs, system, why)

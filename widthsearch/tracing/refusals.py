@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
 
 from widthsearch.errors import TraceError
 from widthsearch.modules.tree import clone, tensors_of
-from widthsearch.torch_internals import forward_pre_hooks_of, parameters_of
+from widthsearch.torch_internals import forward_pre_hooks_of, parameters_of, pruned_tensor
 from widthsearch.tracing.inputs import call, sample
 
 
@@ -57,8 +56,7 @@ def refuse_model(model: nn.Module) -> None:
                 "and wrap the network that is built"
             )
         for hook in forward_pre_hooks_of(module):
-            if isinstance(hook, BasePruningMethod):
-                tensor = getattr(hook, "_tensor_name", "weight")
+            if (tensor := pruned_tensor(hook)) is not None:
                 raise TraceError(
                     f"a model must be without the masks of torch.nn.utils.prune, whose sizes are "
                     f"fixed, but {name} has one on {tensor!r}: call torch.nn.utils.prune.remove("

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from widthsearch.torch_internals import (
     TorchDispatchMode,
+    schema_of,
     storage_of,
     tree_leaves,
     tree_map,
@@ -114,7 +115,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._overloadpacket in _INDEXED:
+        if func.overloadpacket in _INDEXED:
             args = (args[0], self._positions(args[1]), *args[2:])
         tensors = list(tensors_among((*args, *kwargs.values())))
         if tensors and all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
@@ -167,7 +168,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _spoil(self, func: Any, args: Any) -> None:
         """Forget the values of tensors that an operation writes unknown content into."""
-        for argument, given in zip(func._schema.arguments, args, strict=False):
+        for argument, given in zip(schema_of(func).arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in tensors_among((given,)):
                     if tensor.device.type == "meta" and (value := self.value(tensor)) is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from widthsearch.torch_internals import check_sizes
 from widthsearch.tracing.symbolic_ints import poly_of
 
 aten = torch.ops.aten
@@ -45,9 +46,9 @@ def taken_dims(indices: Sequence[Tensor | None]) -> Iterator[int]:
 
 
 def _equate(a: Sequence[Any], b: Sequence[Any]) -> None:
-    torch._check(len(a) == len(b))
+    check_sizes(len(a) == len(b))
     for m, n in zip(a, b, strict=True):
-        torch._check(m == n)
+        check_sizes(m == n)
 
 
 def _index_put(
@@ -70,7 +71,7 @@ def _index_put(
         if written is None:
             pin(n)
         elif poly_of(n) != {(): 1}:  # otherwise it is broadcast
-            torch._check(n == written)
+            check_sizes(n == written)
 
 
 def _masked_scatter(pin: Pin, x: Tensor, _mask: Tensor, source: Tensor, *_: Any) -> None:

@@ -123,7 +123,7 @@ class _Paths(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         sides = [self._through.get(id(x), frozenset()) for x in tensors]
         through: frozenset[str] = frozenset().union(*sides)
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet is aten.convolution and id(args[1]) in self.layers:
             layer = self.layers[id(args[1])]
             self.inputs[layer] = args[0].shape
