@@ -335,6 +335,11 @@ def test_every_command_is_in_the_readme() -> None:
             assert action.help
             if action.option_strings and action.dest not in ("help", "runs"):
                 assert action.option_strings[0] in readme
+        rows = re.findall(rf"^\| `widthsearch {name} (.*?)` \|", readme, re.MULTILINE)
+        shown = [set(re.findall(r"--[a-z-]+", row)) for row in rows]
+        known = {action.option_strings[0] for action in command._actions if action.option_strings}
+        assert set().union(*shown) <= known
+        assert not any(a <= b for i, a in enumerate(shown) for b in shown[:i] + shown[i + 1 :])
 
 
 def test_the_package_runs_as_a_module() -> None:

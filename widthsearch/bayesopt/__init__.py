@@ -1,4 +1,4 @@
 """The search in numpy: Pareto sets, the surrogate, acquisition, early stopping.
 
-May import: ``space`` for its torch-free files. Imports no torch.
+May import: ``widths``, ``utils`` and below. Imports no torch.
 """
