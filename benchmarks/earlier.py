@@ -99,8 +99,8 @@ def search(
 ) -> tuple[list[float], list[Observation]]:
     """The score at each number of trials, and the trials."""
     draws = np.random.default_rng((seed, 0))
-    told = [earlier] if earlier else []
-    chosen = BayesianSearch(table.coordinates, seed=seed, allowed=table.widths, earlier=told)
+    studies = [earlier] if earlier else []
+    chosen = BayesianSearch(table.coordinates, seed=seed, allowed=table.widths, earlier=studies)
     trials: list[Observation] = []
     scores = []
     for count in range(1, max(marks) + 1):
@@ -111,7 +111,7 @@ def search(
         accuracy = float(draws.choice(table.accuracy[row]))
         trials.append(Observation(vector, accuracy, (float(table.macs[row]),)))
         if count in marks:
-            surrogate = Surrogate.fit_observations((table.coordinates, trials), earlier=told)
+            surrogate = Surrogate.fit_observations((table.coordinates, trials), earlier=studies)
             widths = [o.widths for o in trials]
             rows = table.rows(np.array(widths)).tolist()
             scores.append(table.score(rows, surrogate.mean(widths).tolist())["volume"])
@@ -130,8 +130,8 @@ def report(file: Path, runs: int) -> None:
         values = np.array([o.value for o in trials])
         shuffled = np.random.default_rng(seed).permutation(values)
         kinds = {"cheap": values, "shuffled": shuffled, "negated": 100 - values}
-        for name, told in {"none": None, **kinds}.items():
-            earlier = [] if told is None else list(map(replaced, trials, told.tolist()))
+        for name, accuracies in {"none": None, **kinds}.items():
+            earlier = [] if accuracies is None else list(map(replaced, trials, accuracies.tolist()))
             scores.setdefault(name, []).append(search(full, seed, MARKS, earlier)[0])
     print("| earlier study |", " | ".join(f"{mark} trials" for mark in MARKS), "|")
     print("| --- |", " | ".join("---:" for _ in MARKS), "|")

@@ -191,7 +191,7 @@ def test_any_number_of_trials_will_do(count: int) -> None:
 
 def test_an_earlier_study_tells_where_to_look() -> None:
     """Two trials are enough then, and its axes that matter are wide in what is suggested."""
-    told = [Observation(o.widths, (o.value or 0.0) - 10, o.costs) for o in finished(40, seed=1)]
+    before = [Observation(o.widths, (o.value or 0.0) - 10, o.costs) for o in finished(40, seed=1)]
     trials = batch(search(), [], 2)
     seen = [
         Observation(s.widths.vector, accuracy(s.widths.vector), (float(macs(row)[0]),))
@@ -199,9 +199,9 @@ def test_an_earlier_study_tells_where_to_look() -> None:
         for row in [np.array([s.widths.vector])]
     ]
     assert improvement(search(), seen) == np.inf
-    assert improvement(search(earlier=[told[:4]]), seen) == np.inf
-    suggested = np.array(vectors(batch(search(earlier=[told]), seen, 4)))
-    assert improvement(search(earlier=[told]), seen) < np.inf
+    assert improvement(search(earlier=[before[:4]]), seen) == np.inf
+    suggested = np.array(vectors(batch(search(earlier=[before]), seen, 4)))
+    assert improvement(search(earlier=[before]), seen) < np.inf
     assert suggested[:, :2].mean() > 1.5 * suggested[:, 2:].mean()
 
 

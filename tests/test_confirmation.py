@@ -60,12 +60,14 @@ def test_each_network_that_is_trained_again_is_named_and_shown(tmp_path: Path) -
     study = make(tmp_path)
     before = study.posterior()
     front = [member.number for member in before.front()]
-    said: list[Progress] = []
-    with study.confirmation(seeds=6, on_progress=said.append) as search:
+    messages: list[Progress] = []
+    with study.confirmation(seeds=6, on_progress=messages.append) as search:
         asked = tiny.drive(search, noisy)
-    (plan,) = (p.message for p in said if p.message.startswith("confirming"))
+    (plan,) = (p.message for p in messages if p.message.startswith("confirming"))
     again = {int(trial.origin["confirms"]) for trial in asked}
-    newcomers = [int(n) for p in said for n in re.findall(r"confirming trial (\d+) too", p.message)]
+    newcomers = [
+        int(n) for p in messages for n in re.findall(r"confirming trial (\d+) too", p.message)
+    ]
     named = {*front, *(member.number for member in before.undecided)}
     assert {*map(int, re.findall(r"\d+(?=[,)])", plan))} == {*front[:12]} | {*named} - {*front}
     assert again <= named | {*newcomers}

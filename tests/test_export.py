@@ -337,8 +337,8 @@ def test_a_network_that_does_not_export_is_said_in_one_line(
     monkeypatch.setattr(torch.export, "export", refuse)
     trained(study, tmp_path / "out", epochs=2, program=True)
     reason = "RuntimeError: no such operator"
-    said = [each.getMessage() for each in caplog.records if each.name.startswith("widthsearch")]
-    assert said == [f"model.pt2 is not written: torch.export: {reason}"]
+    messages = [each.getMessage() for each in caplog.records if each.name.startswith("widthsearch")]
+    assert messages == [f"model.pt2 is not written: torch.export: {reason}"]
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["program"] == {"batch": None, "reason": reason}
     assert not (tmp_path / "out" / "model.pt2").exists()

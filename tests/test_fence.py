@@ -60,7 +60,7 @@ def begin(store: Store, first: int = 4) -> int:
 
 
 def take(store: Store) -> bool:
-    """Become the driver, whoever it is."""
+    """Become the driver, whichever process is it now."""
     return store.fence.take(store.fence.read(), 0, HOLDER)
 
 
@@ -155,7 +155,7 @@ def test_a_trial_that_another_driver_has_ended_is_its_take_over(
 
 
 def test_a_trial_that_ends_twice_is_no_take_over(stores: list[Store]) -> None:
-    """Without a driver there is nobody to name: it is a fault of the caller, as Optuna says."""
+    """Without a driver there is none to name: it is the caller's fault, as in Optuna's message."""
     store = stores[0]
     begin(store)
     store.finish(0, (60.0, 100.0))
@@ -307,7 +307,7 @@ class Drivers(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        """One that ever held the lock ends: the last one frees it, the others are told."""
+        """One that ever held the lock ends: the last one frees it, the others raise an error."""
         i = data.draw(st.sampled_from(sorted(self.tokens)))
         try:
             self.locks[i].store.fence.release()
@@ -319,7 +319,7 @@ class Drivers(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 5.0, 29.0, 30.0, 100.0]))
     def wait(self, seconds: float) -> None:
-        """Nobody renews the lock for a while: all are frozen."""
+        """No driver renews the lock for a while: all are frozen."""
         self.now += seconds
 
     @invariant()

@@ -41,10 +41,10 @@ def test_a_final_training_is_the_same_from_memory_and_from_files(tmp_path: Path)
     """The run says where the images are, and its driver has read none of them."""
     pictures = make_pictures(tmp_path / "pictures")
     cards = []
-    for loading, said in (("resident", "kept in memory"), ("stream", "streamed from their files")):
+    for loading, place in (("resident", "kept in memory"), ("stream", "streamed from their files")):
         made = study(tmp_path, pictures, loading)
         events = [each.message for each in tiny.run(made) if each.level == "event"]
-        assert any(f"144 images of 3×8×8 are {said}" in line for line in events)
+        assert any(f"144 images of 3×8×8 are {place}" in line for line in events)
         assert isinstance(made.task.train.images, ImageFiles)
         lines: list[str] = []
         cards.append(train(made, made.pick("best"), seeds=1, on_message=lines.append))

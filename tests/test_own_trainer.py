@@ -188,10 +188,10 @@ def test_a_fault_of_the_data_is_seen_before_methods_run(
     tmp_path: Path, data: Any, message: str
 ) -> None:
     """Some methods train for an hour; the run ends before Ray starts."""
-    said: list[str] = []
+    messages: list[str] = []
     with pytest.raises(DataError, match=message):
-        own.study(tmp_path, data=data).run(lambda progress: said.append(progress.message))
-    assert not any("uniform" in message or "Ray" in message for message in said)
+        own.study(tmp_path, data=data).run(lambda progress: messages.append(progress.message))
+    assert not any("uniform" in message or "Ray" in message for message in messages)
 
 
 # --- studies ---

@@ -102,7 +102,7 @@ def test_an_interrupted_check_goes_on_from_its_checkpoint(tmp_path: Path) -> Non
 
 
 def test_a_recipe_without_a_rate_has_no_report_of_it(tmp_path: Path) -> None:
-    """It is said."""
+    """A line of the tables says why."""
     check, _ = checked(study_of(tmp_path))
     assert check.lr is None
     assert not check.rated

@@ -273,9 +273,9 @@ def test_an_earlier_study_halves_the_error() -> None:
         rng = np.random.default_rng(seed)
         widths, scores = trained(10, seed=seed)
         before = GRID.random(rng, 60)
-        told = [(before, other_recipe(before, rng))]
+        earlier = [(before, other_recipe(before, rng))]
         alone = Surrogate.fit(COORDINATES, widths, scores)
-        informed = Surrogate.fit(COORDINATES, widths, scores, earlier=told)
+        informed = Surrogate.fit(COORDINATES, widths, scores, earlier=earlier)
         fresh = GRID.random(np.random.default_rng(99), 300)
         estimates = [s.posterior(fresh) for s in (alone, informed)]
         errors.append([np.abs(e.mean - truth(fresh)).mean() for e in estimates])
@@ -295,10 +295,10 @@ def test_a_misleading_study_does_little_harm(kind: str) -> None:
         rng = np.random.default_rng(seed)
         widths, scores = trained(16, seed=seed)
         before = GRID.random(rng, 60)
-        told = other_recipe(before, rng)
-        told = rng.permutation(told) if kind == "shuffled" else -told
+        earlier = other_recipe(before, rng)
+        earlier = rng.permutation(earlier) if kind == "shuffled" else -earlier
         alone = Surrogate.fit(COORDINATES, widths, scores)
-        misled = Surrogate.fit(COORDINATES, widths, scores, earlier=[(before, told)])
+        misled = Surrogate.fit(COORDINATES, widths, scores, earlier=[(before, earlier)])
         fresh = GRID.random(np.random.default_rng(99), 300)
         errors.append([np.abs(s.mean(fresh) - truth(fresh)).mean() for s in (alone, misled)])
     without, with_it = np.mean(errors, axis=0)
@@ -310,10 +310,10 @@ def test_the_unit_of_an_earlier_study_does_not_matter() -> None:
     widths, scores = trained(12)
     rng = np.random.default_rng(0)
     first, second = GRID.random(rng, 20), GRID.random(rng, 30)
-    told = [(first, other_recipe(first, rng)), (second, truth(second))]
+    earlier = [(first, other_recipe(first, rng)), (second, truth(second))]
     fresh = GRID.random(rng, 50)
-    mean = Surrogate.fit(COORDINATES, widths, scores, earlier=told).mean(fresh)
-    scaled = [(second, truth(second)), (first, 7 * told[0][1] + 3)]
+    mean = Surrogate.fit(COORDINATES, widths, scores, earlier=earlier).mean(fresh)
+    scaled = [(second, truth(second)), (first, 7 * earlier[0][1] + 3)]
     again = Surrogate.fit(COORDINATES, widths, scores, earlier=scaled).mean(fresh)
     np.testing.assert_allclose(again, mean, atol=0.02)
     own = [Observation(tuple(w), a) for w, a in zip(widths.tolist(), scores.tolist(), strict=True)]

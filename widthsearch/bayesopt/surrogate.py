@@ -221,7 +221,7 @@ class Surrogate:
                 moments += [moment for _, moment in known]
         scores, variance = np.array(moments).T
         finished = [[o for o in trials if o.value is not None] for trials in earlier]
-        told = [
+        of_studies = [
             (
                 [o.widths for o in trials],
                 metric.score(np.array([o.value for o in trials], np.float64)),
@@ -229,7 +229,7 @@ class Surrogate:
             for trials in finished
             if trials
         ]
-        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance, told)
+        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance, of_studies)
 
     def of_space(self, coordinates: Coordinates) -> Surrogate:
         """The same surrogate, with widths given in another of its spaces' coordinates."""

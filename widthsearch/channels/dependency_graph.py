@@ -107,7 +107,7 @@ def build_dependency_graph(model: TracedModel, widths: Widths) -> DependencyGrap
     numbers = _Numbers.of(model, x, elements, own, run.parts)
     while True:
         broken = [(seam, seam.broken(numbers.axis, numbers.group, x)) for seam in run.seams]
-        if not sum(seam.mend(elements) for seam, axes in broken if axes):
+        if not sum(seam.pair_parts(elements) for seam, axes in broken if axes):
             break
         numbers = _Numbers.of(model, x, elements, own, run.parts)
     unknown = dict(run.lost_axes)

@@ -102,7 +102,7 @@ class Seam:
                 out.add(i)
         return out
 
-    def mend(self, elements: Elements) -> bool:
+    def pair_parts(self, elements: Elements) -> bool:
         """Unite the elements at equal positions of equal blocks; False if that changes nothing."""
         ratios = set(self._ratios().values())
         ratio = ratios.pop() if len(self.length) == 1 and len(ratios) == 1 else None

@@ -211,7 +211,7 @@ class Session(TorchFunctionMode):
             self.finish(model)
         return model
 
-    # -- what subclasses say ----------------------------------------------------------------------
+    # -- methods that subclasses override ---------------------------------------------------------
 
     def expect(self, cls: type, copied: bool) -> Call:
         """The call that the innermost frame makes now."""

@@ -37,7 +37,7 @@ class Origin:
 
     Attributes:
         random: Whether a random operation took part in it.
-        writer: The call that wrote it last, as :class:`Origins` was told.
+        writer: The call that wrote it last: what ``writer`` of :class:`Origins` returned.
         line: The line that did.
         patched_by: The call that wrote a fixed value to a part of it; None if none did.
         patches: The dims of each part, by size and stride; empty for a value that is no number.
@@ -64,7 +64,7 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the origin of every tensor's content.
 
     Args:
-        writer: Says which constructor call is running.
+        writer: Returns the constructor call that is running.
     """
 
     def __init__(self, writer: Callable[[], Any]) -> None:

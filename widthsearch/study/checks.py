@@ -123,7 +123,7 @@ def _check_limits(config: StudyConfig, spaces: Mapping[str, SearchSpace]) -> Non
 
 
 def met_budgets(
-    budgets: Sequence[float], spaces: Mapping[str, SearchSpace], say: Notify
+    budgets: Sequence[float], spaces: Mapping[str, SearchSpace], notify: Notify
 ) -> tuple[float, ...]:
     """The budgets that some network meets, or that the widest one is within; it stands for those.
 
@@ -132,7 +132,7 @@ def met_budgets(
     Args:
         budgets: Shares of the MACs of the first space's base.
         spaces: The spaces by name.
-        say: Called with a line on the others.
+        notify: Called with a line on the others.
 
     Raises:
         StudyError: All are above the widest network, as percentages are.
@@ -150,7 +150,7 @@ def met_budgets(
             f"{least:.3g} to {most:.3g} of the base's MACs; {shares}"
         )
     if above:
-        say(
+        notify(
             f"budgets {listed} are above the widest network, which has {most:.3g} of the base's "
             f"MACs and stands for them; {shares}",
             "event",
@@ -158,7 +158,7 @@ def met_budgets(
     met = tuple(budget for budget in budgets if budget >= least)
     if met and len(met) < len(budgets):
         left = ", ".join(f"{budget:g}" for budget in budgets if budget < least)
-        say(
+        notify(
             f"budgets {left} are left out: the narrowest network has {least:.3f} of the base's "
             "MACs",
             "event",

@@ -123,20 +123,20 @@ class Driver:
                     "uniform, random or a method of your own"
                 )
         given = given_candidates(self.spaces, self.config.widths)
-        with self._driving(on_progress) as (driver_lock, config, say):
+        with self._driving(on_progress) as (driver_lock, config, notify):
             store = driver_lock.store
             share = round(config.baselines * config.trials)
-            budgets = met_budgets(config.budgets, self.spaces, say)
+            budgets = met_budgets(config.budgets, self.spaces, notify)
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
             proposed = baseline_candidates(self.spaces, budgets, share, config.seed)
             budget = Budget(config, store)
             begun = count_begun(store.trials(self.spaces))
             if begun < config.trials and not budget.out_of_time():  # else none is needed
                 asked = self._requests(proposers, config)
-                found, self.failures = collect_proposals(store, asked, task, engine, say)
+                found, self.failures = collect_proposals(store, asked, task, engine, notify)
                 budget.record()
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
-            queue += self._within_limits([*given, *proposed], say)
+            queue += self._within_limits([*given, *proposed], notify)
             yield Search(
                 config,
                 self.spaces,
@@ -198,10 +198,11 @@ class Driver:
             text = config.to_yaml().encode()
             with store.fence.held(), writing(self.folder):
                 write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
-            say = self._reporter(store, on_progress)
+            notify = self._reporter(store, on_progress)
             if self.task is not None and self.task.loading is not None:
-                say(self.task.loading.reason, "event")
-            yield driver_lock, self._with_concurrency(self._with_precision(store), store, say), say
+                notify(self.task.loading.reason, "event")
+            config = self._with_concurrency(self._with_precision(store), store, notify)
+            yield driver_lock, config, notify
 
     # -- the configuration of this run -------------------------------------------------------
 
@@ -224,7 +225,7 @@ class Driver:
         recipe = replace(recipe, precision=probe["precision"])
         return config.model_copy(update={"recipe": recipe})
 
-    def _with_concurrency(self, config: StudyConfig, store: Store, say: Notify) -> StudyConfig:
+    def _with_concurrency(self, config: StudyConfig, store: Store, notify: Notify) -> StudyConfig:
         """The configuration with a number of trials at once, probed once for each machine."""
         if config.concurrency != "auto":
             return config
@@ -235,7 +236,7 @@ class Driver:
         known = store.attribute("concurrency")
         if known is None or known["machine"] != machine:
             assert isinstance(config.recipe, Recipe) and self.task is not None
-            say("finding out how many candidates train best at once")
+            notify("finding out how many candidates train best at once")
             each = max(1, most // max(1, gpus))  # on one GPU, if there are any
             probe = probe_concurrency(
                 self.pickled(self._first, f"space {self._first.name!r}"),
@@ -250,7 +251,7 @@ class Driver:
         best = int(known["best"])
         rates = known["candidates_per_hour"].items()
         found = ", ".join(f"{rate:.0f} by {number} at once" for number, rate in rates)
-        say(f"concurrency {best} on each device; base networks an hour: {found}", "event")
+        notify(f"concurrency {best} on each device; base networks an hour: {found}", "event")
         if gpus:
             share = math.floor(1e4 / best) / 1e4  # so many fit one GPU, whatever is rounded
             taken = replace(taken, gpu=min(taken.gpu, share))
@@ -259,7 +260,7 @@ class Driver:
 
     # -- the queue ---------------------------------------------------------------------------
 
-    def _within_limits(self, proposed: Sequence[Candidate], say: Notify) -> list[Candidate]:
+    def _within_limits(self, proposed: Sequence[Candidate], notify: Notify) -> list[Candidate]:
         """The candidates whose exact costs are within the limits; a message counts the others."""
         limits = self.config.limits
         costs = [self.spaces[c.space].cost(c.widths) for c in proposed]
@@ -268,11 +269,11 @@ class Driver:
         bounds = ", ".join(f"{name} [{low:g}, {high:g}]" for name, (low, high) in limits.items())
         reason = f"costs are outside the limits ({bounds})"
         for path in (origin["given"] for origin in left if "given" in origin):
-            say(f"the widths in {path} are left out: their {reason}", "event")
+            notify(f"the widths in {path} are left out: their {reason}", "event")
         if left := [origin for origin in left if "given" not in origin]:
             baselines = sum("baseline" in origin for origin in left)
             budgets = ", ".join(sorted({f"{origin['budget']:g}" for origin in left}, key=float))
-            say(
+            notify(
                 f"{len(left) - baselines} proposed and {baselines} baseline candidates are left "
                 f"out, of budgets {budgets}: their {reason}",
                 "event",
@@ -330,12 +331,12 @@ class Driver:
         )
         pace = Pace(done)
 
-        def say(message: str, level: Level = "status", /) -> None:
+        def notify(message: str, level: Level = "status", /) -> None:
             if on_progress is not None:
                 now = pace.progress(posterior, done, 0, max(config.trials, done))
                 on_progress(replace(now, message=message, level=level))
 
-        return say
+        return notify
 
 
 def _check_recipes(proposer: Proposer, place: str) -> None:
