@@ -110,6 +110,26 @@ def test_failed_trials_are_retried_on_request(tmp_path: Path) -> None:
     assert run(retry=True, broken=False) == []
 
 
+def test_failed_trials_outside_the_limits_are_not_retried(tmp_path: Path) -> None:
+    """Limits that were narrowed later bind them too, but for the base; a line names them."""
+    study = tiny.study(tmp_path)
+    with study.search() as search:
+        while (trial := search.ask()) is not None:
+            search.fail(trial.number, "a bug")
+            search._failures = 0
+    failed = {trial.number: trial for trial in search.trials.values()}
+    macs = sorted(trial.cost.macs for trial in failed.values())
+    messages: list[str] = []
+    limited = tiny.study(tmp_path, limits={"macs": (0, macs[2])})
+    with limited.search(lambda progress: messages.append(progress.message), retry=True) as search:
+        again = tiny.drive(search)
+    outside = [n for n, trial in failed.items() if trial.cost.macs > macs[2] and n > 0]
+    assert outside
+    assert {t.widths for t in again} == {t.widths for n, t in failed.items() if n not in outside}
+    numbers = ", ".join(map(str, outside))
+    assert f"not trained again, since outside the limits: trials {numbers}" in messages
+
+
 def test_same_seed_same_study(tmp_path: Path) -> None:
     """The same widths, in the same order, with the same seeds; and another seed gives others."""
 

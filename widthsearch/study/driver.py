@@ -43,10 +43,11 @@ from widthsearch.study.proposals import (
     given_candidates,
     proposal_key,
 )
+from widthsearch.study.queue import may_be_retried
 from widthsearch.study.sections import AnyRecipe
 from widthsearch.study.starts import BaseWeights
 from widthsearch.study.storage import Store
-from widthsearch.study.trial import Trial, TrialState, count_begun
+from widthsearch.study.trial import Trial, TrialState, count_begun, unresolved_failures
 from widthsearch.training.autotune import probe_concurrency, probe_precision
 from widthsearch.training.optimizers import check_optimizer
 from widthsearch.training.recipe import Recipe
@@ -130,13 +131,19 @@ class Driver:
             queue = [Candidate(s.name, s.base, {"base": True}) for s in self.spaces.values()]
             proposed = baseline_candidates(self.spaces, budgets, share, config.seed)
             budget = Budget(config, store)
-            begun = count_begun(store.trials(self.spaces))
-            if begun < config.trials and not budget.out_of_time():  # else none is needed
+            trials = store.trials(self.spaces)
+            if (
+                count_begun(trials) < config.trials and not budget.out_of_time()
+            ):  # else none is needed
                 asked = self._requests(proposers, config)
                 found, self.failures = collect_proposals(store, asked, task, engine, notify)
                 budget.record()
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
             queue += self._within_limits([*given, *proposed], notify)
+            failed = unresolved_failures(trials) if retry else []
+            if left := [t.number for t in failed if not may_be_retried(t, config.limits)]:
+                numbers = ", ".join(map(str, left))
+                notify(f"not trained again, since outside the limits: trials {numbers}", "event")
             yield Search(
                 config,
                 self.spaces,

@@ -115,7 +115,7 @@ class Search:
         self._ready: deque[Trial] = deque()
         self._need_alone: deque[int] = deque()  # these ran out of memory
         self._trained_alone: set[int] = set()
-        self._queue = CandidateQueue(self.trials.values(), candidates, retry=retry)
+        self._queue = CandidateQueue(self.trials.values(), candidates, config.limits, retry=retry)
         self._comparisons = Comparisons.of(
             config, spaces, self.trials, self._queue.superseded, self._store
         )

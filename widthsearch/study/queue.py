@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from widthsearch.proposers.families import Candidate
+from widthsearch.study.front import Limits, is_within_limits
 from widthsearch.study.trial import Architecture, Trial, TrialState, unresolved_failures
 
 
@@ -15,6 +16,7 @@ class CandidateQueue:
     Args:
         trials: The trials that have begun before.
         candidates: The candidates in their order; those that have begun are left out.
+        limits: The study's limits, for failed trials that come again.
         retry: Whether failed trials come again, before the candidates.
 
     Attributes:
@@ -25,16 +27,22 @@ class CandidateQueue:
     Example:
         >>> from widthsearch.widths import Widths
         >>> wide, narrow = (Candidate("net", Widths(("conv1",), (w,)), {}) for w in (16, 8))
-        >>> queue = CandidateQueue([], [wide, narrow, wide], retry=False)
+        >>> queue = CandidateQueue([], [wide, narrow, wide], {}, retry=False)
         >>> len(queue), queue.pop() is wide, queue.pop() is narrow, queue.pop()
         (2, True, True, None)
     """
 
     def __init__(
-        self, trials: Collection[Trial], candidates: Iterable[Candidate], *, retry: bool
+        self,
+        trials: Collection[Trial],
+        candidates: Iterable[Candidate],
+        limits: Limits,
+        *,
+        retry: bool,
     ) -> None:
         failed = unresolved_failures(trials)
-        again = {t.number: Candidate(t.space, t.widths, t.origin) for t in failed if retry}
+        retried = [t for t in failed if retry and may_be_retried(t, limits)]
+        again = {t.number: Candidate(t.space, t.widths, t.origin) for t in retried}
         unresolved = {trial.number for trial in failed} - again.keys()
         failures = {trial.number for trial in trials if trial.state == TrialState.FAILED}
         self.superseded = failures - unresolved
@@ -53,3 +61,8 @@ class CandidateQueue:
     def pop(self) -> Candidate | None:
         """Remove and return the next candidate; None where none is left."""
         return self._waiting.popleft() if self._waiting else None
+
+
+def may_be_retried(trial: Trial, limits: Limits) -> bool:
+    """Whether a failed trial may come again: its costs are within the limits, or it is a base."""
+    return bool(trial.origin.get("base")) or is_within_limits(trial.cost, limits)
