@@ -35,6 +35,7 @@ class Counts(NamedTuple):
 # [Crow]   Crowley et al. 2018 (BayesWatch/pytorch-prunes): see docs/methods.md
 # [Huang]  Huang et al. 2017, table 2: parameters, in millions
 # [kl]     github.com/kuangliu/pytorch-cifar, exact parameters
+# [CBM]    github.com/xiusu/Channel-Bench-Macro, Results_*.json, exact parameters and MACs
 # [tv]     torchvision's constructor with num_classes=10, exact parameters
 
 M = 9 * 16 * 16 * 32 * 32  # a 3×3 convolution of 16 channels at 32×32, 32 at 16×16, 64 at 8×8
@@ -65,6 +66,8 @@ BLOCKS = (  # inputs of all 12 layers to 12 channels by 3×3; then the transitio
     2712 * 9 * 12 * 256 + 304 * 304 * 256,
     4440 * 9 * 12 * 64,
 )
+
+B = 9 * 256 * 256  # the weights of a 3×3 convolution between 256 channels; between 512, four times
 
 SPACES = {
     # Streams of three stages and the inner width of each block. [osmr] 272,474, [cyf] 40.81M
@@ -114,6 +117,12 @@ SPACES = {
     "torchvision_models.py:resnet50_imagenette": Counts(23_528_522, 2_085_294_080, 1 + 4 + 32),
     # [tv] 2,236,682
     "torchvision_models.py:mobilenet_v2_imagenette": Counts(2_236_682, 152_816_000, 25),
+    # [CBM] 15,356,170 and 1,436,226,560. Two streams, the inner width of each block
+    "channel_bench.py:resnet": Counts(
+        15_356_170, (27 * 256 + 4 * B) * 256 + (9 * 256 * 512 + 5 * 4 * B) * 64 + 5120, 2 + 5
+    ),
+    # [CBM] 1,804,170 and 211,281,920. Two streams, four expansions, the head
+    "channel_bench.py:mobilenet": Counts(1_804_170, 211_281_920, 2 + 4 + 1),
     # By hand from the file
     "quickstart.py:digits_resnet": Counts(77_754, 763_520, 3 + 3),
 }
@@ -135,6 +144,26 @@ def test_counts_are_as_published(reference: str) -> None:
     cost = space.cost(space.base)
     assert Counts(cost.params, cost.macs, len(space.axes)) == SPACES[reference]
     assert {p.reason for p in space.pinned} <= {"input of the model", "output of the model"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "quarters", "macs", "params"),
+    [
+        ("channel_bench.py:resnet", "1111111", 90_096_896, 963_658),
+        ("channel_bench.py:resnet", "1111112", 108_971_264, 1_258_826),
+        ("channel_bench.py:resnet", "4444443", 1_360_729_088, 14_176_266),
+        ("channel_bench.py:mobilenet", "4432213", 120_823_296, 680_394),
+        ("channel_bench.py:mobilenet", "4432214", 122_923_008, 716_234),
+    ],
+)
+def test_axes_are_those_of_the_public_table(
+    reference: str, quarters: str, macs: int, params: int
+) -> None:
+    """Narrower networks of [CBM], whose names are the widths in quarters: axis by axis."""
+    space = space_of(reference)
+    widths = [axis.base * int(digit) // 4 for axis, digit in zip(space.axes, quarters, strict=True)]
+    cost = space.cost(widths)
+    assert (cost.macs, cost.params) == (macs, params)
 
 
 @pytest.mark.parametrize("reference", EACH)
