@@ -50,6 +50,7 @@ from widthsearch.bayesopt.kernel import Coordinates
 from widthsearch.bayesopt.optuna_sampler import WidthSampler
 from widthsearch.bayesopt.search import BayesianSearch
 from widthsearch.bayesopt.surrogate import Surrogate
+from widthsearch.errors import DataError, WidthsearchError, one_line
 from widthsearch.widths import Axis
 
 TITLES = {
@@ -87,28 +88,60 @@ class Table:
 
     @classmethod
     def read(cls, path: Path, accuracy: str = "accuracy_") -> Table:
-        """The table in a CSV file with a header, with accuracies in columns of this prefix."""
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-        header = [name.strip() for name in header]
-        cells = np.array([[float(cell) if cell.strip() else np.nan for cell in r] for r in rows])
+        """The table in a CSV file with a header, with accuracies in columns of this prefix.
+
+        Raises:
+            DataError: The file cannot be read, lacks a column, or has a cell that is no number.
+        """
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.reader(file)
+                lines = [(reader.line_num, row) for row in reader if row]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            why = error.strerror if isinstance(error, OSError) else one_line(error)
+            raise DataError(
+                f"a table must be a CSV file, but {str(path)!r} is not: {why}"
+            ) from None
+        header = [name.strip() for name in lines.pop(0)[1]] if lines else []
 
         def starting(prefix: str) -> list[int]:
             found = [i for i, name in enumerate(header) if name.startswith(prefix)]
             if not found:
-                raise SystemExit(f"a table must have columns {prefix}*, but {path} has {header}")
+                raise DataError(f"a table must have columns {prefix}*, but {path} has {header}")
             return found
 
-        seeds = cells[:, starting(accuracy)]
-        trained = np.isfinite(seeds).any(axis=1)
-        axes = starting("width_")
-        whole = cells[trained].round()
+        axes, seeds = starting("width_"), starting(accuracy)
+        whole = [*axes, starting("macs")[0], starting("params")[0]]
+
+        def wrong(number: int, rule: str, cell: object) -> DataError:
+            return DataError(f"{rule}, but line {number} of {path} has {cell}")
+
+        cells = np.full((len(lines), len(header)), np.nan)
+        for i, (number, line) in enumerate(lines):
+            if len(line) != len(header):
+                raise wrong(number, f"each line must have {len(header)} cells", len(line))
+            for j in (*whole, *seeds):
+                if j in seeds and not line[j].strip():
+                    continue
+                try:
+                    cells[i, j] = float(line[j])
+                except ValueError:
+                    cells[i, j] = np.nan
+                if j in whole and not 0.5 <= cells[i, j] < 2**62:
+                    raise wrong(number, f"{header[j]!r} must be a number from 1 on", repr(line[j]))
+                if not np.isfinite(cells[i, j]):
+                    rule = f"{header[j]!r} must be a number, or empty without a training"
+                    raise wrong(number, rule, repr(line[j]))
+        trained = np.isfinite(cells[:, seeds]).any(axis=1)
+        if not trained.any():
+            raise DataError(f"a table must have a trained network, but {path} has none")
+        cells = cells[trained]
         return cls(
             names=tuple(header[i] for i in axes),
-            widths=whole[:, axes].astype(np.int64),
-            macs=whole[:, starting("macs")[0]].astype(np.int64),
-            params=whole[:, starting("params")[0]].astype(np.int64),
-            accuracy=seeds[trained],
+            widths=cells[:, axes].round().astype(np.int64),
+            macs=cells[:, whole[-2]].round().astype(np.int64),
+            params=cells[:, whole[-1]].round().astype(np.int64),
+            accuracy=cells[:, seeds],
         )
 
     @cached_property
@@ -180,16 +213,21 @@ class Table:
             self.axes, {"macs": self.cost(self.macs), "params": self.cost(self.params)}
         )
 
+    def multiples(self, widths: NDArray[np.int64]) -> NDArray[np.intp]:
+        """The rows nearest to multiples of some widths, by ascending MACs."""
+        ratios = np.concatenate([lv / w for lv, w in zip(self.levels, widths, strict=True)])
+        lists = [
+            levels[np.abs(np.log(levels / (w * by))).argmin(axis=1)]
+            for by in [np.geomspace(ratios.min(), ratios.max(), 100)[:, None]]
+            for levels, w in zip(self.levels, widths, strict=True)
+        ]
+        rows = np.unique(self.rows(np.array(lists).T))
+        return rows[np.argsort(self.macs[rows])]
+
     @cached_property
     def uniform(self) -> NDArray[np.float64]:
         """The mean accuracy of uniform widths at the MACs of each row, (N,)."""
-        multiples = np.geomspace(np.exp(self.logs.min()), 1, 100)[:, None]
-        lists = [
-            levels[np.abs(np.log(levels / (levels[-1] * multiples))).argmin(axis=1)]
-            for levels in self.levels
-        ]
-        rows = np.unique(self.rows(np.array(lists).T))
-        rows = rows[np.argsort(self.macs[rows])]
+        rows = self.multiples(self.widths.max(axis=0))
         return np.interp(self.log_cost, self.log_cost[rows], self.mean[rows])
 
     def volume(self, rows: Sequence[int]) -> float:
@@ -411,7 +449,10 @@ def main() -> None:
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")  # Optuna's own, about experimental samplers
-    table = Table.read(options.table)
+    try:
+        table = Table.read(options.table)
+    except WidthsearchError as error:
+        parser.error(str(error))
     marks, seeds = sorted(set(options.trials)), range(options.seed, options.seed + options.runs)
     results: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
     if not options.json:

@@ -1,0 +1,1 @@
+"""Proposals judged on tables of trained networks: nothing is trained."""
