@@ -51,6 +51,23 @@ def test_propose_takes_a_studys_space_task_and_recipe(command: CommandLine, tmp_
     assert content["proposal"]["provenance"]["seed"] == 5
 
 
+def test_a_torchvision_model_has_the_classes_of_the_task(
+    command: CommandLine, tmp_path: Path
+) -> None:
+    """Ten outputs in place of ImageNet's thousand, as in a study of that task."""
+    file = tmp_path / "images.py"
+    file.write_text(
+        "import torch\ndef sets():\n"
+        "    items = [(torch.full((3, 32, 32), i / 40), i % 10) for i in range(40)]\n"
+        "    return items, items[:10]\n"
+    )
+    space = "torchvision:resnet18"
+    asked = ("propose", space, "--input", "3x32x32", "--method", "uniform", "--budget", 0.5)
+    content = command.json(*asked, "--task", f"{file}:sets")
+    small = load_space(space, (3, 32, 32), 10)
+    assert content["base"]["macs"] == small.cost(small.base).macs
+
+
 @refusals("propose")
 def test_propose_refuses_in_one_line(
     values: str, message: str, command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -97,14 +97,16 @@ def propose(options: argparse.Namespace) -> int:
     from widthsearch.study.job import own_task
     from widthsearch.study.proposals import propose_at_budget
 
-    study, (space, *_) = _spaces(options)
-    config = StudyConfig(name="none", trials=1) if study is None else study.config
     method = ProposerConfig.of(options.method, dict(options.set))
     task: AnyTask | None = None
+    classes = None
+    if options.task is not None:
+        task = opened = open_task(TaskConfig(options.task, options.folder), options.device)
+        classes = opened.classes
+    study, (space, *_) = _spaces(options, classes)
+    config = StudyConfig(name="none", trials=1) if study is None else study.config
     if study is not None and options.task is None and method.reads_data() is not False:
         task = own_task(study.config) if study.config.trainer else study.task
-    if options.task is not None:
-        task = open_task(TaskConfig(options.task, options.folder), options.device)
     recipe = config.method_recipe
     epochs = recipe.epochs if options.epochs is None else options.epochs
     try:
@@ -311,14 +313,19 @@ def _rank_check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _spaces(options: argparse.Namespace) -> tuple[Study | None, list[SearchSpace]]:
-    """The study that the options name, if they name one, and its spaces or the one they name."""
+def _spaces(
+    options: argparse.Namespace, classes: int | None = None
+) -> tuple[Study | None, list[SearchSpace]]:
+    """The study that the options name, if they name one, and its spaces or the one they name.
+
+    A torchvision model that they name has so many classes.
+    """
     from widthsearch.space.loading import load_space
 
     if options.space.endswith((".yaml", ".yml")) and options.input is None:
         study = Study.load(options.space)
         return study, list(study.spaces.values())
-    return None, [load_space(options.space, options.input)]
+    return None, [load_space(options.space, options.input, classes)]
 
 
 def _print_front(study: Study, console: Console) -> MetricPosterior:
