@@ -423,6 +423,8 @@ def test_a_frozen_driver_that_wakes_up_changes_nothing(
             study.run()
         except StudyError as error:
             refusals.add(str(error))
+        except StorageError:
+            pass  # the driver was frozen within a transaction: SQLite stays locked
     assert all(f"being run by process {frozen.process.pid} on" in each for each in refusals)
 
     before = contents(tmp_path)
