@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     ).add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cpu, or the study's)")
     add("--backend", help="eager, graph, compile or onnxruntime (default: eager)")
-    add("--batch-size", type=int, help="images in a batch (default: 1)")
+    add("--batch-size", type=int, help="samples a run (default: 1)")
     add("--threads", type=int, help="CPU threads (default: 1)")
     add("--dtype", help="float32 or bfloat16 (default: float32)")
     add("--pairs", type=int, help="blocks of each network, in turn with the base (default: 40)")

@@ -169,7 +169,7 @@ class Metric:
         slope = float(self._slope(location, kind))  # of a linear score over its link
         return self.sign * float(self._back(location, kind)), slope**2 * variance
 
-    def text(self, value: float, sign: str = "") -> str:
+    def text(self, value: float) -> str:
         """A value in a table: to 1/20,000 of the range, or to four digits where it has no two ends.
 
         Example:
@@ -178,7 +178,7 @@ class Metric:
             >>> Metric("rmse", "minimize").text(3.14159)
             '3.142'
         """
-        return f"{value:{sign}.{self.decimals(value)}f}"
+        return f"{value:.{self.decimals(value)}f}"
 
     def decimals(self, value: float) -> int:
         """The digits behind the point in :meth:`text`."""

@@ -124,12 +124,7 @@ class FineTuner:
 
 
 def base_network(
-    space: SearchSpace,
-    task: AnyTask,
-    recipe: Recipe,
-    setting: Setting,
-    weights: str | None,
-    hook: StepHook | None = None,
+    space: SearchSpace, task: AnyTask, recipe: Recipe, setting: Setting, weights: str | None
 ) -> nn.Module:
     """A space's base network, trained by a recipe, or with the weights of a checkpoint.
 
@@ -140,7 +135,7 @@ def base_network(
     if weights is not None:
         load_weights(model, weights)
         return model
-    train_base(model, task, recipe, setting, hook)
+    train_base(model, task, recipe, setting)
     return model
 
 
