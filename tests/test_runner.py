@@ -329,6 +329,16 @@ class Driver:
                 with contextlib.closing(sqlite3.connect(database, uri=True)) as connection:
                     rows = connection.execute(query).fetchall()
 
+    def freeze(self) -> None:
+        """Stop it between two transactions: within one it keeps SQLite locked for all others."""
+        with contextlib.closing(sqlite3.connect(self.study.folder / "study.db", timeout=1)) as opened:
+            while True:
+                os.kill(self.process.pid, signal.SIGSTOP)
+                with contextlib.suppress(sqlite3.OperationalError):
+                    opened.execute("BEGIN IMMEDIATE").connection.rollback()
+                    return
+                os.kill(self.process.pid, signal.SIGCONT)
+
     def end(self) -> tuple[int, str]:
         """Its exit code and its output."""
         output, _ = self.process.communicate(timeout=120)
@@ -414,7 +424,7 @@ def test_a_frozen_driver_that_wakes_up_changes_nothing(
     monkeypatch.setenv(VARIABLE, "1")
     frozen = Driver(tmp_path, tmp_path / "steps")
     frozen.wait_for(2)
-    os.kill(frozen.process.pid, signal.SIGSTOP)
+    frozen.freeze()
     assert len(session_of(frozen.process)) > 1  # Ray and its workers are not stopped
     study = long_study(tmp_path)
     refusals = set()
@@ -423,8 +433,6 @@ def test_a_frozen_driver_that_wakes_up_changes_nothing(
             study.run()
         except StudyError as error:
             refusals.add(str(error))
-        except StorageError:
-            pass  # the driver was frozen within a transaction: SQLite stays locked
     assert all(f"being run by process {frozen.process.pid} on" in each for each in refusals)
 
     before = contents(tmp_path)
