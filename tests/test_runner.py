@@ -316,8 +316,7 @@ class Driver:
             "SELECT state, value_json FROM trials LEFT JOIN trial_user_attributes AS attribute "
             "ON attribute.trial_id = trials.trial_id AND attribute.key = 'curve'"
         )
-        deadline = time.monotonic() + 120
-        rows: list[tuple[str, str | None]] = []
+        deadline, rows = time.monotonic() + 120, list[tuple[str, str | None]]()
         while sum(state == "COMPLETE" for state, _ in rows) < done or not any(
             state == "RUNNING" and len(json.loads(c or "[]")) > 2 for state, c in rows
         ):
@@ -331,7 +330,8 @@ class Driver:
 
     def freeze(self) -> None:
         """Stop it between two transactions: within one it keeps SQLite locked for all others."""
-        with contextlib.closing(sqlite3.connect(self.study.folder / "study.db", timeout=1)) as opened:
+        file = self.study.folder / "study.db"
+        with contextlib.closing(sqlite3.connect(file, timeout=1)) as opened:
             while True:
                 os.kill(self.process.pid, signal.SIGSTOP)
                 with contextlib.suppress(sqlite3.OperationalError):
