@@ -19,6 +19,7 @@ from widthsearch.report.console import open_console
 from widthsearch.report.dry_run_tables import dry_run_tables
 from widthsearch.runner import dry_run as runner
 from widthsearch.runner.one_epoch import EpochRequest, train_for_an_epoch
+from widthsearch.space.cost import Cost
 
 
 @pytest.fixture
@@ -93,6 +94,46 @@ def test_hours_are_linear_in_macs() -> None:
     assert replace(dry, planned=tuple(trials)).hours == pytest.approx(36 * 10 * 7 / 2 / 3600)
 
 
+def test_the_longer_trainings_of_scratch_b_count() -> None:
+    """A third of the trials, of 10 + 20 · 4 epochs for a quarter of the base's MACs."""
+    macs = tiny.space().cost(1.0).macs
+    network = tiny.finished(0, tiny.space().base, 1.0, cost=Cost(macs // 4, 9, 9))
+    dry = runner.DryRun(
+        (network,),
+        {},
+        (
+            runner.MeasuredEpoch("base", Cost(macs // 4 * 4, 9, 9), 10.0, 0, None),
+            runner.MeasuredEpoch("narrowest", Cost(1, 9, 9), 10.0, 0, None),
+        ),
+        trials=36,
+        epochs=10,
+        at_once=1,
+        limit=None,
+        starts=("scratch", "extract", "scratch_b"),
+        base_epochs=20,
+    )
+    assert dry.mean_epochs == pytest.approx((10 + 10 + 90) / 3)
+    assert dry.hours == pytest.approx(12 * (10 + 10 + 90) * 10 / 3600)
+    console = open_console()
+    with console.capture() as captured:
+        console.print(dry_run_tables("longer", dry))
+    assert "3.7 hours for 36 trials of 10 epochs (36.7 in the mean, with scratch_b)" in " ".join(
+        captured.get().split()
+    )
+    short = replace(dry, starts=("scratch", "extract"))
+    assert short.mean_epochs == 10
+
+
+def test_a_metric_that_the_trainer_does_not_report_is_refused_first(
+    tmp_path: Path, in_this_process: list[EpochRequest]
+) -> None:
+    """With the message of a run, before anything is trained."""
+    study = tiny.study(tmp_path, metric={"name": "rmse", "goal": "minimize"})
+    with pytest.raises(StudyError, match="the built-in trainer reports accuracy and loss for task"):
+        dry_run(study)
+    assert in_this_process == []
+
+
 def test_an_own_trainer_is_measured(tmp_path: Path, in_this_process: list[EpochRequest]) -> None:
     """Own methods are run where they say that they train nothing."""
     proposers = ["uniform", "own:small"]
@@ -107,7 +148,7 @@ def test_an_own_trainer_is_measured(tmp_path: Path, in_this_process: list[EpochR
     printed = " ".join(captured.get().split())
     assert "own: trained before any network is suggested" in printed
     assert "not run: proposer own:small: it does not say that it trains nothing" in printed
-    assert "hours for 5 trials of 1 epochs, 1 at once" in printed
+    assert " s for 5 trials of 1 epochs, 1 at once" in printed
     assert "about 0 of the 5 trials fit into 1e-09 hours" in printed
 
 

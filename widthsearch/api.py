@@ -396,7 +396,8 @@ def dry_run(study: Study, on_progress: OnProgress | None = None) -> DryRun:
     from widthsearch.study.proposals import run_sequentially
     from widthsearch.study.trial import count_begun
 
-    begun = 0
+    _check_reported(study)
+    begun, weights = 0, study.base_weights
     with suppress(StudyError):  # it was never run
         begun = count_begun(study._stored()[0])
     config, skipped = study.config, dict[str, str]()
@@ -423,6 +424,7 @@ def dry_run(study: Study, on_progress: OnProgress | None = None) -> DryRun:
                 Path(scratch),
                 begun=begun,
                 hours=study.config.hours,
+                base_epochs=None if weights is None else weights.epochs,
                 skipped=skipped,
                 report=search.notify,
             )
@@ -452,15 +454,21 @@ def _on_ray(
     """A session of Ray, and a function that shows its progress."""
     from widthsearch.report.progress import showing
     from widthsearch.runner import ray_tune as runner
-    from widthsearch.study.checks import check_reported
 
-    if study.spaces and study.config.trainer is None:  # a loop of one's own reports what it likes
-        check_reported(study.config, study.task)
+    _check_reported(study)
     with (
         showing(study.config.name, on_progress, quiet=quiet) as shown,
         runner.Session(study.config, study.folder) as session,
     ):
         yield shown, session
+
+
+def _check_reported(study: Study) -> None:
+    """Check what the built-in trainer reports; a loop of one's own reports what it likes."""
+    from widthsearch.study.checks import check_reported
+
+    if study.spaces and study.config.trainer is None:
+        check_reported(study.config, study.task)
 
 
 def _unread(study: Study) -> Any:

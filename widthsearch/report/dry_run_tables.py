@@ -49,13 +49,24 @@ def dry_run_tables(name: str, dry: DryRun) -> Group:
             *gpu,
         )
     lines = [f"not run: proposer {method}: {reason}" for method, reason in dry.skipped.items()]
+    more = f" ({dry.mean_epochs:.3g} in the mean, with scratch_b)" * ("scratch_b" in dry.starts)
     lines.append(
-        f"estimated: {dry.hours:.2g} hours for {dry.trials} trials of {dry.epochs} epochs, "
+        f"estimated: {_duration(dry.hours)} for {dry.trials} trials of {dry.epochs} epochs{more}, "
         f"{dry.at_once} at once, if none slows another down and none is stopped early; "
-        "suggestions are taken to be as large as the networks above"
+        "suggestions are taken to be as large as the networks above; the start of Ray, and half a "
+        "second a trial, come on top"
     )
     if dry.limit is not None and dry.hours > dry.limit:
         fit = int(dry.trials * dry.limit / dry.hours)
         lines.append(f"about {fit} of the {dry.trials} trials fit into {dry.limit:g} hours")
     parts: list[RenderableType] = [uncut(planned), measured, *map(Text, lines)]
     return Group(*parts)
+
+
+def _duration(hours: float) -> str:
+    """A time in the unit that suits it."""
+    if hours < 2 / 60:
+        return f"{hours * 3600:.2g} s"
+    if hours < 2:
+        return f"{hours * 60:.2g} minutes"
+    return f"{hours:.2g} hours"

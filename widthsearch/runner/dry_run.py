@@ -18,6 +18,7 @@ from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.space.cost import Cost
 from widthsearch.study.job import study_job
 from widthsearch.study.loop import Search
+from widthsearch.study.starts import scratch_epochs
 from widthsearch.study.trial import Trial
 from widthsearch.widths import Widths
 
@@ -57,6 +58,8 @@ class DryRun:
         epochs: The epochs of each.
         at_once: The number of trials at once.
         limit: The study's hours; None for no bound.
+        starts: The starts that each network is trained from.
+        base_epochs: The epochs of the base's training, for ``scratch_b``.
 
     Example:
         >>> base = Trial(0, "net", Widths(("a",), (8,)), {"base": True}, 0, Cost(800, 80, 64))
@@ -74,6 +77,8 @@ class DryRun:
     epochs: int
     at_once: int
     limit: float | None
+    starts: tuple[str, ...] = ("scratch",)
+    base_epochs: float | None = None
 
     @property
     def hours(self) -> float:
@@ -81,9 +86,24 @@ class DryRun:
 
         An epoch's time is linear in MACs between the two measured networks, suggestions are as
         large as the planned networks on average, and trials at once do not slow each other down.
+        Each network is trained from every start, from ``scratch_b`` for more epochs.
         """
-        seconds = fmean(self._seconds(trial.cost.macs) for trial in self.planned)
-        return self.trials * self.epochs * seconds / self.at_once / 3600
+        sizes = [trial.cost.macs for trial in self.planned]
+        seconds = fmean(self._mean_epochs(macs) * self._seconds(macs) for macs in sizes)
+        return self.trials * seconds / self.at_once / 3600
+
+    @property
+    def mean_epochs(self) -> float:
+        """The mean epochs of a trial: more than ``epochs`` with ``scratch_b`` alone."""
+        return fmean(self._mean_epochs(trial.cost.macs) for trial in self.planned)
+
+    def _mean_epochs(self, macs: int) -> float:
+        """The mean epochs of the trainings of a network, over the starts."""
+        if "scratch_b" not in self.starts:
+            return self.epochs
+        assert self.base_epochs is not None
+        longer = scratch_epochs(self.epochs, self.base_epochs, self.measured[0].cost.macs, macs)
+        return fmean(longer if start == "scratch_b" else self.epochs for start in self.starts)
 
     def _seconds(self, macs: int) -> float:
         base, narrowest = self.measured
@@ -101,7 +121,10 @@ class DryRun:
             ],
             "skipped": self.skipped,
             "measured": [asdict(each) for each in self.measured],
-            **{key: getattr(self, key) for key in ("trials", "epochs", "at_once", "hours")},
+            **{
+                key: getattr(self, key)
+                for key in ("trials", "epochs", "mean_epochs", "at_once", "hours")
+            },
         }
 
 
@@ -112,6 +135,7 @@ def measure(
     *,
     begun: int,
     hours: float | None,
+    base_epochs: float | None,
     skipped: dict[str, str],
     report: Callable[[str], None],
 ) -> DryRun:
@@ -123,6 +147,7 @@ def measure(
         folder: A scratch folder.
         begun: The trials of the study that have begun.
         hours: The study's hours.
+        base_epochs: The epochs of the base's training, for ``scratch_b``.
         skipped: Why a proposer was not run, by its method.
         report: Called with a line of progress.
 
@@ -169,6 +194,8 @@ def measure(
         epochs=config.recipe.epochs,
         at_once=config.at_once,
         limit=hours,
+        starts=tuple(config.start),
+        base_epochs=base_epochs,
     )
 
 
