@@ -57,7 +57,7 @@ def test_tensors_and_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     assert trial.curve == [EpochResult(1, None, 50.0, 2.0, "", {"f1": 0.5})]
     with pytest.raises(StudyError, match="a mapping of names to numbers, but 'own:train' reported"):
         trial.report(50.0)  # type: ignore[arg-type]
-    for value in (torch.ones(2), "high", None):
+    for value in (torch.ones(2), "high", "3.2", None):
         with pytest.raises(StudyError, match="must report numbers, but 'own:train' reported f1="):
             trial.report({"accuracy": 50.0, "f1": value})
 
@@ -166,9 +166,29 @@ def test_a_state_that_could_not_be_loaded_is_refused_at_once(tmp_path: Path) -> 
     def train(network: nn.Module, trial: TrainingTrial) -> None:
         trial.report({"accuracy": 1.0}, lambda: {"path": tmp_path})
 
-    assert refused(train, tmp_path).startswith(
+    rule = (
         "a state must consist of tensors, numbers, texts, and lists and mappings of those, but "
         "that of trainer 'own:train' does not: "
+    )
+    assert refused(train, tmp_path).startswith(f"{rule}it holds pathlib")
+    assert not (tmp_path / CHECKPOINT).exists()
+
+    def local(network: nn.Module, trial: TrainingTrial) -> None:
+        trial.report({"accuracy": 1.0}, lambda: {"function": lambda: 3})
+
+    assert refused(local, tmp_path).startswith(f"{rule}Can't ")
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_state_must_be_a_function(tmp_path: Path) -> None:
+    """The state itself in its place is named, and no checkpoint is written."""
+
+    def train(network: nn.Module, trial: TrainingTrial) -> None:
+        trial.report({"accuracy": 1.0}, network.state_dict())  # type: ignore[arg-type]
+
+    assert refused(train, tmp_path) == (
+        "`state` must be a function without arguments that returns the state, but trainer "
+        "'own:train' gave OrderedDict: write state=lambda: {...}"
     )
     assert not (tmp_path / CHECKPOINT).exists()
 

@@ -227,7 +227,7 @@ def test_a_report_outside_the_range_is_an_error(tmp_path: Path) -> None:
         "iou must be in its range [0, 1], but was 71.2 in epoch 1: change metric.range, or the "
         "report"
     )
-    assert str(second.error).startswith("training diverged in epoch 1: its loss is 1.0")
+    assert str(second.error).startswith("training diverged in epoch 1: its iou is nan")
 
 
 def test_the_built_in_trainer_reports_accuracy_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ invariants of widthsearch itself are ``AssertionError``: bugs to report, not inp
 from __future__ import annotations
 
 import difflib
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -101,9 +102,24 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+_UNPICKLER = re.compile(r"WeightsUnpickler error: (?:Unsupported global: GLOBAL ([\w.]+))?")
+"""Where torch's refusal to unpickle, of twenty lines, names the object that is no tensor."""
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or its type if it has none.
+
+    Of torch's refusal to unpickle it is what the file holds, and not the advice to trust it.
+
+    Example:
+        >>> first_line(ValueError("Weights only load failed … WeightsUnpickler error: Unsupported "
+        ...     "global: GLOBAL numpy._core.multiarray.scalar was not an allowed global"))
+        'it holds numpy._core.multiarray.scalar'
+    """
+    message = str(error)
+    if (refused := _UNPICKLER.search(message)) is not None:
+        return f"it holds {refused[1]}" if refused[1] else "it is no file of torch.save"
+    return (message.strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:

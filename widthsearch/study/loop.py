@@ -368,7 +368,8 @@ def _fault(trial: Trial, config: StudyConfig) -> str | None:
     """Why a trial fails after the last epoch of its curve; None where it does not."""
     last, value, metric = trial.curve[-1], trial.values[-1], config.metric
     if not math.isfinite(value):
-        shown = f"{metric.name} is {value}" if last.loss is None else f"loss is {last.loss}"
+        finite = last.loss is None or math.isfinite(last.loss)
+        shown = f"{metric.name} is {value}" if finite else f"loss is {last.loss}"
         return f"training diverged in epoch {last.epoch}: its {shown}"
     if not metric.contains(value):
         low, high = metric.ends

@@ -26,6 +26,7 @@ import hashlib
 import inspect
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field
@@ -297,6 +298,11 @@ class TrainingTrial(Generic[R]):
                 f"reported again after epoch {self.epoch}"
             )
         self.check_resumed()
+        if state is not None and not callable(state):
+            raise StudyError(
+                "`state` must be a function without arguments that returns the state, but trainer "
+                f"{self._job.name!r} gave {type(state).__name__}: write state=lambda: {{...}}"
+            )
         self._state = None
         if not isinstance(metrics, Mapping):
             raise StudyError(
@@ -324,6 +330,8 @@ class TrainingTrial(Generic[R]):
 
     def _number(self, name: object, value: Any) -> float:
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError
             return float(value.detach() if isinstance(value, torch.Tensor) else value)
         except (TypeError, ValueError, RuntimeError):
             raise StudyError(
@@ -334,14 +342,14 @@ class TrainingTrial(Generic[R]):
         """Replace the checkpoint; the first one is loaded again, so that a bad state is seen."""
         first = not (path := self._folder / CHECKPOINT).exists()
         rows = [list(astuple(result)) for result in self.curve]
-        with writing(self._folder):
-            write_checkpoint(path, self._identity, {"curve": rows, "state": state})
-        if not first:
-            return
         try:
-            read_checkpoint(path, self._identity, torch.device("cpu"))
-        except CheckpointError as error:
-            path.unlink()
+            with writing(self._folder):
+                write_checkpoint(path, self._identity, {"curve": rows, "state": state})
+            if first:
+                read_checkpoint(path, self._identity, torch.device("cpu"))
+        except (CheckpointError, pickle.PicklingError, AttributeError, TypeError) as error:
+            if first:
+                path.unlink(missing_ok=True)
             raise StudyError(
                 "a state must consist of tensors, numbers, texts, and lists and mappings of those, "
                 f"but that of trainer {self._job.name!r} does not: "
