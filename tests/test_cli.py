@@ -322,6 +322,19 @@ def test_an_interrupt_names_the_command_that_resumes(
     assert "resume with: widthsearch run small" in capsys.readouterr().err
 
 
+def test_a_run_without_a_front_names_no_training(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where no trial is within the limits there is nothing to pick."""
+    monkeypatch.setattr(Study, "run", lambda study, *_, **__: tiny.run(study, lambda *_: 50.0))
+    for limit, hint in ((99, False), (5, True)):
+        limits = {"accuracy": [limit, None]}
+        file = study_file(tmp_path, name=f"of{limit}", trials=2, limits=limits)
+        printed = command("run", file, "--runs", tmp_path / "runs")
+        assert ("next: widthsearch train" in printed) == hint
+        assert ("within the limits: train more, or change `limits`" in printed) != hint
+
+
 def test_every_command_is_in_the_readme() -> None:
     """With each of its options."""
     readme = (ROOT / "README.md").read_text()

@@ -74,6 +74,16 @@ def test_numbers_may_have_an_exponent(tmp_path: Path) -> None:
         assert f"{rule} {shown}; write `limits: {{macs: [0, 2e6]}}`" in str(caught.value)
 
 
+def test_a_limit_outside_the_metrics_range_is_refused() -> None:
+    """No network could be within it; the ends of the range may be."""
+    for limit in ((100.5, None), (None, -1)):
+        with pytest.raises(
+            StudyError, match=r"must leave a part of the metric's range, \[0, 100\]"
+        ):
+            StudyConfig(name="mine", trials=3, limits={"accuracy": limit})
+    assert StudyConfig(name="mine", trials=3, limits={"accuracy": (100, None)}).limits
+
+
 def test_it_goes_through_json_and_yaml_unchanged(tmp_path: Path) -> None:
     """The stored values read back as the same configuration."""
     path = tmp_path / "quickstart.yaml"

@@ -106,6 +106,17 @@ def test_listing_and_pixels_are_those_of_torchvision(tmp_path: Path, size: int |
     assert read.nbytes == files.nbytes
 
 
+def test_splits_of_two_sizes_need_an_image_size(tmp_path: Path) -> None:
+    """The error names the key."""
+    for half, side in (("train", 9), ("test", 7)):
+        for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+            path = tmp_path / half / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (side, side)).save(path)
+    with pytest.raises(DataError, match=r"\(3, 9, 9\) and \(3, 7, 7\); set `image_size`"):
+        load_task(TaskConfig("image_folder", folder=str(tmp_path)))
+
+
 def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     """Two of them that form loops would be followed for ever; links to images are images."""
     root = make_pictures(tmp_path / "pictures", train=8, test=4)

@@ -131,6 +131,15 @@ def test_a_pick_by_id_is_of_any_finished_trial() -> None:
         picked("90", others=[*many, failed])
 
 
+def test_a_front_without_members_has_picks_by_id_alone() -> None:
+    """No trial is within the limits; the error says so, and not that the study was never run."""
+    posterior = posterior_of(TRIALS, ("accuracy", "macs"), accuracy=(99.5, math.inf))
+    assert pick(posterior, 1).number == 1
+    for spec in ("knee", "best", "macs<=400"):
+        with pytest.raises(StudyError, match="none: no finished .* the limits; change"):
+            pick(posterior, spec)
+
+
 def test_a_limit_on_an_unmeasured_latency() -> None:
     """No member is within it, and the error says why."""
     with pytest.raises(StudyError, match="no member of the front has a latency_ms"):

@@ -269,7 +269,12 @@ def test_targets_of_datasets() -> None:
         ("mse", [1.0, "red"], "finite numbers or vectors of them, .* item 1 breaks this rule"),
         ("mse", [[[1.0]], [[1.0]]], r"item 0 breaks this rule: target \[\[1\.\]\]"),
         ("bce", [[1, 0], [1, 0]], "every label needs an image of train that has it, .* none of la"),
-        ("cross_entropy", [0, 0.5], "labels are integers from 0, but item 1 breaks this rule"),
+        (
+            "cross_entropy",
+            [0, 0.5],
+            "labels are integers from 0, but item 1 breaks this rule: label 0.5; give the task the "
+            "loss of other labels, bce, mse or l1",
+        ),
         ("cross_entropy", [0, -1], "labels are integers from 0, but item 1 .*: label -1"),
     ],
 )

@@ -177,7 +177,7 @@ def test_tables_and_files_name_the_metric(study: Study) -> None:
     assert "estimated %" not in text
     assert "loss  activations" in text.replace("   ", "  ")
     assert "rmse at equal MACs" in text
-    assert "a gain is a lower value" in text
+    assert "a gain above 0 is a lower value" in text
     content = json.loads(json.dumps(tables.front_json(study, posterior), allow_nan=False))
     assert content["metric"]["name"] == "rmse"
     assert content["front"][0]["rmse"] == posterior.front()[0].value

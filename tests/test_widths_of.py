@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,15 @@ def test_a_tensor_whose_shape_no_widths_give_is_named(case: str) -> None:
     state = Residual().state_dict() | changes
     with refused(WidthsError, message):
         space_of("Residual").widths_of({k: v for k, v in state.items() if v is not None})
+
+
+def test_what_holds_no_tensors_by_name_is_refused() -> None:
+    """A checkpoint around a state dict, say."""
+    space = space_of("Residual")
+    with refused(WidthsError, "hold tensors by name, but 'model' is OrderedDict", whole=False):
+        space.widths_of({"model": Residual().state_dict()})  # type: ignore[dict-item]
+    with refused(WidthsError, "or its state dict, but were to be from PosixPath", whole=False):
+        space.widths_of(Path("pruned.pt"))  # type: ignore[arg-type]
 
 
 def test_groups_stay_whole() -> None:

@@ -39,13 +39,15 @@ def run(options: argparse.Namespace) -> int:
         return _dry_run(study, console, as_json=options.json)
     with LiveView(study.config.name, console) as view:
         study.run(view, retry=options.retry)
-    failed = unresolved_failures(_print_front(study, console).trials)
+    posterior = _print_front(study, console)
+    failed = unresolved_failures(posterior.trials)
     for trial in failed:
         print_line(console, f"failed: trial {trial.number}: {trial.error}")
     for method, reason in study.failures.items():
         print_line(console, f"failed: proposer {method}: {reason}")
     runs = "" if options.runs == "runs" else f" --runs {options.runs}"
-    print_line(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
+    if posterior.front():
+        print_line(console, f"next: widthsearch train {study.config.name} --pick knee{runs}")
     return 1 if failed or study.failures else 0
 
 

@@ -121,6 +121,17 @@ def widths_of(model: TracedModel, network: nn.Module | Mapping[str, Tensor]) -> 
         sizes = {join(layer, name): tuple(t.shape) for _, layer, name, t in tensors_of(network)}
         needed = set(shapes)
     else:
+        if not isinstance(network, Mapping):
+            raise WidthsError(
+                "widths are read from a network or its state dict, but were to be from "
+                f"{type(network).__name__}"
+            )
+        for key, tensor in network.items():
+            if not isinstance(tensor, Tensor):
+                raise WidthsError(
+                    f"a state dict must hold tensors by name, but {key!r} is "
+                    f"{type(tensor).__name__}"
+                )
         sizes = {key: tuple(tensor.shape) for key, tensor in network.items()}
         needed = set(shapes) & kept
     for key in shapes:

@@ -7,6 +7,7 @@ checksum.
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,7 +174,13 @@ def read_dataset(dataset: Any, name: str, loss: LossName = "cross_entropy") -> S
 
 def _class(label: Any) -> int:
     """A class as an integer from 0."""
-    if (found := operator.index(label)) < 0:
+    try:
+        found = operator.index(label)
+    except TypeError:
+        raise TypeError(
+            f"label {reprlib.repr(label)}; give the task the loss of other labels, bce, mse or l1"
+        ) from None
+    if found < 0:
         raise ValueError(f"label {found}")
     return found
 

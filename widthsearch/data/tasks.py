@@ -317,6 +317,8 @@ def _task(
         raise DataError(
             f"train and test must have images of one shape (C, H, W), but those of task {name!r} "
             f"have {shape} and {test.images.shape[1:]}"
+            + "; set `image_size`"
+            * (name == "image_folder")
         )
     outputs = _outputs(config, train, test)
     for key in ("crop_padding", "flip", "cutout"):

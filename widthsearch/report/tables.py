@@ -106,7 +106,7 @@ def gain_lines(posterior: MetricPosterior) -> list[str]:
         f"{COST_NAMES.get(gain.cost, gain.cost)} (mean over {gain.pairs} of {gain.rivals})"
         for gain in found
     ]
-    lower = "; a gain is a lower value" if metric.goal == "minimize" else ""
+    lower = "; a gain above 0 is a lower value" if metric.goal == "minimize" else ""
     return [
         f"Gain over the best of {_contents(rivals)}: {', '.join(texts)}{lower}; ± is its 90% "
         "interval."
@@ -409,7 +409,10 @@ def _add_columns(table: Table, columns: Sequence[str]) -> None:
 def _width_lines(trials: Sequence[Trial]) -> Text:
     """The widths of some trials, a line each, below the names of their axes."""
     if not trials:
-        return Text("no finished trial has all objectives and is within the limits")
+        return Text(
+            "no finished trial has all objectives and is within the limits: train more, or change "
+            "`limits`"
+        )
     digits = max(len(str(t.number)) for t in trials)
     lines = []
     for space in dict.fromkeys(t.space for t in trials):

@@ -319,6 +319,12 @@ class StudyConfig(BaseModel):
                 f"a limit of {name} needs it among the objectives, but they are {listed}: add it, "
                 "or leave the limit out"
             )
+        (low, high), ends = self.limits.get(metric, (-math.inf, math.inf)), self.metric.ends
+        if low > ends[1] or high < ends[0]:
+            raise ValueError(
+                f"limits.{metric} must leave a part of the metric's range, [{ends[0]:g}, "
+                f"{ends[1]:g}], but was [{low:g}, {high:g}]; change the limit, or metric.range"
+            )
         stopping = self.early_stopping
         if stopping is not None and len(self.objectives) == 1:
             raise ValueError(

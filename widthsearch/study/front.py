@@ -122,7 +122,8 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
         StudyError: The spec is none of these, or no member fits it.
     """
     front = posterior.front()
-    if not front:
+    finished = [t.number for t in posterior.trials if t.state == TrialState.FINISHED]
+    if not finished:
         raise StudyError(f"a pick needs a front, but {spec!r} picks from none: run the study first")
 
     def best(members: Sequence[Trial]) -> Trial:
@@ -133,22 +134,27 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
         return min(members, key=lambda t: (cost_value(t, cost), -posterior.goodness(t), t.number))
 
     metric, spec = posterior.metric, str(spec).strip()
-    if spec == "knee":
-        return front[knee(posterior.points(front))]
-    if spec in ("best", "cheapest"):
-        return (best if spec == "best" else cheapest)(front)
     if spec.isdecimal():
         known = {trial.number: trial for trial in posterior.trials}
         named = known.get(int(spec))
         if named is not None and named.state == TrialState.FINISHED:
             return named
-        some = [str(t.number) for t in known.values() if t.state == TrialState.FINISHED]
+        some = [*map(str, finished)]
         raise StudyError(
             f"a picked ID must be a finished trial's, but {spec} "
             f"{f'has {named.state}' if named else 'is none'}; finished are "
             f"{', '.join(some[:8])}{', …' if len(some) > 8 else ''}, and on the front "
-            f"{', '.join(str(member.number) for member in front)}"
+            f"{', '.join(str(member.number) for member in front) or 'none'}"
         )
+    if not front:
+        raise StudyError(
+            f"a pick needs a front, but {spec!r} picks from none: no finished trial has all "
+            "objectives and is within the limits; change `limits`, or pick one by its ID"
+        )
+    if spec == "knee":
+        return front[knee(posterior.points(front))]
+    if spec in ("best", "cheapest"):
+        return (best if spec == "best" else cheapest)(front)
     within, limits = front, pick_limits(posterior, spec)
     for name, is_least, limit in limits:
         values = {
