@@ -136,7 +136,7 @@ def test_a_front_without_members_has_picks_by_id_alone() -> None:
     posterior = posterior_of(TRIALS, ("accuracy", "macs"), accuracy=(99.5, math.inf))
     assert pick(posterior, 1).number == 1
     for spec in ("knee", "best", "macs<=400"):
-        with pytest.raises(StudyError, match="none: no finished .* the limits; change"):
+        with pytest.raises(StudyError, match=r"none: no finished .* the limits; change"):
             pick(posterior, spec)
 
 
