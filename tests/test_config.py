@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,12 @@ def test_a_file_that_is_no_study_is_an_error(text: str, message: str, tmp_path: 
     with pytest.raises(StudyError, match=message) as caught:
         StudyConfig.from_yaml(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a.py:b", ".", "épochs."])
+def test_an_unknown_key_may_hold_dots(key: str) -> None:
+    """It is not taken for a path of keys."""
+    with pytest.raises(StudyError, match=re.escape(f"unknown key 'recipe.{key}'")):
+        StudyConfig(name="mine", task="digits", recipe={key: None})
+    with pytest.raises(StudyError, match=re.escape(f"unknown key '{key}'")):
+        StudyConfig(name="mine", task="digits", **{key: None})

@@ -187,7 +187,7 @@ def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ((torch.zeros(1, 4, 4), 0.5), "item 2 breaks this rule: 'float' object"),
+        ((torch.zeros(1, 4, 4), 0.5), "label 0.5; give the task the loss of"),
         ((torch.full((1, 4, 4), 3.0), 0), "values from 3 to 3 .leave normalisation to"),
         ((np.zeros((4, 4, 3)), 0), "its image is a ndarray"),
         ((torch.zeros(1, 4, 5), 0), r"shape \(1, 4, 5\), and the first has \(1, 4, 4\)"),

@@ -124,20 +124,16 @@ def explain(error: ValidationError, sections: Mapping[str, Any], root: str = "")
     ]
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     if faults[0]["type"] in ("missing", "missing_argument"):  # perhaps it is misspelt
-        section = faults[0]["place"].rpartition(".")[0]
-        misspelt = [
-            fault
-            for fault in faults
-            if fault["type"] in unknown and fault["place"].rpartition(".")[0] == section
-        ]
+        section = _section(faults[0])
+        misspelt = [f for f in faults if f["type"] in unknown and _section(f) == section]
         faults = misspelt or faults
     # A union has a fault for each of its types: the deepest one belongs to the closest type.
     inside = [f for f in faults if f"{f['place']}.".startswith(f"{faults[0]['place']}.")]
     first = max(inside, key=lambda f: f["place"].count("."))
     place, kind = first["place"], first["type"]
     if kind in unknown:
-        section, _, key = place.rpartition(".")
-        return f"unknown key {place!r}{hint(key, _keys(sections[section]))}"
+        key = str(first["loc"][-1])
+        return f"unknown key {place!r}{hint(key, _keys(sections[_section(first)]))}"
     if kind in ("missing", "missing_argument"):
         return f"key {place!r} is missing"
     if kind == "value_error":
@@ -154,6 +150,12 @@ def hint(name: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown name: the closest known name, or all of them."""
     known = sorted(known)
     return "; " + did_you_mean(name, known, f"known are {', '.join(known)}")
+
+
+def _section(fault: Mapping[str, Any]) -> str:
+    """The place of the object that a key is in; a key may hold dots."""
+    place: str = fault["place"]
+    return place.removesuffix(str(fault["loc"][-1])).removesuffix(".")
 
 
 def _keys(section: Any) -> list[str]:
