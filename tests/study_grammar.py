@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from widthsearch.bayesopt.metric import COSTS, EXACT_COSTS
 from widthsearch.proposers import BASELINES, PROPOSERS
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils import safe_yaml
 
 Strategy = st.SearchStrategy[Any]
 Document = dict[str, Any]
@@ -351,8 +352,8 @@ def mutated(draw: st.DrawFn, documents: Strategy) -> Any:
     return document
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes integers of any length, which Python refuses as decimals."""
+class _Dumper(safe_yaml._Dumper):
+    """Writes integers of any length, which Python refuses as decimals; quotes texts like 0e0."""
 
 
 _Dumper.add_representer(
