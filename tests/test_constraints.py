@@ -219,3 +219,12 @@ def test_scores_of_channels_are_summed_over_ties() -> None:
     (tie_scores,) = space.tie_scores([a, b])
     assert tie_scores.tolist() == [i + (2 * i) + (2 * i + 1) for i in range(8)]
     assert whole.tie_scores([a, b])[1] is b
+
+
+@pytest.mark.parametrize(("tie", "found"), [([[]], "is none"), ([["0"]], "is '0' alone")])
+def test_a_tie_of_fewer_than_two_axes_is_refused(tie: list[list[str]], found: str) -> None:
+    """Of none too."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    space = SearchSpace.from_model(model, (4,))
+    with pytest.raises(SpaceError, match=f"a tie takes two axes or more, but .*{found}"):
+        space.constrained(tie=tie)

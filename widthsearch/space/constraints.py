@@ -182,8 +182,9 @@ class Constraints:
             patterns = _listed(entry)
             group = sorted({i for p in patterns for i in matching(p, names, trace)})
             if len(group) < 2:
+                found = f"{names[group[0]]!r} alone" if group else "none"
                 raise SpaceError(
-                    f"a tie takes two axes or more, but {entry!r} is {names[group[0]]!r} alone; "
+                    f"a tie takes two axes or more, but {entry!r} is {found}; "
                     "axes that keep their ratio go into one list: tie=[['a', 'b']]"
                 )
             groups.append(group)
