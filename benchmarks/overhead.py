@@ -54,7 +54,7 @@ def timed(config: StudyConfig) -> tuple[float, list[Trial]]:
     with tempfile.TemporaryDirectory() as runs:
         file = Path(runs, "study.yaml")
         file.write_text(config.to_yaml(), encoding="utf-8")
-        command = [sys.executable, "-m", "widthsearch.cli", "run", str(file), "--runs", runs]
+        command = [sys.executable, "-m", "widthsearch", "run", str(file), "--runs", runs]
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall = time.perf_counter() - started

@@ -224,11 +224,29 @@ def test_a_cluster_that_wants_a_token_is_joined_or_refused_at_once(
 
 
 def test_a_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ray.init sets a handler of its own, which exits the process with the signal's number."""
+    """ray.init sets a handler that raises at once, also where Python ignores exceptions."""
+    started = []
 
     def init(**_: object) -> None:
-        sys.exit(int(signal.SIGTERM))  # as Ray's handler does
+        ray._private.utils.set_sigterm_handler(lambda *_: sys.exit("by Ray's own handler"))
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)  # blocked
+        started.append(True)
 
     monkeypatch.setattr(ray, "init", init)
     with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
         cluster_module._init(None, interrupts)
+    assert started == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_at_the_exit_of_a_command_does_nothing() -> None:
+    code = (
+        "import atexit, signal, sys\n"
+        "from widthsearch import cli\n"
+        "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+        "sys.argv[1:] = ['space', 'torchvision:resnet19']\n"
+        "raise SystemExit(cli.process())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

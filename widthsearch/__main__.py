@@ -1,6 +1,6 @@
 """The command line, as ``python -m widthsearch``."""
 
-from widthsearch.cli import main
+from widthsearch.cli import process
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(process())

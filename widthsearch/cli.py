@@ -10,6 +10,7 @@ import argparse
 import errno
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted; resume with: {again}", file=sys.stderr)
         return 130
     return code
+
+
+def process() -> int:
+    """Run the command of this process; returns the exit code.
+
+    From the end of the command on, Ctrl-C does nothing: it could only break off what Ray still ends
+    at the exit of the process.
+    """
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -238,7 +251,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--members", type=int, default=6, help="networks of --rank-check (default: 6)")
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

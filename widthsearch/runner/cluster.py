@@ -9,8 +9,10 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
+import ray._private.utils
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
@@ -59,9 +61,35 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
 
     A terminal sends Ctrl-C to every process of the driver's group. If Ray's processes handled it,
     ``ray.shutdown`` would wait a minute for them. Child processes inherit blocked signals, so Ray
-    starts with SIGINT blocked.
+    starts with SIGINT blocked. SIGTERM is deferred: the handler that ``ray.init`` sets raises at
+    once, also where Python ignores exceptions, such as between a fork and its exec.
+
+    Raises:
+        StudyError: Ray does not start, or the cluster cannot be joined.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived meanwhile.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        with interrupts.deferred(), _without_sigterm_handler():
+            _connect(address)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if interrupts.requested:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _without_sigterm_handler() -> Iterator[None]:
+    """Within this context Ray sets no handler of SIGTERM."""
+    utils: Any = ray._private.utils
+    previous, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = previous
+
+
+def _connect(address: str | None) -> None:
     try:
         if address is not None:
             # A cluster with tokens refuses this driver at once. ray.init would take the refusal for
@@ -75,8 +103,6 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
             log_to_driver=False,
             logging_level=logging.INFO,
         )
-    except SystemExit:
-        raise KeyboardInterrupt from None  # SIGTERM, by the handler that ray.init sets
     except Exception as error:
         if address is None:
             raise StudyError(
@@ -89,9 +115,6 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
             f"{one_line(error).partition('. ')[0]}; if it was started with a token, set "
             "RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN of the cluster in the environment"
         ) from error
-    finally:
-        interrupts.install()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _check_address(address: str) -> None:
