@@ -241,6 +241,7 @@ def test_a_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.Monke
 
 
 def test_ctrl_c_at_the_exit_of_a_command_does_nothing() -> None:
+    """Ray ends its processes then; a second Ctrl-C would show a traceback of it."""
     code = (
         "import atexit, signal, sys\n"
         "from widthsearch import cli\n"
