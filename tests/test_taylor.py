@@ -1,4 +1,4 @@
-"""Taylor importance: squared gate gradients of a trained network."""
+"""Taylor importance: gate gradients of a trained network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TestTaylor(ProposerConformance):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_importance_equals_that_of_explicit_gates(name: str) -> None:
-    """The mean over two batches of squared gate gradients, by autograd of literal gates."""
+    """The root mean square of two batches' gate gradients, by autograd of literal gates."""
     space, model, graph = network_of(name, seed=1)
     recipe = replace(RECIPE, precision="fp32")
     tuner = FineTuner(Taylor(every=2), space, model, graph, small_task(), recipe, setting())
@@ -55,8 +55,9 @@ def test_importance_equals_that_of_explicit_gates(name: str) -> None:
         gradients = torch.autograd.grad(value, gates)
         expected = [e + g.square() / 2 for e, g in zip(expected, gradients, strict=True)]
     assert len(batches) == 2
-    for of_axis, wanted in zip(found, expected, strict=True):
-        assert torch.allclose(of_axis, wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+    for of_axis, square in zip(found, expected, strict=True):
+        wanted = square.sqrt()
+        assert torch.allclose(of_axis, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
         assert float(wanted.max()) > 0
 
 

@@ -23,15 +23,17 @@ from widthsearch.utils.validation import validated_dataclass
 class Taylor(PruneAndTune):
     """First-order Taylor importance of gates (Molchanov et al. 2019, arXiv 1906.10771, with gates).
 
-    The importance of a channel of a trained network is ``(∂L/∂c)²`` for a gate ``c = 1`` that
-    multiplies it where its consumers read it: the squared change of a batch's loss when the channel
-    is removed, to first order; its mean over ``every`` batches. With ``schedule="once"`` all
+    The importance of a channel of a trained network is ``√(mean of (∂L/∂c)²)`` over ``every``
+    batches, for a gate ``c = 1`` that multiplies it where its consumers read it: how much a batch's
+    loss changes, to first order, when the channel is removed. With ``schedule="once"`` all
     channels are ranked once by importance per cost, with ``"turns"`` fine-tuning and single
     removals alternate, as in :class:`~widthsearch.proposers.fisher.Fisher`. With ``per="latency"``
     importance per predicted ms is what HALP maximises (Shen et al. 2022, arXiv 2110.10811), here
     greedily in place of its knapsack.
 
-    Deviations: gates stand behind the activation in the consumers' inputs, not behind batch norm
+    Deviations: the paper ranks single channels by the mean square, which orders them alike. A sum
+    over the channels of a step, per cost, has to be a loss, not its square: else the few largest
+    channels decide. Gates stand behind the activation in the consumers' inputs, not behind batch norm
     alone; a tied axis has one gate over all of its consumers; scores are divided by MACs; channels
     are removed in grid steps of an axis.
 
@@ -92,7 +94,7 @@ class Taylor(PruneAndTune):
 
 
 def importance(tuner: FineTuner, *, tune: bool) -> list[Tensor]:
-    """The mean over the batches of a stretch of (∂L/∂c)², per axis of shape (groups,).
+    """The root mean square of ∂L/∂c over the batches of a stretch, per axis of shape (groups,).
 
     Args:
         tuner: Has the network and its batches.
@@ -114,4 +116,4 @@ def importance(tuner: FineTuner, *, tune: bool) -> list[Tensor]:
         return loss
 
     tuner.tune(step)
-    return [total / batches for total in sums]
+    return [(total / batches).sqrt() for total in sums]
