@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from benchmarks.search import Table
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.search import BayesianSearch
-from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.space.search_space import SearchSpace
 
 LEVELS = ((2, 4, 8, 16, 32), (4, 8, 16, 32, 64), (4, 8, 16, 32, 64))
@@ -111,7 +110,7 @@ def search(
         accuracy = float(draws.choice(table.accuracy[row]))
         trials.append(Observation(vector, accuracy, (float(table.macs[row]),)))
         if count in marks:
-            surrogate = Surrogate.fit_observations((table.coordinates, trials), earlier=studies)
+            surrogate = chosen.surrogate(trials)
             widths = [o.widths for o in trials]
             rows = table.rows(np.array(widths)).tolist()
             scores.append(table.score(rows, surrogate.mean(widths).tolist())["volume"])

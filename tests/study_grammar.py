@@ -92,6 +92,7 @@ VALID: dict[str, Strategy] = {
     "weights": one(None),  # tests/test_starts.py has files
     "importance": one("magnitude", "slimming", "sensitivity", "fisher"),
     "widths": one([], ["widths.json"]),
+    "prior": one([]),  # tests/test_earlier.py has studies
     "proposers.method": one(*PROPOSERS, "own:small"),
     "proposers.activation_density.weights": one("reinit", "inherit"),
     "proposers.activation_density.tolerance": share,

@@ -60,6 +60,19 @@ def space(name: str = "tiny", min_width: float = 0.25) -> SearchSpace:
 
 
 @cache
+def narrower() -> SearchSpace:
+    """The same axes with half the base widths."""
+
+    def net() -> nn.Module:
+        made = Net()
+        made.first, made.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        made.fc = nn.Linear(4, 4)
+        return made
+
+    return SearchSpace.from_model(net, (1, 4, 4), name="tiny", min_width=0.5, step=2)
+
+
+@cache
 def task() -> Task:
     """Four classes of 4 × 4 images that a tiny network learns; a batch of 32 is an epoch."""
     rng = np.random.default_rng(0)

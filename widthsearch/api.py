@@ -16,7 +16,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 from widthsearch.study.config import StudyConfig, read_yaml
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import MetricPosterior
-from widthsearch.study.trial import Trial, TrialState
+from widthsearch.study.trial import Trial, TrialState, check_finished
 
 if TYPE_CHECKING:
     from widthsearch.data.tasks import Task
@@ -90,7 +92,7 @@ class Study:
             config = StudyConfig.from_yaml(path)
             return cls(config, folder=Path(runs, config.name))
         for folder in (path, Path(runs) / path):
-            if (folder / "study.yaml").is_file():
+            if os.path.isfile(folder / "study.yaml"):  # noqa: PTH113  of any text, such as a long one
                 return cls(_stored_config(folder), folder=folder)
         known = [file.parent.name for file in Path(runs).glob("*/study.yaml")]
         hint = did_you_mean(str(reference), known, "give a study's YAML, name or folder")
@@ -221,7 +223,7 @@ class Study:
             with self.search(shown, propose, retry=retry) as search:
                 session.train(search, data, self.base_weights)
                 ended = search.ended
-        _check_finished(self.config.name, search.trials.values(), ended)
+        check_finished(self.config.name, search.trials.values(), ended)
 
     def trials(self) -> list[Trial]:
         """Every trial that has ended, by number.
@@ -238,7 +240,10 @@ class Study:
             StudyError: The study was never run.
         """
         config = self.config
-        return MetricPosterior(*self._stored(), config.objectives, config.limits, config.metric)
+        trials, records, earlier = self._stored()
+        return MetricPosterior(
+            trials, records, config.objectives, config.limits, config.metric, earlier
+        )
 
     def front(self) -> list[Trial]:
         """The front by the estimated metric, within the limits, fewest MACs first."""
@@ -256,15 +261,35 @@ class Study:
         """
         return pick(self.posterior(), spec)
 
-    def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord]]:
-        """The trials that have ended and the spaces' records, without the spaces' code."""
+    @cached_property
+    def earlier(self) -> list[EarlierStudy]:
+        """The earlier studies that it learns from, as they are now, or were when it began.
+
+        Raises:
+            StudyError: An earlier study is not there or was never run, has another metric or other
+                axes, or no finished trial.
+        """
+        from widthsearch.study.storage import Store
+
+        with suppress(StudyError):  # it was never run
+            store = Store.open(self.storage, self.config.name)
+            if store.begun:
+                return store.earlier()
+        others = [Study.load(reference, self.folder.parent) for reference in self.config.prior]
+        return [
+            EarlierStudy.of(other.config, *other._stored()[:2], self.config, self.spaces)
+            for other in others
+        ]
+
+    def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord], list[EarlierStudy]]:
+        """The trials that have ended, the spaces' records without their code, and the prior."""
         from widthsearch.study.storage import Store
 
         store = Store.open(self.storage, self.config.name)
         if (records := store.records()) is None:
             raise StudyError(f"study {self.config.name!r} has no trials yet: run it first")
         trials = [trial for trial in store.trials(records) if trial.state != TrialState.RUNNING]
-        return trials, records
+        return trials, records, store.earlier()
 
     def confirm(
         self, seeds: int = 3, on_progress: OnProgress | None = None, *, quiet: bool = False
@@ -342,7 +367,7 @@ def _driver(study: Study) -> Driver:
 
     own = study.config.trainer is not None
     parts = study.spaces, None if own else study.task, study.folder, study.storage
-    return Driver(study.config, *parts, _pickled, study.base_weights)
+    return Driver(study.config, *parts, _pickled, study.base_weights, study.earlier)
 
 
 def _loading_first(load: Callable[[], Any], propose: Engine) -> tuple[Engine, Callable[[], Any]]:
@@ -360,19 +385,6 @@ def _loading_first(load: Callable[[], Any], propose: Engine) -> tuple[Engine, Ca
         yield from propose(requests, *given)
 
     return engine, lambda: loaded.pop() if loaded else load()
-
-
-def _check_finished(name: str, trials: Collection[Trial], ended: str | None) -> None:
-    """Check that some trial of a study has finished; ``ended`` is why the run ended early."""
-    if all(trial.state != TrialState.FINISHED for trial in trials):
-        reasons = [trial.error for trial in trials if trial.error]
-        if not reasons and ended is not None:
-            raise StudyError(f"study {name!r} has no finished trial: {ended}")
-        raise StudyError(
-            f"study {name!r} has no finished trial; the last failed: "
-            f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run again "
-            "with --retry"
-        )
 
 
 def dry_run(study: Study, on_progress: OnProgress | None = None) -> DryRun:

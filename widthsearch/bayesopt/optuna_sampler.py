@@ -135,10 +135,7 @@ class WidthSampler(BaseSampler):
         Raises:
             ValueError: No trial is finished.
         """
-        observed = self._observations(study)
-        return Surrogate.fit_observations(
-            (self.search.coordinates, observed), metric=self.search.metric
-        )
+        return self.search.surrogate(self._observations(study))
 
     def _observations(self, study: Study, exclude: int = -1) -> list[Observation]:
         return [

@@ -146,8 +146,7 @@ class BayesianSearch:
         """
         excluded = {widths.vector for widths in seen} | {o.widths for o in observations}
         informed = len([o for trials in self.earlier for o in trials if o.value is not None])
-        if surrogate is not None:
-            informed = surrogate.size
+        informed += 0 if surrogate is None else surrogate.size
         shared = informed >= INITIAL_TRIALS
         enough = len(observations) >= (2 if shared else INITIAL_TRIALS)
         rng = np.random.default_rng((self.seed, len(observations)))
@@ -157,6 +156,18 @@ class BayesianSearch:
                 return self._maximise(rng, acquisition, excluded)
             return self._initial(rng, len(observations), excluded)
 
+    def surrogate(self, trials: Sequence[Observation]) -> Surrogate:
+        """The surrogate of some trials of this space, and of those of earlier studies.
+
+        Raises:
+            ValueError: No trial is finished.
+        """
+        return Surrogate.fit_observations(
+            (self.coordinates, trials),
+            metric=self.metric,
+            earlier=[[(self.coordinates, study)] for study in self.earlier],
+        )
+
     def _acquisition(
         self,
         trials: Sequence[Observation],
@@ -164,9 +175,7 @@ class BayesianSearch:
         surrogate: Surrogate | None,
     ) -> _Acquisition:
         """The acquisition function after some trials, of which at least one is finished."""
-        surrogate = surrogate or Surrogate.fit_observations(
-            (self.coordinates, trials), metric=self.metric, earlier=self.earlier
-        )
+        surrogate = surrogate or self.surrogate(trials)
         names = tuple(name for name in self.objectives if name != self.metric.name)
         finished = [o for o in trials if o.value is not None]
         widths = np.array([o.widths for o in finished])

@@ -143,7 +143,7 @@ class Surrogate:
         widths: ArrayLike | Features,
         scores: ArrayLike,
         variance: ArrayLike | float = 0.0,
-        earlier: Sequence[tuple[ArrayLike, ArrayLike]] = (),
+        earlier: Sequence[tuple[ArrayLike | Features, ArrayLike]] = (),
     ) -> Surrogate:
         """The surrogate of some trainings.
 
@@ -152,16 +152,20 @@ class Surrogate:
             widths: (N, A), in channels, or their features; N ≥ 1, rows may repeat.
             scores: (N,), in any unit, which is then the unit of the posterior.
             variance: Variance of each score beyond that of a finished training, (N,).
-            earlier: Widths and scores of each earlier study, (M, A) and (M,), M ≥ 1.
+            earlier: Widths (or their features) and scores of each earlier study, (M, A) and (M,),
+                M ≥ 1.
         """
-        own = widths if isinstance(widths, Features) else Features.of(coordinates, widths)
+        own, *others = (
+            given if isinstance(given, Features) else Features.of(coordinates, given)
+            for given in (widths, *(given for given, _ in earlier))
+        )
         scored = [np.asarray(a, np.float64) for a in (scores, *(a for _, a in earlier))]
         spreads = [float(a.std()) for a in scored]
         mean, scale = float(scored[0].mean()), next((d for d in spreads if d > 0), 1.0)
         y = np.concatenate(
             [(a - a.mean()) / (d or 1.0) for a, d in zip(scored, spreads, strict=True)]
         )
-        seen = Features.concatenate([own, *(Features.of(coordinates, w) for w, _ in earlier)])
+        seen = Features.concatenate([own, *others])
         study = np.repeat(np.arange(len(scored)), [len(a) for a in scored])
         v = np.zeros(len(y))
         v[study == 0] = np.asarray(variance, np.float64) / scale**2
@@ -185,7 +189,7 @@ class Surrogate:
         cls,
         *spaces: tuple[Coordinates, Sequence[Observation]],
         metric: Metric = ACCURACY,
-        earlier: Sequence[Sequence[Observation]] = (),
+        earlier: Sequence[Sequence[tuple[Coordinates, Sequence[Observation]]]] = (),
     ) -> Surrogate:
         """The surrogate of trials, the unfinished ones by what their curves foretell.
 
@@ -194,8 +198,9 @@ class Surrogate:
                 :meth:`~Coordinates.together`. Widths are then given in the first space's
                 coordinates: see :meth:`of_space`.
             metric: The metric that they report.
-            earlier: The trials of earlier studies of the first space's axes, which report the same
-                metric under another recipe or of other data. Unfinished ones are left out.
+            earlier: Likewise the observations of earlier studies of some of these spaces, which
+                report the same metric under another recipe or of other data. Unfinished ones are
+                left out.
 
         Raises:
             ValueError: No trial is finished.
@@ -220,16 +225,8 @@ class Surrogate:
                 seen.append(Features.of(coordinates, [widths for widths, _ in known]))
                 moments += [moment for _, moment in known]
         scores, variance = np.array(moments).T
-        finished = [[o for o in trials if o.value is not None] for trials in earlier]
-        of_studies = [
-            (
-                [o.widths for o in trials],
-                metric.score(np.array([o.value for o in trials], np.float64)),
-            )
-            for trials in finished
-            if trials
-        ]
-        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance, of_studies)
+        before = [ended for study in earlier if (ended := _finished(study, metric)) is not None]
+        return cls.fit(spaces[0][0], Features.concatenate(seen), scores, variance, before)
 
     def of_space(self, coordinates: Coordinates) -> Surrogate:
         """The same surrogate, with widths given in another of its spaces' coordinates."""
@@ -362,6 +359,16 @@ def factor(covariance: Array, variance: Array) -> Array:
     covariance[np.diag_indices(len(covariance))] += variance + _JITTER
     lower: Array = cholesky(covariance, lower=True, check_finite=False)
     return lower
+
+
+def _finished(
+    study: Sequence[tuple[Coordinates, Sequence[Observation]]], metric: Metric
+) -> tuple[Features, Array] | None:
+    """Features and scores of a study's finished trials; None where there are none."""
+    known = [(space, [o for o in own if o.value is not None]) for space, own in study]
+    seen = [Features.of(space, [o.widths for o in own]) for space, own in known if own]
+    values = np.array([o.value for _, own in known for o in own], np.float64)
+    return (Features.concatenate(seen), metric.score(values)) if seen else None
 
 
 def _most_probable(

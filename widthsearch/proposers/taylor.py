@@ -33,9 +33,9 @@ class Taylor(PruneAndTune):
 
     Deviations: the paper ranks single channels by the mean square, which orders them alike. A sum
     over the channels of a step, per cost, has to be a loss, not its square: else the few largest
-    channels decide. Gates stand behind the activation in the consumers' inputs, not behind batch norm
-    alone; a tied axis has one gate over all of its consumers; scores are divided by MACs; channels
-    are removed in grid steps of an axis.
+    channels decide. Gates stand behind the activation in the consumers' inputs, not behind batch
+    norm alone; a tied axis has one gate over all of its consumers; scores are divided by MACs;
+    channels are removed in grid steps of an axis.
 
     Attributes:
         schedule: ``once`` (default) or ``turns``.

@@ -113,6 +113,16 @@ def gain_lines(posterior: MetricPosterior) -> list[str]:
     ]
 
 
+def prior_lines(posterior: MetricPosterior) -> list[str]:
+    """A line for each earlier study, with the correlation that the surrogate has learned."""
+    found = posterior.correlations
+    return [
+        f"Learned from {study.size} trials of {study.name}: correlation {found[study.name]:.2f}."
+        for study in posterior.earlier
+        if study.name in found
+    ]
+
+
 def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
     """The front, the base model, all baselines with the bases, and the gains as JSON values."""
     base = posterior.base
@@ -124,6 +134,14 @@ def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
         "base": None if base is None else _trial_json(base, posterior),
         "baselines": [_trial_json(t, posterior) for t in baselines(posterior)],
         "gains": [gain.to_json() for gain in gains(posterior)],
+        "prior": [
+            {
+                "study": study.name,
+                "trials": study.size,
+                "correlation": posterior.correlations.get(study.name),
+            }
+            for study in posterior.earlier
+        ],
         "starts": starts.starts_json(starts.compared(posterior.trials), posterior.metric),
     }
 
@@ -203,7 +221,7 @@ def front_tables(study: Study, posterior: MetricPosterior, show: Sequence[str] =
             f"finished trials{inside} span: front {front_volume(front, posterior):.3f}, "
             f"baselines {front_volume(rivals, posterior):.3f}."
         )
-    lines = [total, *gain_lines(posterior)]
+    lines = [total, *gain_lines(posterior), *prior_lines(posterior)]
     if compared := starts.compared(trials):
         metric, macs = posterior.metric, None if base is None else base.cost.macs
         parts.append(starts.starts_table(compared, metric))

@@ -19,6 +19,7 @@ from widthsearch.space.computation import outputs, random_inputs
 from widthsearch.space.cost import EXACT
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.job import check_functions, study_job
 from widthsearch.study.progress import Notify
 from widthsearch.study.storage import SpaceRecord, Store
@@ -29,7 +30,7 @@ from widthsearch.utils.devices import check_device
 
 _FIXED = (
     *("task", "trainer", "data", "recipe", "metric", "objectives", "latency", "seed"),
-    *("loss", "batches", "start", "weights", "importance"),
+    *("loss", "batches", "start", "weights", "importance", "prior"),
 )
 """Sections that make trials and proposals comparable: fixed once a study has begun."""
 
@@ -171,10 +172,12 @@ def claim(
     config: StudyConfig,
     spaces: Mapping[str, SearchSpace],
     weights: dict[str, Any] | None = None,
+    earlier: Sequence[EarlierStudy] = (),
 ) -> None:
     """Write the configuration and the spaces into the storage, or compare them with what it holds.
 
-    So it does with the weights of ``start: extract``, as :meth:`BaseWeights.to_json` has them.
+    So it does with the weights of ``start: extract``, as :meth:`BaseWeights.to_json` has them. The
+    trials of earlier studies are kept as they are when the first trial begins.
 
     Until a trial has begun only the objectives are kept: the storage's study was made with them.
 
@@ -207,6 +210,9 @@ def claim(
     store.set_attribute("config", now)
     if not begun and weights != store.attribute("weights"):
         store.set_attribute("weights", weights)
+    kept = [study.to_json() for study in earlier]
+    if not begun and kept != (store.attribute("prior") or []):
+        store.set_attribute("prior", kept)
     if not begun:
         store.set_attribute("spaces", described)  # last: with it the study is there
 

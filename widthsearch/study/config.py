@@ -153,6 +153,9 @@ class StudyConfig(BaseModel):
             ``slimming``, the scales of norms; ``sensitivity`` or ``fisher``, by gradients on data.
         widths: Files of :meth:`~widthsearch.space.search_space.SearchSpace.save_widths` whose
             networks are trained after the base and before all others, also off the grid.
+        prior: Earlier studies of the same axes and metric, under another recipe or resolution or of
+            other data, whose trials the surrogate learns from: names in the same folder of studies,
+            or folders. The share of their trials in it is learned.
         proposers: The methods whose proposals are scaled into families.
         budgets: The share of the base model's MACs of each family member.
         families: How proposals are scaled: ``copycat`` (one profile at all sizes), ``linear`` (the
@@ -217,6 +220,7 @@ class StudyConfig(BaseModel):
     weights: str | None = None
     importance: Importance = "magnitude"
     widths: tuple[str, ...] = ()
+    prior: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     proposers: tuple[NamedProposer, ...] = (ProposerConfig(method="sensitivity"),)
     budgets: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.2, 0.35, 0.5, 0.75)
     families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("copycat", "power")
@@ -325,6 +329,8 @@ class StudyConfig(BaseModel):
                 f"limits.{metric} must leave a part of the metric's range, [{ends[0]:g}, "
                 f"{ends[1]:g}], but was [{low:g}, {high:g}]; change the limit, or metric.range"
             )
+        if self.name in self.prior:
+            raise ValueError(f"prior must name other studies, but {self.name!r} is this one")
         stopping = self.early_stopping
         if stopping is not None and len(self.objectives) == 1:
             raise ValueError(

@@ -31,6 +31,7 @@ from widthsearch.study.checks import check_parts, claim, met_budgets
 from widthsearch.study.config import StudyConfig
 from widthsearch.study.confirmation import Confirmation
 from widthsearch.study.driver_lock import DriverLock
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.front import is_within_limits
 from widthsearch.study.job import own_task
 from widthsearch.study.loop import Search
@@ -68,6 +69,7 @@ class Driver:
         pickled: Pickles a space, given its name in messages, for a process that measures beside
             this one.
         weights: The weights of the base, for the start ``extract``.
+        earlier: The earlier studies that it learns from, unless it has begun with others.
         failures: The reason why a proposer has no proposal, by its label, after :meth:`search`.
 
     Example:
@@ -93,6 +95,7 @@ class Driver:
     url: str
     pickled: Callable[[SearchSpace, str], bytes]
     weights: BaseWeights | None = None
+    earlier: Sequence[EarlierStudy] = ()
     failures: dict[str, str] = field(default_factory=dict, init=False)
 
     @contextmanager
@@ -201,11 +204,13 @@ class Driver:
         store = Store.create(self.url, config.name, config.objectives, config.metric)
         with DriverLock(store) as driver_lock:
             kept = None if self.weights is None else self.weights.to_json()
-            claim(store, config, self.spaces, kept)
+            claim(store, config, self.spaces, kept, self.earlier)
             text = config.to_yaml().encode()
             with store.fence.held(), writing(self.folder):
                 write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
             notify = self._reporter(store, on_progress)
+            for study in store.earlier():
+                notify(f"learning from {study.size} trials of study {study.name!r}", "event")
             if self.task is not None and self.task.loading is not None:
                 notify(self.task.loading.reason, "event")
             config = self._with_concurrency(self._with_precision(store), store, notify)
@@ -334,7 +339,12 @@ class Driver:
         config, trials = self.config, store.trials(self.spaces)
         done = sum(trial.state != TrialState.RUNNING for trial in trials)
         posterior = MetricPosterior(
-            trials, self.spaces, config.objectives, config.limits, config.metric
+            trials,
+            self.spaces,
+            config.objectives,
+            config.limits,
+            config.metric,
+            store.earlier(),
         )
         pace = Pace(done)
 

@@ -120,7 +120,8 @@ class Search:
             config, spaces, self.trials, self._queue.superseded, self._store
         )
         self._latency = LatencyEstimates(spaces, profiles or {}, self.trials)
-        self._suggestions = Suggestions(config, self._latency, self._queue.proposed)
+        self._earlier = self._store.earlier()
+        self._suggestions = Suggestions(config, self._latency, self._queue.proposed, self._earlier)
         self._exhausted = self._announced = False
         self._failures = 0
         self._counted = ((-1, -1), 0)
@@ -150,7 +151,9 @@ class Search:
     def posterior(self) -> MetricPosterior:
         """The posterior of the trials that have ended; computed anew once another one has."""
         trials, config = list(self.trials.values()), self.config
-        return MetricPosterior(trials, self.spaces, config.objectives, config.limits, config.metric)
+        return MetricPosterior(
+            trials, self.spaces, config.objectives, config.limits, config.metric, self._earlier
+        )
 
     def ask(self) -> Trial | None:
         """The next trial to train.

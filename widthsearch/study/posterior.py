@@ -26,6 +26,7 @@ from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points
 from widthsearch.bayesopt.surrogate import Surrogate
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.front import Limits, cost_value, objective_points
 from widthsearch.study.trial import Architecture, Trial, TrialState
 
@@ -94,11 +95,13 @@ class MetricPosterior:
         limits: The least and greatest values of costs, and of estimates of the metric: no network
             outside is on the front.
         metric: Its metric.
+        earlier: The earlier studies that the surrogate learns from.
 
     Attributes:
         trials: The trials; comparisons of starts have no part in any estimate.
         objectives: The objectives.
         metric: The metric.
+        earlier: The earlier studies.
 
     Example:
         >>> from torch import nn
@@ -125,11 +128,13 @@ class MetricPosterior:
         objectives: Sequence[str],
         limits: Limits | None = None,
         metric: Metric = ACCURACY,
+        earlier: Sequence[EarlierStudy] = (),
     ) -> None:
         self.metric = metric
         self.objectives = tuple(objectives)
         self._limits = limits or {}
         self.trials = trials
+        self.earlier = tuple(earlier)
         self._own = [trial for trial in trials if not trial.is_comparison]
         self._spaces = spaces
 
@@ -167,8 +172,21 @@ class MetricPosterior:
         if sum(training.value is not None for training in every) < ENOUGH:
             return None
         return Surrogate.fit_observations(
-            *((self.coordinates[name], own) for name, own in trainings.items()), metric=self.metric
+            *((self.coordinates[name], own) for name, own in trainings.items()),
+            metric=self.metric,
+            earlier=[study.placed(self.coordinates) for study in self.earlier],
         )
+
+    @property
+    def correlations(self) -> dict[str, float]:
+        """How each earlier study's scores correlate with this one's, as the surrogate has learned.
+
+        There are none without a surrogate, and none of studies of spaces without a finished trial.
+        """
+        if self.surrogate is None:
+            return {}
+        used = [study.name for study in self.earlier if study.trials.keys() & self.coordinates]
+        return dict(zip(used, self.surrogate.loadings[1:].tolist(), strict=True))
 
     def __getitem__(self, trial: Trial) -> Estimate:
         """The estimate of a finished trial's architecture."""

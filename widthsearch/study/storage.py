@@ -44,6 +44,7 @@ from widthsearch.study.database import (
     reaching,
     written_here,
 )
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.trial import Trial, TrialState
 from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Axis, Widths
@@ -242,6 +243,16 @@ class Store:
             records = [SpaceRecord.from_json(space) for space in stored or ()]
             found = {record.name: record for record in records}
         return None if stored is None else found
+
+    def earlier(self) -> list[EarlierStudy]:
+        """The earlier studies that the study learns from.
+
+        Raises:
+            StorageError: Something else has written them.
+        """
+        stored = self.attribute("prior") or ()
+        with written_here(self.name):
+            return [EarlierStudy.from_json(content) for content in stored]
 
     @database_errors
     def forget(self, *beginnings: str) -> None:

@@ -20,6 +20,7 @@ from widthsearch.latency.predictor import LatencyPredictor
 from widthsearch.proposers.families import Candidate
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.front import observation
 from widthsearch.study.trial import Architecture, Trial, TrialState
 
@@ -103,6 +104,7 @@ class Suggestions:
         config: The study's configuration.
         latency: Predicts latency; has the spaces, and the trials, read anew for each suggestion.
         proposed: Networks whose multiples are among the candidates.
+        earlier: Earlier studies to learn from.
 
     Example:
         >>> from torch import nn
@@ -114,11 +116,15 @@ class Suggestions:
     """
 
     def __init__(
-        self, config: StudyConfig, latency: LatencyEstimates, proposed: Sequence[Candidate]
+        self,
+        config: StudyConfig,
+        latency: LatencyEstimates,
+        proposed: Sequence[Candidate],
+        earlier: Sequence[EarlierStudy] = (),
     ) -> None:
         self._objectives, self._metric = config.objectives, config.metric
         self._trials = latency.trials
-        self._latency = latency
+        self._latency, self._earlier = latency, earlier
         spaces = latency.spaces
         named = (*config.objectives, *config.limits)
         placed = Coordinates.together([Coordinates.of(space, named) for space in spaces.values()])
@@ -131,6 +137,7 @@ class Suggestions:
                 limits=config.limits,
                 latency=partial(latency, name),
                 profiles=[c.widths for c in proposed if c.space == name],
+                earlier=[study.trials[name] for study in earlier if name in study.trials],
             )
             for name, coordinates in zip(spaces, placed, strict=True)
         }
@@ -177,9 +184,11 @@ class Suggestions:
         """One surrogate of several spaces; None of a single space, or before a trial finished."""
         if len(observed) == 1 or all(o.value is None for own in observed.values() for o in own):
             return None
+        placed = {name: search.coordinates for name, search in self._searches.items()}
         return Surrogate.fit_observations(
-            *((self._searches[name].coordinates, own) for name, own in observed.items()),
+            *((placed[name], own) for name, own in observed.items()),
             metric=self._metric,
+            earlier=[study.placed(placed) for study in self._earlier],
         )
 
     def _rivals(self, space: str, shared: Surrogate) -> list[Rival]:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from widthsearch.errors import StudyError
 from widthsearch.latency.config import Latency
 from widthsearch.space.cost import Cost
 from widthsearch.training.recipe import EpochResult
@@ -187,3 +188,25 @@ def count_begun(trials: Collection[Trial]) -> int:
     well = [trial for trial in trials if trial.state != TrialState.FAILED]
     begun = [*well, *unresolved_failures(trials)]
     return sum("confirms" not in trial.origin for trial in begun)
+
+
+def check_finished(name: str, trials: Collection[Trial], ended: str | None) -> None:
+    """Check that some trial of a study has finished.
+
+    Args:
+        name: The study's name.
+        trials: Its trials.
+        ended: Why it ended before its last trial; None where it did not.
+
+    Raises:
+        StudyError: None has.
+    """
+    if all(trial.state != TrialState.FINISHED for trial in trials):
+        reasons = [trial.error for trial in trials if trial.error]
+        if not reasons and ended is not None:
+            raise StudyError(f"study {name!r} has no finished trial: {ended}")
+        raise StudyError(
+            f"study {name!r} has no finished trial; the last failed: "
+            f"{reasons[-1] if reasons else 'none'}; see logs/run.log, and after a fix run again "
+            "with --retry"
+        )
