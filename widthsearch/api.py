@@ -231,7 +231,7 @@ class Study:
         Raises:
             StudyError: The study was never run.
         """
-        return self._stored()[0]
+        return _stored(self)[0]
 
     def posterior(self) -> MetricPosterior:
         """The estimated value of the metric for each trained network.
@@ -239,11 +239,7 @@ class Study:
         Raises:
             StudyError: The study was never run.
         """
-        config = self.config
-        trials, records, earlier = self._stored()
-        return MetricPosterior(
-            trials, records, config.objectives, config.limits, config.metric, earlier
-        )
+        return MetricPosterior.of(self.config, *_stored(self))
 
     def front(self) -> list[Trial]:
         """The front by the estimated metric, within the limits, fewest MACs first."""
@@ -275,21 +271,9 @@ class Study:
             store = Store.open(self.storage, self.config.name)
             if store.begun:
                 return store.earlier()
-        others = [Study.load(reference, self.folder.parent) for reference in self.config.prior]
-        return [
-            EarlierStudy.of(other.config, *other._stored()[:2], self.config, self.spaces)
-            for other in others
-        ]
-
-    def _stored(self) -> tuple[list[Trial], dict[str, SpaceRecord], list[EarlierStudy]]:
-        """The trials that have ended, the spaces' records without their code, and the prior."""
-        from widthsearch.study.storage import Store
-
-        store = Store.open(self.storage, self.config.name)
-        if (records := store.records()) is None:
-            raise StudyError(f"study {self.config.name!r} has no trials yet: run it first")
-        trials = [trial for trial in store.trials(records) if trial.state != TrialState.RUNNING]
-        return trials, records, store.earlier()
+        others = (Study.load(reference, self.folder.parent) for reference in self.config.prior)
+        found = ((other.config, *_stored(other)[:2]) for other in others)
+        return [EarlierStudy.of(*each, self.config, self.spaces) for each in found]
 
     def confirm(
         self, seeds: int = 3, on_progress: OnProgress | None = None, *, quiet: bool = False
@@ -362,6 +346,17 @@ class Study:
         return _driver(self).resolve_recipe()
 
 
+def _stored(study: Study) -> tuple[list[Trial], dict[str, SpaceRecord], list[EarlierStudy]]:
+    """The trials that have ended, the spaces' records without their code, and the prior."""
+    from widthsearch.study.storage import Store
+
+    store = Store.open(study.storage, study.config.name)
+    if (records := store.records()) is None:
+        raise StudyError(f"study {study.config.name!r} has no trials yet: run it first")
+    trials = [trial for trial in store.trials(records) if trial.state != TrialState.RUNNING]
+    return trials, records, store.earlier()
+
+
 def _driver(study: Study) -> Driver:
     from widthsearch.study.driver import Driver
 
@@ -411,7 +406,7 @@ def dry_run(study: Study, on_progress: OnProgress | None = None) -> DryRun:
     _check_reported(study)
     begun, weights = 0, study.base_weights
     with suppress(StudyError):  # it was never run
-        begun = count_begun(study._stored()[0])
+        begun = count_begun(_stored(study)[0])
     config, skipped = study.config, dict[str, str]()
     trained = [method for method in config.proposers if method.trains() is not False]
     for method in trained:

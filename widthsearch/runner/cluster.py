@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray._private.utils
+from ray._private import utils
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
@@ -81,12 +81,12 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
 @contextlib.contextmanager
 def _without_sigterm_handler() -> Iterator[None]:
     """Within this context Ray sets no handler of SIGTERM."""
-    utils: Any = ray._private.utils
-    previous, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    module: Any = utils
+    previous, module.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
     try:
         yield
     finally:
-        utils.set_sigterm_handler = previous
+        module.set_sigterm_handler = previous
 
 
 def _connect(address: str | None) -> None:

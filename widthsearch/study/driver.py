@@ -338,14 +338,7 @@ class Driver:
         """A callback for messages before there is a search; the trials are those of the storage."""
         config, trials = self.config, store.trials(self.spaces)
         done = sum(trial.state != TrialState.RUNNING for trial in trials)
-        posterior = MetricPosterior(
-            trials,
-            self.spaces,
-            config.objectives,
-            config.limits,
-            config.metric,
-            store.earlier(),
-        )
+        posterior = MetricPosterior.of(config, trials, self.spaces, store.earlier())
         pace = Pace(done)
 
         def notify(message: str, level: Level = "status", /) -> None:

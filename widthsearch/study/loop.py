@@ -150,10 +150,7 @@ class Search:
     @cached_property
     def posterior(self) -> MetricPosterior:
         """The posterior of the trials that have ended; computed anew once another one has."""
-        trials, config = list(self.trials.values()), self.config
-        return MetricPosterior(
-            trials, self.spaces, config.objectives, config.limits, config.metric, self._earlier
-        )
+        return MetricPosterior.of(self.config, [*self.trials.values()], self.spaces, self._earlier)
 
     def ask(self) -> Trial | None:
         """The next trial to train.

@@ -26,6 +26,7 @@ from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.bayesopt.pareto import Points
 from widthsearch.bayesopt.surrogate import Surrogate
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.front import Limits, cost_value, objective_points
 from widthsearch.study.trial import Architecture, Trial, TrialState
@@ -137,6 +138,18 @@ class MetricPosterior:
         self.earlier = tuple(earlier)
         self._own = [trial for trial in trials if not trial.is_comparison]
         self._spaces = spaces
+
+    @classmethod
+    def of(
+        cls,
+        config: StudyConfig,
+        trials: Sequence[Trial],
+        spaces: Mapping[str, CostedSpace],
+        earlier: Sequence[EarlierStudy] = (),
+    ) -> MetricPosterior:
+        """The posterior of a study as it is configured."""
+        named = config.objectives, config.limits, config.metric
+        return cls(trials, spaces, *named, earlier)
 
     @cached_property
     def members(self) -> list[Trial]:
