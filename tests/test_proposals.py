@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -298,3 +300,11 @@ def test_budgets_above_every_network_are_named(tmp_path: Path) -> None:
     assert above.endswith("budgets are shares of the base's MACs, so that 0.1 means 10%")
     with pytest.raises(StudyError, match=r"but budgets are 10, 30, 60 and networks have 0.0838 to"):
         tiny.run(tiny.study(tmp_path / "other", budgets=[10, 30, 60]))
+
+
+def test_a_score_that_is_not_finite_is_null() -> None:
+    """JSON has no infinity: browsers and other languages do not read it."""
+    scores = {"scores": [[-math.inf, 1.5], (math.nan, 2.0)], "seed": 0}
+    proposal = Proposal("naswot", (tiny.widths(8, 8),), scores)
+    text = json.dumps(proposal.to_json(), allow_nan=False)
+    assert json.loads(text)["provenance"] == {"scores": [[None, 1.5], [None, 2.0]], "seed": 0}

@@ -5,6 +5,7 @@ Imports no torch, so that a study can be read without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -115,13 +116,17 @@ class Proposal:
         return [str(line) for line in lines] if isinstance(lines, list) else []
 
     def to_json(self) -> dict[str, Any]:
-        """The proposal as plain JSON values, see :meth:`from_json`."""
+        """The proposal as plain JSON values, see :meth:`from_json`.
+
+        Numbers of the provenance that are not finite, such as a score of -inf, become None: JSON
+        has none of them.
+        """
         return {
             "method": self.method,
             "axes": list(self.trajectory[0].names),
             "trajectory": [list(widths.vector) for widths in self.trajectory],
             "profile": None if self.profile is None else list(self.profile.vector),
-            "provenance": dict(self.provenance),
+            "provenance": _finite(self.provenance),
         }
 
     @classmethod
@@ -132,6 +137,14 @@ class Proposal:
         vector = content.get("profile")
         profile = None if vector is None else Widths(names, tuple(vector))
         return cls(content["method"], trajectory, content["provenance"], profile)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Proposer(Protocol):
