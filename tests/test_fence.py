@@ -334,3 +334,13 @@ def test_drivers_in_any_order(tmp_path: Path) -> None:
     Drivers.storages[:] = [open_database(url, make_tables=True) for _ in range(3)]
     steps = settings(max_examples=60, stateful_step_count=20, deadline=None)
     run_state_machine_as_test(Drivers, settings=steps)  # type: ignore[no-untyped-call]
+
+
+def test_a_study_begins_in_an_empty_database(tmp_path: Path) -> None:
+    """Of a server, which no file shows to be empty; until then the study was never run."""
+    with postgres_server() as server, new_database(server) as address:
+        study = tiny.study(tmp_path, storage=address, trials=2)
+        with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
+            study.trials()
+        tiny.run(study)
+        assert len(study.trials()) == 2

@@ -140,6 +140,22 @@ def test_a_study_without_a_run_is_an_error(url: str, tmp_path: Path) -> None:
         Store.open(url, "tiny")
 
 
+@pytest.mark.parametrize("lost", ["every", "trials", "version_info"])
+def test_a_database_that_lacks_tables_is_a_study_without_a_run(
+    store: Store, url: str, tmp_path: Path, lost: str
+) -> None:
+    """As where a driver was killed while it made them; the next one makes the rest."""
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        for (name,) in tables.fetchall():
+            if lost in ("every", name):
+                connection.execute(f"DROP TABLE {name}")
+    connection.close()
+    with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
+        Store.open(url, "tiny")
+    assert not Store.create(url, "tiny", OBJECTIVES).begun
+
+
 @pytest.mark.parametrize(
     ("address", "reason", "advice"),
     [

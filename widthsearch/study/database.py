@@ -25,6 +25,7 @@ no row, so it raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
@@ -37,6 +38,7 @@ from typing import Any, Protocol, TypeVar, cast
 import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from sqlalchemy import BigInteger, Column, ColumnElement, Connection, Integer, Text
 
 from widthsearch.errors import StorageError, StudyError, WidthsearchError, one_line
@@ -183,6 +185,18 @@ def open_database(url: str, *, make_tables: bool) -> RDBStorage:
                 raise _storage_error(url, error) from error
         time.sleep(random.uniform(0.05, 0.2))
     raise AssertionError
+
+
+def lacks_tables(url: str) -> bool:
+    """Whether a database can be reached, and has not all tables: no driver has made them yet."""
+    with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, ImportError):
+        engine = sqlalchemy.create_engine(url)
+        try:
+            found = sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+        return not models.BaseModel.metadata.tables.keys() <= {*found}
+    return False
 
 
 def _connect(url: str, make_tables: bool) -> RDBStorage:

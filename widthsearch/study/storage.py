@@ -40,6 +40,7 @@ from widthsearch.study import attributes
 from widthsearch.study.database import (
     Fence,
     database_errors,
+    lacks_tables,
     open_database,
     reaching,
     written_here,
@@ -195,6 +196,8 @@ class Store:
             file = sqlalchemy.engine.make_url(url).database
             if file and not Path(file).exists():  # opening would make an empty one
                 raise missing
+        if lacks_tables(url):
+            raise missing
         try:
             store = cls(url, name, open_database(url, make_tables=False))
         except KeyError:
