@@ -7,6 +7,7 @@ import itertools
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given
@@ -185,10 +186,11 @@ def test_the_ids_of_a_crowded_front_can_be_read(tmp_path: Path) -> None:
     """No two cover each other, doubtful members are hollow, the legend covers no panel."""
     study = tiny.study(tmp_path, trials=1)
     vectors = itertools.product(range(2, 17, 2), range(2, 11, 4))
-    trials = []
+    rng, trials = np.random.default_rng(0), []
     for i, vector in enumerate(vectors):
         cost = Cost(1000 + 20 * i, 1, 1)
-        trials.append(tiny.finished(i, tiny.widths(*vector), 90 + 0.05 * i, cost=cost))
+        value = 90 + 0.05 * i + 0.3 * rng.normal()
+        trials.append(tiny.finished(i, tiny.widths(*vector), value, cost=cost))
     posterior = MetricPosterior(trials, study.spaces, ("accuracy", "macs"))
     figure = draw_front(study, posterior)
     figure.draw_without_rendering()
