@@ -164,6 +164,33 @@ def test_a_network_that_cannot_be_trained_is_one_line(
         dry_run(own.study(tmp_path / "own", trainer=broken))
 
 
+def test_reports_that_would_fail_every_trial_are_seen(
+    tmp_path: Path, in_this_process: list[EpochRequest]
+) -> None:
+    """A value outside the metric's range, a diverged one, an objective that is not reported."""
+
+    def reporting(value: float) -> Any:
+        def train(network: Any, trial: Any) -> None:
+            while trial.report({"accuracy": value}):
+                pass
+
+        return train
+
+    for value, message in ((120.0, r"must be in its range"), (float("nan"), "diverged")):
+        with pytest.raises(StudyError, match=f"for an epoch, but cannot: .*{message}"):
+            dry_run(own.study(tmp_path / "own", trainer=reporting(value)))
+    objectives = ["accuracy", "macs", "steps"]
+    settings = {"trainer": reporting(50.0), "objectives": objectives}
+    dry = dry_run(own.study(tmp_path / "own", recipe={"epochs": 3}, **settings))
+    assert dry.unreported == ("steps",)
+    console = open_console()
+    with console.capture() as captured:
+        console.print(dry_run_tables("own", dry))
+    assert "objective steps was not reported yet" in captured.get()
+    with pytest.raises(StudyError, match="objective 'steps' must be reported"):
+        dry_run(own.study(tmp_path / "own", recipe={"epochs": 1}, **settings))
+
+
 def test_a_process_that_dies_is_one_line(tmp_path: Path) -> None:
     """As a trial's process that dies."""
 

@@ -7,6 +7,7 @@ import itertools
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given
@@ -18,7 +19,9 @@ from torch import nn
 from widthsearch.report import width_bars
 from widthsearch.report.console import print_tables
 from widthsearch.report.front_plot import draw_front
+from widthsearch.space.cost import Cost
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.study.posterior import MetricPosterior
 from widthsearch.widths import Widths
 
 
@@ -154,11 +157,20 @@ def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_pat
     for axes, cost in zip(figure.axes, objectives[1:], strict=True):
         assert [text.get_text() for text in axes.texts] == [str(t.number) for t in front]
         drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
-        assert set(drawn) == {
-            f"{name}, estimated" for name in ("front", "uniform", "other baselines")
+        doubtful = [t for t in front if (posterior[t].dominated or 0.0) > 0.5]
+        expected = {
+            "uniform, estimated": None,
+            "other baselines, estimated": None,
+            "front, estimated": [t for t in front if t not in doubtful],
+            "front, P(dominated) > ½ (?)": doubtful,
         }
-        points = drawn["front, estimated"].get_xydata().tolist()
-        assert points == [[getattr(t.cost, cost), posterior.value(t)] for t in front]
+        assert set(drawn) == {name for name, members in expected.items() if members != []}
+        for name, line in drawn.items():
+            if (members := expected[name]) is not None:
+                assert line.get_xydata().tolist() == [
+                    [getattr(t.cost, cost), posterior.value(t)] for t in members
+                ]
+                assert line.get_fillstyle() == ("none" if members is doubtful else "full")
         ticks = axes.xaxis.get_ticklabels(which="both")
         low, high = axes.get_xlim()
         shown = [t for t in ticks if t.get_text() and low <= t.get_position()[0] <= high]
@@ -168,3 +180,25 @@ def test_the_picture_shows_the_front_of_the_study(objectives: list[str], tmp_pat
     label, title = figure.axes[0].yaxis.label, figure._suptitle
     assert title is not None
     assert label.get_window_extent().y1 < title.get_window_extent().y0
+
+
+def test_the_ids_of_a_crowded_front_can_be_read(tmp_path: Path) -> None:
+    """No two cover each other, doubtful members are hollow, the legend covers no panel."""
+    study = tiny.study(tmp_path, trials=1)
+    vectors = itertools.product(range(2, 17, 2), range(2, 11, 4))
+    rng, trials = np.random.default_rng(0), []
+    for i, vector in enumerate(vectors):
+        cost = Cost(1000 + 20 * i, 1, 1)
+        value = 90 + 0.05 * i + 0.3 * rng.normal()
+        trials.append(tiny.finished(i, tiny.widths(*vector), value, cost=cost))
+    posterior = MetricPosterior(trials, study.spaces, ("accuracy", "macs"))
+    figure = draw_front(study, posterior)
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    hollow = [t for t in posterior.front() if (posterior[t].dominated or 0.0) > 0.5]
+    drawn = {bars.get_label(): bars.lines[0] for bars in axes.containers}
+    assert len(drawn["front, P(dominated) > ½ (?)"].get_xydata()) == len(hollow) > 0
+    rooms = [text.get_window_extent() for text in axes.texts]
+    assert len(rooms) >= 12
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(rooms, 2))
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())

@@ -114,6 +114,9 @@ def test_the_command_needs_epochs(command: CommandLine, tmp_path: Path) -> None:
     tiny.run(small(tmp_path, recipe={"epochs": 2, "precision": "fp32"}))
     asked = ("train", "small", "--runs", tmp_path / "runs", "--rank-check")
     assert "more epochs than the recipe's 2, but was given 0" in command.refusal(*asked)
+    alone = command.refusal(*asked, "--pick", "best", "--search-data")
+    assert "takes no --pick and no --search-data: leave one of the two out" in alone
+    assert "--members is for --rank-check" in command.refusal(*asked[:-1], "--members", 4)
 
 
 def test_the_statistics_are_those_of_scipy() -> None:

@@ -192,7 +192,7 @@ def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ((np.zeros((4, 4, 3)), 0), "its image is a ndarray"),
         ((torch.zeros(1, 4, 5), 0), r"shape \(1, 4, 5\), and the first has \(1, 4, 4\)"),
         ((torch.zeros(1, 4, 4, dtype=torch.int64), 0), "its image is of torch.int64"),
-        ((torch.zeros(16), 0), r"its image has shape \(16,\)"),
+        ((torch.zeros(16), 0), r"its image has shape \(16,\); give the study a `trainer`"),
         ((torch.zeros(1, 4, 4), -1), "label -1"),
         (torch.zeros(3, 4, 4), "too many values to unpack"),
     ],

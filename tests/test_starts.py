@@ -402,6 +402,27 @@ def test_a_pick_is_trained_in_full_from_the_base(tmp_path: Path) -> None:
     assert all(torch.equal(got[key], value) for key, value in network.state_dict().items())
 
 
+def test_a_base_must_not_have_seen_the_validation_split(tmp_path: Path) -> None:
+    """A final training has; one on the search's data learns from the training split alone."""
+    study = tiny.study(tmp_path / "a", trials=1)
+    tiny.run(study)
+    base, out = study.pick("best"), tmp_path / "out"
+    train(study, base, seeds=1, epochs=1, folder=out, program=False)
+    settings = {"start": "extract", "weights": str(out), "trials": 1}
+    with pytest.raises(StudyError, match="have seen the validation split of task 'tiny'"):
+        _ = tiny.study(tmp_path / "b", **settings).base_weights
+    card = train(study, base, seeds=1, epochs=1, folder=out, program=False, search_data=True)
+    assert card["split"] == "validation"
+    (seed,) = map(int, card["validation_accuracy"]["by_seed"])
+    network = study.space.build(study.space.base, seed=seed)
+    recipe = replace(study.resolve_recipe(), epochs=1)  # type: ignore[type-var]
+    (result,) = fit(network, tiny.task(), recipe, seed=seed)  # type: ignore[arg-type]
+    assert card["validation_accuracy"]["mean"] == result.value
+    found = tiny.study(tmp_path / "c", **settings).base_weights
+    assert found is not None
+    assert all(torch.equal(found.state[key], value) for key, value in network.state_dict().items())
+
+
 def test_importances_that_read_data_need_a_loss(tmp_path: Path) -> None:
     """Of a study with a trainer of its own."""
     config = StudyConfig(

@@ -149,6 +149,7 @@ def test_classes_must_be_complete() -> None:
     ("config", "message"),
     [
         (TaskConfig("mnist"), "a task must be digits, cifar10, .*but was 'mnist'"),
+        (TaskConfig("digit"), "but was 'digit'; did you mean 'digits'"),
         (TaskConfig("digits", crop_padding=8), "less than the image's side.*crop_padding=8"),
     ],
 )

@@ -232,7 +232,6 @@ def _parser() -> argparse.ArgumentParser:
     ).add_argument
     add(
         "--pick",
-        default="knee",
         help="the ID of a finished trial, or from the front: knee, best, cheapest, the best within "
         "limits such as 'macs<=2e6', or the cheapest that keeps one on the metric such as "
         "'accuracy>=90' (default: knee)",
@@ -244,10 +243,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", action="store_true", help="train the base alike, to compare with it")
     add("--no-program", dest="program", action="store_false", help="write no torch.export program")
     add(
+        "--search-data",
+        action="store_true",
+        help="train on the search's data, so that the weights have not seen the validation split, "
+        "as `start: extract` needs them; the test split is not read",
+    )
+    add(
         "--rank-check",
         action="store_true",
         help="train members of the front by the study's recipe, by --epochs, and at half and twice "
         "the learning rate, and print the rank correlations",
     )
-    add("--members", type=int, default=6, help="networks of --rank-check (default: 6)")
+    add("--members", type=int, help="networks of --rank-check (default: 6)")
     return parser

@@ -220,15 +220,19 @@ def train(options: argparse.Namespace) -> int:
         return _rank_check(options)
     from widthsearch import export
 
+    if options.members is not None:
+        raise StudyError("--members is for --rank-check: add it, or leave --members out")
     study = Study.load(options.study, options.runs)
-    trial = study.pick(options.pick)
+    spec = options.pick or "knee"
+    trial = study.pick(spec)
     folder = Path(options.out or study.folder / "trained" / str(trial.number))
     console = open_console()
-    print_tables(console, tables.pick_table(study, trial, options.pick))
+    print_tables(console, tables.pick_table(study, trial, spec))
 
     epochs, metric, seeds = 0, study.config.metric, options.seeds
     status = console.status("reading images")
-    name = metric.name if study.config.trainer else f"{metric.name} on training images"
+    held_out = options.search_data or study.config.trainer
+    name = metric.name if held_out else f"{metric.name} on training images"
 
     def on_epoch(number: int, result: EpochResult) -> None:
         nonlocal epochs
@@ -258,6 +262,7 @@ def train(options: argparse.Namespace) -> int:
             folder=folder,
             base=options.base,
             program=options.program,
+            search_data=options.search_data,
             on_epoch=on_epoch,
             on_message=on_message,
         )
@@ -295,6 +300,17 @@ def _rank_check(options: argparse.Namespace) -> int:
     from widthsearch.rank_check import rank_check
     from widthsearch.report.rank_tables import rank_tables
 
+    others = {
+        "--pick": options.pick,
+        "--base": options.base,
+        "--no-program": not options.program,
+        "--search-data": options.search_data,
+    }
+    if given := [name for name, value in others.items() if value]:
+        raise StudyError(
+            f"--rank-check trains members of the front on the search's data, and takes no "
+            f"{' and no '.join(given)}: leave one of the two out"
+        )
     study, console = Study.load(options.study, options.runs), open_console()
     metric = study.config.metric
 
@@ -305,7 +321,7 @@ def _rank_check(options: argparse.Namespace) -> int:
     check = rank_check(
         study,
         options.epochs or 0,
-        members=options.members,
+        members=6 if options.members is None else options.members,
         seeds=options.seeds,
         device=options.device,
         folder=options.out,

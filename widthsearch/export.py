@@ -68,6 +68,7 @@ def train(
     folder: Path | str | None = None,
     base: bool = False,
     program: bool = True,
+    search_data: bool = False,
     on_epoch: OnEpoch | None = None,
     on_message: Callable[[str], object] = lambda message: None,
 ) -> dict[str, Any]:
@@ -83,6 +84,10 @@ def train(
     card. A network of another call that was in the folder stays loadable until the new ones are
     trained.
 
+    With ``search_data`` networks are trained and evaluated on the data of the search instead, so
+    that the weights have seen no image of the validation split: those of a base that ``start:
+    extract`` cuts must not have.
+
     Args:
         study: The study.
         trial: A finished trial of it.
@@ -93,9 +98,10 @@ def train(
         base: Whether the base is trained alike, with the same seeds. The study's own figures for
             it are of the search's recipe and data, and compare with those for the trial alone.
         program: Whether to write ``model.pt2``, see :mod:`widthsearch.space.program`.
+        search_data: Whether the splits are those of the search; the test split is not read then.
         on_epoch: Called with each network's number, from 0, and each epoch's result; those of the
-            base come last. There is no held-out split: its accuracy is on a part of the training
-            images.
+            base come last. Without ``search_data`` there is no held-out split: its accuracy is on a
+            part of the training images.
         on_message: Called with a bar, while images in files are read into memory.
 
     Returns:
@@ -106,23 +112,25 @@ def train(
     """
     space, own = study.spaces[trial.space], study.config.trainer is not None
     task = None if own else study.task
-    if task is not None and task.test is None:
+    if task is not None and task.test is None and not search_data:
         raise StudyError(f"final training needs a test split, but task {task.name!r} has none")
     if seeds < 1:
         raise StudyError(f"`seeds >= 1` must hold, but seeds={seeds}")
     recipe = study.resolve_recipe()
     recipe = type(recipe)(**recipe_values(recipe, epochs or trial.origin.get("epochs")))
-    job = study_job(study.config.model_copy(update={"recipe": recipe}), final=True)
+    job = study_job(study.config.model_copy(update={"recipe": recipe}), final=not search_data)
     device = device or study.config.device
     folder = Path(folder or study.folder / "trained" / str(trial.number))
-    request = _digest(study, trial, (seeds, base, program), job, device)
+    asked = (seeds, base, program, *(("search data",) if search_data else ()))
+    request = _digest(study, trial, asked, job, device)
     if (complete := _complete(folder, request)) is not None:
         return complete
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = study.data(final=True, report=on_message)
+    data = study.data(final=not search_data, report=on_message)
     cut_from = _cut_from(study, trial)
-    final = _FinalTraining(study, job, data, check_device(device), seeds, folder, cut_from)
+    place = check_device(device)
+    final = _FinalTraining(study, job, data, not search_data, place, seeds, folder, cut_from)
     networks = final.train(space, trial.widths, "", on_epoch)
     of_base = None
     if base and (space, trial.widths) != (study.space, study.space.base):
@@ -137,7 +145,7 @@ def train(
         made = _write_program(space, trial, weights, folder) if program else None
         card = {
             **_card(study, trial, job, recipe, device),
-            **_results(study, networks, of_base),
+            **_results(final, networks, of_base),
             "program": made and asdict(made),
             "request": request,
         }
@@ -163,6 +171,7 @@ class _FinalTraining:
     study: Study
     job: Job
     data: Any
+    final: bool
     device: torch.device
     seeds: int
     folder: Path
@@ -192,7 +201,7 @@ class _FinalTraining:
                 folder=self.folder / "checkpoints" / f"{name}{i}",
                 device=self.device,
                 threads=torch.get_num_threads(),
-                final=True,
+                final=self.final,
                 weights=None if self.cut_from is None else self.cut_from.digest,
                 code=source_digest(model),
                 on_report=on_report,
@@ -254,16 +263,16 @@ def _card(
 
 
 def _results(
-    study: Study, networks: Sequence[_Network], base: Sequence[_Network] | None
+    final: _FinalTraining, networks: Sequence[_Network], base: Sequence[_Network] | None
 ) -> dict[str, Any]:
     """The results of the networks, under the name of the split that they are of."""
-    metric = study.config.metric.name
-    split, figures = _figures(study, networks)
+    metric = final.study.config.metric.name
+    split, figures = _figures(final, networks)
     curve = networks[0].curve
     return {
         "split": split,
         f"{split}_{metric}": _summary(figures),
-        "base_trained_alike": None if base is None else _summary(_figures(study, base)[1]),
+        "base_trained_alike": None if base is None else _summary(_figures(final, base)[1]),
         "curve": [{"epoch": r.epoch, "loss": r.loss, metric: r.value} for r in curve],
     }
 
@@ -290,13 +299,14 @@ def _write_program(
     return made
 
 
-def _figures(study: Study, networks: Sequence[_Network]) -> tuple[str, dict[int, float]]:
+def _figures(final: _FinalTraining, networks: Sequence[_Network]) -> tuple[str, dict[int, float]]:
     """The split that the results of networks are of, and the results by seed."""
     last = {network.seed: network.curve[-1] for network in networks}
-    named = f"test_{study.config.metric.name}"
-    if all(named in result.metrics for result in last.values()):
+    config = final.study.config
+    named = f"test_{config.metric.name}"
+    if final.final and all(named in result.metrics for result in last.values()):
         return "test", {seed: result.metrics[named] for seed, result in last.items()}
-    split = "validation" if study.config.final_data is None else "test"
+    split = "test" if final.final and config.final_data is not None else "validation"
     return split, {seed: result.value for seed, result in last.items()}
 
 

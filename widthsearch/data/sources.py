@@ -177,6 +177,7 @@ def _class(label: Any) -> int:
     try:
         found = operator.index(label)
     except TypeError:
+        _check_flat(label)
         raise TypeError(
             f"label {reprlib.repr(label)}; give the task the loss of other labels, bce, mse or l1"
         ) from None
@@ -185,10 +186,21 @@ def _class(label: Any) -> int:
     return found
 
 
+def _check_flat(target: Any) -> None:
+    """Check that a target is no map over an image, or another array of rows.
+
+    Raises:
+        ValueError: It is.
+    """
+    if len(shape := getattr(target, "shape", ())) > 1:
+        raise ValueError(f"a target of shape {tuple(shape)}; {_OWN_TRAINER}")
+
+
 def _values(target: Any) -> NDArray[np.float32]:
     """A number, or a vector of numbers, as float32 (K,)."""
     values = np.asarray(target, dtype=np.float32)
-    if values.ndim > 1 or not values.size or not np.isfinite(values).all():
+    _check_flat(values)
+    if not values.size or not np.isfinite(values).all():
         raise ValueError(f"target {np.array2string(values, threshold=8)}")
     return values.reshape(-1)
 
@@ -200,6 +212,9 @@ def _labels(target: Any) -> NDArray[np.float32]:
         raise ValueError(f"labels {np.array2string(values, threshold=8)}")
     return values
 
+
+_OWN_TRAINER = "give the study a `trainer` of your own in place of the task: it takes any data"
+"""The way out for data that the built-in trainer does not take."""
 
 _VALUES = (_values, "finite numbers or vectors of them, all of one length")
 _TARGETS: Mapping[LossName, tuple[Callable[[Any], Any], str]] = {
@@ -222,7 +237,7 @@ def _as_uint8(image: object) -> NDArray[np.uint8]:
     if not isinstance(image, torch.Tensor):
         raise TypeError(f"its image is a {type(image).__name__}")
     if image.ndim not in (2, 3):
-        raise ValueError(f"its image has shape {tuple(image.shape)}")
+        raise ValueError(f"its image has shape {tuple(image.shape)}; {_OWN_TRAINER}")
     if image.is_floating_point():
         least, most = image.min().item(), image.max().item()
         if not 0 <= least <= most <= 1:

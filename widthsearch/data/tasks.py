@@ -28,7 +28,7 @@ from widthsearch.data.folders import ImageFiles, Loading, progress_bar
 from widthsearch.data.loaders import StreamLoader, loader_of
 from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
-from widthsearch.errors import DataError
+from widthsearch.errors import DataError, did_you_mean
 from widthsearch.utils.devices import cores, free_memory
 from widthsearch.utils.references import load_function
 
@@ -268,9 +268,10 @@ def open_task(config: TaskConfig, device: str = "cpu", share: float = 1.0) -> Ta
         task = _task(config, train, test, validation=0.1, augmentation=augmentation)
         return replace(task, names=names, loading=loading)
     if ":" not in config.name:
+        meant = did_you_mean(config.name, ("digits", "cifar10", "image_folder"), "")
         raise DataError(
             "a task must be digits, cifar10, image_folder, package.module:function or "
-            f"path/to/file.py:function, but was {config.name!r}"
+            f"path/to/file.py:function, but was {config.name!r}{meant and '; ' + meant}"
         )
     function = load_function(config.name, DataError)
     try:

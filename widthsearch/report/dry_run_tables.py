@@ -49,6 +49,10 @@ def dry_run_tables(name: str, dry: DryRun) -> Group:
             *gpu,
         )
     lines = [f"not run: proposer {method}: {reason}" for method, reason in dry.skipped.items()]
+    lines += [
+        f"objective {name} was not reported yet: trials whose last report lacks it fail"
+        for name in dry.unreported
+    ]
     more = f" ({dry.mean_epochs:.3g} in the mean, with scratch_b)" * ("scratch_b" in dry.starts)
     lines.append(
         f"estimated: {_duration(dry.hours)} for {dry.trials} trials of {dry.epochs} epochs{more}, "

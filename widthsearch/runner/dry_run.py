@@ -12,14 +12,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from widthsearch.bayesopt.metric import COSTS
 from widthsearch.errors import StudyError, printable
 from widthsearch.runner.one_epoch import REQUEST, RESULT, EpochRequest
 from widthsearch.runner.pickling import SharedData, pickle_by_value
 from widthsearch.space.cost import Cost
 from widthsearch.study.job import study_job
-from widthsearch.study.loop import Search
+from widthsearch.study.loop import Search, fault
 from widthsearch.study.starts import scratch_epochs
 from widthsearch.study.trial import Trial
+from widthsearch.training.recipe import EpochResult
 from widthsearch.widths import Widths
 
 
@@ -60,6 +62,7 @@ class DryRun:
         limit: The study's hours; None for no bound.
         starts: The starts that each network is trained from.
         base_epochs: The epochs of the base's training, for ``scratch_b``.
+        unreported: The objectives that the base's training has not reported yet.
 
     Example:
         >>> base = Trial(0, "net", Widths(("a",), (8,)), {"base": True}, 0, Cost(800, 80, 64))
@@ -79,6 +82,7 @@ class DryRun:
     limit: float | None
     starts: tuple[str, ...] = ("scratch",)
     base_epochs: float | None = None
+    unreported: tuple[str, ...] = ()
 
     @property
     def hours(self) -> float:
@@ -120,6 +124,7 @@ class DryRun:
                 for t in self.planned
             ],
             "skipped": self.skipped,
+            "unreported": list(self.unreported),
             "measured": [asdict(each) for each in self.measured],
             **{
                 key: getattr(self, key)
@@ -152,7 +157,7 @@ def measure(
         report: Called with a line of progress.
 
     Raises:
-        StudyError: A network cannot be trained.
+        StudyError: A network cannot be trained, or its first epochs are what fails a trial.
     """
     config, spaces, planned = search.config, search.spaces, list[Trial]()
     while (trial := search.ask()) is not None and "sampler" not in trial.origin:
@@ -162,7 +167,7 @@ def measure(
     narrowest = min(ends, key=lambda end: int(end[0].macs(end[1])))
     job = study_job(config)
     shared = SharedData.of(data, f"the data of {job.name!r}")
-    measured = []
+    measured = list[MeasuredEpoch]()
     for name, (space, vector) in (
         ("base", (first, first.base.vector)),
         ("narrowest", narrowest),
@@ -184,7 +189,14 @@ def measure(
         result = _in_a_process(request, folder / name)
         if "error" in result:
             raise StudyError(f"a network must train for an epoch, but cannot: {result['error']}")
-        cost = space.cost(Widths(space.names, vector))
+        widths = Widths(space.names, vector)
+        last, cost = EpochResult(**result.pop("last")), space.cost(widths)
+        trial = Trial(0, space.name, widths, {}, config.seed, cost, curve=(last,))
+        if (reason := fault(trial, config)) is not None:
+            raise StudyError(f"a network must train for an epoch, but cannot: {reason}")
+        if not measured:
+            known = (config.metric.name, *COSTS, "loss" * (last.loss is not None), *last.metrics)
+            unreported = tuple(name for name in config.objectives if name not in known)
         measured.append(MeasuredEpoch(name, cost, **result))
     return DryRun(
         tuple(planned),
@@ -196,6 +208,7 @@ def measure(
         limit=hours,
         starts=tuple(config.start),
         base_epochs=base_epochs,
+        unreported=unreported,
     )
 
 

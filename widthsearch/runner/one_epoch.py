@@ -7,11 +7,12 @@ has a peak of memory of its own, and whatever the trainer does ends with it.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def train_for_an_epoch(request: EpochRequest, folder: Path) -> dict[str, Any]:
         folder: A folder for checkpoints.
 
     Returns:
-        ``seconds`` of the last epoch with its evaluation and checkpoint, the peak of the process's
-        memory in ``memory`` and of the GPU's in ``gpu_memory`` (None without one), in bytes; or the
-        fault in ``error``.
+        ``seconds`` of the last epoch with its evaluation and checkpoint, its result in ``last``,
+        the peak of the process's memory in ``memory`` and of the GPU's in ``gpu_memory`` (None
+        without one), in bytes; or the fault in ``error``.
     """
     worker = Worker(
         request.data,
@@ -92,10 +93,14 @@ def train_for_an_epoch(request: EpochRequest, folder: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - begun
         if (error := report.failure and report.failure.reason) or (error := report.machine_error):
             return {"error": error}
+        last = report.curve[-1]
+        if not math.isfinite(last.value):
+            break  # the training has ended
     worker.start_trial(*trial)  # stops the training
     on_gpu = request.device.startswith("cuda")
     gpu_memory = torch.cuda.max_memory_reserved() if on_gpu else None
-    return {"seconds": seconds, "memory": peak_memory(), "gpu_memory": gpu_memory}
+    measured = {"seconds": seconds, "memory": peak_memory(), "gpu_memory": gpu_memory}
+    return {**measured, "last": asdict(last)}
 
 
 def peak_memory() -> int:

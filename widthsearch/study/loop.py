@@ -194,8 +194,8 @@ class Search:
         self._pace.record_epoch()
         trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
-        if (fault := _fault(trial, self.config)) is not None:
-            self.fail(number, fault)
+        if (reason := fault(trial, self.config)) is not None:
+            self.fail(number, reason)
         elif trial.curve[-1].epoch >= trial.epochs(self.config.recipe.epochs):
             trial = replace(trial, state=TrialState.FINISHED)
             self._store.finish(number, [*_objectives(trial, self.config).values()])
@@ -364,7 +364,7 @@ class Search:
         self._announce()
 
 
-def _fault(trial: Trial, config: StudyConfig) -> str | None:
+def fault(trial: Trial, config: StudyConfig) -> str | None:
     """Why a trial fails after the last epoch of its curve; None where it does not."""
     last, value, metric = trial.curve[-1], trial.values[-1], config.metric
     if not math.isfinite(value):

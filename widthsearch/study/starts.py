@@ -25,7 +25,7 @@ from widthsearch.channels.dependency_graph import DependencyGraph, build_depende
 from widthsearch.channels.extraction import extract, kept_positions
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.loaders import samples
-from widthsearch.data.tasks import AnyTask
+from widthsearch.data.tasks import AnyTask, Task
 from widthsearch.errors import StudyError
 from widthsearch.modules.tree import join, tensors_of
 from widthsearch.proposers.fisher import FisherInformation
@@ -193,7 +193,7 @@ def start_network(
 
 
 def load_start(
-    config: StudyConfig, spaces: Mapping[str, SearchSpace], load_task: Callable[[], AnyTask]
+    config: StudyConfig, spaces: Mapping[str, SearchSpace], load_task: Callable[[], Task]
 ) -> BaseWeights | None:
     """The base weights of a study, with the importance of their channels.
 
@@ -224,7 +224,10 @@ def load_start(
             f"importance {config.importance!r} reads data, but the study has a trainer of its own "
             "and no loss: add `loss` and `batches`, or use magnitude or slimming"
         )
-    plain, epochs = space.unconstrained, _card_epochs(Path(config.weights))
+    card = _card(Path(config.weights))
+    if config.trainer is None and card.get("split") == "test":
+        _check_unseen(config, card, load_task)
+    plain, epochs = space.unconstrained, _epochs(card)
     base = plain.build(plain.base, seed=0)
     load_weights(base, config.weights)
     if epochs is None and "scratch_b" in config.start:
@@ -236,11 +239,40 @@ def load_start(
     return BaseWeights.of(space, base.state_dict(), config.importance, task, epochs)
 
 
-def _card_epochs(path: Path) -> float | None:
-    """The epochs of the training of a folder of ``widthsearch train``; None where unknown."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((path / "card.json").read_text("utf-8"))["recipe"]["epochs"])
+def _card(path: Path) -> dict[str, Any]:
+    """The card of a folder of ``widthsearch train``; empty where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads((path / "card.json").read_text("utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _epochs(card: Mapping[str, Any]) -> float | None:
+    """The epochs of the training of a card; None where unknown."""
+    with suppress(ValueError, KeyError, TypeError):
+        return float(card["recipe"]["epochs"])
     return None
+
+
+def _check_unseen(
+    config: StudyConfig, card: Mapping[str, Any], load_task: Callable[[], Task]
+) -> None:
+    """Check that a final training of the built-in trainer was of another task.
+
+    It is on the validation split too, so that networks which are cut from it would be compared on
+    images that their weights have seen.
+
+    Raises:
+        StudyError: It was of this task.
+    """
+    task = load_task().name if config.task is None else config.task.name
+    if card.get("task") == task:
+        raise StudyError(
+            f"the weights of {config.weights!r} have seen the validation split of task {task!r}, "
+            "on which networks are compared: train the base by `widthsearch train "
+            f"{card.get('study')} --pick {card.get('trial')} --search-data --out FOLDER`, and name "
+            "that folder"
+        )
 
 
 def scratch_epochs(epochs: int, of_base: float, base_macs: int, macs: int) -> int:

@@ -299,7 +299,8 @@ def check_model(model: nn.Module, task: Task, device: torch.device) -> torch.mem
         kind = "values" if task.minimized else "logits"
         raise DataError(
             f"a network must return {kind} of shape (N, {task.classes}) for task {task.name!r}, "
-            f"but for 2 images it returns {shape}; give its last layer {task.classes} outputs"
+            f"but for 2 images it returns {shape}; give its last layer {task.classes} outputs, or "
+            "the study a `trainer` of your own in place of the task"
         )
     return layout
 
