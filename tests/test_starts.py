@@ -406,12 +406,13 @@ def test_a_base_must_not_have_seen_the_validation_split(tmp_path: Path) -> None:
     """A final training has; one on the search's data learns from the training split alone."""
     study = tiny.study(tmp_path / "a", trials=1)
     tiny.run(study)
-    base, out = study.pick("best"), tmp_path / "out"
-    train(study, base, seeds=1, epochs=1, folder=out, program=False)
-    settings = {"start": "extract", "weights": str(out), "trials": 1}
+    base, trained = study.pick("best"), tmp_path / "a" / "trained"
+    train(study, base, seeds=1, epochs=1, program=False)
+    settings = {"start": "extract", "weights": str(trained / "0"), "trials": 1}
     with pytest.raises(StudyError, match="have seen the validation split of task 'tiny'"):
         _ = tiny.study(tmp_path / "b", **settings).base_weights
-    card = train(study, base, seeds=1, epochs=1, folder=out, program=False, search_data=True)
+    card = train(study, base, seeds=1, epochs=1, program=False, search_data=True)
+    settings["weights"] = str(trained / "0-search-data")
     assert card["split"] == "validation"
     (seed,) = map(int, card["validation_accuracy"]["by_seed"])
     network = study.space.build(study.space.base, seed=seed)

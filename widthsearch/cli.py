@@ -239,7 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="networks to train (default: 3)")
     add("--epochs", type=int, help="epochs of training (default: the recipe's)")
     add("--device", help="device of training, such as cuda:0 (default: the study's)")
-    add("--out", help="the folder to write (default: trained/ID in the study's folder)")
+    add(
+        "--out",
+        help="the folder to write (default: trained/ID in the study's folder; with --search-data "
+        "trained/ID-search-data)",
+    )
     add("--base", action="store_true", help="train the base alike, to compare with it")
     add("--no-program", dest="program", action="store_false", help="write no torch.export program")
     add(

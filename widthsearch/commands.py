@@ -225,7 +225,9 @@ def train(options: argparse.Namespace) -> int:
     study = Study.load(options.study, options.runs)
     spec = options.pick or "knee"
     trial = study.pick(spec)
-    folder = Path(options.out or study.folder / "trained" / str(trial.number))
+    folder = Path(
+        options.out or export.default_folder(study, trial, search_data=options.search_data)
+    )
     console = open_console()
     print_tables(console, tables.pick_table(study, trial, spec))
 

@@ -94,7 +94,8 @@ def train(
         seeds: The number of networks; the weights of the first are kept, whatever its accuracy.
         epochs: Epochs of training; by default the recipe's.
         device: The device; by default the study's.
-        folder: The folder to write; by default ``trained/<id>`` in the study's folder.
+        folder: The folder to write; by default ``trained/<id>`` in the study's folder, with
+            ``search_data`` ``trained/<id>-search-data``.
         base: Whether the base is trained alike, with the same seeds. The study's own figures for
             it are of the search's recipe and data, and compare with those for the trial alone.
         program: Whether to write ``model.pt2``, see :mod:`widthsearch.space.program`.
@@ -120,7 +121,7 @@ def train(
     recipe = type(recipe)(**recipe_values(recipe, epochs or trial.origin.get("epochs")))
     job = study_job(study.config.model_copy(update={"recipe": recipe}), final=not search_data)
     device = device or study.config.device
-    folder = Path(folder or study.folder / "trained" / str(trial.number))
+    folder = Path(folder or default_folder(study, trial, search_data=search_data))
     asked = (seeds, base, program, *(("search data",) if search_data else ()))
     request = _digest(study, trial, asked, job, device)
     if (complete := _complete(folder, request)) is not None:
@@ -153,6 +154,11 @@ def train(
         write_atomically(folder / CARD, lambda file: file.write(text.encode()))
         shutil.rmtree(folder / "checkpoints")
     return card
+
+
+def default_folder(study: Study, trial: Trial, *, search_data: bool) -> Path:
+    """The folder of a trained network; another one where it is trained on the search's data."""
+    return study.folder / "trained" / f"{trial.number}{'-search-data' * search_data}"
 
 
 @dataclass(frozen=True)
