@@ -106,6 +106,10 @@ class TracedModel:
                 others = calls.misfits if calls and not known else frozenset()
                 if not more and not others:
                     return found
+                rivals = calls.replay.rivals if calls and calls.replay else []
+                if new := [of for of in rivals if of not in ties and of[1].where in others]:
+                    ties.extend(new)  # as its argument gives them; if that is not enough, they stay
+                    continue
                 astray.update(more)
                 kept.update(others)
 
