@@ -184,3 +184,24 @@ def test_the_first_network_has_the_numbers_of_later_ones() -> None:
     """A number that stays at the base's, or costs would be others, is found before it is built."""
     space = SearchSpace.from_model(partial(within, Repeated, 16), (6,))
     assert [space.build(0.5)[1].times for _ in range(2)] == [2, 2]
+
+
+class LowRank(nn.Module):
+    """A square layer and an update of low rank, each with a scale of its own."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.layer, self.scale, self.root = nn.Linear(width, width), 8 / rank, width**0.5
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the update."""
+        return self.layer(x) / self.root + self.up(self.down(x)) * self.scale
+
+
+def test_of_a_torn_argument_only_its_own_numbers_are_listed() -> None:
+    """The number of another argument follows that one."""
+    space = SearchSpace.from_model(partial(within, partial(LowRank, rank=4), 16), (6,))
+    assert [each.name for each in space.leftovers] == ["root"]
+    built = space.build({"1.down": 2, "0": 8})
+    assert built[1].scale == 4
