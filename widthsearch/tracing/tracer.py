@@ -294,7 +294,7 @@ class _Attempt:
         """A copy of the model on meta tensors with symbolic sizes."""
         copies: dict[int, Tensor] = {}
         learned = {n for p in self.model.parameters() for n in p.shape if n >= 4}
-        learned |= {n // 2 for n in learned if n % 2 == 0}  # sines beside cosines
+        learned |= {n // 2 for n in learned if n % 2 == 0 and n >= 16}  # sines beside cosines
         followed = frozenset() if self.demands.astray is None else learned
         holders = holders_of(self.model)
         for module, layer, name, tensor in tensors_of(self.model):
