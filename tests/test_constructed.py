@@ -131,3 +131,77 @@ def test_the_size_of_a_head_is_found_behind_a_decorator() -> None:
     built = space.model.build(widths_of(space.model, constructed).vector, seed=3)
     assert_same(built, constructed, torch.randn(2, 7, 6))
     assert not space.leftovers
+
+
+class Split(nn.Module):
+    """Two kinds of parts of one layer, whose sizes are computed from one argument."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.keys, self.values = width // 4 * 4, width - width % 4
+        self.scale = self.keys**-0.5
+        self.qkv = nn.Linear(width, 2 * self.keys + self.values)
+        self.out = nn.Linear(self.values, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention of one head."""
+        q, k, v = self.qkv(x).split([self.keys, self.keys, self.values], -1)
+        return self.out((q * self.scale @ k.transpose(1, 2)).softmax(-1) @ v)
+
+
+class Repeated(nn.Module):
+    """A layer that is run as often as its width says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.times, self.layer = width // 8, nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As often."""
+        for _ in range(self.times):
+            x = self.layer(x).tanh()
+        return x
+
+
+def within(block: Callable[[int], nn.Module], width: int) -> nn.Module:
+    """A block between two layers."""
+    return nn.Sequential(nn.Linear(6, width), block(width), nn.Linear(width, 5))
+
+
+def test_attributes_that_one_argument_gives_are_one_axis() -> None:
+    """The parts have other sizes together, so that a scale follows them."""
+    space = SearchSpace.from_model(partial(within, Split, 16), (7, 6))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        constructed = within(Split, 32)
+    built = space.model.build(widths_of(space.model, constructed).vector, seed=3)
+    assert_same(built, constructed, torch.randn(2, 7, 6))
+    assert not space.leftovers
+    space.check(device="meta")
+
+
+def test_the_first_network_has_the_numbers_of_later_ones() -> None:
+    """A number that stays at the base's, or costs would be others, is found before it is built."""
+    space = SearchSpace.from_model(partial(within, Repeated, 16), (6,))
+    assert [space.build(0.5)[1].times for _ in range(2)] == [2, 2]
+
+
+class LowRank(nn.Module):
+    """A square layer and an update of low rank, each with a scale of its own."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.layer, self.scale, self.root = nn.Linear(width, width), 8 / rank, width**0.5
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the update."""
+        return self.layer(x) / self.root + self.up(self.down(x)) * self.scale
+
+
+def test_of_a_torn_argument_only_its_own_numbers_are_listed() -> None:
+    """The number of another argument follows that one."""
+    space = SearchSpace.from_model(partial(within, partial(LowRank, rank=4), 16), (6,))
+    assert [each.name for each in space.leftovers] == ["root"]
+    built = space.build({"1.down": 2, "0": 8})
+    assert built[1].scale == 4

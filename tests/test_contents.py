@@ -306,3 +306,72 @@ def test_an_attribute_that_its_class_computes_otherwise_frees_no_width() -> None
         assert built.part == expected.part
         if built.mid.out_features == 10:
             assert torch.equal(built(x), expected(x))
+
+
+class Square(nn.Module):
+    """A matrix that starts as the identity, by a function or by what is copied into a layer."""
+
+    def __init__(self, width: int, copied: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(width, 5)
+        self.same = nn.Linear(width, width, bias=False)
+        if copied:
+            self.same.weight.data.copy_(torch.eye(width) / width)
+        else:
+            self.same.weight = nn.Parameter(torch.eye(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 5)."""
+        return self.b(torch.relu(self.same(torch.relu(self.a(x)))))
+
+
+class States(nn.Module):
+    """Rates that differ along states and not along channels, of which there are two numbers."""
+
+    def __init__(self, width: int, states: int) -> None:
+        super().__init__()
+        inner = 2 * width
+        self.a, self.up = nn.Linear(6, width), nn.Linear(width, inner)
+        self.rate = nn.Parameter(torch.log(torch.arange(1, states + 1).float().repeat(inner, 1)))
+        self.mix, self.b = nn.Linear(inner, states), nn.Linear(inner, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 5)."""
+        x = self.up(self.a(x))
+        return self.b((self.mix(x)[:, None] * self.rate).sum(-1) * x)
+
+
+class Features(nn.Module):
+    """Frozen random directions, and the sines and cosines of what they give."""
+
+    def __init__(self, width: int, half: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(2 * half, 5)
+        self.register_buffer("directions", torch.randn(width, half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 6) to (N, 5)."""
+        x = self.a(x) @ self.directions
+        return self.b(torch.cat([x.sin(), x.cos()], -1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "other", "axes"),
+    [
+        (Square, (16, False), (8, False), 1),
+        (Square, (16, True), (24, True), 1),
+        (States, (16, 4), (8, 6), 3),
+        (Features, (12, 16), (8, 20), 2),
+    ],
+)
+def test_contents_of_whole_tensors_follow_their_widths(
+    kind: Any, base: tuple, other: tuple, axes: int
+) -> None:
+    """Widths that one content has are tied; those along which it is the same need not be."""
+    space = SearchSpace.from_model(lambda: kind(*base), (6,))
+    assert len(space.axes) == axes
+    torch.manual_seed(1)
+    constructed = kind(*other)
+    built = space.model.build(space.widths_of(constructed).vector, seed=1).state_dict()
+    for key, value in constructed.state_dict().items():
+        assert torch.equal(built[key], value), key

@@ -334,3 +334,27 @@ def test_the_number_of_experts_is_pinned_before_their_widths() -> None:
     assert sorted(axis.base for axis in space.axes) == [16, 24]
     space.check(device="meta")
     assert not build_dependency_graph(space.model, space.base).unknown
+
+
+class Parts(nn.Module):
+    """A product with three weights at once, and a bias of two parameters and zeros."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, width), nn.Linear(width, 5)
+        self.weights = nn.ParameterList(torch.randn(width, width) for _ in range(3))
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, 6) to (B, 5)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        q, k, v = F.linear(self.stem(x), torch.cat([*self.weights]), bias).chunk(3, -1)
+        return self.head((q * k * v).mean(1))
+
+
+def test_parts_of_one_size_on_both_sides_are_one_axis() -> None:
+    """Weights that are concatenated, and biases of which one counts twice."""
+    space = SearchSpace.from_model(lambda: Parts(16), (7, 6))
+    assert len(space.axes) == 2
+    assert {pin.reason for pin in space.pinned} == {"input of the model", "output of the model"}
+    space.check(vectors=1)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -199,6 +200,27 @@ class _Trial(Builder, Sketch):
     """A builder whose model has shapes alone."""
 
 
+@dataclass(frozen=True)
+class Content:
+    """A content that depends on the position along free widths.
+
+    Attributes:
+        writer: The call that wrote it last.
+        line: The line that did.
+        dims: The dims along which it differs.
+        patched_by: The call that wrote to a part of it, if one did.
+
+    Example:
+        >>> Content(None, "net.py:3 `torch.eye(n)`", (0, 1), None).dims
+        (0, 1)
+    """
+
+    writer: Call | None
+    line: str
+    dims: tuple[int, ...]
+    patched_by: Call | None
+
+
 class Replay:
     """Makes a model at other sizes.
 
@@ -211,6 +233,7 @@ class Replay:
     Attributes:
         torn: Arguments that several widths ask for, with what each follows for each of them.
         misfits: Attributes that follow a width otherwise than an argument gives both.
+        rivals: Pairs of attributes of one module that ask one argument for different widths.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
         unloaded: Lines that load weights, which networks of other widths do not take.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
@@ -238,11 +261,11 @@ class Replay:
         self.unloaded: set[str] = set()
         self.follows: Mapping[Call, Mapping[Leaf, Follows]] = {}
         self._solve(samples, repeated, ())
-        self.unexplained = self._mismatched(self.follows)
+        self.unexplained = _names(self._mismatched(self.follows))
         if self.unexplained:
             layers = {name.rpartition(".")[0] for name in self.unexplained}
             self._solve(samples, repeated, _around(self.recording.root, layers))
-            self.unexplained = self._mismatched(self.follows)
+            self.unexplained = _names(self._mismatched(self.follows))
 
     def build(
         self,
@@ -302,56 +325,84 @@ class Replay:
         }
         follows = {**self.follows, **held}
         try:
-            if not self._mismatched(follows) <= self.unexplained:
+            if not _names(self._mismatched(follows)) <= self.unexplained:
                 return False
         except ConstructionError:
             return False
         self.follows = follows
         return True
 
-    def astray(self, contents: Mapping[str, tuple[Call | None, str]]) -> dict[str, str]:
+    def without_torn(self) -> nn.Module | None:
+        """:meth:`example` with the base's numbers in :attr:`torn`; None if it cannot be made."""
+        follows = {
+            call: {
+                leaf: fixed(call.numbers[leaf])
+                if (call, leaf[0]) in self.torn and leaf in call.numbers
+                else found
+                for leaf, found in leaves.items()
+            }
+            for call, leaves in self.follows.items()
+        }
+        try:
+            return self._run(
+                _Trial(self.recording, follows, self._sizes[0], self._free, self._uncertain)
+            )
+        except ConstructionError:
+            return None
+
+    def astray(self, contents: Mapping[str, Content]) -> dict[str, str]:
         """The tensors whose fixed content does not follow their sizes.
 
         Args:
-            contents: Per tensor with a content that depends on the position along a free width: the
-                call that wrote to a part of it, if one did, and the line that wrote it.
+            contents: Per tensor, a content that depends on the position along a free width.
 
         Returns:
             Per tensor whose size comes otherwise than by the arguments of its writer, the reason.
         """
         found: dict[str, str] = {}
-        for writer in {call for call, _ in contents.values()}:
-            own = {name for name, (call, _) in contents.items() if call is writer}
+        for writer in {content.patched_by for content in contents.values()}:
+            own = {name: of for name, of in contents.items() if of.patched_by is writer}
             within = set(writer.walk()) - {writer} if writer else set()
             follows = {
                 call: {leaf: f for leaf, f in leaves.items() if not leaf[0].startswith("#")}
                 for call, leaves in self.follows.items()
                 if call not in within
             }
-            for name in own & self._mismatched(follows):
-                found[name] = f"content that is written for the base's width at {contents[name][1]}"
+            for name, dim in self._mismatched(follows):
+                # Along a dim where it is the same everywhere, it may have got its size otherwise.
+                if name in own and (dim in own[name].dims or name in self.unexplained):
+                    found[name] = (
+                        f"content that is written for the base's width at {own[name].line}"
+                    )
         for name in self._unwritten & contents.keys():
-            found[name] = f"content that fits the base's width alone at {contents[name][1]}"
+            found[name] = f"content that fits the base's width alone at {contents[name].line}"
         return found
 
-    def tying(self, writers: Set[Call | None]) -> list[tuple[Follows, Follows]]:
-        """Sizes that would have to change together for the arguments of some calls to give all."""
+    def tying(self, contents: Mapping[str, Content]) -> list[tuple[Follows, Follows]]:
+        """Sizes that would have to change together for arguments to give those of some contents."""
+
+        def like(where: Where) -> tuple[int, ...]:
+            return tuple(n * 2**20 // self._base[where] for n in (s[where] for s in self._sizes))
+
+        wanted = {like((name, dim)) for name, of in contents.items() for dim in of.dims}
         return [
             (first, other)
             for (call, _), (first, *others) in self.torn.items()
-            if call in writers
+            if any(call is of.writer for of in contents.values())
             for other in others
+            if other.where is not None and like(other.where) in wanted
         ]
 
     def _solve(self, samples: Any, repeated: Any, sizing: Iterable[Call]) -> None:
         solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
         self.follows, self.torn, self.misfits = solver.follows, solver.torn, solver.misfits
+        self.rivals = solver.rivals
         self._uncertain = solver.uncertain | {call for call, _ in solver.torn}
 
-    def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> frozenset[str]:
-        """The tensors that do not get the sizes that are wanted."""
-        found: set[str] = set()
+    def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> set[Where]:
+        """The dims of tensors that do not get the sizes that are wanted."""
+        found: set[Where] = set()
         self._unwritten: set[str] = set()
         for sizes in self._sizes:
             trial = _Trial(self.recording, follows, sizes, self._free, self._uncertain)
@@ -363,13 +414,14 @@ class Replay:
                 self.partial = True
                 break
             found.update(
-                name
+                (name, dim)
                 for name, shape in shapes_of(model).items()
-                if any(sizes.get((name, dim), n) != n for dim, n in enumerate(shape))
+                for dim, n in enumerate(shape)
+                if sizes.get((name, dim), n) != n
             )
             self._unwritten |= trial.unwritten(model)
             self.unloaded |= trial.unloaded
-        return frozenset(found)
+        return found
 
     def _run(self, session: Session) -> nn.Module:
         with kept_generators() if isinstance(session, Sketch) else nullcontext():
@@ -381,6 +433,10 @@ class Replay:
                 raise
             except Exception as error:
                 raise ConstructionError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _names(places: Iterable[Where]) -> frozenset[str]:
+    return frozenset(name for name, _ in places)
 
 
 def _around(root: Call, layers: Set[str]) -> list[Call]:

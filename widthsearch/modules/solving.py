@@ -84,6 +84,7 @@ class Solver(Prober):
         uncertain: Calls with a number that cannot change and that nothing explains.
         torn: Numbers that several widths ask for, with what each follows for each of them.
         misfits: Attributes that ask for another number than tensors in proportion to it.
+        rivals: Pairs of attributes of one module that ask one of its numbers for different widths.
 
     Example:
         >>> from widthsearch.modules.construction import record
@@ -111,6 +112,7 @@ class Solver(Prober):
         self.follows: dict[Call, dict[Leaf, Follows]] = {}
         self.torn: dict[tuple[Call, str], list[Follows]] = {}
         self.misfits: set[Where] = set()
+        self.rivals: list[tuple[Follows, Follows]] = []
         self.uncertain: set[Call] = set()
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
@@ -312,9 +314,12 @@ class Solver(Prober):
                 return fixed(v)
             if len(free) > 1:
                 self.torn[call, name] = [answers[wanted] for wanted in free]
-        elif free[0] not in by_tensors and not by_tensors.isdisjoint(free):
-            assert first.where is not None
+            return first
+        assert first.where is not None
+        if free[0] not in by_tensors and not by_tensors.isdisjoint(free):
             self.misfits.add(first.where)
+        own = [of for wanted in free if _by_attribute(of := answers[wanted]) and of.name == layer]
+        self.rivals += [(first, other) for other in own[1:] if own[0] is first]
         return first
 
 

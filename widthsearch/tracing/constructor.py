@@ -145,6 +145,7 @@ class Constructor:
         """
         if self.replay is None:
             return None
+        kept = self.kept  # it may hold numbers that the constructors are given
         try:
             network = self.replay.build(self._sizes(shapes, attributes), arguments)
             if shapes_of(network).keys() != shapes.keys():
@@ -155,7 +156,7 @@ class Constructor:
                 f"{error}; choose widths that they take (by `step`), or pin the axis"
             ) from error
         own_configurations(network, attributes)
-        for (layer, name), value in {**self.kept, **attributes}.items():
+        for (layer, name), value in {**kept, **attributes}.items():
             set_size(network, layer, name, value)
         return network
 
@@ -165,6 +166,7 @@ class Constructor:
         """The model by its outermost constructors' arguments alone: see :meth:`Replay.plain`."""
         if self.replay is None:
             return None
+        _ = self.kept  # as in `build`
         return self.replay.plain(self._sizes(shapes, attributes))
 
     def _sizes(

@@ -78,11 +78,16 @@ def leftovers(
     for line in sorted(replay.unloaded) if replay else ():
         reason = "is called at the base's widths alone: networks of other widths start anew"
         found.append(Leftover("", type(template), "load_state_dict", reason, line))
-    if replay is not None and other is not None:
+    if replay is not None and other is not None and replay.torn:
+        held = replay.without_torn()
         for (call, argument), (_, *others) in replay.torn.items():
             module, made = template.get_submodule(call.names[0]), other.get_submodule(call.names[0])
+            without = vars(held.get_submodule(call.names[0])) if held is not None else {}
             for name, value in vars(module).items():
-                if isinstance(value, float) and vars(made).get(name) != value:
+                if isinstance(value, float) and vars(made).get(name) not in (
+                    value,
+                    without.get(name),  # it follows another argument
+                ):
                     reason = (
                         f"follows one of the widths that its argument {argument!r} gives, and not "
                         f"that of {others[0].name!r}"

@@ -359,8 +359,9 @@ class System:
 
         The negative terms are moved to the right: ``Σ c·s = Σ c·s`` with positive coefficients.
         If one side is a single symbol, the equation is solved for it, and its value is a sum. If
-        both sides are sums, they are equated term by term, a stronger condition than the equation.
-        If that is impossible, all symbols are pinned.
+        both sides are sums, they are equated term by term, a stronger condition than the equation,
+        and so are parts of one size: ``s5 + s6 + s7 = s1 + 2·s2`` with ``16 + 16 + 16 = 16 + 2·16``
+        makes all five equal. If that is impossible, all symbols are pinned.
 
         Example: ``s5 + s6 = s1 + s2``, with the hints 8 + 4 = 8 + 4, becomes ``s5 = s1``, ``s6 =
         s2``. With the hints 8 + 4 = 6 + 6 all four are pinned.
@@ -380,6 +381,10 @@ class System:
         elif rest == 0 and (pairs := self._pairs(left, right)):
             for a, b in pairs:
                 self.impose({(a,): left[a], (b,): -right[b]})
+        elif rest == 0 and len({self.hints[s] for s in linear}) == 1:  # as many parts on each side
+            first, *others = sorted(linear)
+            for s in others:
+                self.impose({(first,): 1, (s,): -1})
         else:
             self.pin(sorted(linear), self.reason({}))
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widthsearch.modules.construction import Call, Recorder, kept_generators
+from widthsearch.modules.construction import Recorder, kept_generators
 from widthsearch.modules.initialisation import Scheme, is_fixed, is_uniform
+from widthsearch.modules.replay import Content
 from widthsearch.modules.solving import Follows
 from widthsearch.modules.tree import clone, exchange, join, tensors_of
 from widthsearch.tracing.constructor import Constructor, free_attributes, resized, to_meta
@@ -106,6 +107,10 @@ class TracedModel:
                 others = calls.misfits if calls and not known else frozenset()
                 if not more and not others:
                     return found
+                rivals = calls.replay.rivals if calls and calls.replay else []
+                if new := [of for of in rivals if of not in ties and of[1].where in others]:
+                    ties.extend(new)  # as its argument gives them; if that is not enough, they stay
+                    continue
                 astray.update(more)
                 kept.update(others)
 
@@ -123,7 +128,7 @@ class TracedModel:
 
         Also sizes that would have to change together for it to follow them.
         """
-        suspects: dict[str, tuple[Call | None, str]] = {}
+        suspects: dict[str, Content] = {}
         for module, layer, name, tensor in tensors_of(model):
             key = join(layer, name)
             free = [d for d, n in enumerate(self.trace.shapes[key]) if as_constant(n) is None]
@@ -131,7 +136,9 @@ class TracedModel:
                 origin = recorder.origins.of(tensor) if recorder else None
                 patched = origin.patched_along(tensor, free) if origin else None
                 if patched or is_fixed(module, name, tensor, recorder):
-                    suspects[key] = patched, origin.line if origin else ""
+                    writer, line = (origin.writer, origin.line) if origin else (None, "")
+                    unlike = (d for d in free if patched or not is_uniform(tensor, [d]))
+                    suspects[key] = Content(patched or writer, line, tuple(unlike), patched)
         if not suspects:
             return {}, []
         if self.constructor is None:
@@ -141,7 +148,7 @@ class TracedModel:
             why = f"content of a model that cannot be constructed anew: {self.constructor.failure}"
             return dict.fromkeys(suspects, why), []
         found = self.constructor.replay.astray(suspects)
-        return found, self.constructor.replay.tying({suspects[key][0] for key in found})
+        return found, self.constructor.replay.tying({key: suspects[key] for key in found})
 
     @cached_property
     def leftovers(self) -> tuple[Leftover, ...]:

@@ -70,7 +70,7 @@ class Demands:
             that of no buffer does.
         derived: Attributes that they compute from widths, by layer and name.
         kept: Attributes that are not made symbolic, since they compute them otherwise.
-        ties: Numbers that one argument gives, as pairs of the tensors' sizes that they follow.
+        ties: Numbers that one argument gives, as pairs of the sizes that they follow.
 
     Example:
         >>> Demands(astray={"fc.weight": "content that fits the base's width alone"}).kept
@@ -221,16 +221,20 @@ class _Attempt:
             self.system.pin_value({(symbol,): 1}, content)
 
     def _tie(self, a: Follows, b: Follows) -> None:
-        """Impose that one number gives two sizes, each a multiple of it beside an offset."""
-        symbols = {(of.tensor, of.dim): symbol for symbol, of in self.symbols.items()}
-        if a.where in symbols and b.where in symbols:
+        """Impose that one number gives two sizes, each a multiple of it beside an offset.
+
+        A size is one of a tensor, or an attribute that is symbolic in this attempt.
+        """
+        sizes: dict[Any, Poly] = {(of.tensor, of.dim): {(s,): 1} for s, of in self.symbols.items()}
+        sizes.update(self.values)
+        if a.where in sizes and b.where in sizes:
             # (size_a - offset_a) / slope_a = (size_b - offset_b) / slope_b, in whole numbers
             factors = b.slope, -a.slope, a.slope * b.offset - b.slope * a.offset
             whole = math.lcm(*(factor.denominator for factor in factors))
             of_a, of_b, rest = (int(factor * whole) for factor in factors)
             system = self.system
-            scaled = multiply(system.value(symbols[a.where]), constant(of_a))
-            equation = add(scaled, system.value(symbols[b.where]), of_b)
+            scaled = multiply(system.canonical(sizes[a.where]), constant(of_a))
+            equation = add(scaled, system.canonical(sizes[b.where]), of_b)
             system.impose(add(equation, constant(rest)))
 
     @property
@@ -290,6 +294,7 @@ class _Attempt:
         """A copy of the model on meta tensors with symbolic sizes."""
         copies: dict[int, Tensor] = {}
         learned = {n for p in self.model.parameters() for n in p.shape if n >= 4}
+        learned |= {n // 2 for n in learned if n % 2 == 0 and n >= 16}  # sines beside cosines
         followed = frozenset() if self.demands.astray is None else learned
         holders = holders_of(self.model)
         for module, layer, name, tensor in tensors_of(self.model):
