@@ -143,3 +143,53 @@ def test_what_no_copy_can_hold_is_refused(keep: Callable[[Net], Any], how: str) 
         f"'(the model itself)' holds one by {how}: give it the module as an argument, or close "
         "over `self`"
     )
+
+
+class Scaled(nn.Module):
+    """Its constructor sets a function that closes over a width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, width), nn.Linear(width, 5)
+        self.scale = lambda x: x * width**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3) to (N, 5)."""
+        return self.b(self.scale(self.a(x)))
+
+
+def hooked(width: int) -> nn.Module:
+    """A function that sets such a hook on a layer."""
+    model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 5))
+    model[0].register_forward_hook(lambda module, args, out: out * width**-0.5)
+    return model
+
+
+def patched(width: int) -> nn.Module:
+    """A function that replaces a model's forward."""
+    model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 5))
+    own = model.forward
+    model.forward = lambda x: own(x) * width**-0.5  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "listed"),
+    [
+        (functools.partial(Scaled, 16), []),
+        (Scaled(16), ["'width' of Scaled"]),
+        (functools.partial(hooked, 16), ["'0.width' of Linear"]),
+        (functools.partial(patched, 16), ["'width' of Sequential"]),
+    ],
+)
+def test_a_number_that_a_function_closes_over(make: Any, listed: list[str]) -> None:
+    """It follows the width where a constructor is called anew, and is listed where none is."""
+    space = SearchSpace.from_model(make, (3,))
+    assert [str(each).partition(" (")[0] for each in space.leftovers] == listed
+    for each in space.leftovers:
+        assert "test_closures.py:" in str(each) and "stays at the base's 16" in str(each)
+    if not listed:
+        built, constructed = space.build([8], seed=3), Scaled(8)
+        constructed.load_state_dict(built.state_dict())
+        x = torch.randn(4, 3)
+        assert torch.equal(built(x), constructed(x))

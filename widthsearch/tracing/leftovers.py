@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,11 +141,17 @@ def _stale(
             if as_constant(poly) is None:  # and in units: each of two chunks, a head
                 free.setdefault(layer, set()).update({n, n // math.gcd(*poly.values())})
     for layer, module in template.named_modules():
-        if layer in given or type(module).__module__.startswith("torch."):
-            continue
         near = [layer, *(join(layer, name) for name, _ in module.named_children())]
         sizes = set().union(*(free.get(name, ()) for name in near))
-        made = dict(_numbers(other.get_submodule(layer))) if other is not None else {}
+        again = None if other is None else other.get_submodule(layer)
+        remade = {} if again is None else {name: n for name, n, _ in _closed_over(again)}
+        for name, number, place in _closed_over(module):
+            if _given_by(number, sizes) and remade.get(name, number) == number:
+                reason = f"stays at the base's {number:.6g}"
+                yield Leftover(layer, type(module), name, reason, place)
+        if layer in given or type(module).__module__.startswith("torch."):
+            continue
+        made = {} if again is None else dict(_numbers(again))
         for name, number in _numbers(module):
             if (layer, name) in trace.attributes or not _given_by(number, sizes):
                 continue
@@ -166,6 +175,20 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, float]]:
             number = _number(item)
             if number is not None:
                 yield place, number
+
+
+def _closed_over(module: nn.Module) -> Iterator[tuple[str, float, str]]:
+    """The numbers of functions that were set on a module, or are its hooks, with their lines."""
+    held = {key: value for key, value in vars(module).items() if not isinstance(value, Mapping)}
+    for value in vars(module).values():
+        held.update(value if isinstance(value, Mapping) else {})
+    for value in held.values():
+        if isinstance(value, FunctionType):
+            code, cells = value.__code__, value.__closure__ or ()
+            for name, cell in zip(code.co_freevars, cells, strict=True):
+                with suppress(ValueError):  # an empty cell
+                    if (number := _number(cell.cell_contents)) is not None:
+                        yield name, number, f"{Path(code.co_filename).name}:{code.co_firstlineno}"
 
 
 def _number(value: Any) -> float | None:
