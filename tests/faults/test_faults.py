@@ -10,8 +10,6 @@ import pytest
 from .history import ROOT, play
 from .plans import KINDS, PER_HISTORY, Fault, Plan, plans
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
 FAULTS = (
     Fault("driver SIGKILL", "stored"),
     Fault("worker SIGKILL", "checkpoint", 10),
@@ -22,6 +20,8 @@ FAULTS = (
 """They include those of the mutations below."""
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_study_keeps_its_promises() -> None:
     """Faults of five kinds; ``python -m tests.faults`` plays all kinds."""
     undisturbed = play(Plan("folder", 1, ()))
@@ -50,9 +50,11 @@ MUTATIONS = {
         "study/loop.py",
         [
             (
-                "self._store.finish(number, values)\n            self._close(trial)",
+                "self._store.finish(number, [*_objectives(trial, self.config).values()])\n"
+                "            self._close(trial)",
                 "self._close(trial)\n            __import__('time').sleep(0.3)\n"
-                "            self._store.finish(number, values)",
+                "            self._store.finish(number, "
+                "[*_objectives(trial, self.config).values()])",
             )
         ],
         "lost",
@@ -97,6 +99,19 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_changes_the_product(mutation: str) -> None:
+    """The code that it replaces is there, once: the slow tests below are not run often."""
+    _, file, replacements, _ = MUTATIONS[mutation]
+    text = (ROOT / "widthsearch" / file).read_text(encoding="utf-8")
+    assert [text.count(old) for old, _ in replacements] == [1] * len(replacements)
+    for old, new in replacements:
+        text = text.replace(old, new)
+    compile(text, file, "exec")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_is_caught(mutation: str, tmp_path: Path) -> None:
     """The same fault costs the product itself nothing, by the test above."""
     fault, file, replacements, kind = MUTATIONS[mutation]
@@ -104,7 +119,6 @@ def test_a_mutation_is_caught(mutation: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "widthsearch", package, ignore=shutil.ignore_patterns("__pycache__"))
     text = (package / file).read_text(encoding="utf-8")
     for old, new in replacements:
-        assert text.count(old) == 1
         text = text.replace(old, new)
     (package / file).write_text(text, encoding="utf-8")
     played = play(Plan("folder", 1, () if fault is None else (fault,)), product=tmp_path)
