@@ -263,7 +263,7 @@ class Study:
 
         Raises:
             StudyError: An earlier study is not there or was never run, has another metric or other
-                axes, or no finished trial.
+                axes, or no finished trial; or it is this study, or named twice.
         """
         from widthsearch.study.storage import Store
 
@@ -271,9 +271,19 @@ class Study:
             store = Store.open(self.storage, self.config.name)
             if store.begun:
                 return store.earlier()
-        others = (Study.load(reference, self.folder.parent) for reference in self.config.prior)
-        found = ((other.config, *_stored(other)[:2]) for other in others)
-        return [EarlierStudy.of(*each, self.config, self.spaces) for each in found]
+        found, seen = list[EarlierStudy](), {(self.storage, self.config.name): "this one"}
+        for reference in self.config.prior:
+            other = Study.load(reference, self.folder.parent)
+            place = other.storage, other.config.name
+            if place in seen:
+                raise StudyError(
+                    "prior must name other studies, each once, but "
+                    f"{reference!r} is {seen[place]}: leave it out"
+                )
+            seen[place] = f"{reference!r} once more"
+            trials, records, _ = _stored(other)
+            found.append(EarlierStudy.of(other.config, trials, records, self.config, self.spaces))
+        return found
 
     def confirm(
         self, seeds: int = 3, on_progress: OnProgress | None = None, *, quiet: bool = False
