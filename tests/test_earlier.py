@@ -83,6 +83,8 @@ def test_the_trials_are_kept_as_they_were(tmp_path: Path) -> None:
     assert [t.widths for t in again.trials()] == [t.widths for t in whole.trials()]
     assert again.earlier[0].size == 20
     assert [t.number for t in again.front()] == [t.number for t in whole.front()]
+    with again.confirmation(seeds=2) as confirmed:
+        assert "confirms" in tiny.ask(confirmed).origin
     with refused(StudyError, "a study keeps its prior", whole=False):
         tiny.run(learner(tmp_path, prior=[]), first_counts)
 
