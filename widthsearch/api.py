@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 from widthsearch.study.config import StudyConfig, read_yaml
-from widthsearch.study.earlier import EarlierStudy
+from widthsearch.study.earlier import EarlierStudy, check_distinct
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import Trial, TrialState, check_finished
@@ -271,19 +271,11 @@ class Study:
             store = Store.open(self.storage, self.config.name)
             if store.begun:
                 return store.earlier()
-        found, seen = list[EarlierStudy](), {(self.storage, self.config.name): "this one"}
-        for reference in self.config.prior:
-            other = Study.load(reference, self.folder.parent)
-            place = other.storage, other.config.name
-            if place in seen:
-                raise StudyError(
-                    "prior must name other studies, each once, but "
-                    f"{reference!r} is {seen[place]}: leave it out"
-                )
-            seen[place] = f"{reference!r} once more"
-            trials, records, _ = _stored(other)
-            found.append(EarlierStudy.of(other.config, trials, records, self.config, self.spaces))
-        return found
+        others = [Study.load(reference, self.folder.parent) for reference in self.config.prior]
+        places = [(study.storage, study.config.name) for study in (self, *others)]
+        check_distinct(self.config.prior, places)
+        found = ((other.config, *_stored(other)[:2]) for other in others)
+        return [EarlierStudy.of(*each, self.config, self.spaces) for each in found]
 
     def confirm(
         self, seeds: int = 3, on_progress: OnProgress | None = None, *, quiet: bool = False

@@ -124,6 +124,25 @@ class EarlierStudy:
         return cls(content["study"], trials)
 
 
+def check_distinct(references: Sequence[str], places: Sequence[tuple[str, str]]) -> None:
+    """Check that a study's `prior` names other studies, and each of them once.
+
+    Args:
+        references: The earlier studies as it names them.
+        places: The storage and the name of the study itself, then of each of those.
+
+    Raises:
+        StudyError: It does not.
+    """
+    known = ["this one", *(f"{reference!r} once more" for reference in references)]
+    for i, reference in enumerate(references, 1):
+        if (first := places.index(places[i])) < i:
+            raise StudyError(
+                f"prior must name other studies, each once, but {reference!r} is {known[first]}: "
+                "leave it out"
+            )
+
+
 def _axes(space: CostedSpace) -> list[tuple[str, int]]:
     """What makes width vectors comparable: names and base widths, in order."""
     return [(axis.name, axis.base) for axis in space.axes]
