@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -193,3 +195,17 @@ def test_a_number_that_a_function_closes_over(make: Any, listed: list[str]) -> N
         constructed.load_state_dict(built.state_dict())
         x = torch.randn(4, 3)
         assert torch.equal(built(x), constructed(x))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [sys.float_info.max, sys.float_info.min, 10**400, math.nan, torch.tensor(1j)],
+    ids=["most", "least", "integer", "nan", "complex"],
+)
+def test_a_number_far_from_any_width_is_none(number: Any) -> None:
+    """In a closure or an attribute: its powers are not even finite."""
+    model: Any = Scaled(16)
+    model.a.register_forward_hook(lambda module, args, out: out if number is None else None)
+    model.bias = number
+    model.scale = lambda x: x if model.bias is None else 2 * x
+    assert SearchSpace.from_model(model, (3,)).leftovers == ()

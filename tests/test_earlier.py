@@ -14,6 +14,7 @@ from strategies import refused
 from widthsearch.api import Study
 from widthsearch.bayesopt.observation import Observation
 from widthsearch.errors import StudyError
+from widthsearch.report.tables import front_json, prior_lines
 from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.storage import Store
 from widthsearch.study.trial import Trial
@@ -50,8 +51,10 @@ def test_a_study_learns_from_the_finished_trials_of_earlier_ones(tmp_path: Path)
     assert "learning from 20 trials of study 'cheap'" in lines
     tiny.run(alone, first_counts)
     posterior = informed.posterior()
-    assert posterior.correlations["cheap"] > 0.8
-    assert alone.posterior().correlations == {}
+    (correlation,) = posterior.correlations
+    assert correlation is not None
+    assert correlation > 0.8
+    assert alone.posterior().correlations == []
     assert posterior.surrogate is not None
     assert len(posterior.surrogate.loadings) == 2
 
@@ -80,6 +83,8 @@ def test_the_trials_are_kept_as_they_were(tmp_path: Path) -> None:
     assert [t.widths for t in again.trials()] == [t.widths for t in whole.trials()]
     assert again.earlier[0].size == 20
     assert [t.number for t in again.front()] == [t.number for t in whole.front()]
+    with again.confirmation(seeds=2) as confirmed:
+        assert "confirms" in tiny.ask(confirmed).origin
     with refused(StudyError, "a study keeps its prior", whole=False):
         tiny.run(learner(tmp_path, prior=[]), first_counts)
 
@@ -109,11 +114,38 @@ def test_several_spaces_learn_from_their_namesakes(tmp_path: Path) -> None:
     )
     assert {name: len(own) for name, own in both.earlier[0].trials.items()} == counts
     tiny.run(both, first_counts)
-    assert both.posterior().correlations["cheap"] > 0.5
+    (correlation,) = both.posterior().correlations
+    assert correlation is not None
+    assert correlation > 0.5
     one = learner(tmp_path)
     assert {name: len(own) for name, own in one.earlier[0].trials.items()} == {
         "tiny": counts["tiny"]
     }
+    last = tiny.study(
+        tmp_path / "last", spaces[1], name="last", prior=["cheap"], trials=1, **options
+    )
+    assert {name: len(own) for name, own in last.earlier[0].trials.items()} == {
+        "second": counts["second"]
+    }
+
+
+def test_earlier_studies_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """From two folders: each has a correlation of its own."""
+    cheap(tmp_path)
+    other = tiny.study(tmp_path / "old" / "cheap", name="cheap", trials=12)
+    (tmp_path / "old").mkdir()
+    tiny.run(other, lambda trial, epoch: 90 - 4.0 * trial.widths.vector[1])
+    study = learner(tmp_path, prior=["cheap", str(tmp_path / "old" / "cheap")])
+    tiny.run(study, first_counts)
+    posterior = study.posterior()
+    first, second = posterior.correlations
+    assert first is not None
+    assert second is not None
+    assert first > 0.8 > second + 0.2
+    lines = [line.split(": ")[1] for line in prior_lines(posterior)]
+    assert lines == [f"correlation {first:.2f}.", f"correlation {second:.2f}."]
+    shown = front_json(study, posterior)["prior"]
+    assert [each["correlation"] for each in shown] == [first, second]
 
 
 def test_an_earlier_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -125,7 +157,17 @@ def test_an_earlier_study_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     failing = tiny.study(tmp_path / "failing", name="failing", trials=1)
     with failing.search() as search:
         search.fail(tiny.ask(search).number, "a bug")
+    with learner(tmp_path, "begun", trials=1).search():
+        pass
+    cheap_folder, itself = str(tmp_path / "cheap"), str(tmp_path / "begun")
+    iou = {"name": "iou", "goal": "maximize"}
+    named = {"metric": iou, "objectives": ["iou", "macs"]}
+    tiny.run(tiny.study(tmp_path / "iou", name="iou", trials=2, **named), first_counts)
+    narrow = {**named, "metric": {**iou, "range": [0, 1]}}
     cases = {
+        f"each once, but {cheap_folder!r} is 'cheap' once more": {"prior": ["cheap", cheap_folder]},
+        f"each once, but {itself!r} is this one": {"name": "begun", "prior": [itself]},
+        "values within metric.range, [0, 1], but 'iou' has": {"prior": "iou", **narrow},
         "must be a YAML file or have a folder": {"prior": ["chaep"]},
         "did you mean 'cheap'": {"prior": ["chaep"]},
         "prior must name other studies, but 'full' is this one": {"prior": ["cheap", "full"]},

@@ -409,8 +409,13 @@ def test_a_base_must_not_have_seen_the_validation_split(tmp_path: Path) -> None:
     base, trained = study.pick("best"), tmp_path / "a" / "trained"
     train(study, base, seeds=1, epochs=1, program=False)
     settings = {"start": "extract", "weights": str(trained / "0"), "trials": 1}
-    with pytest.raises(StudyError, match="have seen the validation split of task 'tiny'"):
-        _ = tiny.study(tmp_path / "b", **settings).base_weights
+    for weights in (trained / "0", trained / "0" / "weights.pt"):
+        settings["weights"] = str(weights)
+        with pytest.raises(StudyError, match="have seen the validation split of task 'tiny'"):
+            _ = tiny.study(tmp_path / "b", **settings).base_weights
+    others = replace(tiny.task(), names=("ant", "bee", "cat", "dog"))  # another folder of images
+    other = Study(tiny.config(**settings), tiny.space(), others, folder=tmp_path / "other")
+    assert other.base_weights is not None
     card = train(study, base, seeds=1, epochs=1, program=False, search_data=True)
     settings["weights"] = str(trained / "0-search-data")
     assert card["split"] == "validation"

@@ -163,6 +163,8 @@ def test_a_database_that_lacks_tables_is_a_study_without_a_run(
         ("nonsense", "Could not parse SQLAlchemy URL", "check its address"),
         ("mysql://user:secret@localhost/study", "No module named", "install it with pip"),
         ("oracle9://localhost/study", "Can't load plugin", "check its address"),
+        ("postgresql://user:secret@localhost:port/study", "invalid literal", "check its address"),
+        ("sqlite:///:memory:?timeout=soon", "could not convert string", "check its address"),
     ],
 )
 def test_a_storage_that_cannot_be_opened_is_an_error(
@@ -172,6 +174,10 @@ def test_a_storage_that_cannot_be_opened_is_an_error(
     with pytest.raises(StorageError) as caught:
         Store.create(address, "tiny", OBJECTIVES)
     message = str(caught.value)
+    if not address.startswith("sqlite"):  # whose file is looked for first
+        with pytest.raises(StorageError) as read:
+            Store.open(address, "tiny")
+        assert str(read.value) == message
     assert "\n" not in message
     assert message.startswith("the storage '")
     assert reason in message
@@ -190,9 +196,12 @@ def test_a_storage_that_breaks_later_is_an_error(store: Store, tmp_path: Path) -
     """The same line where a write fails in the middle of a study."""
     with sqlite3.connect(tmp_path / "study.db") as connection:
         connection.execute("DROP TABLE study_user_attributes")
+        connection.execute("DROP TABLE trials")
     connection.close()
     with pytest.raises(StorageError, match=r"cannot be used: no such table"):
         store.set_attribute("key", 1)
+    with pytest.raises(StorageError, match=r"cannot be used: no such table"):
+        _ = store.begun
 
 
 def test_a_storage_that_becomes_read_only_is_an_error(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
 from widthsearch.study.config import StudyConfig, read_yaml
-from widthsearch.study.earlier import EarlierStudy
+from widthsearch.study.earlier import EarlierStudy, check_distinct
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import Trial, TrialState, check_finished
@@ -263,7 +263,7 @@ class Study:
 
         Raises:
             StudyError: An earlier study is not there or was never run, has another metric or other
-                axes, or no finished trial.
+                axes, or no finished trial; or it is this study, or named twice.
         """
         from widthsearch.study.storage import Store
 
@@ -271,7 +271,9 @@ class Study:
             store = Store.open(self.storage, self.config.name)
             if store.begun:
                 return store.earlier()
-        others = (Study.load(reference, self.folder.parent) for reference in self.config.prior)
+        others = [Study.load(reference, self.folder.parent) for reference in self.config.prior]
+        places = [(study.storage, study.config.name) for study in (self, *others)]
+        check_distinct(self.config.prior, places)
         found = ((other.config, *_stored(other)[:2]) for other in others)
         return [EarlierStudy.of(*each, self.config, self.spaces) for each in found]
 

@@ -115,11 +115,10 @@ def gain_lines(posterior: MetricPosterior) -> list[str]:
 
 def prior_lines(posterior: MetricPosterior) -> list[str]:
     """A line for each earlier study, with the correlation that the surrogate has learned."""
-    found = posterior.correlations
     return [
-        f"Learned from {study.size} trials of {study.name}: correlation {found[study.name]:.2f}."
-        for study in posterior.earlier
-        if study.name in found
+        f"Learned from {study.size} trials of {study.name}: correlation {correlation:.2f}."
+        for study, correlation in zip(posterior.earlier, posterior.correlations, strict=True)
+        if correlation is not None
     ]
 
 
@@ -135,12 +134,8 @@ def front_json(study: Study, posterior: MetricPosterior) -> dict[str, Any]:
         "baselines": [_trial_json(t, posterior) for t in baselines(posterior)],
         "gains": [gain.to_json() for gain in gains(posterior)],
         "prior": [
-            {
-                "study": study.name,
-                "trials": study.size,
-                "correlation": posterior.correlations.get(study.name),
-            }
-            for study in posterior.earlier
+            {"study": study.name, "trials": study.size, "correlation": correlation}
+            for study, correlation in zip(posterior.earlier, posterior.correlations, strict=True)
         ],
         "starts": starts.starts_json(starts.compared(posterior.trials), posterior.metric),
     }

@@ -29,6 +29,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,8 +129,8 @@ def _storage_error(url: str, error: Exception) -> StorageError:
     reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     try:
         shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        shown = url
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        shown = re.sub(r"//[^/]*@", "//***@", url)
     if isinstance(cause, ModuleNotFoundError):
         return StorageError(
             f"the storage {shown!r} needs its database's driver, but {reason}: install it with pip "
@@ -180,6 +181,7 @@ def open_database(url: str, *, make_tables: bool) -> RDBStorage:
             optuna.exceptions.OptunaError,
             ImportError,  # the database's driver is not installed
             RuntimeError,  # tables of another version of Optuna
+            ValueError,  # a text where the address has a number, such as its port
         ) as error:
             if not left or not _is_race(error):
                 raise _storage_error(url, error) from error
@@ -189,7 +191,7 @@ def open_database(url: str, *, make_tables: bool) -> RDBStorage:
 
 def lacks_tables(url: str) -> bool:
     """Whether a database can be reached, and has not all tables: no driver has made them yet."""
-    with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, ImportError):
+    with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError):
         engine = sqlalchemy.create_engine(url)
         try:
             found = sqlalchemy.inspect(engine).get_table_names()

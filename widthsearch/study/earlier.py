@@ -53,8 +53,8 @@ class EarlierStudy:
             spaces: Its spaces by name.
 
         Raises:
-            StudyError: They are of different metrics, no space has the axes of another, or no such
-                trial has finished.
+            StudyError: They are of different metrics, no space has the axes of another, no such
+                trial has finished, or one has a value outside the range of the metric.
         """
         name, metric, own_metric = config.name, config.metric, learner.metric
         if (metric.name, metric.goal) != (own_metric.name, own_metric.goal):
@@ -64,9 +64,9 @@ class EarlierStudy:
                 "`prior`"
             )
         found: dict[str, list[Observation]] = {}
-        for record, earlier in records.items():
+        for record in sorted(records, key=lambda record: record not in spaces):  # namesakes first
             free = sorted(spaces.keys() - found, key=lambda own: (own != record, own))
-            same = (own for own in free if _axes(spaces[own]) == _axes(earlier))
+            same = (own for own in free if _axes(spaces[own]) == _axes(records[record]))
             if (space := next(same, None)) is not None:
                 found[space] = [
                     Observation(trial.widths.vector, trial.value)
@@ -85,6 +85,14 @@ class EarlierStudy:
                 f"a prior study must have finished trials, but {name!r} has none: run it first, or "
                 "leave it out of `prior`"
             )
+        for value in (o.value for some in found.values() for o in some if o.value is not None):
+            if not own_metric.contains(value):
+                low, high = own_metric.ends
+                raise StudyError(
+                    f"a prior study must have values within metric.range, [{low:g}, {high:g}], "
+                    f"but {name!r} has {metric.name} {value:g}: change metric.range, or leave it "
+                    "out of `prior`"
+                )
         return cls(name, {space: tuple(some) for space, some in found.items() if some})
 
     def placed(
@@ -114,6 +122,25 @@ class EarlierStudy:
             for space, own in content["trials"].items()
         }
         return cls(content["study"], trials)
+
+
+def check_distinct(references: Sequence[str], places: Sequence[tuple[str, str]]) -> None:
+    """Check that a study's `prior` names other studies, and each of them once.
+
+    Args:
+        references: The earlier studies as it names them.
+        places: The storage and the name of the study itself, then of each of those.
+
+    Raises:
+        StudyError: It does not.
+    """
+    known = ["this one", *(f"{reference!r} once more" for reference in references)]
+    for i, reference in enumerate(references, 1):
+        if (first := places.index(places[i])) < i:
+            raise StudyError(
+                f"prior must name other studies, each once, but {reference!r} is {known[first]}: "
+                "leave it out"
+            )
 
 
 def _axes(space: CostedSpace) -> list[tuple[str, int]]:

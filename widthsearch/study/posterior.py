@@ -191,15 +191,16 @@ class MetricPosterior:
         )
 
     @property
-    def correlations(self) -> dict[str, float]:
+    def correlations(self) -> list[float | None]:
         """How each earlier study's scores correlate with this one's, as the surrogate has learned.
 
-        There are none without a surrogate, and none of studies of spaces without a finished trial.
+        None of all without a surrogate, and of studies of spaces without a finished trial.
         """
         if self.surrogate is None:
-            return {}
-        used = [study.name for study in self.earlier if study.trials.keys() & self.coordinates]
-        return dict(zip(used, self.surrogate.loadings[1:].tolist(), strict=True))
+            return [None] * len(self.earlier)
+        known = iter(self.surrogate.loadings[1:].tolist())
+        used = (study.trials.keys() & self.coordinates for study in self.earlier)
+        return [next(known) if each else None for each in used]
 
     def __getitem__(self, trial: Trial) -> Estimate:
         """The estimate of a finished trial's architecture."""

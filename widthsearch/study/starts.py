@@ -240,9 +240,10 @@ def load_start(
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """The card of a folder of ``widthsearch train``; empty where there is none."""
+    """The card of weights of ``widthsearch train``, its folder or file; empty if there is none."""
+    folder = path.parent if path.name == "weights.pt" else path
     with suppress(OSError, ValueError, RecursionError):
-        content = json.loads((path / "card.json").read_text("utf-8"))
+        content = json.loads((folder / "card.json").read_text("utf-8"))
         return content if isinstance(content, dict) else {}
     return {}
 
@@ -265,11 +266,13 @@ def _check_unseen(
     Raises:
         StudyError: It was of this task.
     """
-    task = load_task().name if config.task is None else config.task.name
-    if card.get("task") == task:
+    if config.task is not None and config.task.name != card.get("task"):
+        return
+    task = load_task()
+    if (card.get("task"), card.get("classes")) == (task.name, list(task.names) or None):
         raise StudyError(
-            f"the weights of {config.weights!r} have seen the validation split of task {task!r}, "
-            "on which networks are compared: train the base by `widthsearch train "
+            f"the weights of {config.weights!r} have seen the validation split of task "
+            f"{task.name!r}, on which networks are compared: train the base by `widthsearch train "
             f"{card.get('study')} --pick {card.get('trial')} --search-data --out FOLDER`, and name "
             "that folder"
         )

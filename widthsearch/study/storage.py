@@ -265,6 +265,7 @@ class Store:
                 self._storage.set_study_user_attr(self._study, key, None)
 
     @property
+    @database_errors
     def begun(self) -> bool:
         """Whether a trial has begun."""
         return self._storage.get_n_trials(self._study) > 0

@@ -193,13 +193,15 @@ def _closed_over(module: nn.Module) -> Iterator[tuple[str, float, str]]:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        return float(value)
+        return None if value.is_complex() else float(value)
     return value if type(value) in (int, float) else None
 
 
 def _given_by(number: float, sizes: Set[int]) -> bool:
     """Whether a number is a size from 8 on, its root, or the inverse of one of both."""
-    powers = (1, 2, -1, -2) if number > 0 and type(number) is not int else (1,)
+    if not 1e-20 < number < 1e20:  # no size, and its powers may not be finite
+        return False
+    powers = (1, 2, -1, -2) if type(number) is not int else (1,)
     return any(
         math.isclose(number**power, n, rel_tol=1e-5) for power in powers for n in sizes if n >= 8
     )
