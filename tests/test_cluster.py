@@ -240,6 +240,19 @@ def test_a_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.Monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_rays_own_handler_of_sigterm_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its native code sets one that prints a stack, and may abort the process."""
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    monkeypatch.setattr(ray, "init", init)
+    with Interrupts() as interrupts:
+        cluster_module._init(None, interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
 def test_ctrl_c_at_the_exit_of_a_command_does_nothing() -> None:
     """Ray ends its processes then; a second Ctrl-C would show a traceback of it."""
     code = (

@@ -73,6 +73,7 @@ def _init(address: str | None, interrupts: Interrupts) -> None:
         with interrupts.deferred(), _without_sigterm_handler():
             _connect(address)
     finally:
+        interrupts.install()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if interrupts.requested:
             raise KeyboardInterrupt

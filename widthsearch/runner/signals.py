@@ -39,12 +39,18 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._handle) for n in self._SIGNALS}
+            self._previous = {number: signal.getsignal(number) for number in self._SIGNALS}
+            self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Set the handlers; again after ``ray.init``, whose native code takes SIGTERM over."""
+        for number in self._previous:
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         again, self.requested = self.requested, True
