@@ -225,7 +225,7 @@ def test_a_cluster_that_wants_a_token_is_joined_or_refused_at_once(
 
 def test_a_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     """ray.init sets a handler that raises at once, also where Python ignores exceptions."""
-    started = []
+    started, before = [], signal.getsignal(signal.SIGINT)
 
     def init(**_: object) -> None:
         ray._private.utils.set_sigterm_handler(lambda *_: sys.exit("by Ray's own handler"))
@@ -237,7 +237,7 @@ def test_a_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.Monke
     with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
         cluster_module._init(None, interrupts)
     assert started == [True]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_rays_own_handler_of_sigterm_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

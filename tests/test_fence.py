@@ -87,7 +87,7 @@ WRITES: dict[str, Callable[[Store], object]] = {
     "set_attribute": lambda store: store.set_attribute("key", 2),
     "forget": lambda store: store.forget("key"),
 }
-READS = {"attribute", "begun", "create", "open", "records", "running", "trials"}
+READS = {"attribute", "begun", "create", "earlier", "open", "records", "running", "trials"}
 
 
 @pytest.fixture

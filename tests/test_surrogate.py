@@ -317,7 +317,7 @@ def test_the_unit_of_an_earlier_study_does_not_matter() -> None:
     again = Surrogate.fit(COORDINATES, widths, scores, earlier=scaled).mean(fresh)
     np.testing.assert_allclose(again, mean, atol=0.02)
     own = [Observation(tuple(w), a) for w, a in zip(widths.tolist(), scores.tolist(), strict=True)]
-    unfinished = [[Observation(tuple(widths[0].tolist()), running=True)]]
+    unfinished = [[(COORDINATES, [Observation(tuple(widths[0].tolist()), running=True)])]]
     alone = Surrogate.fit_observations((COORDINATES, own))
     same = Surrogate.fit_observations((COORDINATES, own), earlier=unfinished)
     np.testing.assert_array_equal(same.mean(fresh), alone.mean(fresh))

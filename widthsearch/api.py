@@ -265,17 +265,7 @@ class Study:
             StudyError: An earlier study is not there or was never run, has another metric or other
                 axes, or no finished trial; or it is this study, or named twice.
         """
-        from widthsearch.study.storage import Store
-
-        with suppress(StudyError):  # it was never run
-            store = Store.open(self.storage, self.config.name)
-            if store.begun:
-                return store.earlier()
-        others = [Study.load(reference, self.folder.parent) for reference in self.config.prior]
-        places = [(study.storage, study.config.name) for study in (self, *others)]
-        check_distinct(self.config.prior, places)
-        found = ((other.config, *_stored(other)[:2]) for other in others)
-        return [EarlierStudy.of(*each, self.config, self.spaces) for each in found]
+        return _earlier(self) if self.config.prior else []
 
     def confirm(
         self, seeds: int = 3, on_progress: OnProgress | None = None, *, quiet: bool = False
@@ -346,6 +336,20 @@ class Study:
             StudyError: The study was never run.
         """
         return _driver(self).resolve_recipe()
+
+
+def _earlier(study: Study) -> list[EarlierStudy]:
+    from widthsearch.study.storage import Store
+
+    with suppress(StudyError):  # it was never run
+        store = Store.open(study.storage, study.config.name)
+        if store.begun:
+            return store.earlier()
+    prior = study.config.prior
+    others = [Study.load(reference, study.folder.parent) for reference in prior]
+    check_distinct(prior, [(each.storage, each.config.name) for each in (study, *others)])
+    found = ((other.config, *_stored(other)[:2]) for other in others)
+    return [EarlierStudy.of(*each, study.config, study.spaces) for each in found]
 
 
 def _stored(study: Study) -> tuple[list[Trial], dict[str, SpaceRecord], list[EarlierStudy]]:
