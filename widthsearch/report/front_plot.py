@@ -48,7 +48,7 @@ def draw_front(study: Study, posterior: MetricPosterior) -> Figure:
     front, every = posterior.front(), baselines(posterior)
     uniform = [t for t in every if t.origin.get("base") or t.origin["proposer"] == "uniform"]
     others = [t for t in every if t not in uniform]
-    doubtful = [t for t in front if (posterior[t].dominated or 0.0) > 0.5]
+    doubtful = [t for t in front if posterior[t].doubtful]
     sure = [t for t in front if t not in doubtful]
     metric = posterior.metric
     costs = [name for name in study.config.objectives if name != metric.name] or ["macs"]

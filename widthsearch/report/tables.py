@@ -293,7 +293,7 @@ def footnotes(shown: Sequence[Trial], posterior: MetricPosterior) -> list[str]:
         )
     if any(estimate.trainings > 1 for estimate in estimates.values()):
         lines.append("(n×): the network was trained n times.")
-    doubtful = [str(n) for n, estimate in estimates.items() if (estimate.dominated or 0.0) > 0.5]
+    doubtful = [str(n) for n, estimate in estimates.items() if estimate.doubtful]
     if doubtful:
         lines.append(
             "?: P(dominated) is above one half: the probability that another trained network costs "
@@ -400,7 +400,7 @@ def trial_table(
         estimate = posterior[t]
         text = estimate_text(estimate)
         text += f" ({estimate.trainings}×)" if estimate.trainings > 1 else ""
-        text += " ?" if (estimate.dominated or 0.0) > 0.5 else ""
+        text += " ?" if estimate.doubtful else ""
         row = [str(t.number), *([t.space] if several else []), origin_text(t.origin)]
         row += [metric.text(objective_value(t, metric.name, metric)), text, short(t.cost.macs)]
         row += [f"{t.cost.macs / base.cost.macs:.2f}" if base else ""]

@@ -208,8 +208,9 @@ class Driver:
             text = config.to_yaml().encode()
             with store.fence.held(), writing(self.folder):
                 write_atomically(self.folder / "study.yaml", lambda file: file.write(text))
-            notify = self._reporter(store, on_progress)
-            for study in store.earlier():
+            earlier = store.earlier()
+            notify = self._reporter(store, earlier, on_progress)
+            for study in earlier:
                 notify(f"learning from {study.size} trials of study {study.name!r}", "event")
             if self.task is not None and self.task.loading is not None:
                 notify(self.task.loading.reason, "event")
@@ -334,11 +335,13 @@ class Driver:
 
         return measure
 
-    def _reporter(self, store: Store, on_progress: OnProgress | None) -> Notify:
+    def _reporter(
+        self, store: Store, earlier: Sequence[EarlierStudy], on_progress: OnProgress | None
+    ) -> Notify:
         """A callback for messages before there is a search; the trials are those of the storage."""
         config, trials = self.config, store.trials(self.spaces)
         done = sum(trial.state != TrialState.RUNNING for trial in trials)
-        posterior = MetricPosterior.of(config, trials, self.spaces, store.earlier())
+        posterior = MetricPosterior.of(config, trials, self.spaces, earlier)
         pace = Pace(done)
 
         def notify(message: str, level: Level = "status", /) -> None:

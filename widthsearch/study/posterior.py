@@ -77,6 +77,11 @@ class Estimate:
         low, high = sorted(self.metric.value([score - half, score + half]).tolist())
         return low, high
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is dominated with a probability above one half."""
+        return self.dominated is not None and self.dominated > 0.5
+
     def to_json(self) -> dict[str, Any]:
         """The attributes and the interval as JSON values, the value under the metric's name."""
         names = ("sd", "trainings", "dominated", "interval")
