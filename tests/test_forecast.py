@@ -116,7 +116,7 @@ def test_the_advice_is_within_the_limits_and_names_its_space(tmp_path: Path) -> 
     limited.append(replace(second, space="other", gain=second.gain + 0.01))
     table, *lines = report.forecast_table(limited).renderables
     assert sum("†" in str(cell) for cell in table.columns[3].cells) == 1
-    assert f"linear of other, {dict(second.widths)}, expected gain" in str(lines[-1])
+    assert f"×0.1 of other, {dict(second.widths)}, expected gain" in str(lines[-1])
 
 
 def test_a_forecast_stays_within_the_range_of_the_accuracy(tmp_path: Path) -> None:

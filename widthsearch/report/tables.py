@@ -45,6 +45,8 @@ def origin_text(origin: Mapping[str, Any]) -> str:
     Example:
         >>> origin_text({"proposer": "synflow", "family": "linear", "budget": 0.25})
         'synflow ×0.25'
+        >>> origin_text({"proposer": "synflow", "family": "copycat", "budget": 0.25})
+        'synflow copycat ×0.25'
         >>> origin_text({"base": True}), origin_text({"sampler": "search"})
         ('base', 'search')
         >>> origin_text({"given": "pruned/half.json"})
@@ -58,7 +60,9 @@ def origin_text(origin: Mapping[str, Any]) -> str:
         return f"confirms {origin['confirms']}"
     if "proposer" in origin:
         slope = f" {origin['slope']:+g}" if "slope" in origin else ""
-        return f"{origin['proposer']}{slope} ×{origin['budget']:g}"
+        family = origin.get("family", "linear")
+        named = "" if family == "linear" else f" {family}"
+        return f"{origin['proposer']}{slope}{named} ×{origin['budget']:g}"
     return "search" if "sampler" in origin else PurePath(origin.get("given", "given")).name
 
 
@@ -332,7 +336,7 @@ def forecast_table(forecasts: Sequence[Forecast]) -> Group:
     for each in sorted(forecasts, key=lambda e: (e.space, origin_text(e.origin), e.cost.macs)):
         table.add_row(
             *([each.space] if several else []),
-            f"{origin_text(each.origin)} {each.origin['family']}",
+            origin_text(each.origin),
             short(each.cost.macs),
             estimate_text(each.estimate)
             + " †" * (not each.within_limits)
@@ -354,7 +358,7 @@ def forecast_table(forecasts: Sequence[Forecast]) -> Group:
     if open_:
         best = max(open_, key=lambda each: each.gain)
         lines.append(
-            f"Train next: {origin_text(best.origin)} {best.origin['family']}"
+            f"Train next: {origin_text(best.origin)}"
             f"{f' of {best.space}' * several}, {dict(best.widths)}, expected gain "
             f"{best.gain:.{metric.decimals(best.estimate.value)}f} {metric.points} over the "
             "trained networks within its MACs."
