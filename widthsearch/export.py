@@ -19,13 +19,14 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor, nn
 
 from widthsearch import __version__
@@ -253,7 +254,7 @@ def _card(
             "std": list(task.std),
             "input_shape": list(task.input_shape),
         },
-        "recipe": recipe_values(recipe),
+        "recipe": recipe_values(recipe) | _defaults(job.recipe),
         "device": device,
         **asdict(trial.cost),
         "latency": trial.latency and trial.latency.to_json(),
@@ -266,6 +267,13 @@ def _card(
         },
         "versions": versions(),
     }
+
+
+def _defaults(recipe: Any) -> dict[str, Any]:
+    """The fields of a trainer's own dataclass, also those that the study leaves to it."""
+    if isinstance(recipe, Recipe) or not is_dataclass(recipe):
+        return {}
+    return cast(dict[str, Any], to_jsonable_python(recipe, fallback=str))
 
 
 def _results(
