@@ -423,3 +423,13 @@ def test_a_full_disk_is_one_line(
     assert command.refusal("pareto", "small") == (
         "error: [Errno 28] No space left on device: '/somewhere'; fix this and run again\n"
     )
+
+
+def test_a_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder beside the runs may have a study's name, and its YAML; as a path it is itself."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("tiny"), Path("runs/tiny")):
+        folder.mkdir(parents=True)
+        (folder / "study.yaml").write_text("{name: tiny, trials: 3}")
+    found = [Study.load(of).folder for of in ("tiny", "./tiny", "tiny/", Path("tiny"))]
+    assert found == [Path("runs/tiny"), *[Path("tiny")] * 3]

@@ -81,7 +81,7 @@ class Study:
 
     @classmethod
     def load(cls, reference: str | Path, runs: str | Path = "runs") -> Study:
-        """A study by its name, its folder, or its YAML.
+        """A study by its name (a bare text is one first), its folder, or its YAML.
 
         Raises:
             StudyError: There is none, its configuration breaks a rule, or it was run by another
@@ -91,7 +91,8 @@ class Study:
         if path.suffix in (".yaml", ".yml"):
             config = StudyConfig.from_yaml(path)
             return cls(config, folder=Path(runs, config.name))
-        for folder in (path, Path(runs) / path):
+        folders = (path, Path(runs) / path)  # a bare text is a name before a folder of the user's
+        for folder in folders[:: -1 if reference == path.name else 1]:
             if os.path.isfile(folder / "study.yaml"):  # noqa: PTH113  of any text, such as a long one
                 return cls(_stored_config(folder), folder=folder)
         known = [file.parent.name for file in Path(runs).glob("*/study.yaml")]
