@@ -77,6 +77,25 @@ def test_running_trials_are_not_sampled_again() -> None:
     study.ask(ranges)
 
 
+def test_diverged_trials_are_forgotten_as_failed_ones_are() -> None:
+    """Optuna takes infinity as a value; and a pruned trial's curve may have ended in NaN."""
+    asked = []
+    for diverged in (False, True):
+        study = tiny_study()
+        study.optimize(score, n_trials=INITIAL_TRIALS)
+        ranges = study.sampler.distributions  # type: ignore[attr-defined]
+        lost, pruned = study.ask(ranges), study.ask(ranges)
+        pruned.set_user_attr("curve", [{"accuracy": 50.0}, {"accuracy": float("nan")}])
+        if diverged:
+            study.tell(lost, [float("-inf"), 64.0])
+            study.tell(pruned, state=TrialState.PRUNED)
+        else:
+            study.tell(lost, state=TrialState.FAIL)
+            study.tell(pruned, state=TrialState.FAIL)
+        asked.append(study.ask(ranges).params)
+    assert asked[0] == asked[1]
+
+
 def test_parameters_and_directions_must_be_those_of_the_sampler() -> None:
     """Each error names what is wrong."""
     study = tiny_study()

@@ -39,9 +39,9 @@ class WidthSampler(BaseSampler):
 
     For any Optuna study whose parameters are the axes of a space; the method is that of
     :class:`~widthsearch.bayesopt.search.BayesianSearch`. Running trials count as trained with their
-    posterior mean, failed ones are forgotten, and pruned ones count by their curve: a list of
-    ``{"accuracy": percent}`` (or the metric's name), one an epoch, in the trial's user attribute
-    ``curve``.
+    posterior mean, failed and diverged ones (a value or a curve that is not finite) are forgotten,
+    and pruned ones count by their curve: a list of ``{"accuracy": percent}`` (or the metric's
+    name), one an epoch, in the trial's user attribute ``curve``.
 
     Args:
         search: The search, whose objectives are the study's values; :meth:`of` makes one for a
@@ -138,13 +138,15 @@ class WidthSampler(BaseSampler):
         return self.search.surrogate(self._observations(study))
 
     def _observations(self, study: Study, exclude: int = -1) -> list[Observation]:
-        return [
+        known = [
             self._observation(trial)
             for trial in study.get_trials(deepcopy=False)
             if trial.number != exclude
             and trial.state not in (TrialState.FAIL, TrialState.WAITING)
             and self.distributions.keys() <= trial.params.keys()
         ]
+        # Optuna takes infinity as a value; one would make every estimate NaN.
+        return [o for o in known if np.isfinite([o.value or 0.0, *o.costs, *o.curve]).all()]
 
     def _observation(self, trial: FrozenTrial) -> Observation:
         finished, name = trial.state == TrialState.COMPLETE, self.search.metric.name
