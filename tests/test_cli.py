@@ -197,7 +197,7 @@ def test_pareto_as_json_and_csv(command: CommandLine, runs: Path) -> None:
     assert {origin["proposer"] for origin in others} <= set(BASELINES)
     assert isinstance(content["gains"], list)
     lines = command("pareto", "small", "--csv", "--runs", runs).splitlines()
-    assert "sd,interval_low,interval_high,trainings" in lines[0]
+    assert "estimated,interval_low,interval_high,trainings" in lines[0]
     assert "latency_ms,latency_ratio," in lines[0]
     rows = csv.DictReader(lines)
     assert [(int(row["id"]), int(row["block3.conv2"])) for row in rows] == [

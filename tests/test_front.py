@@ -94,7 +94,7 @@ def test_picks() -> None:
     ("spec", "message"),
     [
         ("44", "ID must be a finished trial's, but 44 is none; finished .*on the front 3, 1, 2, 0"),
-        ("macs<=99", "'macs<=99' leaves none; the least macs among the others is 100"),
+        ("macs<=99", "'macs<=99' leaves none; the least macs of the front is 100"),
         (
             "fastest",
             "must be best, cheapest, knee, a finished trial's ID, or limits, but was 'fastest'; "
@@ -103,10 +103,13 @@ def test_picks() -> None:
         ("chepest", "but was 'chepest'; did you mean 'cheapest'"),
         ("-1", "but was '-1'; limits are such as"),
         ("macs<=many", "must be a number such as 2e6, but 'macs<=many' has 'many'"),
-        ("accuracy>=101", "leaves none; the greatest accuracy among the others is"),
+        ("accuracy>=101", "leaves none; the greatest accuracy of the front is"),
         ("gpu_ms<=3", "on accuracy, macs, latency_ms, .* but 'gpu_ms<=3' is on 'gpu_ms'; name"),
         ("latency<=3", "but 'latency<=3' is on 'latency'; did you mean 'latency_ms'"),
-        ("accuracy>=1, macs<=99", "leaves none; the least macs among the others is 100"),
+        (
+            "accuracy>=1, macs<=99",
+            "the least macs among those within the other limits is 100",
+        ),
         ("macs<3", "must be name<=number or name>=number, .*'macs<3' has 'macs<3'"),
         ("macs=<3", "'macs=<3' has 'macs=<3'"),
         ("macs<=3 params<=2", "has 'macs<=3 params<=2'"),

@@ -100,6 +100,28 @@ def test_a_trainer_must_report_every_epoch(tmp_path: Path) -> None:
         assert refused(trainer, tmp_path).endswith(f"returned after {count} of 3 reports")
 
 
+def test_a_cost_is_not_reported(tmp_path: Path) -> None:
+    """The study knows it."""
+
+    def reporting(network: nn.Module, trial: TrainingTrial[Any]) -> None:
+        trial.report({"accuracy": 1.0, "latency_ms": 3.0})
+
+    assert "must leave costs to the study" in refused(reporting, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["first", "other"])
+def test_the_parameters_of_the_network_are_kept(tmp_path: Path, name: str) -> None:
+    """A head of another size, or one more: the costs would be another network's."""
+
+    def changing(network: nn.Module, trial: TrainingTrial[Any]) -> None:
+        setattr(network, name, nn.Linear(3, 5))
+        while trial.report({"accuracy": 1.0}):
+            pass
+
+    message = refused(changing, tmp_path)
+    assert "must keep the parameters" in message and f"'{name}." in message
+
+
 def test_a_report_after_the_end_is_refused(tmp_path: Path) -> None:
     """After the last epoch, and after a stop."""
 

@@ -162,7 +162,7 @@ def test_picks_by_the_metric(study: Study) -> None:
     most = keeping[1].cost.macs
     assert study.pick(f"macs<={most}") == keeping[1]
     assert study.pick(f"rmse <= 2.5, macs<={most}") == keeping[0]
-    with pytest.raises(StudyError, match="the least rmse among the others is"):
+    with pytest.raises(StudyError, match="the least rmse of the front is"):
         study.pick("rmse<=0.01")
 
 

@@ -18,6 +18,7 @@ from widthsearch.report.console import print_line, print_tables, short
 from widthsearch.report.progress import LiveView
 from widthsearch.report.space_tables import space_tables
 from widthsearch.space.cost import Cost
+from widthsearch.study.earlier import EarlierStudy
 from widthsearch.study.front import equal_cost_pairs, pick
 from widthsearch.study.gains import Gain, baselines, best_baselines, gains
 from widthsearch.study.posterior import Estimate, MetricPosterior
@@ -41,9 +42,10 @@ def trial(number: int, macs: int, accuracy: float, milliseconds: float) -> Trial
 UNIFORM = {"proposer": "uniform", "family": "linear", "budget": 0.5, "baseline": True}
 
 
-def posterior_of(trials: Sequence[Trial]) -> MetricPosterior:
+def posterior_of(trials: Sequence[Trial], *earlier: EarlierStudy) -> MetricPosterior:
     """The posterior of a study of accuracy and MACs with these trials."""
-    return MetricPosterior(trials, {"tiny": SpaceRecord.of(tiny.space())}, ("accuracy", "macs"))
+    spaces = {"tiny": SpaceRecord.of(tiny.space())}
+    return MetricPosterior(trials, spaces, ("accuracy", "macs"), earlier=earlier)
 
 
 def test_members_whose_latency_is_not_shown_to_fall_are_named() -> None:
@@ -209,6 +211,9 @@ def test_footnotes_explain_every_mark() -> None:
     assert "intervals need 8 finished trainings" in few
     assert "±" not in few
     assert "P(dominated)" not in few
+    learning = posterior_of(trials[:3], EarlierStudy("cheap", {}))
+    few = " ".join(report.footnotes(trials[:3], learning))
+    assert "intervals and what earlier studies tell need 8" in few
 
 
 def test_a_limit_on_the_metric_stands_beside_the_interval() -> None:

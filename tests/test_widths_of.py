@@ -75,6 +75,14 @@ FOREIGN: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_a_prefix_of_a_wrapper_is_named() -> None:
+    """DataParallel's and torch.compile's."""
+    wrapped = nn.DataParallel(Residual()).state_dict()
+    message = "'stem.weight': it has 'module.stem.weight': remove the prefix"
+    with refused(WidthsError, message, whole=False):
+        space_of("Residual").widths_of(wrapped)
+
+
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_tensor_whose_shape_no_widths_give_is_named(case: str) -> None:
     """In one line."""

@@ -136,8 +136,10 @@ def widths_of(model: TracedModel, network: nn.Module | Mapping[str, Tensor]) -> 
         needed = set(shapes) & kept
     for key in shapes:
         if key in needed and key not in sizes:
+            wrapped = (f"{n!r}: remove the prefix" for n in sizes if n.endswith(f".{key}"))
             raise WidthsError(
-                f"a network of {model.name!r} must have a tensor {key!r}: it has none"
+                f"a network of {model.name!r} must have a tensor {key!r}: it has "
+                f"{next(wrapped, 'none')}"
             )
     for key in sizes:
         if key not in shapes and key not in kept:  # a tensor of two names is traced by the first

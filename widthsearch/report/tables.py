@@ -160,7 +160,7 @@ def front_csv(posterior: MetricPosterior) -> str:
     out = io.StringIO()
     names = list(dict.fromkeys(name for t in front for name in t.widths))
     metric, others = posterior.metric.name, posterior.others
-    columns = ["id", "space", metric, "estimated", "sd", "interval_low", "interval_high"]
+    columns = ["id", "space", metric, "estimated", "interval_low", "interval_high"]
     columns += ["trainings", "dominated", "macs", "params", "latency_ms", "latency_ratio"]
     columns += [name for name in posterior.objectives if name in EXACT_COSTS[2:]]
     columns += [*others, "origin", *names]
@@ -170,7 +170,7 @@ def front_csv(posterior: MetricPosterior) -> str:
         estimate = posterior[t]
         row = {key: value for key, value in t.to_json(metric).items() if key in columns}
         row |= {key: t.reported.get(key) for key in others}
-        row |= {key: getattr(estimate, key) for key in ("sd", "trainings", "dominated")}
+        row |= {key: getattr(estimate, key) for key in ("trainings", "dominated")}
         row |= zip(("interval_low", "interval_high"), estimate.interval or (), strict=False)
         row |= {} if t.latency is None else {"latency_ratio": t.latency.ratio}
         row |= {"estimated": estimate.value, "origin": origin_text(t.origin), **t.widths}
@@ -280,8 +280,9 @@ def footnotes(shown: Sequence[Trial], posterior: MetricPosterior) -> list[str]:
     surrogate = posterior.surrogate
     if surrogate is None:
         lines.append(
-            f"{_estimated(metric)}: mean {metric.name} of the network's trainings; intervals need "
-            f"{ENOUGH} finished trainings."
+            f"{_estimated(metric)}: mean {metric.name} of the network's trainings; intervals"
+            f"{' and what earlier studies tell' * bool(posterior.earlier)} need {ENOUGH} finished "
+            "trainings."
         )
     else:
         lines.append(

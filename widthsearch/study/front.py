@@ -161,7 +161,8 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
             t.number: posterior.value(t) if name == metric.name else cost_value(t, name)
             for t in within
         }
-        others = [value for value in values.values() if not math.isnan(value)]
+        numbers = [value for value in values.values() if not math.isnan(value)]
+        whose = "of the front" if within is front else "among those within the other limits"
         within = [
             t
             for t in within
@@ -170,8 +171,8 @@ def pick(posterior: MetricPosterior, spec: str | int) -> Trial:
         if not within:
             word, end = ("greatest", max) if is_least else ("least", min)
             reason = f"no member of the front has a {name}"
-            if others:
-                reason = f"the {word} {name} among the others is {end(others):g}"
+            if numbers:
+                reason = f"the {word} {name} {whose} is {end(numbers):g}"
             raise StudyError(
                 f"a pick's limits must leave a member of the front, but {spec!r} leaves none; "
                 f"{reason}"

@@ -83,8 +83,8 @@ class Estimate:
         return self.dominated is not None and self.dominated > 0.5
 
     def to_json(self) -> dict[str, Any]:
-        """The attributes and the interval as JSON values, the value under the metric's name."""
-        names = ("sd", "trainings", "dominated", "interval")
+        """JSON values in the metric's unit, the value under the metric's name."""
+        names = ("interval", "trainings", "dominated")
         return {self.metric.name: self.value, **{name: getattr(self, name) for name in names}}
 
 

@@ -37,6 +37,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from widthsearch.bayesopt.metric import COSTS
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
 from widthsearch.training.recipe import EpochResult, OwnRecipe, recipe_values
@@ -105,6 +106,7 @@ class Job:
         Raises:
             StudyError: The trainer breaks the contract. Any exception of its own is passed on.
         """
+        before = _parameters(network)
         trial.begin_epoch()
         self.trainer(network, trial)
         trial.check_resumed()
@@ -113,6 +115,17 @@ class Job:
                 f"a trainer must report once an epoch until report() returns False, but "
                 f"{self.name!r} returned after {trial.epoch} of {self.epochs} reports"
             )
+        if changed := before.items() ^ _parameters(network).items():
+            name = min(changed)[0]
+            raise StudyError(
+                "a trainer must keep the parameters of its network, whose costs are known, but "
+                f"{self.name!r} changed the shape of {name!r}, or added or removed it: train a "
+                "copy, or change the model itself"
+            )
+
+
+def _parameters(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
 
 
 class TrainingTrial(Generic[R]):
@@ -274,7 +287,7 @@ class TrainingTrial(Generic[R]):
         """End an epoch.
 
         Args:
-            metrics: Numbers by name. The study's metric must be among them; all of them are
+            metrics: Numbers by name. The study's metric must be among them, and no cost; all are
                 recorded in the learning curve. A metric that is not finite ends the trial as
                 diverged.
             state: Returns all that the training needs to continue, for a checkpoint: tensors,
@@ -288,8 +301,8 @@ class TrainingTrial(Generic[R]):
             Whether the trial continues; the trainer must return where it does not.
 
         Raises:
-            StudyError: The metrics are not numbers or lack the study's, the state cannot be loaded
-                again or was not taken up, or the trial has ended.
+            StudyError: The metrics are not numbers, lack the study's or have a cost among them, the
+                state cannot be loaded again or was not taken up, or the trial has ended.
         """
         seconds = time.perf_counter() - self._since if seconds is None else seconds
         if self.ended:
@@ -314,6 +327,11 @@ class TrainingTrial(Generic[R]):
             raise StudyError(
                 f"a trainer must report the study's metric {metric!r}, but {self._job.name!r} "
                 f"reported {', '.join(numbers) or 'nothing'}: add it to each report"
+            )
+        if costs := [name for name in numbers if name in COSTS]:
+            raise StudyError(
+                "a trainer must leave costs to the study, which knows them, but "
+                f"{self._job.name!r} reported {costs[0]!r}: name it otherwise"
             )
         value, loss = numbers.pop(metric), numbers.pop("loss", None)
         self.curve.append(EpochResult(self.epoch + 1, loss, value, seconds, mode, numbers))
