@@ -110,6 +110,29 @@ def _half(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :c], x[:, c:]
 
 
+class Mixed(nn.ModuleDict):
+    """Convolutions of several kernels, each of a part of the channels (Tan and Le 2019, MixConv).
+
+    Parts are equal but for the first, which has what is left over.
+    """
+
+    def __init__(self, c: int, out: int, parts: int, depthwise: bool = False) -> None:
+        super().__init__()
+
+        def split(n: int) -> list[int]:
+            return [n // parts + n % parts, *[n // parts] * (parts - 1)]
+
+        self.splits = split(c)
+        for i, (a, b) in enumerate(zip(self.splits, split(out), strict=True)):
+            groups = a if depthwise else 1
+            self[str(i)] = nn.Conv2d(a, b, 2 * i + 1, padding=i, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same, or to another number of channels."""
+        parts = zip(self.values(), x.split(self.splits, 1), strict=True)
+        return torch.cat([conv(part) for conv, part in parts], 1)
+
+
 def _shifted(_: nn.Module, x: Tensor) -> Tensor:
     fold = x.shape[1] // 4
     out = torch.zeros_like(x)
@@ -179,6 +202,9 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
         lambda m, x: m.a(_half(x)[0]) + m.b(_half(x)[1]), a=conv(c // 2, c, 1), b=conv(c // 2, c, 1)
     ),
     "gated": lambda c, conv: Block(lambda m, x: F.glu(m.a(x), 1), a=conv(c, 2 * c, 1)),
+    "mixed": lambda c, _conv: nn.Sequential(
+        Mixed(c, 12, 2), Mixed(12, 12, 3, depthwise=True), Mixed(12, c, 2)
+    ),
     "shifted": _plain(_shifted),
     "every other": _plain(lambda _, x: torch.cat([x[:, ::2], x[:, 1::2]], 1)),
     "rolled": _plain(lambda _, x: x.roll(1, 1)),

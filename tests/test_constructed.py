@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from composed import LENGTH, Composed, composed, streams
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from random_networks import Mixed
 from torch import nn
 
 from widthsearch.channels.extraction import widths_of
@@ -176,6 +178,53 @@ def test_attributes_that_one_argument_gives_are_one_axis() -> None:
         constructed = within(Split, 32)
     built = space.model.build(widths_of(space.model, constructed).vector, seed=3)
     assert_same(built, constructed, torch.randn(2, 7, 6))
+    assert not space.leftovers
+    space.check(device="meta")
+
+
+class Bottleneck(nn.Module):
+    """A stem, a residual block of mixed convolutions, and a classifier."""
+
+    def __init__(self, c: int, hidden: int, parts: tuple[int, int, int]) -> None:
+        super().__init__()
+        a, b, d = parts
+        self.stem = nn.Conv2d(3, c, 1)
+        self.expand = Mixed(c, hidden, a)
+        self.depthwise = Mixed(hidden, hidden, b, depthwise=True)
+        self.project = Mixed(hidden, c, d)
+        self.fc = nn.Linear(c, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) to (N, 5)."""
+        x = self.stem(x)
+        x = x + self.project(self.depthwise(self.expand(x).relu()).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+few = st.integers(1, 3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(few, st.integers(1, 5), few, st.integers(4, 8), st.integers(1, 5))
+@example(2, 3, 1, 6, 1)  # the first examples of other widths show two equal halves by chance
+@example(1, 4, 1, 7, 1)  # 42 channels in four parts: two are left over
+def test_parts_of_a_width_at_any_seams_follow_it(a: int, b: int, d: int, n: int, more: int) -> None:
+    """Concatenated parts are split again into other parts that one argument gives."""
+    c, hidden = 12 + 6 * (n % 2), 6 * n
+    space = SearchSpace.from_model(partial(Bottleneck, c, hidden, (a, b, d)), (3, 8, 8))
+    assert {pin.reason for pin in space.trace.pinned} <= {
+        "input of the model",
+        "output of the model",
+    }
+    other = c + 36 * more, hidden + 360 * more  # whose parts leave the same rests
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        constructed = Bottleneck(*other, (a, b, d))
+    built = space.model.build(widths_of(space.model, constructed).vector, seed=3)
+    assert_same(built, constructed, torch.randn(2, 3, 8, 8))
+    assert [m.splits for m in built.modules() if isinstance(m, Mixed)] == [
+        m.splits for m in constructed.modules() if isinstance(m, Mixed)
+    ]
     assert not space.leftovers
     space.check(device="meta")
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widthsearch.torch_internals import enable_python_dispatcher
-from widthsearch.tracing.polynomials import Poly, System, add, divide, multiply
+from widthsearch.tracing.polynomials import Poly, System, add, divide, evaluate, multiply
 from widthsearch.tracing.symbolic_ints import plain_numbers, poly_of, size
 
 polys = st.dictionaries(
@@ -62,6 +62,26 @@ RELATIONS: dict[str, tuple[tuple[int, ...], Callable[..., Any], dict[int, Poly]]
     "a multiple": ((32, 8), lambda a, b: a == 4 * b, {0: {(1,): 4}}),
     # 2 · s0 = 3 · s1 has the whole solutions s0 = 3t, s1 = 2t alone.
     "coprime factors": ((6, 4), lambda a, b: 2 * a == 3 * b, {0: {(2,): 3}, 1: {(2,): 2}}),
+    # Halves are thirds: all are multiples of a sixth.
+    "parts at other seams": (
+        (6, 6, 4, 4, 4),
+        lambda a, b, c, d, e: a + b == c + d + e,
+        {0: {(5,): 3}, 1: {(5,): 3}, 2: {(5,): 2}, 3: {(5,): 2}, 4: {(5,): 2}},
+    ),
+    # 2·a = c + 2·d: c = 2·t is even.
+    "parts at other seams, of two sizes": (
+        (10, 10, 8, 6, 6),
+        lambda a, b, c, d, e: a + b == c + d + e,
+        {0: {(3,): 1, (5,): 1}, 1: {(3,): 1, (5,): 1}, 2: {(5,): 2}, 4: {(3,): 1}},
+    ),
+    # It is odd at every width, as it is in the model as given.
+    "an odd sum": (
+        (5, 7, 3),
+        lambda a, b, c: 2 * a == b + c,
+        {0: {(3,): 1, (4,): 1, (): -1}, 1: {(3,): 2, (): -1}, 2: {(4,): 2, (): -1}},
+    ),
+    "one less": ((7, 13), lambda a, b: 2 * a == b + 1, {1: {(0,): 2, (): -1}}),
+    "a number below the step": ((2, 1), lambda a, b: 3 * a == b + 5, {0: {(): 2}, 1: {(): 1}}),
     # That 8 is not a multiple of 3 says nothing about other widths.
     "a remainder": ((8,), lambda a: a % 3 != 0, {}),
     # Padding to a multiple cannot be followed, so the width is pinned rather than wrong.
@@ -78,6 +98,23 @@ def test_a_relation_that_holds_is_imposed(name: str) -> None:
     system = System()
     assert relation(*sizes(system, *hints))
     assert solved(system, len(hints)) == expected
+
+
+parts = st.lists(st.integers(1, 20), min_size=2, max_size=5)
+
+
+@given(parts, parts, st.lists(st.integers(1, 9), min_size=40, max_size=40))
+def test_sums_that_are_equal_stay_so_at_all_sizes(a: list[int], b: list[int], x: list[int]) -> None:
+    """Of a concatenation that is split at any seams, every part keeps a size of 1 or more."""
+    rest = sum(a) - sum(b)
+    (a if rest < 0 else b).extend([abs(rest)] if rest else [])
+    system = System()
+    made = sizes(system, *a, *b)
+    assert sum(made[: len(a)]) == sum(made[len(a) :])
+    assert [system.hint(system.value(s)) for s in range(len(made))] == [*a, *b]
+    at_x = [evaluate(system.value(s), x) for s in range(len(made))]
+    assert sum(at_x[: len(a)]) == sum(at_x[len(a) :])
+    assert min(at_x) >= 1
 
 
 QUOTIENTS: dict[str, tuple[tuple[int, ...], Callable[..., Any], Poly, dict[int, Poly]]] = {

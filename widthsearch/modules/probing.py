@@ -20,6 +20,9 @@ Leaf = tuple[str, Path]
 """An argument's name and a path within it; or ``"#n"`` and a path within (args, kwargs) of the n-th
 call of a function that takes sizes."""
 
+SAME_RESTS = 120
+"""A multiple of 2 to 6, 8, 10 and 12: numbers that differ by it leave the same rests."""
+
 Responses = Mapping[Where, tuple[int, Fraction]]
 """The sizes that change with a number: each one's value at the base, and its slope."""
 
@@ -151,14 +154,28 @@ class Prober(Sketch):
         return self._doubled[key]
 
     def responses(
-        self, frame: Frame, original: Any, arguments: Any, leaves: tuple[Leaf, ...], v: int
+        self,
+        frame: Frame,
+        original: Any,
+        arguments: Any,
+        leaves: tuple[Leaf, ...],
+        v: int,
+        step: int = 0,
     ) -> Responses | None:
         """The sizes that change with numbers: each one's value at the base, and its slope.
 
         None where the constructor refuses other numbers, or makes other modules of them.
+
+        Args:
+            frame: The call.
+            original: The constructor.
+            arguments: Its arguments.
+            leaves: The numbers, which change together.
+            v: Their value.
+            step: By how much they change; 0 for a multiple of them if possible.
         """
         assert frame.module is not None
-        key = frame.call.kind, leaves, v, tuple(shapes_of(frame.module).items())
+        key = frame.call.kind, leaves, v, step, tuple(shapes_of(frame.module).items())
         if key in self._seen:
             return self._seen[key]
         before = sizes_of(frame.module)
@@ -170,13 +187,15 @@ class Prober(Sketch):
             pairs = ((where, u, after[where]) for where, u in before.items())
             return {where: (u, Fraction(n - u, new - v)) for where, u, n in pairs if n != u}
 
-        for new in (2 * v, 3 * v, v + 1):
+        for new in (v + step,) if step else (2 * v, 3 * v, v + 1):
             if (found := slopes(new)) is not None:
                 break
-        offset = any(u != slope * v for u, slope in (found or {}).values())
-        # Of a number that sizes are rounded to, another value gives other slopes.
-        if found and offset and (again := slopes(new + v)) is not None:
-            found = {where: each for where, each in found.items() if again.get(where) == each}
+        slopes_of = (found or {}).values()
+        doubtful = any(u != slope * v or (u % v and v % u) for u, slope in slopes_of)
+        # Another value gives other slopes if sizes are rounded to the number, or divide it.
+        for other in (new + step,) if step else (new + v, v + SAME_RESTS):
+            if found and doubtful and (again := slopes(other)) is not None:
+                found = {where: each for where, each in found.items() if again.get(where) == each}
         return self._seen.setdefault(key, found)
 
     def probe(

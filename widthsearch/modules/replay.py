@@ -396,8 +396,13 @@ class Replay:
     def _solve(self, samples: Any, repeated: Any, sizing: Iterable[Call]) -> None:
         solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
-        self.follows, self.torn, self.misfits = solver.follows, solver.torn, solver.misfits
-        self.rivals = solver.rivals
+        self.follows, self.torn, self.rivals = solver.follows, solver.torn, solver.rivals
+        self.misfits = solver.misfits | {
+            other.where  # those that ask for one number in all examples, by chance, show nothing
+            for first, other in solver.rivals
+            if all(first.value(sizes) == other.value(sizes) for sizes in self._sizes)
+            and other.where is not None
+        }
         self._uncertain = solver.uncertain | {call for call, _ in solver.torn}
 
     def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> set[Where]:

@@ -26,6 +26,7 @@ from torch import nn
 from widthsearch.modules.arguments import bound, integers, untouched, with_integers
 from widthsearch.modules.construction import Call, Frame, Recording
 from widthsearch.modules.probing import (
+    SAME_RESTS,
     Leaf,
     Prober,
     Responses,
@@ -178,8 +179,7 @@ class Solver(Prober):
             elif repeated is not None:
                 yield leaf, repeated
             elif v > 1 and (wide or any(_related(v, size) for size in free)):
-                responses = self.responses(frame, original, arguments, (leaf,), v)
-                found = self._answer(frame.call, leaf[0], responses, v)
+                responses, found = self._probed(frame, original, arguments, (leaf,), v)
                 if responses is None or found is not None:
                     equal.setdefault(v, {})[leaf] = found
                     alone[leaf] = responses or {}
@@ -192,9 +192,9 @@ class Solver(Prober):
                     responses = self.responses(frame, original, arguments, joint, v)
                     rest = tuple(leaf for leaf in joint if leaf not in changed)
                     without = rest and self.responses(frame, original, arguments, rest, v)
-                    if without and _in_tensors(without) == _in_tensors(responses or {}):
-                        continue  # no tensor depends on the others: the groups of a norm
-                    common = self._answer(frame.call, "", responses, v)
+                    if without and self._sized(layer, without) == self._sized(layer, responses):
+                        continue  # no size depends on the others: the groups of a norm
+                    _, common = self._probed(frame, original, arguments, joint, v)
                     if _is_free(common):
                         group.update(dict.fromkeys(changed, common))
                         alone.update({leaf: {} for leaf in changed})
@@ -203,6 +203,30 @@ class Solver(Prober):
             solved.update({leaf: found for leaf, found in group.items() if found is not None})
         self._hold_factors(frame, original, arguments, solved, alone)
         yield from solved.items()
+
+    def _probed(
+        self, frame: Frame, original: Any, arguments: Any, leaves: tuple[Leaf, ...], v: int
+    ) -> tuple[Responses | None, Follows | None]:
+        """The sizes that change with numbers, and what they follow.
+
+        Where multiples of them give sizes that nothing explains, the next are those that leave the
+        same rest in a division: ``n // 3`` of a width in three parts has one slope among these.
+        """
+        name = leaves[0][0] if len(leaves) == 1 else ""
+        for step in (0, SAME_RESTS):
+            responses = self.responses(frame, original, arguments, leaves, v, step)
+            found = self._answer(frame.call, name, responses, v)
+            if found is not None or responses is None:
+                break
+        return responses, found
+
+    def _sized(self, layer: str, responses: Responses | None) -> Responses:
+        """The responses of tensors, and of attributes that follow a width."""
+        return {
+            (within, of): found
+            for (within, of), found in (responses or {}).items()
+            if isinstance(of, int) or (join(layer, within) if within else layer, of) in self.samples
+        }
 
     def _hold_factors(
         self,
@@ -323,10 +347,6 @@ class Solver(Prober):
         return first
 
 
-def _in_tensors(responses: Responses) -> Responses:
-    return {where: found for where, found in responses.items() if isinstance(where[1], int)}
-
-
 def _is_free(follows: Follows | None) -> bool:
     return follows is not None and follows.where is not None
 
@@ -359,5 +379,6 @@ def _relative(sizes: tuple[int, ...]) -> tuple[Fraction, ...]:
 
 
 def _related(a: int, b: int) -> bool:
-    """Whether one number is a small multiple of the other."""
-    return max(a, b) % min(a, b) == 0 and max(a, b) <= 16 * min(a, b)
+    """Whether one number is a small multiple of the other, or that with a rest of the division."""
+    small, large = sorted((a, b))
+    return large <= 16 * small and (large % small == 0 or (a > b and a // (a // b) == b))

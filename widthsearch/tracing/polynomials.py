@@ -28,7 +28,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Monomial = tuple[int, ...]
@@ -359,45 +359,56 @@ class System:
 
         The negative terms are moved to the right: ``Σ c·s = Σ c·s`` with positive coefficients.
         If one side is a single symbol, the equation is solved for it, and its value is a sum. If
-        both sides are sums, they are equated term by term, a stronger condition than the equation,
-        and so are parts of one size: ``s5 + s6 + s7 = s1 + 2·s2`` with ``16 + 16 + 16 = 16 + 2·16``
-        makes all five equal. If that is impossible, all symbols are pinned.
+        both sides are sums, they are equated term by term, a stronger condition than the equation.
+        If that is impossible, parts of one size on a side are equated, and the equation is solved
+        again; where no side has such parts, all symbols are pinned.
 
         Example: ``s5 + s6 = s1 + s2``, with the hints 8 + 4 = 8 + 4, becomes ``s5 = s1``, ``s6 =
-        s2``. With the hints 8 + 4 = 6 + 6 all four are pinned.
+        s2``. With the hints 8 + 4 = 6 + 6 it becomes ``s1 = s2 = s6 + t`` with ``s5 = s6 + 2·t``.
         """
         left = {s: c for s, c in linear.items() if c > 0}
         right = {s: -c for s, c in linear.items() if c < 0}
         alone = [
-            (symbol, factor, other)
-            for side, other, with_rest in ((left, right, rest > 0), (right, left, rest < 0))
+            (symbol, factor, other, more)
+            for side, other, more in ((left, right, -rest), (right, left, rest))
             for symbol, factor in side.items()
-            if len(side) == 1 and not with_rest
+            if len(side) == 1 and (more >= 0 or sum(other.values()) + more >= factor)
         ]
         units = [one for one in alone if one[1] == 1]
         if units or alone:
-            symbol, factor, other = max(units or alone, key=lambda one: one[0])
-            self._solve_for(symbol, factor, other, abs(rest))
+            self._solve_for(*max(units or alone, key=lambda one: one[0]))
         elif rest == 0 and (pairs := self._pairs(left, right)):
             for a, b in pairs:
                 self.impose({(a,): left[a], (b,): -right[b]})
-        elif rest == 0 and len({self.hints[s] for s in linear}) == 1:  # as many parts on each side
-            first, *others = sorted(linear)
-            for s in others:
-                self.impose({(first,): 1, (s,): -1})
+        elif equal := list(self._equal_parts(linear)):
+            for a, b in equal:
+                self.impose({(a,): 1, (b,): -1})
+            self.impose({**{(s,): c for s, c in linear.items()}, **constant(rest)})
         else:
             self.pin(sorted(linear), self.reason({}))
+
+    def _equal_parts(self, linear: Mapping[int, int]) -> Iterator[tuple[int, int]]:
+        """Pairs with one hint and coefficient; with one hint alone if all symbols have that."""
+        alike = len({self.hints[s] for s in linear}) == 1
+        oldest: dict[tuple[int, int], int] = {}
+        for s in sorted(linear):
+            first = oldest.setdefault((self.hints[s], 0 if alike else linear[s]), s)
+            if first != s:
+                yield first, s
 
     def _solve_for(self, symbol: int, factor: int, other: dict[int, int], rest: int) -> None:
         """Solve ``factor·symbol = Σ other[s]·s + rest`` for ``symbol``.
 
         Every term must be a multiple of the factor: where a coefficient is not, its symbol is
         replaced by a multiple of a new one. ``2·s9 = 3·s1`` becomes ``s1 = 2·t``, ``s9 = 3·t``.
-        Where that is impossible, equal parts stay equal: ``3·s9 = s1 + s2 + s3`` with the hints
-        ``16 = 16 + 16 + 16`` becomes ``s1 = s2 = s3 = s9``. Else all symbols are pinned.
+        Where the hints are no such multiples, equal parts stay equal: ``3·s9 = s1 + s2 + s3`` with
+        ``16 = 16 + 16 + 16`` becomes ``s1 = s2 = s3 = s9``; others keep the rest of their division:
+        ``2·s9 = s1 + s2`` with ``2·5 = 7 + 3`` becomes ``s1 = 2·t - 1``, ``s2 = 2·u - 1``.
+        If a hint is smaller than such a step, all symbols are pinned.
         """
         units = {s: factor // math.gcd(factor, c) for s, c in other.items()}
-        if rest % factor or any(self.hints[s] % unit for s, unit in units.items()):
+        rests = {s: -(-self.hints[s] % unit) for s, unit in units.items()}
+        if any(rests.values()):
             first, *others = sorted(other)
             parts = sum(other.values()) // math.gcd(*other.values())
             alike = len({self.hints[s] for s in other}) == 1
@@ -405,17 +416,18 @@ class System:
                 for s in others:
                     self.impose({(first,): 1, (s,): -1})
                 self.impose({(symbol,): factor, (first,): -sum(other.values())})
-            else:
+                return
+            if any(self.hints[s] < unit for s, unit in units.items()):
                 self.pin(sorted([symbol, *other]), self.reason({}))
-            return
-        value: Poly = constant(rest // factor)
+                return
+        value = constant((rest + sum(c * rests[s] for s, c in other.items())) // factor)
         for s, c in other.items():
             if units[s] == 1:
                 value = add(value, {(s,): c // factor})
         for s, c in other.items():
             if (unit := units[s]) > 1:
-                t = self.fresh(self.hints[s] // unit)
-                self._solve(s, {(t,): unit})
+                t = self.fresh((self.hints[s] - rests[s]) // unit)
+                self._solve(s, add({(t,): unit}, constant(rests[s])))
                 value = add(value, {(t,): c * unit // factor})
         self._solve(symbol, value)
 
