@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from functools import partial
@@ -205,3 +206,78 @@ def test_of_a_torn_argument_only_its_own_numbers_are_listed() -> None:
     assert [each.name for each in space.leftovers] == ["root"]
     built = space.build({"1.down": 2, "0": 8})
     assert built[1].scale == 4
+
+
+class Expanded(nn.Module):
+    """A state space block: its inner width is a multiple of the stream's, and the state's size."""
+
+    def __init__(self, width: int = 8, states: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        self.inner, self.states = int(expand * width), states
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.up = nn.Linear(width, 2 * self.inner, bias=False)
+        self.parts = nn.Linear(self.inner, 2 * states, bias=False)
+        rates = torch.arange(1, states + 1).float()
+        self.rates = nn.Parameter(rates.log().repeat(self.inner, 1))
+        self.down = nn.Linear(self.inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 3)."""
+        x = self.stem(x)
+        u, gate = self.up(x).chunk(2, -1)
+        b, c = torch.split(self.parts(u), [self.states, self.states], -1)
+        state, outputs = torch.zeros(len(x), self.inner, self.states), []
+        for t in range(x.shape[1]):
+            state = state * (-self.rates.exp()).exp() + u[:, t, :, None] * b[:, t, None]
+            outputs.append((state * c[:, t, None]).sum(-1))
+        return self.head((x + self.down(torch.stack(outputs, 1) * gate.sigmoid())).mean(1))
+
+
+def test_an_attribute_that_sizes_tensors_follows_the_width_of_its_argument() -> None:
+    """In the class ``inner`` is a multiple of the stream: both are one axis, and none is fixed."""
+    space = SearchSpace.from_model(Expanded, (7, 5), step=1)
+    assert sorted(axis.base for axis in space.axes) == [8, 16]
+    x = torch.randn(2, 7, 5)
+    for width, states in ((8, 4), (5, 3), (13, 7)):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            constructed = Expanded(width, states)
+        assert_same(space.build(space.widths_of(constructed), seed=3), constructed, x)
+
+
+class Sum(nn.Module):
+    """A convolution whose kernel is the sum of a parameter and a written identity."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.stem, self.kernel = (
+            nn.Conv2d(3, width, 1),
+            nn.Parameter(torch.rand(width, width, 1, 1)),
+        )
+        identity = torch.zeros(width, width, 1, 1)
+        for i in range(width):
+            identity[i, i] = 1
+        self.register_buffer("identity", identity)
+        self.mid, self.head = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) to (N, 2, H, W)."""
+        x = nn.functional.conv2d(self.stem(x), self.kernel + self.identity)
+        return self.head(self.mid(x).relu())
+
+
+@pytest.mark.parametrize("width", range(4, 20, 2))
+def test_widths_that_are_equal_in_the_base_are_told_apart(width: int) -> None:
+    """One content has two widths of 8; whatever the others are, they become one axis."""
+    space = SearchSpace.from_model(partial(Sum, 8, width), (3, 4, 4), step=1)
+    assert [axis.base for axis in space.axes] == [8, width]
+    space.check(vectors=1)
+
+
+def test_samples_of_sizes_differ_for_any_two_axes() -> None:
+    """Also where there are more axes of one width than multiples to choose from."""
+    layers = [nn.Linear(4, 4) for _ in range(41)]
+    space = SearchSpace.from_model(lambda: nn.Sequential(*map(copy.deepcopy, layers)), (4,))
+    assert space.model.constructor is not None
+    _, first, second, *_ = space.model.constructor._points()
+    assert len(set(zip(first, second, strict=True))) == len(space.axes) == 40

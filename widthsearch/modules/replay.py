@@ -234,6 +234,7 @@ class Replay:
         torn: Arguments that several widths ask for, with what each follows for each of them.
         misfits: Attributes that follow a width otherwise than an argument gives both.
         rivals: Pairs of attributes of one module that ask one argument for different widths.
+        partners: Pairs of a tensor's size and an attribute that one argument gives.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
         unloaded: Lines that load weights, which networks of other widths do not take.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
@@ -397,7 +398,7 @@ class Replay:
         solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
         self.follows, self.torn, self.misfits = solver.follows, solver.torn, solver.misfits
-        self.rivals = solver.rivals
+        self.rivals, self.partners = solver.rivals, solver.partners
         self._uncertain = solver.uncertain | {call for call, _ in solver.torn}
 
     def _mismatched(self, follows: Mapping[Call, Mapping[Leaf, Follows]]) -> set[Where]:
