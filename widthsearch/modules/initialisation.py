@@ -70,7 +70,8 @@ class Scheme:
             elif is_fixed(module, name, tensor, recorder):
                 values[key] = content.clone()
             else:
-                moments[key] = float(content.float().mean()), float(content.float().std())
+                numbers = content if content.is_complex() else content.float()
+                moments[key] = float(numbers.mean().real), float(numbers.std())
         return cls(rules, values, moments)
 
     @torch.no_grad()
@@ -136,6 +137,8 @@ def is_fixed(module: nn.Module, name: str, tensor: Tensor, recorder: Recorder | 
 
 def is_uniform(content: Tensor, dims: Iterable[int]) -> bool:
     """Whether a content is equal at every position along some dims."""
+    if not content.numel():
+        return True
     first = content
     for dim in dims:
         first = first.narrow(dim, 0, 1)
