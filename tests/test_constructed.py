@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import assume, given, settings
 from torch import nn
 
 from widthsearch.channels.extraction import widths_of
+from widthsearch.errors import SpaceError
 from widthsearch.space.search_space import SearchSpace
 
 
@@ -281,3 +284,144 @@ def test_samples_of_sizes_differ_for_any_two_axes() -> None:
     assert space.model.constructor is not None
     _, first, second, *_ = space.model.constructor._points()
     assert len(set(zip(first, second, strict=True))) == len(space.axes) == 40
+
+
+SHARED = SimpleNamespace(width=0)
+TABLE = {"hidden": 0}
+
+
+class ReadsGlobals(nn.Module):
+    """Reads its widths from objects of its file, which another constructor sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, SHARED.width), nn.Linear(SHARED.width, TABLE["hidden"])
+        self.scale = SHARED.width**-0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, T, hidden)."""
+        return torch.tanh(self.b(self.a(x) * self.scale))
+
+
+def by_globals(width: int, hidden: int) -> nn.Module:
+    """Sets them."""
+    SHARED.width, TABLE["hidden"] = width, hidden
+    return ReadsGlobals()
+
+
+def by_closure(width: int, hidden: int) -> nn.Module:
+    """Defines a class whose constructor reads them from around it."""
+    sizes = {"width": width}
+
+    class Inner(ReadsGlobals):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.a, self.b = nn.Linear(5, sizes["width"]), nn.Linear(sizes["width"], hidden)
+            self.scale = sizes["width"] ** -0.5
+
+    return Inner()
+
+
+def by_class(width: int, hidden: int) -> nn.Module:
+    """Defines a class that has them as attributes."""
+
+    class Inner(ReadsGlobals):
+        sizes = width, hidden
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.a, self.b = nn.Linear(5, self.sizes[0]), nn.Linear(*self.sizes)
+            self.scale = self.sizes[0] ** -0.5
+
+    return Inner()
+
+
+@functools.cache
+def waves(width: int) -> torch.Tensor:
+    """A content that is made once, perhaps before any constructor runs."""
+    return torch.arange(width).float().cos()
+
+
+class Around(nn.Module):
+    """A block that is given no widths as arguments, and numbers beside it that follow them."""
+
+    def __init__(self, block: Callable[[int, int], nn.Module], width: int, hidden: int) -> None:
+        super().__init__()
+        self.block, self.head = block(width, hidden), nn.Linear(hidden, 2)
+        self.temperature = math.log(width) / hidden
+        self.register_buffer("waves", waves(hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 2)."""
+        return self.head(self.block(x) * self.waves).mean(1) * self.temperature
+
+
+@pytest.mark.parametrize("block", [by_globals, by_closure, by_class])
+def test_widths_that_reach_a_constructor_without_its_arguments(block: Any) -> None:
+    """Its module is made anew when the constructor around it is given other numbers."""
+    waves(12)
+    space = SearchSpace.from_model(partial(Around, block, 8, 12), (7, 5), step=1)
+    assert not space.leftovers
+    x = torch.randn(2, 7, 5)
+    for widths in ((8, 12), (5, 9), (13, 17)):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            constructed = Around(block, *widths)
+        assert_same(space.build(widths, seed=3), constructed, x)
+
+
+class Grown(nn.Module):
+    """A stream to which layers add; a tensor of the whole width stands before its layers."""
+
+    def __init__(self, width: int = 8, growth: int = 4) -> None:
+        super().__init__()
+        total = width + 3 * growth
+        self.gain = nn.Parameter(torch.ones(total))
+        self.stem = nn.Linear(5, width)
+        self.layers = nn.ModuleList(nn.Linear(width + i * growth, growth) for i in range(3))
+        self.head = nn.Linear(total, 2)
+        nn.init.normal_(self.head.weight, std=total**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 2)."""
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x).relu()], -1)
+        return self.head(x * self.gain).mean(1)
+
+
+@pytest.mark.parametrize("widths", [(8, 3), (9, 2), (3, 7)])
+def test_a_sum_of_widths_gives_no_argument_before_a_width_does(widths: tuple[int, int]) -> None:
+    """``width`` is the stem's, and not the whole width without the growth of the base."""
+    space = SearchSpace.from_model(Grown, (7, 5), step=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        constructed = Grown(*widths)
+    built = space.build(space.widths_of(constructed), seed=3)
+    assert_same(built, constructed, torch.randn(2, 7, 5))
+
+
+class Even(nn.Module):
+    """Positions whose cosines fit into even widths alone."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        table, angle = (
+            torch.zeros(7, width),
+            torch.arange(7.0)[:, None] / torch.arange(1, width + 1, 2),
+        )
+        table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
+        self.register_buffer("table", table)
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 2)."""
+        return self.head(self.stem(x) + self.table).mean(1)
+
+
+def test_a_content_that_the_class_refuses_to_write_is_refused() -> None:
+    """It is not left unwritten: no such network can be constructed."""
+    space = SearchSpace.from_model(Even, (7, 5), step=1)
+    space.build([6])
+    with pytest.raises(SpaceError, match="they refuse these widths: The expanded size of the te"):
+        space.build([7])

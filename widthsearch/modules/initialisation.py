@@ -55,7 +55,7 @@ class Scheme:
             key, owner = join(layer, name), owner_of(layer)
             content = tensor.detach()
             origin = recorder.origins.of(tensor) if recorder else None
-            last = origin is None or owner in origin.writer.names
+            last = origin is None or (origin.writer is not None and owner in origin.writer.names)
             layer_of = model.get_submodule(owner)
             resettable = last and callable(getattr(layer_of, "reset_parameters", None))
             directed = direction_of(module, name) is not None

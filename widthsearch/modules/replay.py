@@ -89,6 +89,8 @@ class Builder(Session):
         self.follows, self.sizes, self.free, self.arguments = follows, sizes, free, arguments
         self.uncertain = uncertain
         self._skipped: list[Tensor] = []
+        self.refusal: Exception | None = None
+        self.lenient = True
         self.unloaded: set[str] = set()
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
@@ -189,10 +191,12 @@ class Builder(Session):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return super().__torch_function__(func, types, args, kwargs)
-        except (RuntimeError, IndexError):
-            if getattr(func, "__name__", "") not in ("copy_", "__setitem__"):
+        except (RuntimeError, IndexError) as error:
+            writes = getattr(func, "__name__", "") in ("copy_", "__setitem__")
+            if not (writes and self.lenient):
                 raise
             self._skipped.append(args[0])
+            self.refusal = self.refusal or error.with_traceback(None)
             return args[0]
 
 
@@ -284,9 +288,11 @@ class Replay:
         """
         other = any(sizes[where] != n for where, n in self._base.items())
         free = self._free if other else frozenset()
-        return self._run(
-            Builder(self.recording, self.follows, sizes, free, self._uncertain, arguments)
-        )
+        builder = Builder(self.recording, self.follows, sizes, free, self._uncertain, arguments)
+        model = self._run(builder)
+        if builder.refusal is not None and self._gives(sizes):  # the class itself refuses
+            raise ConstructionError(first_line(builder.refusal))
+        return model
 
     def plain(self, sizes: Mapping[Where, int]) -> nn.Module | None:
         """A model whose outermost constructors alone are given other numbers.
@@ -296,18 +302,29 @@ class Replay:
         Returns:
             None where such arguments do not give these sizes.
         """
-        follows = {
+        builder = Builder(self.recording, self._outermost(), sizes, frozenset(), frozenset())
+        builder.lenient = False
+        try:
+            model = self._run(builder)
+        except ConstructionError:
+            return None
+        return model if _has_sizes(model, sizes) else None
+
+    def _gives(self, sizes: Mapping[Where, int]) -> bool:
+        """Whether arguments of the outermost constructors alone give these sizes."""
+        trial = _Trial(self.recording, self._outermost(), sizes, frozenset(), frozenset())
+        try:
+            return _has_sizes(self._run(trial), sizes)
+        except ConstructionError:
+            return False
+
+    def _outermost(self) -> dict[Call, dict[Leaf, Follows]]:
+        """What the arguments of the outermost constructors follow."""
+        return {
             call: {leaf: f for leaf, f in self.follows[call].items() if not leaf[0].startswith("#")}
             for call in self.recording.root.children
             if call in self.follows
         }
-        try:
-            model = self._run(Builder(self.recording, follows, sizes, frozenset(), frozenset()))
-        except ConstructionError:
-            return None
-        shapes = shapes_of(model).items()
-        same = all(sizes.get((name, dim)) == n for name, s in shapes for dim, n in enumerate(s))
-        return model if same else None
 
     def example(self, number: int = 0) -> nn.Module:
         """A model of one of the first two samples of other sizes, without the values of layers."""
@@ -434,6 +451,11 @@ class Replay:
                 raise
             except Exception as error:
                 raise ConstructionError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _has_sizes(model: nn.Module, sizes: Mapping[Where, int]) -> bool:
+    shapes = shapes_of(model).items()
+    return all(sizes.get((name, dim)) == n for name, s in shapes for dim, n in enumerate(s))
 
 
 def _names(places: Iterable[Where]) -> frozenset[str]:

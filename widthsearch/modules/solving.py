@@ -136,7 +136,7 @@ class Solver(Prober):
         frame.call.members, frame.call.flags = members_of(args[0]), flags_of(args[0])
         if frame.call.names:
             self.follows[frame.call] = dict(self._solved(frame, original, arguments))
-        self.finished[frame.call] = given, untouched(vars(args[0]))
+        self.finished[frame.call] = type(args[0]), given, untouched(vars(args[0]))
 
     def fits(self, call: Call, source: nn.Module) -> bool:  # noqa: D102
         return False  # so that calls within copies are seen too
@@ -310,6 +310,8 @@ class Solver(Prober):
         free = [wanted for wanted in answers if wanted != base]
         if not free:
             return fixed(v) if base in answers else None
+        # A size with an offset follows further numbers too, so it asks after one that has none.
+        free.sort(key=lambda x: bool(not _by_attribute(answers[x]) and answers[x].offset))
         first = answers[free[0]]
         self._note_partners(layer, [answers[wanted] for wanted in free], responses or {}, v)
         if not _by_attribute(first):
