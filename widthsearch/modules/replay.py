@@ -230,7 +230,8 @@ class Replay:
 
     Args:
         recording: Its constructor calls.
-        samples: Each size at the base, at multiples of the base's widths, and at random widths.
+        samples: Each size at the base, at two sets of multiples of the base's widths, at random
+            widths, and at one multiple of all.
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
         values: Whether the analysis makes values: some constructors read them.
 
@@ -261,7 +262,7 @@ class Replay:
         self.recording, self._values = recording, values
         self._base = {where: sizes[0] for where, sizes in samples.items()}
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
-        self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
+        self._sizes = [{where: n[i] for where, n in samples.items()} for i in (1, 2, -1)]
         self.partial = False
         self.unloaded: set[str] = set()
         self.follows: Mapping[Call, Mapping[Leaf, Follows]] = {}
@@ -327,7 +328,7 @@ class Replay:
         }
 
     def example(self, number: int = 0) -> nn.Module:
-        """A model of one of the first two samples of other sizes, without the values of layers."""
+        """A model of the first two or the last sample of sizes, without the values of layers."""
         sizes = self._sizes[number]
         return self._run(_Trial(self.recording, self.follows, sizes, self._free, self._uncertain))
 
@@ -422,7 +423,7 @@ class Replay:
         """The dims of tensors that do not get the sizes that are wanted."""
         found: set[Where] = set()
         self._unwritten: set[str] = set()
-        for sizes in self._sizes:
+        for sizes in self._sizes[:2]:
             trial = _Trial(self.recording, follows, sizes, self._free, self._uncertain)
             try:
                 model = self._run(trial)

@@ -190,7 +190,8 @@ class Constructor:
         found: list[tuple[nn.Module, list[int]]] = []
         if (replay := self.replay) is None:
             return found
-        for number, x in enumerate(self._points()[1:3]):
+        _, *two, last = self._points()
+        for number, x in enumerate((*two[:2], last)):
             with suppress(ConstructionError, TraceError):
                 made = replay.example(number)
                 found.append((clone(made, {id(t): to_meta(t) for *_, t in tensors_of(made)}), x))
@@ -263,7 +264,8 @@ class Constructor:
 
         Constructors may ask for even widths, or for whole blocks. So the first two are multiples
         of the base, and of the largest power of two up to 8 in it. Together they tell any two
-        variables apart: sizes that are equal at the base may be different ones.
+        variables apart: sizes that are equal at the base may be different ones. The last is twice
+        the base: widths that one argument gives are equal there too.
         """
         rng = random.Random(0)
         base = self.trace.variables(self.trace.base)
@@ -280,7 +282,8 @@ class Constructor:
             multiples.append(multiple * x)
             blocks.append(block)
         anywhere = [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(4)]
-        return [base, multiples, blocks, *anywhere, [x | 1 for x in anywhere[0]]]
+        twice = [2 * x for x in base]
+        return [base, multiples, blocks, *anywhere, [x | 1 for x in anywhere[0]], twice]
 
     def _samples(self) -> tuple[dict[Where, tuple[int, ...]], dict[Where, tuple[int, ...]]]:
         """The sizes at the base, at a multiple of each width, and at random widths.
