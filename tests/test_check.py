@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,3 +141,85 @@ def test_masks_that_are_no_cuts_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     )
     with pytest.raises(SpaceError, match=r"masking channels of axis 'layers.0' is .* off cutting"):
         space.check(vectors=0)
+
+
+@dataclass
+class Result:
+    """What a network returns."""
+
+    scores: Tensor
+    rest: dict[str, Any]
+
+
+class Slotted:
+    """An object without a dictionary."""
+
+    __slots__ = ("scores",)
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+class Batch(dict):  # type: ignore[type-arg]
+    """A mapping that torch does not know."""
+
+
+RESULTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a dataclass": lambda a, b: Result(a, {"b": [b], "none": None}),
+    "an object": lambda a, b: SimpleNamespace(a=a, inner=SimpleNamespace(b=(b, 3))),
+    "slots": lambda a, b: (Slotted(a), Slotted(b)),
+    "a mapping": lambda a, b: Batch(a=a, b=b),
+    "a distribution": lambda a, b: torch.distributions.Normal(a, b.exp(), validate_args=False),
+    "complex": lambda a, b: torch.complex(a, b),
+}
+
+
+class Returning(nn.Module):
+    """Two heads whose outputs come back in some object, and a memory of the last features."""
+
+    def __init__(self, result: str, width: int = 16) -> None:
+        super().__init__()
+        self.result, self.seen = result, dict[str, Tensor]()
+        self.stem = nn.Linear(5, width)
+        self.heads = nn.ModuleList(nn.Linear(width, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        """(N, 5) to two of (N, 3)."""
+        self.seen["stem"] = x = torch.tanh(self.stem(x))
+        return RESULTS[self.result](*(head(x) for head in self.heads))
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_outputs_are_found_in_any_object(result: str) -> None:
+    """Their widths are no axes, they are compared, and training reaches what makes them."""
+    space = SearchSpace.from_model(partial(Returning, result), (5,))
+    assert [axis.name for axis in space.axes] == ["stem"]
+    report = space.check(vectors=1)
+    assert report.constructed[0] == "base" and not report.idle
+    network = space.build(space.base)
+    network(torch.zeros(2, 5))  # now it holds a tensor with a history, which copies do not
+    assert space.extract(network, {"stem": range(8)}).stem.out_features == 8  # type: ignore[union-attr]
+
+
+class Tensors(nn.Module):
+    """Complex weights, a complex content of a width, and an empty buffer."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(9, width, dtype=torch.cfloat) / 3)
+        self.last = nn.Linear(width, 2, dtype=torch.cfloat)
+        angles = torch.arange(width) * (2 * torch.pi / width)
+        self.register_buffer("phases", torch.polar(torch.ones(width), angles))
+        self.register_buffer("empty", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 16) to (N, 2), complex."""
+        return self.last(torch.fft.rfft(x) @ self.first * self.phases)
+
+
+def test_complex_tensors_are_compared_and_trained() -> None:
+    """A complex content that differs by channel follows the width, as real ones do."""
+    space = SearchSpace.from_model(Tensors, (16,))
+    assert [axis.base for axis in space.axes] == [8]
+    report = space.check(vectors=1)
+    assert set(report.constructed) == {"base", *report.networks} and not report.idle

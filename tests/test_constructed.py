@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from random_networks import Mixed
 from torch import nn
 
 from widthsearch.channels.extraction import widths_of
+from widthsearch.errors import SpaceError
 from widthsearch.space.search_space import SearchSpace
 
 
@@ -254,3 +258,219 @@ def test_of_a_torn_argument_only_its_own_numbers_are_listed() -> None:
     assert [each.name for each in space.leftovers] == ["root"]
     built = space.build({"1.down": 2, "0": 8})
     assert built[1].scale == 4
+
+
+class Expanded(nn.Module):
+    """A state space block: its inner width is a multiple of the stream's, and the state's size."""
+
+    def __init__(self, width: int = 8, states: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        self.inner, self.states = int(expand * width), states
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.up = nn.Linear(width, 2 * self.inner, bias=False)
+        self.parts = nn.Linear(self.inner, 2 * states, bias=False)
+        rates = torch.arange(1, states + 1).float()
+        self.rates = nn.Parameter(rates.log().repeat(self.inner, 1))
+        self.down = nn.Linear(self.inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 3)."""
+        x = self.stem(x)
+        u, gate = self.up(x).chunk(2, -1)
+        b, c = torch.split(self.parts(u), [self.states, self.states], -1)
+        state, outputs = torch.zeros(len(x), self.inner, self.states), []
+        for t in range(x.shape[1]):
+            state = state * (-self.rates.exp()).exp() + u[:, t, :, None] * b[:, t, None]
+            outputs.append((state * c[:, t, None]).sum(-1))
+        return self.head((x + self.down(torch.stack(outputs, 1) * gate.sigmoid())).mean(1))
+
+
+def test_an_attribute_that_sizes_tensors_follows_the_width_of_its_argument() -> None:
+    """In the class ``inner`` is a multiple of the stream: both are one axis, and none is fixed."""
+    space = SearchSpace.from_model(Expanded, (7, 5), step=1)
+    assert sorted(axis.base for axis in space.axes) == [8, 16]
+    x = torch.randn(2, 7, 5)
+    for width, states in ((8, 4), (5, 3), (13, 7)):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            constructed = Expanded(width, states)
+        assert_same(space.build(space.widths_of(constructed), seed=3), constructed, x)
+
+
+class Sum(nn.Module):
+    """A convolution whose kernel is the sum of a parameter and a written identity."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.stem, self.kernel = (
+            nn.Conv2d(3, width, 1),
+            nn.Parameter(torch.rand(width, width, 1, 1)),
+        )
+        identity = torch.zeros(width, width, 1, 1)
+        for i in range(width):
+            identity[i, i] = 1
+        self.register_buffer("identity", identity)
+        self.mid, self.head = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) to (N, 2, H, W)."""
+        x = nn.functional.conv2d(self.stem(x), self.kernel + self.identity)
+        return self.head(self.mid(x).relu())
+
+
+@pytest.mark.parametrize("width", range(4, 20, 2))
+def test_widths_that_are_equal_in_the_base_are_told_apart(width: int) -> None:
+    """One content has two widths of 8; whatever the others are, they become one axis."""
+    space = SearchSpace.from_model(partial(Sum, 8, width), (3, 4, 4), step=1)
+    assert [axis.base for axis in space.axes] == [8, width]
+    space.check(vectors=1)
+
+
+def test_samples_of_sizes_differ_for_any_two_axes() -> None:
+    """Also where there are more axes of one width than multiples to choose from."""
+    layers = [nn.Linear(4, 4) for _ in range(41)]
+    space = SearchSpace.from_model(lambda: nn.Sequential(*map(copy.deepcopy, layers)), (4,))
+    assert space.model.constructor is not None
+    _, first, second, *_ = space.model.constructor._points()
+    assert len(set(zip(first, second, strict=True))) == len(space.axes) == 40
+
+
+SHARED = SimpleNamespace(width=0)
+TABLE = {"hidden": 0}
+
+
+class ReadsGlobals(nn.Module):
+    """Reads its widths from objects of its file, which another constructor sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, SHARED.width), nn.Linear(SHARED.width, TABLE["hidden"])
+        self.scale = SHARED.width**-0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, T, hidden)."""
+        return torch.tanh(self.b(self.a(x) * self.scale))
+
+
+def by_globals(width: int, hidden: int) -> nn.Module:
+    """Sets them."""
+    SHARED.width, TABLE["hidden"] = width, hidden
+    return ReadsGlobals()
+
+
+def by_closure(width: int, hidden: int) -> nn.Module:
+    """Defines a class whose constructor reads them from around it."""
+    sizes = {"width": width}
+
+    class Inner(ReadsGlobals):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.a, self.b = nn.Linear(5, sizes["width"]), nn.Linear(sizes["width"], hidden)
+            self.scale = sizes["width"] ** -0.5
+
+    return Inner()
+
+
+def by_class(width: int, hidden: int) -> nn.Module:
+    """Defines a class that has them as attributes."""
+
+    class Inner(ReadsGlobals):
+        sizes = width, hidden
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.a, self.b = nn.Linear(5, self.sizes[0]), nn.Linear(*self.sizes)
+            self.scale = self.sizes[0] ** -0.5
+
+    return Inner()
+
+
+@functools.cache
+def waves(width: int) -> torch.Tensor:
+    """A content that is made once, perhaps before any constructor runs."""
+    return torch.arange(width).float().cos()
+
+
+class Around(nn.Module):
+    """A block that is given no widths as arguments, and numbers beside it that follow them."""
+
+    def __init__(self, block: Callable[[int, int], nn.Module], width: int, hidden: int) -> None:
+        super().__init__()
+        self.block, self.head = block(width, hidden), nn.Linear(hidden, 2)
+        self.temperature = math.log(width) / hidden
+        self.register_buffer("waves", waves(hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 2)."""
+        return self.head(self.block(x) * self.waves).mean(1) * self.temperature
+
+
+@pytest.mark.parametrize("block", [by_globals, by_closure, by_class])
+def test_widths_that_reach_a_constructor_without_its_arguments(block: Any) -> None:
+    """Its module is made anew when the constructor around it is given other numbers."""
+    waves(12)
+    space = SearchSpace.from_model(partial(Around, block, 8, 12), (7, 5), step=1)
+    assert not space.leftovers
+    x = torch.randn(2, 7, 5)
+    for widths in ((8, 12), (5, 9), (13, 17)):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            constructed = Around(block, *widths)
+        assert_same(space.build(widths, seed=3), constructed, x)
+
+
+class Grown(nn.Module):
+    """A stream to which layers add; a tensor of the whole width stands before its layers."""
+
+    def __init__(self, width: int = 8, growth: int = 4) -> None:
+        super().__init__()
+        total = width + 3 * growth
+        self.gain = nn.Parameter(torch.ones(total))
+        self.stem = nn.Linear(5, width)
+        self.layers = nn.ModuleList(nn.Linear(width + i * growth, growth) for i in range(3))
+        self.head = nn.Linear(total, 2)
+        nn.init.normal_(self.head.weight, std=total**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 2)."""
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x).relu()], -1)
+        return self.head(x * self.gain).mean(1)
+
+
+@pytest.mark.parametrize("widths", [(8, 3), (9, 2), (3, 7)])
+def test_a_sum_of_widths_gives_no_argument_before_a_width_does(widths: tuple[int, int]) -> None:
+    """``width`` is the stem's, and not the whole width without the growth of the base."""
+    space = SearchSpace.from_model(Grown, (7, 5), step=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        constructed = Grown(*widths)
+    built = space.build(space.widths_of(constructed), seed=3)
+    assert_same(built, constructed, torch.randn(2, 7, 5))
+
+
+class Even(nn.Module):
+    """Positions whose cosines fit into even widths alone."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        table, angle = (
+            torch.zeros(7, width),
+            torch.arange(7.0)[:, None] / torch.arange(1, width + 1, 2),
+        )
+        table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
+        self.register_buffer("table", table)
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 5) to (N, 2)."""
+        return self.head(self.stem(x) + self.table).mean(1)
+
+
+def test_a_content_that_the_class_refuses_to_write_is_refused() -> None:
+    """It is not left unwritten: no such network can be constructed."""
+    space = SearchSpace.from_model(Even, (7, 5), step=1)
+    space.build([6])
+    with pytest.raises(SpaceError, match="they refuse these widths: The expanded size of the te"):
+        space.build([7])

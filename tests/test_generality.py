@@ -12,10 +12,11 @@ from exact_space import IMAGE, TOKENS, Model, bases, exact_space, reasons
 from strategies import refused
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from widthsearch.errors import TraceError
 from widthsearch.modules.tree import direction_of, tensors_of
+from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing.inputs import as_inputs
 from widthsearch.tracing.tracer import trace
 
@@ -156,6 +157,57 @@ def test_norms_of_weights_are_followed(name: str, constructed: bool, quiet: None
         net(torch.zeros(1, *IMAGE))
         bound = 1 / (9 * 8) ** 0.5  # nn.Conv2d's own default
         assert net.b.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+
+
+class Halved(nn.Module):
+    """A parametrisation without a name in torch."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return weight * 0.5
+
+
+def halved(layer: nn.Module, name: str) -> nn.Module:
+    """A layer with such a weight."""
+    return parametrize.register_parametrization(layer, name, Halved())
+
+
+def _recurrent(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.r(m.a(x))[0].mean(1))
+
+
+def _attended(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x)
+    return m.o(m.r(x, x, x)[0].mean(1))
+
+
+PARAMETRISED: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
+    "weight norm of hidden weights": (
+        _recurrent,
+        lambda: parametrizations.weight_norm(nn.GRU(8, 10, batch_first=True), "weight_hh_l0"),
+    ),
+    "weight norm, LSTM": (
+        _recurrent,
+        lambda: parametrizations.weight_norm(nn.LSTM(8, 10, batch_first=True), "weight_hh_l0"),
+    ),
+    "halved": (_recurrent, lambda: halved(nn.GRU(8, 10, batch_first=True), "weight_ih_l0")),
+    "attention": (_attended, lambda: halved(nn.MultiheadAttention(10, 2), "in_proj_weight")),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRISED)
+def test_layers_of_several_weights_with_a_parametrisation(name: str) -> None:
+    """Their attributes follow, the networks are the class's, and masks are cuts."""
+    forward, layer = PARAMETRISED[name]
+    inputs = 10 if name == "attention" else 8
+
+    def make() -> nn.Module:
+        return Model(forward, a=nn.Linear(5, inputs), r=layer(), o=nn.Linear(10, 2))
+
+    space = SearchSpace.from_model(make, (6, 5))
+    report = space.check(vectors=1)
+    assert report.masked == len(space.axes) >= 1
+    assert not report.unknown
 
 
 def test_parametrisations_that_cannot_be_followed_are_pinned() -> None:

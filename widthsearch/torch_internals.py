@@ -21,6 +21,7 @@ Checked on torch 2.11 and 2.14 (``pyproject.toml`` holds the bounds). The symbol
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ __all__ = [
     "has_tensor_hooks",
     "parameters_of",
     "pruned_tensor",
+    "refer_to_own_weights",
     "schema_of",
     "storage_of",
     "tree_leaves",
@@ -184,3 +186,14 @@ def end_allocation_to_pool(device_index: int, pool: Any) -> None:
     except RuntimeError:
         return  # already ended
     torch._C._cuda_releasePool(device_index, pool)
+
+
+def refer_to_own_weights(module: nn.RNNBase) -> None:
+    """Point a recurrent layer's weak references at its weights.
+
+    It computes its weights anew where they are others. A copy of a layer with a parametrisation
+    has the references of the layer it was copied from.
+    """
+    held: Any = module
+    weights = held._flat_weights
+    held._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]

@@ -55,7 +55,7 @@ class Scheme:
             key, owner = join(layer, name), owner_of(layer)
             content = tensor.detach()
             origin = recorder.origins.of(tensor) if recorder else None
-            last = origin is None or owner in origin.writer.names
+            last = origin is None or (origin.writer is not None and owner in origin.writer.names)
             layer_of = model.get_submodule(owner)
             resettable = last and callable(getattr(layer_of, "reset_parameters", None))
             directed = direction_of(module, name) is not None
@@ -70,7 +70,8 @@ class Scheme:
             elif is_fixed(module, name, tensor, recorder):
                 values[key] = content.clone()
             else:
-                moments[key] = float(content.float().mean()), float(content.float().std())
+                numbers = content if content.is_complex() else content.float()
+                moments[key] = float(numbers.mean().real), float(numbers.std())
         return cls(rules, values, moments)
 
     @torch.no_grad()
@@ -136,6 +137,8 @@ def is_fixed(module: nn.Module, name: str, tensor: Tensor, recorder: Recorder | 
 
 def is_uniform(content: Tensor, dims: Iterable[int]) -> bool:
     """Whether a content is equal at every position along some dims."""
+    if not content.numel():
+        return True
     first = content
     for dim in dims:
         first = first.narrow(dim, 0, 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -53,6 +56,38 @@ def flags_of(module: nn.Module) -> dict[str, bool]:
     return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
 
 
+_CONSTANTS = (
+    *(type, ModuleType, FunctionType, BuiltinFunctionType, functools.partial, type(None)),
+    *(bool, int, float, str, tuple, frozenset, torch.dtype, logging.Logger),
+)
+
+
+def reads_only_arguments(cls: type) -> bool:
+    """Whether a constructor surely makes the same module of the same arguments.
+
+    It does not if its code reads what a function around the class holds, or a global object that
+    code can change: there a module's size may stand.
+    """
+
+    def reads(code: CodeType, names: Mapping[str, Any]) -> bool:
+        return any(not isinstance(names.get(name), _CONSTANTS) for name in code.co_names) or any(
+            reads(inner, names) for inner in code.co_consts if isinstance(inner, CodeType)
+        )
+
+    functions = (
+        getattr(value, "__func__", value)
+        for base in cls.__mro__
+        if base is not object and not base.__module__.startswith("torch.")
+        for name, value in vars(base).items()
+        if name != "forward"
+    )
+    return not any(
+        reads(f.__code__, f.__globals__) or not set(f.__code__.co_freevars) <= {"__class__"}
+        for f in functions
+        if isinstance(f, FunctionType)
+    )
+
+
 _FILLS = {
     *("fill_", "zero_", "normal_", "uniform_", "erfinv_"),
     *("add_", "sub_", "mul_", "div_", "clamp_"),
@@ -100,7 +135,8 @@ class Prober(Sketch):
         classes: The classes whose constructors are wrapped.
 
     Attributes:
-        finished: The calls that have returned, each with its arguments and its module's attributes.
+        finished: The calls that have returned, each with its class, its arguments and its module's
+            attributes.
         probed: The call that is being probed; None while none is.
         changes: The numbers that it is given.
 
@@ -114,11 +150,12 @@ class Prober(Sketch):
 
     def __init__(self, root: Call, classes: Iterable[type]) -> None:
         super().__init__(root, classes)
-        self.finished: dict[Call, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.finished: dict[Call, tuple[type, dict[str, Any], dict[str, Any]]] = {}
         self.probed: Frame | None = None
         self.changes: Mapping[Leaf, int] = {}
         self._seen: dict[Any, Responses | None] = {}
         self._doubled: dict[Any, dict[Where, int]] = {}
+        self._closed: dict[type, bool] = {}
 
     def probing(self, frame: Frame, original: Any, args: Any, kwargs: Any, arguments: Any) -> bool:
         """Make a call within a probe; returns whether it is one.
@@ -133,9 +170,14 @@ class Prober(Sketch):
     def _reused(self, frame: Frame, arguments: Mapping[str, Any]) -> bool:
         """Whether a call within a probe is as it was in the base's run; if so, so is its module."""
         known = self.finished.get(frame.call)
-        if known is None:
+        cls = type(frame.module)
+        if known is None or known[0] is not cls:  # a function makes this class anew
             return False
-        given, kept = known
+        if cls not in self._closed:
+            self._closed[cls] = reads_only_arguments(cls)
+        if not self._closed[cls]:
+            return False
+        _, given, kept = known
         if not all(alike(value, arguments[name]) for name, value in given.items()):
             return False
         vars(frame.module).update(untouched(kept))

@@ -89,6 +89,8 @@ class Builder(Session):
         self.follows, self.sizes, self.free, self.arguments = follows, sizes, free, arguments
         self.uncertain = uncertain
         self._skipped: list[Tensor] = []
+        self.refusal: Exception | None = None
+        self.lenient = True
         self.unloaded: set[str] = set()
 
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
@@ -189,10 +191,12 @@ class Builder(Session):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return super().__torch_function__(func, types, args, kwargs)
-        except (RuntimeError, IndexError):
-            if getattr(func, "__name__", "") not in ("copy_", "__setitem__"):
+        except (RuntimeError, IndexError) as error:
+            writes = getattr(func, "__name__", "") in ("copy_", "__setitem__")
+            if not (writes and self.lenient):
                 raise
             self._skipped.append(args[0])
+            self.refusal = self.refusal or error.with_traceback(None)
             return args[0]
 
 
@@ -226,7 +230,8 @@ class Replay:
 
     Args:
         recording: Its constructor calls.
-        samples: Each size at the base, at multiples of the base's widths, and at random widths.
+        samples: Each size at the base, at two sets of multiples of the base's widths, at random
+            widths, and at one multiple of all.
         repeated: The same for attributes in which torch's layers repeat their tensors' sizes.
         values: Whether the analysis makes values: some constructors read them.
 
@@ -234,6 +239,7 @@ class Replay:
         torn: Arguments that several widths ask for, with what each follows for each of them.
         misfits: Attributes that follow a width otherwise than an argument gives both.
         rivals: Pairs of attributes of one module that ask one argument for different widths.
+        partners: Pairs of a tensor's size and an attribute that one argument gives.
         unexplained: Tensors to which no argument gives the sizes that are wanted.
         unloaded: Lines that load weights, which networks of other widths do not take.
         partial: Whether a constructor refuses the numbers that some sizes ask for.
@@ -256,7 +262,7 @@ class Replay:
         self.recording, self._values = recording, values
         self._base = {where: sizes[0] for where, sizes in samples.items()}
         self._free = {name for (name, _), sizes in samples.items() if len(set(sizes)) > 1}
-        self._sizes = [{where: values[i] for where, values in samples.items()} for i in range(1, 3)]
+        self._sizes = [{where: n[i] for where, n in samples.items()} for i in (1, 2, -1)]
         self.partial = False
         self.unloaded: set[str] = set()
         self.follows: Mapping[Call, Mapping[Leaf, Follows]] = {}
@@ -283,9 +289,11 @@ class Replay:
         """
         other = any(sizes[where] != n for where, n in self._base.items())
         free = self._free if other else frozenset()
-        return self._run(
-            Builder(self.recording, self.follows, sizes, free, self._uncertain, arguments)
-        )
+        builder = Builder(self.recording, self.follows, sizes, free, self._uncertain, arguments)
+        model = self._run(builder)
+        if builder.refusal is not None and self._gives(sizes):  # the class itself refuses
+            raise ConstructionError(first_line(builder.refusal))
+        return model
 
     def plain(self, sizes: Mapping[Where, int]) -> nn.Module | None:
         """A model whose outermost constructors alone are given other numbers.
@@ -295,21 +303,32 @@ class Replay:
         Returns:
             None where such arguments do not give these sizes.
         """
-        follows = {
+        builder = Builder(self.recording, self._outermost(), sizes, frozenset(), frozenset())
+        builder.lenient = False
+        try:
+            model = self._run(builder)
+        except ConstructionError:
+            return None
+        return model if _has_sizes(model, sizes) else None
+
+    def _gives(self, sizes: Mapping[Where, int]) -> bool:
+        """Whether arguments of the outermost constructors alone give these sizes."""
+        trial = _Trial(self.recording, self._outermost(), sizes, frozenset(), frozenset())
+        try:
+            return _has_sizes(self._run(trial), sizes)
+        except ConstructionError:
+            return False
+
+    def _outermost(self) -> dict[Call, dict[Leaf, Follows]]:
+        """What the arguments of the outermost constructors follow."""
+        return {
             call: {leaf: f for leaf, f in self.follows[call].items() if not leaf[0].startswith("#")}
             for call in self.recording.root.children
             if call in self.follows
         }
-        try:
-            model = self._run(Builder(self.recording, follows, sizes, frozenset(), frozenset()))
-        except ConstructionError:
-            return None
-        shapes = shapes_of(model).items()
-        same = all(sizes.get((name, dim)) == n for name, s in shapes for dim, n in enumerate(s))
-        return model if same else None
 
     def example(self, number: int = 0) -> nn.Module:
-        """A model of one of the first two samples of other sizes, without the values of layers."""
+        """A model of the first two or the last sample of sizes, without the values of layers."""
         sizes = self._sizes[number]
         return self._run(_Trial(self.recording, self.follows, sizes, self._free, self._uncertain))
 
@@ -397,6 +416,7 @@ class Replay:
         solver = Solver(self.recording, samples, repeated, sizing)
         self._run(solver)
         self.follows, self.torn, self.rivals = solver.follows, solver.torn, solver.rivals
+        self.partners = solver.partners
         self.misfits = solver.misfits | {
             other.where  # those that ask for one number in all examples, by chance, show nothing
             for first, other in solver.rivals
@@ -409,7 +429,7 @@ class Replay:
         """The dims of tensors that do not get the sizes that are wanted."""
         found: set[Where] = set()
         self._unwritten: set[str] = set()
-        for sizes in self._sizes:
+        for sizes in self._sizes[:2]:
             trial = _Trial(self.recording, follows, sizes, self._free, self._uncertain)
             try:
                 model = self._run(trial)
@@ -438,6 +458,11 @@ class Replay:
                 raise
             except Exception as error:
                 raise ConstructionError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _has_sizes(model: nn.Module, sizes: Mapping[Where, int]) -> bool:
+    shapes = shapes_of(model).items()
+    return all(sizes.get((name, dim)) == n for name, s in shapes for dim, n in enumerate(s))
 
 
 def _names(places: Iterable[Where]) -> frozenset[str]:

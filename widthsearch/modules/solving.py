@@ -86,6 +86,7 @@ class Solver(Prober):
         torn: Numbers that several widths ask for, with what each follows for each of them.
         misfits: Attributes that ask for another number than tensors in proportion to it.
         rivals: Pairs of attributes of one module that ask one of its numbers for different widths.
+        partners: Pairs of a tensor's size and an attribute that one number gives.
 
     Example:
         >>> from widthsearch.modules.construction import record
@@ -114,6 +115,7 @@ class Solver(Prober):
         self.torn: dict[tuple[Call, str], list[Follows]] = {}
         self.misfits: set[Where] = set()
         self.rivals: list[tuple[Follows, Follows]] = []
+        self.partners: list[tuple[Follows, Follows]] = []
         self.uncertain: set[Call] = set()
         self._sizing = frozenset(sizing)
         self._sizings: dict[Call, list[tuple[int, Any]]] = {}
@@ -135,7 +137,7 @@ class Solver(Prober):
         frame.call.members, frame.call.flags = members_of(args[0]), flags_of(args[0])
         if frame.call.names:
             self.follows[frame.call] = dict(self._solved(frame, original, arguments))
-        self.finished[frame.call] = given, untouched(vars(args[0]))
+        self.finished[frame.call] = type(args[0]), given, untouched(vars(args[0]))
 
     def fits(self, call: Call, source: nn.Module) -> bool:  # noqa: D102
         return False  # so that calls within copies are seen too
@@ -332,7 +334,10 @@ class Solver(Prober):
         free = [wanted for wanted in answers if wanted != base]
         if not free:
             return fixed(v) if base in answers else None
+        # A size with an offset follows further numbers too, so it asks after one that has none.
+        free.sort(key=lambda x: bool(not _by_attribute(answers[x]) and answers[x].offset))
         first = answers[free[0]]
+        self._note_partners(layer, [answers[wanted] for wanted in free], responses or {}, v)
         if not _by_attribute(first):
             if votes[base] > votes[free[0]]:
                 return fixed(v)
@@ -345,6 +350,17 @@ class Solver(Prober):
         own = [of for wanted in free if _by_attribute(of := answers[wanted]) and of.name == layer]
         self.rivals += [(first, other) for other in own[1:] if own[0] is first]
         return first
+
+    def _note_partners(
+        self, layer: str, answers: list[Follows], responses: Responses, v: int
+    ) -> None:
+        """Note the free attributes that a number gives beside the first tensor that asks for it."""
+        tensor = next((answer for answer in answers if not _by_attribute(answer)), None)
+        for (within, name), (u, slope) in responses.items():
+            where = join(layer, within) if within else layer, name
+            sizes = self.samples.get(where, ())
+            if tensor and isinstance(name, str) and len(set(sizes)) > 1 and sizes[0] == u:
+                self.partners.append((tensor, Follows(where, slope, u - slope * v)))
 
 
 def _is_free(follows: Follows | None) -> bool:

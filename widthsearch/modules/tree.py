@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from widthsearch.modules.closures import Closures
 from widthsearch.torch_internals import (
+    REGISTERED,
     ConvNd,
     NormBase,
     SpectralNormParametrization,
@@ -21,9 +23,12 @@ from widthsearch.torch_internals import (
     buffers_of,
     forward_pre_hooks_of,
     parameters_of,
+    refer_to_own_weights,
+    tree_leaves,
 )
 
 _PARAMETRIZATIONS = ".parametrizations."
+_PLAIN = int | float | str | None
 _SUFFIX: dict[type, str] = {WeightNorm: "_v", SpectralNorm: "_orig"}
 """The suffixes that the older reparametrisations, which are hooks, append to a weight's name."""
 
@@ -78,12 +83,15 @@ def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     closures = Closures(model)
     memo: dict[int, Any] = {**tensors, **closures.memo}
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
+        held = (value for name, value in vars(module).items() if name not in REGISTERED)
+        for value in tensors_in([value for value in held if not isinstance(value, _PLAIN)]):
+            if not value.is_leaf:  # deepcopy refuses these
                 memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, memo)
     closures.fill(memo)
     for module in copied.modules():
+        if isinstance(module, nn.RNNBase):
+            refer_to_own_weights(module)
         for name, suffix in _hooked(module):
             # The hook recomputes this attribute in each forward. It becomes an alias of the
             # parameter, because `reset_parameters` writes to the attribute.
@@ -108,17 +116,17 @@ def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield hook.name, _SUFFIX[type(hook)]
 
 
-def weight_of(module: nn.Module) -> Tensor | None:
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
     """A tensor with the shape of a module's weight, also where a parametrisation computes it."""
-    if parametrize.is_parametrized(module, "weight"):
-        held: Any = module.parametrizations["weight"]  # type: ignore[index]
+    if parametrize.is_parametrized(module, name):
+        held: Any = module.parametrizations[name]  # type: ignore[index]
         if isinstance(held[0], WeightNormParametrization):
             return _tensor(held.original1)
-        return _tensor(held.original if hasattr(held, "original") else module.weight)
+        return _tensor(held.original if hasattr(held, "original") else getattr(module, name))
     for hooked, suffix in _hooked(module):
-        if hooked == "weight":
-            return _tensor(getattr(module, f"weight{suffix}"))
-    return _tensor(getattr(module, "weight", None))
+        if hooked == name:
+            return _tensor(getattr(module, f"{name}{suffix}"))
+    return _tensor(getattr(module, name, None))
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -139,7 +147,8 @@ def sync_attributes(module: nn.Module) -> None:
     """Set the attributes of torch's layers that repeat their tensors' sizes."""
     if not isinstance(module, SIZED):
         return
-    weight: Any = weight_of(module)  # torch's types have no symbolic sizes
+    of: Callable[..., Any] = partial(weight_of, module)  # torch's types have no symbolic sizes
+    weight = of()
     if isinstance(module, ConvNd):
         own, other = weight.shape[:2]
         if module.transposed:
@@ -161,23 +170,24 @@ def sync_attributes(module: nn.Module) -> None:
     elif isinstance(module, nn.GroupNorm) and weight is not None:
         module.num_channels = weight.shape[0]
     elif isinstance(module, nn.MultiheadAttention):
-        module.embed_dim = module.out_proj.weight.shape[0]
+        out: Any = weight_of(module.out_proj)
+        module.embed_dim = out.shape[0]
         module.head_dim = module.embed_dim // module.num_heads
-        if parameters_of(module)["in_proj_weight"] is not None:  # else three of other widths
+        if of("in_proj_weight") is not None:  # else three of other widths
             module.kdim = module.vdim = module.embed_dim
         else:
-            module.kdim = module.k_proj_weight.shape[1]
-            module.vdim = module.v_proj_weight.shape[1]
+            module.kdim = of("k_proj_weight").shape[1]
+            module.vdim = of("v_proj_weight").shape[1]
     elif isinstance(module, nn.RNNBase):
         recurrent: Any = module
-        recurrent.input_size = recurrent.weight_ih_l0.shape[1]
+        recurrent.input_size = of("weight_ih_l0").shape[1]
         if module.proj_size:
-            recurrent.proj_size, recurrent.hidden_size = recurrent.weight_hr_l0.shape
+            recurrent.proj_size, recurrent.hidden_size = of("weight_hr_l0").shape
         else:
-            recurrent.hidden_size = recurrent.weight_hh_l0.shape[1]
+            recurrent.hidden_size = of("weight_hh_l0").shape[1]
     elif isinstance(module, nn.RNNCellBase):
-        module.input_size = module.weight_ih.shape[1]
-        module.hidden_size = module.weight_hh.shape[1]
+        module.input_size = of("weight_ih").shape[1]
+        module.hidden_size = of("weight_hh").shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
 
@@ -313,3 +323,34 @@ def direction_of(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
         if isinstance(hook, WeightNorm) and name == f"{hook.name}_g":
             return getattr(module, f"{hook.name}_v"), hook.dim
     return None
+
+
+def tensors_in(out: Any) -> list[Tensor]:
+    """The tensors of a model's output, also within objects that torch does not know.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> out = SimpleNamespace(logits=torch.zeros(2), rest=[(torch.ones(1), None), {"n": 3}])
+        >>> tensors_in(out)
+        [tensor([0., 0.]), tensor([1.])]
+    """
+    found: list[Tensor] = []
+    seen: dict[int, Any] = {}  # an object may hold itself
+
+    def visit(tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif not isinstance(leaf, nn.Module | type) and id(leaf) not in seen:
+                seen[id(leaf)] = leaf
+                if isinstance(leaf, Mapping):
+                    visit(list(leaf.values()))
+                elif isinstance(leaf, list | tuple):
+                    visit(list(leaf))
+                slots = getattr(type(leaf), "__slots__", ())
+                names = [slots] if isinstance(slots, str) else list(slots)
+                visit([getattr(leaf, name, None) for name in names])
+                visit(list(getattr(leaf, "__dict__", {}).values()))
+
+    visit(out)
+    return found

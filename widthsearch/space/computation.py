@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import SpaceError
-from widthsearch.modules.tree import join, tensors_of
-from widthsearch.torch_internals import tree_leaves, tree_map_only
+from widthsearch.modules.tree import join, tensors_in, tensors_of
+from widthsearch.torch_internals import tree_map_only
 from widthsearch.tracing.inputs import call, sample
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def compare_with_class(space: SearchSpace, vector: Sequence[int], seed: int) -> 
     built = space.build(vector, seed=seed)
     pairs = zip(tensors_of(built), tensors_of(reference), strict=True)
     for (_, layer, name, ours), (*_, theirs) in pairs:
-        if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
+        if not torch.equal(ours.detach().nan_to_num(), theirs.detach().nan_to_num()):
             raise SpaceError(f"{join(layer, name)!r} does not start as the model's class starts it")
     x = random_inputs(space, 2, seed)
     worst = largest_difference(outputs(built.eval(), x), outputs(reference.eval(), x))
@@ -155,8 +155,13 @@ def outputs(network: nn.Module, x: Any) -> list[Tensor]:
 
 
 def floats(out: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of a network's output, whatever holds them."""
-    return (x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point())
+    """The floating-point tensors of a network's output, whatever holds them; of complex ones too,
+    as real and imaginary parts."""
+    for x in tensors_in(out):
+        if x.is_complex():
+            yield torch.view_as_real(x.resolve_conj())
+        elif x.is_floating_point():
+            yield x
 
 
 def largest_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -19,11 +19,12 @@ from widthsearch.modules.tree import tensors_of
 from widthsearch.space.computation import (
     compare_masks_with_cuts,
     compare_with_class,
+    floats,
     random_inputs,
     untrained,
 )
 from widthsearch.space.cost import Cost
-from widthsearch.torch_internals import TorchDispatchMode, tree_leaves
+from widthsearch.torch_internals import TorchDispatchMode
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.interpreter import no_fast_path, track_layers
 from widthsearch.tracing.sample_values import SampleValues
@@ -155,8 +156,7 @@ def run_and_count(model: nn.Module, inputs: Any, device: str | torch.device) -> 
             with watch:
                 out = call(model.train(), sample(inputs, 2, device))
                 watch.stage = "backward"
-                tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-                if losses := [x.sum() for x in tensors if x.requires_grad]:
+                if losses := [x.sum() for x in floats(out) if x.requires_grad]:
                     torch.autograd.backward(losses)
         except Exception as error:
             layer = watch.layers[-1] if watch.layers else ""

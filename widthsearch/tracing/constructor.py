@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -189,7 +190,8 @@ class Constructor:
         found: list[tuple[nn.Module, list[int]]] = []
         if (replay := self.replay) is None:
             return found
-        for number, x in enumerate(self._points()[1:3]):
+        _, *two, last = self._points()
+        for number, x in enumerate((*two[:2], last)):
             with suppress(ConstructionError, TraceError):
                 made = replay.example(number)
                 found.append((clone(made, {id(t): to_meta(t) for *_, t in tensors_of(made)}), x))
@@ -261,15 +263,27 @@ class Constructor:
         """The base, and other values of the polynomials' variables: multiples, any, and odd ones.
 
         Constructors may ask for even widths, or for whole blocks. So the first two are multiples
-        of the base, and of the largest power of two up to 8 in it.
+        of the base, and of the largest power of two up to 8 in it. Together they tell any two
+        variables apart: sizes that are equal at the base may be different ones. The last is twice
+        the base: widths that one argument gives are equal there too.
         """
         rng = random.Random(0)
         base = self.trace.variables(self.trace.base)
-        units = [math.gcd(x, 8) for x in base]
-        blocks = [u * rng.randint(1, 2 + 2 * x // u) for x, u in zip(base, units, strict=True)]
-        points = [base, [x * rng.choice((2, 3)) for x in base], blocks]
+        multiples, blocks = [], []
+        seen: set[tuple[int, Fraction]] = set()
+        for x in base:
+            unit = math.gcd(x, 8)
+            for attempt in itertools.count():
+                multiple = rng.randint(2, 3 + attempt // 8)
+                block = unit * rng.randint(1, 2 + 2 * x // unit)
+                if (pair := (multiple, Fraction(block, x))) not in seen:
+                    break
+            seen.add(pair)
+            multiples.append(multiple * x)
+            blocks.append(block)
         anywhere = [[rng.randint(1 + x // 4, 3 + 2 * x) for x in base] for _ in range(4)]
-        return [*points, *anywhere, [x | 1 for x in anywhere[0]]]
+        twice = [2 * x for x in base]
+        return [base, multiples, blocks, *anywhere, [x | 1 for x in anywhere[0]], twice]
 
     def _samples(self) -> tuple[dict[Where, tuple[int, ...]], dict[Where, tuple[int, ...]]]:
         """The sizes at the base, at a multiple of each width, and at random widths.

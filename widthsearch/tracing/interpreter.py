@@ -29,12 +29,12 @@ from torch.utils.hooks import RemovableHandle
 
 from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.source import FOREIGN, model_line
+from widthsearch.modules.tree import tensors_in
 from widthsearch.torch_internals import (
     TorchDispatchMode,
     check_sizes,
     enable_python_dispatcher,
     schema_of,
-    tree_leaves,
     tree_map,
     tree_map_only,
 )
@@ -441,7 +441,7 @@ def execute(
     """
     # Training mode refuses batches of one sample in batch norm.
     x = sample(inputs, 2 if train else 1)
-    run = SymbolicInterpreter(system, tuple(_tensors_in(x)))
+    run = SymbolicInterpreter(system, tuple(tensors_in(x)))
     system.reason, system.line = run.reason, running_line
     hooks = track_layers(symbolic, run.layers)
     for layer, why in fixed.items():
@@ -453,7 +453,7 @@ def execute(
         out = run_on_meta(symbolic, x, run)
     for handle in hooks:
         handle.remove()
-    for tensor in _tensors_in(out):
+    for tensor in tensors_in(out):
         shape = [system.pin_value(poly_of(n), "output of the model") for n in tensor.shape]
         run.outputs.append(tuple(shape))
     return run
@@ -478,7 +478,3 @@ def track_layers(model: nn.Module, layers: list[str]) -> list[RemovableHandle]:
 
 def _pin_inputs(system: System, reason: str, _module: nn.Module, *inputs: Any) -> Any:
     return with_integers(inputs, system, reason)
-
-
-def _tensors_in(out: Any) -> Iterator[Tensor]:
-    return (x for x in tree_leaves(out) if isinstance(x, Tensor))

@@ -93,6 +93,7 @@ class TracedModel:
 
         kept: set[tuple[str, str]] = set()
         ties: list[tuple[Follows, Follows]] = []
+        partners: list[tuple[Follows, Follows]] = []
 
         def traced_with(derived: Set[tuple[str, str]]) -> TracedModel:
             while True:
@@ -111,10 +112,23 @@ class TracedModel:
                 if new := [of for of in rivals if of not in ties and of[1].where in others]:
                     ties.extend(new)  # as its argument gives them; if that is not enough, they stay
                     continue
+                if others and calls and calls.replay:
+                    partners.extend(of for of in calls.replay.partners if of[1].where in others)
                 astray.update(more)
                 kept.update(others)
 
         found = traced_with(frozenset())
+        if first := {of.where: (tensor, of) for tensor, of in reversed(partners)}:
+            # An attribute that keeps the constructor's number may fix widths. As multiples of the
+            # width that its argument gives too, it and they follow that width.
+            before = set(kept), list(ties), dict(astray)
+            kept -= first.keys()
+            ties += first.values()
+            tied = traced_with(frozenset())
+            if _freedom(tied.trace) > _freedom(found.trace):
+                found = tied
+            else:
+                (kept, ties, astray) = before
         if known is None and found.constructor and (derived := found.constructor.changed):
             other = traced_with(derived.keys())
             if _pinning(other.trace) <= _pinning(found.trace):
@@ -264,6 +278,11 @@ class TracedModel:
     def substituted(self, tensors: Mapping[int, Tensor], value: Callable[[Poly], Any]) -> nn.Module:
         """The template with other tensors; see :func:`~widthsearch.tracing.constructor.resized`."""
         return resized(self.template, self.trace, tensors, value)
+
+
+def _freedom(trace: Trace) -> int:
+    """The number of sizes of tensors that are not fixed."""
+    return sum(as_constant(n) is None for shape in trace.shapes.values() for n in shape)
 
 
 def _pinning(trace: Trace) -> tuple[int, int]:

@@ -451,7 +451,7 @@ def fixed_dims(module: nn.Module, name: str, tensor: Tensor, followed: Set[int])
     if name not in buffers_of(module) or is_estimate(module, name):
         return frozenset()
     dims = range(tensor.dim())
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return frozenset(dims)
     if tensor.device.type == "meta":
         return frozenset()
