@@ -35,4 +35,4 @@ def test_it_records_where_it_was_ended_and_reports(
     tables = [row.split("|")[1:-1] for row in rows if row.startswith("| ")]
     names = [cells[0].strip() for cells in tables]
     assert names == ["earlier study", "---", *kinds, *kinds]
-    assert [float(cell) for cell in tables[6][1:]] == [3, 4], "none needs as many as it has"
+    assert all(3 <= float(cell) <= 4 for cells in tables[6:] for cell in cells[1:])
