@@ -215,7 +215,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     ),
     "blurred": _plain(
         lambda _, x: F.conv2d(
-            x, torch.ones(3, 3).expand(x.shape[1], 1, 3, 3) / 9, padding=1, groups=x.shape[1]
+            x, x.new_ones(3, 3).expand(x.shape[1], 1, 3, 3) / 9, padding=1, groups=x.shape[1]
         )
     ),
     "squeezed": lambda c, _conv: Block(
