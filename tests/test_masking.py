@@ -155,6 +155,36 @@ def test_several_inputs_share_their_channels() -> None:
     assert torch.allclose(space.extract(network, keep)(*x)[1], expected, rtol=1e-5)
 
 
+class Bags(nn.Module):
+    """Rows of a table, combined."""
+
+    def __init__(self, mode: str, weighted: bool) -> None:
+        super().__init__()
+        self.table, self.fc = nn.EmbeddingBag(11, 16, mode=mode), nn.Linear(16, 5)
+        self.score = nn.Linear(3, 4) if weighted else None
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        """(N, 4) and (N, 3) to (N, 5)."""
+        weights = None if self.score is None else self.score(x)
+        return self.fc(F.relu(self.table(ids, per_sample_weights=weights)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("mean", False), ("max", False), ("sum", True)]
+)
+def test_bags_of_embeddings_have_their_tables_channels(mode: str, weighted: bool) -> None:
+    """Whatever combines the rows; what weighs them has as many as there are rows, and is pinned."""
+    inputs = (torch.zeros(4, dtype=torch.long), torch.zeros(3))
+    space = SearchSpace.from_model(lambda: Bags(mode, weighted), inputs)
+    assert space.names == ("table",)
+    assert not build_dependency_graph(space.model, space.base).unknown
+    network = space.build(1.0, seed=0).double().eval()
+    x, keep = (torch.tensor([[1, 2, 3, 4]] * 2), torch.randn(2, 3).double()), {"table": [1, 4, 9, 12]}
+    with torch.no_grad(), space.masked(network, keep):
+        expected = network(*x)
+    assert torch.allclose(space.extract(network, keep)(*x), expected, rtol=1e-9)
+
+
 names = st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4)
 convolutions = st.sampled_from(sorted(CONVOLUTIONS))
 

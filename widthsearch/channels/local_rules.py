@@ -294,9 +294,12 @@ def windows(run: Propagation, call: Call) -> None:
 
 
 def embedding(run: Propagation, call: Call) -> None:
-    """A table's rows are looked up; its columns are the last dim of the output."""
+    """A table's rows are looked up, or combined in bags; its columns are the output's last dim."""
     out = call.outputs[0]
-    for f in run.fields_of(call.args[0]):
+    table, *others = tensors_in((call.args, call.kwargs))
+    for f in (f for other in others for f in run.fields_of(other)):  # a weight for each row
+        run.lose(f)
+    for f in run.fields_of(table):
         if varies(f) == {1}:
             run.set_fields(out, [f.view([1] * (out.dim() - 1) + [-1])])
         else:

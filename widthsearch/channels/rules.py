@@ -315,7 +315,7 @@ _BY_NAMES: dict[_Rule, str] = {
     local.gated_halves: "glu",
     local.indexed: "index _unsafe_index index_put index_put_ _unsafe_index_put",
     local.windows: "im2col col2im",
-    local.embedding: "embedding",
+    local.embedding: "embedding _embedding_bag _embedding_bag_forward_only",
     convolution: "convolution",
     product: "mm bmm mv dot vdot",
     product_with_bias: "addmm baddbmm addmv",
