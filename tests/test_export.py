@@ -111,6 +111,8 @@ def test_a_whole_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trained(study, tmp_path)
     with pytest.raises(StudyError, match="without a reference"):
         export.load(tmp_path)
+    with pytest.raises(StudyError, match=r"takes a SearchSpace or .* given type 'Net'"):
+        export.load(tmp_path, tiny.Net)  # type: ignore[arg-type]
     net = export.load(tmp_path, study.space)
     card = json.loads((tmp_path / "card.json").read_text())
     card["space"]["reference"] = "tiny:space"

@@ -179,7 +179,10 @@ def test_bags_of_embeddings_have_their_tables_channels(mode: str, weighted: bool
     assert space.names == ("table",)
     assert not build_dependency_graph(space.model, space.base).unknown
     network = space.build(1.0, seed=0).double().eval()
-    x, keep = (torch.tensor([[1, 2, 3, 4]] * 2), torch.randn(2, 3).double()), {"table": [1, 4, 9, 12]}
+    x, keep = (
+        (torch.tensor([[1, 2, 3, 4]] * 2), torch.randn(2, 3).double()),
+        {"table": [1, 4, 9, 12]},
+    )
     with torch.no_grad(), space.masked(network, keep):
         expected = network(*x)
     assert torch.allclose(space.extract(network, keep)(*x), expected, rtol=1e-9)

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from widthsearch.channels.sums import gate_gradients
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.data.sources import Split
+from widthsearch.data.tasks import OwnTask
+from widthsearch.errors import StudyError
 from widthsearch.proposers import Setting
 from widthsearch.proposers.importance import GreedyRemoval, Per, channel_scores
 from widthsearch.proposers.sensitivity import Sensitivity, balanced
@@ -74,6 +76,21 @@ def test_saliency_equals_that_of_explicit_gates(space: SearchSpace) -> None:
         expected = gate.grad.abs().numpy()
         assert expected.max() > 1e-4
         assert np.abs(found - expected).max() < 1e-5 * expected.max() + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda net, batch: net(batch).mean() * float("nan"), "scores of channels must be finite"),
+        (lambda net, batch: batch.mean().requires_grad_(), "must have a score above zero"),
+    ],
+    ids=["nan", "without the network"],
+)
+def test_a_loss_without_a_gradient_is_refused(loss: Any, message: str) -> None:
+    """Its widths would be nobody's proposal."""
+    task = OwnTask(loss, lambda split, seed: [torch.ones(2, 3, 32, 32)])
+    with pytest.raises(StudyError, match=message):
+        Sensitivity()(space_of("Residual"), task, Setting())
 
 
 def test_the_gates_of_several_batches_keep_their_signs() -> None:

@@ -399,6 +399,11 @@ def load(folder: str | Path, space: SearchSpace | str | None = None) -> nn.Modul
                 f"a trained folder must hold {WIDTHS}, {WEIGHTS} and {CARD}, but {str(folder)!r} "
                 f"has no file {name}; train the pick again"
             )
+    if not isinstance(space, SearchSpace | str | None):
+        raise StudyError(
+            "load(folder, space) takes a SearchSpace or its reference 'file.py:function', but was "
+            f"given {type(space).__name__} {getattr(space, '__name__', '')!r}"
+        )
     if not isinstance(space, SearchSpace):
         space = _space_of(_read_json(folder / CARD).get("space"), folder, space)
     try:

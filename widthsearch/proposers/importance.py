@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -54,7 +55,20 @@ def channel_scores(
 
     Returns:
         Per axis of the space, shape (base,).
+
+    Raises:
+        StudyError: A score is not finite, or all are zero.
     """
+    if not all(bool(torch.isfinite(of_groups).all()) for of_groups in scores):
+        raise StudyError(
+            "the scores of channels must be finite, but are not: see whether the loss is, at the "
+            "base network's start"
+        )
+    if not any(bool(of_groups.any()) for of_groups in scores):
+        raise StudyError(
+            "some channel must have a score above zero, but none has: the loss does not depend on "
+            "the network, or no gradient reaches its layers"
+        )
     out = []
     for i, (axis, of_groups) in enumerate(zip(space.unconstrained.trace.axes, scores, strict=True)):
         shared = of_groups.detach().double().cpu().numpy() / axis.divisor

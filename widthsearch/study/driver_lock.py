@@ -121,8 +121,16 @@ class DriverLock:
             self._sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise StudyError if another driver has taken over."""
+        """Raise StudyError if another driver has taken over, or the lock was given back."""
+        self.check_kept()
         self.store.fence.check()
+
+    def check_kept(self) -> None:
+        """Raise StudyError if the lock was given back; reads no storage."""
+        if self._ended.is_set():
+            raise StudyError(
+                "a study is driven within `with study.search() as search`, but that has ended"
+            )
 
     def renew(self) -> bool:
         """Renew the lock; returns False once another driver has taken over."""

@@ -54,7 +54,7 @@ from widthsearch.study.queue import CandidateQueue
 from widthsearch.study.stopping import is_stopped
 from widthsearch.study.suggestions import LatencyEstimates, Suggestions
 from widthsearch.study.trial import Trial, TrialState
-from widthsearch.training.recipe import EpochResult
+from widthsearch.training.recipe import EpochResult, checked_curve
 
 FAILURES_IN_A_ROW = 5
 """After so many the study stops: a broken machine would use up the whole queue."""
@@ -183,16 +183,16 @@ class Search:
 
         Args:
             number: The trial's number.
-            curve: All its epochs so far.
+            curve: All its epochs so far, from 1 on.
 
         Returns:
             Whether the trial continues.
 
         Raises:
-            StudyError: Another driver took over, or too many trials failed in a row.
+            StudyError: It is no curve of a running trial, or as for :meth:`ask`.
         """
+        trial = self.trials[number] = reported(self, number, curve)
         self._pace.record_epoch()
-        trial = self.trials[number] = replace(self.trials[number], curve=tuple(curve))
         self._store.record_curve(number, trial.curve)
         if (reason := fault(trial, self.config)) is not None:
             self.fail(number, reason)
@@ -218,7 +218,7 @@ class Search:
         Raises:
             StudyError: ``FAILURES_IN_A_ROW`` trials failed in a row.
         """
-        widths = ", ".join(map(str, self.trials[number].widths.vector))
+        widths = ", ".join(map(str, running_trial(self.trials, number).widths.vector))
         reason = f"{reason}; the widths are [{widths}]"  # what it takes to see it again
         self._store.fail(number, reason)
         self._close(replace(self.trials[number], state=TrialState.FAILED, error=reason))
@@ -362,6 +362,36 @@ class Search:
         else:
             self.notify()
         self._announce()
+
+
+def reported(search: Search, number: int, curve: Sequence[EpochResult]) -> Trial:
+    """A trial with the curve that was reported.
+
+    Raises:
+        StudyError: The search has ended, or it is no curve of a running trial.
+    """
+    search.driver_lock.check_kept()
+    trial = running_trial(search.trials, number)
+    epochs = trial.epochs(search.config.recipe.epochs)
+    return replace(trial, curve=checked_curve(curve, number, epochs))
+
+
+def running_trial(trials: Mapping[int, Trial], number: int) -> Trial:
+    """The running trial of a number.
+
+    Raises:
+        StudyError: There is none.
+    """
+    trial = trials.get(number) if isinstance(number, int) else None
+    if trial is None or trial.state != TrialState.RUNNING:
+        given = number if isinstance(number, int) else f"a {type(number).__name__}"
+        running = ", ".join(str(n) for n, t in trials.items() if t.state == TrialState.RUNNING)
+        raise StudyError(
+            "a report must be of the number of a running trial, but was of "
+            f"{given}{f', which has {trial.state}' if trial else ''}; running are "
+            f"{running or 'none'}"
+        )
+    return trial
 
 
 def fault(trial: Trial, config: StudyConfig) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from widthsearch.errors import StudyError, first_line
 from widthsearch.utils.validation import validated_dataclass
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -215,3 +216,50 @@ class EpochResult:
     seconds: float
     mode: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def checked_curve(
+    curve: Sequence[EpochResult], number: int, epochs: int
+) -> tuple[EpochResult, ...]:
+    """A reported learning curve with plain numbers.
+
+    Args:
+        curve: The results of all epochs so far.
+        number: The number of their trial.
+        epochs: The number of epochs that the trial is to have.
+
+    Raises:
+        StudyError: They are not the results of epochs 1, 2, … of that many.
+
+    Example:
+        >>> checked_curve([EpochResult(1, None, 91, 2)], number=7, epochs=2)[0].value
+        91.0
+    """
+    rows = tuple(curve) if isinstance(curve, Sequence) else ()
+    found = [getattr(row, "epoch", None) for row in rows]
+    if not 1 <= len(rows) <= epochs or found != [*range(1, len(rows) + 1)]:
+        raise StudyError(
+            f"the curve of trial {number} must have all epochs so far, from 1 to at most {epochs}, "
+            f"but has {', '.join(map(str, found)) or 'none'}"
+        )
+    try:
+        return tuple(
+            replace(
+                row,
+                loss=None if row.loss is None else _plain(row.loss),
+                value=_plain(row.value),
+                seconds=_plain(row.seconds),
+                metrics={name: _plain(value) for name, value in row.metrics.items()},
+            )
+            for row in rows
+        )
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise StudyError(
+            f"the curve of trial {number} must have numbers, but: {first_line(error)}"
+        ) from None
+
+
+def _plain(value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{value!r} is a text")
+    return float(value)
