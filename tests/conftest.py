@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from commands import CommandLine
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # a busy machine fails no test
+settings.load_profile("patient")
 
 
 @pytest.fixture

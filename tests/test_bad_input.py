@@ -321,6 +321,7 @@ def test_a_message_is_one_line(given: str, message: str) -> None:
         ("{a: 1, a: 2}", "key 'a' is given twice (line 1, column 8)"),
         ("a: 0x" + "f" * 5000, "whole numbers must be at most 2^64, but one is larger"),
         ("a: !!bool maybe", "'maybe'"),
+        ("a: [!!binary /w==]", "values must be texts, numbers and the like, but one is binary"),
         ("a: &a [*a]", "it must have at most 10,000 values, aliases expanded"),
         ("[" * 5000, "maximum recursion depth exceeded"),
         (

@@ -57,7 +57,7 @@ def test_a_step_of_a_named_axis_is_kept_or_refused() -> None:
         space.constrained(step={"stem": 3})
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data(), spaces)
 def test_constrained_spaces_are_exact(data: st.DataObject, whole: SearchSpace) -> None:
     """For any pins and ties, networks and costs are those of the unconstrained space."""

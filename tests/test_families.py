@@ -23,7 +23,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.data(), spaces)
 def test_a_budget_is_solved_exactly(data: st.DataObject, space: SearchSpace) -> None:
     """The member is on the grid, within the budget, and the next one is not."""
@@ -38,7 +38,7 @@ def test_a_budget_is_solved_exactly(data: st.DataObject, space: SearchSpace) -> 
     assert not len(beyond) or beyond.min() > budget
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.data(), spaces)
 def test_members_differ_by_one_step_of_one_axis(data: st.DataObject, space: SearchSpace) -> None:
     """From the narrowest to the widest network of the space, through the profile itself."""

@@ -22,7 +22,7 @@ from widthsearch.space.search_space import SearchSpace
 from widthsearch.widths import Widths
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.data(), spaces)
 def test_small_networks_are_exact(data: st.DataObject, space: SearchSpace) -> None:
     """At any widths on the grid, the built network has the predicted counts and trains."""

@@ -22,7 +22,7 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         ValueError: One line: it is not YAML, has a tag other than YAML's own, a key twice, a number
-            that is too large, or too many values, say by aliases of aliases.
+            that is too large, bytes, or too many values, say by aliases of aliases.
 
     Example:
         >>> load_yaml("{epochs: 3, lr: 0.1}")
@@ -92,6 +92,8 @@ def _check_extent(value: Any) -> None:
             raise ValueError(f"it must have at most {MOST_VALUES:,} values, aliases expanded")
         if isinstance(inner, int) and abs(inner) > LARGEST:
             raise ValueError("whole numbers must be at most 2^64, but one is larger")
+        if isinstance(inner, bytes):  # JSON, in which studies are stored, has none
+            raise ValueError("values must be texts, numbers and the like, but one is binary")
         if isinstance(inner, Mapping):
             left += [*inner.keys(), *inner.values()]
         elif isinstance(inner, list | tuple | set):
