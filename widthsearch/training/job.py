@@ -40,7 +40,7 @@ from torch import nn
 from widthsearch.bayesopt.metric import COSTS
 from widthsearch.errors import CheckpointError, StudyError, first_line, writing
 from widthsearch.training.checkpoints import read_checkpoint, write_checkpoint
-from widthsearch.training.recipe import EpochResult, OwnRecipe, recipe_values
+from widthsearch.training.recipe import EpochResult, OwnRecipe, plain_number, recipe_values
 from widthsearch.utils import devices
 from widthsearch.utils.validation import filled
 from widthsearch.widths import Widths
@@ -348,9 +348,7 @@ class TrainingTrial(Generic[R]):
 
     def _number(self, name: object, value: Any) -> float:
         try:
-            if isinstance(value, str | bytes):
-                raise TypeError
-            return float(value.detach() if isinstance(value, torch.Tensor) else value)
+            return plain_number(value)
         except (TypeError, ValueError, RuntimeError):
             raise StudyError(
                 f"a trainer must report numbers, but {self._job.name!r} reported {name}={value!r}"

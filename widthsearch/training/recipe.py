@@ -246,10 +246,10 @@ def checked_curve(
         return tuple(
             replace(
                 row,
-                loss=None if row.loss is None else _plain(row.loss),
-                value=_plain(row.value),
-                seconds=_plain(row.seconds),
-                metrics={name: _plain(value) for name, value in row.metrics.items()},
+                loss=None if row.loss is None else plain_number(row.loss),
+                value=plain_number(row.value),
+                seconds=plain_number(row.seconds),
+                metrics={name: plain_number(value) for name, value in row.metrics.items()},
             )
             for row in rows
         )
@@ -259,7 +259,16 @@ def checked_curve(
         ) from None
 
 
-def _plain(value: Any) -> float:
+def plain_number(value: Any) -> float:
+    """A number, or a tensor or an array of one, as a float.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: It is none; a text is none either.
+
+    Example:
+        >>> plain_number(91)
+        91.0
+    """
     if isinstance(value, str | bytes):
         raise TypeError(f"{value!r} is a text")
-    return float(value)
+    return float(value.detach() if hasattr(value, "detach") else value)  # without importing torch
