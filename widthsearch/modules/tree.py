@@ -84,7 +84,7 @@ def clone(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     memo: dict[int, Any] = {**tensors, **closures.memo}
     for module in model.modules():
         held = (value for name, value in vars(module).items() if name not in REGISTERED)
-        for value in tensors_in([value for value in held if not isinstance(value, _PLAIN)]):
+        for value in held_tensors([value for value in held if not isinstance(value, _PLAIN)]):
             if not value.is_leaf:  # deepcopy refuses these
                 memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, memo)
@@ -325,13 +325,13 @@ def direction_of(module: nn.Module, name: str) -> tuple[Tensor, int] | None:
     return None
 
 
-def tensors_in(out: Any) -> list[Tensor]:
-    """The tensors of a model's output, also within objects that torch does not know.
+def held_tensors(out: Any) -> list[Tensor]:
+    """The tensors that an object holds, say a model's output; also within classes of the user's.
 
     Example:
         >>> from types import SimpleNamespace
         >>> out = SimpleNamespace(logits=torch.zeros(2), rest=[(torch.ones(1), None), {"n": 3}])
-        >>> tensors_in(out)
+        >>> held_tensors(out)
         [tensor([0., 0.]), tensor([1.])]
     """
     found: list[Tensor] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from widthsearch.channels.dependency_graph import build_dependency_graph
 from widthsearch.errors import SpaceError
-from widthsearch.modules.tree import join, tensors_in, tensors_of
+from widthsearch.modules.tree import held_tensors, join, tensors_of
 from widthsearch.torch_internals import tree_map_only
 from widthsearch.tracing.inputs import call, sample
 
@@ -157,7 +157,7 @@ def outputs(network: nn.Module, x: Any) -> list[Tensor]:
 def floats(out: Any) -> Iterator[Tensor]:
     """The floating-point tensors of a network's output, whatever holds them; of complex ones too,
     as real and imaginary parts."""
-    for x in tensors_in(out):
+    for x in held_tensors(out):
         if x.is_complex():
             yield torch.view_as_real(x.resolve_conj())
         elif x.is_floating_point():

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from widthsearch.errors import TraceError, first_line
 from widthsearch.modules.source import FOREIGN, model_line
-from widthsearch.modules.tree import tensors_in
+from widthsearch.modules.tree import held_tensors
 from widthsearch.torch_internals import (
     TorchDispatchMode,
     check_sizes,
@@ -441,7 +441,7 @@ def execute(
     """
     # Training mode refuses batches of one sample in batch norm.
     x = sample(inputs, 2 if train else 1)
-    run = SymbolicInterpreter(system, tuple(tensors_in(x)))
+    run = SymbolicInterpreter(system, tuple(held_tensors(x)))
     system.reason, system.line = run.reason, running_line
     hooks = track_layers(symbolic, run.layers)
     for layer, why in fixed.items():
@@ -453,7 +453,7 @@ def execute(
         out = run_on_meta(symbolic, x, run)
     for handle in hooks:
         handle.remove()
-    for tensor in tensors_in(out):
+    for tensor in held_tensors(out):
         shape = [system.pin_value(poly_of(n), "output of the model") for n in tensor.shape]
         run.outputs.append(tuple(shape))
     return run
