@@ -76,8 +76,10 @@ def timm_names(limit: int | None) -> Iterator[list[str]]:
 
     names = timm.list_models()
     count = min(limit or 104, len(names))
-    for i in range(count):
-        yield names[i * len(names) // count : (i + 1) * len(names) // count]
+    groups = [names[i * len(names) // count : (i + 1) * len(names) // count] for i in range(count)]
+    yield from groups
+    if limit is None:  # some have only large models
+        yield from (group[::-1] for group in groups[7::10])
 
 
 # -- transformers: the model's class, its configuration, its inputs --------------------------------

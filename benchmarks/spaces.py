@@ -4,9 +4,10 @@
         [--limit N] [--names A,B] [--seconds S] [--rows FILE]
 
 ``torchvision`` is its classification and segmentation models and its detection backbones; ``timm``
-is every k-th of its models that has at most 50 million parameters; ``transformers`` and ``monai``
-are small configurations; ``smp`` is segmentation_models_pytorch. Nothing is downloaded, and no
-source but torchvision is a dependency: ``pip install`` it first. ``--rows`` keeps the rows in a
+is every k-th of its models, of each k the first with at most 50 million parameters, and of every
+tenth k the last; ``transformers`` and ``monai`` are small configurations; ``smp`` is
+segmentation_models_pytorch. Nothing is downloaded, and no source but torchvision is a dependency:
+``pip install`` it first. ``--rows`` keeps the rows in a
 file; models that have one there are not measured again. The columns:
 
 - *axes*, *space s*: the free widths, and the seconds that making the space takes.
