@@ -155,7 +155,7 @@ class Surrogate:
     _study: NDArray[np.intp]
     _y: Array
     _lower: Array
-    _errors: tuple[Array, Array]
+    _fitted: int
 
     @classmethod
     def fit(
@@ -200,12 +200,9 @@ class Surrogate:
                 linked(weighted_sum(theta, seen.covariances(seen)), loadings, scales, study, study),
                 sigma[study] ** 2 + v,
             )
-            predicted, variances = _left_out(lower, y)
         noise, amplitudes = float(sigma[0]) * scale, np.append(theta, sigma[0])
-        own = study == 0
-        errors = predicted[own], (y - predicted)[own] ** 2 / variances[own]
         fixed = (coordinates, noise, amplitudes, loadings, scales, mean, scale)
-        return cls(*fixed, seen, study, y, lower, errors)
+        return cls(*fixed, seen, study, y, lower, len(y))
 
     @classmethod
     def fit_observations(
@@ -334,6 +331,14 @@ class Surrogate:
         """α, (N,)."""
         weights: Array = cho_solve((self._lower, True), self._y, check_finite=False)
         return weights
+
+    @cached_property
+    def _errors(self) -> tuple[Array, Array]:
+        """Left-out predictions and z² of this study's trainings, without the assumed ones."""
+        known = slice(self._fitted)
+        y, own = self._y[known], self._study[known] == 0
+        predicted, variance = _left_out(self._lower[known, known], y)
+        return predicted[own], (y - predicted)[own] ** 2 / variance[own]
 
     def _half(self, across: Array) -> Array:
         """H, (N, M), from k(w*, w)."""
