@@ -114,7 +114,8 @@ def test_more_trials_find_more_of_the_front(tmp_path: Path) -> None:
     scores = dict(run(table, "width", 0, (12, 40)))
     assert scores[12]["volume"] < scores[40]["volume"] <= 1
     assert scores[40]["volume"] > 0.9
-    assert scores[40]["coverage"] > 0.7
+    assert scores[40]["coverage"] > 0.85
+    assert 0 < scores[40]["interval"] <= scores[40]["interval_score"] < scores[12]["interval_score"]
     assert scores == dict(run(table, "width", 0, (12, 40)))
 
 
@@ -142,6 +143,8 @@ def test_it_prints_the_table_and_json(tmp_path: Path) -> None:
         "volume",
         "points",
         "coverage",
+        "interval",
+        "interval_score",
         "seconds",
     ]
     assert [name for name, score in cells if score == "volume"] == [

@@ -58,7 +58,7 @@ def test_a_left_out_training_is_predicted_as_if_it_had_never_been() -> None:
         lower = factor(covariance, np.full(11, amplitudes[-1] ** 2))
         own = np.zeros(11, np.intp)
         without = replace(whole, _seen=seen, _study=own, _y=whole._y[others], _lower=lower)
-        estimate = without.posterior(widths[i : i + 1])
+        estimate = without.posterior(widths[i : i + 1], widen=False)
         assert left.mean[i] == pytest.approx(estimate.mean[0], rel=1e-6)
         assert left.sd[i] == pytest.approx(np.hypot(estimate.sd[0], whole.noise), rel=1e-6)
 
@@ -82,6 +82,49 @@ def test_its_intervals_are_calibrated(count: int) -> None:
         unseen.append((np.abs(truth(fresh) - estimate.mean) < 1.645 * estimate.sd).mean())
     assert 0.8 < np.mean(coverage) < 0.97
     assert 0.8 < np.mean(unseen) <= 1.0
+
+
+def test_intervals_hold_where_a_search_does_not_train() -> None:
+    """Sixty of the best networks and eight random ones, of a score with steps: d is too small."""
+
+    def stepped(widths: NDArray[np.int64]) -> Array:
+        u = COORDINATES.unit_widths(widths)
+        bottleneck = np.minimum(u[:, 1], u[:, 3]) < 0.3
+        return truth(widths) + 3 * (u[:, 0] > 0.6) * (u[:, 2] < 0.7) - 3 * bottleneck
+
+    fresh = GRID.random(np.random.default_rng(99), 500)
+    narrow, wide = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        pool = GRID.random(rng, 3000)
+        size, scores = COORDINATES.unit_widths(pool).mean(axis=1), stepped(pool)
+        over = scores - np.polyval(np.polyfit(size, scores, 2), size) + rng.normal(0, 2, 3000)
+        widths = np.concatenate([pool[np.argsort(-over)[:60]], GRID.random(rng, 8)])
+        surrogate = Surrogate.fit(COORDINATES, widths, stepped(widths) + rng.normal(0, 0.4, 68))
+        for covered, widen in ((narrow, False), (wide, True)):
+            estimate = surrogate.posterior(fresh, widen=widen)
+            covered.append((np.abs(stepped(fresh) - estimate.mean) < 1.645 * estimate.sd).mean())
+    assert np.mean(narrow) < 0.75
+    assert 0.85 < np.mean(wide) < 0.95
+
+
+def test_intervals_are_wider_where_the_surrogate_errs() -> None:
+    """Bad networks whose scores scatter, good ones that do not; trained ones gain the least."""
+    rng = np.random.default_rng(0)
+    widths, fresh = GRID.random(rng, 80), GRID.random(rng, 400)
+    size = COORDINATES.unit_widths(widths).mean(axis=1)
+    scores = 20 * size + rng.normal(0, 1, 80) * np.where(size < 0.5, 3, 0.2)
+    surrogate = Surrogate.fit(COORDINATES, widths, scores)
+
+    def widening(at: NDArray[np.int64]) -> Array:
+        return surrogate.posterior(at).sd / surrogate.posterior(at, widen=False).sd
+
+    bad, good = np.array_split(fresh[np.argsort(surrogate.mean(fresh))], 2)
+    assert widening(bad).mean() > 1.5 * widening(good).mean()
+    near = widths.copy()
+    near[:, 0] = np.where(near[:, 0] < 64, near[:, 0] + 8, 56)
+    trained, beside, far = (widening(at).mean() for at in (widths, near, fresh))
+    assert trained < beside < far
 
 
 def test_more_trainings_reduce_the_error_and_the_noise_is_learned() -> None:

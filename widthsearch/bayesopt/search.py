@@ -382,7 +382,7 @@ class _Acquisition:
 
     def __call__(self, pool: _Candidates) -> Array:
         """The expected improvement by each candidate, (N,)."""
-        posterior = self.surrogate.posterior(pool.features)
+        posterior = self.surrogate.posterior(pool.features, widen=False)
         moved = posterior.sd**2 / np.sqrt(posterior.sd**2 + self.surrogate.noise**2)
         improvement = self.improvement(posterior.mean, moved, *self._log_costs(pool))
         for name in self.limits.keys() & self.predicted.keys():
@@ -421,7 +421,7 @@ def fit_cost(coordinates: Coordinates, widths: Batch, costs: Array) -> CostPredi
     surrogate = Surrogate.fit(coordinates, widths, np.log(costs))
 
     def predict(at: Batch) -> tuple[Array, Array]:
-        posterior = surrogate.posterior(at)
+        posterior = surrogate.posterior(at, widen=False)
         median = np.exp(posterior.mean)
         return median, median * posterior.sd
 

@@ -16,6 +16,20 @@ Notation, beside that of :mod:`~widthsearch.bayesopt.kernel`::
 (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2.) The mean is that
 of the score *expected over seeds*: σ² is part of K, never of the posterior covariance.
 
+Each network's standard deviation is then widened, for what the model does not know of itself::
+
+    d     standard deviation of that posterior                                (M,)
+    d₁    the same if only the nearest training were known, but exactly       (M,)
+    z²    squared errors of trainings left out, in the variance foretold      (N,)
+    g     how like the left-out predictions are to w*'s posterior mean        (M, N)
+
+    widened   d max(d₁ / d, 1)^0.4 √((5 + g z²) / (5 + Σ g))
+
+All trainings beyond the nearest thus give 0.6 of the information, log(d₁ / d), that they would give
+to a model of the right form. At a trained network d₁ is 0: its interval rests on its own score. The
+last factor makes intervals wide where scores are like those that were foretold badly, and narrow
+where they are like others (benchmarks/results/search.md). The sampler takes d itself.
+
 Trials of earlier studies of the same axes, of another recipe or data set, may be learned from too::
 
     s     the study of a training: 0 is this one
@@ -90,6 +104,12 @@ _PRIOR_SD_SCALE = 0.5
 """Prior standard deviation of log c."""
 _MAX_FIT = 256
 """Trainings, at most, that amplitudes are learned from: each step of the fit is O(N³)."""
+_DISCOUNT = 0.4
+"""Share of the information of all trainings but the nearest that intervals forgo."""
+_USUAL_ERRORS = 5.0
+"""Number of left-out errors with z² = 1 that each network's own are averaged with."""
+_ALIKE = 0.4
+"""Difference of two predictions, in units of y, at which g is e^−½."""
 _JITTER = 1e-8
 """Added to the diagonal of K, so that equal networks leave it positive definite."""
 
@@ -135,6 +155,7 @@ class Surrogate:
     _study: NDArray[np.intp]
     _y: Array
     _lower: Array
+    _fitted: int
 
     @classmethod
     def fit(
@@ -180,9 +201,8 @@ class Surrogate:
                 sigma[study] ** 2 + v,
             )
         noise, amplitudes = float(sigma[0]) * scale, np.append(theta, sigma[0])
-        return cls(
-            coordinates, noise, amplitudes, loadings, scales, mean, scale, seen, study, y, lower
-        )
+        fixed = (coordinates, noise, amplitudes, loadings, scales, mean, scale)
+        return cls(*fixed, seen, study, y, lower, len(y))
 
     @classmethod
     def fit_observations(
@@ -264,31 +284,35 @@ class Surrogate:
         """The posterior mean of some networks, (M, A) to (M,): O(N M), deviations are O(N² M)."""
         return self._mean_from(self._across(self._features(widths)))
 
-    def posterior(self, widths: ArrayLike | Features) -> Posterior:
-        """The posterior of each of some networks by itself, (M, A)."""
+    def posterior(self, widths: ArrayLike | Features, *, widen: bool = True) -> Posterior:
+        """The posterior of each of some networks by itself, (M, A); with d if not ``widen``."""
         at = self._features(widths)
-        mean, half = self._project(at)
-        variance = weighted_sum(self.amplitudes[:-1], at.variances()) - (half**2).sum(axis=0)
-        return Posterior(mean, np.sqrt(np.maximum(variance, 1e-12)) * self._scale)
+        across = self._across(at)
+        prior = weighted_sum(self.amplitudes[:-1], at.variances())
+        variance = np.maximum(prior - (self._half(across) ** 2).sum(axis=0), 1e-12)
+        mean = self._mean_from(across)
+        sd = np.sqrt(variance) * self._scale
+        return Posterior(mean, sd * self._widening(prior, across, mean, variance) if widen else sd)
 
     def joint_posterior(self, widths: ArrayLike | Features) -> tuple[Array, Array]:
         """Mean and covariance of the expected scores of networks, (M,) and (M, M)."""
         at = self._features(widths)
-        mean, half = self._project(at)
+        across = self._across(at)
+        half, mean = self._half(across), self._mean_from(across)
         prior = weighted_sum(self.amplitudes[:-1], at.covariances(at))
-        return mean, (prior - half.T @ half) * self._scale**2
+        covariance = prior - half.T @ half
+        variance = np.maximum(covariance.diagonal(), 1e-12)
+        wider = self._widening(prior.diagonal(), across, mean, variance) * self._scale
+        return mean, covariance * np.outer(wider, wider)
 
     def loo_posterior(self) -> Posterior:
         """The prediction of each observed score from all others, noise included.
 
         Closed form (Rasmussen and Williams, 2006, equation 5.12), with the amplitudes and noise of
-        the fit to all.
+        the fit to all, and not widened.
         """
-        inverse = cho_solve((self._lower, True), np.eye(len(self._y)), check_finite=False)
-        variance, own = 1 / np.diag(inverse), self._study == 0
-        mean = ((self._y - self._weights * variance) * self._scale + self._mean)[own]
-        variance = variance[own]
-        return Posterior(mean, np.sqrt(variance) * self._scale)
+        mean, variance = (moment[self._study == 0] for moment in _left_out(self._lower, self._y))
+        return Posterior(mean * self._scale + self._mean, np.sqrt(variance) * self._scale)
 
     def coverage(self, level: float = 0.9) -> float:
         """The share of observed scores within their central interval of :meth:`loo_posterior`.
@@ -308,11 +332,32 @@ class Surrogate:
         weights: Array = cho_solve((self._lower, True), self._y, check_finite=False)
         return weights
 
-    def _project(self, at: Features) -> tuple[Array, Array]:
-        """The posterior mean, (M,), and H, (N, M)."""
-        across = self._across(at)
-        half = solve_triangular(self._lower, across.T, lower=True, check_finite=False)
-        return self._mean_from(across), half
+    @cached_property
+    def _errors(self) -> tuple[Array, Array]:
+        """Left-out predictions and z² of this study's trainings, without the assumed ones."""
+        known = slice(self._fitted)
+        y, own = self._y[known], self._study[known] == 0
+        predicted, variance = _left_out(self._lower[known, known], y)
+        return predicted[own], (y - predicted)[own] ** 2 / variance[own]
+
+    def _half(self, across: Array) -> Array:
+        """H, (N, M), from k(w*, w)."""
+        half: Array = solve_triangular(self._lower, across.T, lower=True, check_finite=False)
+        return half
+
+    def _widening(self, prior: Array, across: Array, mean: Array, variance: Array) -> Array:
+        """Widened deviations over d, (M,), from k(w*, w*), k(w*, w), the mean and d²."""
+        own = np.flatnonzero(self._study == 0)
+        seen = weighted_sum(self.amplitudes[:-1], self._seen.rows(own).variances())
+        # Without the level, which is known from all trainings, be they near or far.
+        told = (across[:, own] - LEVEL_VARIANCE) ** 2 / np.maximum(seen - LEVEL_VARIANCE, _JITTER)
+        alone = prior - LEVEL_VARIANCE - told.max(axis=1)
+        predicted, squares = self._errors
+        apart = (mean[:, None] - self._mean) / self._scale - predicted
+        alike = np.exp(-0.5 * (apart / _ALIKE) ** 2)
+        erred = (_USUAL_ERRORS + alike @ squares) / (_USUAL_ERRORS + alike.sum(axis=1))
+        factors: Array = np.maximum(alone / variance, 1) ** (_DISCOUNT / 2) * np.sqrt(erred)
+        return factors
 
     def _across(self, at: Features) -> Array:
         """k(w*, w), (M, N)."""
@@ -359,6 +404,13 @@ def factor(covariance: Array, variance: Array) -> Array:
     covariance[np.diag_indices(len(covariance))] += variance + _JITTER
     lower: Array = cholesky(covariance, lower=True, check_finite=False)
     return lower
+
+
+def _left_out(lower: Array, y: Array) -> tuple[Array, Array]:
+    """Mean and variance of each observed y from all others, (N,) each."""
+    inverse = solve_triangular(lower, np.eye(len(y)), lower=True, check_finite=False)
+    variance = 1 / (inverse**2).sum(axis=0)
+    return y - cho_solve((lower, True), y, check_finite=False) * variance, variance
 
 
 def _finished(
