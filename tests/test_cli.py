@@ -26,6 +26,7 @@ from widthsearch.bayesopt import pareto
 from widthsearch.proposers import BASELINES
 from widthsearch.space.loading import load_space
 from widthsearch.training.trainer import evaluate
+from widthsearch.widths import Widths
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +105,24 @@ def test_space_shows_what_a_widths_file_costs(command: CommandLine, tmp_path: Pa
     content = command.json(*asked)
     assert content["cost"]["macs"] == 193344
     assert content["widths"]["conv1"] == 8
-    path.write_text(path.read_text().replace('"conv1": 8', '"conv1": 7'))
-    assert "axis 'conv1' takes multiples of 2" in command.refusal(*asked)
+    assert content["on_grid"]
+    path.write_text(path.read_text().replace('"conv1": 8', '"conv1": 0'))
+    assert "axis 'conv1' takes 1 channel or more, but was given 0" in command.refusal(*asked)
+
+
+def test_widths_off_the_grid_are_read_with_a_line(command: CommandLine, tmp_path: Path) -> None:
+    """Whatever was written is read: widths of a pruned network, or of bounds that were wider."""
+    space, path = load_space(SPACE), tmp_path / "widths.json"
+    for first, reason in ((7, "takes multiples of 2"), (1000, "takes 2 to 24 channels")):
+        vector = (first, *space.base.vector[1:])
+        space.save_widths(path, Widths(space.names, vector))
+        asked = ("space", SPACE, "--widths", path)
+        printed = command(*asked)
+        assert f"{path} is off the grid that a search stays on: axis 'conv1' {reason}" in printed
+        content = command.json(*asked)
+        assert not content["on_grid"]
+        assert content["widths"]["conv1"] == first
+        assert content["cost"]["macs"] == int(space.macs(vector))
 
 
 def test_a_study_searches_its_constrained_space(command: CommandLine, tmp_path: Path) -> None:
@@ -273,7 +290,9 @@ def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: P
     content = json.loads((tmp_path / "widths.json").read_text())
     content["widths"]["conv1"] = 0
     (tmp_path / "widths.json").write_text(json.dumps(content))
-    with pytest.raises(widthsearch.WidthsearchError, match="axis 'conv1' takes 1 to"):
+    with pytest.raises(
+        widthsearch.WidthsearchError, match="axis 'conv1' takes 1 channel or more, but"
+    ):
         widthsearch.load(tmp_path, SPACE)
 
 

@@ -27,6 +27,7 @@ from widthsearch.study.sections import ProposerConfig
 from widthsearch.study.trial import unresolved_failures
 from widthsearch.training.recipe import EpochResult
 from widthsearch.utils.files import write_atomically
+from widthsearch.widths import off_grid
 
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
@@ -69,18 +70,22 @@ def space(options: argparse.Namespace) -> int:
     from widthsearch.utils.devices import check_device
 
     _, (space, *_) = _spaces(options)
-    widths = None if options.widths is None else space.load_widths(options.widths)
+    widths = None if options.widths is None else space.load_widths(options.widths, on_grid=False)
+    off = None if widths is None else off_grid(space.axes, widths)
     if options.json:
         content = space_tables.space_json(space)
         if widths is not None:
             content["widths"] = widths.to_json()
             content["cost"] = asdict(space.cost(widths))
+            content["on_grid"] = off is None
         print(json.dumps(content, indent=1))
     else:
         console = open_console()
         print_tables(console, space_tables.space_tables(space))
         if widths is not None:
             print_line(console, f"{options.widths}: {space_tables.cost_line(space, widths)}")
+        if off is not None:
+            print_line(console, f"{options.widths} is off the grid that a search stays on: {off}")
     if options.check:
         if options.device != "meta":
             check_device(options.device)

@@ -152,7 +152,8 @@ class StudyConfig(BaseModel):
         importance: What its channels are kept by: ``magnitude``, the L1 norm of filters;
             ``slimming``, the scales of norms; ``sensitivity`` or ``fisher``, by gradients on data.
         widths: Files of :meth:`~widthsearch.space.search_space.SearchSpace.save_widths` whose
-            networks are trained after the base and before all others, also off the grid.
+            networks are trained after the base and before all others, also off the grid, up to the
+            axes' bounds.
         prior: Earlier studies of the same axes and metric, under another recipe or resolution or of
             other data, whose trials the surrogate learns from: names in the same folder of studies,
             or folders. The share of their trials in it is learned.
