@@ -148,7 +148,7 @@ class StudyConfig(BaseModel):
             with the same seed, and ``pareto`` compares them. ``scratch_b`` trains from scratch for
             as many more epochs as the base's training takes in MACs (Scratch-B, Liu et al. 2019).
         weights: The base's weights: a file of its ``state_dict``, or a folder of ``widthsearch
-            train``.
+            train --search-data``.
         importance: What its channels are kept by: ``magnitude``, the L1 norm of filters;
             ``slimming``, the scales of norms; ``sensitivity`` or ``fisher``, by gradients on data.
         widths: Files of :meth:`~widthsearch.space.search_space.SearchSpace.save_widths` whose
