@@ -18,11 +18,13 @@ import torch
 from commands import ROOT, SPACE, CommandLine, small, study_file
 from digits import digits
 from refusals import refusals
+from strategies import refused
 
 import widthsearch
 from widthsearch import cli
 from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
+from widthsearch.errors import WidthsearchError
 from widthsearch.proposers import BASELINES
 from widthsearch.space.loading import load_space
 from widthsearch.training.trainer import evaluate
@@ -270,6 +272,26 @@ def test_train_compares_with_a_base_that_is_trained_alike(
     assert alike["by_seed"].keys() == card["test_accuracy"]["by_seed"].keys()
     assert f"the base, trained alike: {alike['mean']:.2f}%" in out
     assert {path.name for path in tmp_path.iterdir()} == {"widths.json", "weights.pt", "card.json"}
+
+
+def test_loading_says_what_is_missing_or_does_not_fit(runs: Path, tmp_path: Path) -> None:
+    """A folder, a file of it, or the tensor of another shape, whose name torch has in line two."""
+    for folder in (tmp_path / "none", Path(__file__)):
+        with refused(WidthsearchError, f"no folder {str(folder)!r} (looked in ", whole=False):
+            widthsearch.load(folder)
+    with refused(WidthsearchError, "give one that `widthsearch train` wrote, or", whole=False):
+        widthsearch.load(tmp_path)
+    study = Study.load("small", runs)
+    widthsearch.train(study, study.front()[0], seeds=1, epochs=1, folder=tmp_path, program=False)
+    file = tmp_path / "weights.pt"
+    state = torch.load(file)
+    for name, changed, reason in (
+        ("fc.bias", torch.zeros(3), "size mismatch for fc.bias: copying a param with shape torch"),
+        ("other", torch.zeros(3), 'Unexpected key(s) in state_dict: "other"; give the space that'),
+    ):
+        torch.save({**state, name: changed}, file)
+        with refused(WidthsearchError, f"state_dict for DigitsResNet: {reason}", whole=False):
+            widthsearch.load(tmp_path, SPACE)
 
 
 def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: Path) -> None:

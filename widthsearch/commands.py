@@ -319,7 +319,12 @@ def _rank_check(options: argparse.Namespace) -> int:
             f"{' and no '.join(given)}: leave one of the two out"
         )
     study, console = Study.load(options.study, options.runs), open_console()
-    metric = study.config.metric
+    metric, epochs = study.config.metric, study.config.recipe.epochs
+    if options.epochs is None:
+        raise StudyError(
+            f"--rank-check needs --epochs, those of a full training, more than the {epochs} of the "
+            f"study's recipe: --epochs {4 * epochs}, say"
+        )
 
     def on_epoch(training: str, result: EpochResult) -> None:
         value = f"{metric.name} {metric.text(result.value)}{metric.unit}"
@@ -327,7 +332,7 @@ def _rank_check(options: argparse.Namespace) -> int:
 
     check = rank_check(
         study,
-        options.epochs or 0,
+        options.epochs,
         members=6 if options.members is None else options.members,
         seeds=options.seeds,
         device=options.device,
