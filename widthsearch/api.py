@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
-from widthsearch.study.config import StudyConfig, read_yaml
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.earlier import EarlierStudy, check_distinct
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import Trial, TrialState, check_finished
+from widthsearch.utils.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     from widthsearch.data.tasks import Task
@@ -276,8 +277,7 @@ class Study:
         Args:
             seeds: The mean number of trainings that the front's members are to have; each next one
                 goes to the network on which it decides most.
-            on_progress: As in :meth:`run`.
-            quiet: As in :meth:`run`.
+            on_progress, quiet: As in :meth:`run`.
 
         Raises:
             WidthsearchError, KeyboardInterrupt: As :meth:`run`.
