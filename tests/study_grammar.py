@@ -90,7 +90,7 @@ VALID: dict[str, Strategy] = {
     "recipe.capture": st.booleans(),
     "start": one("scratch", ["scratch"]),
     "weights": one(None),  # tests/test_starts.py has files
-    "importance": one("magnitude", "slimming", "sensitivity", "fisher"),
+    "importance": one("magnitude"),  # the others go with weights
     "widths": one([], ["widths.json"]),
     "prior": one([]),  # tests/test_earlier.py has studies
     "proposers.method": one(*PROPOSERS, "own:small"),
@@ -297,6 +297,8 @@ def _choose_machine(drawn: Document, own: bool) -> None:
         drawn["concurrency"] = 2
     if "ray_address" not in drawn:
         drawn["device"] = "cpu"
+    if drawn.get("device", "cpu") == "cpu" and not own:
+        drawn["resources"] = {**drawn.get("resources", {}), "gpu": 0}
     elif drawn.get("device", "cpu") != "cpu":
         drawn["resources"] = {**drawn.get("resources", {}), "gpu": 1}
 

@@ -66,7 +66,7 @@ def test_a_study_is_found_by_name_folder_or_yaml(tmp_path: Path) -> None:
 
 def test_a_missing_study_is_an_error(tmp_path: Path) -> None:
     """The message suggests the closest name."""
-    with pytest.raises(StudyError, match="there is no 'tiny'; give a study's YAML, name or folder"):
+    with pytest.raises(StudyError, match=f"in '{tmp_path}', but there is no 'tiny'; give a"):
         Study.load("tiny", runs=tmp_path)
     tiny.run(tiny.study(tmp_path / "tiny", trials=1))
     with pytest.raises(StudyError, match="there is no 'tinny'; did you mean 'tiny'"):
@@ -76,7 +76,9 @@ def test_a_missing_study_is_an_error(tmp_path: Path) -> None:
 def test_a_study_without_a_run_has_no_trials(tmp_path: Path) -> None:
     """The error says so, and reading makes no files."""
     study = tiny.study(tmp_path / "tiny")
-    with pytest.raises(StudyError, match="study 'tiny' has no trials yet: run it first"):
+    place = tmp_path / "tiny" / "study.db"
+    message = rf"has no trials yet: run it first, or .* --runs FOLDER \(looked in .*{place}\)"
+    with pytest.raises(StudyError, match=message):
         study.trials()
     assert not (tmp_path / "tiny").exists()
 

@@ -18,14 +18,17 @@ import torch
 from commands import ROOT, SPACE, CommandLine, small, study_file
 from digits import digits
 from refusals import refusals
+from strategies import refused
 
 import widthsearch
 from widthsearch import cli
 from widthsearch.api import Study
 from widthsearch.bayesopt import pareto
+from widthsearch.errors import WidthsearchError
 from widthsearch.proposers import BASELINES
 from widthsearch.space.loading import load_space
 from widthsearch.training.trainer import evaluate
+from widthsearch.widths import Widths
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +107,24 @@ def test_space_shows_what_a_widths_file_costs(command: CommandLine, tmp_path: Pa
     content = command.json(*asked)
     assert content["cost"]["macs"] == 193344
     assert content["widths"]["conv1"] == 8
-    path.write_text(path.read_text().replace('"conv1": 8', '"conv1": 7'))
-    assert "axis 'conv1' takes multiples of 2" in command.refusal(*asked)
+    assert content["on_grid"]
+    path.write_text(path.read_text().replace('"conv1": 8', '"conv1": 0'))
+    assert "axis 'conv1' takes 1 channel or more, but was given 0" in command.refusal(*asked)
+
+
+def test_widths_off_the_grid_are_read_with_a_line(command: CommandLine, tmp_path: Path) -> None:
+    """Whatever was written is read: widths of a pruned network, or of bounds that were wider."""
+    space, path = load_space(SPACE), tmp_path / "widths.json"
+    for first, reason in ((7, "takes multiples of 2"), (1000, "takes 2 to 24 channels")):
+        vector = (first, *space.base.vector[1:])
+        space.save_widths(path, Widths(space.names, vector))
+        asked = ("space", SPACE, "--widths", path)
+        printed = command(*asked)
+        assert f"{path} is off the grid that a search stays on: axis 'conv1' {reason}" in printed
+        content = command.json(*asked)
+        assert not content["on_grid"]
+        assert content["widths"]["conv1"] == first
+        assert content["cost"]["macs"] == int(space.macs(vector))
 
 
 def test_a_study_searches_its_constrained_space(command: CommandLine, tmp_path: Path) -> None:
@@ -255,6 +274,26 @@ def test_train_compares_with_a_base_that_is_trained_alike(
     assert {path.name for path in tmp_path.iterdir()} == {"widths.json", "weights.pt", "card.json"}
 
 
+def test_loading_says_what_is_missing_or_does_not_fit(runs: Path, tmp_path: Path) -> None:
+    """A folder, a file of it, or the tensor of another shape, whose name torch has in line two."""
+    for folder in (tmp_path / "none", Path(__file__)):
+        with refused(WidthsearchError, f"no folder {str(folder)!r} (looked in ", whole=False):
+            widthsearch.load(folder)
+    with refused(WidthsearchError, "give one that `widthsearch train` wrote, or", whole=False):
+        widthsearch.load(tmp_path)
+    study = Study.load("small", runs)
+    widthsearch.train(study, study.front()[0], seeds=1, epochs=1, folder=tmp_path, program=False)
+    file = tmp_path / "weights.pt"
+    state = torch.load(file)
+    for name, changed, reason in (
+        ("fc.bias", torch.zeros(3), "size mismatch for fc.bias: copying a param with shape torch"),
+        ("other", torch.zeros(3), 'Unexpected key(s) in state_dict: "other"; give the space that'),
+    ):
+        torch.save({**state, name: changed}, file)
+        with refused(WidthsearchError, f"state_dict for DigitsResNet: {reason}", whole=False):
+            widthsearch.load(tmp_path, SPACE)
+
+
 def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: Path) -> None:
     """The message says what differs; a weights file that holds code is not run."""
     study = Study.load("small", runs)
@@ -273,7 +312,9 @@ def test_loading_refuses_another_space_and_other_weights(runs: Path, tmp_path: P
     content = json.loads((tmp_path / "widths.json").read_text())
     content["widths"]["conv1"] = 0
     (tmp_path / "widths.json").write_text(json.dumps(content))
-    with pytest.raises(widthsearch.WidthsearchError, match="axis 'conv1' takes 1 to"):
+    with pytest.raises(
+        widthsearch.WidthsearchError, match="axis 'conv1' takes 1 channel or more, but"
+    ):
         widthsearch.load(tmp_path, SPACE)
 
 

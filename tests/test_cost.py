@@ -91,7 +91,7 @@ def test_large_costs_stay_exact() -> None:
     form = QuadraticForm.from_poly({(0, 1): 1, (): 1}, [1, 1])
     w = 2**31 - 1
     assert int(form([w, w])) == w * w + 1
-    message = r"costs must be below 2\^63, but those of this space are up to 1\.8e\+19"
+    message = r"costs must be below 2\^63, but are up to 1\.8e\+19: lower the widths, the axes' max"
     with pytest.raises(SpaceError, match=message):
         form([2**32, 2**32])
     with pytest.raises(SpaceError, match=message):

@@ -226,7 +226,7 @@ def test_a_network_outside_of_bounds_that_were_narrowed_later_is_trained(tmp_pat
     export.train(study, outside, seeds=1, epochs=1, folder=tmp_path / "out")
     loaded = export.load(tmp_path / "out", narrowed)
     assert loaded.first.out_channels == outside.widths["first"]
-    with pytest.raises(WidthsError, match=r"axis 'first' takes 1 to .* channels, but was given 0"):
+    with pytest.raises(WidthsError, match="axis 'first' takes 1 channel or more, but was given 0"):
         narrowed.build(Widths(narrowed.names, (0, 8)))
 
 

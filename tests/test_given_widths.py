@@ -11,9 +11,11 @@ import torch
 from strategies import refused
 from torch import Tensor, nn
 
+from widthsearch.api import Study
 from widthsearch.errors import WidthsError
 from widthsearch.report.tables import origin_text
 from widthsearch.space.search_space import SearchSpace
+from widthsearch.utils.safe_yaml import load_yaml
 from widthsearch.widths import Widths
 
 
@@ -25,14 +27,14 @@ def saved(path: Path, *vector: int) -> str:
 
 def test_given_widths_come_after_the_base(tmp_path: Path) -> None:
     """Each with its file as the origin, off the grid too; then baselines and proposals."""
-    files = [saved(tmp_path / "half.json", 4, 4), saved(tmp_path / "odd.json", 5, 19)]
+    files = [saved(tmp_path / "half.json", 4, 4), saved(tmp_path / "odd.json", 5, 15)]
     study = tiny.study(tmp_path / "study", widths=files, trials=5)
     tiny.run(study, trials=2)
     tiny.run(study)
     base, half, odd, *others = study.trials()
     assert base.origin == {"base": True}
     assert (half.widths.vector, half.origin) == ((4, 4), {"given": files[0]})
-    assert (odd.widths.vector, origin_text(odd.origin)) == ((5, 19), "odd.json")
+    assert (odd.widths.vector, origin_text(odd.origin)) == ((5, 15), "odd.json")
     assert all("proposer" in trial.origin for trial in others)
 
 
@@ -67,6 +69,58 @@ def test_given_widths_outside_of_the_limits_are_left_out(tmp_path: Path) -> None
         "\n".join(messages)
     )
     assert all(trial.widths.vector != (16, 16) for trial in study.trials())
+
+
+def test_given_widths_above_the_bounds_are_trained_knowingly(tmp_path: Path) -> None:
+    """They are refused before anything is written; the way out works as it is written."""
+    file = saved(tmp_path / "wide.json", 4, 1001)
+    study = tiny.study(tmp_path / "study", widths=[file])
+    message = r"1001 channels of axis 'second', whose bound is 16: leave the file out, or raise"
+    with pytest.raises(WidthsError, match=message) as caught:
+        tiny.run(study)
+    assert not (tmp_path / "study").exists()
+    raised = load_yaml(str(caught.value).split("`")[1])
+    assert raised == {"constraints": {"max": {"second": 1002}}}
+    study = tiny.study(tmp_path / "study", widths=[file], **raised)
+    tiny.run(study, trials=2)
+    assert study.trials()[1].widths.vector == (4, 1001)
+
+
+def test_widths_that_a_complete_study_is_given_need_trials(tmp_path: Path) -> None:
+    """A line says so, with a number that suffices; hours that are over are named as well."""
+    tiny.run(tiny.study(tmp_path / "study", trials=3, hours=9))
+    files = [saved(tmp_path / f"{n}.json", n, n) for n in (3, 5, 8)]  # the last one is the base
+    late = "the study does not train the widths in"
+    few = "trials are too few; set `trials: 5` or more"
+
+    def warned(**changes: Any) -> tuple[Study, list[str]]:
+        study = tiny.study(tmp_path / "study", widths=files, **{"hours": 9, **changes})
+        progress = tiny.run(study)
+        return study, [each.message for each in progress if each.level == "warning"]
+
+    assert warned(trials=3)[1] == [f"{late} {files[0]}, {files[1]}: its 3 {few}"]
+    (line,) = warned(trials=5, hours=1e-9)[1]
+    assert line.endswith(f"{files[1]}: its 1e-09 hours are over; give it more `hours`")
+    some, lines = warned(trials=4)
+    assert lines == [f"{late} {files[1]}: its 4 {few}"]
+    assert some.trials()[3].widths.vector == (3, 3)
+    whole, lines = warned(trials=5)
+    assert not lines
+    assert whole.trials()[4].origin == {"given": files[1]}
+
+
+def test_given_widths_need_a_trial_for_each_start(tmp_path: Path) -> None:
+    """Two of each network."""
+    torch.save(tiny.space().build(tiny.space().base).state_dict(), tmp_path / "base.pt")
+    starts = {"start": ["scratch", "extract"], "weights": str(tmp_path / "base.pt")}
+    tiny.run(tiny.study(tmp_path / "study", trials=4, **starts))
+    file = saved(tmp_path / "odd.json", 3, 5)
+    study = tiny.study(tmp_path / "study", trials=4, widths=[file], **starts)
+    (line,) = [each.message for each in tiny.run(study) if each.level == "warning"]
+    assert line.endswith("its 4 trials are too few; set `trials: 6` or more")
+    study = tiny.study(tmp_path / "study", trials=6, widths=[file], **starts)
+    tiny.run(study)
+    assert [t.widths.vector for t in study.trials()[4:]] == [(3, 5), (3, 5)]
 
 
 class Residual(nn.Module):

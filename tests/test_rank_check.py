@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,13 @@ def test_members_are_trained_by_both_recipes_and_at_three_rates(tmp_path: Path) 
     assert np.array_equal(again.rates, check.rates)
     _, seen = checked(study, members=4, seeds=3)
     assert all("network 3/3" in line for line in seen)
-    assert check.correlation(kendall) == Correlation(1.0, 1.0, 1.0)
+    assert check.correlation(kendall) == Correlation(1.0, None)
     assert check.chance() == pytest.approx(1 / 24)
     printed = text_of(check)
-    assert "Kendall's τ 1.00 (90% interval 1.00 to 1.00)" in printed
+    assert "Kendall's τ 1.00, Spearman's ρ 1.00; 4 networks are too few for an inter" in printed
     assert "4.17% of all orders agree as well" in printed
-    assert "at lr 0.5: Kendall's τ with the order at lr 1 is 1.00" in printed
+    assert "at lr 0.5: Kendall's τ with the order at lr 1 is 1.00 at lr 2" in printed
+    assert "of three networks τ without ties can only be -1, -0.33, 0.33 or 1, and one" in printed
 
 
 def test_an_interrupted_check_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -110,10 +112,14 @@ def test_a_recipe_without_a_rate_has_no_report_of_it(tmp_path: Path) -> None:
 
 
 def test_the_command_needs_epochs(command: CommandLine, tmp_path: Path) -> None:
-    """More than the recipe has."""
+    """More than the recipe has; without any, it says how many."""
     tiny.run(small(tmp_path, recipe={"epochs": 2, "precision": "fp32"}))
     asked = ("train", "small", "--runs", tmp_path / "runs", "--rank-check")
-    assert "more epochs than the recipe's 2, but was given 0" in command.refusal(*asked)
+    missing = command.refusal(*asked)
+    assert "--rank-check needs --epochs, those of a full training, more than the 2 of" in missing
+    assert missing.endswith(" of the study's recipe: --epochs 8, say\n")
+    few = command.refusal(*asked, "--epochs", 2)
+    assert "more epochs than the recipe's 2, but was given 2" in few
     alone = command.refusal(*asked, "--pick", "best", "--search-data")
     assert "takes no --pick and no --search-data: leave one of the two out" in alone
     assert "--members is for --rank-check" in command.refusal(*asked[:-1], "--members", 4)
@@ -139,8 +145,17 @@ def test_the_interval_covers_the_noise_of_seeds() -> None:
     noisy = Correlation.of(
         kendall, truth + 9 * rng.normal(size=(6, 3)), truth + 9 * rng.normal(size=(6, 3))
     )
-    assert clear.value == 1 and clear.low > 0.9
-    assert noisy.high - noisy.low > 0.5
+    assert clear.value == 1 and clear.interval is not None and clear.interval[0] > 0.9
+    assert noisy.interval is not None and noisy.interval[1] - noisy.interval[0] > 0.5
+    assert re.fullmatch(r"0\.\d\d \(90% interval -?\d\.\d\d to \d\.\d\d\)", str(noisy))
+
+
+@pytest.mark.parametrize("networks", [3, 4, 5])
+def test_few_networks_have_no_interval(networks: int) -> None:
+    """However well they agree: of three networks each sixth order does so by chance."""
+    values = np.arange(float(networks))[:, None]
+    found = Correlation.of(kendall, values, values)
+    assert found == Correlation(1.0, (1.0, 1.0) if networks == 5 else None)
 
 
 def test_what_diverged_is_last_and_lower_errors_are_better() -> None:

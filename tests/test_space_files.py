@@ -21,6 +21,7 @@ from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.tracing import traced_model
 from widthsearch.tracing.inputs import sample
+from widthsearch.widths import Widths
 
 
 @given(st.data(), spaces)
@@ -90,6 +91,16 @@ def test_a_hand_edited_widths_file_is_checked(values: Any, message: str, tmp_pat
         space.load_widths(path)
     with refused(WidthsError, str(path), whole=False):
         space.load_widths(path)
+
+
+def test_widths_off_the_grid_are_loaded_on_request(tmp_path: Path) -> None:
+    """The refusal says how."""
+    space, path = space_of("Residual"), tmp_path / "widths.json"
+    odd = Widths(space.names, (5, 9))
+    space.save_widths(path, odd)
+    with refused(WidthsError, "off the grid: load_widths(path, on_grid=False)", whole=False):
+        space.load_widths(path)
+    assert space.load_widths(path, on_grid=False) == odd
 
 
 def test_a_missing_widths_file_is_named(tmp_path: Path) -> None:

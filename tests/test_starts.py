@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import own
 import pytest
 import tiny
 import torch
+from commands import CommandLine, small
 from conformance import small_task
 from rich.console import Console
 from strategies import space_of
@@ -447,3 +451,49 @@ def test_importances_that_read_data_need_a_loss(tmp_path: Path) -> None:
     both = config.model_copy(update={"start": ("extract", "scratch_b")})
     with pytest.raises(StudyError, match="`scratch_b` needs the epochs of the base's training"):
         _ = Study(both, tiny.space(), folder=tmp_path).base_weights
+
+
+def test_the_way_out_of_weights_of_another_network_works_as_written(
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A final training of a narrower network names a training of the base, and the base's as well.
+
+    That of the narrower network on the search's data would not do.
+    """
+    monkeypatch.chdir(tmp_path)
+    recipe = {"epochs": 1, "precision": "fp32"}
+    study = small(tmp_path, trials=2, recipe=recipe)
+    tiny.run(study)
+    for number in (0, 1):
+        train(study, study.pick(number), seeds=1, program=False)
+    settings = {"name": "cut", "start": "extract", "trials": 1, "recipe": recipe}
+    fault = "weights must be of the space's base network, whose 'conv1.weight' has the shape (16, "
+    for number, reason in ((1, fault), (0, "have seen the validation split of task 'digits'")):
+        with pytest.raises(StudyError) as caught:
+            _ = small(tmp_path, **settings, weights=f"runs/small/trained/{number}").base_weights
+        assert reason in str(caught.value)
+        (way,) = re.findall("train the base by `widthsearch (.*)`, and name", str(caught.value))
+        assert way == "train small --pick 0 --search-data --out FOLDER"
+    command(*shlex.split(way), "--seeds", 1, "--no-program")
+    assert small(tmp_path, **settings, weights="FOLDER").base_weights is not None
+
+
+def test_weights_of_a_final_training_of_an_own_trainer_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether its data has the validation split is not known; the search's data has it not."""
+    study = own.study(tmp_path / "own", trials=1, final_data=own.data)
+    with study.search() as search:
+        tiny.drive(search)
+    for search_data in (True, False):
+        folder = tmp_path / f"base-{search_data}"
+        train(study, study.pick(0), seeds=1, folder=folder, program=False, search_data=search_data)
+        settings = {"start": "extract", "weights": str(folder), "name": "cut"}
+        assert own.study(tmp_path / "cut", **settings).base_weights is not None
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == (not search_data)
+    assert lines == [
+        f"the weights of {str(folder)!r} are of a final training; if its data has the validation "
+        "split, on which networks are compared, train the base by `widthsearch train own --pick 0 "
+        "--search-data --out FOLDER`, and name that folder"
+    ]

@@ -9,9 +9,9 @@ its driver are imported where they are first needed.
 
 Example:
     >>> study = Study(StudyConfig(name="mine", trials=8), folder="runs/mine")
-    >>> study.front()
+    >>> study.front()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    widthsearch.errors.StudyError: study 'mine' has no trials yet: run it first
+    widthsearch.errors.StudyError: study 'mine' has no trials yet: run it first, or ...
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widthsearch.errors import StudyError, WidthsearchError, did_you_mean
-from widthsearch.study.config import StudyConfig, read_yaml
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.earlier import EarlierStudy, check_distinct
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import Trial, TrialState, check_finished
+from widthsearch.utils.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     from widthsearch.data.tasks import Task
@@ -96,10 +97,10 @@ class Study:
             if os.path.isfile(folder / "study.yaml"):  # noqa: PTH113  of any text, such as a long one
                 return cls(_stored_config(folder), folder=folder)
         known = [file.parent.name for file in Path(runs).glob("*/study.yaml")]
-        hint = did_you_mean(str(reference), known, "give a study's YAML, name or folder")
+        way = "give a study's YAML, name or folder, or the folder of the runs, --runs"
         raise StudyError(
-            f"a study must be a YAML file or have a folder in {str(runs)!r}, but there is no "
-            f"{str(reference)!r}; {hint}"
+            f"a study must be a YAML file or have a folder in {str(Path(runs).resolve())!r}, but "
+            f"there is no {str(reference)!r}; {did_you_mean(str(reference), known, way)}"
         )
 
     @cached_property
@@ -276,8 +277,7 @@ class Study:
         Args:
             seeds: The mean number of trainings that the front's members are to have; each next one
                 goes to the network on which it decides most.
-            on_progress: As in :meth:`run`.
-            quiet: As in :meth:`run`.
+            on_progress, quiet: As in :meth:`run`.
 
         Raises:
             WidthsearchError, KeyboardInterrupt: As :meth:`run`.

@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="build and run the narrowest, the widest and random networks, and compare their costs",
     )
-    add("--device", default="cpu", help="device of --check; meta computes shapes (default: cpu)")
+    add("--device", help="device of --check; meta computes shapes (default: cpu)")
     add("--json", action="store_true", help="print JSON")
 
     add = command(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from widthsearch.study.sections import ProposerConfig
 from widthsearch.study.trial import unresolved_failures
 from widthsearch.training.recipe import EpochResult
 from widthsearch.utils.files import write_atomically
+from widthsearch.widths import off_grid
 
 if TYPE_CHECKING:
     from widthsearch.space.search_space import SearchSpace
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Run a study, or resume it, and print its front."""
+    _goes_with("--json", options.json, "--dry-run", options.dry_run)
+    if options.dry_run:
+        _takes_no("--dry-run trains none of a study's trials", {"--retry": options.retry})
     study, console = Study.load(options.study, options.runs), open_console(stderr=options.json)
     if options.dry_run:
         return _dry_run(study, console, as_json=options.json)
@@ -68,23 +72,29 @@ def space(options: argparse.Namespace) -> int:
     """Print a space, and check it on request."""
     from widthsearch.utils.devices import check_device
 
+    _goes_with("--device", options.device, "--check", options.check)
     _, (space, *_) = _spaces(options)
-    widths = None if options.widths is None else space.load_widths(options.widths)
+    widths = None if options.widths is None else space.load_widths(options.widths, on_grid=False)
+    off = None if widths is None else off_grid(space.axes, widths)
     if options.json:
         content = space_tables.space_json(space)
         if widths is not None:
             content["widths"] = widths.to_json()
             content["cost"] = asdict(space.cost(widths))
+            content["on_grid"] = off is None
         print(json.dumps(content, indent=1))
     else:
         console = open_console()
         print_tables(console, space_tables.space_tables(space))
         if widths is not None:
             print_line(console, f"{options.widths}: {space_tables.cost_line(space, widths)}")
+        if off is not None:
+            print_line(console, f"{options.widths} is off the grid that a search stays on: {off}")
     if options.check:
-        if options.device != "meta":
-            check_device(options.device)
-        checked = space.check(device=options.device)
+        device = options.device or "cpu"
+        if device != "meta":
+            check_device(device)
+        checked = space.check(device=device)
         print(checked, file=sys.stderr if options.json else sys.stdout)
     return 0
 
@@ -99,6 +109,7 @@ def propose(options: argparse.Namespace) -> int:
     from widthsearch.study.job import own_task
     from widthsearch.study.proposals import propose_at_budget
 
+    _goes_with("--folder", options.folder, "--task", options.task)
     method = ProposerConfig.of(options.method, dict(options.set))
     task: AnyTask | None = None
     classes = None
@@ -175,6 +186,11 @@ def profile(options: argparse.Namespace) -> int:
 
 def pareto(options: argparse.Namespace) -> int:
     """Print a study's front and the best baselines, and write front.json."""
+    if options.json:
+        _takes_no("--json prints all reported numbers", {"--show": options.show})
+    if options.csv:
+        others = {"--families": options.families, "--show": options.show}
+        _takes_no("--csv prints the front with all reported numbers", others)
     study = Study.load(options.study, options.runs)
     posterior, forecasts = study.posterior(), None
     if options.families:
@@ -220,8 +236,7 @@ def train(options: argparse.Namespace) -> int:
         return _rank_check(options)
     from widthsearch import export
 
-    if options.members is not None:
-        raise StudyError("--members is for --rank-check: add it, or leave --members out")
+    _goes_with("--members", options.members is not None, "--rank-check", False)
     study = Study.load(options.study, options.runs)
     spec = options.pick or "knee"
     trial = study.pick(spec)
@@ -308,13 +323,14 @@ def _rank_check(options: argparse.Namespace) -> int:
         "--no-program": not options.program,
         "--search-data": options.search_data,
     }
-    if given := [name for name, value in others.items() if value]:
-        raise StudyError(
-            f"--rank-check trains members of the front on the search's data, and takes no "
-            f"{' and no '.join(given)}: leave one of the two out"
-        )
+    _takes_no("--rank-check trains members of the front on the search's data", others)
     study, console = Study.load(options.study, options.runs), open_console()
-    metric = study.config.metric
+    metric, epochs = study.config.metric, study.config.recipe.epochs
+    if options.epochs is None:
+        raise StudyError(
+            f"--rank-check needs --epochs, those of a full training, more than the {epochs} of the "
+            f"study's recipe: --epochs {4 * epochs}, say"
+        )
 
     def on_epoch(training: str, result: EpochResult) -> None:
         value = f"{metric.name} {metric.text(result.value)}{metric.unit}"
@@ -322,7 +338,7 @@ def _rank_check(options: argparse.Namespace) -> int:
 
     check = rank_check(
         study,
-        options.epochs or 0,
+        options.epochs,
         members=6 if options.members is None else options.members,
         seeds=options.seeds,
         device=options.device,
@@ -331,6 +347,18 @@ def _rank_check(options: argparse.Namespace) -> int:
     )
     print_tables(console, rank_tables(study.config.name, check))
     return 0
+
+
+def _goes_with(option: str, given: object, other: str, there: object) -> None:
+    """Refuse an option that does nothing without another one."""
+    if given and not there:
+        raise StudyError(f"{option} is for {other}: add it, or leave {option} out")
+
+
+def _takes_no(rule: str, others: Mapping[str, object]) -> None:
+    """Refuse options that would do nothing beside the one of a rule."""
+    if given := [name for name, value in others.items() if value]:
+        raise StudyError(f"{rule}, and takes no {' and no '.join(given)}: leave one of the two out")
 
 
 def _spaces(

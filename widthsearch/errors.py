@@ -109,9 +109,12 @@ _UNPICKLER = re.compile(r"WeightsUnpickler error: (?:Unsupported global: GLOBAL 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none.
 
+    A line that ends with a colon has the next one with it, as where tensors do not fit a network.
     Of torch's refusal to unpickle it is what the file holds, and not the advice to trust it.
 
     Example:
+        >>> first_line(RuntimeError("Error(s) in loading:\\n\\tMissing key(s): 'a'.\\n\\tMore."))
+        "Error(s) in loading: Missing key(s): 'a'."
         >>> first_line(ValueError("Weights only load failed … WeightsUnpickler error: Unsupported "
         ...     "global: GLOBAL numpy._core.multiarray.scalar was not an allowed global"))
         'it holds numpy._core.multiarray.scalar'
@@ -119,7 +122,8 @@ def first_line(error: BaseException) -> str:
     message = str(error)
     if (refused := _UNPICKLER.search(message)) is not None:
         return f"it holds {refused[1]}" if refused[1] else "it is no file of torch.save"
-    return (message.strip().splitlines() or [type(error).__name__])[0]
+    first, *others = message.strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def one_line(error: BaseException) -> str:

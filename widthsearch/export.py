@@ -393,11 +393,17 @@ def load(folder: str | Path, space: SearchSpace | str | None = None) -> nn.Modul
         WidthsError: The space has changed.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise StudyError(
+            f"a trained folder must be one that `widthsearch train` wrote, but there is no folder "
+            f"{str(folder)!r} (looked in {Path.cwd()})"
+        )
     for name in (CARD, WIDTHS, WEIGHTS):
         if not (folder / name).is_file():
             raise StudyError(
                 f"a trained folder must hold {WIDTHS}, {WEIGHTS} and {CARD}, but {str(folder)!r} "
-                f"has no file {name}; train the pick again"
+                f"has no file {name}; give one that `widthsearch train` wrote, or train the pick "
+                "again"
             )
     if not isinstance(space, SearchSpace | str | None):
         raise StudyError(
@@ -418,8 +424,8 @@ def load(folder: str | Path, space: SearchSpace | str | None = None) -> nn.Modul
         model.load_state_dict(state)
     except Exception as error:
         raise StudyError(
-            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line(error)}; give the space that "
-            "it was trained in, load(folder, space=...), or train the pick again"
+            f"{str(folder / WEIGHTS)!r} cannot be loaded: {first_line(error).rstrip('. ')}; give "
+            "the space that it was trained in, load(folder, space=...), or train the pick again"
         ) from error
     return model.eval()
 

@@ -100,9 +100,11 @@ class Axis:
                 f"a width must be an integer, but axis {self.name!r} was given {width!r}"
             )
         if not self.min_width <= width <= self.max_width:
+            least, s = self.min_width, "s" * (self.min_width > 1)
+            takes = f"to {self.max_width} channels" if width > least else f"channel{s} or more"
             raise WidthsError(
-                f"axis {self.name!r} takes {self.min_width} to {self.max_width} channels, "
-                f"but was given {width}; the nearest it takes is {self.nearest(width)}"
+                f"axis {self.name!r} takes {least} {takes}, but was given {width}; the nearest it "
+                f"takes is {self.nearest(width)}"
             )
         if width % self.step:
             raise WidthsError(
@@ -110,6 +112,21 @@ class Axis:
                 f"nearest it takes is {self.nearest(width)}"
             )
         return width
+
+
+def off_grid(axes: Sequence[Axis], widths: Mapping[str, int]) -> str | None:
+    """Why widths are off the grid of their axes, by the first of those; None where they are on it.
+
+    Example:
+        >>> off_grid([Axis("conv1", base=32, min_width=8, max_width=48, step=8)], {"conv1": 20})
+        "axis 'conv1' takes multiples of 8, but was given 20; the nearest it takes is 24"
+    """
+    try:
+        for axis in axes:
+            axis.check(widths[axis.name])
+    except WidthsError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
@@ -210,14 +227,21 @@ def write_widths(
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_widths(path: Path, name: str, axes: Sequence[Axis], space_fingerprint: str) -> Widths:
+def read_widths(
+    path: Path,
+    name: str,
+    axes: Sequence[Axis],
+    space_fingerprint: str,
+    grid: Sequence[Axis] = (),
+) -> Widths:
     """Read a width vector that :func:`write_widths` wrote; its widths may be edited by hand.
 
     Args:
         path: The file.
         name: The name of the space that the widths are for.
-        axes: That space's axes, with the grid that the widths must be on.
+        axes: That space's axes, with every width that its networks can have.
         space_fingerprint: That space's :func:`fingerprint`.
+        grid: The same axes, with the grid that the widths must be on, if they must.
 
     Raises:
         WidthsError: The file cannot be read, belongs to another space (the message names the
@@ -251,6 +275,10 @@ def read_widths(path: Path, name: str, axes: Sequence[Axis], space_fingerprint: 
             axis.check(widths[axis.name])
         except WidthsError as error:
             raise WidthsError(f"{str(path)!r}: {error}") from None
+    if reason := off_grid(grid, widths):
+        raise WidthsError(
+            f"{str(path)!r}: {reason}, or load it off the grid: load_widths(path, on_grid=False)"
+        )
     return Widths(names, tuple(widths[name] for name in names))
 
 

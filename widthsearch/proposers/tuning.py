@@ -139,11 +139,20 @@ def base_network(
     return model
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str,
+    otherwise: str = "save this model's, or leave `weights` out to train the base",
+) -> None:
     """Load a checkpoint of tensors, such as that of ``torch.save(model.state_dict(), path)``.
 
     The path may also be that of a ``.safetensors`` file, or of a folder of ``widthsearch train``.
     Names may have a prefix ``module.``, and the state may be under ``state_dict`` or ``model``.
+
+    Args:
+        model: The network.
+        path: The path.
+        otherwise: What to do where they are of another network.
 
     Raises:
         StudyError: The file cannot be read as tensors only, or lacks a tensor of the network.
@@ -180,8 +189,7 @@ def load_weights(model: nn.Module, path: str) -> None:
             )
             raise StudyError(
                 f"weights must be of the space's base network, whose {name!r} has the shape "
-                f"{tuple(tensor.shape)}, but {there} in {path!r}; save this model's, or leave "
-                "`weights` out to train the base"
+                f"{tuple(tensor.shape)}, but {there} in {path!r}; {otherwise}"
             )
     model.load_state_dict({name: state[name] for name in model.state_dict()})
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from widthsearch.report.console import short
 from widthsearch.report.tables import origin_text
-from widthsearch.study.rank_correlation import RATES, RankCheck, kendall, spearman
+from widthsearch.study.rank_correlation import ENOUGH, RATES, RankCheck, kendall, spearman
 
 
 def rank_tables(name: str, check: RankCheck) -> Group:
@@ -32,12 +32,17 @@ def rank_tables(name: str, check: RankCheck) -> Group:
         origin = Text(origin_text(trial.origin))
         table.add_row(str(trial.number), origin, short(trial.cost.macs), *cells)
     tau, rho = (check.correlation(statistic) for statistic in (kendall, spearman))
+    count = len(check.members)
+    by = (
+        f"{count} networks are too few for an interval, which needs {ENOUGH}"
+        if tau.interval is None
+        else "by a bootstrap over networks and seeds"
+    )
     parts: list[RenderableType] = [
         table,
         Text(
-            f"Kendall's τ {tau.value:.2f} (90% interval {tau.low:.2f} to {tau.high:.2f}), "
-            f"Spearman's ρ {rho.value:.2f} ({rho.low:.2f} to {rho.high:.2f}), by a bootstrap over "
-            f"networks and seeds; {check.chance():.2%} of all orders agree as well"
+            f"Kendall's τ {tau}, Spearman's ρ {rho}; {by}; {check.chance():.2%} of all orders "
+            "agree as well"
         ),
     ]
     if check.lr is None:
@@ -53,12 +58,15 @@ def rank_tables(name: str, check: RankCheck) -> Group:
     parts.append(rates)
     for i, rate in enumerate(RATES):
         if rate != 1:
-            found = check.rate_correlation(i)
             parts.append(
                 Text(
                     f"at lr {check.lr * rate:g}: Kendall's τ with the order at lr {check.lr:g} is "
-                    f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+                    f"{check.rate_correlation(i):.2f}"
                 )
             )
-    note = "narrow networks whose best lr differs from that of wide ones are not ranked fairly"
-    return Group(*parts, Text(note))
+    notes = (
+        "of three networks τ without ties can only be -1, -0.33, 0.33 or 1, and one order in six "
+        "agrees wholly by chance",
+        "narrow networks whose best lr differs from that of wide ones are not ranked fairly",
+    )
+    return Group(*parts, *map(Text, notes))

@@ -32,7 +32,7 @@ EXACT = 2**53
 
 def _too_large(cost: int) -> SpaceError:
     return SpaceError(
-        f"costs must be below 2^63, but those of this space are up to {cost:.1e}: lower the axes' "
+        f"costs must be below 2^63, but are up to {cost:.1e}: lower the widths, the axes' "
         "max_width or the input shape"
     )
 

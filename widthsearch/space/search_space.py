@@ -257,8 +257,9 @@ class SearchSpace:
         Raises:
             WidthsError: It cannot be read, is of another space, or off the grid (``on_grid``).
         """
-        axes = self.axes if on_grid else whole_groups(self.axes, self.trace.axes)
-        return read_widths(Path(path), self.name, axes, self.fingerprint)
+        every = whole_groups(self.axes, self.trace.axes)
+        grid = self.axes if on_grid else ()
+        return read_widths(Path(path), self.name, every, self.fingerprint, grid)
 
     def cost_form(self, quantity: str) -> QuadraticForm:
         """The quadratic form of one quantity of :class:`Cost`."""

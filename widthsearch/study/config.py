@@ -46,7 +46,7 @@ from widthsearch.study.sections import (
 )
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import reference_of
-from widthsearch.utils.safe_yaml import dump_yaml, load_yaml
+from widthsearch.utils.safe_yaml import dump_yaml, read_yaml
 from widthsearch.utils.validation import explain
 
 
@@ -148,11 +148,12 @@ class StudyConfig(BaseModel):
             with the same seed, and ``pareto`` compares them. ``scratch_b`` trains from scratch for
             as many more epochs as the base's training takes in MACs (Scratch-B, Liu et al. 2019).
         weights: The base's weights: a file of its ``state_dict``, or a folder of ``widthsearch
-            train``.
+            train --search-data``.
         importance: What its channels are kept by: ``magnitude``, the L1 norm of filters;
             ``slimming``, the scales of norms; ``sensitivity`` or ``fisher``, by gradients on data.
         widths: Files of :meth:`~widthsearch.space.search_space.SearchSpace.save_widths` whose
-            networks are trained after the base and before all others, also off the grid.
+            networks are trained after the base and before all others, also off the grid, up to the
+            axes' bounds.
         prior: Earlier studies of the same axes and metric, under another recipe or resolution or of
             other data, whose trials the surrogate learns from: names in the same folder of studies,
             or folders. The share of their trials in it is learned.
@@ -352,6 +353,11 @@ class StudyConfig(BaseModel):
                 f"device {self.device!r} needs resources.gpu above 0, but it is 0: 0.5 lets two "
                 "trials share one GPU"
             )
+        if self.device == "cpu" and self.resources.gpu and self.trainer is None:
+            raise ValueError(
+                f"resources.gpu is for device cuda, but is {self.resources.gpu:g} on device 'cpu': "
+                "set the device to cuda, or leave gpu out"
+            )
         if self.device.startswith("cuda:") and self.device != "cuda:0":
             raise ValueError(
                 f"device must be cpu or cuda, since Ray assigns the GPUs to trials, but is "
@@ -421,6 +427,11 @@ def _check_start(config: StudyConfig) -> None:
             f"start 'extract' and weights go together, but start is [{listed}] and weights are "
             f"{config.weights!r}: give both, or neither"
         )
+    if "extract" not in starts and config.importance != "magnitude":
+        raise ValueError(
+            f"importance is what 'extract' keeps channels by, but start is [{listed}] and "
+            f"importance {config.importance!r}: leave it out, or add extract with its weights"
+        )
     if "scratch_b" in starts and "extract" not in starts:
         raise ValueError(
             f"start 'scratch_b' is compared with 'extract', but start is [{listed}]: add it"
@@ -435,24 +446,6 @@ def _check_start(config: StudyConfig) -> None:
             "trials must be a multiple of the number of starts, since each network is trained from "
             f"each, but they are {config.trials} and [{listed}]"
         )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a study file.
-
-    Raises:
-        StudyError: It is not there, or is no mapping in safe YAML.
-    """
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
-    except ValueError as error:
-        raise StudyError(f"{path} is not safe YAML: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
-    return values
 
 
 _METRICS: Mapping[Any, Mapping[str, Any]] = {

@@ -122,15 +122,25 @@ def written_here(name: str) -> Iterator[None]:
         ) from error
 
 
+def without_password(url: str) -> str:
+    """A database's address as messages show it.
+
+    Example:
+        >>> without_password("postgresql://me:secret@host/studies")
+        'postgresql://me:***@host/studies'
+    """
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return re.sub(r"//[^/]*@", "//***@", url)
+
+
 def _storage_error(url: str, error: Exception) -> StorageError:
     cause: BaseException = error
     while (deeper := getattr(cause, "orig", None) or cause.__cause__) is not None:
         cause = deeper
     reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    try:
-        shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        shown = re.sub(r"//[^/]*@", "//***@", url)
+    shown = without_password(url)
     if isinstance(cause, ModuleNotFoundError):
         return StorageError(
             f"the storage {shown!r} needs its database's driver, but {reason}: install it with pip "

@@ -44,7 +44,7 @@ from widthsearch.study.proposals import (
     given_candidates,
     proposal_key,
 )
-from widthsearch.study.queue import may_be_retried
+from widthsearch.study.queue import given_without_trials, may_be_retried
 from widthsearch.study.sections import AnyRecipe
 from widthsearch.study.starts import BaseWeights
 from widthsearch.study.storage import Store
@@ -143,6 +143,8 @@ class Driver:
                 budget.record()
                 proposed += families.family_candidates(self.spaces, found, budgets, config.families)
             queue += self._within_limits([*given, *proposed], notify)
+            if reason := given_without_trials(queue, trials, config, budget.out_of_time()):
+                notify(reason, "warning")
             failed = unresolved_failures(trials) if retry else []
             if left := [t.number for t in failed if not may_be_retried(t, config.limits)]:
                 numbers = ", ".join(map(str, left))

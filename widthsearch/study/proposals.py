@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -233,19 +234,28 @@ def stored_proposals(
 
 
 def given_candidates(spaces: Mapping[str, SearchSpace], paths: Iterable[str]) -> list[Candidate]:
-    """The networks in widths files, each in the space that its file names.
+    """The networks in widths files, each in the space that its file names, also off its grid.
 
     Args:
         spaces: The spaces of the study by name.
         paths: The files.
 
     Raises:
-        WidthsError: A file cannot be read, or is of none of the spaces.
+        WidthsError: A file cannot be read, is of none of the spaces, or has a width above its
+            axis's bound, up to which costs are checked.
     """
     found = []
     for path in paths:
         space = spaces.get(space_in(Path(path)), next(iter(spaces.values())))
         widths = space.load_widths(path, on_grid=False)
+        for axis in space.axes:
+            if (width := widths[axis.name]) > axis.max_width:
+                enough = math.ceil(width / axis.step) * axis.step
+                raise WidthsError(
+                    f"a study trains widths up to its bounds, but {path!r} has {width} channels of "
+                    f"axis {axis.name!r}, whose bound is {axis.max_width}: leave the file out, "
+                    f"or raise the bound, `constraints: {{max: {{{axis.name!r}: {enough}}}}}`"
+                )
         found.append(Candidate(space.name, widths, {"given": path}))
     return found
 

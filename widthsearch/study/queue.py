@@ -6,8 +6,15 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from widthsearch.proposers.families import Candidate
+from widthsearch.study.config import StudyConfig
 from widthsearch.study.front import Limits, is_within_limits
-from widthsearch.study.trial import Architecture, Trial, TrialState, unresolved_failures
+from widthsearch.study.trial import (
+    Architecture,
+    Trial,
+    TrialState,
+    count_begun,
+    unresolved_failures,
+)
 
 
 class CandidateQueue:
@@ -66,3 +73,32 @@ class CandidateQueue:
 def may_be_retried(trial: Trial, limits: Limits) -> bool:
     """Whether a failed trial may come again: its costs are within the limits, or it is a base."""
     return bool(trial.origin.get("base")) or is_within_limits(trial.cost, limits)
+
+
+def given_without_trials(
+    candidates: Iterable[Candidate],
+    trials: Collection[Trial],
+    config: StudyConfig,
+    late: str | None,
+) -> str | None:
+    """A line on the networks of widths files that a study will not train; None where it trains all.
+
+    Args:
+        candidates: The study's candidates in their order.
+        trials: Its trials that have begun.
+        config: Its configuration.
+        late: Why no further trial begins; None where some may.
+    """
+    queue = CandidateQueue(trials, candidates, {}, retry=False)
+    begun = count_begun([trial for trial in trials if not trial.is_comparison])
+    starts = len(config.start)
+    room = 0 if late else config.trials // starts - begun
+    left = {n: c for n in range(1, len(queue) + 1) if (c := queue.pop()) and n > room}
+    given = {n: str(c.origin["given"]) for n, c in left.items() if "given" in c.origin}
+    if not given:
+        return None
+    needed = starts * (begun + max(given))
+    reason = f"{late}; give it more `hours`"
+    if late is None:
+        reason = f"its {config.trials} trials are too few; set `trials: {needed}` or more"
+    return f"the study does not train the widths in {', '.join(given.values())}: {reason}"

@@ -19,6 +19,11 @@ Array = NDArray[np.float64]
 RATES = (0.5, 1.0, 2.0)
 """Multiples of the recipe's learning rate."""
 
+ENOUGH = 5
+"""Networks of an interval. Where τ is 0.8 over all networks, the bootstrap's 90% interval has it in
+90% of the samples of five networks, in 75% of four and in 49% of three, where it is one point in
+half of them (1,000 samples each from a normal copula, three seeds a network)."""
+
 _DRAWS = 2000
 _EXACT = 40_320  # orders of 8 networks; of more a sample
 
@@ -29,24 +34,27 @@ class Correlation:
 
     Attributes:
         value: Kendall's τ-b or Spearman's ρ of the mean values.
-        low: The lower end of its 90% interval, by a bootstrap over networks and their seeds.
-        high: The upper end.
+        interval: Its 90% interval, by a bootstrap over networks and their seeds; None of fewer than
+            :data:`ENOUGH` networks.
 
     Example:
         >>> short, full = np.array([[1.0], [2.0], [3.0]]), np.array([[5.0], [7.0], [6.0]])
-        >>> round(Correlation.of(kendall, short, full).value, 2)
-        0.33
+        >>> found = Correlation.of(kendall, short, full)
+        >>> round(found.value, 2), found.interval
+        (0.33, None)
     """
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
     @classmethod
     def of(
         cls, statistic: Callable[[Array, Array], Array], first: Array, second: Array
     ) -> Correlation:
         """The correlation of two trainings of each network, (networks, seeds) each."""
+        value = float(statistic(first.mean(1)[None], second.mean(1)[None])[0])
+        if len(first) < ENOUGH:
+            return cls(value, None)
         rng = np.random.default_rng(0)
         shape = (_DRAWS, len(first))
         chosen = rng.integers(0, len(first), shape)
@@ -59,10 +67,14 @@ class Correlation:
             return drawn
 
         draws = statistic(resampled(first), resampled(second))
-        ends = np.nanquantile(draws, (0.05, 0.95)) if np.isfinite(draws).any() else (-1.0, 1.0)
-        return cls(
-            float(statistic(first.mean(1)[None], second.mean(1)[None])[0]), *map(float, ends)
-        )
+        low, high = np.nanquantile(draws, (0.05, 0.95)) if np.isfinite(draws).any() else (-1, 1)
+        return cls(value, (float(low), float(high)))
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:.2f}"
+        low, high = self.interval
+        return f"{self.value:.2f} (90% interval {low:.2f} to {high:.2f})"
 
 
 def kendall(first: Array, second: Array) -> Array:
@@ -125,10 +137,10 @@ class RankCheck:
         """A rank correlation of the short and the full trainings."""
         return Correlation.of(statistic, self._scores(self.short), self._scores(self.full))
 
-    def rate_correlation(self, rate: int) -> Correlation:
+    def rate_correlation(self, rate: int) -> float:
         """Kendall's τ of the three networks at the recipe's learning rate and at another one."""
         usual, other = (self._scores(self.rates[i]) for i in (RATES.index(1.0), rate))
-        return Correlation.of(kendall, usual, other)
+        return Correlation.of(kendall, usual, other).value
 
     def chance(self) -> float:
         """The share of all orders of the networks whose τ is as high as the one that was found."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from widthsearch.study.config import StudyConfig
 from widthsearch.study.job import own_task
 from widthsearch.study.sections import DATA_IMPORTANCES, Importance
 from widthsearch.widths import Widths
+
+_logger = logging.getLogger(__name__)
 
 _BATCHES = 4
 """Batches of the training split that an importance reads."""
@@ -225,16 +228,16 @@ def load_start(
             "and no loss: add `loss` and `batches`, or use magnitude or slimming"
         )
     card = _card(Path(config.weights))
-    if config.trainer is None and card.get("split") == "test":
-        _check_unseen(config, card, load_task)
     plain, epochs = space.unconstrained, _epochs(card)
     base = plain.build(plain.base, seed=0)
-    load_weights(base, config.weights)
+    load_weights(base, config.weights, f"{_training(card, 0)}; 0 is the ID of the base")
+    if card.get("split") == "test":
+        _check_unseen(config, card, load_task)
     if epochs is None and "scratch_b" in config.start:
         raise StudyError(
             "`scratch_b` needs the epochs of the base's training, but "
-            f"{config.weights!r} has no card with them: give a folder of `widthsearch train`, or "
-            "leave scratch_b out"
+            f"{config.weights!r} has no card with them: give a folder of `widthsearch train "
+            "--search-data`, or leave scratch_b out"
         )
     return BaseWeights.of(space, base.state_dict(), config.importance, task, epochs)
 
@@ -258,24 +261,39 @@ def _epochs(card: Mapping[str, Any]) -> float | None:
 def _check_unseen(
     config: StudyConfig, card: Mapping[str, Any], load_task: Callable[[], Task]
 ) -> None:
-    """Check that a final training of the built-in trainer was of another task.
+    """Check that a final training was of another task; warn where an own trainer hides it.
 
-    It is on the validation split too, so that networks which are cut from it would be compared on
-    images that their weights have seen.
+    That of the built-in trainer is on the validation split too, so that networks which are cut from
+    it would be compared on images that their weights have seen.
 
     Raises:
         StudyError: It was of this task.
     """
+    way = _training(card, card.get("trial"))
+    if config.trainer is not None or card.get("trainer") is not None:
+        _logger.warning(
+            "the weights of %r are of a final training; if its data has the validation split, on "
+            "which networks are compared, %s",
+            config.weights,
+            way,
+        )
+        return
     if config.task is not None and config.task.name != card.get("task"):
         return
     task = load_task()
     if (card.get("task"), card.get("classes")) == (task.name, list(task.names) or None):
         raise StudyError(
             f"the weights of {config.weights!r} have seen the validation split of task "
-            f"{task.name!r}, on which networks are compared: train the base by `widthsearch train "
-            f"{card.get('study')} --pick {card.get('trial')} --search-data --out FOLDER`, and name "
-            "that folder"
+            f"{task.name!r}, on which networks are compared: {way}"
         )
+
+
+def _training(card: Mapping[str, Any], trial: object) -> str:
+    """How to train the base by the study of a card, or by any, on the data of the search."""
+    return (
+        f"train the base by `widthsearch train {card.get('study', 'STUDY')} --pick {trial} "
+        "--search-data --out FOLDER`, and name that folder"
+    )
 
 
 def scratch_epochs(epochs: int, of_base: float, base_macs: int, macs: int) -> int:

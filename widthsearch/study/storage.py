@@ -43,6 +43,7 @@ from widthsearch.study.database import (
     lacks_tables,
     open_database,
     reaching,
+    without_password,
     written_here,
 )
 from widthsearch.study.earlier import EarlierStudy
@@ -191,7 +192,10 @@ class Store:
             StudyError: There is no such study in the storage, or it is of another schema.
             StorageError: The storage cannot be opened.
         """
-        missing = StudyError(f"study {name!r} has no trials yet: run it first")
+        missing = StudyError(
+            f"study {name!r} has no trials yet: run it first, or name the folder of the runs with "
+            f"it, --runs FOLDER (looked in {without_password(url)})"
+        )
         if url.startswith("sqlite:///"):
             file = sqlalchemy.engine.make_url(url).database
             if file and not Path(file).exists():  # opening would make an empty one

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from widthsearch.errors import first_line
+from widthsearch.errors import StudyError, first_line
 
 MOST_VALUES = 10_000
 """The most values of a document, where an alias counts as often as it is used."""
@@ -43,6 +44,24 @@ def load_yaml(text: str) -> Any:
         raise ValueError(first_line(error)) from error
     _check_extent(value)
     return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a study file.
+
+    Raises:
+        StudyError: It is not there, or is no mapping in safe YAML.
+    """
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StudyError(f"the study file {str(path)!r} cannot be read: {reason}") from None
+    except ValueError as error:
+        raise StudyError(f"{path} is not safe YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise StudyError(f"{path} must be a mapping of keys to values, such as `name: mine`")
+    return values
 
 
 class _Loader(yaml.SafeLoader):
