@@ -94,7 +94,7 @@ VALID: dict[str, Strategy] = {
     "widths": one([], ["widths.json"]),
     "prior": one([]),  # tests/test_earlier.py has studies
     "proposers.method": one(*PROPOSERS, "own:small"),
-    "proposers.activation_density.weights": one("reinit", "inherit"),
+    "proposers.activation_density.weights": one("reinit", "extract"),
     "proposers.activation_density.tolerance": share,
     "proposers.activation_density.patience": count,
     "proposers.activation_density.max_steps": st.none() | count,

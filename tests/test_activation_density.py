@@ -45,9 +45,9 @@ class TestActivationDensity(ProposerConformance):
 
 
 class TestInheriting(TestActivationDensity):
-    """The same with inherited weights."""
+    """The same with extracted weights."""
 
-    proposer = replace(QUICK, weights="inherit")
+    proposer = replace(QUICK, weights="extract")
 
 
 # --- the rules ---
@@ -179,17 +179,17 @@ def rows(run: Spy, of: str) -> set[bytes]:
     return {row.numpy().tobytes() for row in state["bn1.running_mean"]}
 
 
-def test_weights_are_initialised_anew_or_inherited(spy: type[Spy]) -> None:
-    """With `inherit`, a phase starts with filters of the last one; otherwise with none."""
+def test_weights_are_initialised_anew_or_extracted(spy: type[Spy]) -> None:
+    """With `extract`, a phase starts with filters of the last one; otherwise with none."""
     space = space_of("Residual")
     QUICK(space, small_task(), setting())
     first, second = spy.runs[:2]
     assert not rows(first, "now") & rows(second, "begun")
     spy.runs.clear()
-    proposal = replace(QUICK, weights="inherit")(space, small_task(), setting())
+    proposal = replace(QUICK, weights="extract")(space, small_task(), setting())
     first, second = spy.runs[:2]
     assert rows(second, "begun") < rows(first, "now")
-    assert [p["inherited"] for p in proposal.provenance["phases"][:2]] == [False, True]
+    assert [p["extracted"] for p in proposal.provenance["phases"][:2]] == [False, True]
 
 
 def narrow(space: SearchSpace, counts: list[Counts], widths: list[int]) -> tuple[Any, Any]:
@@ -234,26 +234,26 @@ def zero_padded() -> nn.Module:
 
 
 def test_channels_that_cannot_be_told_apart_start_from_new_weights(spy: type[Spy]) -> None:
-    """Such an axis is narrowed without inheriting, and the phase records that."""
+    """Such an axis is narrowed without extraction, and the phase records that."""
     space = SearchSpace.from_model(zero_padded, (3, 8, 8))
     assert graph_of(space).unknown
-    method = replace(QUICK, weights="inherit", drop=100.0)
+    method = replace(QUICK, weights="extract", drop=100.0)
     phases = method(space, small_task(), setting()).provenance["phases"]
     assert len(phases) >= 2
-    assert not any(phase["inherited"] for phase in phases)
+    assert not any(phase["extracted"] for phase in phases)
     assert all(None not in phase["densities"] for phase in phases)
 
 
 def test_tied_axes_have_one_density() -> None:
-    """Over all of their consumers, also with inherited weights."""
+    """Over all of their consumers, also with extracted weights."""
     free = space_of("Grouped")
     tied = free.constrained(tie=[["stem", "last"]])
     some = {4: (3.0, 4.0), 24: (1.0, 1.0), 8: (0.0, 2.0)}  # active and total of each group
     counts = [Counts(np.full(n, active), np.full(n, total)) for n, (active, total) in some.items()]
     assert density_of_axes(tied, counts) == (12 / 32, 1.0)
-    method = replace(QUICK, weights="inherit", drop=100.0)
+    method = replace(QUICK, weights="extract", drop=100.0)
     phases = method(tied, small_task(), setting()).provenance["phases"]
-    assert [phase["inherited"] for phase in phases] == [False] + [True] * (len(phases) - 1)
+    assert [phase["extracted"] for phase in phases] == [False] + [True] * (len(phases) - 1)
     assert len(phases) >= 2
 
 

@@ -36,6 +36,7 @@ from widthsearch.modules.probing import (
 )
 from widthsearch.modules.source import names_in_forward
 from widthsearch.modules.tree import SIZED, join
+from widthsearch.torch_internals import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ class Solver(Prober):
                         alone.update({leaf: {} for leaf in changed})
             if None in group.values():
                 self.uncertain.add(frame.call)
+                compared = self._compared(arguments, v)
+                group.update({leaf: compared for leaf, found in group.items() if found is None})
             solved.update({leaf: found for leaf, found in group.items() if found is not None})
         self._hold_factors(frame, original, arguments, solved, alone)
         yield from solved.items()
@@ -221,6 +224,19 @@ class Solver(Prober):
             if found is not None or responses is None:
                 break
         return responses, found
+
+    def _compared(self, arguments: Any, v: int) -> Follows | None:
+        """The last width of the modules among the arguments that is ``v`` at the base, if any.
+
+        A constructor that compares a number with the outputs of a module that it is given refuses
+        any other number.
+        """
+        _, *given = tree_leaves((*arguments.args, *arguments.kwargs.values()))
+        calls = [c for m in given if isinstance(m, nn.Module) and (c := self.call_of(m))]
+        within = tuple(f"{name}." for call in calls for name in call.names)
+        free = [where for where, n in self.samples.items() if n[0] == v and len(set(n)) > 1]
+        found = [where for where in free if f"{where[0]}.".startswith(within)]
+        return Follows(found[-1], slope=Fraction(1), offset=Fraction(0)) if found else None
 
     def _sized(self, layer: str, responses: Responses | None) -> Responses:
         """The responses of tensors, and of attributes that follow a width."""

@@ -48,7 +48,7 @@ class ActivationDensity:
     consumers.
 
     Attributes:
-        weights: ``reinit`` (default, as in the paper) initialises each phase anew; with ``inherit``
+        weights: ``reinit`` (default, as in the paper) initialises each phase anew; with ``extract``
             the densest channels of the last phase keep their weights.
         tolerance: A density has settled if its range over ``patience`` steps is within this share
             of its maximum; default 0.02.
@@ -76,7 +76,7 @@ class ActivationDensity:
         [(8,), (4,)]
     """
 
-    weights: Literal["reinit", "inherit"] = "reinit"
+    weights: Literal["reinit", "extract"] = "reinit"
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.02
     patience: Count = 1000
     max_steps: Count | None = None
@@ -105,7 +105,7 @@ class ActivationDensity:
                 stopped, untrained = "the next widths are below the lowest of interest", smaller
             if stopped is not None:
                 break
-            model = run.narrow(smaller) if self.weights == "inherit" else None
+            model = run.narrow(smaller) if self.weights == "extract" else None
             widths = smaller
         if len(phases) == 1 and untrained is None:
             untrained = first_power(space, widths, phases[0].densities)
@@ -154,7 +154,7 @@ class Phase:
     Attributes:
         widths: The widths of the network.
         macs: The MACs of the network.
-        inherited: Whether the network started with weights of the last phase.
+        extracted: Whether the network started with weights of the last phase.
         epochs: The number of epochs trained.
         steps: The number of steps in them.
         plateau: Whether the densities had settled by then.
@@ -171,7 +171,7 @@ class Phase:
 
     widths: Widths
     macs: int
-    inherited: bool
+    extracted: bool
     epochs: int
     steps: int
     plateau: bool
@@ -217,11 +217,11 @@ class _Phases:
     graph: DependencyGraph = field(init=False)
     counts: list[Counts] = field(init=False)
 
-    def train(self, widths: Widths, inherited: nn.Module | None) -> Phase:
-        """Train the inherited network, or a new one, of these widths until its densities settle."""
+    def train(self, widths: Widths, extracted: nn.Module | None) -> Phase:
+        """Train the extracted network, or a new one, of these widths until its densities settle."""
         method, space, setting = self.method, self.space, self.setting
         seed = int(np.random.SeedSequence((setting.seed, len(self.done))).generate_state(1)[0])
-        self.model = space.build(widths, seed=seed) if inherited is None else inherited
+        self.model = space.build(widths, seed=seed) if extracted is None else extracted
         plain = space.to_unconstrained(widths)
         self.graph = build_dependency_graph(space.unconstrained.model, plain)
         macs = space.cost(widths).macs
@@ -249,7 +249,7 @@ class _Phases:
                 f"held, but {divergence(trainer.curve[-1], recipe)}"
             )
         value = float(np.mean([each.value for each in trainer.curve[-_LAST:]]))
-        trained = inherited is not None, trainer.epoch, trainer.epoch * steps, plateau
+        trained = extracted is not None, trainer.epoch, trainer.epoch * steps, plateau
         phase = Phase(widths, macs, *trained, history[-1], value, self.task.measure)
         self.done.append(phase)
         return phase
