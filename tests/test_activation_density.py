@@ -290,7 +290,7 @@ def test_divergence_ends_the_method(spy: type[Spy]) -> None:
     proposal = QUICK(space_of("Residual"), small_task(), setting())
     assert proposal.provenance["stopped"] == "training diverged"
     assert proposal.provenance["phases"][-1]["accuracy"] is None
-    with pytest.raises(StudyError, match=r"diverged in epoch 1; lower lr \(1e\+30\)"):
+    with pytest.raises(StudyError, match=r"with lr=1e\+30 it diverged in epoch 1; lower it"):
         wild = replace(RECIPE, lr=1e30, warmup_epochs=0)
         ActivationDensity()(space_of("Plain"), small_task(), replace(setting(), recipe=wild))
 

@@ -24,6 +24,7 @@ from widthsearch.api import Study
 from widthsearch.data.loaders import DeviceLoader
 from widthsearch.errors import StorageError, StudyError, WidthsearchError, WidthsError
 from widthsearch.modules.source import source_digest
+from widthsearch.space.program import write_program
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training import job
 from widthsearch.training.recipe import EpochResult
@@ -345,6 +346,26 @@ def test_a_network_that_does_not_export_is_said_in_one_line(
     assert card["program"] == {"batch": None, "reason": reason}
     assert not (tmp_path / "out" / "model.pt2").exists()
     export.load(tmp_path / "out", study.space)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 8, batch_first=True)
+        self.last = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, 3) to (N, 1)."""
+        return self.last(self.gru(x)[0][:, -1])
+
+
+def test_a_recurrent_network_exports_without_a_warning(tmp_path: Path) -> None:
+    """torch warns of its list of weights; a warning is an error in tests."""
+    space = SearchSpace.from_model(Recurrent, (4, 3))
+    made = write_program(space, space.build(0.5).eval(), tmp_path / "model.pt2")
+    assert (made.batch, made.reason) == ("any", "")
 
 
 def test_a_card_has_the_studys_estimates_for_the_pick_and_the_base(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import refused, space_of, spaces, widths_of
+from torch import nn
 
 from widthsearch.errors import WidthsError
 from widthsearch.proposers import Proposal
@@ -150,6 +151,16 @@ def test_a_power_family_by_hand() -> None:
     wide = family.solve(2 * space.cost(space.base).macs)
     assert wide["stem"] == 16
     assert wide["conv1"] > 32
+
+
+def test_a_steep_trend_is_followed() -> None:
+    """An axis that costs little narrows at almost equal MACs: its α is below the least float."""
+    net = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 16), nn.Linear(16, 1))
+    space = SearchSpace.from_model(net, (512,), max_width=1.0)
+    family = PowerFamily.fit(space, [space.base, space.widths([64, 2])])
+    assert np.exp(family.log_alpha[1]) == 0.0
+    assert family.solve(space.cost(space.base).macs) == space.base
+    assert family.solve(space.cost([64, 8]).macs).vector == (64, 8)
 
 
 def test_a_power_family_is_not_fitted_to_clipped_widths() -> None:

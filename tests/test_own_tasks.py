@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import own
 import pytest
 import torch
 from conformance import OWN, small_task
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from widthsearch import cli
 from widthsearch.data.loaders import StreamLoader
 from widthsearch.data.tasks import AnyTask, OwnTask
-from widthsearch.errors import DataError
+from widthsearch.errors import DataError, StudyError, WidthsearchError
 from widthsearch.proposers import Setting, proposer_class
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.study.config import StudyConfig
@@ -32,45 +35,180 @@ def net() -> nn.Module:
     return own.space().build(own.space().base, seed=0)
 
 
+def no_gradient(network: nn.Module, batch: Any) -> Tensor:
+    """A loss that is cut from the network."""
+    return own.loss(network, batch).detach()
+
+
+def constant(network: nn.Module, batch: Any) -> Tensor:
+    """A loss of another network."""
+    return own.loss(own.Net(), batch)
+
+
+def not_a_number(network: nn.Module, batch: Any) -> Tensor:
+    """A loss that is not finite from the start."""
+    return own.loss(network, batch) * torch.nan
+
+
+def steep(network: nn.Module, batch: Any) -> Tensor:
+    """A finite loss whose gradient is not: the root of zero."""
+    return own.loss(network, batch) + (0 * network(batch["x"])).sqrt().mean()
+
+
+def one_pass(found: Iterator[Any]) -> Any:
+    """A function of batches that returns the same iterator at each call."""
+    return lambda split, seed: found
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda network, batch: network(batch["x"]),
+            r"a loss must be a tensor of one number, but 'own:loss' returned a tensor of shape "
+            r"\(24, 1\) and torch.float32; return the mean over the batch",
+        ),
+        (lambda network, batch: 0.5, "'own:loss' returned 0.5; return the mean"),
+        (lambda network, batch: None, "'own:loss' returned None; return the mean"),
+        (lambda network, batch: np.ones(()), r"'own:loss' returned an array of shape \(\) and"),
+        (lambda network, batch: (own.loss(network, batch), 0), "'own:loss' returned a tuple; "),
+        (
+            lambda network, batch: own.loss(network, batch) * 1j,
+            r"'own:loss' returned a tensor of shape \(\) and torch.complex64; return the mean",
+        ),
+        (
+            no_gradient,
+            r"a loss must have a gradient, but 'own:loss' returned a tensor of shape \(\) and "
+            "torch.float32 without one; compute it from the outputs of the network",
+        ),
+        (
+            lambda network, batch: (network(batch["x"]) > 0).sum(),
+            r"a loss must have a gradient, but 'own:loss' returned .* torch.int64 without one",
+        ),
+        (constant, "a loss must depend on the parameters of its network, but none has a gradient"),
+    ],
+)
+def test_a_loss_that_breaks_the_contract_is_refused(loss: Any, message: str) -> None:
+    """In one line that names the function and what it must return."""
+    with pytest.raises(DataError, match=message) as caught:
+        fit(net(), replace(TASK, loss_function=loss), OWN, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (lambda split, seed: [], "must have a batch of 'train' at each call, but '.*' had none"),
+        (
+            lambda split, seed: own.batches(split, 0) if seed == 0 else (),
+            "must have a batch of 'train' at each call, but '.*' had none; return a new list",
+        ),
+        (one_pass(own.batches("train", 0)), "a batch of 'train' at each call, but '.*' had none"),
+        (
+            lambda split, seed: own.batches(split, 0) if split == "train" else (),
+            "must have a batch of 'validation' at each call, but '.*' had none",
+        ),
+        (
+            lambda split, seed: None,
+            "`batches` must return the batches of a pass, as a list or by `yield`, but "
+            "'test_own_tasks:<lambda>' returned None",
+        ),
+        (lambda split, seed: own.data, "'test_own_tasks:<lambda>' returned a function"),
+        (lambda split, seed: own.data()[0], r"returned a tensor of shape \(64, 3\)"),
+        (lambda split, seed: {"x": own.data()[0]}, "<lambda>' returned a dict"),
+        (lambda split, seed: TensorDataset(*own.data()), "<lambda>' returned a TensorDataset"),
+        (
+            lambda split, seed: ["text"],
+            "a batch must be tensors, or tuples, .*, but `batches` has one of str",
+        ),
+        (lambda split, seed: [()], "but `batches` has one of tuple of nothing"),
+        (
+            lambda split, seed: [{"x": np.ones((2, 3)), "y": np.ones((2, 1))}],
+            "`batches` has one of dict of ndarray; convert arrays by torch.from_numpy",
+        ),
+        (lambda split, seed: [torch.ones(())], "`batches` has one of tensors without dims"),
+        (lambda split, seed: [torch.ones(0, 3)], "`batches` has one of no sample; leave it out"),
+    ],
+)
+def test_batches_that_break_the_contract_are_refused(batches: Any, message: str) -> None:
+    """In one line that names the function and what it must return."""
+    with pytest.raises(DataError, match=message) as caught:
+        fit(net(), replace(TASK, batch_function=batches), OWN, seed=0)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"loss_function": lambda network, batch: network(batch["x"])},
-            r"a loss must be a tensor of one number, but 'own:loss' returned \(24, 1\); return the",
-        ),
-        (
-            {"loss_function": lambda network, batch: 0.5},
-            "a loss must be a tensor of one number, but 'own:loss' returned 0.5; return the mean",
-        ),
-        (
-            {"batch_function": lambda split, seed: []},
-            "`batches` must have a batch of 'train' at each call, but had none",
-        ),
-        (
-            {"batch_function": lambda split, seed: own.batches(split, 0) if seed == 0 else ()},
-            "`batches` must have a batch of 'train' at each call, but had none",
-        ),
-        (
-            {
-                "batch_function": lambda split, seed: (
-                    own.batches(split, 0) if split == "train" else ()
-                )
-            },
-            "`batches` must have a batch of 'validation' at each call, but had none",
-        ),
-        (
-            {"batch_function": lambda split, seed: ["text"]},
-            "a batch must have tensors, but `batches` has one of str",
-        ),
+        ({"loss_function": lambda batch: 0}, r"loss must be a function of \(network, batch\), but"),
+        ({"loss_function": None}, "but 'own:loss' is not: it is None"),
+        ({"batch_function": own.data}, r"batches must be a function of \(split, seed\), but"),
     ],
 )
-def test_a_function_that_breaks_the_contract_is_refused(
-    changes: dict[str, Any], message: str
-) -> None:
-    """In one line that names the function."""
+def test_functions_of_other_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
+    """When the task is made."""
     with pytest.raises(DataError, match=message):
-        fit(net(), replace(TASK, **changes), OWN, seed=0)
+        replace(TASK, **changes)
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "sensitivity": {},
+    "slimming": {"trainings": 1},
+    "activation_density": {"max_steps": 1},
+    "fisher": {"every": 2},
+    "magnitude": {"every": 2},
+    "taylor": {"every": 2},
+}
+"""The methods that need gradients of an own loss, with fields that make them quick."""
+
+
+@pytest.mark.parametrize("method", QUICK)
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (no_gradient, "a loss must have a gradient, but 'own:loss'"),
+        (constant, "the loss does not depend on the network|a loss must depend on the parameters"),
+        (not_a_number, "must be finite, but are not|its loss is nan for the first batch, before"),
+    ],
+)
+def test_every_method_names_the_fault_of_a_loss(method: str, loss: Any, message: str) -> None:
+    """Before any step the learning rate is not the reason."""
+    task, setting = replace(TASK, loss_function=loss), Setting(recipe=OWN, lowest=0.5)
+    with pytest.raises(WidthsearchError, match=message) as caught:
+        proposer_class(method)(**QUICK[method])(own.space(), task, setting)
+    assert "lower" not in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_at_the_start_is_named() -> None:
+    """The first loss is finite, and the weights after one step are not."""
+    with pytest.raises(StudyError, match=r"the gradient of '\w+\.\w+' is not finite for the first"):
+        fit(net(), replace(TASK, loss_function=steep), OWN, seed=0)
+
+
+def test_a_validation_loss_that_is_not_finite_is_told_from_divergence() -> None:
+    """The message has the loss of both splits."""
+
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return own.loss(network, batch) * (1 if network.training else torch.nan)
+
+    task = replace(TASK, loss_function=loss)
+    message = r"in epoch 1 its loss was [\d.]+ on 'train' and not finite on 'validation'; see"
+    with pytest.raises(StudyError, match=message):
+        proposer_class("fisher")(every=1)(own.space(), task, Setting(recipe=OWN))
+
+
+def test_methods_that_do_not_train_count_no_batches() -> None:
+    """A pass may then be endless; a stream of a DataLoader has no length."""
+
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(own.data()[0].split(16))
+
+    assert (
+        StreamLoader(replace(TASK, batch_function=lambda *_: DataLoader(Stream(), None))).steps == 4
+    )
+    endless = replace(TASK, batch_function=lambda split, seed: cycle(own.batches(split, seed)))
+    assert proposer_class("sensitivity")()(own.space(), endless, Setting()).trajectory
 
 
 def test_label_smoothing_is_refused() -> None:

@@ -371,6 +371,23 @@ def test_a_figure_of_the_validation_split_is_called_so(
     assert (card[key]["mean"] == 12.5) == ("trainer" in changes)
 
 
+def reporting_nan(network: nn.Module, trial: TrainingTrial[own.Steps]) -> None:
+    """The metric of a final training is not a number, whatever the loss is."""
+    trial.report({"accuracy": float("nan") if trial.final else 1.0, "loss": 0.5})
+
+
+def test_a_final_training_without_a_metric_is_one_line(tmp_path: Path) -> None:
+    """It names the metric, the loss and the trainer: the learning rate need not be the reason."""
+    study = own.study(tmp_path, trainer=reporting_nan)
+    with study.search() as search:
+        tiny.drive(search, trials=1)
+    message = (
+        r"accuracy is nan and the loss 0\.5; see how 'test_own_trainer:reporting_nan' computes it"
+    )
+    with pytest.raises(StudyError, match=message):
+        export.train(study, study.trials()[0], seeds=1, epochs=2, folder=tmp_path / "out")
+
+
 def test_a_final_training_is_resumed(tmp_path: Path) -> None:
     """From its last checkpoint, or with nothing left to train, to the same weights."""
 

@@ -30,6 +30,7 @@ READS: dict[str, Read] = {
     "chosen": lambda m, h, ids, mask: h[mask.bool()],
     "nonzero": lambda m, h, ids, mask: h[:, mask[0].nonzero()[:, 0]],
     "written": lambda m, h, ids, mask: h if _written(mask).any() else h.sum(),
+    "on the CPU": lambda m, h, ids, mask: h.cpu()[:, : int(mask.sum().cpu())].to(h.device),
 }
 
 

@@ -77,3 +77,19 @@ def test_only_running_trials_are_reported(tmp_path: Path) -> None:
         search.report(second.number, [epoch(1)])
     with pytest.raises(StudyError, match="but that has ended"):
         search.ask()
+
+
+def test_a_search_that_is_not_entered_says_so(tmp_path: Path) -> None:
+    """In one line; nothing has begun, and the study can be driven."""
+    study = tiny.study(tmp_path, trials=2)
+    search: Any = study.search()
+    for use in (lambda: search.ask(), lambda: search.report(0, []), lambda: search.trials):
+        with pytest.raises(
+            StudyError, match=r"`search` must be entered, `with .*search\(\) as"
+        ) as e:
+            use()
+        assert "\n" not in str(e.value)
+    with pytest.raises(StudyError, match="`confirmation` must be entered"):
+        study.confirmation().ask()  # type: ignore[attr-defined]
+    with search as entered:
+        assert entered.ask() is not None

@@ -78,6 +78,13 @@ def test_the_penalty_by_hand() -> None:
     assert scale.grad.tolist() == [1.5, 0.625, 1.0]
 
 
+def test_scales_without_a_gradient_remain() -> None:
+    """A frozen norm is not trained."""
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    penalise([frozen], 0.25, 0.125)
+    assert frozen.grad is None
+
+
 def test_polarisation_by_hand() -> None:
     """Of 64 scales, those below a tenth of the largest; without norms there is none."""
     _, model, _ = network_of("Residual")

@@ -174,6 +174,7 @@ WRONG = {
     "size": ((3, 9, 9), "mat1 and mat2 shapes cannot be multiplied "),
     "a batch": ((1, 3, 8, 8), "input (1, 3, 8, 8): Expected 3D (unbatched) or 4D (batched) input"),
     "two": (((3, 8, 8), (3, 8, 8)), "forward() takes 2 positional arguments but 3 were given; "),
+    "a tensor": (torch.zeros(9), "input 'torch.float32 (9,)': Expected 3D"),
 }
 
 

@@ -29,6 +29,7 @@ from widthsearch.study.earlier import EarlierStudy, check_distinct
 from widthsearch.study.front import pick
 from widthsearch.study.posterior import MetricPosterior
 from widthsearch.study.trial import Trial, TrialState, check_finished
+from widthsearch.utils.blocks import block
 from widthsearch.utils.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
@@ -153,8 +154,7 @@ class Study:
         """A space's reference in the configuration; None if it was given as an object."""
         if self._given:
             return None
-        references = self.config.spaces or (self.config.space,)
-        return dict(zip(self.spaces, references, strict=True))[name]
+        return dict(zip(self.spaces, self.config.spaces or (self.config.space,), strict=True))[name]
 
     @cached_property
     def task(self) -> Task:
@@ -288,7 +288,7 @@ class Study:
         ):
             session.train(search, lambda: _unread(self), self.base_weights)
 
-    @contextmanager
+    @block
     def search(
         self,
         on_progress: OnProgress | None = None,
@@ -318,7 +318,7 @@ class Study:
             self.failures = driver.failures
             yield search
 
-    @contextmanager
+    @block
     def confirmation(
         self, seeds: int = 3, on_progress: OnProgress | None = None
     ) -> Iterator[Confirmation]:

@@ -215,10 +215,13 @@ class _FinalTraining:
             )
             result = _train_to_the_end(self.job, model, training, i)
             if not math.isfinite(result.value):
-                recipe = self.job.recipe
+                job = self.job
+                way = f"see how {job.name!r} computes it, or lower its learning rate"
+                if isinstance(job.recipe, Recipe):
+                    way = f"lower the recipe's lr (now {job.recipe.lr:g})"
                 raise StudyError(
-                    f"training diverged in epoch {result.epoch} with seed {seed}: lower the "
-                    f"recipe's lr{f' (now {recipe.lr})' if isinstance(recipe, Recipe) else ''}"
+                    f"training diverged in epoch {result.epoch} with seed {seed}: {job.metric} is "
+                    f"{result.value} and the loss {result.loss}; {way}"
                 )
             weights = model.state_dict() if i == 0 else {}
             networks.append(_Network(seed, tuple(training.curve), weights))

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Generator, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -290,10 +291,6 @@ class StreamLoader:
 
     Attributes:
         batch_size: The number of samples in the last batch.
-        steps: The number of batches of a pass.
-
-    Raises:
-        DataError: The task has no batches of "train".
 
     Example:
         >>> from widthsearch.data.tasks import OwnTask
@@ -309,11 +306,23 @@ class StreamLoader:
 
     def __init__(self, task: OwnTask, device: torch.device | str = "cpu") -> None:
         self._task, self._device = task, device
-        found = task.batches("train", 0)
-        self.steps = len(found) if isinstance(found, Sized) else sum(1 for _ in found)
-        if not self.steps:
-            raise without_batches("train")
         self.batch_size = 0  # known with the first batch
+
+    @cached_property
+    def steps(self) -> int:
+        """The number of batches of a pass; counted by a pass where they have no length.
+
+        Raises:
+            DataError: The task has no batches of "train".
+        """
+        found: Any = self._task.batches("train", 0)
+        try:
+            count = len(found)
+        except TypeError:  # of a generator, or of a DataLoader of a stream
+            count = sum(1 for _ in found)
+        if not count:
+            raise self._task.without_batches("train")
+        return count
 
     def passes(self, steps: int) -> float:
         """The share of a pass that so many steps are."""
@@ -349,13 +358,8 @@ class StreamLoader:
             for batch in self._task.batches("train", seed):
                 yield batch
             if batch is None:
-                raise without_batches("train")
+                raise self._task.without_batches("train")
             batch = None
-
-
-def without_batches(split: str) -> DataError:
-    """The error of a split without batches."""
-    return DataError(f"`batches` must have a batch of {split!r} at each call, but had none")
 
 
 def moved(batch: Any, device: torch.device | str) -> Any:
@@ -367,12 +371,26 @@ def samples(batch: Any) -> int:
     """The number of samples of a batch: the length of its first tensor.
 
     Raises:
-        DataError: The batch has no tensor.
+        DataError: The batch has no tensor, or no sample.
     """
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return len(leaf)
-    raise DataError(f"a batch must have tensors, but `batches` has one of {type(batch).__name__}")
+    leaves = tree_leaves(batch)
+    found = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), None)
+    if found:
+        return found
+    what, way = "no sample", "; leave it out"
+    if found is None:
+        kinds = {
+            "tensors without dims" if isinstance(leaf, Tensor) else type(leaf).__name__
+            for leaf in leaves
+        }
+        held = f"{type(batch).__name__} of " if not any(leaf is batch for leaf in leaves) else ""
+        what, way = held + (", ".join(sorted(kinds)) or "nothing"), ""
+        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+            way = "; convert arrays by torch.from_numpy"
+    raise DataError(
+        "a batch must be tensors, or tuples, lists and mappings of tensors, of one sample or more, "
+        f"but `batches` has one of {what}{way}"
+    )
 
 
 def _parts(order: Tensor, size: int) -> list[Tensor]:

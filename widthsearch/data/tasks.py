@@ -13,7 +13,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from widthsearch.data import sources
 from widthsearch.data.config import REPORTED, Augmentation, LossName, TaskConfig
 from widthsearch.data.folders import ImageFiles, Loading, progress_bar
-from widthsearch.data.loaders import StreamLoader, loader_of
+from widthsearch.data.loaders import StreamLoader, loader_of, samples
 from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.errors import DataError, did_you_mean
 from widthsearch.utils.devices import cores, free_memory
-from widthsearch.utils.references import load_function
+from widthsearch.utils.references import check_takes, load_function, reference_of
 
 _SAMPLE = 4096
 """Images in files of which mean and standard deviation are computed, where there are more."""
@@ -69,25 +69,66 @@ class OwnTask:
     name: str = "loss"
     measure: ClassVar[str] = "loss"
     minimized: ClassVar[bool] = True
+    SIGNATURES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "loss": ("network", "batch"),
+        "batches": ("split", "seed"),
+    }
+
+    def __post_init__(self) -> None:
+        names, functions = (self.name, self._batches), (self.loss_function, self.batch_function)
+        for (key, takes), name, function in zip(
+            self.SIGNATURES.items(), names, functions, strict=True
+        ):
+            check_takes(key, name, function, takes, DataError)
 
     def loss(self, network: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, ().
 
         Raises:
-            DataError: The user's function returns something else.
+            DataError: The batch has no tensor, or the user's function returns something else, or a
+                number without a gradient where gradients are on.
         """
+        samples(batch)
         value = self.loss_function(network, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shown = tuple(value.shape) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             raise DataError(
-                f"a loss must be a tensor of one number, but {self.name!r} returned {shown!r}; "
-                "return the mean over the batch"
+                f"a loss must be a tensor of one number, but {self.name!r} returned "
+                f"{_described(value)}; return the mean over the batch"
+            )
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters())
+        if trained and not value.requires_grad:
+            raise DataError(
+                f"a loss must have a gradient, but {self.name!r} returned {_described(value)} "
+                "without one; compute it from the outputs of the network that it is given, without "
+                "`detach`, `item` or `no_grad`"
             )
         return value.reshape(())
 
     def batches(self, split: SplitName, seed: int) -> Iterable[Any]:
-        """The batches of a pass over a split."""
-        return self.batch_function(split, seed)
+        """The batches of a pass over a split.
+
+        Raises:
+            DataError: The user's function returns no iterable, or a single batch.
+        """
+        found = self.batch_function(split, seed)
+        single = isinstance(found, str | Mapping | Tensor | np.ndarray | np.generic)
+        if single or not isinstance(found, Iterable):
+            raise DataError(
+                "`batches` must return the batches of a pass, as a list or by `yield`, but "
+                f"{self._batches!r} returned {_described(found)}"
+            )
+        return found
+
+    def without_batches(self, split: SplitName) -> DataError:
+        """The error of a split without batches."""
+        return DataError(
+            f"`batches` must have a batch of {split!r} at each call, but {self._batches!r} had "
+            "none; return a new list or generator each time"
+        )
+
+    @property
+    def _batches(self) -> str:
+        return reference_of(self.batch_function)
 
     def shown(self, value: float) -> str:
         """The mean loss on the validation split, in words."""
@@ -209,6 +250,15 @@ class Task:
     def shown(self, value: float) -> str:
         """The number on the validation split that methods compare networks by, in words."""
         return f"{self.measure} {f'{value:.4g}' if self.minimized else f'{value:.1f}%'}"
+
+
+def _described(value: Any) -> str:
+    """A value that a user's function returned, in a few words."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} of shape {tuple(value.shape)} and {value.dtype}"
+    short = value is None or isinstance(value, bool | int | float | complex | str)
+    return repr(value) if short else f"a {type(value).__name__}"
 
 
 AnyTask = Task | OwnTask

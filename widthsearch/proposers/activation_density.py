@@ -17,6 +17,7 @@ from widthsearch.data.tasks import AnyTask, steps_of_epoch
 from widthsearch.errors import StudyError
 from widthsearch.proposers.density import Counts, DensityMeter, Rules
 from widthsearch.proposers.protocol import Count, Finite, Proposal, Setting
+from widthsearch.proposers.tuning import divergence
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer
@@ -244,8 +245,8 @@ class _Phases:
             )
         if math.isnan(trainer.curve[-1].value) and widths == space.base:
             raise StudyError(
-                f"activation_density needs a recipe that trains, but the base network diverged in "
-                f"epoch {trainer.epoch}; lower lr ({recipe.lr:g}), since a phase holds the peak"
+                "activation_density needs a recipe that trains the base network, with its peak lr "
+                f"held, but {divergence(trainer.curve[-1], recipe)}"
             )
         value = float(np.mean([each.value for each in trainer.curve[-_LAST:]]))
         trained = extracted is not None, trainer.epoch, trainer.epoch * steps, plateau

@@ -147,7 +147,7 @@ class PowerFamily(Family):
 
     Attributes:
         space: The space.
-        alpha: α, shape (axes,).
+        log_alpha: ln α, shape (axes,); α itself may be too small for a float where β is large.
         beta: β, shape (axes,), at least 0: no axis narrows as the network grows.
 
     Example:
@@ -161,7 +161,7 @@ class PowerFamily(Family):
     """
 
     space: SearchSpace
-    alpha: NDArray[np.float64]
+    log_alpha: NDArray[np.float64]
     beta: NDArray[np.float64]
 
     @classmethod
@@ -169,23 +169,23 @@ class PowerFamily(Family):
         """Fit a trajectory that has members of at least two different MACs."""
         vectors = np.array([widths.vector for widths in trajectory])
         tau, logs = np.log(space.macs(vectors)), np.log(vectors)
-        alpha, beta = np.zeros((2, len(space.axes)))
+        log_alpha, beta = np.zeros((2, len(space.axes)))
         for i, axis in enumerate(space.axes):
             clipped = np.flatnonzero(vectors[:, i] <= axis.min_width)
             end = clipped[0] + 1 if len(clipped) else len(vectors)
             away = tau[:end] - tau[:end].mean()
             if away.any():
                 beta[i] = max(0.0, away @ logs[:end, i] / (away @ away))
-            alpha[i] = np.exp(logs[:end, i].mean() - beta[i] * tau[:end].mean())
-        return cls(space, alpha, beta)
+            log_alpha[i] = logs[:end, i].mean() - beta[i] * tau[:end].mean()
+        return cls(space, log_alpha, beta)
 
     def tau_at(self, axis: int, width: Fraction) -> float:
         """The τ, in MACs, at which the axis has this width before rounding."""
-        ratio, beta = float(width) / self.alpha[axis], self.beta[axis]
+        log_ratio, beta = math.log(width) - self.log_alpha[axis], self.beta[axis]
         if beta > 0:
             with np.errstate(over="ignore"):
-                return float(np.float64(ratio) ** (1 / beta))
-        return 0.0 if ratio <= 1 else math.inf
+                return float(np.exp(log_ratio / beta))
+        return 0.0 if log_ratio <= 0 else math.inf
 
 
 def scale_proposal(

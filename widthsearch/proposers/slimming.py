@@ -147,9 +147,13 @@ def first_sparsity(recipe: Recipe, task: AnyTask) -> float:
 
 
 def penalise(scales: Sequence[Tensor], sparsity: float, weight_decay: float) -> None:
-    """Add to the gradients of scales those of λ|γ|, λ sign(γ), and of weight decay."""
+    """Add to the gradients of scales those of λ|γ|, λ sign(γ), and of weight decay.
+
+    Scales without a gradient are frozen, or of norms that the loss does not use: they remain.
+    """
     for scale in scales:
-        assert scale.grad is not None
+        if scale.grad is None:
+            continue
         scale.grad.add_(scale.detach().sign(), alpha=sparsity)
         scale.grad.add_(scale.detach(), alpha=weight_decay)
 

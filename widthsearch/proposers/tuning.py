@@ -21,7 +21,7 @@ from widthsearch.errors import SpaceError, StudyError, one_line
 from widthsearch.proposers.importance import GreedyRemoval, Per
 from widthsearch.proposers.protocol import Checkpoint, Count, LearningRate, Proposal, Setting
 from widthsearch.space.search_space import SearchSpace
-from widthsearch.training.recipe import Recipe
+from widthsearch.training.recipe import EpochResult, Recipe
 from widthsearch.training.sgd import SgdSteps, StepHook
 from widthsearch.training.trainer import evaluate, fit, placed
 from widthsearch.utils.devices import check_device, deterministic_cudnn, seeded
@@ -215,10 +215,27 @@ def train_base(
     )
     if math.isnan(curve[-1].value):
         raise StudyError(
-            f"the base network must train before it is pruned, but with lr={recipe.lr} it "
-            "diverged; lower it"
+            f"the base network must train before it is pruned, but {divergence(curve[-1], recipe)}"
         )
     return curve[-1].value
+
+
+def divergence(last: EpochResult, recipe: Recipe) -> str:
+    """What the last epoch of a training that diverged shows, and the way out.
+
+    Example:
+        >>> divergence(EpochResult(3, math.inf, math.nan, 1.0), Recipe(lr=0.1))
+        'with lr=0.1 it diverged in epoch 3; lower it'
+        >>> divergence(EpochResult(3, 0.25, math.nan, 1.0), Recipe(lr=0.1))
+        "in epoch 3 its loss was 0.25 on 'train' and not finite on 'validation'; see that split, \
+or lower lr (0.1)"
+    """
+    if last.loss is not None and math.isfinite(last.loss):
+        return (
+            f"in epoch {last.epoch} its loss was {last.loss:.4g} on 'train' and not finite on "
+            f"'validation'; see that split, or lower lr ({recipe.lr:g})"
+        )
+    return f"with lr={recipe.lr:g} it diverged in epoch {last.epoch}; lower it"
 
 
 @dataclass(frozen=True)

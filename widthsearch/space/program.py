@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,11 +116,17 @@ def _check(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the log of torch.export, which repeats each error over many lines."""
+    """Without the log of torch.export, which repeats each error over many lines, and its warnings.
+
+    It warns of a recurrent layer's list of weights, which it takes for tensors that a pass assigns.
+    What a program computes is compared, whatever it warns of.
+    """
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)

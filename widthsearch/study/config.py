@@ -47,7 +47,7 @@ from widthsearch.study.sections import (
 from widthsearch.training.recipe import Recipe
 from widthsearch.utils.references import reference_of
 from widthsearch.utils.safe_yaml import dump_yaml, read_yaml
-from widthsearch.utils.validation import explain
+from widthsearch.utils.validation import boolean_as_number, explain
 
 
 def _count_or_auto(value: Any) -> Any:
@@ -250,6 +250,8 @@ class StudyConfig(BaseModel):
             raise StudyError(f"{message}{_form(message)}") from None
         except SpaceError as error:
             raise StudyError(f"constraints: {error}") from None
+        if fault := boolean_as_number(values, self, ""):
+            raise StudyError(fault)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from widthsearch.data.tasks import OwnTask
@@ -11,7 +10,7 @@ from widthsearch.study.config import StudyConfig
 from widthsearch.training.job import Job, own_job
 from widthsearch.training.recipe import OwnRecipe, recipe_values
 from widthsearch.training.trainer import train_classifier
-from widthsearch.utils.references import load_function, reference_of
+from widthsearch.utils.references import check_takes, load_function, reference_of
 
 
 def study_job(config: StudyConfig, *, final: bool = False) -> Job:
@@ -59,27 +58,12 @@ def check_functions(config: StudyConfig) -> None:
     Raises:
         StudyError: One cannot be imported, or takes other arguments.
     """
-    signatures = {
-        "data": (),
-        "final_data": (),
-        "loss": ("network", "batch"),
-        "batches": ("split", "seed"),
-    }
+    signatures = {"data": (), "final_data": (), **OwnTask.SIGNATURES}
     for key, arguments in signatures.items():
         if (function := getattr(config, key)) is None:
             continue
         loaded = load_function(function, StudyError)
-        try:
-            signature = inspect.signature(loaded)
-        except (TypeError, ValueError):  # some callables of C have none
-            continue
-        try:
-            signature.bind(*arguments)
-        except TypeError as error:
-            raise StudyError(
-                f"{key} must be a function of ({', '.join(arguments)}), but "
-                f"{reference_of(function)!r} is not: {error}"
-            ) from None
+        check_takes(key, reference_of(function), loaded, arguments, StudyError)
 
 
 def load_data(config: StudyConfig, *, final: bool) -> Any:

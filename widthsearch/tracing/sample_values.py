@@ -118,6 +118,8 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.overloadpacket in _INDEXED:
             args = (args[0], self._positions(args[1]), *args[2:])
         tensors = list(tensors_among((*args, *kwargs.values())))
+        if func is aten._to_copy.default and tensors[0].device.type == "meta":
+            kwargs = {**kwargs, "device": None}  # all of a run is on meta, also after x.cpu()
         if tensors and all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
             return func(*args, **kwargs)
         if not self._known(func, tensors, args, kwargs):

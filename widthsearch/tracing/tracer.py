@@ -40,7 +40,7 @@ from widthsearch.modules.tree import (
     sync_attributes,
     tensors_of,
 )
-from widthsearch.torch_internals import ConvNd, buffers_of
+from widthsearch.torch_internals import ConvNd, buffers_of, tree_map_only
 from widthsearch.tracing.collection import SizeSymbol, collect, numel
 from widthsearch.tracing.inputs import Inputs, as_inputs
 from widthsearch.tracing.interpreter import TraceInterrupted, execute
@@ -109,8 +109,9 @@ def trace(model: nn.Module, inputs: Inputs, demands: Demands = Demands()) -> Tra
         except TraceInterrupted as stop:
             if not stop.layer or reason_within(stop.layer, fixed) is not None:
                 if (failure := forward_error(model, inputs)) is not None:
+                    shown = tree_map_only(Tensor, lambda t: f"{t.dtype} {(*t.shape,)}", inputs)
                     raise TraceError(
-                        f"the model fails on its input {inputs!r}: {first_line(failure)}; give one "
+                        f"the model fails on its input {shown!r}: {first_line(failure)}; give one "
                         "sample as the model takes it: a shape without the batch, or a tensor "
                         "where the dtype matters"
                     ) from failure

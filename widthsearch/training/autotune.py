@@ -27,7 +27,7 @@ from torch import nn
 
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import Task
-from widthsearch.errors import DeviceError, first_line, one_line
+from widthsearch.errors import DeviceError, StudyError, first_line, one_line
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.recipe import Recipe
 from widthsearch.training.trainer import Trainer, evaluate, evaluation_batch
@@ -101,8 +101,11 @@ def probe_precision(
         for precision in ("fp32", "bf16")
     ]
     # The first steps create the kernels and are not counted. fp32 creates the common ones.
-    fp32, bf16 = (trainer.run_epoch().seconds for trainer in trainers)
-    # If the network diverges at once, its trials will report that.
+    try:
+        fp32, bf16 = (trainer.run_epoch().seconds for trainer in trainers)
+    except StudyError:  # the loss is not finite at the start: trials will report that
+        return PrecisionProbe("fp32", 1.0, 0, device, threads)
+    # The same if the network diverges at once.
     if bf16 > 3 * fp32 or any(trainer.finished for trainer in trainers):
         return PrecisionProbe("fp32", fp32 / bf16, 0, device, threads)
     started = time.perf_counter()

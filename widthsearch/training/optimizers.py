@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from widthsearch.errors import StudyError, first_line
 from widthsearch.training.recipe import Recipe
-from widthsearch.utils.validation import hint
+from widthsearch.utils.validation import boolean_as_number, hint
 
 _CLASSES: Mapping[str, type[torch.optim.Optimizer]] = {
     name.lower(): each
@@ -153,6 +153,9 @@ def _chosen(
         if key not in known or key in _OF_TRAINER:
             names = known.keys() - {*taken, *_OF_TRAINER}
             raise StudyError(f"unknown key '{place}.optimizer.{key}'{hint(key, names)}")
+        default = known[key].default
+        if fault := boolean_as_number(own[key], default, f"{place}.optimizer.{key}"):
+            raise StudyError(fault)
     if recipe.weight_decay and "weight_decay" not in known:
         raise StudyError(
             f"torch's {chosen.__name__} has no weight decay, but {place}.weight_decay is "

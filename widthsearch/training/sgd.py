@@ -9,6 +9,7 @@ them. Group learning runs each batch twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.data.loaders import DeviceLoader, StreamLoader
+from widthsearch.errors import DataError, StudyError
 from widthsearch.training.cuda_graphs import CudaGraphStep
 from widthsearch.training.optimizers import has_tensor_rate, make_optimizer, why_no_graph
 from widthsearch.training.recipe import Recipe
@@ -95,6 +97,7 @@ class SgdSteps:
         groups = parameter_groups(model, recipe.weight_decay)
         self.optimizer = make_optimizer(groups, recipe, self._rate)
         self._numbers: Iterator[float] | None = None  # the rates, where they are no tensor
+        self._fault_at_start: str | None = None  # "" without one; None before the first batch
         capture = recipe.capture and hook is None and loader.resident
         self._graph = CudaGraphStep(model, device, capture, why_no_graph(self.optimizer))
 
@@ -114,6 +117,10 @@ class SgdSteps:
             generator: Draws the order of samples and the augmentation, on the CPU.
             rates: The learning rate of each step.
             epoch: As in :meth:`DeviceLoader.draws`.
+
+        Raises:
+            StudyError: The loss is not finite, and was not at the first batch, or its gradients.
+            DataError: The loss does not depend on the network.
         """
         assert len(rates) == self._count
         self._loader.begin(self._count, generator, epoch)
@@ -124,11 +131,19 @@ class SgdSteps:
         self._model.train()
         self._graph.run(self._step, self._count)
         self.optimizer.zero_grad()  # gradients in the graph's memory would keep it alive
-        return self._loss.item() / self._count
+        mean = self._loss.item() / self._count
+        if self._fault_at_start and not math.isfinite(mean):
+            raise StudyError(
+                f"a network must begin with a finite loss, but {self._fault_at_start} for the "
+                "first batch, before any step, whatever lr is: see the loss, the batch and the "
+                "network's outputs for it"
+            )
+        return mean
 
     def load_optimizer(self, state: dict[str, object]) -> None:
         """Continue with the state of another optimizer, see ``optimizer.state_dict()``."""
         self.optimizer.load_state_dict(state)
+        self._fault_at_start = ""  # the start was that optimizer's
         if has_tensor_rate(self.optimizer):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate
@@ -146,11 +161,32 @@ class SgdSteps:
         def backward() -> Tensor:
             with self._cast:
                 loss = self._loader.loss(self._model, batch, self._smoothing)
-            torch.autograd.backward(loss)
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
+            if self._fault_at_start is None:  # never in a CUDA graph, which waits for no value
+                self._fault_at_start = _fault_at_start(self._model, loss)
             return loss.detach()
 
         self._loss.add_(self._hook(self.optimizer, backward))
         self._at.add_(1)
+
+
+def _fault_at_start(model: nn.Module, loss: Tensor) -> str:
+    """What is not finite of the first batch, after its backward pass, in words; "" for nothing.
+
+    Raises:
+        DataError: No parameter has a gradient.
+    """
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    if not gradients:
+        raise DataError(
+            "a loss must depend on the parameters of its network, but none has a gradient: compute "
+            "the loss from the outputs of the network that it is given, and train some parameter"
+        )
+    if not loss.isfinite():
+        return f"its loss is {loss.item()}"
+    broken = (k for k, gradient in gradients.items() if not gradient.isfinite().all())
+    return next((f"the gradient of {k!r} is not finite" for k in broken), "")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

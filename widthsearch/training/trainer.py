@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from widthsearch.data.config import REPORTED
-from widthsearch.data.loaders import DeviceLoader, StreamLoader, loader_of, moved, without_batches
+from widthsearch.data.loaders import DeviceLoader, StreamLoader, loader_of, moved
 from widthsearch.data.losses import LOSSES
 from widthsearch.data.sources import Split
 from widthsearch.data.tasks import AnyTask, OwnTask, Task
@@ -112,7 +112,11 @@ class Trainer:
         return f"{precision}, {devices.format_name(self._layout)}, {self._sgd.mode}"
 
     def run_epoch(self) -> EpochResult:
-        """Train for one epoch and evaluate on the validation split."""
+        """Train for one epoch and evaluate on the validation split.
+
+        Raises:
+            StudyError, DataError: The loss is not finite before any step, or has no gradient.
+        """
         assert not self.finished
         number, steps = self.epoch + 1, self._train.steps
         first = self.epoch * steps
@@ -223,7 +227,7 @@ def _own_loss(
         ]
     model.train(training)
     if not losses:
-        raise without_batches("validation")
+        raise task.without_batches("validation")
     mean = math.fsum(losses) / len(losses)
     return {task.measure: mean if math.isfinite(mean) else math.nan}
 

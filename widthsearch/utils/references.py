@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +65,37 @@ def load_function(
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise error(f"{reference!r}: {where} has no function {name!r}{hint}")
     return function  # type: ignore[no-any-return]
+
+
+def check_takes(
+    key: str, name: str, function: Any, arguments: Sequence[str], error: type[Exception]
+) -> None:
+    """Check that a function takes so many positional arguments.
+
+    Args:
+        key: The function's key in the configuration, for the message.
+        name: Its reference, for the message.
+        function: The function; one without a signature, such as some of C, is not checked.
+        arguments: The names of the arguments.
+        error: The type of the error that is raised where it takes others.
+
+    Example:
+        >>> check_takes("loss", "mine", lambda network: 0.0, ("network", "batch"), SpaceError)
+        Traceback (most recent call last):
+        widthsearch.errors.SpaceError: loss must be a function of (network, batch), but 'mine' is \
+not: too many positional arguments
+    """
+    rule = f"{key} must be a function of ({', '.join(arguments)}), but {name!r} is not"
+    if not callable(function):
+        raise error(f"{rule}: it is {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as cause:
+        raise error(f"{rule}: {cause}") from None
 
 
 def file_digest(function: Callable[..., Any]) -> str | None:

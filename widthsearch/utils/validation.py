@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -72,6 +73,9 @@ def validated_dataclass(
                 validate(self, *args, **fields)
             except ValidationError as cause:
                 raise error(explain(cause, {place: made}, place)) from None
+            given = {**dict(zip(_keys(made), args, strict=False)), **fields}
+            if fault := boolean_as_number(given, self, place):
+                raise error(fault)
 
         made.__init__ = construct
         return made  # type: ignore[no-any-return]
@@ -104,9 +108,42 @@ def filled(cls: Any, values: Mapping[str, Any], place: str) -> Any:
     for key in values.keys() - set(known):
         raise StudyError(f"unknown key {f'{place}.{key}'.lstrip('.')!r}{hint(key, known)}")
     try:
-        return TypeAdapter(cls).validate_python(values)
+        made = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise StudyError(explain(error, {place: cls}, place)) from None
+    if fault := boolean_as_number(values, made, place):
+        raise StudyError(fault)
+    return made
+
+
+def boolean_as_number(given: Any, made: Any, place: str) -> str | None:
+    """The fault of the first true or false that a validation took for a number; None without one.
+
+    A bool of Python is an int, so that pydantic takes ``epochs: true`` for one epoch.
+
+    Args:
+        given: The value before its validation.
+        made: The value after it.
+        place: Its place in the configuration.
+
+    Example:
+        >>> boolean_as_number({"lr": True, "flip": True}, {"lr": 1.0, "flip": True}, "recipe")
+        'recipe.lr must be a number, but was True'
+    """
+    if isinstance(given, bool):
+        number = isinstance(made, int | float) and not isinstance(made, bool)
+        kind = "a whole number" if isinstance(made, int) else "a number"
+        return f"{place} must be {kind}, but was {given!r}" if number else None
+    inner: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(given, Mapping):
+        inner = (
+            (k, v, made.get(k) if isinstance(made, Mapping) else getattr(made, str(k), None))
+            for k, v in given.items()
+        )
+    elif isinstance(given, list | tuple) and isinstance(made, list | tuple):
+        inner = zip(itertools.count(), given, made, strict=False)
+    faults = (boolean_as_number(v, m, f"{place}.{k}".lstrip(".")) for k, v, m in inner)
+    return next(filter(None, faults), None)
 
 
 def explain(error: ValidationError, sections: Mapping[str, Any], root: str = "") -> str:
