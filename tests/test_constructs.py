@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exact_space import exact_space
+from exact_space import IMAGE, exact_space
 from torch import Tensor, nn
 
 from widthsearch.space.search_space import SearchSpace
@@ -87,3 +87,34 @@ def test_a_number_that_a_configuration_computes_reaches_the_constructor() -> Non
     options = Options(16, 4)
     options.inner = 24
     equals_its_class(space, {"1": 24}, made(Mixers, options, given=True))
+
+
+class Named(nn.Conv2d):
+    """A subclass that passes on what it does not name."""
+
+    def __init__(self, in_channels: int, out_channels: int, **more: Any) -> None:
+        super().__init__(in_channels, out_channels, padding=more["kernel_size"] // 2, **more)
+
+
+class Renamed(nn.Conv2d):
+    """A subclass with a name of its own for the groups."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, g: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=1, groups=g)
+
+
+class Depthwise(nn.Sequential):
+    """A depthwise layer of such a class."""
+
+    def __init__(self, c: int, more: int, kind: Any) -> None:
+        groups = {"g": c} if kind is Renamed else {"groups": c}
+        layer = kind(in_channels=c, out_channels=more * c, kernel_size=3, **groups)
+        super().__init__(nn.Conv2d(3, c, 1), layer, nn.Conv2d(more * c, 4, 1))
+
+
+@pytest.mark.parametrize("kind", [Named, Renamed])
+@pytest.mark.parametrize("more", [1, 2])
+def test_groups_of_a_subclass_of_a_convolution_follow_its_channels(kind: Any, more: int) -> None:
+    """They change with channels that torch names, and by themselves they are refused."""
+    space = exact_space(lambda: Depthwise(16, more, kind), IMAGE)
+    equals_its_class(space, {"0": 6}, made(Depthwise, 6, more, kind))
