@@ -245,6 +245,22 @@ def test_operations_that_are_followed(name: str) -> None:
     assert bases(exact_space(make, inputs)) == expected
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_a_composite_operation_without_a_python_kernel_is_followed() -> None:
+    """``meshgrid`` without ``indexing`` has none: it runs as the views that it is made of."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows, columns = torch.meshgrid(*map(torch.arange, x.shape[2:]))
+        channels, _ = torch.meshgrid(m.scale, torch.ones(3))
+        x = m.a(x * (rows + columns)) * channels[None, :, :1, None]
+        return m.o(x.mean((2, 3)))
+
+    def make() -> nn.Module:
+        return Model(forward, **conv(o=nn.Linear(16, 4)), scale=nn.Parameter(torch.ones(16)))
+
+    assert bases(exact_space(make, IMAGE)) == {"a": (16, 1)}
+
+
 def test_plain_tensors_keep_their_values() -> None:
     """They may be read; only tensors that a network computes have no values."""
 

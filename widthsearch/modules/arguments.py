@@ -49,9 +49,11 @@ def integers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
+    own = getattr(value, "__dict__", {})
     if dataclasses.is_dataclass(value):  # they may have slots
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return list(getattr(value, "__dict__", {}).items())
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        own = {**fields, **own}  # and numbers that they compute from their fields
+    return list(own.items())
 
 
 def with_integers(value: Any, numbers: Mapping[Path, int]) -> Any:

@@ -171,6 +171,7 @@ class Solver(Prober):
             leaves.update({(f"#{number}", path): v for path, v in integers(value)})
         wide = frame.call in self._sizing
         equal: dict[int, dict[Leaf, Follows | None]] = {}
+        known: dict[int, list[Leaf]] = {}
         alone: dict[Leaf, Responses] = {}
         for leaf, v in leaves.items():
             repeated = self._repeated(frame.module, layer, leaf, v)
@@ -181,6 +182,8 @@ class Solver(Prober):
                     self.uncertain.add(frame.call)
             elif repeated is not None:
                 yield leaf, repeated
+                if repeated.where is not None:
+                    known.setdefault(v, []).append(leaf)
             elif v > 1 and (wide or any(_related(v, size) for size in free)):
                 responses, found = self._probed(frame, original, arguments, (leaf,), v)
                 if responses is None or found is not None:
@@ -201,6 +204,11 @@ class Solver(Prober):
                     if _is_free(common):
                         group.update(dict.fromkeys(changed, common))
                         alone.update({leaf: {} for leaf in changed})
+            for leaf in [leaf for leaf, found in group.items() if found is None and v in known]:
+                # Groups of a subclass of a convolution, of which torch's names are known.
+                _, common = self._probed(frame, original, arguments, (leaf, *known[v]), v)
+                if _is_free(common):
+                    group[leaf], alone[leaf] = common, {}
             if None in group.values():
                 self.uncertain.add(frame.call)
                 compared = self._compared(arguments, v)

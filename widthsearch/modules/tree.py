@@ -290,6 +290,21 @@ def own_configurations(model: nn.Module, places: Iterable[tuple[str, str]]) -> N
                 setattr(module, name, held[id(value)])
 
 
+def sharing(model: nn.Module, place: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """A place as :func:`own_configurations` takes them, and those of all that share its object.
+
+    Where a constructor is given other widths for some modules, they no longer share it.
+    """
+    layer, attribute = place
+    holder, _, own = attribute.rpartition(".")
+    yield place
+    held = getattr(model.get_submodule(layer), holder) if holder else None
+    for other, module in model.named_modules() if holder else ():
+        for name, value in vars(module).items():
+            if value is held and (other, name) != (layer, holder):
+                yield other, f"{name}.{own}"
+
+
 @torch.no_grad()
 def reset(model: nn.Module, layer: str) -> None:
     """Call a layer's own ``reset_parameters``, also if its weights are parametrised."""

@@ -33,6 +33,7 @@ from widthsearch.modules.tree import (
     join,
     own_configurations,
     set_size,
+    sharing,
     sizes_in,
     sync_attributes,
     tensors_of,
@@ -156,8 +157,13 @@ class Constructor:
                 f"networks are made by the model's own constructors, but they refuse these widths: "
                 f"{error}; choose widths that they take (by `step`), or pin the axis"
             ) from error
-        own_configurations(network, attributes)
-        for (layer, name), value in {**kept, **attributes}.items():
+        wanted = {
+            place: value
+            for at, value in {**kept, **attributes}.items()
+            for place in sharing(self.template, at)
+        }
+        own_configurations(network, wanted)
+        for (layer, name), value in wanted.items():
             set_size(network, layer, name, value)
         return network
 

@@ -219,9 +219,14 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run_with_integers(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
         """Run an operation without a kernel for symbolic sizes, or without a meta kernel.
 
-        The sizes of its inputs are pinned. Without a meta kernel it runs on zeros on the CPU for
-        its outputs' sizes, unless torch marks them as dependent on values.
+        A composite operation runs as those that it is made of. Of others, the sizes of the inputs
+        are pinned. Without a meta kernel it runs on zeros on the CPU for its outputs' sizes, unless
+        torch marks them as dependent on values.
         """
+        if isinstance(error, TypeError):  # torch has one Python kernel for overloads that differ
+            with self:
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
         message = first_line(error).split(". ")[0][:160]
         why = f"{self.line()} ({func} takes no symbolic sizes: {message})"
         pinned = with_integers((args, kwargs), self.system, why)

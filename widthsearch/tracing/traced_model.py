@@ -105,8 +105,8 @@ class TracedModel:
                 if new := [pair for pair in tied if pair not in ties]:
                     ties.extend(new)
                     continue
-                others = calls.misfits if calls and not known else frozenset()
-                if not more and not others:
+                others = calls.misfits - kept if calls and not known else frozenset()
+                if more.keys() <= astray.keys() and not others:
                     return found
                 rivals = calls.replay.rivals if calls and calls.replay else []
                 if new := [of for of in rivals if of not in ties and of[1].where in others]:

@@ -331,7 +331,7 @@ class _Attempt:
                 continue
             if isinstance(module, ConvNd) and 1 < module.groups == module.in_channels:
                 chosen.add((layer, "groups"))
-        for layer, name in sorted(chosen):
+        for layer, name in sorted(chosen - self.demands.kept):
             owner_module = symbolic.get_submodule(layer)
             held = ((place, value) for _, place, value in sizes_held_by(owner_module))
             hint = dict((*sizes_in(owner_module), *held))[name]

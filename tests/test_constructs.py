@@ -1,0 +1,120 @@
+"""Constructs of public model code, each in small: followed, and equal to what its class gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from exact_space import IMAGE, exact_space
+from torch import Tensor, nn
+
+from widthsearch.space.search_space import SearchSpace
+
+
+def equals_its_class(space: SearchSpace, widths: dict[str, int], expected: nn.Module) -> None:
+    """The network starts as the one constructed from the same seed, and has its outputs."""
+    built = space.build({**dict(space.base), **widths}, seed=1).eval()
+    for (name, ours), (other, theirs) in zip(
+        built.state_dict().items(), expected.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(ours, theirs), name
+    x = torch.randn(2, *space.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(built(x), expected.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def made(make: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """What a function makes from the seed of :func:`equals_its_class`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module: nn.Module = make(*args, **kwargs)
+        return module
+
+
+@dataclass
+class Options:
+    """A configuration with a number that is no field."""
+
+    width: int
+    states: int
+
+    def __post_init__(self) -> None:
+        self.inner = 2 * self.width
+
+
+class Mixer(nn.Module):
+    """Two halves of a layer, cut where the configuration says."""
+
+    def __init__(self, options: Options, given: bool) -> None:
+        super().__init__()
+        self.options = options
+        inner = options.inner if given else 2 * options.width
+        self.both = nn.Linear(options.width, 2 * inner)
+        nn.init.normal_(self.both.weight, std=inner**-0.5)
+        self.decay = nn.Parameter(torch.rand(inner, options.states))
+        self.out = nn.Linear(inner, options.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) to (N, C)."""
+        a, b = self.both(x).split([self.options.inner, self.options.inner], dim=-1)
+        return x + self.out(a * b.sigmoid() * self.decay.exp().sum(1))
+
+
+class Mixers(nn.Sequential):
+    """Two of them, of one configuration; ``given``: their constructors read what it computes."""
+
+    def __init__(self, options: Options, given: bool) -> None:
+        blocks = [Mixer(options, given) for _ in range(2)]
+        super().__init__(nn.Linear(5, options.width), *blocks, nn.Linear(options.width, 3))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_number_of_a_configuration_that_modules_share_follows_its_width(given: bool) -> None:
+    """Also in modules that are given their own copy, because another width of theirs differs."""
+    space = exact_space(lambda: Mixers(Options(16, 4), given), (5,))
+    assert dict(space.base) == {"0": 16, "1": 32, "1.decay": 4, "2": 4}
+    for width, states in ((24, 4), (8, 6)):
+        widths = {"0": width, "1": 2 * width, "1.decay": states, "2": states}
+        equals_its_class(space, widths, made(Mixers, Options(width, states), given))
+
+
+def test_a_number_that_a_configuration_computes_reaches_the_constructor() -> None:
+    """It starts the layer, so it has to be there before the constructor runs."""
+    space = SearchSpace.from_model(lambda: Mixers(Options(16, 4), given=True), (5,), step=1)
+    options = Options(16, 4)
+    options.inner = 24
+    equals_its_class(space, {"1": 24}, made(Mixers, options, given=True))
+
+
+class Named(nn.Conv2d):
+    """A subclass that passes on what it does not name."""
+
+    def __init__(self, in_channels: int, out_channels: int, **more: Any) -> None:
+        super().__init__(in_channels, out_channels, padding=more["kernel_size"] // 2, **more)
+
+
+class Renamed(nn.Conv2d):
+    """A subclass with a name of its own for the groups."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, g: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=1, groups=g)
+
+
+class Depthwise(nn.Sequential):
+    """A depthwise layer of such a class."""
+
+    def __init__(self, c: int, more: int, kind: Any) -> None:
+        groups = {"g": c} if kind is Renamed else {"groups": c}
+        layer = kind(in_channels=c, out_channels=more * c, kernel_size=3, **groups)
+        super().__init__(nn.Conv2d(3, c, 1), layer, nn.Conv2d(more * c, 4, 1))
+
+
+@pytest.mark.parametrize("kind", [Named, Renamed])
+@pytest.mark.parametrize("more", [1, 2])
+def test_groups_of_a_subclass_of_a_convolution_follow_its_channels(kind: Any, more: int) -> None:
+    """They change with channels that torch names, and by themselves they are refused."""
+    space = exact_space(lambda: Depthwise(16, more, kind), IMAGE)
+    equals_its_class(space, {"0": 6}, made(Depthwise, 6, more, kind))
