@@ -474,39 +474,3 @@ def test_a_content_that_the_class_refuses_to_write_is_refused() -> None:
     space.build([6])
     with pytest.raises(SpaceError, match="they refuse these widths: The expanded size of the te"):
         space.build([7])
-
-
-class Compared(nn.Module):
-    """A constructor that compares a width with the outputs of a module that it is given."""
-
-    def __init__(self, backbone: Any, width: int) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(*backbone) if isinstance(backbone, list) else backbone
-        if self.backbone[-1].num_features != width:
-            raise ValueError(f"the backbone must have {width} outputs")
-        self.token = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.head, self.width = nn.Linear(width, 3), width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 2, H, W) to (N, 3)."""
-        x = self.backbone(x).mean((2, 3)) + self.token
-        return self.head(x * self.width**-0.5)
-
-
-def given_backbone(inner: int, width: int, listed: bool = False) -> nn.Module:
-    """Two convolutions under a head."""
-    layers = [nn.Conv2d(2, inner, 3), nn.Conv2d(inner, width, 1), nn.BatchNorm2d(width)]
-    return Compared(layers if listed else nn.Sequential(*layers), width)
-
-
-@pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("base", [(16, 24), (24, 24)])
-def test_a_width_that_is_compared_with_a_given_module(base: tuple[int, int], listed: bool) -> None:
-    """It follows the width there."""
-    space = SearchSpace.from_model(lambda: given_backbone(*base, listed=listed), (2, 8, 8))
-    assert not space.leftovers
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        constructed = given_backbone(8, 12, listed)
-    built = space.model.build(widths_of(space.model, constructed).vector, seed=3)
-    assert_same(built, constructed, torch.randn(4, 2, 8, 8))

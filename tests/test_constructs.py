@@ -118,3 +118,36 @@ def test_groups_of_a_subclass_of_a_convolution_follow_its_channels(kind: Any, mo
     """They change with channels that torch names, and by themselves they are refused."""
     space = exact_space(lambda: Depthwise(16, more, kind), IMAGE)
     equals_its_class(space, {"0": 6}, made(Depthwise, 6, more, kind))
+
+
+class Compared(nn.Module):
+    """A constructor that compares a width with the outputs of a module that it is given."""
+
+    def __init__(self, backbone: Any, width: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(*backbone) if isinstance(backbone, list) else backbone
+        if self.backbone[-1].num_features != width:
+            raise ValueError(f"the backbone must have {width} outputs")
+        self.token = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.head, self.width = nn.Linear(width, 3), width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 2, H, W) to (N, 3)."""
+        x = self.backbone(x).mean((2, 3)) + self.token
+        return self.head(x * self.width**-0.5)
+
+
+def given_backbone(inner: int, width: int, listed: bool = False) -> nn.Module:
+    """Two convolutions under a head."""
+    layers = [nn.Conv2d(2, inner, 3), nn.Conv2d(inner, width, 1), nn.BatchNorm2d(width)]
+    return Compared(layers if listed else nn.Sequential(*layers), width)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("base", [(16, 24), (24, 24)])
+def test_a_width_that_is_compared_with_a_given_module(base: tuple[int, int], listed: bool) -> None:
+    """It follows the width there."""
+    space = SearchSpace.from_model(lambda: given_backbone(*base, listed=listed), (2, 8, 8))
+    assert not space.leftovers
+    constructed = made(given_backbone, 8, 12, listed)
+    equals_its_class(space, dict(space.widths_of(constructed)), constructed)

@@ -211,7 +211,7 @@ class Solver(Prober):
                     group[leaf], alone[leaf] = common, {}
             if None in group.values():
                 self.uncertain.add(frame.call)
-                compared = self._compared(arguments, v)
+                compared = _compared(self, arguments, v)
                 group.update({leaf: compared for leaf, found in group.items() if found is None})
             solved.update({leaf: found for leaf, found in group.items() if found is not None})
         self._hold_factors(frame, original, arguments, solved, alone)
@@ -232,19 +232,6 @@ class Solver(Prober):
             if found is not None or responses is None:
                 break
         return responses, found
-
-    def _compared(self, arguments: Any, v: int) -> Follows | None:
-        """The last width of the modules among the arguments that is ``v`` at the base, if any.
-
-        A constructor that compares a number with the outputs of a module that it is given refuses
-        any other number.
-        """
-        _, *given = tree_leaves((*arguments.args, *arguments.kwargs.values()))
-        calls = [c for m in given if isinstance(m, nn.Module) and (c := self.call_of(m))]
-        within = tuple(f"{name}." for call in calls for name in call.names)
-        free = [where for where, n in self.samples.items() if n[0] == v and len(set(n)) > 1]
-        found = [where for where in free if f"{where[0]}.".startswith(within)]
-        return Follows(found[-1], slope=Fraction(1), offset=Fraction(0)) if found else None
 
     def _sized(self, layer: str, responses: Responses | None) -> Responses:
         """The responses of tensors, and of attributes that follow a width."""
@@ -385,6 +372,20 @@ class Solver(Prober):
             sizes = self.samples.get(where, ())
             if tensor and isinstance(name, str) and len(set(sizes)) > 1 and sizes[0] == u:
                 self.partners.append((tensor, Follows(where, slope, u - slope * v)))
+
+
+def _compared(solver: Solver, arguments: Any, v: int) -> Follows | None:
+    """The last width of the modules among the arguments that is ``v`` at the base, if any.
+
+    A constructor that compares a number with the outputs of a module that it is given refuses any
+    other number.
+    """
+    _, *given = tree_leaves((*arguments.args, *arguments.kwargs.values()))
+    calls = [c for m in given if isinstance(m, nn.Module) and (c := solver.call_of(m))]
+    within = tuple(f"{name}." for call in calls for name in call.names)
+    free = [where for where, n in solver.samples.items() if n[0] == v and len(set(n)) > 1]
+    found = [where for where in free if f"{where[0]}.".startswith(within)]
+    return Follows(found[-1], slope=Fraction(1), offset=Fraction(0)) if found else None
 
 
 def _is_free(follows: Follows | None) -> bool:
