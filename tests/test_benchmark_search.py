@@ -119,6 +119,7 @@ def test_more_trials_find_more_of_the_front(tmp_path: Path) -> None:
     assert scores == dict(run(table, "width", 0, (12, 40)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # of linear_operator
 def test_botorch_finds_the_front_or_says_how_to_install_it(tmp_path: Path) -> None:
     """One line with the command; where it is installed, its first networks are random."""
     table = Table.read(made_up(tmp_path / "t.csv", ([4, 8, 16], [8, 16, 24, 32])))
