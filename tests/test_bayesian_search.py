@@ -87,6 +87,8 @@ def test_objectives_and_limits_must_have_costs() -> None:
             search(limits={name: (0.0, 1.0)})
     with pytest.raises(ValueError, match="must hold accuracy"):
         search(["macs"])
+    with pytest.raises(ValueError, match=r"metric must be a Metric, .* but was 'rmse'"):
+        search(["rmse", "macs"], metric="rmse")
 
 
 def test_it_finds_the_axes_that_matter() -> None:

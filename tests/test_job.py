@@ -202,6 +202,16 @@ def test_a_state_that_could_not_be_loaded_is_refused_at_once(tmp_path: Path) -> 
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def test_a_state_that_is_none_is_refused(tmp_path: Path) -> None:
+    """A resumed training could not tell it from a start, and would go on with new weights."""
+
+    def forgets(network: nn.Module, trial: TrainingTrial) -> None:
+        trial.report({"accuracy": 1.0}, lambda: None)  # type: ignore[arg-type, return-value]
+
+    assert "that of trainer 'own:train' returned None: add a `return`" in refused(forgets, tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
 def test_a_state_must_be_a_function(tmp_path: Path) -> None:
     """The state itself in its place is named, and no checkpoint is written."""
 

@@ -142,6 +142,11 @@ def test_batches_that_break_the_contract_are_refused(batches: Any, message: str)
     [
         ({"loss_function": lambda batch: 0}, r"loss must be a function of \(network, batch\), but"),
         ({"loss_function": None}, "but 'own:loss' is not: it is None"),
+        (
+            {"loss_function": F.mse_loss},
+            "but 'torch.nn.functional:mse_loss' is torch's, of outputs",
+        ),
+        ({"loss_function": nn.MSELoss()}, "but 'torch.nn.modules.loss:MSELoss' is torch's, of out"),
         ({"batch_function": own.data}, r"batches must be a function of \(split, seed\), but"),
     ],
 )

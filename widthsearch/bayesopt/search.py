@@ -118,6 +118,11 @@ class BayesianSearch:
     earlier: Sequence[Sequence[Observation]] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):  # a study's YAML takes a name; this is Python
+            raise ValueError(
+                f"metric must be a Metric, such as Metric('rmse', 'minimize'), but was "
+                f"{self.metric!r}"
+            )
         known = [*self.objectives, *self.coordinates.exact, *["latency_ms"] * bool(self.latency)]
         if self.metric.name not in self.objectives or not self.limits.keys() <= set(known):
             raise ValueError(

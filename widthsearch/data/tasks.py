@@ -49,7 +49,9 @@ class OwnTask:
         batch_function: A function ``batches(split, seed)``: an iterable, new at each call, of the
             batches of one pass over ``"train"``, in an order drawn by the seed, or
             ``"validation"``. A batch is a tensor, or tuples, lists and mappings of tensors; samples
-            lie along the first dim of its first tensor. Its tensors are moved to the device.
+            lie along the first dim of its first tensor. Its tensors are moved to the device. Where
+            a layer sees several rows of a sample, such as tokens, ``fisher`` and ``naswot`` take
+            those that lie together for one sample's: call the network once for each of two views.
         name: The reference of the loss, for messages.
 
     Example:
@@ -80,6 +82,12 @@ class OwnTask:
             self.SIGNATURES.items(), names, functions, strict=True
         ):
             check_takes(key, name, function, takes, DataError)
+        if str(getattr(self.loss_function, "__module__", "")).startswith("torch."):
+            raise DataError(
+                "a loss must call the network that it is given, but "
+                f"{reference_of(self.loss_function)!r} is torch's, of outputs and targets; write a "
+                "function of (network, batch) that calls both"
+            )
 
     def loss(self, network: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, ().

@@ -336,7 +336,12 @@ class TrainingTrial(Generic[R]):
         value, loss = numbers.pop(metric), numbers.pop("loss", None)
         self.curve.append(EpochResult(self.epoch + 1, loss, value, seconds, mode, numbers))
         if state is not None:
-            self._save(state())
+            if (content := state()) is None:  # resume() returns it, which means: from the start
+                raise StudyError(
+                    "`state` must return all that a training needs to continue, but that of "
+                    f"trainer {self._job.name!r} returned None: add a `return`, or leave it out"
+                )
+            self._save(content)
         self._stopped = not self.on_report(self.curve[-1])
         self.begin_epoch()
         return not self.ended
