@@ -181,3 +181,32 @@ def test_a_plain_tensor_may_be_repeated_for_each_channel() -> None:
         return Model(forward, **layers, places=torch.tensor([[[2], [0], [1]]]))
 
     assert bases(exact_space(make, (4, 6), device="cpu")) == {"a": (16, 1)}
+
+
+class Encoded(nn.Module):
+    """A series beside a few features of each of its steps, as one vector."""
+
+    def __init__(self, length: int, ahead: int, features: int, c: int) -> None:
+        super().__init__()
+        self.length = length
+        self.features = nn.Linear(4, features)
+        self.encoder = nn.Linear(length + (length + ahead) * features, c)
+        self.blocks = nn.Sequential(*[nn.Linear(c, c)] * 0)  # one is made, and thrown away
+        self.decoder = nn.Linear(c, ahead)
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        """(N, length) and (N, length + ahead, 4) to (N, ahead)."""
+        features = self.features(steps)
+        ahead = features[:, self.length :].mean(2)
+        x = torch.cat([x, features.flatten(1)], 1)
+        return self.decoder(self.blocks(self.encoder(x))) + ahead
+
+
+def test_a_number_stays_where_another_one_gives_the_size() -> None:
+    """The length of a series enters a layer's size, which is another because of the features."""
+    space = SearchSpace.from_model(lambda: Encoded(8, 2, 4, 12), ((8,), (10, 4)), step=1)
+    assert bases(space) == {"features": (4, 1), "encoder": (12, 1)}
+    expected = made(Encoded, 8, 2, 6, 10)
+    built = space.build([6, 10], seed=1)
+    assert all(map(torch.equal, built.parameters(), expected.parameters()))
+    assert space.leftovers == ()
