@@ -210,3 +210,27 @@ def test_a_number_stays_where_another_one_gives_the_size() -> None:
     built = space.build([6, 10], seed=1)
     assert all(map(torch.equal, built.parameters(), expected.parameters()))
     assert space.leftovers == ()
+
+
+class Residual(nn.Module):
+    """A block whose constructor's arguments have names that others use for themselves."""
+
+    def __init__(self, module: nn.Module, args: int = 1, kwargs: float = 0.5) -> None:
+        super().__init__()
+        self.module, self.args, self.kwargs = module, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) to (N, C)."""
+        return self.kwargs * x + self.args * self.module(x)
+
+
+def test_arguments_of_constructors_may_have_any_names() -> None:
+    """Also those of functions that the constructor calls, given by name."""
+
+    def make(c: int = 12) -> nn.Module:
+        layer = nn.Linear(c, c)
+        layer.load_state_dict(state_dict=layer.state_dict(), strict=True)
+        return nn.Sequential(nn.Linear(5, c), Residual(module=layer, kwargs=2.0), nn.Linear(c, 3))
+
+    space = exact_space(make, (5,))
+    equals_its_class(space, {"0": 9}, made(make, 9))
