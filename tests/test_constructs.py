@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from exact_space import IMAGE, exact_space
+from exact_space import IMAGE, Model, bases, exact_space
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from widthsearch.space.search_space import SearchSpace
 
@@ -151,3 +153,117 @@ def test_a_width_that_is_compared_with_a_given_module(base: tuple[int, int], lis
     assert not space.leftovers
     constructed = made(given_backbone, 8, 12, listed)
     equals_its_class(space, dict(space.widths_of(constructed)), constructed)
+
+
+CPU = torch.device("cpu")
+DEVICES: dict[str, Any] = {
+    "inputs": lambda m, x: m.b(m.a(x.to(CPU))),
+    "hidden values": lambda m, x: m.b(m.a(x).cpu().to("cpu", torch.float32)),
+    "weights": lambda m, x: m.b(F.linear(x, m.a.weight.to(CPU), m.a.bias.to(device="cpu"))),
+    "new tensors": lambda m, x: m.b((h := m.a(x)) * torch.arange(h.shape[-1], device=CPU)),
+    "zeros": lambda m, x: m.b((h := m.a(x)) + torch.zeros(h.shape[1:]).to(CPU)),
+    "values": lambda m, x: m.b(m.a(x) * float(torch.ones(3).cpu().numpy().sum())),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_code_may_name_its_device(name: str) -> None:
+    """A trace runs on the meta device, whatever device the code moves its tensors to."""
+    space = exact_space(lambda: Model(DEVICES[name], a=nn.Linear(6, 16), b=nn.Linear(16, 3)), (6,))
+    assert bases(space) == {"a": (16, 1)}
+    report = space.check(vectors=1)
+    assert report.masked + report.unknown == 1
+
+
+class Einsum(nn.Module):
+    """Attention by ``einsum``, scaled by a plain number."""
+
+    def __init__(self, c: int, d: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(c, 2 * d), nn.Linear(c, 2 * d), nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) to the same."""
+        q, k, v = (f(x).unflatten(-1, (2, -1)) for f in (self.q, self.k, self.v))
+        scores = torch.einsum("blhe,bshe->bhls", q, k) * (1 / math.sqrt(q.shape[-1]))
+        return torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v).flatten(-2)
+
+
+def test_a_narrow_width_that_scales_an_einsum_is_free() -> None:
+    """Over one channel ``einsum`` makes products that torch does not count."""
+
+    def make(c: int = 12, d: int = 4) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, c), Einsum(c, d), nn.Linear(c, 3))
+
+    space = exact_space(make, (7, 5))
+    assert bases(space) == {"0": (12, 1), "1.q": (8, 2), "1.v": (12, 2)}
+    equals_its_class(space, {"0": 10, "1.q": 12, "1.v": 10}, made(make, 10, 6))
+
+
+def test_a_plain_tensor_may_be_repeated_for_each_channel() -> None:
+    """It has values and no width; what is made of it has the width that it is repeated for."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        places = m.places.repeat(len(x), 1, x.shape[2])
+        rest = m.places[0].expand(-1, x.shape[-1])
+        return m.b(torch.gather(x, 1, places) + rest.float())
+
+    def make() -> nn.Module:
+        layers = {"a": nn.Linear(6, 16), "b": nn.Linear(16, 3)}
+        return Model(forward, **layers, places=torch.tensor([[[2], [0], [1]]]))
+
+    assert bases(exact_space(make, (4, 6), device="cpu")) == {"a": (16, 1)}
+
+
+class Encoded(nn.Module):
+    """A series beside a few features of each of its steps, as one vector."""
+
+    def __init__(self, length: int, ahead: int, features: int, c: int) -> None:
+        super().__init__()
+        self.length = length
+        self.features = nn.Linear(4, features)
+        self.encoder = nn.Linear(length + (length + ahead) * features, c)
+        self.blocks = nn.Sequential(*[nn.Linear(c, c)] * 0)  # one is made, and thrown away
+        self.decoder = nn.Linear(c, ahead)
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        """(N, length) and (N, length + ahead, 4) to (N, ahead)."""
+        features = self.features(steps)
+        ahead = features[:, self.length :].mean(2)
+        x = torch.cat([x, features.flatten(1)], 1)
+        return self.decoder(self.blocks(self.encoder(x))) + ahead
+
+
+def test_a_number_stays_where_another_one_gives_the_size() -> None:
+    """The length of a series enters a layer's size, which is another because of the features."""
+    space = SearchSpace.from_model(lambda: Encoded(8, 2, 4, 12), ((8,), (10, 4)), step=1)
+    assert bases(space) == {"features": (4, 1), "encoder": (12, 1)}
+    expected = made(Encoded, 8, 2, 6, 10)
+    built = space.build([6, 10], seed=1)
+    assert all(map(torch.equal, built.parameters(), expected.parameters()))
+    assert space.leftovers == ()
+
+
+class Residual(nn.Module):
+    """A block whose constructor's arguments have names that others use for themselves."""
+
+    def __init__(self, module: nn.Module, args: int = 1, kwargs: float = 0.5) -> None:
+        super().__init__()
+        self.module, self.args, self.kwargs = module, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) to (N, C)."""
+        return self.kwargs * x + self.args * self.module(x)
+
+
+def test_arguments_of_constructors_may_have_any_names() -> None:
+    """Also those of functions that the constructor calls, given by name."""
+
+    def make(c: int = 12) -> nn.Module:
+        layer = nn.Linear(c, c)
+        layer.load_state_dict(state_dict=layer.state_dict(), strict=True)
+        return nn.Sequential(nn.Linear(5, c), Residual(module=layer, kwargs=2.0), nn.Linear(c, 3))
+
+    space = exact_space(make, (5,))
+    equals_its_class(space, {"0": 9}, made(make, 9))

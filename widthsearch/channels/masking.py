@@ -111,6 +111,9 @@ _VALUES = {
     *("tensor", "as_tensor", "scalar_tensor", "full_like", "fill"),
 }
 
+_NUMPYS = {"axis": "dim", "keepdims": "keepdim"}
+"""Numpy's names of arguments, which torch's own functions take too."""
+
 
 class _Masked(CallSites):
     """Makes the calls of a network as if it only had the channels that are kept.
@@ -140,6 +143,7 @@ class _Masked(CallSites):
                 for mask in masks.get(0, []):
                     inside = inside.to(args[0]) * mask.to(args[0])
                 if inside.dim():
+                    kwargs = {_NUMPYS.get(name, name): value for name, value in kwargs.items()}
                     return _STATISTICS[site[1]](inside.expand_as(args[0]), *args, **kwargs)
             else:
                 fills = {i: partial(_filled, of, fill) for i, of in masks.items()}

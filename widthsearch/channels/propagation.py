@@ -42,6 +42,7 @@ from widthsearch.torch_internals import (
     tree_leaves,
     tree_map,
     tree_map_only,
+    without_modes,
 )
 from widthsearch.tracing.interpreter import BATCH_NORMS, running_line
 from widthsearch.tracing.polynomials import Poly, as_constant, symbols_of
@@ -202,17 +203,23 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if any(isinstance(a, Tensor) and a.device.type != "meta" for a in args):
             args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
-        packet = func.overloadpacket
-        if packet in BATCH_NORMS:
+        if func.overloadpacket in BATCH_NORMS:
             nothing = torch.empty((0,), device="meta")
             out: Any = (torch.empty_like(args[0]), *[nothing] * (len(schema_of(func).returns) - 1))
         else:
             try:
                 out = func(*args, **kwargs)
             except (NotImplementedError, RuntimeError, TypeError, ValueError):
-                out = _on_zeros(func, args, kwargs)
-        call = self.call = Call(func, args, kwargs, out)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                with without_modes():
+                    out = _on_zeros(func, args, kwargs)
+        self.call = Call(func, args, kwargs, out)
+        with without_modes():  # elements are tensors of this package, on the CPU
+            self._follow(self.call)
+        return out
+
+    def _follow(self, call: Call) -> None:
+        """Give the outputs of a call their fields."""
+        inputs = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
         known = {id(t) for t in inputs}
         for action in (a for i in known for a in self.on_use.pop(i, ())):
             action()
@@ -229,12 +236,11 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.on_use.pop(id(o), None)
         if self.site is not None and keeps_zeros(call, self.site.fills):
             self.site.filled.update((id(o), o) for o in call.outputs)
-        rule = rule_of(func)
+        rule = rule_of(call.func)
         if rule is None:
             self._lose_all(inputs)
         elif rule in (view, pad) or (call.outputs and any(id(t) in self._fields for t in inputs)):
             rule(self, call)
-        return out
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on parameters and constants alone."""

@@ -267,7 +267,7 @@ class Session(TorchFunctionMode):
             return
 
         @functools.wraps(original)
-        def __init__(module: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        def __init__(module: Any, /, *args: Any, **kwargs: Any) -> None:  # noqa: N807
             if (
                 type(module) is not cls  # a subclass's constructor calls its base's
                 or threading.get_ident() != self._thread

@@ -96,13 +96,15 @@ class Builder(Session):
     def run(self, make_model: Callable[[], nn.Module]) -> nn.Module:  # noqa: D102
         original = nn.Module.load_state_dict
 
-        def load_state_dict(module: nn.Module, content: Any, *args: Any, **kwargs: Any) -> Any:
+        def load_state_dict(
+            module: nn.Module, /, state_dict: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             calls = [call for m in module.modules() if (call := self.call_of(m)) is not None]
             layers = {name for call in calls for name in call.names}
             if any(name.rpartition(".")[0] in layers for name in self.free):
                 self.unloaded.add(model_line())
                 return original(module, module.state_dict())  # a new network starts anew
-            return original(module, content, *args, **kwargs)
+            return original(module, state_dict, *args, **kwargs)
 
         nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
         try:

@@ -37,10 +37,16 @@ from widthsearch.torch_internals import (
     schema_of,
     tree_map,
     tree_map_only,
+    without_modes,
 )
 from widthsearch.tracing.inputs import call, sample
 from widthsearch.tracing.polynomials import Poly, System, add, as_constant, constant, symbols_of
-from widthsearch.tracing.sample_values import SampleValues, tensors_among, unknown
+from widthsearch.tracing.sample_values import (
+    SampleValues,
+    is_symbolic,
+    tensors_among,
+    unknown,
+)
 from widthsearch.tracing.symbolic_ints import plain_numbers, poly_of
 from widthsearch.tracing.writes import SCATTERS, WRITES, taken_dims
 
@@ -182,7 +188,8 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         self.used.update(map(id, tensors))
         if any(a.device.type != "meta" for a in tensors):
-            if all(a.device.type != "meta" for a in tensors):
+            sizes = is_symbolic((*args, *kwargs.values()))
+            if not sizes and all(a.device.type != "meta" for a in tensors):
                 return func(*args, **kwargs)  # plain tensor attributes keep their values
             args = tree_map_only(Tensor, lambda a: a.to("meta"), args)
         if packet in BATCH_NORMS:
@@ -238,8 +245,10 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except NotImplementedError:
             if torch.Tag.dynamic_output_shape in func.tags:
                 raise
-        zeros = tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), (args, kwargs))
-        return tree_map_only(Tensor, lambda t: unknown(t.to("meta")), func(*zeros[0], **zeros[1]))
+        with without_modes():
+            zeros = tree_map_only(Tensor, partial(torch.zeros_like, device="cpu"), (args, kwargs))
+            out = func(*zeros[0], **zeros[1])
+            return tree_map_only(Tensor, lambda t: unknown(t.to("meta")), out)
 
     def _look_up(self, dims: Callable[..., Iterator[int]], x: Tensor, *rest: Any) -> None:
         """Pin an indexed dim: an index is a position, which other sizes do not have."""

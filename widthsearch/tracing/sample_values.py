@@ -59,11 +59,12 @@ def tensors_among(values: Any) -> Iterator[Tensor]:
             yield from tensors_among(value)
 
 
-def _is_symbolic(value: Any) -> bool:
+def is_symbolic(value: Any) -> bool:
+    """Whether a number, or one within a list, depends on a width."""
     if isinstance(value, torch.SymInt):
         return value.node.maybe_as_int() is None
     if isinstance(value, list | tuple):
-        return any(map(_is_symbolic, value))
+        return any(map(is_symbolic, value))
     return isinstance(value, torch.SymFloat | torch.SymBool)
 
 
@@ -115,6 +116,8 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("device") is not None:  # code may name its device: `x.to(device)`
+            kwargs = {**kwargs, "device": torch.device("meta")}
         if func.overloadpacket in _INDEXED:
             args = (args[0], self._positions(args[1]), *args[2:])
         tensors = list(tensors_among((*args, *kwargs.values())))
@@ -154,7 +157,7 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (
             all(self.value(t) is not None for t in tensors)
             and (self.random or torch.Tag.nondeterministic_seeded not in func.tags)
-            and not _is_symbolic((*args, *kwargs.values()))
+            and not is_symbolic((*args, *kwargs.values()))
         )
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -396,7 +396,7 @@ class _Attempt:
         """Whether the model costs what its trace predicts at narrower and at wider widths."""
         base = trace.variables(trace.base)
         for x in (
-            [max(1, n // 8) for n in base],
+            [max(2, n // 8) for n in base],  # of width 1, torch.einsum makes uncounted products
             [n // 2 + 1 + i % 2 for i, n in enumerate(base)],
             [2 * n for n in base],
         ):
