@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from widthsearch import export
@@ -85,6 +86,10 @@ def test_a_wrong_configuration_is_one_line(
             "batches must be a function of (split, seed), but 'own:data' is not: too many pos",
         ),
         (
+            {"loss": F.mse_loss, "batches": "own:batches"},
+            "a loss must call the network that it is given, but 'torch.nn.functional:mse_loss' is",
+        ),
+        (
             {"trainer": yielding},
             "a trainer must train when it is called, but 'test_own_trainer:yielding' only returns",
         ),
@@ -99,7 +104,7 @@ def test_a_wrong_trainer_or_recipe_is_one_line(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     """Before a trial begins."""
-    with pytest.raises(StudyError) as caught, own.study(tmp_path, **changes).search():
+    with pytest.raises(WidthsearchError) as caught, own.study(tmp_path, **changes).search():
         pass
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "study.db").exists()

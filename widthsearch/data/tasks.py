@@ -54,6 +54,9 @@ class OwnTask:
             those that lie together for one sample's: call the network once for each of two views.
         name: The reference of the loss, for messages.
 
+    Raises:
+        DataError: A function takes other arguments, or the loss is one of torch's.
+
     Example:
         >>> x = torch.linspace(0, 1, 8)[:, None]
         >>> def loss(network, batch):
@@ -71,17 +74,10 @@ class OwnTask:
     name: str = "loss"
     measure: ClassVar[str] = "loss"
     minimized: ClassVar[bool] = True
-    SIGNATURES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "loss": ("network", "batch"),
-        "batches": ("split", "seed"),
-    }
 
     def __post_init__(self) -> None:
-        names, functions = (self.name, self._batches), (self.loss_function, self.batch_function)
-        for (key, takes), name, function in zip(
-            self.SIGNATURES.items(), names, functions, strict=True
-        ):
-            check_takes(key, name, function, takes, DataError)
+        check_takes("loss", self.name, self.loss_function, ("network", "batch"), DataError)
+        check_takes("batches", self._batches, self.batch_function, ("split", "seed"), DataError)
         if str(getattr(self.loss_function, "__module__", "")).startswith("torch."):
             raise DataError(
                 "a loss must call the network that it is given, but "

@@ -45,6 +45,7 @@ def own_task(config: StudyConfig) -> OwnTask | None:
 
     Raises:
         StudyError: One of them cannot be imported.
+        DataError: One of them takes other arguments.
     """
     if config.loss is None or config.batches is None:
         return None
@@ -53,17 +54,17 @@ def own_task(config: StudyConfig) -> OwnTask | None:
 
 
 def check_functions(config: StudyConfig) -> None:
-    """Import the functions that a configuration names, and check that they take their arguments.
+    """Import the functions of data that a configuration names, and check that they take nothing.
+
+    Those of loss and batches are checked where :func:`own_task` makes the task.
 
     Raises:
         StudyError: One cannot be imported, or takes other arguments.
     """
-    signatures = {"data": (), "final_data": (), **OwnTask.SIGNATURES}
-    for key, arguments in signatures.items():
-        if (function := getattr(config, key)) is None:
-            continue
-        loaded = load_function(function, StudyError)
-        check_takes(key, reference_of(function), loaded, arguments, StudyError)
+    for key in ("data", "final_data"):
+        if (function := getattr(config, key)) is not None:
+            loaded = load_function(function, StudyError)
+            check_takes(key, reference_of(function), loaded, (), StudyError)
 
 
 def load_data(config: StudyConfig, *, final: bool) -> Any:
