@@ -168,7 +168,9 @@ CASES: dict[str, tuple[Function, int, Any]] = {
     "response norm": case(
         lambda _, x: x / x.norm(dim=(2, 3), keepdim=True).mean(1, keepdim=True)
     ),
-    "numpy's names": plain(lambda x: (x - x.mean(axis=1, keepdims=True)) / x.var(axis=(1, 2), keepdims=True)),
+    "numpy's names": plain(
+        lambda x: (x - x.mean(axis=1, keepdims=True)) / x.var(axis=(1, 2), keepdims=True)
+    ),
     "named arguments": plain(lambda x: x - torch.mean(input=x, dim=1, keepdim=True)),
     "spectrum of rows": plain(lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=(6, 6))),
     "spectral layer": case(

@@ -211,7 +211,7 @@ class Solver(Prober):
             if None in group.values():
                 self.uncertain.add(frame.call)
             solved.update({leaf: found for leaf, found in group.items() if found is not None})
-        self._hold_explained(frame, solved, alone)
+        _hold_explained(frame.call, solved, alone, self.samples)
         self._hold_factors(frame, original, arguments, solved, alone)
         yield from solved.items()
 
@@ -238,33 +238,6 @@ class Solver(Prober):
             for (within, of), found in (responses or {}).items()
             if isinstance(of, int) or (join(layer, within) if within else layer, of) in self.samples
         }
-
-    def _hold_explained(
-        self, frame: Frame, solved: dict[Leaf, Follows], alone: Mapping[Leaf, Responses]
-    ) -> None:
-        """Let a number stay where others give the size that it would follow.
-
-        Example: ``Linear(length + (length + ahead) * features, 64)`` has another size because
-        ``features`` follows the width of a layer; then ``length`` need not change.
-        """
-        numbers, layer = frame.call.numbers, frame.call.names[0]
-        for leaf, follows in solved.items():
-            if follows.where is None or not follows.offset or leaf not in numbers:
-                continue  # a size without an offset follows no further number
-            sizes = self.samples[follows.where]
-            given = [Fraction(sizes[0])] * self._count
-            for other, of in solved.items():
-                if other == leaf or of.where is None or other not in numbers:
-                    continue
-                for (within, dim), (_, slope) in alone[other].items():
-                    if (join(layer, within) if within else layer, dim) == follows.where:
-                        of_other = [(n - of.offset) / of.slope for n in self.samples[of.where]]
-                        given = [
-                            n + slope * (m - numbers[other])
-                            for n, m in zip(given, of_other, strict=True)
-                        ]
-            if given == list(sizes):
-                solved[leaf] = fixed(numbers[leaf])
 
     def _hold_factors(
         self,
@@ -397,6 +370,36 @@ class Solver(Prober):
             sizes = self.samples.get(where, ())
             if tensor and isinstance(name, str) and len(set(sizes)) > 1 and sizes[0] == u:
                 self.partners.append((tensor, Follows(where, slope, u - slope * v)))
+
+
+def _hold_explained(
+    call: Call,
+    solved: dict[Leaf, Follows],
+    alone: Mapping[Leaf, Responses],
+    samples: Mapping[Where, tuple[int, ...]],
+) -> None:
+    """Let a number stay where others give the size that it would follow.
+
+    Example: ``Linear(length + (length + ahead) * features, 64)`` has another size because
+    ``features`` follows the width of a layer; then ``length`` need not change.
+    """
+    for leaf, follows in solved.items():
+        if follows.where is None or not follows.offset or leaf not in call.numbers:
+            continue  # a size without an offset follows no further number
+        sizes = samples[follows.where]
+        given = [Fraction(sizes[0])] * len(sizes)
+        for other, of in solved.items():
+            if other == leaf or of.where is None or other not in call.numbers:
+                continue
+            for (within, dim), (_, slope) in alone[other].items():
+                if (join(call.names[0], within) if within else call.names[0], dim) == follows.where:
+                    of_other = [(n - of.offset) / of.slope for n in samples[of.where]]
+                    given = [
+                        n + slope * (m - call.numbers[other])
+                        for n, m in zip(given, of_other, strict=True)
+                    ]
+        if given == list(sizes):
+            solved[leaf] = fixed(call.numbers[leaf])
 
 
 def _is_free(follows: Follows | None) -> bool:
