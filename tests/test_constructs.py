@@ -267,3 +267,47 @@ def test_arguments_of_constructors_may_have_any_names() -> None:
 
     space = exact_space(make, (5,))
     equals_its_class(space, {"0": 9}, made(make, 9))
+
+
+class Bells(nn.Module):
+    """A weight for each bell-shaped function of each input, flattened for one product."""
+
+    def __init__(self, inputs: int, outputs: int, count: int = 3) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        centres = torch.linspace(-1, 1, count).expand(inputs, -1).contiguous()
+        self.register_buffer("centres", centres)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, count) * inputs**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) to (N, outputs)."""
+        assert x.shape[1] == self.inputs
+        bells = torch.exp(-(x[..., None] - self.centres).square())
+        return F.linear(bells.view(len(x), -1), self.weight.view(self.outputs, -1))
+
+
+def test_dims_of_a_flattened_weight_are_those_of_what_it_multiplies() -> None:
+    """Torch only compares the products of both."""
+
+    def make(a: int = 12, b: int = 20) -> nn.Module:
+        return nn.Sequential(Bells(5, a), Bells(a, b), Bells(b, 3))
+
+    space = exact_space(make, (5,))
+    assert bases(space) == {"0": (12, 1), "1": (20, 1)}
+    equals_its_class(space, {"0": 7, "1": 9}, made(make, 7, 9))
+    assert space.check(vectors=1).masked == 2
+
+
+def test_plain_tensors_run_without_values_of_others() -> None:
+    """A check on the meta device has networks with plain tensors, which keep their values."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x) * m.scale[:, None] + m.scale.expand(2, 4)[0, :, None]
+        x = x.masked_fill(~m.mask[None, :, None], 0.0)
+        return m.b(x + x[:, m.mask].mean() if m.mask.any() else x)
+
+    def make() -> nn.Module:
+        plain = {"scale": torch.linspace(0, 1, 4), "mask": torch.tensor([True, False, True, False])}
+        return Model(forward, a=nn.Linear(6, 16), b=nn.Linear(16, 3), **plain)
+
+    assert exact_space(make, (4, 6)).check(device="meta").device == "meta"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from widthsearch.channels.dependency_graph import DependencyGraph, build_dependency_graph
 from widthsearch.errors import SpaceError, WidthsError
 from widthsearch.modules.tree import join, tensors_of
-from widthsearch.tracing.polynomials import evaluate, solved
+from widthsearch.tracing.elimination import solved
+from widthsearch.tracing.polynomials import evaluate
 from widthsearch.tracing.traced_model import TracedModel
 from widthsearch.widths import Widths
 

@@ -214,7 +214,7 @@ class Solver(Prober):
                 compared = _compared(self, arguments, v)
                 group.update({leaf: compared for leaf, found in group.items() if found is None})
             solved.update({leaf: found for leaf, found in group.items() if found is not None})
-        self._hold_explained(frame, solved, alone)
+        _hold_explained(frame.call, solved, alone, self.samples)
         self._hold_factors(frame, original, arguments, solved, alone)
         yield from solved.items()
 
@@ -241,33 +241,6 @@ class Solver(Prober):
             for (within, of), found in (responses or {}).items()
             if isinstance(of, int) or (join(layer, within) if within else layer, of) in self.samples
         }
-
-    def _hold_explained(
-        self, frame: Frame, solved: dict[Leaf, Follows], alone: Mapping[Leaf, Responses]
-    ) -> None:
-        """Let a number stay where others give the size that it would follow.
-
-        Example: ``Linear(length + (length + ahead) * features, 64)`` has another size because
-        ``features`` follows the width of a layer; then ``length`` need not change.
-        """
-        numbers, layer = frame.call.numbers, frame.call.names[0]
-        for leaf, follows in solved.items():
-            if follows.where is None or not follows.offset or leaf not in numbers:
-                continue  # a size without an offset follows no further number
-            sizes = self.samples[follows.where]
-            given = [Fraction(sizes[0])] * self._count
-            for other, of in solved.items():
-                if other == leaf or of.where is None or other not in numbers:
-                    continue
-                for (within, dim), (_, slope) in alone[other].items():
-                    if (join(layer, within) if within else layer, dim) == follows.where:
-                        of_other = [(n - of.offset) / of.slope for n in self.samples[of.where]]
-                        given = [
-                            n + slope * (m - numbers[other])
-                            for n, m in zip(given, of_other, strict=True)
-                        ]
-            if given == list(sizes):
-                solved[leaf] = fixed(numbers[leaf])
 
     def _hold_factors(
         self,
@@ -414,6 +387,36 @@ def _compared(solver: Solver, arguments: Any, v: int) -> Follows | None:
     free = [where for where, n in solver.samples.items() if n[0] == v and len(set(n)) > 1]
     found = [where for where in free if f"{where[0]}.".startswith(within)]
     return Follows(found[-1], slope=Fraction(1), offset=Fraction(0)) if found else None
+
+
+def _hold_explained(
+    call: Call,
+    solved: dict[Leaf, Follows],
+    alone: Mapping[Leaf, Responses],
+    samples: Mapping[Where, tuple[int, ...]],
+) -> None:
+    """Let a number stay where others give the size that it would follow.
+
+    Example: ``Linear(length + (length + ahead) * features, 64)`` has another size because
+    ``features`` follows the width of a layer; then ``length`` need not change.
+    """
+    for leaf, follows in solved.items():
+        if follows.where is None or not follows.offset or leaf not in call.numbers:
+            continue  # a size without an offset follows no further number
+        sizes = samples[follows.where]
+        given = [Fraction(sizes[0])] * len(sizes)
+        for other, of in solved.items():
+            if other == leaf or of.where is None or other not in call.numbers:
+                continue
+            for (within, dim), (_, slope) in alone[other].items():
+                if (join(call.names[0], within) if within else call.names[0], dim) == follows.where:
+                    of_other = [(n - of.offset) / of.slope for n in samples[of.where]]
+                    given = [
+                        n + slope * (m - call.numbers[other])
+                        for n, m in zip(given, of_other, strict=True)
+                    ]
+        if given == list(sizes):
+            solved[leaf] = fixed(call.numbers[leaf])
 
 
 def _is_free(follows: Follows | None) -> bool:

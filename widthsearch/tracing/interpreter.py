@@ -14,7 +14,6 @@ channels, and torch's FLOP formula adds ``2 · 9 · H · W · s0 · s1`` to the 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +47,7 @@ from widthsearch.tracing.sample_values import (
     unknown,
 )
 from widthsearch.tracing.symbolic_ints import plain_numbers, poly_of
+from widthsearch.tracing.views import impose_view
 from widthsearch.tracing.writes import SCATTERS, WRITES, taken_dims
 
 aten = torch.ops.aten
@@ -209,7 +209,7 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet in (aten.slice, aten.select):
             self._slice(packet, *args)
         elif packet in (aten.view, aten._unsafe_view, aten.reshape):
-            self._view(*args)
+            impose_view(self.system, *args)
         elif packet is aten.topk:
             dim = args[2] if len(args) > 2 else -1
             self._impose_at_least(poly_of(args[0].shape[dim]), poly_of(args[1]))
@@ -279,33 +279,6 @@ class SymbolicInterpreter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 p = add(p, n)
             self._impose_at_least(p, constant(0))
             self._impose_at_least(last, p)
-
-    def _view(self, x: Tensor, shape: list[Any]) -> None:
-        """Equate the parts of a concatenation that a view takes apart again.
-
-        Example: ``cat((q, k, v)).view(3, heads, -1)``. Only of equally long parts is the first
-        third ``q``, so these are one width.
-        """
-        hint = self.system.hint
-        for dim, n in enumerate(x.shape):
-            parts = {m: c for m, c in poly_of(n).items() if m}
-            if len(parts) < 2 or len({(len(m), hint({m: 1})) for m in parts}) > 1:
-                continue
-            count = sum(parts.values()) // math.gcd(*parts.values())
-            before = math.prod(hint(poly_of(size)) for size in x.shape[:dim])
-            target = [hint(poly_of(size)) for size in shape]
-            if -1 in target:
-                whole = math.prod(hint(poly_of(size)) for size in x.shape)
-                target[target.index(-1)] = whole // -math.prod(target)
-            at = next((i for i in range(len(shape)) if math.prod(target[:i]) == before), None)
-            while at is not None and at < len(shape) and target[at] == 1:
-                at += 1
-            if at is None or at == len(shape) or not isinstance(shape[at], int):
-                continue
-            if parts and () not in poly_of(n) and target[at] % count == 0:
-                first, *others = parts
-                for other in others:
-                    self.system.impose({first: 1, other: -1})
 
     def _impose_at_least(self, a: Poly, b: Poly) -> None:
         """Impose ``a >= b`` at every width."""

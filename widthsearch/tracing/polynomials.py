@@ -25,7 +25,6 @@ Example: a stem of ``s0 = 8`` channels and a branch of ``s1 = 4``, concatenated:
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -130,67 +129,6 @@ def divide(a: Poly, b: Poly) -> Poly | None:
 def evaluate(poly: Poly, x: Sequence[int] | Mapping[int, int]) -> int:
     """The value of a polynomial where symbol ``i`` is ``x[i]``."""
     return sum(c * math.prod(x[i] for i in monomial) for monomial, c in poly.items())
-
-
-def solved(equations: Iterable[tuple[Poly, int]]) -> dict[int, int]:
-    """The symbols that the values of some polynomials determine, each with its value.
-
-    Example:
-        >>> # a = 4, a·b = 12, c + d = 7 and c + 2·d = 9
-        >>> left = {(0,): 1}, {(0, 1): 1}, {(2,): 1, (3,): 1}, {(2,): 1, (3,): 2}
-        >>> solved(zip(left, (4, 12, 7, 9)))
-        {0: 4, 1: 3, 2: 5, 3: 2}
-    """
-    found: dict[int, int] = {}
-    rows = [add(poly, constant(value), -1) for poly, value in equations]  # each is 0
-
-    def value(symbol: int) -> Poly:
-        return constant(found[symbol]) if symbol in found else {(symbol,): 1}
-
-    while True:
-        unique = {tuple(sorted(substitute(row, value).items())) for row in rows}
-        rows = sorted((dict(row) for row in unique if row), key=len)
-        single = [row for row in rows if _grows(row)]
-        if not single:
-            rows = _eliminated(rows)
-            single = [row for row in rows if _grows(row)]
-        if not single:
-            return dict(sorted(found.items()))
-        for row in single:
-            (symbol,) = symbols_of(row)
-            sign = max(row.items())[1]
-            values = range(1 + abs(row.get((), 0)))
-            at = {symbol: 0}
-
-            def height(n: int) -> int:
-                at[symbol] = n  # noqa: B023
-                return sign * evaluate(row, at)  # noqa: B023
-
-            found[symbol] = bisect.bisect_left(values, 0, key=height)
-
-
-def _grows(row: Poly) -> bool:
-    """Whether a polynomial has one symbol, and its value one direction in it."""
-    signs = {c > 0 for monomial, c in row.items() if monomial}
-    return len(signs) == 1 and len(symbols_of(row)) == 1
-
-
-def _eliminated(rows: Sequence[Poly]) -> list[Poly]:
-    """Equations reduced by each other, with each monomial as an unknown of its own."""
-    out: list[Poly] = []
-    for row in rows:
-        for other in out:
-            lead = max(other)
-            if lead in row:
-                row = add(multiply(row, constant(other[lead])), other, -row[lead])
-        if any(row):
-            lead = max(row)
-            out = [
-                add(multiply(p, constant(row[lead])), row, -p[lead]) if lead in p else p
-                for p in out
-            ]
-            out.append(row)
-    return out
 
 
 @dataclass(frozen=True)
@@ -338,7 +276,7 @@ class System:
         self._balance(linear, p.get((), 0))
 
     def _simplify(self, p: Poly) -> None:
-        """Impose ``p = 0`` for a ``p`` with products: solved if it factors, else pinned."""
+        """Impose ``p = 0`` for a ``p`` with products: solved if its factors are, else pinned."""
         for symbol in symbols_of(p):  # (x + c)·f = 0, with c >= 0, means f = 0
             slope = {_without(m, symbol): c for m, c in p.items() if symbol in m}
             rest = {m: c for m, c in p.items() if symbol not in m}
@@ -347,12 +285,36 @@ class System:
                 self.impose(slope)
                 return
         factors = {s for m in p if len(m) > 1 for s in m}
-        if soft := factors & self.soft:
+        if pairs := self._equal_factors(p):
+            for pair in pairs:
+                self.impose(pair)
+        elif soft := factors & self.soft:
             # Of heads times their width, the smaller number stays free: that is the heads.
             self.pin([max(soft, key=lambda s: (self.hints[s], s))], self.reason(p))
             self.impose(p)
         else:
             self.pin(sorted(symbols_of(p)), self.reason(p))
+
+    def _equal_factors(self, p: Poly) -> list[Poly]:
+        """For ``a·b = c·d``, the factors of both sides in pairs of equal hints, as equations.
+
+        This is stronger than the equation. Example: ``8·s1 = s3·s4``, with the hints 8·14 = 14·8,
+        becomes ``s1 = s3``, ``s4 = 8``: two tensors of these sizes are flattened.
+        """
+        if len(p) != 2:
+            return []
+        (m, a), (n, b) = p.items()
+        left = self._factors(m, abs(a))
+        right = self._factors(n, abs(b))
+        if a * b > 0 or list(map(self.hint, left)) != list(map(self.hint, right)):
+            return []
+        return [add(x, y, -1) for x, y in zip(left, right, strict=True)]
+
+    def _factors(self, monomial: Monomial, coefficient: int) -> list[Poly]:
+        """The symbols of a term and its coefficient, by their hints."""
+        factors: list[Poly] = [{(s,): 1} for s in monomial]
+        factors += [constant(coefficient)] * (coefficient > 1)
+        return sorted(factors, key=self.hint)
 
     def _balance(self, linear: dict[int, int], rest: int) -> None:
         """Solve ``Σ linear[s]·s + rest = 0`` so that no size can become negative.

@@ -25,6 +25,7 @@ from widthsearch.torch_internals import (
     storage_of,
     tree_leaves,
     tree_map,
+    tree_map_only,
     without_modes,
 )
 
@@ -118,13 +119,14 @@ class SampleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:  # code may name its device: `x.to(device)`
             kwargs = {**kwargs, "device": torch.device("meta")}
+        tensors = list(tensors_among((*args, *kwargs.values())))
+        if any(t.device.type != "meta" for t in tensors):  # plain attributes of modules
+            if all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
+                return func(*args, **kwargs)
+            args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
         if func.overloadpacket in _INDEXED:
             args = (args[0], self._positions(args[1]), *args[2:])
         tensors = list(tensors_among((*args, *kwargs.values())))
-        if func is aten._to_copy.default and tensors[0].device.type == "meta":
-            kwargs = {**kwargs, "device": None}  # all of a run is on meta, also after x.cpu()
-        if tensors and all(t.device.type != "meta" for t in tensors) and "device" not in kwargs:
-            return func(*args, **kwargs)
         if not self._known(func, tensors, args, kwargs):
             self._spoil(func, args)
             return func(*args, **kwargs)
@@ -225,4 +227,6 @@ def _by_channel(
 
 
 def _on_meta(value: Any) -> Any:
-    return set_value(value.to("meta"), value) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or value.device.type == "meta":
+        return value
+    return set_value(value.to("meta"), value)

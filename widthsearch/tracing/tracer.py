@@ -42,6 +42,7 @@ from widthsearch.modules.tree import (
 )
 from widthsearch.torch_internals import ConvNd, buffers_of, tree_map_only
 from widthsearch.tracing.collection import SizeSymbol, collect, numel
+from widthsearch.tracing.elimination import solved
 from widthsearch.tracing.inputs import Inputs, as_inputs
 from widthsearch.tracing.interpreter import TraceInterrupted, execute
 from widthsearch.tracing.polynomials import (
@@ -52,7 +53,6 @@ from widthsearch.tracing.polynomials import (
     constant,
     evaluate,
     multiply,
-    solved,
     substitute,
     symbols_of,
 )
