@@ -153,8 +153,7 @@ def test_a_trial_fails_when_its_worker_dies_in_every_retry(unlucky: Unlucky) -> 
 
 def test_a_loss_of_nan_fails_the_trial(unlucky: Unlucky) -> None:
     """The error says that it is so before any step."""
-    study, _ = unlucky
-    error = str(errors(study)[6])
+    error = str(errors(unlucky[0])[6])
     assert "its loss is nan for the first batch, before any step" in error
     assert error.endswith("; the widths are [6]")
 

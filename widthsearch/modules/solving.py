@@ -204,16 +204,15 @@ class Solver(Prober):
                     if _is_free(common):
                         group.update(dict.fromkeys(changed, common))
                         alone.update({leaf: {} for leaf in changed})
-            for leaf in [leaf for leaf, found in group.items() if found is None and v in known]:
+            for leaf in [leaf for leaf, of in group.items() if of is None and v in known]:
                 # Groups of a subclass of a convolution, of which torch's names are known.
                 _, common = self._probed(frame, original, arguments, (leaf, *known[v]), v)
                 if _is_free(common):
                     group[leaf], alone[leaf] = common, {}
             if None in group.values():
                 self.uncertain.add(frame.call)
-                compared = _compared(self, arguments, v)
-                group.update({leaf: compared for leaf, found in group.items() if found is None})
-            solved.update({leaf: found for leaf, found in group.items() if found is not None})
+            compared = _compared(self, arguments, v) if None in group.values() else None
+            solved.update({leaf: f for leaf, of in group.items() if (f := of or compared)})
         _hold_explained(frame.call, solved, alone, self.samples)
         self._hold_factors(frame, original, arguments, solved, alone)
         yield from solved.items()
