@@ -21,7 +21,7 @@ from widthsearch.proposers.uniform import Uniform
 
 VARIANTS: Mapping[str, ActivationDensity] = {
     "reinit": ActivationDensity(patience=48),
-    "inherit": ActivationDensity(patience=48, weights="inherit"),
+    "extract": ActivationDensity(patience=48, weights="extract"),
     "one epoch a phase": ActivationDensity(max_steps=1, drop=100),
     "patient": ActivationDensity(patience=320, max_steps=3200),
 }
