@@ -117,7 +117,7 @@ def test_consumers_with_computed_weights_are_seen(convolution: str) -> None:
     """Δ of one image is half the squared gradient of its gate, also through a weight norm."""
     space = SearchSpace.from_model(lambda: Network(convolution, ["convolution"]), (3, 6, 6))
     model, graph = space.build(space.base, seed=0).double().eval(), graph_of(space)
-    x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with FisherInformation(graph, model) as information:
         model(x).square().sum().backward()
         information.gather(1)

@@ -182,6 +182,7 @@ class _GateProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        products = x.float() * gradient.float()
+        dtype = torch.promote_types(x.dtype, torch.float32)  # sums in half precision are too coarse
+        products = x.to(dtype) * gradient.to(dtype)
         ctx.collect(products.flatten(2).sum(2) if x.dim() > 2 else products)
         return gradient, None
