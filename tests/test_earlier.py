@@ -56,7 +56,7 @@ def test_a_study_learns_from_the_finished_trials_of_earlier_ones(tmp_path: Path)
     assert correlation > 0.8
     assert alone.posterior().correlations == []
     assert posterior.surrogate is not None
-    assert len(posterior.surrogate.loadings) == 2
+    assert len(posterior.surrogate.fitted.loadings) == 2
 
     def unneeded(study: Study) -> int:
         """Suggestions that widen the second axis, which is of no use."""

@@ -13,9 +13,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from widthsearch.bayesopt import surrogate as surrogates
 from widthsearch.bayesopt.candidates import Grid
+from widthsearch.bayesopt.hyperparameters import factor
 from widthsearch.bayesopt.kernel import Array, Coordinates, Features, weighted_sum
 from widthsearch.bayesopt.observation import Observation
-from widthsearch.bayesopt.surrogate import Surrogate, factor
+from widthsearch.bayesopt.surrogate import Surrogate
 from widthsearch.proposers.families import LinearFamily
 from widthsearch.widths import Axis
 
@@ -46,16 +47,17 @@ def fitted(count: int, noise: float = 0.5, seed: int = 0) -> Surrogate:
 
 
 def test_a_left_out_training_is_predicted_as_if_it_had_never_been() -> None:
-    """The closed form, against a posterior without the row at the same amplitudes."""
+    """The closed form, against a posterior without the row at the same hyperparameters."""
     widths, accuracy = trained(12)
     whole = Surrogate.fit(COORDINATES, widths, accuracy)
     left = whole.loo_posterior()
     for i in (0, 5, 11):
         others = np.delete(np.arange(12), i)
         seen = Features.of(COORDINATES, widths[others])
-        amplitudes = whole.amplitudes
-        covariance = weighted_sum(amplitudes[:-1], seen.covariances(seen))
-        lower = factor(covariance, np.full(11, amplitudes[-1] ** 2))
+        same = whole.fitted
+        seen = seen.weighted(same.relevances)
+        covariance = weighted_sum(same.amplitudes, seen.covariances(seen))
+        lower = factor(covariance, np.full(11, same.noises[0] ** 2))
         own = np.zeros(11, np.intp)
         without = replace(whole, _seen=seen, _study=own, _y=whole._y[others], _lower=lower)
         estimate = without.posterior(widths[i : i + 1], widen=False)
@@ -108,23 +110,26 @@ def test_intervals_hold_where_a_search_does_not_train() -> None:
     assert 0.85 < np.mean(wide) < 0.95
 
 
+def widening(surrogate: Surrogate, at: NDArray[np.int64]) -> Array:
+    """By how much the intervals of networks are widened, (M,)."""
+    return surrogate.posterior(at).sd / surrogate.posterior(at, widen=False).sd
+
+
 def test_intervals_are_wider_where_the_surrogate_errs() -> None:
-    """Bad networks whose scores scatter, good ones that do not; trained ones gain the least."""
+    """Bad networks whose scores scatter, good ones that do not."""
     rng = np.random.default_rng(0)
     widths, fresh = GRID.random(rng, 80), GRID.random(rng, 400)
     size = COORDINATES.unit_widths(widths).mean(axis=1)
     scores = 20 * size + rng.normal(0, 1, 80) * np.where(size < 0.5, 3, 0.2)
     surrogate = Surrogate.fit(COORDINATES, widths, scores)
-
-    def widening(at: NDArray[np.int64]) -> Array:
-        return surrogate.posterior(at).sd / surrogate.posterior(at, widen=False).sd
-
     bad, good = np.array_split(fresh[np.argsort(surrogate.mean(fresh))], 2)
-    assert widening(bad).mean() > 1.5 * widening(good).mean()
-    near = widths.copy()
-    near[:, 0] = np.where(near[:, 0] < 64, near[:, 0] + 8, 56)
-    trained, beside, far = (widening(at).mean() for at in (widths, near, fresh))
-    assert trained < beside < far
+    assert widening(surrogate, bad).mean() > 1.5 * widening(surrogate, good).mean()
+
+
+def test_trained_networks_are_widened_the_least() -> None:
+    """What the other trainings tell of them matters little."""
+    surrogate, far = fitted(60), GRID.random(np.random.default_rng(9), 400)
+    assert widening(surrogate, far).mean() > 1.5 * widening(surrogate, trained(60)[0]).mean()
 
 
 def test_more_trainings_reduce_the_error_and_the_noise_is_learned() -> None:
@@ -284,7 +289,38 @@ def test_a_single_space_has_no_part_of_its_own() -> None:
     assert alone is COORDINATES
     widths, accuracy = trained(12)
     parts = Features.of(alone, widths).covariances(Features.of(alone, widths))
-    assert len(Surrogate.fit(alone, widths, accuracy).amplitudes) == len(parts) + 1 == 6
+    assert len(Surrogate.fit(alone, widths, accuracy).fitted.amplitudes) == len(parts) == 5
+
+
+def test_the_gradient_by_relevances_is_that_of_differences() -> None:
+    """Of any function of the covariance, over two spaces, in every part that has relevances."""
+    flat, deep = Coordinates.together([COORDINATES, DEEP])
+    rng = np.random.default_rng(0)
+    networks = Features.concatenate(
+        [Features.of(own, Grid(own.axes).random(rng, 6)) for own in (flat, deep)]
+    )
+    amplitudes, by = rng.uniform(0.5, 2, 6), rng.normal(size=(12, 12))
+    logs = rng.normal(0, 0.5, networks.linear.shape[1])
+
+    def value(logs: Array) -> float:
+        at = networks.weighted(np.exp(logs))
+        return float(((by + by.T) * weighted_sum(amplitudes, at.covariances(at))).sum())
+
+    at = networks.weighted(np.exp(logs))
+    found = at.relevance_gradient(by + by.T, amplitudes, at.covariances(at))
+    steps = 1e-5 * np.eye(len(logs))
+    expected = [(value(logs + step) - value(logs - step)) / 2e-5 for step in steps]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_few_trainings_tell_which_axes_matter() -> None:
+    """Of five axes, one with half of all effects and one without any, from 25 networks."""
+    widths = GRID.random(np.random.default_rng(0), 25)
+    u = COORDINATES.unit_widths(widths)
+    noise = np.random.default_rng(1).normal(0, 0.1, 25)
+    scores = 70 + u @ np.array([1.0, 1.0, 6.0, 1.0, 0.0]) + noise
+    relevances = Surrogate.fit(COORDINATES, widths, scores).fitted.relevances
+    assert relevances.argmax() == 2 and relevances[2] > 2 * relevances[4]
 
 
 def test_a_joint_posterior_over_spaces_agrees_with_each_alone() -> None:
@@ -323,7 +359,7 @@ def test_an_earlier_study_halves_the_error() -> None:
         estimates = [s.posterior(fresh) for s in (alone, informed)]
         errors.append([np.abs(e.mean - truth(fresh)).mean() for e in estimates])
         covered.append((np.abs(estimates[1].mean - truth(fresh)) < 1.645 * estimates[1].sd).mean())
-        assert informed.loadings[1] > 0.8
+        assert informed.fitted.loadings[1] > 0.8
         assert informed.size == len(informed.loo_posterior().mean) == 10
     without, with_it = np.mean(errors, axis=0)
     assert with_it < 0.5 * without

@@ -8,6 +8,7 @@ Notation::
     u         log w scaled to [0, 1] on each axis: 0 at its min_width       (N, A)
     t         capacity: the mean of u, and log of each cost scaled to [0,1] (N, 1 + C)
     e         unevenness: the standard deviation of u over a network's axes (N,)
+    b         relevance of an axis, which its features below are multiplied with (A,)
     φ_p(w)    features of part p of the covariance                          (N, F_p)
     k_p       covariance of part p at amplitude 1                           (N, M)
     θ_p       amplitude of part p, in standard deviations of the scores
@@ -29,7 +30,12 @@ that is learned to be 0 removes its part:
   trends.
 - ``own``: with several spaces, a level and capacity trends of each.
 
-Several spaces (depth × width) share σ₀, ``capacity`` and every amplitude; the other parts are zero
+An axis's relevance is that of its slope, bends, products and distances alike, so that few trainings
+tell which axes matter (automatic relevance determination: Neal, Bayesian Learning for Neural
+Networks, 1996; here with a prior around 1).
+
+Several spaces (depth × width) share σ₀, ``capacity`` and every amplitude, while each axis keeps
+its own relevance; the other parts are zero
 between networks of different spaces. A space with few trials thus takes its trend from the others,
 and its difference from them is learned (a hierarchical model: Gelman et al., Bayesian Data
 Analysis, 3rd ed., chapter 5).
@@ -67,6 +73,8 @@ CostFunction = Callable[[NDArray[np.int64]], NDArray[np.number]]
 
 _LENGTH_SCALE = 0.7
 """Of ``whole``, in a distance in which two networks of uniformly random u are about 1 apart."""
+_PAIRS = 0.7
+"""Of the products of two axes, which makes their variance about 1."""
 _DISTANCE_OF_SPACES = 10.0
 """In the same distance: networks of two spaces; exp(−½ (10 / 0.7)²) is 0."""
 LEVEL_VARIANCE = 25.0
@@ -164,14 +172,13 @@ class Coordinates:
         return np.stack(columns, axis=1)
 
     def embed(self, features: Array) -> Array:
-        """Features of this space's axes, (N, k A), among zeros for the axes of the other spaces.
+        """Features of this space's axes, (N, A), among zeros for the axes of the other spaces.
 
         Scalar products between networks of different spaces then vanish.
         """
-        per_axis = features.shape[1] // len(self.axes)
         axes = [len(space.axes) for space in self.spaces]
         before, after = sum(axes[: self.place]), sum(axes[self.place + 1 :])
-        return np.pad(features, ((0, 0), (per_axis * before, per_axis * after)))
+        return np.pad(features, ((0, 0), (before, after)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +188,8 @@ class Features:
     Attributes:
         capacity: Trends in t and e, (N, F).
         linear: Centred u, (N, axes of all spaces).
-        curved: Cosines of u, (N, 3 × axes of all spaces).
-        position: u and the space, scaled for the distance of two networks, (N, F).
+        curved: Cosines of u, (N, 3 × axes of all spaces): all axes of one order, then of the next.
+        position: u, and then the space, scaled for the distance of two networks, (N, F).
         own: A constant and capacity trends of each space, (N, F); no columns for a single space.
     """
 
@@ -216,7 +223,8 @@ class Features:
             capacity=trend,
             linear=coordinates.embed(np.sqrt(12 / axes) * (u - 0.5)),
             # Squares of the cosines average ½ (1 + 1/2⁴ + 1/3⁴) = 1 / 1.86.
-            curved=coordinates.embed(np.sqrt(1.85 / axes) * _cosines(u, (1, 2, 3))),
+            curved=np.sqrt(1.85 / axes)
+            * np.concatenate([coordinates.embed(_cosines(u, (k,))) for k in (1, 2, 3)], axis=1),
             position=position,
             own=own,
         )
@@ -230,6 +238,46 @@ class Features:
     def rows(self, index: NDArray[np.intp]) -> Features:
         """Some of the networks."""
         return Features(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def weighted(self, relevances: Array) -> Features:
+        """The same, with the features of each axis times its relevance, (axes of all spaces,)."""
+        axes = len(relevances)
+        position = self.position.copy()  # its last columns tell spaces apart
+        position[:, :axes] *= relevances
+        curved = self.curved * np.tile(relevances, self.curved.shape[1] // axes)
+        return replace(self, linear=self.linear * relevances, curved=curved, position=position)
+
+    def relevance_gradient(
+        self, by_covariance: Array, amplitudes: Array, parts: Sequence[Array]
+    ) -> Array:
+        """The gradient by log b of a function of the covariance of these networks with themselves.
+
+        Args:
+            by_covariance: Its gradient by each of their covariances, symmetric, (N, N).
+            amplitudes: θ of each part.
+            parts: k_p, as :meth:`covariances` gives them, of features that are
+                :meth:`weighted` by b already.
+        """
+
+        def sums(features: Array, by: Array) -> Array:
+            """Σ_ij by_ij f_ia f_ja for each column a."""
+            out: Array = (features * (by @ features)).sum(axis=0)
+            return out
+
+        axes = self.linear.shape[1]
+        _, _, _, _, whole, *_ = parts
+        slope, bend, pair, alike = amplitudes[1:5] ** 2
+        slopes = sums(self.linear, by_covariance)
+        bends = sums(self.curved, by_covariance).reshape(-1, axes).sum(axis=0)
+        # Of 0.7 ((Σ l l')² − Σ l² l'²), where l has one factor b.
+        products = sums(self.linear, by_covariance * parts[1])
+        pairs = 2 * _PAIRS * (products - sums(self.linear**2, by_covariance))
+        # Σ by (p_i − p_j)² = 2 Σ by p_i² − 2 Σ by p_i p_j
+        by_distance, place = by_covariance * whole, self.position[:, :axes]
+        apart = by_distance.sum(axis=1) @ place**2 - sums(place, by_distance)
+        half = slope * slopes + bend * bends + pair * pairs - alike / _LENGTH_SCALE**2 * apart
+        out: Array = 2 * half
+        return out
 
     def covariances(self, other: Features) -> list[Array]:
         """k_p for each part, (N, M)."""
@@ -250,7 +298,7 @@ class Features:
         pairs = linear**2 - product(self.linear**2, other.linear**2)
         capacity = product(self.capacity, other.capacity)
         curved = product(self.curved, other.curved)
-        parts = [capacity, linear, curved, 0.7 * pairs, whole]
+        parts = [capacity, linear, curved, _PAIRS * pairs, whole]
         return [*parts, product(self.own, other.own)] if self.own.size else parts
 
 

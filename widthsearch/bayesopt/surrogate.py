@@ -23,12 +23,12 @@ Each network's standard deviation is then widened, for what the model does not k
     z²    squared errors of trainings left out, in the variance foretold      (N,)
     g     how like the left-out predictions are to w*'s posterior mean        (M, N)
 
-    widened   d max(d₁ / d, 1)^0.4 √((5 + g z²) / (5 + Σ g))
+    widened   d max(d₁ / d, 1)^½ √((5 + g z²) / (5 + Σ g))
 
-All trainings beyond the nearest thus give 0.6 of the information, log(d₁ / d), that they would give
-to a model of the right form. At a trained network d₁ is 0: its interval rests on its own score. The
-last factor makes intervals wide where scores are like those that were foretold badly, and narrow
-where they are like others (benchmarks/results/search.md). The sampler takes d itself.
+All trainings beyond the nearest thus give half of the information, log(d₁ / d), that they would
+give to a model of the right form. At a trained network d₁ is 0: its interval rests on its own
+score. The last factor makes intervals wide where scores are like those that were foretold badly,
+and narrow where they are like others (benchmarks/results/search.md). The sampler takes d itself.
 
 Trials of earlier studies of the same axes, of another recipe or data set, may be learned from too::
 
@@ -45,8 +45,9 @@ coregionalisation with one factor: Bonilla, Chai and Williams, Multi-task Gaussi
 prediction, NeurIPS 2007). Levels are not shared. Of an earlier study that misleads, r is learned to
 be about 0.
 
-Amplitudes, σ, r and c maximise the marginal likelihood times priors, by gradient. Everything
-is closed form in numpy and nothing is sampled, so the same trials give the same surrogate.
+Amplitudes, relevances, σ, r and c maximise the marginal likelihood times priors, by gradient
+(:mod:`~widthsearch.bayesopt.hyperparameters`). Everything is closed form in numpy and nothing is
+sampled, so the same trials give the same surrogate.
 
 Example, one axis, four trainings, of which the last two are of the same widths:
 
@@ -71,11 +72,17 @@ from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.optimize import minimize
+from scipy.linalg import cho_solve, solve_triangular
 from scipy.special import ndtri
 from threadpoolctl import ThreadpoolController
 
+from widthsearch.bayesopt.hyperparameters import (
+    JITTER,
+    Hyperparameters,
+    factor,
+    linked,
+    most_probable,
+)
 from widthsearch.bayesopt.kernel import (
     LEVEL_VARIANCE,
     Array,
@@ -87,31 +94,14 @@ from widthsearch.bayesopt.learning_curves import CurveRegression
 from widthsearch.bayesopt.metric import ACCURACY, Metric
 from widthsearch.bayesopt.observation import Observation
 
-_PRIOR_AMPLITUDES = np.log([1.0, 0.5, 0.6, 0.3, 0.6, 0.3])
-_PRIOR_NOISE = np.log(0.3)
-"""Log of the prior medians of θ, in the order of the parts, and of σ; in units of y."""
-_PRIOR_SD = np.array([1.2, 0.6, 0.6, 0.6, 0.6, 1.2])
-_PRIOR_SD_NOISE = 1.2
-"""Prior standard deviations of log θ and of log σ: 1.2 is a factor of 3.3 each way.
-
-Narrower for the parts of axes, of pairs and of like networks: a search trains networks near the
-front, among which these parts show little. With a wide prior they are lost, and intervals elsewhere
-are too narrow (benchmarks/results/search.md).
-"""
-_PRIOR_LOADING, _PRIOR_SD_LOADING = 1.0, 1.0
-"""Prior median and standard deviation of artanh r: r from −0.57 to 0.99, and most often 0.76."""
-_PRIOR_SD_SCALE = 0.5
-"""Prior standard deviation of log c."""
 _MAX_FIT = 256
 """Trainings, at most, that amplitudes are learned from: each step of the fit is O(N³)."""
-_DISCOUNT = 0.4
+_DISCOUNT = 0.5
 """Share of the information of all trainings but the nearest that intervals forgo."""
 _USUAL_ERRORS = 5.0
 """Number of left-out errors with z² = 1 that each network's own are averaged with."""
 _ALIKE = 0.4
 """Difference of two predictions, in units of y, at which g is e^−½."""
-_JITTER = 1e-8
-"""Added to the diagonal of K, so that equal networks leave it positive definite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,16 +129,12 @@ class Surrogate:
     Attributes:
         coordinates: The coordinates that widths are given in.
         noise: Standard deviation of one training's score around its widths' mean.
-        amplitudes: θ of each part and σ, in units of y, (parts + 1,).
-        loadings: r of this study, which is 1, and of each earlier one, (studies,).
-        scales: c, likewise.
+        fitted: The hyperparameters.
     """
 
     coordinates: Coordinates
     noise: float
-    amplitudes: Array
-    loadings: Array
-    scales: Array
+    fitted: Hyperparameters
     _mean: float
     _scale: float
     _seen: Features
@@ -193,16 +179,13 @@ class Surrogate:
         some = np.unique(np.linspace(0, len(y) - 1, min(len(y), _MAX_FIT)).astype(np.intp))
         part = seen.rows(some)
         with one_blas_thread():
-            theta, sigma, loadings, scales = _most_probable(
-                part.covariances(part), y[some], v[some], study[some]
-            )
-            lower = factor(
-                linked(weighted_sum(theta, seen.covariances(seen)), loadings, scales, study, study),
-                sigma[study] ** 2 + v,
-            )
-        noise, amplitudes = float(sigma[0]) * scale, np.append(theta, sigma[0])
-        fixed = (coordinates, noise, amplitudes, loadings, scales, mean, scale)
-        return cls(*fixed, seen, study, y, lower, len(y))
+            fitted = most_probable(part, y[some], v[some], study[some])
+            seen = seen.weighted(fitted.relevances)
+            covariance = weighted_sum(fitted.amplitudes, seen.covariances(seen))
+            covariance = linked(covariance, fitted.loadings, fitted.scales, study, study)
+            lower = factor(covariance, fitted.noises[study] ** 2 + v)
+        noise = float(fitted.noises[0]) * scale
+        return cls(coordinates, noise, fitted, mean, scale, seen, study, y, lower, len(y))
 
     @classmethod
     def fit_observations(
@@ -265,8 +248,8 @@ class Surrogate:
         """
         new = self._features(widths)
         across = self._across(new).T
-        corner = weighted_sum(self.amplitudes[:-1], new.covariances(new))
-        corner[np.diag_indices(len(corner))] += self.amplitudes[-1] ** 2 + _JITTER
+        corner = weighted_sum(self.fitted.amplitudes, new.covariances(new))
+        corner[np.diag_indices(len(corner))] += self.fitted.noises[0] ** 2 + JITTER
         # The factor of a bordered matrix: the old rows stay.
         side = solve_triangular(self._lower, across, lower=True, check_finite=False)
         lower = np.block(
@@ -288,7 +271,7 @@ class Surrogate:
         """The posterior of each of some networks by itself, (M, A); with d if not ``widen``."""
         at = self._features(widths)
         across = self._across(at)
-        prior = weighted_sum(self.amplitudes[:-1], at.variances())
+        prior = weighted_sum(self.fitted.amplitudes, at.variances())
         variance = np.maximum(prior - (self._half(across) ** 2).sum(axis=0), 1e-12)
         mean = self._mean_from(across)
         sd = np.sqrt(variance) * self._scale
@@ -299,7 +282,7 @@ class Surrogate:
         at = self._features(widths)
         across = self._across(at)
         half, mean = self._half(across), self._mean_from(across)
-        prior = weighted_sum(self.amplitudes[:-1], at.covariances(at))
+        prior = weighted_sum(self.fitted.amplitudes, at.covariances(at))
         covariance = prior - half.T @ half
         variance = np.maximum(covariance.diagonal(), 1e-12)
         wider = self._widening(prior.diagonal(), across, mean, variance) * self._scale
@@ -324,7 +307,8 @@ class Surrogate:
         return float((np.abs(seen - left_out.mean) <= ndtri(0.5 + level / 2) * left_out.sd).mean())
 
     def _features(self, widths: ArrayLike | Features) -> Features:
-        return widths if isinstance(widths, Features) else Features.of(self.coordinates, widths)
+        at = widths if isinstance(widths, Features) else Features.of(self.coordinates, widths)
+        return at.weighted(self.fitted.relevances)
 
     @cached_property
     def _weights(self) -> Array:
@@ -348,9 +332,9 @@ class Surrogate:
     def _widening(self, prior: Array, across: Array, mean: Array, variance: Array) -> Array:
         """Widened deviations over d, (M,), from k(w*, w*), k(w*, w), the mean and d²."""
         own = np.flatnonzero(self._study == 0)
-        seen = weighted_sum(self.amplitudes[:-1], self._seen.rows(own).variances())
+        seen = weighted_sum(self.fitted.amplitudes, self._seen.rows(own).variances())
         # Without the level, which is known from all trainings, be they near or far.
-        told = (across[:, own] - LEVEL_VARIANCE) ** 2 / np.maximum(seen - LEVEL_VARIANCE, _JITTER)
+        told = (across[:, own] - LEVEL_VARIANCE) ** 2 / np.maximum(seen - LEVEL_VARIANCE, JITTER)
         alone = prior - LEVEL_VARIANCE - told.max(axis=1)
         predicted, squares = self._errors
         apart = (mean[:, None] - self._mean) / self._scale - predicted
@@ -361,9 +345,9 @@ class Surrogate:
 
     def _across(self, at: Features) -> Array:
         """k(w*, w), (M, N)."""
-        covariance = weighted_sum(self.amplitudes[:-1], at.covariances(self._seen))
+        covariance = weighted_sum(self.fitted.amplitudes, at.covariances(self._seen))
         own = np.zeros(len(covariance), np.intp)
-        return linked(covariance, self.loadings, self.scales, own, self._study)
+        return linked(covariance, self.fitted.loadings, self.fitted.scales, own, self._study)
 
     def _mean_from(self, across: Array) -> Array:
         mean: Array = across @ self._weights * self._scale + self._mean
@@ -383,29 +367,6 @@ def one_blas_thread() -> AbstractContextManager[object]:
 _blas = cache(ThreadpoolController)
 
 
-def linked(
-    covariance: Array,
-    loadings: Array,
-    scales: Array,
-    left: NDArray[np.intp],
-    right: NDArray[np.intp],
-) -> Array:
-    """k between trainings of studies ``left``, (N,), and ``right``, (M,), from k within one."""
-    if len(loadings) == 1:
-        return covariance
-    between = np.outer(loadings[left], loadings[right]) * (covariance - LEVEL_VARIANCE)
-    same = left[:, None] == right
-    out: Array = np.outer(scales[left], scales[right]) * np.where(same, covariance, between)
-    return out
-
-
-def factor(covariance: Array, variance: Array) -> Array:
-    """L of observed networks, (N, N): the variance of each training, (N,), is added to k."""
-    covariance[np.diag_indices(len(covariance))] += variance + _JITTER
-    lower: Array = cholesky(covariance, lower=True, check_finite=False)
-    return lower
-
-
 def _left_out(lower: Array, y: Array) -> tuple[Array, Array]:
     """Mean and variance of each observed y from all others, (N,) each."""
     inverse = solve_triangular(lower, np.eye(len(y)), lower=True, check_finite=False)
@@ -421,66 +382,3 @@ def _finished(
     seen = [Features.of(space, [o.widths for o in own]) for space, own in known if own]
     values = np.array([o.value for _, own in known for o in own], np.float64)
     return (Features.concatenate(seen), metric.score(values)) if seen else None
-
-
-def _most_probable(
-    parts: Sequence[Array], y: Array, variance: Array, study: NDArray[np.intp]
-) -> tuple[Array, Array, Array, Array]:
-    """θ of each part, and σ, r and c of each study, that maximise the posterior density.
-
-    That of log θ, log σ, artanh r and log c, which together are the vector x.
-    """
-    eye, count = np.eye(len(y)), len(parts)
-    whose = np.eye(int(study.max()) + 1)[study]  # (N, studies)
-    studies, earlier = whose.shape[1], whose.shape[1] - 1
-    noise, loading = np.full(studies, _PRIOR_NOISE), np.full(earlier, _PRIOR_LOADING)
-    prior = np.concatenate([_PRIOR_AMPLITUDES[:count], noise, loading, np.zeros(earlier)])
-    sizes = (studies, earlier, earlier)
-    deviations = np.repeat((_PRIOR_SD_NOISE, _PRIOR_SD_LOADING, _PRIOR_SD_SCALE), sizes)
-    prior_sd = np.concatenate([_PRIOR_SD[:count], deviations])
-    ends = np.cumsum((count, studies, earlier))
-
-    def unpack(x: Array) -> tuple[Array, Array, Array, Array]:
-        logs, log_sigma, loadings, log_scales = np.split(x, ends)
-        r, c = np.append(1.0, np.tanh(loadings)), np.append(1.0, np.exp(log_scales))
-        return np.exp(logs), np.exp(log_sigma), r, c
-
-    def loss(x: Array) -> tuple[float, Array]:
-        """−log density and its gradient: dL/dK = ½ (K⁻¹ − α αᵀ), and where q = α αᵀ − K⁻¹
-
-        dK/d log θ_p = 2 θ_p² k_p, times c r c' r' between studies; dK/d log σ = 2 σ² I; and
-        dK/d log r_s, dK/d log c_s are K in the rows and columns of s, the former without s itself.
-        """
-        theta, sigma, r, c = unpack(x)
-        within = weighted_sum(theta, parts)
-        signal = linked(within.copy(), r, c, study, study)
-        lower = factor(signal.copy(), sigma[study] ** 2 + variance)
-        half = solve_triangular(lower, eye, lower=True, check_finite=False)
-        inverse = half.T @ half
-        weights = inverse @ y
-        off = (x - prior) / prior_sd
-        q = np.outer(weights, weights) - inverse
-        slopes = [np.zeros(0)]
-        scaled = q
-        if earlier:
-            link = np.outer(r[study], r[study])
-            same = study[:, None] == study
-            scaled = q * np.where(same, 1.0, link) * np.outer(c[study], c[study])
-            rows = q * signal
-            by_scale = (rows.sum(axis=1) @ whose)[1:]
-            toward = np.where(same, 0.0, q * np.outer(c[study], (c * r)[study]))
-            toward *= within - LEVEL_VARIANCE
-            by_loading = (toward.sum(axis=1) @ whose)[1:] * (1 - r[1:] ** 2)
-            slopes = [by_loading, by_scale]
-        by_theta = theta**2 * [np.vdot(scaled, part) for part in parts]
-        by_sigma = sigma**2 * (q.diagonal() @ whose)
-        value = 0.5 * y @ weights + np.log(np.diag(lower)).sum() + 0.5 * off @ off
-        gains = np.concatenate([by_theta, by_sigma, *slopes])
-        return float(value), off / prior_sd - gains
-
-    # In these bounds a part may vanish (e⁻⁶) or take all, and K stays well conditioned.
-    limits = ((-5.0, 1.0), (-3.0, 3.0), (-2.0, 2.0))
-    bounds = [(-6.0, 3.0)] * count
-    bounds += [limit for limit, size in zip(limits, sizes, strict=True) for _ in range(size)]
-    found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=bounds)
-    return unpack(found.x)

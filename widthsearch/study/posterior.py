@@ -203,7 +203,7 @@ class MetricPosterior:
         """
         if self.surrogate is None:
             return [None] * len(self.earlier)
-        known = iter(self.surrogate.loadings[1:].tolist())
+        known = iter(self.surrogate.fitted.loadings[1:].tolist())
         used = (study.trials.keys() & self.coordinates for study in self.earlier)
         return [next(known) if each else None for each in used]
 
