@@ -239,8 +239,8 @@ KINDS: dict[str, tuple[float, st.SearchStrategy[Case]]] = {
 """The share of each kind of cases, and its cases."""
 
 
-def outcomes(kind: str) -> Counter[type[WidthsearchError] | None]:
-    """How often cases of one kind end with each error, and with success (None)."""
+def outcomes(kind: str, folder: Path) -> Counter[type[WidthsearchError] | None]:
+    """How often cases of one kind, in a folder, end with each error, and with success (None)."""
     share, cases = KINDS[kind]
     found: Counter[type[WidthsearchError] | None] = Counter()
 
@@ -253,7 +253,7 @@ def outcomes(kind: str) -> Counter[type[WidthsearchError] | None]:
     )
     @given(cases)
     def run(case: Case) -> None:
-        with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        with tempfile.TemporaryDirectory(dir=folder) as name, contextlib.chdir(name):
             os.environ[VARIABLE] = str(Path(name, "cache"))
             found[outcome(case(Path(name)), Path(name))] += 1
 
@@ -267,9 +267,9 @@ def outcomes(kind: str) -> Counter[type[WidthsearchError] | None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_input_is_one_line(kind: str) -> None:
+def test_bad_input_is_one_line(kind: str, tmp_path: Path) -> None:
     """Each case succeeds or has one line, and a third of all succeed."""
-    found = outcomes(kind)
+    found = outcomes(kind, tmp_path)
     print(kind, {error and error.__name__: count for error, count in found.items()})
     assert found[None] * 3 >= found.total()
 

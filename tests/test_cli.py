@@ -442,7 +442,9 @@ def test_a_function_that_raises_is_one_line(command: CommandLine, tmp_path: Path
 
 
 @pytest.mark.ray
-def test_confirm_trains_the_front_again(command: CommandLine, copied: Path) -> None:
+def test_confirm_trains_the_front_again(
+    shared_ray: None, command: CommandLine, copied: Path
+) -> None:
     """And prints it with how often each was trained."""
     out = command("confirm", "small", "--seeds", 2, "--runs", copied)
     assert "front of small" in out

@@ -105,7 +105,7 @@ def test_its_base_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.ray
-def test_an_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_runs(shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Ray, from the YAML and a method that reads the example's batches to a trained folder."""
     monkeypatch.chdir(ROOT)
     changes: dict[str, Any] = {"trials": 3, "budgets": [0.05, 0.1], "proposers": ["sensitivity"]}

@@ -59,21 +59,17 @@ def test_a_final_training_is_the_same_from_memory_and_from_files(tmp_path: Path)
 
 
 @pytest.mark.ray
-def test_ray_reads_images_into_its_memory(tmp_path: Path) -> None:
+def test_ray_reads_images_into_its_memory(shared_ray: None, tmp_path: Path) -> None:
     """With a bar; a damaged image is the error of the reading, in one line."""
     made = study(tmp_path, make_pictures(tmp_path / "pictures"), "resident")
     task, lines = made.task.for_search(), []
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        read = ray.get(put(task, "the data", lines.append)).load()
-        assert isinstance(read.train.images, np.ndarray)
-        assert not read.train.images.flags.writeable  # Ray's own memory
-        assert (read.train.images == task.train.read().images).all()
-        assert lines[-1] == "reading images ▕████████████████████▏ 120 of 120"
-        assert isinstance(task.validation.images, ImageFiles)
-        damaged = Path(task.validation.images.path(0))
-        damaged.write_bytes(damaged.read_bytes()[:60])
-        with pytest.raises(ImageError, match=rf"{damaged.name} is not .*; repair or remove it$"):
-            put(task, "the data", lines.append)
-    finally:
-        ray.shutdown()
+    read = ray.get(put(task, "the data", lines.append)).load()
+    assert isinstance(read.train.images, np.ndarray)
+    assert not read.train.images.flags.writeable  # Ray's own memory
+    assert (read.train.images == task.train.read().images).all()
+    assert lines[-1] == "reading images ▕████████████████████▏ 120 of 120"
+    assert isinstance(task.validation.images, ImageFiles)
+    damaged = Path(task.validation.images.path(0))
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    with pytest.raises(ImageError, match=rf"{damaged.name} is not .*; repair or remove it$"):
+        put(task, "the data", lines.append)

@@ -101,7 +101,7 @@ def test_a_driver_that_stands_still_blames_no_training() -> None:
 
 
 @pytest.mark.ray
-def test_a_hung_training_is_ended_by_the_timeout(tmp_path: Path) -> None:
+def test_a_hung_training_is_ended_by_the_timeout(shared_ray: None, tmp_path: Path) -> None:
     """It fails once, without a retry; the others train on, and its worker process is replaced."""
 
     def train(network: nn.Module, trial: TrainingTrial) -> None:

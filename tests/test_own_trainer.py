@@ -238,7 +238,7 @@ def train(network, trial: own.TrainingTrial[own.Steps]):
 
 
 @pytest.mark.ray
-def test_faults_cost_their_trial_alone(tmp_path: Path) -> None:
+def test_faults_cost_their_trial_alone(shared_ray: None, tmp_path: Path) -> None:
     """An exception, a wrong report and NaN fail it; a dead worker and a lack of memory do not."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     train = load_function(f"{tmp_path / 'faulty.py'}:train")
@@ -283,7 +283,7 @@ def test_faults_cost_their_trial_alone(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_study_stops_trials_early_confirms_and_trains_its_pick(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All by the one trainer; the final training gets its own data. A run shows its progress."""
     loaded: list[int] = []

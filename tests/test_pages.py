@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import blocks, run
+from test_readme import blocks
 
 from widthsearch.space.search_space import SearchSpace
 from widthsearch.training.job import Job, TrainingTrial
@@ -27,9 +28,9 @@ def block(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.ray
-def test_a_page_runs(block: str, tmp_path: Path) -> None:
+def test_a_page_runs(block: str, shared_ray: None, run_here: Callable[[str], list[str]]) -> None:
     """A study whose trainer is the library's prints a front of networks that learned something."""
-    lines = run(block, tmp_path)
+    lines = run_here(block)
     assert 1 <= len(lines) <= 3
     assert all(float(line.split()[0]) < 0.6 for line in lines)
 

@@ -276,7 +276,7 @@ def test_a_report_that_is_no_text_is_a_message() -> None:
 
 
 @pytest.mark.ray
-def test_ray_runs_proposers_in_parallel(tmp_path: Path, own: str) -> None:
+def test_ray_runs_proposers_in_parallel(shared_ray: None, tmp_path: Path, own: str) -> None:
     """The user's own modules are sent along; a proposer that kills its process is survived."""
     names = ("dies", "halves", "broken", "leaves")
     made = study(tmp_path, *(f"{own}:{name}" for name in names), "sensitivity", trials=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,11 @@ def run(block: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_each_form_of_inputs_is_traced(tmp_path: Path) -> None:
+def test_each_form_of_inputs_is_traced(run_here: Callable[[str], list[str]]) -> None:
     """A tensor, positional and keyword arguments, and a mapping as the one argument."""
     inputs = blocks(README)[2]
     (counts,) = re.findall(r"# (\d+), then (\d+) three times", inputs)
-    assert run(inputs, tmp_path) == [counts[0], *[counts[1]] * 3]
+    assert run_here(inputs) == [counts[0], *[counts[1]] * 3]
 
 
 @pytest.mark.ray
