@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_a_kill_by_rays_memory_monitor_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trial is trained once more, alone, then fails with the reason; the next one begins."""
 
